@@ -1,0 +1,354 @@
+"""Every setting of a run: typed, bounded, with its meaning and where its default comes from.
+
+A recipe is one TOML file whose tables are the sections of `Config`; ``--overlay`` files and ``section.field=value``
+overrides go through the same reader. Standard library only: importing this module must not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from e3rl.errors import UserError, unknown
+
+_T = TypeVar("_T")
+
+PAPER = "paper, app. D"
+PAPER_METHOD = "paper, method"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    source: str = "ours",
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A config field: its default, meaning, where the default comes from, and its allowed range.
+
+    ``min`` and ``max`` are inclusive, ``above`` is an exclusive lower bound.
+    """
+    return field(default=default, metadata={"help": help, "source": source, "min": min, "max": max, "above": above})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = setting("run", "name of the run; its directory is output_dir/name")
+    output_dir: str = setting("runs", "directory that holds run directories")
+    seed: int = setting(0, "seed of every random draw", min=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: any decoder-only causal language model of the transformers library."""
+
+    path: str = setting("lab", "a directory or hub id; 'lab' is the embedded model, 'smollm2' is SmolLM2-135M-Instruct")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights in training and rollout")
+    device: str = setting("auto", "'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1'")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model; off unless you trust its author")
+    lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0)
+    lora_alpha: int = setting(64, "LoRA scale", source="ERPO paper", min=1)
+    lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)
+    lora_target_modules: str = setting("all-linear", "modules that get adapters, as PEFT names them", source="ERPO paper")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems to train on and to evaluate on."""
+
+    train: str = setting("lab:chain", "training data: JSONL, JSON, Parquet or CSV file, hub id, or lab:FAMILY[:LEVEL]")
+    eval: str = setting("", "held-out data, as train; empty: the held-out half of a lab family, else none")
+    train_split: str = setting("train", "split of a hub dataset to train on")
+    eval_split: str = setting("test", "split of a hub dataset to evaluate on")
+    prompt_column: str = setting("prompt", "column with the prompt: a string or a list of chat messages")
+    answer_column: str = setting("answer", "column with the reference answer")
+    id_column: str = setting("id", "column with a unique id; rows without one are numbered")
+    system_prompt: str = setting("", "system message put before every prompt; empty: none")
+    train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
+    max_prompt_length: int = setting(0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are generated."""
+
+    engine: str = setting("torch", "'torch' (slot KV cache), 'recompute' (slow oracle), or module:name")
+    erase: bool = setting(True, "judge segments and erase (E3RL rollouts); false: plain rollouts")
+    num_generations: int = setting(8, "siblings of one prompt, G", source=PAPER, min=1)
+    segment_length: int = setting(1024, "L, tokens of a segment", source=PAPER, min=1)
+    max_segments: int = setting(8, "N, most segments of a response", source=PAPER, min=1)
+    max_completion_length: int = setting(0, "most response tokens; 0: N*L", min=0)
+    temperature: float = setting(1.0, "sampling temperature", source=PAPER, above=0)
+    top_p: float = setting(1.0, "nucleus sampling; 1 keeps all (the paper samples at 0.9)", above=0, max=1)
+    top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)
+    max_rows: int = setting(64, "sequences decoded together", min=1)
+    cache_rows: int = setting(0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0)
+
+    @property
+    def completion_limit(self) -> int:
+        """Most tokens of a response: N*L, or max_completion_length where that is lower."""
+        full = self.segment_length * self.max_segments
+        return min(full, self.max_completion_length) if self.max_completion_length else full
+
+
+@dataclass(frozen=True)
+class ErasureConfig:
+    """Uncertainty (eq 10-13), threshold (eq 14-18) and erasure (eq 23-26). The paper gives no values but max_erasures."""
+
+    max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
+    base_weight: float = setting(1.0, "weight of the smoothed entropy in U (D14)", source=PAPER_METHOD, min=0)
+    gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0)
+    extremum_weight: float = setting(0.1, "lambda_M, weight of the largest entropy against the group's", min=0)
+    perturbation_weight: float = setting(0.0, "lambda_P, weight of the mean perturbation (D14); above 0 the method is E3RL+eps", min=0)
+    entropy_distribution: Literal["full", "truncated"] = setting(
+        "full", "D1: entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
+    )
+    smoothing_window: int = setting(1, "W of eq 11; D2: causal, so W earlier segments", min=0)
+    smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
+    entropy_reference: Literal["group", "batch"] = setting("group", "D3: where mu_E and sigma_E of eq 13 come from")
+    baseline: Literal["group", "reference", "static"] = setting(
+        "group", "D4: B_n from the siblings' first candidates, from saved reference statistics, or static_baseline"
+    )
+    static_baseline: float = setting(1.0, "B_n where baseline = 'static' (the paper's 'w/o group dynamics')", above=0)
+    min_siblings: int = setting(2, "D5: with fewer siblings at a segment the group's last B stays in force", min=2)
+    kappa0: float = setting(1.0, "kappa_0 of eq 16")
+    kappa1: float = setting(0.0, "kappa_1 of eq 16")
+    sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0)
+    eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0)
+    delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0)
+    rho: float = setting(0.1, "rho of eq 18: strength of the history modulation", min=0, max=0.99)
+    first_modulation: float = setting(1.0, "D6: phi at the first segment, which has no history", above=0)
+    on_exhausted: Literal["last", "least_uncertain"] = setting(
+        "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
+    )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised. The keys beside ``name`` are the options of that objective (`e3rl objectives` lists them)."""
+
+    name: str = setting("e3rl", "an objective's name, or module:name")
+    options: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "options of the named objective"})
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What a response is worth."""
+
+    functions: tuple[str, ...] = setting(("math",), "built-in names, or module:name or file.py:name; TRL and verl signatures")
+    weights: tuple[float, ...] = setting((), "weight of each function; empty: 1 each")
+    workers: int = setting(1, "processes that check answers", min=1)
+    timeout: float = setting(5.0, "seconds one answer may take to check; then the worker is killed", above=0)
+    isolate: bool = setting(False, "run your own reward functions in the worker processes too")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    steps: int = setting(0, "optimisation steps; 0: as many as epochs give", min=0)
+    epochs: float = setting(2.0, "passes over the training problems where steps = 0", source=PAPER, above=0)
+    prompts_per_step: int = setting(16, "prompts (groups) of one step (the paper's batch: 128)", min=1)
+    num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
+    minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
+    micro_batch_tokens: int = setting(16384, "tokens, padding included, that go through the model together", min=1)
+    learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0)
+    warmup_ratio: float = setting(0.05, "share of the steps that the learning rate rises", source=PAPER, min=0, max=1)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")
+    weight_decay: float = setting(0.0, "AdamW weight decay", min=0)
+    adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
+    adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
+    max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
+    save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
+    save_total_limit: int = setting(3, "checkpoints to keep; 0: all", min=0)
+    report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    limit: int = setting(0, "use only the first n held-out problems; 0: all", min=0)
+    num_samples: int = setting(8, "samples of each problem, the k of Avg@k and Pass@k", min=1)
+    temperature: float = setting(1.0, "sampling temperature", above=0)
+    top_p: float = setting(1.0, "nucleus sampling", above=0, max=1)
+    top_k: int = setting(0, "top-k sampling; 0 keeps all", min=0)
+    erasable: bool = setting(True, "also evaluate erasable decoding, beside plain")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, whole."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    erasure: ErasureConfig = field(default_factory=ErasureConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        weights, functions = self.rewards.weights, self.rewards.functions
+        if weights and len(weights) != len(functions):
+            raise UserError(f"rewards.weights has {len(weights)} values for {len(functions)} rewards.functions")
+        if not functions:
+            raise UserError("rewards.functions is empty: name at least one reward function")
+        if self.train.minibatches > self.train.prompts_per_step:
+            raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_type_name(typing.get_args(kind)[0]).removeprefix('a ')}s"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """``value`` as a ``kind``, without guessing: an int is a fine float, nothing else changes type."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        if value in typing.get_args(kind):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(v, typing.get_args(kind)[0], where) for v in value)
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+
+
+def _check_range(value: Any, limits: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    low, high, above = limits.get("min"), limits.get("max"), limits.get("above")
+    bounds = [f"at least {low:g}" if low is not None else "", f"above {above:g}" if above is not None else ""]
+    bounds += [f"at most {high:g}" if high is not None else ""]
+    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if not inside:  # NaN fails every comparison and lands here whenever a bound exists
+        raise UserError(f"{where} = {value!r} is out of range: it must be {' and '.join(b for b in bounds if b)}")
+
+
+def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
+    """A settings dataclass from a table of plain values; every problem names ``where`` and the field."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"[{where}] {unknown('key', key, known)}")
+        values[key] = _convert(value, hints[key], f"{where}.{key}")
+        _check_range(values[key], known[key].metadata, f"{where}.{key}")
+    return kind(**values)
+
+
+def _build_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
+    """The objective's own options are checked by the objective itself, before training starts."""
+    options = {k: v for k, v in table.items() if k != "name"}
+    name = _convert(table.get("name", "e3rl"), str, "objective.name")
+    return ObjectiveConfig(name=name, options=options)
+
+
+def build_config(tables: Mapping[str, Any]) -> Config:
+    """A `Config` from nested tables, as read from TOML."""
+    sections = typing.get_type_hints(Config)
+    built: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name not in sections:
+            raise unknown("section", name, sections)
+        if not isinstance(table, Mapping):
+            raise UserError(f"'{name}' is a section: write [{name}] and its fields below it, or {name}.FIELD=VALUE")
+        built[name] = _build_objective(table) if name == "objective" else build_section(sections[name], table, name)
+    return Config(**built)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; problems name the file and line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such recipe: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory, not a recipe file") from None
+    except (UnicodeDecodeError, PermissionError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid on it, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``section.field=value`` as nested tables. The value is TOML; what is not valid TOML is taken as a string."""
+    path, equals, raw = text.partition("=")
+    section, dot, key = path.strip().removeprefix("--").partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"'{text}' is no override: write section.field=value, for example train.learning_rate=1e-5")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return {section: {key: value}}
+
+
+def load_config(recipe: Path | None = None, overlays: Iterable[Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """The recipe, then each overlay, then the overrides, checked as a whole."""
+    tables: dict[str, Any] = read_toml(recipe) if recipe else {}
+    for overlay in overlays:
+        tables = merge(tables, read_toml(overlay))
+    for override in overrides:
+        tables = merge(tables, parse_override(override))
+    try:
+        return build_config(tables)
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}" if recipe else str(error)) from None
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value)
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def to_tables(config: Config) -> dict[str, dict[str, Any]]:
+    """The resolved config as nested tables, objective options beside the objective's name."""
+    tables = {f.name: dataclasses.asdict(getattr(config, f.name)) for f in fields(config)}
+    tables["objective"] = {"name": config.objective.name, **config.objective.options}
+    return tables
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as a recipe that reads back to an equal one."""
+    lines: list[str] = []
+    for section, table in to_tables(config).items():
+        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items()), ""]
+    return "\n".join(lines)

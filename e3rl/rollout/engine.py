@@ -1,0 +1,64 @@
+"""The seam between deciding what to generate and generating it.
+
+An engine is the only thing that knows about KV caches. The scheduler asks for candidates, says which tokens to drop and
+never learns how either is done. `e3rl.testing` holds the contract suite that every engine must pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NewType, Protocol
+
+from e3rl.types import Candidate, Draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Row = NewType("Row", int)
+"""Handle of one sequence inside an engine. Handles are never reused within an engine's life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn from the model's distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    entropy_distribution: str = "full"  # D1
+
+
+class Engine(Protocol):
+    """Generates candidates for many rows at once; rolls a row back to any earlier length for nothing."""
+
+    def free_rows(self) -> int:
+        """How many more rows `prefill` could create now."""
+
+    def prefill(self, prompt_ids: Sequence[int], siblings: int) -> list[Row]:
+        """Run a prompt through the model once and make ``siblings`` rows that all continue it.
+
+        Raises UserError where the prompt is empty or prompt plus completion can never fit.
+        """
+
+    def length(self, row: Row) -> int:
+        """Generated tokens that the row holds (prompt excluded)."""
+
+    def extend(self, row: Row, tokens: int, draw: Draw) -> None:
+        """Ask for a candidate of up to ``tokens`` tokens at the row's end; `poll` will deliver it.
+
+        A row has at most one open request. Candidates depend on the row's tokens and on ``draw`` alone, never on what
+        else is being generated.
+        """
+
+    def poll(self) -> list[tuple[Row, Candidate]]:
+        """Generate until at least one request is complete; return all that are. Empty when nothing is open."""
+
+    def rollback(self, row: Row, length: int) -> None:
+        """Drop the row's generated tokens beyond ``length``. Costs nothing and recomputes nothing."""
+
+    def release(self, row: Row) -> None:
+        """Forget the row and free its memory."""
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Take new policy weights. Only legal while no row is held: cached keys belong to the old weights."""
