@@ -26,7 +26,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    entropy_distribution: str = "full"  # D1
+    entropy_distribution: str = "full"  # D1: or "truncated"
 
 
 class Engine(Protocol):
@@ -44,11 +44,11 @@ class Engine(Protocol):
     def length(self, row: Row) -> int:
         """Generated tokens that the row holds (prompt excluded)."""
 
-    def extend(self, row: Row, tokens: int, draw: Draw) -> None:
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
         """Ask for a candidate of up to ``tokens`` tokens at the row's end; `poll` will deliver it.
 
-        A row has at most one open request. Candidates depend on the row's tokens and on ``draw`` alone, never on what
-        else is being generated.
+        A row has at most one open request. Candidates depend on the row's tokens, ``draw`` and ``sampling`` alone,
+        never on what else is being generated.
         """
 
     def poll(self) -> list[tuple[Row, Candidate]]:
