@@ -49,5 +49,5 @@ def relative_cost(
 
 
 def memory_cost(siblings: int, layers: int, tokens: int, width: int, segments: int) -> float:
-    """Eq 35. M_E3RL = G M T d + G N: the KV cache and the segments' statistics. No term grows with the erasure budget."""
+    """Eq 35. M_E3RL = G M T d + G N: KV cache and segment statistics. No term grows with the erasure budget."""
     return siblings * layers * tokens * width + siblings * segments

@@ -43,7 +43,7 @@ def retry_threshold(baseline: float, attempt: int, modulation: float, *, eta: fl
 
 
 def least_uncertain(uncertainties: Sequence[float]) -> int:
-    """Eq 25. Which attempt a forced accept commits under D8 'least_uncertain': the smallest U, the earliest of equals."""
+    """Eq 25. What a forced accept commits under D8 'least_uncertain': the smallest U, the earliest of equals."""
     if any(math.isnan(u) for u in uncertainties):
         raise ValueError(f"attempts can't be compared: one has no uncertainty: {list(uncertainties)}")
     return min(range(len(uncertainties)), key=uncertainties.__getitem__)

@@ -1,15 +1,12 @@
 """Autoregressive policy, segments and the clipped objective: paper §2, §3.1 and the end of §3.3 (eq 1-9, 21-22).
 
-Shapes: V vocabulary, D hidden width, T tokens, N segments, G siblings, S sequences. Positions and segments count from 0.
+Shapes: V vocabulary, D width, T tokens, N segments, G siblings, S sequences. Positions and segments count from 0.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-LARGEST_LOG_RATIO = 40.0
-"""e^40 times an ordinary advantage stays far inside float32; e^89 does not, and a clipped infinity has a NaN gradient."""
 
 
 def sequence_logprob(token_logprobs_T: Tensor) -> Tensor:
@@ -72,11 +69,6 @@ def segment_mean_log_ratios(
     return segment_log_ratios(logprobs_ST, old_logprobs_ST, segments_ST, num_segments) / lengths_SN.clamp_min(1)
 
 
-def ratios(log_ratios: Tensor) -> Tensor:
-    """Eq 22. rho from log rho, held at e^40: an unnormalised product over a long segment can overflow."""
-    return log_ratios.clamp(max=LARGEST_LOG_RATIO).exp()
-
-
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """Eq 21. min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), elementwise."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -104,7 +96,7 @@ def objective(
     Padding (segment -1) and segments that a sibling does not have contribute nothing.
     """
     num_segments = advantages_GN.shape[-1]
-    ratios_GN = ratios(segment_log_ratios(logprobs_GT, old_logprobs_GT, segments_GT, num_segments))
+    ratios_GN = segment_log_ratios(logprobs_GT, old_logprobs_GT, segments_GT, num_segments).exp()
     exists_GN = segment_sums(torch.ones_like(logprobs_GT), segments_GT, num_segments) > 0
     surrogate_GN = clipped_surrogate(ratios_GN, advantages_GN, clip_low, clip_high).where(exists_GN, 0)
     kl_GN = segment_sums(k3_kl(logprobs_GT, reference_logprobs_GT), segments_GT, num_segments)
