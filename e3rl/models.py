@@ -1,0 +1,143 @@
+"""Policies: loading, adapters, the reference policy, and saving as an ordinary Hugging Face directory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e3rl.config import ModelConfig
+from e3rl.errors import UserError
+from e3rl.lab.directories import lab_directory
+from e3rl.lab.smollm2 import smollm2_directory
+
+_BUILT_IN: dict[str, Callable[[], Path]] = {"lab": lab_directory, "smollm2": smollm2_directory}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with its tokenizer and the facts about it that the rest of the library asks for."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    eos_ids: tuple[int, ...]
+    context_length: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that training changes, by name, in a stable order."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+
+def resolve_model_path(path: str) -> str:
+    """A directory or hub id; the names of the built-in models become their directories."""
+    return str(_BUILT_IN[path]()) if path in _BUILT_IN else path
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"model.device = '{name}' is no device: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"model.device = '{name}', but PyTorch sees no GPU here; use 'auto' or 'cpu'")
+    return device
+
+
+def _eos_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response, as generation config and tokenizer name them."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    found = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    if not found:
+        raise UserError("the model names no end-of-sequence token; set eos_token_id in its generation_config.json")
+    return tuple(sorted(found))
+
+
+def _add_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("model.lora_r > 0 needs PEFT: pip install 'e3rl[lora]'") from None
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)  # type: ignore[arg-type]
+
+
+def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy:
+    """The policy that ``config`` names, its weights taken from ``directory`` where one is given."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(directory) if directory else resolve_model_path(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"model '{config.path}' can't be loaded: {reason[0] if reason else error!r}") from None
+    model = model.to(resolve_device(config.device))
+    if config.lora_r:
+        model = _add_lora(model, config)
+    context = getattr(model.config, "max_position_embeddings", None) or 2048
+    return Policy(model, tokenizer, config.path, _eos_ids(model, tokenizer), int(context))
+
+
+class ReferencePolicy:
+    """The policy as it was before training: the adapters switched off, or a frozen copy of the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._policy = model
+        self._adapted = hasattr(model, "disable_adapter")
+        self._frozen = None if self._adapted else copy.deepcopy(model).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[nn.Module]:
+        """The reference model, for use inside the ``with`` block."""
+        if self._frozen is not None:
+            yield self._frozen
+        else:
+            with self._policy.disable_adapter():  # type: ignore[operator]
+                yield self._policy
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the reference weights of a run that is being resumed."""
+        if self._frozen is not None:
+            self._frozen.load_state_dict(weights)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def save_pretrained(policy: Policy, directory: Path, card: str) -> None:
+    """An ordinary Hugging Face directory: adapters merged, tokenizer, generation config and model card with it."""
+    model = policy.model
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    model.save_pretrained(directory)  # type: ignore[operator]
+    policy.tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(card, encoding="utf-8")

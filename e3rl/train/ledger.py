@@ -1,0 +1,162 @@
+"""The rollout ledger: every trajectory with all that was erased on the way, one Parquet file a step.
+
+`SCHEMA` is the format's definition; its field metadata says what each column holds, and docs/run-directory.md is
+generated from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from e3rl.files import atomic_file
+from e3rl.types import Candidate, Judgement, RewardedGroup, Trajectory
+
+FORMAT = 1
+
+
+def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"meaning": meaning})
+
+
+_FLOATS, _INTS = pa.list_(pa.float32()), pa.list_(pa.int32())
+
+_JUDGED = [
+    _field("attempt", pa.int32(), "erasures of this segment before this candidate; null where nothing was judged"),
+    _field("verdict", pa.string(), "commit, erase or forced; null where nothing was judged"),
+    _field("uncertainty", pa.float64(), "U (eq 13)"),
+    _field("base", pa.float64(), "weighted smoothed entropy in U"),
+    _field("gradient", pa.float64(), "weighted mean entropy step in U"),
+    _field("extremum", pa.float64(), "weighted extremum deviation in U"),
+    _field("perturbation", pa.float64(), "weighted mean perturbation in U"),
+    _field("threshold", pa.float64(), "Theta (eq 17)"),
+    _field("baseline", pa.float64(), "B_n (eq 16)"),
+    _field("penalty", pa.float64(), "Gamma (eq 17)"),
+    _field("modulation", pa.float64(), "phi (eq 18)"),
+]
+
+_CANDIDATE = [
+    _field("index", pa.int32(), "segment index, from 0"),
+    _field("start", pa.int32(), "committed response tokens before it"),
+    _field("text", pa.string(), "its text"),
+    _field("ids", _INTS, "its token ids"),
+    _field("logprobs", _FLOATS, "engine's log-probability of each token, temperature-scaled, untruncated"),
+    _field("entropies", _FLOATS, "full-vocabulary entropy at each token, nats"),
+    _field("perturbations", _FLOATS, "eq 5 at each token"),
+    *_JUDGED,
+]
+
+SCHEMA = pa.schema(
+    [
+        _field("step", pa.int32(), "training step that the rollout was made for, from 1"),
+        _field("problem_id", pa.string(), "id of the problem"),
+        _field("sibling", pa.int32(), "which of the group's samples, from 0"),
+        _field("policy_version", pa.int32(), "optimizer updates behind the weights that generated it"),
+        _field("prompt", pa.string(), "the prompt as the model saw it"),
+        _field("answer", pa.string(), "reference answer"),
+        _field("response", pa.string(), "text of the committed segments"),
+        _field("finish", pa.string(), "'stop' (end of sequence) or 'length'"),
+        _field("reward", pa.float64(), "reward; null where it is missing"),
+        _field("reward_parts", pa.map_(pa.string(), pa.float64()), "each reward function's own value"),
+        _field("reward_error", pa.string(), "why the reward is missing"),
+        _field("advantages", _FLOATS, "advantage of each response token"),
+        _field("shares", _FLOATS, "share of the final attention on each response token (eq 19); null where unused"),
+        _field("segments", pa.list_(pa.struct(_CANDIDATE)), "committed segments, in order"),
+        _field("erasures", pa.list_(pa.struct(_CANDIDATE)), "erased candidates, in the order they were erased"),
+    ],
+    metadata={"format": str(FORMAT)},
+)
+
+
+def _judged(judgement: Judgement | None) -> dict[str, Any]:
+    if judgement is None:
+        return {field.name: None for field in _JUDGED}
+    u, theta = judgement.uncertainty, judgement.threshold
+    return {
+        "attempt": judgement.attempt,
+        "verdict": judgement.verdict.value,
+        "uncertainty": u.total,
+        "base": u.base,
+        "gradient": u.gradient,
+        "extremum": u.extremum,
+        "perturbation": u.perturbation,
+        "threshold": theta.total,
+        "baseline": theta.baseline,
+        "penalty": theta.penalty,
+        "modulation": theta.modulation,
+    }
+
+
+def _candidate(index: int, start: int, candidate: Candidate, judgement: Judgement | None, decode: Any) -> dict[str, Any]:
+    return {
+        "index": index,
+        "start": start,
+        "text": decode(candidate.ids),
+        "ids": candidate.ids,
+        "logprobs": candidate.logprobs,
+        "entropies": candidate.entropies,
+        "perturbations": candidate.perturbations,
+        **_judged(judgement),
+    }
+
+
+def _segments(trajectory: Trajectory, decode: Any) -> list[dict[str, Any]]:
+    rows, start = [], 0
+    for segment in trajectory.segments:
+        rows.append(_candidate(segment.index, start, segment.candidate, segment.judgement, decode))
+        start += len(segment.candidate.ids)
+    return rows
+
+
+def ledger_rows(
+    step: int,
+    rewarded: Sequence[RewardedGroup],
+    advantages: Sequence[Sequence[Tensor]],
+    shares: Sequence[Sequence[Tensor | None]],
+    tokenizer: Any,
+) -> list[dict[str, Any]]:
+    """One row a trajectory; ``advantages`` and ``shares`` by group and sibling."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    rows = []
+    for item, group_advantages, group_shares in zip(rewarded, advantages, shares, strict=True):
+        group = item.group
+        signals = zip(group.trajectories, item.rewards, group_advantages, group_shares, strict=True)
+        for trajectory, reward, advantage_T, share_T in signals:
+            rows.append(
+                {
+                    "step": step,
+                    "problem_id": group.prompt.problem.id,
+                    "sibling": trajectory.sibling,
+                    "policy_version": group.policy_version,
+                    "prompt": decode(group.prompt.ids),
+                    "answer": group.prompt.problem.answer,
+                    "response": decode(trajectory.ids),
+                    "finish": trajectory.finish,
+                    "reward": reward.value,
+                    "reward_parts": list(reward.parts.items()),
+                    "reward_error": reward.error,
+                    "advantages": advantage_T.tolist(),
+                    "shares": None if share_T is None else share_T.tolist(),
+                    "segments": _segments(trajectory, decode),
+                    "erasures": [_candidate(e.index, e.start, e.candidate, e.judgement, decode) for e in trajectory.erasures],
+                }
+            )
+    return rows
+
+
+def ledger_path(run: Path, step: int) -> Path:
+    return run / "rollouts" / f"step-{step:06d}.parquet"
+
+
+def write_ledger(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """Write one step's rollouts atomically."""
+    with atomic_file(ledger_path(run, step)) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")

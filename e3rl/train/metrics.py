@@ -1,0 +1,84 @@
+"""What a line of metrics.jsonl holds. `METRICS` is the format's definition; the docs and the report read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+METRICS: dict[str, str] = {
+    "step": "training step, from 1",
+    "epoch": "passes over the training problems so far",
+    "reward": "mean reward of the step's trajectories, missing ones left out",
+    "accuracy": "share of trajectories whose first reward function gave at least 1",
+    "reward_missing": "trajectories without a reward because a function failed on them",
+    "degenerate_groups": "share of groups whose rewards are all equal: they carry no signal",
+    "finish_ratio": "share of trajectories that ended by themselves",
+    "length": "mean response tokens",
+    "segments": "mean committed segments of a response",
+    "erase_rate": "erased candidates over all candidates",
+    "r": "regeneration ratio, erased tokens over committed tokens (eq 31)",
+    "forced_rate": "committed segments above their threshold because the budget was spent, over committed segments",
+    "acceptance": "by segment index: share of first candidates that were accepted",
+    "uncertainty": "by segment index: mean U of committed segments",
+    "threshold": "by segment index: mean Theta that committed segments were judged by",
+    "advantage": "by segment index: mean advantage of its tokens",
+    "entropy": "mean entropy of a generated token, nats",
+    "kept_mass": "mean probability mass that truncation left to sample from",
+    "sign_flips": "share of positions whose advantage has the sign opposite to the sequence advantage",
+    "loss": "loss of the step",
+    "kl": "mean per-token KL to the reference policy (k3); absent without one",
+    "clip_fraction": "share of ratios outside the clip range where that cuts the gradient",
+    "grad_norm": "gradient norm before clipping",
+    "learning_rate": "learning rate of the step",
+    "mismatch_mean": "mean |log-probability by the engine - by the trainer| of a sampled token",
+    "mismatch_max": "largest such difference",
+    "mismatch_ess": "effective sample size, as a share, of trajectories reweighted from engine to trainer",
+    "tokens": "tokens generated in this step, erased ones included",
+    "tokens_total": "tokens generated since the start, erased ones included",
+    "tokens_per_second": "tokens generated in this step over the step's seconds",
+    "seconds_rollout": "seconds spent generating",
+    "seconds_reward": "seconds spent on rewards",
+    "seconds_train": "seconds spent scoring, in forward and backward passes and in the optimizer",
+    "memory_mb": "peak memory of the process so far (of the GPU where there is one), MiB",
+}
+
+
+class Means:
+    """Weighted means that add up over micro-batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, pairs: Mapping[str, tuple[float, float]]) -> None:
+        """Add (sum, count) pairs."""
+        for name, (total, count) in pairs.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def values(self) -> dict[str, float]:
+        """The means of everything that was counted at least once."""
+        return {name: self._sums[name] / count for name, count in self._counts.items() if count}
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    found = list(values)
+    return math.fsum(found) / len(found) if found else math.nan
+
+
+def by_index(pairs: Iterable[tuple[int, float]]) -> list[float]:
+    """Means by index, as a list from index 0; indices that never occur up to the largest are NaN."""
+    collected: dict[int, list[float]] = {}
+    for index, value in pairs:
+        collected.setdefault(index, []).append(value)
+    return [mean(collected.get(i, [])) for i in range(max(collected, default=-1) + 1)]
+
+
+def finite_or_none(value: object) -> object:
+    """JSON has no NaN: it becomes null, inside lists too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [finite_or_none(v) for v in value]
+    return value

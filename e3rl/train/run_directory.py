@@ -1,0 +1,101 @@
+"""The directory of a run: what is in it, who may write to it, and its line-a-step logs.
+
+config.toml (resolved), metrics.jsonl, evaluations.jsonl, rollouts/*.parquet, checkpoints/, model/, summary.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from e3rl.config import Config, build_config, to_tables, to_toml
+from e3rl.errors import UserError
+from e3rl.files import disk_full_is_a_sentence, write_text
+from e3rl.train.metrics import finite_or_none
+
+MAY_CHANGE = {"train.steps", "train.eval_steps", "train.save_steps", "train.save_total_limit", "train.report_to"}
+"""Settings that a resumed run may have otherwise than the run it continues."""
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {f"{section}.{key}": v for section, table in to_tables(config).items() for key, v in table.items()}
+
+
+def read_config(directory: Path) -> Config:
+    """The resolved config that a run directory was made with."""
+    path = directory / "config.toml"
+    try:
+        return build_config(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no run directory: it holds no config.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class RunDirectory:
+    """A run's directory, claimed for one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """Claim a new directory; one that already holds a run is refused."""
+        path = Path(config.run.output_dir) / config.run.name
+        if (path / "config.toml").exists():
+            raise UserError(
+                f"{path} already holds a run. Continue it with --resume, or choose another name: run.name=NAME"
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an empty directory; choose another name: run.name=NAME")
+        write_text(path / "config.toml", to_toml(config))
+        return cls(path)
+
+    @classmethod
+    def resume(cls, config: Config) -> RunDirectory:
+        """Take up an existing run, whose settings must be the same."""
+        path = Path(config.run.output_dir) / config.run.name
+        if not (path / "config.toml").exists():
+            raise UserError(f"{path} holds no run to resume; start it without --resume")
+        before, now = _flat(read_config(path)), _flat(config)
+        changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in MAY_CHANGE]
+        if changed:
+            listed = ", ".join(f"{key} ({before.get(key)!r} then, {now.get(key)!r} now)" for key in changed)
+            raise UserError(f"{path} was started with other settings: {listed}. Resume with the same ones.")
+        write_text(path / "config.toml", to_toml(config))
+        return cls(path)
+
+    def append(self, log: str, record: Mapping[str, Any]) -> None:
+        """Add one line to ``metrics.jsonl`` or ``evaluations.jsonl`` and see it on the disk."""
+        path = self.path / log
+        line = json.dumps({k: finite_or_none(v) for k, v in record.items()}, ensure_ascii=False)
+        with disk_full_is_a_sentence(path), path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was logged of steps after ``step``: they are about to be done again."""
+        for log in ("metrics.jsonl", "evaluations.jsonl"):
+            kept = [r for r in read_lines(self.path / log) if r["step"] <= step]
+            write_text(self.path / log, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+        for ledger in (self.path / "rollouts").glob("step-*.parquet"):
+            if int(ledger.stem.removeprefix("step-")) > step:
+                ledger.unlink()
