@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -65,7 +65,9 @@ class Loss:
 class Objective(Protocol):
     """One small frozen dataclass whose fields are its options (`e3rl.config.setting`); both methods are pure."""
 
-    needs: ClassVar[frozenset[Need]] | frozenset[Need]
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the trainer must provide, given these options; a plain attribute will do."""
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """Advantages of every response token, [G, T]; 0 in padding."""
@@ -75,3 +77,11 @@ class Objective(Protocol):
 
     def loss(self, batch: TrainBatch) -> Loss:
         """The micro-batch's share of the loss to minimise."""
+
+
+class TrajectoriesOnly:
+    """Base for objectives that learn from committed trajectories alone: what was erased has no advantage."""
+
+    def erased_advantage(self, reward: float) -> float:
+        """0: never used, since "erased" is not needed."""
+        return 0.0

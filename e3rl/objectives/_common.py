@@ -1,0 +1,107 @@
+"""Pure pieces that several objectives share. Padding is taken out first: nothing in it reaches a loss or gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from e3rl.equations.policy import k3_kl
+from e3rl.objectives.base import Need, TrainBatch
+
+MAX_LOG_RATIO = 20.0
+
+
+def bounded_exp(log_ratios: Tensor) -> Tensor:
+    """Ratios from their logarithms, held at e^20: an overflow turns the zero gradient of a clipped term into NaN."""
+    return log_ratios.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def token_log_ratios(batch: TrainBatch) -> Tensor:
+    """log pi/pi_old of every token, [S, T]; 0 outside the mask."""
+    return (batch.logprobs_ST - batch.old_logprobs_ST).masked_fill(~batch.mask_ST, 0.0)
+
+
+def sequence_log_ratios(batch: TrainBatch) -> Tensor:
+    """Mean token log-ratio of every sequence, [S]."""
+    return token_log_ratios(batch).sum(-1) / lengths(batch)
+
+
+def lengths(batch: TrainBatch) -> Tensor:
+    """Tokens that each sequence's loss is about, [S]; 1 where there are none, so that it can divide."""
+    return batch.mask_ST.sum(-1).clamp(min=1)
+
+
+def count_segments(segments_ST: Tensor) -> int:
+    """Segments of the longest sequence, at least 1."""
+    return max(int(segments_ST.max()) + 1, 1)
+
+
+def masked_segments(batch: TrainBatch) -> tuple[Tensor, int]:
+    """Segment indices with -1 wherever the loss looks away, and their number."""
+    segments_ST = batch.segments_ST.masked_fill(~batch.mask_ST, -1)
+    return segments_ST, count_segments(segments_ST)
+
+
+def from_segments(values_GN: Tensor, segments_GT: Tensor) -> Tensor:
+    """The value of the segment that each token lies in, [G, T]; 0 in padding."""
+    return values_GN.gather(-1, segments_GT.clamp(min=0)).where(segments_GT >= 0, 0.0)
+
+
+def kl_needs(kl_coef: float) -> frozenset[Need]:
+    """The reference policy is needed only where its KL term has a weight."""
+    return frozenset({"reference"}) if kl_coef > 0 else frozenset()
+
+
+def kl_terms(batch: TrainBatch, kl_coef: float) -> Tensor:
+    """k3 estimate of KL(pi || reference) of every token, [S, T]; 0 outside the mask and where it has no weight."""
+    if kl_coef == 0:
+        return torch.zeros_like(batch.logprobs_ST)
+    if batch.reference_logprobs_ST is None:
+        raise ValueError("kl_coef > 0, but the batch has no reference log-probabilities")
+    outside = ~batch.mask_ST
+    return k3_kl(batch.logprobs_ST.masked_fill(outside, 0.0), batch.reference_logprobs_ST.masked_fill(outside, 0.0))
+
+
+def standardized(rewards_G: Tensor, eps: float) -> Tensor:
+    """ERPO eq 3. (r - mean) / (std + eps) with the sample standard deviation; 0 for a group of one or of equals."""
+    centred_G = rewards_G - rewards_G.mean()
+    if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
+        return torch.zeros_like(centred_G)
+    return centred_G / (rewards_G.std() + eps)
+
+
+def on_tokens(values_G: Tensor, mask_GT: Tensor) -> Tensor:
+    """One value per sequence, laid on its tokens, [G, T]; 0 in padding."""
+    return values_G[:, None] * mask_GT
+
+
+def token_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
+    """This micro-batch's part of the mean over all tokens of the step."""
+    return values_ST.masked_fill(~batch.mask_ST, 0.0).sum() / batch.totals.tokens
+
+
+def sequence_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
+    """This micro-batch's part of the mean over the step's sequences of each sequence's token mean."""
+    sums_S = values_ST.masked_fill(~batch.mask_ST, 0.0).sum(-1)
+    return (sums_S / lengths(batch)).sum() / batch.totals.sequences
+
+
+def clipped(ratios: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Where the clip is in force, that is where the surrogate has no gradient (bool)."""
+    return ((ratios > 1 + clip_high) & (advantages > 0)) | ((ratios < 1 - clip_low) & (advantages < 0))
+
+
+def measured(present: Tensor, values: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """(sum over ``present``, count) of each tensor, moved off the device in one go."""
+    sums = [value.detach().float().masked_fill(~present, 0.0).sum() for value in values.values()]
+    *totals, count = torch.stack([*sums, present.sum().float()]).tolist()
+    return {name: (total, count) for name, total in zip(values, totals, strict=True)}
+
+
+def measured_by_segment(name: str, values_SN: Tensor, present_SN: Tensor) -> dict[str, tuple[float, float]]:
+    """``name/segment_0``, ``name/segment_1``, ...: (sum, count) over the sequences that have that segment."""
+    sums_N = values_SN.detach().float().masked_fill(~present_SN, 0.0).sum(0)
+    pairs = torch.stack([sums_N, present_SN.sum(0).float()], -1).tolist()
+    return {f"{name}/segment_{n}": (total, count) for n, (total, count) in enumerate(pairs)}

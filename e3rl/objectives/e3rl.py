@@ -1,0 +1,89 @@
+"""E3RL: a reward divided among segments by attention, segment ratios, clip, KL to the reference (paper §3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from e3rl.config import PAPER, PAPER_METHOD, setting
+from e3rl.equations import advantage, policy
+from e3rl.objectives import _common as common
+from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch
+
+
+@dataclass(frozen=True)
+class E3RL:
+    """Segment-level optimisation (eq 19-22)."""
+
+    kl_coef: float = setting(0.04, "beta, weight of the KL term; 0 needs no reference policy", source=PAPER, min=0)
+    clip_low: float = setting(0.2, "the segment ratio is clipped below 1 - clip_low", min=0, max=1)
+    clip_high: float = setting(0.2, "the segment ratio is clipped above 1 + clip_high", min=0)
+    allocation: Literal["causal", "sequence", "anchored"] = setting(
+        "causal",
+        "D12: rewards divided by attention, none divided, or attention with the sign kept",
+        source=PAPER_METHOD,
+    )
+    ratio: Literal["segment", "segment_mean"] = setting(
+        "segment", "D13: ratio of segment probabilities, or its root of the segment's length", source=PAPER_METHOD
+    )
+    degenerate_groups: Literal["zero", "paper"] = setting(
+        "zero", "D11: no advantages where all sequence rewards are equal, or eq 20 as it stands"
+    )
+    erased: Literal["drop", "contrast"] = setting(
+        "drop",
+        "D15: forget erased candidates, or push away from those whose replacement was rewarded",
+        source=PAPER_METHOD,
+    )
+    contrast_weight: float = setting(1.0, "lambda_C, size of an erased candidate's negative advantage", above=0)
+    attribution_window: int = setting(64, "L', last response tokens whose attention divides the reward (eq 19)", min=1)
+    attribution_layers: Literal["last", "all"] = setting("last", "D9: layers whose attention divides the reward")
+    advantage_eps: float = setting(1e-4, "epsilon of eq 20, added to the standard deviation", above=0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        shares: frozenset[Need] = frozenset() if self.allocation == "sequence" else frozenset({"shares"})
+        erased: frozenset[Need] = frozenset({"erased"}) if self.erased == "contrast" else frozenset()
+        return common.kl_needs(self.kl_coef) | shares | erased
+
+    def advantages(self, signals: GroupSignals) -> Tensor:
+        """Eq 20. Advantage of the segment that each token lies in."""
+        if self.degenerate_groups == "zero" and advantage.is_degenerate(signals.rewards_G):
+            return torch.zeros_like(signals.old_logprobs_GT)
+        return common.from_segments(self._segment_advantages(signals), signals.segments_GT)
+
+    def _segment_advantages(self, signals: GroupSignals) -> Tensor:
+        num_segments = common.count_segments(signals.segments_GT)
+        sequence_G = advantage.sequence_advantages(signals.rewards_G, self.advantage_eps)
+        if self.allocation == "sequence":
+            return sequence_G[:, None].expand(-1, num_segments)
+        if signals.shares_GT is None:
+            raise ValueError("attention shares are needed to divide a reward")
+        shares_GN = policy.segment_sums(signals.shares_GT, signals.segments_GT, num_segments)
+        if self.allocation == "anchored":
+            return advantage.anchored_advantages(sequence_G, shares_GN, signals.segments_GT.amax(-1) + 1)
+        return advantage.segment_advantages(signals.rewards_G[:, None] * shares_GN, self.advantage_eps)
+
+    def erased_advantage(self, reward: float) -> float:
+        """D15. An erased candidate counts against the policy where what replaced it was rewarded."""
+        return -self.contrast_weight if reward > 0 else 0.0
+
+    def loss(self, batch: TrainBatch) -> Loss:
+        """Eq 21-22. Segment surrogates summed over each sequence minus its weighted KL; mean over group, then groups."""
+        segments_ST, num_segments = common.masked_segments(batch)
+        log_ratios = policy.segment_log_ratios if self.ratio == "segment" else policy.segment_mean_log_ratios
+        ratios_SN = common.bounded_exp(log_ratios(batch.logprobs_ST, batch.old_logprobs_ST, segments_ST, num_segments))
+        lengths_SN = policy.segment_sums(torch.ones_like(batch.logprobs_ST), segments_ST, num_segments)
+        advantages_SN = policy.segment_sums(batch.advantages_ST, segments_ST, num_segments) / lengths_SN.clamp(min=1)
+        surrogate_SN = policy.clipped_surrogate(ratios_SN, advantages_SN, self.clip_low, self.clip_high)
+        surrogate_S = surrogate_SN.where(lengths_SN > 0, 0.0).sum(-1)
+        kl_ST = common.kl_terms(batch, self.kl_coef).where(~batch.erased_S[:, None], 0.0)
+        weights_S = 1 / (batch.totals.groups * batch.group_sizes_S)
+        value = -(weights_S * (surrogate_S - self.kl_coef * kl_ST.sum(-1))).sum()
+        clipped_SN = common.clipped(ratios_SN, advantages_SN, self.clip_low, self.clip_high)
+        metrics = common.measured(lengths_SN > 0, {"clip_fraction": clipped_SN, "ratio": ratios_SN})
+        metrics |= common.measured_by_segment("clip_fraction", clipped_SN, lengths_SN > 0)
+        metrics |= common.measured(batch.mask_ST & ~batch.erased_S[:, None], {"kl": kl_ST})
+        return Loss(value, metrics)
