@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from e3rl.files import atomic_file
+from e3rl.train.pieces import Pieces
 from e3rl.types import Candidate, Judgement, RewardedGroup, Trajectory
 
 FORMAT = 1
@@ -45,6 +46,7 @@ _CANDIDATE = [
     _field("start", pa.int32(), "committed response tokens before it"),
     _field("text", pa.string(), "its text"),
     _field("ids", _INTS, "its token ids"),
+    _field("pieces", pa.list_(pa.string()), "the text of each token; together they are the text"),
     _field("logprobs", _FLOATS, "engine's log-probability of each token, temperature-scaled, untruncated"),
     _field("entropies", _FLOATS, "full-vocabulary entropy at each token, nats"),
     _field("perturbations", _FLOATS, "eq 5 at each token"),
@@ -92,12 +94,15 @@ def _judged(judgement: Judgement | None) -> dict[str, Any]:
     }
 
 
-def _candidate(index: int, start: int, candidate: Candidate, judgement: Judgement | None, decode: Any) -> dict[str, Any]:
+def _candidate(
+    index: int, start: int, candidate: Candidate, judgement: Judgement | None, pieces: Pieces
+) -> dict[str, Any]:
     return {
         "index": index,
         "start": start,
-        "text": decode(candidate.ids),
+        "text": pieces.decode(candidate.ids),
         "ids": candidate.ids,
+        "pieces": pieces.split(candidate.ids),
         "logprobs": candidate.logprobs,
         "entropies": candidate.entropies,
         "perturbations": candidate.perturbations,
@@ -105,12 +110,21 @@ def _candidate(index: int, start: int, candidate: Candidate, judgement: Judgemen
     }
 
 
-def _segments(trajectory: Trajectory, decode: Any) -> list[dict[str, Any]]:
-    rows, start = [], 0
+def response_columns(trajectory: Trajectory, pieces: Pieces) -> dict[str, Any]:
+    """The columns of a row that say what was generated: they need no reward."""
+    segments, start = [], 0
     for segment in trajectory.segments:
-        rows.append(_candidate(segment.index, start, segment.candidate, segment.judgement, decode))
+        segments.append(_candidate(segment.index, start, segment.candidate, segment.judgement, pieces))
         start += len(segment.candidate.ids)
-    return rows
+    return {
+        "sibling": trajectory.sibling,
+        "prompt": pieces.decode(trajectory.prompt.ids),
+        "answer": trajectory.prompt.problem.answer,
+        "response": pieces.decode(trajectory.ids),
+        "finish": trajectory.finish,
+        "segments": segments,
+        "erasures": [_candidate(e.index, e.start, e.candidate, e.judgement, pieces) for e in trajectory.erasures],
+    }
 
 
 def ledger_rows(
@@ -121,10 +135,7 @@ def ledger_rows(
     tokenizer: Any,
 ) -> list[dict[str, Any]]:
     """One row a trajectory; ``advantages`` and ``shares`` by group and sibling."""
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
+    pieces = Pieces(tokenizer)
     rows = []
     for item, group_advantages, group_shares in zip(rewarded, advantages, shares, strict=True):
         group = item.group
@@ -134,19 +145,13 @@ def ledger_rows(
                 {
                     "step": step,
                     "problem_id": group.prompt.problem.id,
-                    "sibling": trajectory.sibling,
                     "policy_version": group.policy_version,
-                    "prompt": decode(group.prompt.ids),
-                    "answer": group.prompt.problem.answer,
-                    "response": decode(trajectory.ids),
-                    "finish": trajectory.finish,
                     "reward": reward.value,
                     "reward_parts": list(reward.parts.items()),
                     "reward_error": reward.error,
                     "advantages": advantage_T.tolist(),
                     "shares": None if share_T is None else share_T.tolist(),
-                    "segments": _segments(trajectory, decode),
-                    "erasures": [_candidate(e.index, e.start, e.candidate, e.judgement, decode) for e in trajectory.erasures],
+                    **response_columns(trajectory, pieces),
                 }
             )
     return rows

@@ -1,0 +1,54 @@
+"""Pieces of text by token add up to the text, whatever the tokenizer does to bytes and spaces."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from e3rl.train.pieces import Pieces
+
+TEXT = "Add 17 and 25: 42, so 🙂 π≈3.14 — the end.\n  Next <b>line</b>"
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["the end of the line and the next"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces() -> PreTrainedTokenizerFast:
+    """Spaces belong to the words that follow them, and the first one is dropped when decoding."""
+    vocabulary = {"<unk>": 0, "▁the": 1, "▁end": 2, "s": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_characters_of_several_tokens_come_with_the_last_of_them(byte_level: PreTrainedTokenizerFast) -> None:
+    ids = byte_level.encode("a🙂b")
+    assert len(ids) == 6
+    assert Pieces(byte_level).split(ids) == ["a", "", "", "", "🙂", "b"]
+
+
+def test_pieces_add_up_to_the_text(byte_level: PreTrainedTokenizerFast) -> None:
+    pieces, ids = Pieces(byte_level), byte_level.encode(TEXT)
+    assert "".join(pieces.split(ids)) == TEXT
+
+
+def test_a_cut_character_is_kept_as_the_decoder_shows_it(byte_level: PreTrainedTokenizerFast) -> None:
+    ids = byte_level.encode("ok 🙂")[:-1]
+    pieces = Pieces(byte_level)
+    assert "".join(pieces.split(ids)) == pieces.decode(ids)
+    assert pieces.decode(ids).startswith("ok ")
+
+
+def test_spaces_before_words_are_kept(sentence_pieces: PreTrainedTokenizerFast) -> None:
+    assert Pieces(sentence_pieces).split([1, 2, 3, 1]) == ["the", " end", "s", " the"]
+
+
+def test_nothing_has_no_pieces(byte_level: PreTrainedTokenizerFast) -> None:
+    assert Pieces(byte_level).split([]) == []
