@@ -1,0 +1,105 @@
+"""Eq 20 and the decisions that bear on it (D10-D12)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from e3rl.equations import advantage
+from tests.equations import reference
+from tests.equations.support import close, f64, matrix
+
+rewards = st.lists(st.floats(-2, 2), min_size=1, max_size=8)
+
+
+def test_segment_advantages_by_hand() -> None:
+    """Eq 20. Segment 0 has rewards 3, 1: mean 2, population deviation 1 (the sample's would be 1.41)."""
+    close(advantage.segment_advantages(f64([[3.0, 0.5], [1.0, 0.5]]), eps=0.5), [[1 / 1.5, 0.0], [-1 / 1.5, 0.0]])
+    close(advantage.segment_advantages(f64([[3.0], [1.0]])), [[1 / 1.000001], [-1 / 1.000001]])
+
+
+def test_a_missing_segment_counts_with_reward_zero() -> None:
+    """Eq 20. D10: of four siblings only one has a second segment, worth 4: mean 1, deviation sqrt 3 over all four."""
+    column = advantage.segment_advantages(f64([[4.0], [0.0], [0.0], [0.0]]), eps=0.0)
+    close(column, [[3**0.5], [-(3**-0.5)], [-(3**-0.5)], [-(3**-0.5)]])
+
+
+def test_one_sibling_has_no_advantage() -> None:
+    """Eq 20. G = 1: 0, not NaN."""
+    close(advantage.segment_advantages(f64([[1.0, 2.0]])), [[0.0, 0.0]])
+    close(advantage.sequence_advantages(f64([1.0])), [0.0])
+
+
+def test_sequence_advantages_by_hand() -> None:
+    """Eq 20. Rewards 1, 0, 0, 0: mean 1/4, population deviation sqrt 3 / 4."""
+    close(advantage.sequence_advantages(f64([1.0, 0.0, 0.0, 0.0]), eps=0.0), [3**0.5, *[-(3**-0.5)] * 3])
+    close(advantage.sequence_advantages(f64([1.0, 0.0]), eps=0.5), [0.5, -0.5])
+    close(advantage.sequence_advantages(f64([1.0, 0.0])), [0.5 / 0.500001, -0.5 / 0.500001])
+
+
+@given(st.integers(1, 6).flatmap(lambda g: matrix(g, 3, st.floats(-2, 2))), st.floats(1e-4, 1))
+def test_segment_advantages_agree_with_the_reference(rows: list[list[float]], eps: float) -> None:
+    """Eq 20. Against plain Python; every segment's advantages have mean 0."""
+    found = advantage.segment_advantages(f64(rows), eps)
+    columns = [reference.advantages(column, eps) for column in zip(*rows, strict=True)]
+    close(found.T, columns, tolerance=1e-7)
+    close(found.mean(0), [0.0] * 3)
+
+
+@given(rewards, st.floats(0.1, 10), st.floats(-5, 5))
+def test_sequence_advantages_agree_with_the_reference(values: list[float], scale: float, shift: float) -> None:
+    """Eq 20. Against plain Python; zero mean; blind to the rewards' origin, and to their scale without eps."""
+    found = advantage.sequence_advantages(f64(values), 1e-3)
+    close(found, reference.advantages(values, 1e-3), tolerance=1e-7)
+    close(found.mean(), 0.0)
+    assume(reference.deviation(values) > 0.01)
+    moved = advantage.sequence_advantages(scale * f64(values) + shift, 0.0)
+    close(moved, advantage.sequence_advantages(f64(values), 0.0).tolist(), tolerance=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 1.0, 1.0], True), ([0.0], True), ([1.0, 1.0, 0.0], False), ([0.0, 1.0], False), ([0.1, 0.1 + 1e-9], False)],
+)
+def test_is_degenerate(values: list[float], expected: bool) -> None:
+    """Eq 20. D11: equal is equal; a small difference is still a difference."""
+    assert bool(advantage.is_degenerate(f64(values))) is expected
+
+
+def test_why_degenerate_groups_are_silenced() -> None:
+    """Eq 20. All siblings are right, their attention differs by 2 %: the formula makes advantages of almost 1 of it."""
+    group = f64([[0.51, 0.49], [0.49, 0.51]])
+    assert bool(advantage.is_degenerate(group.sum(-1)))
+    close(advantage.segment_advantages(group), [[1.0, -1.0], [-1.0, 1.0]], tolerance=1e-3)
+
+
+def test_anchored_advantages_by_hand() -> None:
+    """Eq 19-20. A 2 over shares 1/4, 3/4 of two segments: 1 and 3, mean 2; a lone segment gets A itself."""
+    found = advantage.anchored_advantages(f64([2.0, -1.0]), f64([[0.25, 0.75], [1.0, 0.0]]), torch.tensor([2, 1]))
+    close(found, [[1.0, 3.0], [-1.0, 0.0]])
+
+
+def test_anchored_keeps_the_sign_that_eq_20_loses() -> None:
+    """Eq 19-20. D12: two right responses and a wrong one; the first's first segment has the smaller share."""
+    shares, sequence_rewards = f64([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]]), f64([1.0, 1.0, 0.0])
+    causal = advantage.segment_advantages(sequence_rewards[:, None] * shares)
+    assert causal[0, 0] < 0  # a right response is pushed away from its own segment
+    anchored = advantage.anchored_advantages(
+        advantage.sequence_advantages(sequence_rewards), shares, torch.tensor([2, 2, 2])
+    )
+    assert (anchored[:2] > 0).all()
+    assert (anchored[2] < 0).all()
+
+
+@given(
+    st.lists(st.tuples(st.floats(-3, 3), st.lists(st.floats(0.01, 1), min_size=4, max_size=4)), min_size=1, max_size=5)
+)
+def test_anchored_advantages_keep_sign_and_mean(siblings: list[tuple[float, list[float]]]) -> None:
+    """Eq 19-20. D12: each segment has the sequence advantage's sign, and their mean is that advantage."""
+    sequence = f64([a for a, _ in siblings])
+    shares = f64([[s / sum(row) for s in row] for _, row in siblings])
+    found = advantage.anchored_advantages(sequence, shares, torch.full((len(siblings),), 4))
+    assert (found * sequence[:, None] >= 0).all()
+    close(found.mean(-1), sequence.tolist())

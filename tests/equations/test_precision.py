@@ -1,0 +1,76 @@
+"""Every tensor equation in single and double precision, on every device at hand, against float64 on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from e3rl.equations import advantage, attribution, policy, threshold, uncertainty
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+WEIGHTS = {"base_weight": 1.0, "gradient_weight": 0.5, "extremum_weight": 0.1, "perturbation_weight": 0.2}
+SEGMENTS = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, -1, -1], [0, -1, -1, -1, -1]])
+
+CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sequence_logprob": lambda x, s: policy.sequence_logprob(x),
+    "token_distribution": lambda x, s: policy.token_distribution(x, x, 0.7),
+    "perturbation": lambda x, s: policy.perturbation(x, policy.greedy_token(-x)),
+    "cumulative_perturbation": lambda x, s: policy.cumulative_perturbation(x),
+    "segment_logprob": lambda x, s: policy.segment_logprob(x, 1, 3),
+    "segment_log_ratios": lambda x, s: policy.segment_log_ratios(x, 0.5 * x, s, 3),
+    "segment_mean_log_ratios": lambda x, s: policy.segment_mean_log_ratios(x, 0.5 * x, s, 3),
+    "clipped_surrogate": lambda x, s: policy.clipped_surrogate(x.exp(), x, **CLIP),
+    "k3_kl": lambda x, s: policy.k3_kl(x, 0.5 * x),
+    "objective": lambda x, s: policy.objective(x, 0.9 * x, 0.8 * x, s, x[:, :3], **CLIP, kl_coef=0.1),
+    "token_entropy": lambda x, s: uncertainty.token_entropy(x),
+    "segment_entropy": lambda x, s: uncertainty.segment_entropy(x),
+    "smooth_causal": lambda x, s: uncertainty.smooth_causal(x[0], 0.5, 2),
+    "smooth_centered": lambda x, s: uncertainty.smooth_centered(x[0], 0.5, 2),
+    "largest_entropy": lambda x, s: uncertainty.largest_entropy(x),
+    "entropy_variation": lambda x, s: uncertainty.entropy_variation(x),
+    "extremum_deviation": lambda x, s: uncertainty.extremum_deviation(x[0, 0], x[0].mean(), x[0].std()),
+    "uncertainty": lambda x, s: uncertainty.uncertainty(*x[0, :4], **WEIGHTS),
+    "group_moments": lambda x, s: torch.stack(threshold.group_moments(x[0])),
+    "offset": lambda x, s: threshold.offset(x[0, 0], 1.0, 0.5, 0.1),
+    "macro_baseline": lambda x, s: threshold.macro_baseline(x[0, 0], x[0, 1], x[0, 2]),
+    "modulation": lambda x, s: threshold.modulation(x[0], x[1].abs(), 0.1),
+    "threshold": lambda x, s: threshold.threshold(x[0, 0], x[0, 1], x[0, 2]),
+    "token_attribution": lambda x, s: attribution.token_attribution(x),
+    "attention_shares": lambda x, s: attribution.attention_shares(x.abs(), s >= 0),
+    "segment_rewards": lambda x, s: attribution.segment_rewards(x[:, 0], x.abs(), s, 3),
+    "segment_advantages": lambda x, s: advantage.segment_advantages(x),
+    "sequence_advantages": lambda x, s: advantage.sequence_advantages(x[:, 0]),
+    "anchored_advantages": lambda x, s: advantage.anchored_advantages(x[:, 0], x[:, :3], (s >= 0).sum(-1)),
+}
+
+
+def sample() -> Tensor:
+    return torch.randn(3, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_precision_and_device(name: str, device: str, dtype: torch.dtype) -> None:
+    """The result has the inputs' type and device, and single precision agrees with double to five digits."""
+    expected = CALLS[name](sample(), SEGMENTS)
+    found = CALLS[name](sample().to(device, dtype), SEGMENTS.to(device))
+    assert (found.dtype, found.device.type) == (dtype, device)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_are_taken_exactly() -> None:
+    """A plain number is not rounded to single precision on its way: 0.1 stays 0.1."""
+    assert threshold.threshold(0.1, 1.0, 1.0).item() == 0.1
+    assert threshold.threshold(torch.tensor([0.5]), 2.0, threshold.attempt_penalty(0, 0.1, 1.5)).dtype == torch.float32
+
+
+def test_the_state_machine_needs_no_torch() -> None:
+    """Importing it leaves torch alone, so whatever schedules by it stays light."""
+    code = "import sys, e3rl.equations.erasure; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

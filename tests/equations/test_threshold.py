@@ -1,0 +1,145 @@
+"""Eq 14-18."""
+
+from __future__ import annotations
+
+import itertools
+from math import exp, log, tanh
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e3rl.equations import threshold as th
+from tests.equations import reference
+from tests.equations.support import close, f64
+
+uncertainties = st.lists(st.floats(0, 12), min_size=1, max_size=10)
+histories = st.lists(st.tuples(st.floats(0, 12), st.floats(0.01, 12)), min_size=1, max_size=8)
+
+
+def test_group_moments() -> None:
+    """Eq 14-15. Of 1, 3, 5, 7: mean 4, population variance (9 + 1 + 1 + 9) / 4 = 5 (the sample's would be 20/3)."""
+    mean, std = th.group_moments(f64([1.0, 3.0, 5.0, 7.0]))
+    close(mean, 4.0)
+    close(std, 5**0.5)
+
+
+def test_group_moments_of_one_sibling() -> None:
+    """Eq 14-15. No spread, not NaN."""
+    mean, std = th.group_moments(f64([2.5]))
+    close(mean, 2.5)
+    close(std, 0.0)
+
+
+@given(uncertainties, st.randoms(use_true_random=False))
+def test_group_moments_agree_with_the_reference(values: list[float], random: object) -> None:
+    """Eq 14-15. Against plain Python; the order of the siblings does not matter."""
+    mean, std = th.group_moments(f64(values))
+    close(mean, reference.mean(values))
+    close(std, reference.deviation(values), tolerance=1e-7)
+    shuffled = list(values)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    again = th.group_moments(f64(shuffled))
+    close(again[0], float(mean))
+    close(again[1], float(std), tolerance=1e-7)
+
+
+def test_offset() -> None:
+    """Eq 16. At sigma_0 it is kappa_0; tanh(ln 2) = (2 - 1/2) / (2 + 1/2) = 0.6, so 1 + 0.5 * 0.6 = 1.3."""
+    close(th.offset(f64(0.1), 1.0, 0.5, 0.1), 1.0)
+    close(th.offset(0.2 + 0.2 * log(2), 1.0, 0.5, 0.2, eps=0.0), 1.3)
+    close(th.offset(0.0, 1.0, 0.5, 0.2, eps=0.0), 1 - 0.5 * tanh(1))
+    close(th.offset(1e-6 * log(2), 1.0, 0.5, 0.0), 1.3)  # sigma_0 = 0 is held off by eps
+
+
+@given(st.floats(0, 10), st.floats(-2, 2), st.floats(-2, 2), st.floats(0.01, 5))
+def test_offset_agrees_with_the_reference(std: float, kappa0: float, kappa1: float, sigma0: float) -> None:
+    """Eq 16. Against plain Python; within kappa_0 -+ kappa_1."""
+    found = th.offset(f64(std), kappa0, kappa1, sigma0)
+    close(found, reference.offset(std, kappa0, kappa1, sigma0))
+    assert abs(found - kappa0) <= abs(kappa1) + 1e-12
+
+
+def test_macro_baseline() -> None:
+    """Eq 16. 2 + 1.5 * 0.4 = 2.6; without spread the mean itself."""
+    close(th.macro_baseline(f64(2.0), f64(0.4), f64(1.5)), 2.6)
+    close(th.macro_baseline(2.0, 0.0, 1.5), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "eta", "delta", "expected"),
+    [
+        (0, 0.3, 1.5, 1.0),
+        (1, 0.3, 9.0, exp(0.3)),
+        (4, 0.5, 0.5, exp(1.0)),  # 0.5 * sqrt(4)
+        (3, log(2), 2.0, 512.0),  # 2 ^ (3 ^ 2)
+        (5, 0.0, 1.5, 1.0),  # switched off: the paper's 'w/o frequency penalty'
+    ],
+)
+def test_attempt_penalty(attempt: int, eta: float, delta: float, expected: float) -> None:
+    """Eq 17."""
+    close(th.attempt_penalty(attempt, eta, delta), expected)
+
+
+@given(st.floats(0.001, 0.5), st.floats(0.1, 2))
+def test_attempt_penalty_rises(eta: float, delta: float) -> None:
+    """Eq 17. Gamma(0) = 1, then strictly rising: each retry is judged more leniently."""
+    penalties = [float(th.attempt_penalty(e, eta, delta)) for e in range(6)]
+    assert penalties[0] == 1.0
+    assert all(a < b for a, b in itertools.pairwise(penalties))
+
+
+def test_modulation() -> None:
+    """Eq 18. (4 - 2)/2 = 1 and (1 - 4)/4 = -3/4: mean 1/8, phi = 1 + 0.2 tanh(1/8). On the baseline phi is 1."""
+    close(th.modulation(f64([4.0, 1.0]), f64([2.0, 4.0]), 0.2, eps=0.0), 1 + 0.2 * tanh(0.125))
+    close(th.modulation(f64([3.0]), f64([3.0]), 0.2), 1.0)
+    close(th.modulation(f64([1e-6 * log(2)]), f64([0.0]), 0.5), 1.3)  # tanh(ln 2) = 0.6; B = 0 is held off by eps
+
+
+def test_modulation_needs_a_history() -> None:
+    """Eq 18. n > 1 only: no silent NaN threshold for the first segment."""
+    with pytest.raises(ValueError, match="n > 1"):
+        th.modulation(f64([]), f64([]), 0.2)
+
+
+@given(histories, st.floats(0, 0.99))
+def test_modulation_agrees_with_the_reference(history: list[tuple[float, float]], rho: float) -> None:
+    """Eq 18. Against plain Python; within [1 - rho, 1 + rho]."""
+    smoothed, baselines = [h for h, _ in history], [b for _, b in history]
+    found = th.modulation(f64(smoothed), f64(baselines), rho)
+    close(found, reference.modulation(smoothed, baselines, rho))
+    assert 1 - rho - 1e-12 <= found <= 1 + rho + 1e-12
+
+
+def test_threshold_is_the_product() -> None:
+    """Eq 17. 2 * 1.5 * 0.9 = 2.7."""
+    close(th.threshold(f64(2.0), f64(1.5), f64(0.9)), 2.7)
+    close(th.threshold(2.0, 1.5, 0.9), 2.7)
+
+
+@given(
+    uncertainties,
+    st.integers(0, 5),
+    histories,
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.floats(0.01, 2),
+    st.floats(0, 0.2),
+)
+def test_threshold_agrees_with_the_reference(
+    values: list[float],
+    attempt: int,
+    history: list[tuple[float, float]],
+    kappa0: float,
+    kappa1: float,
+    sigma0: float,
+    eta: float,
+) -> None:
+    """Eq 14-18. From the siblings' uncertainties and a history to Theta_n(e)."""
+    smoothed, baselines = [h for h, _ in history], [b for _, b in history]
+    mean, std = th.group_moments(f64(values))
+    baseline = th.macro_baseline(mean, std, th.offset(std, kappa0, kappa1, sigma0))
+    phi = th.modulation(f64(smoothed), f64(baselines), 0.1)
+    found = th.threshold(baseline, th.attempt_penalty(attempt, eta, 1.5), phi)
+    phi_expected = reference.modulation(smoothed, baselines, 0.1)
+    close(found, reference.threshold(values, attempt, phi_expected, (kappa0, kappa1, sigma0), eta, 1.5), tolerance=1e-6)
