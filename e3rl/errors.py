@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from e3rl.types import Draw
 
 
 class UserError(Exception):
@@ -16,3 +20,19 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return UserError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}.")
+
+
+class SickLogits(Exception):
+    """The model's output is NaN or infinite, so there is nothing to sample from. ``draw`` names the row."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+        super().__init__(
+            f"the model's logits are NaN or infinite for prompt '{draw.prompt_id}', sibling {draw.sibling}, segment "
+            f"{draw.segment}, attempt {draw.attempt} of step {draw.step}: its weights are broken (look for a NaN loss "
+            "or gradient just before) or overflow in the chosen dtype"
+        )
+
+
+class RunStopped(Exception):
+    """A run left early because it was asked to, its state saved; the message says how to go on."""

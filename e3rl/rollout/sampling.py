@@ -1,0 +1,170 @@
+"""From logits to tokens and what is measured about them, for many rows at once.
+
+Pure: the only randomness is one uniform number per row. Shapes: S rows, V vocabulary, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from e3rl.errors import UserError
+from e3rl.rollout.engine import Sampling
+
+SICK = -1
+"""Stands in `Samples.ids_S` where a row's logits are not all finite."""
+
+_BLOCK = 512
+_NO_TOP_K = 2**31
+
+
+class Measures(NamedTuple):
+    """The numbers of `Candidate` that belong to one token."""
+
+    logprob: float
+    entropy: float
+    perturbation: float
+    kept_mass: float
+
+
+class Samples(NamedTuple):
+    """One token per row and its `Measures`, as tensors."""
+
+    ids_S: Tensor
+    logprobs_S: Tensor
+    entropies_S: Tensor
+    perturbations_S: Tensor
+    kept_mass_S: Tensor
+
+    def measures(self) -> list[Measures]:
+        """Each row's numbers, off the device."""
+        return [Measures(*row) for row in torch.stack(self[1:], dim=1).tolist()]
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise UserError where a setting is out of range."""
+    if not 0 < sampling.temperature < float("inf"):
+        raise UserError(f"temperature = {sampling.temperature} is out of range: it must be above 0")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"top_p = {sampling.top_p} is out of range: it must be above 0 and at most 1")
+    if sampling.top_k < 0:
+        raise UserError(f"top_k = {sampling.top_k} is out of range: it must be at least 0, which keeps all tokens")
+    if sampling.entropy_distribution not in ("full", "truncated"):
+        raise UserError(f"entropy_distribution = '{sampling.entropy_distribution}': it must be 'full' or 'truncated'")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Sampling settings of several rows as tensors. ``depth``: likeliest tokens to look at for truncation; 0: none."""
+
+    temperature_S1: Tensor
+    top_k_S1: Tensor
+    top_p_S1: Tensor
+    truncates_S1: Tensor
+    truncated_entropy_S: Tensor
+    depth: int
+    any_truncated_entropy: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device | str) -> SamplingRows:
+        """The settings of each row; what later decides about work (``depth``) is settled here, without the device."""
+        truncates = [r.top_k > 0 or r.top_p < 1 for r in rows]
+        top_k = [r.top_k or _NO_TOP_K for r in rows]
+        truncated_entropy = [r.entropy_distribution == "truncated" for r in rows]
+
+        def column(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+
+        return cls(
+            temperature_S1=column([r.temperature for r in rows], torch.float32),
+            top_k_S1=column(top_k, torch.long),
+            top_p_S1=column([r.top_p for r in rows], torch.float32),
+            truncates_S1=column(truncates, torch.bool),
+            truncated_entropy_S=column(truncated_entropy, torch.bool).squeeze(1),
+            depth=max((k for k, t in zip(top_k, truncates, strict=True) if t), default=0),
+            any_truncated_entropy=any(truncated_entropy),
+        )
+
+
+def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:
+    """Eq 2, 5. One token per row from its temperature-scaled, truncated distribution, with entropy and perturbation.
+
+    Everything measured belongs to the distribution before truncation, unless the row asks for the truncated entropy.
+    A row with NaN or infinite logits gets the id `SICK`.
+    """
+    logp_SV = logits_SV.float() / rows.temperature_S1
+    logp_SV -= logp_SV.logsumexp(-1, keepdim=True)
+    p_SV = logp_SV.exp()
+    entropies_S = -(p_SV * logp_SV).sum(-1)
+    sick_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
+    kept_mass_S = torch.ones_like(entropies_S)
+    if rows.depth:
+        thresholds_S1 = truncation_thresholds(p_SV, rows)
+        p_SV.masked_fill_(p_SV < thresholds_S1, 0.0)
+        kept_mass_S = torch.where(rows.truncates_S1.squeeze(1), p_SV.sum(-1).clamp(max=1.0), kept_mass_S)
+        if rows.any_truncated_entropy:
+            truncated_S = kept_mass_S.log() - (p_SV * logp_SV).sum(-1) / kept_mass_S
+            entropies_S = torch.where(rows.truncated_entropy_S, truncated_S, entropies_S)
+    ids_S = inverse_cdf(p_SV, uniforms_S)
+    logprobs_S = logp_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    return Samples(
+        ids_S=ids_S.masked_fill(sick_S, SICK),
+        logprobs_S=logprobs_S,
+        entropies_S=entropies_S.clamp(min=0.0),
+        perturbations_S=logp_SV.amax(-1) - logprobs_S,
+        kept_mass_S=kept_mass_S,
+    )
+
+
+def truncation_thresholds(p_SV: Tensor, rows: SamplingRows) -> Tensor:
+    """The smallest probability that top-k, and then top-p over what top-k left, keep in each row, [S, 1].
+
+    A threshold in place of a set of tokens: equally likely tokens are kept or dropped together, so the outcome depends
+    on the row's numbers alone and not on a sorting order.
+    """
+    likeliest_SK = p_SV.topk(min(rows.depth, p_SV.shape[1])).values
+    last_S1 = rows.top_k_S1.clamp(max=likeliest_SK.shape[1]) - 1
+    kth_S1 = likeliest_SK.gather(1, last_S1)
+    mass_S1 = p_SV.masked_fill(p_SV < kth_S1, 0.0).sum(-1, keepdim=True)
+    before_S1 = (likeliest_SK.cumsum(-1) < rows.top_p_S1 * mass_S1).sum(-1, keepdim=True)
+    nucleus_S1 = torch.where(rows.top_p_S1 < 1, before_S1.minimum(last_S1), last_S1)
+    return torch.where(rows.truncates_S1, likeliest_SK.gather(1, nucleus_S1), 0.0)
+
+
+def inverse_cdf(weights_SV: Tensor, uniforms_S: Tensor) -> Tensor:
+    """The token at which the running sum of a row's weights, in vocabulary order, exceeds uniform * total.
+
+    Found block by block, in double precision: no running sum over the whole vocabulary is stored, and no token of
+    weight 0 can be drawn.
+    """
+    size = weights_SV.shape[1]
+    whole = size // _BLOCK
+    sums_SB = torch.cat(
+        [
+            weights_SV[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK)).sum(-1),
+            weights_SV[:, whole * _BLOCK :].sum(-1, keepdim=True),
+        ],
+        dim=1,
+    ).double()
+    targets_S1 = uniforms_S.double().unsqueeze(1) * sums_SB.sum(-1, keepdim=True)
+    block_S1, rest_S1 = _first_above(sums_SB, targets_S1)
+    tokens_SB = block_S1 * _BLOCK + torch.arange(min(_BLOCK, size), device=weights_SV.device)
+    inside_SB = tokens_SB < size
+    within_SB = weights_SV.gather(1, tokens_SB.clamp(max=size - 1)).double() * inside_SB
+    offset_S1, _ = _first_above(within_SB, rest_S1)
+    return tokens_SB.gather(1, offset_S1).squeeze(1)
+
+
+def _first_above(weights_SK: Tensor, targets_S1: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first positive weight whose running sum exceeds the target, and the target less what came before."""
+    running_SK = weights_SK.cumsum(-1)
+    total_S1 = running_SK[:, -1:]
+    targets_S1 = targets_S1.minimum(total_S1.nextafter(torch.zeros_like(total_S1)))  # rounding can reach the total
+    hits_SK = (running_SK > targets_S1) & (weights_SK > 0)
+    index_S1 = hits_SK.to(torch.int8).argmax(-1, keepdim=True)
+    before_S1 = running_SK.gather(1, index_S1) - weights_SK.gather(1, index_S1)
+    return index_S1, (targets_S1 - before_S1).clamp(min=0.0)

@@ -1,0 +1,116 @@
+"""Which models the slot cache serves exactly: by what they say of themselves, then by a numeric check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e3rl.errors import UserError
+from e3rl.rollout.slot_cache import SlotModel
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+def require_servable(model: Any) -> None:
+    """Raise UserError for a model whose cached state is not one key and value per past token and layer."""
+    reason = _obstacle(model)
+    if reason:
+        raise UserError(
+            f"{type(model).__name__} can't be served by the torch engine: {reason}. It serves decoder-only models with "
+            "full attention in every layer."
+        )
+
+
+def _obstacle(model: Any) -> str | None:
+    config = model.config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None)
+    others = sorted(set(layer_types or ()) - {"full_attention"})
+    attention = getattr(config, "_attn_implementation", "") or ""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if others:
+        return f"it has layers of type {', '.join(others)}"
+    if getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
+        return "it keeps a recurrent state, which can't be rolled back token by token"
+    if layer_types is None and getattr(config, "sliding_window", None) is not None:
+        return f"its attention slides over a window of {config.sliding_window} tokens"
+    if any(rope in _rope_types(config) for rope in _LENGTH_DEPENDENT_ROPE):
+        return f"its rotary embedding ({', '.join(_rope_types(config))}) depends on the longest row of the batch"
+    if "flash" in attention or "flex" in attention or "paged" in attention:
+        return f"its attention '{attention}' takes no mask per row; load it with attn_implementation='sdpa'"
+    if any(getattr(peft, "is_prompt_learning", False) for peft in (getattr(model, "peft_config", None) or {}).values()):
+        return "its PEFT adapter puts virtual tokens before the prompt"
+    return None
+
+
+def _rope_types(config: Any) -> list[str]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return sorted({str(r.get("rope_type", r.get("type", "default"))) for r in (nested or [rope])})
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off; every module's training flag is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_exactness(model: Any) -> None:
+    """Raise UserError where cached decoding and full forward passes disagree on two ragged rows.
+
+    The rows are prefilled and decoded together; one is rolled back and decoded again with another token.
+    """
+    with torch.inference_mode(), evaluating(model):
+        _compare_logits(model)
+
+
+def _compare_logits(model: Any) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    long, short = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 6))
+    redrawn = [*short[:4], (short[4] + 1) % vocabulary]
+    served = _served_logits(model, long, short, redrawn)
+    expected = torch.stack([_full_logits(model, ids) for ids in (long, short, long, redrawn)])
+    scale = expected.abs().max().item()
+    error = (served - expected).abs().max().item()
+    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16])
+    if not error <= tolerance * scale:  # NaN too
+        raise UserError(
+            f"{type(model).__name__} can't be served by the torch engine: with the slot cache its logits differ by up "
+            f"to {error:.3g} from a full forward pass (largest logit {scale:.3g}, allowed {tolerance * scale:.3g})"
+        )
+
+
+def _served_logits(model: Any, long: Sequence[int], short: Sequence[int], redrawn: Sequence[int]) -> Tensor:
+    """Logits after ``long`` and ``short``, whose last two tokens are decoded, then after ``long`` and ``redrawn``."""
+    slot_model = SlotModel(model, slots=2, max_length=len(long))
+    slot_model.prefill(long[:-2], slot=0)
+    slot_model.prefill(short[:-2], slot=1)
+
+    def decode(back: int, long_id: int, short_id: int) -> Tensor:
+        ids_S = torch.tensor([long_id, short_id], device=slot_model.device)
+        positions_S = torch.tensor([len(long) - back, len(short) - back], device=slot_model.device)
+        return slot_model.decode(ids_S, positions_S, last=len(long) - back).float()
+
+    decode(2, long[-2], short[-2])
+    first = decode(1, long[-1], short[-1])
+    again_short = decode(2, long[-2], redrawn[-1])[1:]
+    again_long = decode(1, long[-1], short[-1])[:1]
+    return torch.cat([first, again_long, again_short])
+
+
+def _full_logits(model: Any, ids: Sequence[int]) -> Tensor:
+    ids_1T = torch.tensor([ids], device=model.device)
+    return model(input_ids=ids_1T, use_cache=False).logits[0, -1].float()
