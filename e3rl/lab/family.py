@@ -1,0 +1,41 @@
+"""What a family of lab problems is: a way to draw tasks, to read a response step by step, and to grade it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One drawn problem. ``key`` identifies its content: tasks that differ in wording or order alone share it."""
+
+    question: str
+    answer: str
+    solution: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a response: the characters ``start:end`` of it, and whether the step is right."""
+
+    start: int
+    end: int
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of problem. ``levels`` says in words what each level asks; ``training_level`` is where learning pays."""
+
+    name: str
+    levels: Mapping[int, str]
+    training_level: int
+    draw: Callable[[int, Random], Task]
+    steps: Callable[[str, str, str], list[Step]]
+    """(question, answer, response) -> the steps that the response takes."""
+    grade: Callable[[str, str, str], bool]
+    """(question, answer, response) -> whether the final answer is right."""

@@ -1,0 +1,103 @@
+"""Find a way through a small graph with dead ends.
+
+``ae;ab;bd;a>d:`` lists directed edges in random order, then start and target; the answer is the nodes after the start,
+``bd``. A wrong turn into a dead end cannot be mended: the next node is then either missing or not connected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from e3rl.lab.family import Family, Step, Task
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """``length`` edges lead from start to target; ``dead_ends`` nodes on the way also have a branch of ``depth`` nodes
+    that leads nowhere; ``detours`` nodes on the way can be walked around, so both ways are right."""
+
+    length: int
+    dead_ends: int
+    depth: int = 1
+    detours: int = 0
+
+    def __str__(self) -> str:
+        dead_ends = f"{self.dead_ends} dead end{'s' * (self.dead_ends > 1)}"
+        depth = f" of {self.depth} nodes" if self.depth > 1 else ""
+        return f"{self.length} steps, {dead_ends}{depth}, {self.detours or 'no'} detour{'s' * (self.detours != 1)}"
+
+
+_SHAPES = {
+    1: _Shape(length=2, dead_ends=1),
+    2: _Shape(length=3, dead_ends=2),
+    3: _Shape(length=4, dead_ends=3, detours=1),
+    4: _Shape(length=5, dead_ends=4, detours=1),
+    5: _Shape(length=5, dead_ends=4, depth=2, detours=1),
+    6: _Shape(length=6, dead_ends=5, depth=2, detours=1),
+}
+
+Edges = frozenset[tuple[str, str]]
+
+
+def draw(level: int, rng: Random) -> Task:
+    """A random graph of the level's shape, with random letters and its edges in random order."""
+    shape = _SHAPES[level]
+    letters = iter(rng.sample(string.ascii_lowercase, len(string.ascii_lowercase)))
+    way = [next(letters) for _ in range(shape.length + 1)]
+    edges = list(itertools.pairwise(way))
+    for node in rng.sample(way[:-1], shape.dead_ends):
+        branch = [node, *(next(letters) for _ in range(shape.depth))]
+        edges += itertools.pairwise(branch)
+    for position in rng.sample(range(shape.length - 1), shape.detours):
+        around = next(letters)
+        edges += [(way[position], around), (around, way[position + 2])]
+    rng.shuffle(edges)
+    ends = f"{way[0]}>{way[-1]}"
+    answer = "".join(way[1:])
+    question = "".join(f"{a}{b};" for a, b in edges) + f"{ends}:"
+    key = "".join(f"{a}{b};" for a, b in sorted(edges)) + ends
+    return Task(question=question, answer=answer, solution=answer, key=key)
+
+
+def _parse(question: str) -> tuple[Edges, str, str]:
+    *edges, ends = question.rstrip(":").split(";")
+    start, target = ends.split(">")
+    return frozenset((edge[0], edge[1]) for edge in edges), start, target
+
+
+def _leading_to(target: str, edges: Iterable[tuple[str, str]]) -> set[str]:
+    """All nodes from which ``target`` can be reached, itself included."""
+    found, edges = {target}, list(edges)
+    while new := {a for a, b in edges if b in found} - found:
+        found |= new
+    return found
+
+
+def steps(question: str, answer: str, response: str) -> list[Step]:
+    """One step a character: right if an edge leads there from the node before and the target can still be reached."""
+    edges, node, target = _parse(question)
+    hopeful, found = _leading_to(target, edges), []
+    for position, after in enumerate(response.rstrip()):
+        found.append(Step(position, position + 1, after, (node, after) in edges and after in hopeful))
+        node = after
+    return found
+
+
+def grade(question: str, answer: str, response: str) -> bool:
+    """Whether the response walks along edges from the start to the target; any such way counts."""
+    taken = steps(question, answer, response)
+    return bool(taken) and all(step.right for step in taken) and taken[-1].text == _parse(question)[2]
+
+
+FAMILY = Family(
+    name="path",
+    levels={level: str(shape) for level, shape in _SHAPES.items()},
+    training_level=3,
+    draw=draw,
+    steps=steps,
+    grade=grade,
+)
