@@ -2,22 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
-from e3rl.config import ObjectiveConfig, build_section
+from e3rl.config import Config, ObjectiveConfig, build_section
+from e3rl.errors import UserError
 from e3rl.plugins import load
 
 if TYPE_CHECKING:
     from e3rl.objectives.base import Objective
 
 OBJECTIVES = {
+    "bapo": "e3rl.objectives.bapo:BAPO",
+    "dapo": "e3rl.objectives.dapo:DAPO",
+    "disco": "e3rl.objectives.disco:DisCO",
+    "dr_grpo": "e3rl.objectives.dr_grpo:DrGRPO",
     "e3rl": "e3rl.objectives.e3rl:E3RL",
+    "erpo": "e3rl.objectives.erpo:ERPO",
     "grpo": "e3rl.objectives.grpo:GRPO",
+    "gspo": "e3rl.objectives.gspo:GSPO",
+    "sapo": "e3rl.objectives.sapo:SAPO",
+    "sft": "e3rl.objectives.sft:SFT",
+    "vanilla": "e3rl.objectives.vanilla:Vanilla",
+}
+
+_TITLES = {
+    "bapo": "BAPO",
+    "dapo": "DAPO",
+    "disco": "DisCO",
+    "dr_grpo": "Dr. GRPO",
+    "e3rl": "E³RL",
+    "erpo": "ERPO",
+    "grpo": "GRPO",
+    "gspo": "GSPO",
+    "sapo": "SAPO",
+    "sft": "SFT",
+    "vanilla": "Vanilla",
 }
 
 
 def build(config: ObjectiveConfig) -> Objective:
-    """The objective that the config names, with its options checked."""
+    """The objective that the config names, with its options and its behaviour on a toy group checked."""
+    from e3rl.objectives.checks import check_class, check_objective_runs
+
     kind = load("objective", config.name, OBJECTIVES)
-    objective: Objective = build_section(kind, config.options, "objective")
+    check_class(config.name, kind)
+    _check_owners(config, kind)
+    try:
+        objective: Objective = build_section(kind, config.options, "objective")
+    except UserError as error:
+        raise UserError(f"objective '{config.name}': {error}") from None
+    check_objective_runs(config.name, objective)
     return objective
+
+
+def options(name: str) -> tuple[dataclasses.Field[Any], ...]:
+    """The option fields of a named objective; each has its help and source in ``metadata``."""
+    return dataclasses.fields(load("objective", name, OBJECTIVES))
+
+
+def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
+    """An option that only another objective has is answered with that objective's name."""
+    own = {f.name for f in dataclasses.fields(kind)}
+    for key in config.options.keys() - own:
+        owners = [f"'{n}'" for n in OBJECTIVES if n != config.name and key in {f.name for f in options(n)}]
+        if owners:
+            has = "is an option of" if own else "belongs to"
+            mine = (
+                f"Options of '{config.name}': {', '.join(sorted(own))}." if own else f"'{config.name}' has no options."
+            )
+            raise UserError(f"objective.{key} {has} {', '.join(owners)}, not of '{config.name}'. {mine}")
+
+
+def method_name(config: Config) -> str:
+    """What a run may be called in reports and tables: E³RL is only what the paper describes (D14, D15)."""
+    objective, erase = config.objective, config.rollout.erase
+    title = _TITLES.get(objective.name, objective.name.rpartition(":")[2])
+    is_paper_method = objective.name == "e3rl"
+    name = title + ("+erase" if erase and not is_paper_method else "")
+    name += "+ε" if erase and config.erasure.perturbation_weight > 0 else ""
+    name += "+contrast" if objective.options.get("erased") == "contrast" else ""
+    return name + (" (plain rollouts)" if is_paper_method and not erase else "")

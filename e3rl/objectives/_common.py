@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from e3rl.equations.policy import k3_kl
-from e3rl.objectives.base import Need, TrainBatch
+from e3rl.equations.policy import clipped_surrogate, k3_kl
+from e3rl.objectives.base import Loss, Need, TrainBatch
+from e3rl.objectives.metrics import measured
 
 MAX_LOG_RATIO = 20.0
 
@@ -64,14 +65,6 @@ def kl_terms(batch: TrainBatch, kl_coef: float) -> Tensor:
     return k3_kl(batch.logprobs_ST.masked_fill(outside, 0.0), batch.reference_logprobs_ST.masked_fill(outside, 0.0))
 
 
-def standardized(rewards_G: Tensor, eps: float) -> Tensor:
-    """ERPO eq 3. (r - mean) / (std + eps) with the sample standard deviation; 0 for a group of one or of equals."""
-    centred_G = rewards_G - rewards_G.mean()
-    if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
-        return torch.zeros_like(centred_G)
-    return centred_G / (rewards_G.std() + eps)
-
-
 def on_tokens(values_G: Tensor, mask_GT: Tensor) -> Tensor:
     """One value per sequence, laid on its tokens, [G, T]; 0 in padding."""
     return values_G[:, None] * mask_GT
@@ -88,20 +81,29 @@ def sequence_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
     return (sums_S / lengths(batch)).sum() / batch.totals.sequences
 
 
+def limit_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
+    """This micro-batch's part of the step's sum over tokens divided by the most tokens its sequences could have."""
+    values = values_ST.masked_fill(~batch.mask_ST, 0.0).sum()
+    return values / (batch.totals.sequences * batch.totals.completion_limit)
+
+
 def clipped(ratios: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """Where the clip is in force, that is where the surrogate has no gradient (bool)."""
     return ((ratios > 1 + clip_high) & (advantages > 0)) | ((ratios < 1 - clip_low) & (advantages < 0))
 
 
-def measured(present: Tensor, values: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """(sum over ``present``, count) of each tensor, moved off the device in one go."""
-    sums = [value.detach().float().masked_fill(~present, 0.0).sum() for value in values.values()]
-    *totals, count = torch.stack([*sums, present.sum().float()]).tolist()
-    return {name: (total, count) for name, total in zip(values, totals, strict=True)}
-
-
-def measured_by_segment(name: str, values_SN: Tensor, present_SN: Tensor) -> dict[str, tuple[float, float]]:
-    """``name/segment_0``, ``name/segment_1``, ...: (sum, count) over the sequences that have that segment."""
-    sums_N = values_SN.detach().float().masked_fill(~present_SN, 0.0).sum(0)
-    pairs = torch.stack([sums_N, present_SN.sum(0).float()], -1).tolist()
-    return {f"{name}/segment_{n}": (total, count) for n, (total, count) in enumerate(pairs)}
+def clipped_token_loss(
+    batch: TrainBatch,
+    mean: Callable[[Tensor, TrainBatch], Tensor],
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+) -> Loss:
+    """ERPO eq 5. Minus the ``mean`` of every token's clipped surrogate less its weighted KL."""
+    ratios_ST, advantages_ST = bounded_exp(token_log_ratios(batch)), batch.advantages_ST
+    kl_ST = kl_terms(batch, kl_coef)
+    objective_ST = clipped_surrogate(ratios_ST, advantages_ST, clip_low, clip_high) - kl_coef * kl_ST
+    clipped_ST = clipped(ratios_ST, advantages_ST, clip_low, clip_high)
+    metrics = measured(batch.mask_ST, {"clip_fraction": clipped_ST, "ratio": ratios_ST, "kl": kl_ST})
+    return Loss(-mean(objective_ST, batch), metrics)

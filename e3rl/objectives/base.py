@@ -79,6 +79,18 @@ class Objective(Protocol):
         """The micro-batch's share of the loss to minimise."""
 
 
+class AttributionOptions(Protocol):
+    """What an objective that needs "shares" has besides: how attention is read (eq 19, D9)."""
+
+    @property
+    def attribution_window(self) -> int:
+        """L', the last response tokens whose attention is read."""
+
+    @property
+    def attribution_layers(self) -> Literal["last", "all"]:
+        """The layers whose attention is averaged."""
+
+
 class TrajectoriesOnly:
     """Base for objectives that learn from committed trajectories alone: what was erased has no advantage."""
 

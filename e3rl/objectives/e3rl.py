@@ -11,6 +11,7 @@ from torch import Tensor
 from e3rl.config import PAPER, PAPER_METHOD, setting
 from e3rl.equations import advantage, policy
 from e3rl.objectives import _common as common
+from e3rl.objectives import metrics
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch
 
 
@@ -22,9 +23,7 @@ class E3RL:
     clip_low: float = setting(0.2, "the segment ratio is clipped below 1 - clip_low", min=0, max=1)
     clip_high: float = setting(0.2, "the segment ratio is clipped above 1 + clip_high", min=0)
     allocation: Literal["causal", "sequence", "anchored"] = setting(
-        "causal",
-        "D12: rewards divided by attention, none divided, or attention with the sign kept",
-        source=PAPER_METHOD,
+        "causal", "D12: reward divided by attention, undivided, or divided with its sign kept", source=PAPER_METHOD
     )
     ratio: Literal["segment", "segment_mean"] = setting(
         "segment", "D13: ratio of segment probabilities, or its root of the segment's length", source=PAPER_METHOD
@@ -33,9 +32,7 @@ class E3RL:
         "zero", "D11: no advantages where all sequence rewards are equal, or eq 20 as it stands"
     )
     erased: Literal["drop", "contrast"] = setting(
-        "drop",
-        "D15: forget erased candidates, or push away from those whose replacement was rewarded",
-        source=PAPER_METHOD,
+        "drop", "D15: forget erased candidates, or push away from them where what followed won", source=PAPER_METHOD
     )
     contrast_weight: float = setting(1.0, "lambda_C, size of an erased candidate's negative advantage", above=0)
     attribution_window: int = setting(64, "L', last response tokens whose attention divides the reward (eq 19)", min=1)
@@ -71,7 +68,7 @@ class E3RL:
         return -self.contrast_weight if reward > 0 else 0.0
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """Eq 21-22. Segment surrogates summed over each sequence minus its weighted KL; mean over group, then groups."""
+        """Eq 21-22. Segment surrogates of a sequence, minus its weighted KL; mean over the group, then over groups."""
         segments_ST, num_segments = common.masked_segments(batch)
         log_ratios = policy.segment_log_ratios if self.ratio == "segment" else policy.segment_mean_log_ratios
         ratios_SN = common.bounded_exp(log_ratios(batch.logprobs_ST, batch.old_logprobs_ST, segments_ST, num_segments))
@@ -83,7 +80,7 @@ class E3RL:
         weights_S = 1 / (batch.totals.groups * batch.group_sizes_S)
         value = -(weights_S * (surrogate_S - self.kl_coef * kl_ST.sum(-1))).sum()
         clipped_SN = common.clipped(ratios_SN, advantages_SN, self.clip_low, self.clip_high)
-        metrics = common.measured(lengths_SN > 0, {"clip_fraction": clipped_SN, "ratio": ratios_SN})
-        metrics |= common.measured_by_segment("clip_fraction", clipped_SN, lengths_SN > 0)
-        metrics |= common.measured(batch.mask_ST & ~batch.erased_S[:, None], {"kl": kl_ST})
-        return Loss(value, metrics)
+        measures = metrics.measured(lengths_SN > 0, {"clip_fraction": clipped_SN, "ratio": ratios_SN})
+        measures |= metrics.measured_by_segment("clip_fraction", clipped_SN, lengths_SN > 0)
+        measures |= metrics.measured(batch.mask_ST & ~batch.erased_S[:, None], {"kl": kl_ST})
+        return Loss(value, measures)

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from e3rl.config import PAPER, setting
-from e3rl.equations.policy import clipped_surrogate
+from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 
@@ -21,11 +21,9 @@ class GRPO(TrajectoriesOnly):
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", source="TRL", min=0, max=1)
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", source="TRL", min=0)
     average: Literal["token", "sequence"] = setting(
-        "token",
-        "mean over all tokens (eq 5), or over responses of each one's mean (DeepSeekMath)",
-        source="ERPO paper, eq 5",
+        "token", "mean over all tokens (eq 5), or of each response's own mean (DeepSeekMath)", source="ERPO paper"
     )
-    advantage_eps: float = setting(1e-4, "delta of eq 3, added to the standard deviation", source="TRL", above=0)
+    advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -33,15 +31,11 @@ class GRPO(TrajectoriesOnly):
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """ERPO eq 3. The group-normalised reward, on every token."""
-        return common.on_tokens(common.standardized(signals.rewards_G, self.advantage_eps), signals.mask_GT)
+        return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """ERPO eq 5. Clipped surrogate minus weighted KL, averaged, negated."""
-        ratios_ST = common.bounded_exp(common.token_log_ratios(batch))
-        advantages_ST = batch.advantages_ST
-        surrogate_ST = clipped_surrogate(ratios_ST, advantages_ST, self.clip_low, self.clip_high)
-        kl_ST = common.kl_terms(batch, self.kl_coef)
+        """ERPO eq 5. Clipped surrogate less weighted KL, averaged, negated."""
         mean = common.token_mean if self.average == "token" else common.sequence_mean
-        clipped_ST = common.clipped(ratios_ST, advantages_ST, self.clip_low, self.clip_high)
-        metrics = {"clip_fraction": clipped_ST, "ratio": ratios_ST, "kl": kl_ST}
-        return Loss(-mean(surrogate_ST - self.kl_coef * kl_ST, batch), common.measured(batch.mask_ST, metrics))
+        return common.clipped_token_loss(
+            batch, mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
+        )

@@ -1,0 +1,122 @@
+"""What every objective must keep to, checked on a toy group before any training, with the broken clause named."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from e3rl.errors import UserError
+from e3rl.objectives.base import GroupSignals, Loss, Need, Objective, Totals, TrainBatch
+
+_METHODS = ("advantages", "erased_advantage", "loss")
+
+
+def _broken(name: str, clause: str) -> UserError:
+    return UserError(f"objective '{name}' breaks its contract: {clause}. See docs/objectives.md, 'Your own objective'.")
+
+
+def check_class(name: str, kind: Any) -> None:
+    """A frozen dataclass with the three methods and ``needs``."""
+    if not isinstance(kind, type):
+        raise _broken(name, f"it must be a class, and is a {type(kind).__name__}")
+    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise _broken(name, f"{kind.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+    for method in _METHODS:
+        if not callable(getattr(kind, method, None)):
+            raise _broken(name, f"{kind.__name__} has no method `{method}`")
+    if not hasattr(kind, "needs"):
+        raise _broken(name, f"{kind.__name__} has no `needs`; write needs = frozenset() where nothing is needed")
+
+
+def toy_signals(needs: frozenset[Need], siblings: int = 3) -> GroupSignals:
+    """A group of responses of 5, 4, 3, ... tokens in segments of 2, with mixed rewards and what ``needs`` asks for."""
+    generator = torch.Generator().manual_seed(0)
+    positions_T = torch.arange(5)
+    mask_GT = positions_T < torch.tensor([max(5 - g, 1) for g in range(siblings)])[:, None]
+    logprobs_GT, reference_GT = (-torch.rand(2, siblings, 5, generator=generator, dtype=dtype) - 0.1).where(
+        mask_GT, 0.0
+    )
+    shares_GT = torch.rand(siblings, 5, generator=generator).where(mask_GT, 0.0)
+    return GroupSignals(
+        rewards_G=torch.tensor([1.0, 0.0, 0.5, 0.0][:siblings], dtype=torch.float64),
+        mask_GT=mask_GT,
+        segments_GT=(positions_T // 2).expand_as(mask_GT).where(mask_GT, -1),
+        entropies_GT=-logprobs_GT,
+        old_logprobs_GT=logprobs_GT,
+        reference_logprobs_GT=reference_GT if "reference" in needs else None,
+        shares_GT=shares_GT / shares_GT.sum(-1, keepdim=True) if "shares" in needs else None,
+    )
+
+
+def toy_batch(signals: GroupSignals, advantages_GT: Tensor, drift: float = 0.0) -> TrainBatch:
+    """The group as one micro-batch; ``drift`` moves the policy away from the one that made the rollout."""
+    siblings, length = signals.mask_GT.shape
+    moves_GT = torch.linspace(-drift, drift, siblings * length, dtype=signals.old_logprobs_GT.dtype)
+    logprobs_GT = signals.old_logprobs_GT + moves_GT.view(siblings, length)
+    return TrainBatch(
+        logprobs_ST=logprobs_GT.requires_grad_(),
+        old_logprobs_ST=signals.old_logprobs_GT,
+        reference_logprobs_ST=signals.reference_logprobs_GT,
+        advantages_ST=advantages_GT.to(logprobs_GT.dtype),
+        mask_ST=signals.mask_GT,
+        segments_ST=signals.segments_GT,
+        group_sizes_S=torch.full((siblings,), siblings),
+        erased_S=torch.zeros(siblings, dtype=torch.bool),
+        totals=Totals(groups=1, sequences=siblings, tokens=int(signals.mask_GT.sum()), completion_limit=length),
+    )
+
+
+def check_needs(name: str, objective: Objective) -> None:
+    """Known needs, and the options that "shares" is read with."""
+    needs, known = objective.needs, get_args(Need)
+    if not isinstance(needs, frozenset) or not needs <= set(known):
+        raise _broken(name, f"`needs` is {needs!r}, and must be a frozenset of {', '.join(map(repr, known))}")
+    for option in ("attribution_window", "attribution_layers") if "shares" in needs else ():
+        if not hasattr(objective, option):
+            raise _broken(name, f"it needs 'shares' and has no option `{option}`")
+
+
+def check_advantages(name: str, advantages_GT: Any, signals: GroupSignals) -> Tensor:
+    """``advantages_GT`` itself where it is one finite number per token, 0 in padding."""
+    if not isinstance(advantages_GT, Tensor) or advantages_GT.shape != signals.mask_GT.shape:
+        got = tuple(advantages_GT.shape) if isinstance(advantages_GT, Tensor) else type(advantages_GT).__name__
+        raise _broken(name, f"`advantages` returned {got}, not one number per token {tuple(signals.mask_GT.shape)}")
+    if not bool(torch.isfinite(advantages_GT).all()):
+        raise _broken(name, f"`advantages` has NaN or infinite values for rewards {signals.rewards_G.tolist()}")
+    if bool((advantages_GT[~signals.mask_GT] != 0).any()):
+        raise _broken(name, "`advantages` must be 0 in padding")
+    return advantages_GT
+
+
+def check_loss(name: str, loss: Any) -> Loss:
+    """``loss`` itself where it is a finite scalar with a gradient, and metrics as pairs."""
+    if not isinstance(loss, Loss):
+        raise _broken(name, f"`loss` must return a Loss, and returned a {type(loss).__name__}")
+    if loss.value.ndim != 0 or not bool(torch.isfinite(loss.value)):
+        raise _broken(name, f"`loss` must be one finite number, and is {loss.value.detach()}")
+    if not loss.value.requires_grad:
+        raise _broken(name, "`loss` does not depend on batch.logprobs_ST")
+    pairs = [v for v in loss.metrics.values() if not (isinstance(v, tuple) and len(v) == 2)]
+    if pairs:
+        raise _broken(name, f"metrics must be (sum, count) pairs; got {pairs[0]!r}")
+    return loss
+
+
+def check_objective_runs(name: str, objective: Objective) -> None:
+    """Needs, advantages and loss on a toy group."""
+    check_needs(name, objective)
+    signals = toy_signals(objective.needs)
+    try:
+        advantages_GT = objective.advantages(signals)
+        check_advantages(name, advantages_GT, signals)
+        check_loss(name, objective.loss(toy_batch(signals, advantages_GT)))
+        erased = objective.erased_advantage(1.0)
+    except UserError:
+        raise
+    except Exception as error:  # an objective from outside may fail in any way
+        raise _broken(name, f"it failed on a toy group with {type(error).__name__}: {error}") from error
+    if not isinstance(erased, float | int):
+        raise _broken(name, f"`erased_advantage` must return a number, and returned {erased!r}")

@@ -1,0 +1,34 @@
+"""Dr. GRPO: GRPO without the two divisions that favour short right answers and easy or hard prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from e3rl.config import setting
+from e3rl.objectives import _common as common
+from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+
+
+@dataclass(frozen=True)
+class DrGRPO(TrajectoriesOnly):
+    """GRPO done right (arXiv 2503.20783): no standard deviation, no response length."""
+
+    kl_coef: float = setting(0.0, "weight of the KL term; 0 needs no reference policy", source="Dr. GRPO paper", min=0)
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", source="Dr. GRPO paper", min=0, max=1)
+    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", source="Dr. GRPO paper", min=0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return common.kl_needs(self.kl_coef)
+
+    def advantages(self, signals: GroupSignals) -> Tensor:
+        """The reward less the group's mean, on every token."""
+        return common.on_tokens(signals.rewards_G - signals.rewards_G.mean(), signals.mask_GT)
+
+    def loss(self, batch: TrainBatch) -> Loss:
+        """Sum over tokens divided by what the sequences could have held at most: a constant."""
+        return common.clipped_token_loss(
+            batch, common.limit_mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
+        )

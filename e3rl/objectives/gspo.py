@@ -1,0 +1,41 @@
+"""GSPO: one ratio per response, the length-th root of the ratio of its probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from e3rl.config import setting
+from e3rl.equations.erpo import group_advantages
+from e3rl.equations.policy import clipped_surrogate
+from e3rl.objectives import _common as common
+from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.metrics import measured
+
+
+@dataclass(frozen=True)
+class GSPO(TrajectoriesOnly):
+    """Group sequence policy optimisation (arXiv 2507.18071)."""
+
+    kl_coef: float = setting(0.0, "weight of the KL term; 0 needs no reference policy", source="GSPO paper", min=0)
+    clip_low: float = setting(3e-4, "the ratio is clipped below 1 - clip_low", source="GSPO paper", min=0, max=1)
+    clip_high: float = setting(4e-4, "the ratio is clipped above 1 + clip_high", source="GSPO paper", min=0)
+    advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return common.kl_needs(self.kl_coef)
+
+    def advantages(self, signals: GroupSignals) -> Tensor:
+        """ERPO eq 3. The group-normalised reward, on every token."""
+        return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
+
+    def loss(self, batch: TrainBatch) -> Loss:
+        """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""
+        ratios_S1 = common.bounded_exp(common.sequence_log_ratios(batch))[:, None]
+        advantages_ST, kl_ST = batch.advantages_ST, common.kl_terms(batch, self.kl_coef)
+        surrogate_ST = clipped_surrogate(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
+        clipped_ST = common.clipped(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
+        measures = measured(batch.mask_ST, {"clip_fraction": clipped_ST, "ratio": ratios_S1, "kl": kl_ST})
+        return Loss(-common.sequence_mean(surrogate_ST - self.kl_coef * kl_ST, batch), measures)
