@@ -66,12 +66,10 @@ def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
     own = {f.name for f in dataclasses.fields(kind)}
     for key in config.options.keys() - own:
         owners = [f"'{n}'" for n in OBJECTIVES if n != config.name and key in {f.name for f in options(n)}]
-        if owners:
-            has = "is an option of" if own else "belongs to"
-            mine = (
-                f"Options of '{config.name}': {', '.join(sorted(own))}." if own else f"'{config.name}' has no options."
-            )
-            raise UserError(f"objective.{key} {has} {', '.join(owners)}, not of '{config.name}'. {mine}")
+        if owners or not own:
+            elsewhere = f" It belongs to {', '.join(owners)}." if owners else ""
+            known = ", ".join(sorted(own)) or "none"
+            raise UserError(f"objective '{config.name}' has no option '{key}'.{elsewhere} Its options: {known}.")
 
 
 def method_name(config: Config) -> str:

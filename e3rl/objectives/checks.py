@@ -36,9 +36,7 @@ def toy_signals(needs: frozenset[Need], siblings: int = 3) -> GroupSignals:
     generator = torch.Generator().manual_seed(0)
     positions_T = torch.arange(5)
     mask_GT = positions_T < torch.tensor([max(5 - g, 1) for g in range(siblings)])[:, None]
-    logprobs_GT, reference_GT = (-torch.rand(2, siblings, 5, generator=generator, dtype=dtype) - 0.1).where(
-        mask_GT, 0.0
-    )
+    logprobs_GT, reference_GT = -torch.rand(2, siblings, 5, generator=generator).where(mask_GT, 0.0)
     shares_GT = torch.rand(siblings, 5, generator=generator).where(mask_GT, 0.0)
     return GroupSignals(
         rewards_G=torch.tensor([1.0, 0.0, 0.5, 0.0][:siblings], dtype=torch.float64),
