@@ -1,0 +1,83 @@
+"""`load_problems`: any source of rows becomes a list of checked problems."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+from e3rl.config import DataConfig
+from e3rl.data.readers import READERS, Row, looks_like_hub_id, read_dataset, read_file
+from e3rl.data.rows import has_column, to_problem
+from e3rl.errors import UserError
+from e3rl.types import Problem
+
+Split = Literal["train", "eval"]
+
+_ENCODED_FORMATS = (".csv", ".parquet")
+_DEFAULT_COLUMNS = {f.name: f.default for f in fields(DataConfig)}
+
+
+def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Problem]:
+    """The problems of a file, a directory, a hub dataset or a lab family (``lab:FAMILY[:LEVEL]``).
+
+    ``split`` picks a lab family's half, names the split of a hub dataset through ``config``, and says whether
+    ``config.train_limit`` applies; a file is taken whole.
+    """
+    limit = config.train_limit if split == "train" else 0
+    if source.startswith("lab:"):
+        return _lab_problems(source, split, limit)
+    rows = _rows(source, config, split)
+    problems = _to_problems(itertools.islice(rows, limit) if limit else rows, source, config)
+    if not problems:
+        raise UserError(
+            f"{source}: holds no rows; there is nothing to {'train on' if split == 'train' else 'evaluate'}"
+        )
+    return problems
+
+
+def _rows(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
+    path = Path(source)
+    if path.suffix.lower() in READERS and not path.is_dir():
+        return read_file(path)
+    if path.is_file():
+        raise UserError(f"{source}: unknown extension '{path.suffix}'; known are {', '.join(READERS)}")
+    if path.is_dir() or looks_like_hub_id(source):
+        return read_dataset(source, config.train_split if split == "train" else config.eval_split)
+    raise UserError(
+        f"no such data: '{source}' is no file, no directory and no hub id (OWNER/NAME or OWNER/NAME:SUBSET); "
+        f"lab problems are written lab:FAMILY[:LEVEL]"
+    )
+
+
+def _to_problems(rows: Iterable[Row], source: str, config: DataConfig) -> list[Problem]:
+    encoded = Path(source).suffix.lower() in _ENCODED_FORMATS
+    problems: list[Problem] = []
+    places: dict[str, str] = {}
+    seen = {"answer_column": False, "id_column": False}
+    for number, (where, row) in enumerate(rows):
+        problem = to_problem(row, config, where, number, encoded=encoded)
+        if problem.id in places:
+            raise UserError(f"{where}: id '{problem.id}' is already the id of {places[problem.id]}; ids must be unique")
+        places[problem.id] = where
+        problems.append(problem)
+        for setting in seen:
+            seen[setting] |= has_column(row, getattr(config, setting))
+    _check_named_columns(seen, bool(problems), source, config)
+    return problems
+
+
+def _check_named_columns(seen: dict[str, bool], any_rows: bool, source: str, config: DataConfig) -> None:
+    """The default names of optional columns may be absent; a name that the user chose may not."""
+    for setting, found in seen.items():
+        name = getattr(config, setting)
+        if any_rows and not found and name != _DEFAULT_COLUMNS[setting]:
+            raise UserError(f"{source}: no row has the column '{name}' that data.{setting} names")
+
+
+def _lab_problems(source: str, split: Split, limit: int) -> list[Problem]:
+    from e3rl.lab import problems as lab
+
+    return lab.load(source, "train" if split == "train" else "heldout", limit or None)

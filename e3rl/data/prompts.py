@@ -1,0 +1,88 @@
+"""Problems become token ids, exactly once: nothing downstream tokenises a prompt again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from e3rl.config import DataConfig
+from e3rl.errors import UserError, unknown
+from e3rl.types import Problem, Prompt
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def render_prompts(
+    problems: Sequence[Problem], tokenizer: Any, config: DataConfig, *, context_limit: int, completion_limit: int
+) -> list[Prompt]:
+    """Each problem through the tokenizer's chat template, generation prompt included.
+
+    A string is one user message; ``config.system_prompt`` comes first. A tokenizer without a template encodes string
+    prompts as they stand, with its own special tokens; it can't render messages. Few-shot examples are earlier
+    messages of the prompt.
+    """
+    limit = prompt_limit(config, context_limit, completion_limit)
+    return [_checked(problem, _encode(problem, tokenizer, config), limit) for problem in problems]
+
+
+def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) -> int:
+    """Most tokens that a prompt may have: what the response leaves of the context, or a lower ``max_prompt_length``."""
+    room = context_limit - completion_limit
+    if room < 1:
+        raise UserError(
+            f"a response of up to {completion_limit} tokens leaves no room for a prompt in the model's context of "
+            f"{context_limit}; lower rollout.segment_length, max_segments or max_completion_length"
+        )
+    return min(room, config.max_prompt_length) if config.max_prompt_length else room
+
+
+def _checked(problem: Problem, ids: Sequence[int], limit: int) -> Prompt:
+    if not ids:
+        raise UserError(f"problem '{problem.id}': the tokenizer makes no token of its prompt")
+    if len(ids) > limit:
+        raise UserError(
+            f"problem '{problem.id}': its prompt has {len(ids)} tokens and the limit is {limit} "
+            "(data.max_prompt_length, or what the longest response leaves of the context); drop it or raise that"
+        )
+    return Prompt(problem, tuple(int(i) for i in ids))
+
+
+def _encode(problem: Problem, tokenizer: Any, config: DataConfig) -> Sequence[int]:
+    if getattr(tokenizer, "chat_template", None):
+        return _through_template(problem, tokenizer, _messages(problem, config.system_prompt))
+    if not isinstance(problem.prompt, str):
+        raise UserError(
+            f"problem '{problem.id}' has a chat prompt, but the tokenizer has no chat template; use prompts that are "
+            f"plain strings, or a model with a template"
+        )
+    if config.system_prompt:
+        raise UserError(
+            "data.system_prompt needs a chat template, and this tokenizer has none; write it into the prompts"
+        )
+    return tokenizer.encode(problem.prompt)
+
+
+def _messages(problem: Problem, system_prompt: str) -> list[dict[str, str]]:
+    if isinstance(problem.prompt, str):
+        messages = [{"role": "user", "content": problem.prompt}]
+    else:
+        messages = [{"role": m.role, "content": m.content} for m in problem.prompt]
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise UserError(f"problem '{problem.id}': {unknown('role', message['role'], ROLES)}")
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"problem '{problem.id}': its last message is the assistant's; end with a user message")
+    if not system_prompt:
+        return messages
+    if messages[0]["role"] == "system":
+        raise UserError(f"problem '{problem.id}' has a system message of its own; leave data.system_prompt empty")
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _through_template(problem: Problem, tokenizer: Any, messages: list[dict[str, str]]) -> Sequence[int]:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except TemplateError as error:
+        raise UserError(f"problem '{problem.id}': the model's chat template refuses it: {error}") from None

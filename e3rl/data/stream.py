@@ -1,0 +1,87 @@
+"""The order in which prompts are trained on: endless, seeded, and the same whatever interrupts it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from e3rl.errors import UserError
+from e3rl.types import Prompt
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of ``range(size)`` for one epoch.
+
+    Sorting by hash keeps it the same on every machine and release; no library promises that of its shuffles.
+    """
+    return sorted(range(size), key=lambda i: hashlib.blake2b(f"{seed}/{epoch}/{i}".encode(), digest_size=16).digest())
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(repr((prompt.problem.id, prompt.ids)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _count(state: Mapping[str, Any], key: str) -> int:
+    value = state.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"the saved data position is damaged: {key} = {value!r}")
+    return value
+
+
+class PromptStream:
+    """Endless epochs over the prompts, each in its own order. A position is (epoch, prompts taken of it)."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise UserError("there are no prompts to train on")
+        self._prompts = tuple(prompts)
+        self._fingerprint = _fingerprint(self._prompts)
+        self._seed = seed
+        self._go_to(epoch=0, position=0)
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        self._order = epoch_order(len(self._prompts), self._seed, epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next prompt belongs to, from 0."""
+        return self._epoch
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next ``n`` prompts; runs over into further epochs as needed."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            chosen = self._order[self._position : self._position + n - len(taken)]
+            taken += [self._prompts[i] for i in chosen]
+            self._position += len(chosen)
+            if self._position == len(self._order):
+                self._go_to(self._epoch + 1, 0)
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the position, the seed and a fingerprint of the data, as plain JSON values."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "prompts": len(self._prompts),
+            "fingerprint": self._fingerprint,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back, or on, to where `state` was taken over the same prompts."""
+        if state.get("prompts") != len(self._prompts) or state.get("fingerprint") != self._fingerprint:
+            raise UserError(
+                f"the training data changed since the checkpoint ({state.get('prompts')} prompts then, "
+                f"{len(self._prompts)} now, or other texts): a run can only continue on the data it started with"
+            )
+        epoch, position, seed = (_count(state, key) for key in ("epoch", "position", "seed"))
+        if position >= len(self._prompts):
+            raise UserError(f"the saved data position is damaged: position {position} of {len(self._prompts)} prompts")
+        self._seed = seed
+        self._go_to(epoch, position)

@@ -1,0 +1,100 @@
+"""Problems through chat templates: literal text in, the tokenizer's ids out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from e3rl.config import DataConfig
+from e3rl.data.prompts import prompt_limit, render_prompts
+from e3rl.errors import UserError
+from e3rl.types import Message, Problem, Prompt
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    vocabulary = {chr(i): i for i in range(128)}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="\0"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE)
+
+
+def render(tokenizer: Any, prompt: Any, *, context: int = 1000, completion: int = 100, **settings: Any) -> Prompt:
+    config = DataConfig(**settings)
+    (rendered,) = render_prompts(
+        [Problem("p", prompt)], tokenizer, config, context_limit=context, completion_limit=completion
+    )
+    return rendered
+
+
+def text(prompt: Prompt) -> str:
+    return "".join(map(chr, prompt.ids))
+
+
+def refusal(tokenizer: Any, prompt: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        render(tokenizer, prompt, **options)
+    return str(caught.value)
+
+
+def test_a_string_is_one_user_message(tokenizer: Any) -> None:
+    prompt = render(tokenizer, "1+1?")
+    assert text(prompt) == "<user>1+1?\n<assistant>"
+    assert all(type(i) is int for i in prompt.ids)
+
+
+def test_system_prompt_and_many_turns(tokenizer: Any) -> None:
+    turns = (Message("user", "1+1?"), Message("assistant", "2"), Message("user", "2+2?"))
+    rendered = render(tokenizer, turns, system_prompt="add")
+    assert text(rendered) == "<system>add\n<user>1+1?\n<assistant>2\n<user>2+2?\n<assistant>"
+
+
+def test_without_a_template_strings_are_encoded_as_they_stand(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    assert text(render(tokenizer, "1+1?")) == "1+1?"
+    assert "no chat template" in refusal(tokenizer, (Message("user", "x"),))
+    assert "data.system_prompt needs a chat template" in refusal(tokenizer, "x", system_prompt="s")
+
+
+def test_the_lab_tokenizer() -> None:
+    from e3rl.lab.tokenizer import build_tokenizer
+
+    lab = build_tokenizer(max_length=64)
+    assert lab.decode(render(lab, "1+1:").ids) == "<|begin|><|user|>1+1:<|end|><|assistant|>"
+
+
+def test_prompts_that_are_refused(tokenizer: Any) -> None:
+    message = refusal(tokenizer, (Message("usr", "x"),))
+    assert "problem 'p': unknown role 'usr'. Did you mean 'user'?" in message
+    assert "end with a user message" in refusal(tokenizer, (Message("user", "x"), Message("assistant", "y")))
+    assert "chat template refuses it: no tools here" in refusal(tokenizer, (Message("tool", "x"),))
+    own = (Message("system", "a"), Message("user", "x"))
+    assert "leave data.system_prompt empty" in refusal(tokenizer, own, system_prompt="s")
+    tokenizer.chat_template = "{# nothing #}"
+    assert "makes no token" in refusal(tokenizer, "x")
+
+
+def test_length_limits(tokenizer: Any) -> None:
+    length = len("<user>1+1?\n<assistant>")
+    assert len(render(tokenizer, "1+1?", context=length + 5, completion=5).ids) == length
+    assert len(render(tokenizer, "1+1?", max_prompt_length=length).ids) == length
+    message = refusal(tokenizer, "1+1?", context=length + 4, completion=5)
+    assert f"problem 'p': its prompt has {length} tokens and the limit is {length - 1}" in message
+    assert f"the limit is {length - 1}" in refusal(tokenizer, "1+1?", max_prompt_length=length - 1)
+    assert "leaves no room for a prompt" in refusal(tokenizer, "1+1?", context=100, completion=100)
+
+
+def test_the_lower_limit_counts() -> None:
+    assert prompt_limit(DataConfig(), 100, 30) == 70
+    assert prompt_limit(DataConfig(max_prompt_length=50), 100, 30) == 50
+    assert prompt_limit(DataConfig(max_prompt_length=90), 100, 30) == 70
