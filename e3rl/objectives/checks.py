@@ -14,21 +14,22 @@ from e3rl.objectives.base import GroupSignals, Loss, Need, Objective, Totals, Tr
 _METHODS = ("advantages", "erased_advantage", "loss")
 
 
-def _broken(name: str, clause: str) -> UserError:
+def broken(name: str, clause: str) -> UserError:
+    """The error that names the objective and the clause of the contract that it breaks."""
     return UserError(f"objective '{name}' breaks its contract: {clause}. See docs/objectives.md, 'Your own objective'.")
 
 
 def check_class(name: str, kind: Any) -> None:
     """A frozen dataclass with the three methods and ``needs``."""
     if not isinstance(kind, type):
-        raise _broken(name, f"it must be a class, and is a {type(kind).__name__}")
+        raise broken(name, f"it must be a class, and is a {type(kind).__name__}")
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise _broken(name, f"{kind.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+        raise broken(name, f"{kind.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
     for method in _METHODS:
         if not callable(getattr(kind, method, None)):
-            raise _broken(name, f"{kind.__name__} has no method `{method}`")
+            raise broken(name, f"{kind.__name__} has no method `{method}`")
     if not hasattr(kind, "needs"):
-        raise _broken(name, f"{kind.__name__} has no `needs`; write needs = frozenset() where nothing is needed")
+        raise broken(name, f"{kind.__name__} has no `needs`; write needs = frozenset() where nothing is needed")
 
 
 def toy_signals(needs: frozenset[Need], siblings: int = 3) -> GroupSignals:
@@ -71,35 +72,35 @@ def check_needs(name: str, objective: Objective) -> None:
     """Known needs, and the options that "shares" is read with."""
     needs, known = objective.needs, get_args(Need)
     if not isinstance(needs, frozenset) or not needs <= set(known):
-        raise _broken(name, f"`needs` is {needs!r}, and must be a frozenset of {', '.join(map(repr, known))}")
+        raise broken(name, f"`needs` is {needs!r}, and must be a frozenset of {', '.join(map(repr, known))}")
     for option in ("attribution_window", "attribution_layers") if "shares" in needs else ():
         if not hasattr(objective, option):
-            raise _broken(name, f"it needs 'shares' and has no option `{option}`")
+            raise broken(name, f"it needs 'shares' and has no option `{option}`")
 
 
 def check_advantages(name: str, advantages_GT: Any, signals: GroupSignals) -> Tensor:
     """``advantages_GT`` itself where it is one finite number per token, 0 in padding."""
     if not isinstance(advantages_GT, Tensor) or advantages_GT.shape != signals.mask_GT.shape:
         got = tuple(advantages_GT.shape) if isinstance(advantages_GT, Tensor) else type(advantages_GT).__name__
-        raise _broken(name, f"`advantages` returned {got}, not one number per token {tuple(signals.mask_GT.shape)}")
+        raise broken(name, f"`advantages` returned {got}, not one number per token {tuple(signals.mask_GT.shape)}")
     if not bool(torch.isfinite(advantages_GT).all()):
-        raise _broken(name, f"`advantages` has NaN or infinite values for rewards {signals.rewards_G.tolist()}")
+        raise broken(name, f"`advantages` has NaN or infinite values for rewards {signals.rewards_G.tolist()}")
     if bool((advantages_GT[~signals.mask_GT] != 0).any()):
-        raise _broken(name, "`advantages` must be 0 in padding")
+        raise broken(name, "`advantages` must be 0 in padding")
     return advantages_GT
 
 
 def check_loss(name: str, loss: Any) -> Loss:
     """``loss`` itself where it is a finite scalar with a gradient, and metrics as pairs."""
     if not isinstance(loss, Loss):
-        raise _broken(name, f"`loss` must return a Loss, and returned a {type(loss).__name__}")
+        raise broken(name, f"`loss` must return a Loss, and returned a {type(loss).__name__}")
     if loss.value.ndim != 0 or not bool(torch.isfinite(loss.value)):
-        raise _broken(name, f"`loss` must be one finite number, and is {loss.value.detach()}")
+        raise broken(name, f"`loss` must be one finite number, and is {loss.value.detach()}")
     if not loss.value.requires_grad:
-        raise _broken(name, "`loss` does not depend on batch.logprobs_ST")
+        raise broken(name, "`loss` does not depend on batch.logprobs_ST")
     pairs = [v for v in loss.metrics.values() if not (isinstance(v, tuple) and len(v) == 2)]
     if pairs:
-        raise _broken(name, f"metrics must be (sum, count) pairs; got {pairs[0]!r}")
+        raise broken(name, f"metrics must be (sum, count) pairs; got {pairs[0]!r}")
     return loss
 
 
@@ -115,6 +116,6 @@ def check_objective_runs(name: str, objective: Objective) -> None:
     except UserError:
         raise
     except Exception as error:  # an objective from outside may fail in any way
-        raise _broken(name, f"it failed on a toy group with {type(error).__name__}: {error}") from error
+        raise broken(name, f"it failed on a toy group with {type(error).__name__}: {error}") from error
     if not isinstance(erased, float | int):
-        raise _broken(name, f"`erased_advantage` must return a number, and returned {erased!r}")
+        raise broken(name, f"`erased_advantage` must return a number, and returned {erased!r}")
