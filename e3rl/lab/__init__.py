@@ -1,10 +1,1 @@
 """The lab: a tiny model that comes with the package, and procedural problems that it half solves."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-
-def lab_directory() -> Path:
-    """Where the embedded model lives: an ordinary Hugging Face directory inside the package."""
-    return Path(__file__).parent / "weights"

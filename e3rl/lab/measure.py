@@ -1,4 +1,7 @@
-"""Avg@k and Pass@k of a model on lab problems, by plain sampling: ``python -m e3rl.lab.measure MODEL lab:chain:1-5``."""
+"""Avg@k and Pass@k of a model on lab problems, by plain sampling.
+
+Run ``python -m e3rl.lab.measure MODEL lab:chain:1-5``.
+"""
 
 from __future__ import annotations
 

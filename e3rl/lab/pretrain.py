@@ -1,8 +1,8 @@
 """Makes the lab's model: supervised training on solutions of training-half problems, short on purpose.
 
 It stops where the model solves about half of its training-level chains, so that reinforcement learning has something
-to do. Run ``python -m e3rl.lab.pretrain --output DIR``. It trains in one thread, so that one seed gives the same weights
-bit for bit on the same machine.
+to do. Run ``python -m e3rl.lab.pretrain --output DIR``. It trains in one thread, so that one seed gives the same
+weights bit for bit on the same machine.
 """
 
 from __future__ import annotations
