@@ -1,0 +1,128 @@
+"""How responses are read: which step is wrong, where it stands, and whether the final answer counts."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from e3rl.lab import arith, chain, path
+from e3rl.lab.problems import FAMILIES
+from e3rl.lab.reward import lab_reward
+
+CHAIN = ("47+5-8+9:", "53")
+PATH = ("ab;ac;bd;ad;de;cx;a>e:", "abde")
+"""To e by b and d or by d alone; c leads to the dead end x."""
+
+
+def read(family: str, question: tuple[str, str], response: str) -> list[tuple[str, bool]]:
+    steps = FAMILIES[family].steps(*question, response)
+    assert all(response[step.start : step.end] == step.text for step in steps)
+    return [(step.text, step.right) for step in steps]
+
+
+def test_chain_goes_on_from_a_mistake() -> None:
+    response = "47+5=53;53-8=45;45+9=54;A:54\n"
+    assert read("chain", CHAIN, response) == [
+        ("47+5=53", False),
+        ("53-8=45", True),
+        ("45+9=54", True),
+        ("A:54", True),
+    ]
+    assert not chain.grade(*CHAIN, response)
+
+
+@pytest.mark.parametrize(
+    ("response", "wrong"),
+    [
+        ("47+5=52;52-8=44;44+9=53;A:53", []),
+        ("47+5=52;52-8=44;44+9=53;A:54", ["A:54"]),
+        ("47+5=52;52+8=60", ["52+8=60"]),  # not the operation that was asked for
+        ("47+5=52;50-8=42", ["50-8=42"]),  # not the number before
+        ("47+5=52;A:52", ["A:52"]),  # too early
+        ("47+5=52;52-8=44;44+9=53;A:53;A:53", ["A:53"]),  # too late
+        ("97+5=02", ["97+5=02"]),
+        ("", [""]),
+    ],
+)
+def test_wrong_chain_steps(response: str, wrong: list[str]) -> None:
+    assert [text for text, right in read("chain", CHAIN, response) if not right] == wrong
+
+
+def test_chain_wraps_at_a_hundred() -> None:
+    assert read("chain", ("97+5-8:", "94"), "97+5=02;02-8=94;A:94") == [
+        ("97+5=02", True),
+        ("02-8=94", True),
+        ("A:94", True),
+    ]
+
+
+@pytest.mark.parametrize(("text", "right"), [("A:53", True), ("…A:53 \n", True), ("A:5", False), ("53", False)])
+def test_chain_answer(text: str, right: bool) -> None:
+    assert chain.grade(*CHAIN, text) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "right", "solved"),
+    [
+        ("bde", [True, True, True], True),
+        ("de", [True, True], True),  # another way
+        ("bd", [True, True], False),  # stops early
+        ("cxe", [False, False, False], False),  # a dead end, and a jump out of it
+        ("cde", [False, False, True], False),  # after a jump the rest may be connected again
+        ("bdex", [True, True, True, False], False),
+        ("be", [True, False], False),
+        ("", [], False),
+    ],
+)
+def test_path_steps(response: str, right: list[bool], solved: bool) -> None:
+    assert [ok for _, ok in read("path", PATH, response)] == right
+    assert path.grade(*PATH, response) is solved
+
+
+@pytest.mark.parametrize("level", path.FAMILY.levels)
+def test_every_graph_has_a_wrong_turn(level: int) -> None:
+    rng = Random(level)
+    for _ in range(20):
+        task = path.draw(level, rng)
+        *edges, ends = task.question[:-1].split(";")
+        way = ends[0] + task.answer
+        turns = [way[1 : way.index(edge[0]) + 1] + edge[1] for edge in edges if edge[0] in way and edge[1] not in way]
+        right = [path.steps(task.question, task.answer, turn)[-1].right for turn in turns]
+        assert not all(right)
+        assert any(right) == ("no detours" not in path.FAMILY.levels[level])
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("The answer is 19.", True),
+        ("12 + 7 = 19", True),
+        ("19.0", True),
+        ("7+12 is 19, not 18", False),
+        ("12-7=-19", False),
+        ("31-12=19", True),
+        ("nineteen", False),
+    ],
+)
+def test_arithmetic_is_graded_by_the_last_number(response: str, right: bool) -> None:
+    assert arith.grade("What is 7 + 12?", "19", response) is right
+
+
+def test_arithmetic_has_one_step() -> None:
+    (step,) = arith.steps("What is 7 + 12?", "19", "7 + 12 = 18.")
+    assert (step.start, step.end, step.text, step.right) == (9, 11, "18", False)
+    assert arith.steps("What is 7 + 12?", "19", "I can't say.") == []
+
+
+def test_reward_reads_texts_and_chat_messages_and_skips_foreign_rows() -> None:
+    rewards = lab_reward(
+        prompts=["", "", "", ""],
+        completions=["A:53", [{"role": "assistant", "content": "de"}], "dc", "whatever"],
+        completion_ids=None,
+        answer=["53", "abde", "abde", "1"],
+        family=["chain", "path", "path", None],
+        question=[CHAIN[0], PATH[0], PATH[0], None],
+        level=[1, 1, 1, None],
+    )
+    assert rewards == [1.0, 1.0, 0.0, None]
