@@ -54,11 +54,15 @@ class ModelConfig:
     path: str = setting("lab", "a directory or hub id; 'lab' is the embedded model, 'smollm2' is SmolLM2-135M-Instruct")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights in training and rollout")
     device: str = setting("auto", "'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1'")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model; off unless you trust its author")
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the model; off unless you trust its author"
+    )
     lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0)
     lora_alpha: int = setting(64, "LoRA scale", source="ERPO paper", min=1)
     lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)
-    lora_target_modules: str = setting("all-linear", "modules that get adapters, as PEFT names them", source="ERPO paper")
+    lora_target_modules: str = setting(
+        "all-linear", "modules that get adapters, as PEFT names them", source="ERPO paper"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class DataConfig:
     id_column: str = setting("id", "column with a unique id; rows without one are numbered")
     system_prompt: str = setting("", "system message put before every prompt; empty: none")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
-    max_prompt_length: int = setting(0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0)
+    max_prompt_length: int = setting(
+        0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ class ErasureConfig:
     base_weight: float = setting(1.0, "weight of the smoothed entropy in U (D14)", source=PAPER_METHOD, min=0)
     gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0)
     extremum_weight: float = setting(0.1, "lambda_M, weight of the largest entropy against the group's", min=0)
-    perturbation_weight: float = setting(0.0, "lambda_P, weight of the mean perturbation (D14); above 0 the method is E3RL+eps", min=0)
+    perturbation_weight: float = setting(
+        0.0, "lambda_P, weight of the mean perturbation (D14); above 0 the method is E3RL+eps", min=0
+    )
     entropy_distribution: Literal["full", "truncated"] = setting(
         "full", "D1: entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
     )
@@ -144,7 +152,9 @@ class ObjectiveConfig:
 class RewardsConfig:
     """What a response is worth."""
 
-    functions: tuple[str, ...] = setting(("math",), "built-in names, or module:name or file.py:name; TRL and verl signatures")
+    functions: tuple[str, ...] = setting(
+        ("math",), "built-in names, or module:name or file.py:name; TRL and verl signatures"
+    )
     weights: tuple[float, ...] = setting((), "weight of each function; empty: 1 each")
     workers: int = setting(1, "processes that check answers", min=1)
     timeout: float = setting(5.0, "seconds one answer may take to check; then the worker is killed", above=0)
@@ -346,9 +356,10 @@ def to_tables(config: Config) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def to_toml(config: Config) -> str:
-    """The resolved config as a recipe that reads back to an equal one."""
+def to_toml(config: Config, sections: Iterable[str] = ()) -> str:
+    """The resolved config, or some of its sections, as a recipe that reads back to an equal one."""
+    tables = to_tables(config)
     lines: list[str] = []
-    for section, table in to_tables(config).items():
-        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items()), ""]
+    for section in sections or tables:
+        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in tables[section].items()), ""]
     return "\n".join(lines)

@@ -33,6 +33,10 @@ class SickLogits(Exception):
             "or gradient just before) or overflow in the chosen dtype"
         )
 
+    def __reduce__(self) -> tuple[type[SickLogits], tuple[Draw]]:
+        """What pickling needs to carry the error out of a worker process."""
+        return SickLogits, (self.draw,)
+
 
 class RunStopped(Exception):
     """A run left early because it was asked to, its state saved; the message says how to go on."""

@@ -5,6 +5,7 @@ config.toml (resolved), metrics.jsonl, evaluations.jsonl, rollouts/*.parquet, ch
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tomllib
@@ -49,6 +50,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def run_path(config: Config) -> Path:
+    """Where a config's run lives."""
+    return Path(config.run.output_dir) / config.run.name
+
+
+def continue_or_put_aside(config: Config) -> bool:
+    """Whether there is an unfinished run to continue; a finished one, or one of other settings, is renamed NAME.1, .2, …"""
+    path = run_path(config)
+    if not (path / "config.toml").exists():
+        return False
+    has_checkpoint = any((path / "checkpoints").glob("step-*"))
+    if has_checkpoint and not (path / "summary.json").exists() and not changed_settings(read_config(path), config):
+        return True
+    number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+    path.rename(path.with_name(f"{path.name}.{number}"))
+    return False
+
+
+def changed_settings(before: Config, now: Config) -> list[str]:
+    """Settings that differ and make it another run, as sentences."""
+    then, today = _flat(before), _flat(now)
+    keys = [k for k in sorted(then | today) if then.get(k) != today.get(k) and k not in MAY_CHANGE]
+    return [f"{k} ({then.get(k)!r} then, {today.get(k)!r} now)" for k in keys]
+
+
 class RunDirectory:
     """A run's directory, claimed for one run."""
 
@@ -58,7 +84,7 @@ class RunDirectory:
     @classmethod
     def create(cls, config: Config) -> RunDirectory:
         """Claim a new directory; one that already holds a run is refused."""
-        path = Path(config.run.output_dir) / config.run.name
+        path = run_path(config)
         if (path / "config.toml").exists():
             raise UserError(
                 f"{path} already holds a run. Continue it with --resume, or choose another name: run.name=NAME"
@@ -71,14 +97,12 @@ class RunDirectory:
     @classmethod
     def resume(cls, config: Config) -> RunDirectory:
         """Take up an existing run, whose settings must be the same."""
-        path = Path(config.run.output_dir) / config.run.name
+        path = run_path(config)
         if not (path / "config.toml").exists():
             raise UserError(f"{path} holds no run to resume; start it without --resume")
-        before, now = _flat(read_config(path)), _flat(config)
-        changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in MAY_CHANGE]
+        changed = changed_settings(read_config(path), config)
         if changed:
-            listed = ", ".join(f"{key} ({before.get(key)!r} then, {now.get(key)!r} now)" for key in changed)
-            raise UserError(f"{path} was started with other settings: {listed}. Resume with the same ones.")
+            raise UserError(f"{path} was started with other settings: {', '.join(changed)}. Resume with the same ones.")
         write_text(path / "config.toml", to_toml(config))
         return cls(path)
 

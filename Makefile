@@ -1,0 +1,37 @@
+# make demo     train the embedded model with E³RL, a few minutes on two cores
+# make test     the whole test suite
+# make check    what CI runs: style, types, tests
+.PHONY: help setup demo test check lint test-peers test-browser
+
+# the first of these that is new enough; or say make PYTHON=/path/to/python …
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# with the default spinning, two threads on busy cores are many times slower
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+.PHONY: python
+python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+
+setup: python
+	@"$(PYTHON)" tools/setup.py
+
+demo: setup
+	@.venv/bin/e3rl train demo --again
+
+test: python
+	@"$(PYTHON)" tools/setup.py test
+	.venv/bin/python -m pytest -n 2
+
+lint: python
+	@"$(PYTHON)" tools/setup.py dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+check: lint test

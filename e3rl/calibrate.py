@@ -1,0 +1,97 @@
+"""Calibration of a model, whole: sample, compare settings, check the recommended one for real, save what decoding needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from e3rl.config import Config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.errors import UserError
+from e3rl.models import Policy, resolve_model_path
+from e3rl.rollout.calibration import Setting, assess, grid, recommend
+from e3rl.rollout.companions import save_companions
+from e3rl.rollout.engines import build_engine
+from e3rl.rollout.reference import ReferenceStatistics, measured_by
+from e3rl.rollout.scheduler import RolloutStats, Scheduler, summarise
+from e3rl.types import Group
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The grid, the recommended settings, what they really did, and the statistics that belong to them."""
+
+    settings: tuple[Setting, ...]
+    config: Config
+    recommended: Setting
+    measured: RolloutStats
+    reference: ReferenceStatistics
+
+
+def calibrate(
+    policy: Policy, data: str, config: Config, *, prompts: int, target: float, kappa0s: Sequence[float]
+) -> Calibration:
+    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it."""
+    if config.rollout.num_generations < config.erasure.min_siblings:
+        raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
+    problems = load_problems(data, config=config.data, split="train")[:prompts]
+    limit = config.rollout.completion_limit
+    rendered = render_prompts(
+        problems, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
+    )
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in rendered))
+
+    def roll_out(chosen: Config) -> list[Group]:
+        scheduler = Scheduler(engine, chosen.rollout, chosen.erasure, seed=chosen.run.seed)
+        return list(scheduler.run(rendered, step=0, policy_version=0))
+
+    plain = roll_out(replace(config, rollout=replace(config.rollout, erase=False)))
+    weights = sorted({0.0, 1.0, config.erasure.perturbation_weight})
+    settings = [assess(plain, erasure) for erasure in grid(config.erasure, kappa0s, weights)]
+    mine = [s for s in settings if s.erasure.perturbation_weight == config.erasure.perturbation_weight]
+    best = recommend(mine, target)
+    chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
+    real = roll_out(chosen)
+    reference = ReferenceStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
+    return Calibration(tuple(settings), chosen, best, summarise(real), reference)
+
+
+def calibration_table(result: Calibration) -> Table:
+    """The grid with its estimates, the recommended row marked and followed by what it really did."""
+    table = Table(title="Erasure settings, estimated from plain rollouts", title_justify="left")
+    for name in ("", "method", "kappa0", "perturbation_weight", "segments erased", "r at best", "r at worst"):
+        table.add_column(name, justify="left" if name in ("", "method") else "right")
+    for s in result.settings:
+        chosen = s is result.recommended
+        weight = s.erasure.perturbation_weight
+        table.add_row(
+            "→" if chosen else "",
+            "E³RL+ε" if weight else "E³RL",
+            f"{s.erasure.kappa0:g}",
+            f"{weight:g}",
+            f"{s.erase_share:.3f}",
+            f"{s.r_low:.3f}",
+            f"{s.r_high:.3f}",
+            style="bold green" if chosen else None,
+        )
+    stats = result.measured
+    table.caption = (
+        f"Recommended: erasure.kappa0 = {result.recommended.erasure.kappa0:g}. Rolled out for real it erased "
+        f"{stats.erase_rate:.3f} of all candidates, r = {stats.r:.3f}, forced accepts {stats.forced_rate:.3f}."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def save_calibration(result: Calibration, model_path: str, output: Path | None) -> Path:
+    """Put statistics and settings beside the model, or into ``output``."""
+    directory = output or Path(resolve_model_path(model_path))
+    if output is None and not directory.is_dir():
+        raise UserError(f"'{model_path}' is no local directory: say where to save with --output DIR")
+    directory.mkdir(parents=True, exist_ok=True)
+    save_companions(directory, result.config, result.reference)
+    return directory

@@ -1,0 +1,94 @@
+"""`e3rl decode`: answers with erasures before one's eyes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from e3rl.cli.main import add_setting_arguments
+from e3rl.config import load_config
+from e3rl.errors import UserError
+
+if TYPE_CHECKING:
+    from e3rl.generation import Generation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
+    parser.add_argument(
+        "prompt", nargs="?", help="the prompt; '-' reads it from standard input; default: a lab problem"
+    )
+    parser.add_argument("--plain", action="store_true", help="no erasing, for comparison")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to draw; K > 1 are one group")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a sample instead of text")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with every token's entropy")
+    add_setting_arguments(parser)
+
+
+def _prompt(given: str | None) -> str:
+    if given == "-":
+        return sys.stdin.read().strip()
+    if given is not None:
+        return given
+    from e3rl.lab.problems import generate as lab_problems
+
+    return str(lab_problems("chain", 3, "heldout", 1)[0].prompt)
+
+
+def run(options: argparse.Namespace) -> int:
+    # an override may stand where the prompt was left out
+    if (
+        options.prompt
+        and "=" in options.prompt
+        and "." in options.prompt.partition("=")[0]
+        and " " not in options.prompt
+    ):
+        options.overrides.insert(0, options.prompt)
+        options.prompt = None
+    if options.samples < 1:
+        raise UserError("--samples must be at least 1")
+
+    from rich.console import Console
+
+    from e3rl.cli.live_text import LiveText
+    from e3rl.cli.quiet import quiet_libraries
+    from e3rl.generation import generate
+    from e3rl.models import load_policy, resolve_model_path
+    from e3rl.rollout.companions import find_companions
+
+    quiet_libraries()
+    recipe = find_companions(resolve_model_path(options.model)).recipe
+    config = load_config(recipe, options.overlay, options.overrides)
+    prompt = _prompt(options.prompt)
+    policy = load_policy(replace(config.model, path=options.model))
+    text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)
+    generations = generate(
+        policy,
+        prompt,
+        erase=not options.plain,
+        samples=options.samples,
+        config=config,
+        observe=text.observe if text else None,
+    )[0]
+    if text:
+        text.close(generations)
+    else:
+        for generation in generations:
+            print(json.dumps(_record(generation, policy.tokenizer), ensure_ascii=False))
+    if options.html:
+        from e3rl.report import write_token_view
+
+        write_token_view(Path(options.html), [g.trajectory for g in generations], policy.tokenizer)
+        print(f"page: {options.html}", file=sys.stderr)
+    return 0
+
+
+def _record(generation: Generation, tokenizer: Any) -> dict[str, Any]:
+    from e3rl.train.ledger import response_columns
+    from e3rl.train.pieces import Pieces
+
+    return {"text": generation.text, **response_columns(generation.trajectory, Pieces(tokenizer))}

@@ -1,0 +1,89 @@
+"""Arguments to commands. Every setting of a recipe can be overridden as ``section.field=value``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import sys
+import textwrap
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from e3rl import __version__
+from e3rl.config import Config
+from e3rl.errors import RunStopped, UserError
+
+_COMMANDS = {
+    "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
+    "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
+    "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
+    "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its reference statistics"),
+    "view": ("e3rl.cli.view", "serve the page of one or several runs"),
+    "settings": ("e3rl.cli.settings", "list every setting, its default and where that comes from"),
+}
+
+
+def settings_help() -> str:
+    """Every section with its fields and defaults, a line each."""
+    lines = ["settings (override any of them as section.field=value; 'e3rl settings' explains them):"]
+    for section, kind in typing.get_type_hints(Config).items():
+        names = ", ".join(f.name for f in dataclasses.fields(kind))
+        lines += textwrap.wrap(f"{section}: {names}", 110, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="e3rl",
+        description="Reinforcement learning for language models that can take back a bad step.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"e3rl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help) in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate") else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command:  # only the chosen command's module is imported
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every command with settings shares."""
+    parser.add_argument(
+        "--overlay", action="append", default=[], type=Path, metavar="FILE", help="lay another recipe on top"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 for a stop that was asked for."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((a for a in given if not a.startswith("-")), None)
+    # --section.field=value is taken as section.field=value
+    given = [a[2:] if a.startswith("--") and "=" in a and "." in a.partition("=")[0] else a for a in given]
+    options = _parser(command).parse_args(given)
+    try:
+        return int(importlib.import_module(_COMMANDS[options.command][0]).run(options))
+    except UserError as error:
+        print(f"e3rl: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as stop:
+        print(f"e3rl: {stop}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("e3rl: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

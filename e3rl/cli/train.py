@@ -1,0 +1,44 @@
+"""`e3rl train`: a recipe becomes a run directory and a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from e3rl.cli.main import add_setting_arguments
+from e3rl.cli.recipes import find_recipe, recipe_names
+from e3rl.config import load_config
+from e3rl.train.run_directory import continue_or_put_aside
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
+    parser.add_argument(
+        "--again", action="store_true", help="go on with an unfinished run; put a finished one aside and start anew"
+    )
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    config = load_config(find_recipe(options.recipe), options.overlay, options.overrides)
+
+    resume = continue_or_put_aside(config) if options.again else options.resume
+
+    from rich.console import Console
+
+    from e3rl.report.listener import ReportListener
+    from e3rl.train.closing import closing
+    from e3rl.train.display import build_display
+    from e3rl.train.trackers import build_trackers
+    from e3rl.train.trainer import Trainer
+
+    console = Console()
+    display = build_display(console)
+    listeners = [display, *build_trackers(config.train.report_to), ReportListener()]
+    trainer = Trainer(config, listeners=listeners, resume=resume)
+    try:
+        summary = trainer.train()
+    finally:
+        display.close()
+    console.print(closing(trainer.run_path, summary))
+    return 0

@@ -1,0 +1,94 @@
+"""Erasable decoding of a few prompts, without training: the library's one call, and what `e3rl decode` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from e3rl.config import Config, load_config
+from e3rl.data.prompts import render_prompts
+from e3rl.errors import UserError
+from e3rl.models import Policy, load_policy, resolve_model_path
+from e3rl.rollout.companions import find_companions
+from e3rl.rollout.engines import build_engine
+from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.types import Message, Problem, Prompt, Trajectory
+
+PromptLike = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample: its text, and the trajectory with all that was erased on the way."""
+
+    text: str
+    trajectory: Trajectory
+
+    @property
+    def erased(self) -> int:
+        """Candidates that were erased."""
+        return len(self.trajectory.erasures)
+
+
+def _as_problem(index: int, prompt: PromptLike) -> Problem:
+    return Problem(id=f"prompt-{index}", prompt=prompt if isinstance(prompt, str) else tuple(prompt))
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    config: Config,
+    *,
+    reference: ReferenceStatistics | None,
+    observe: Callable[[Any], None] | None = None,
+) -> list[list[Trajectory]]:
+    """``rollout.num_generations`` trajectories of every prompt, in the prompts' order."""
+    longest = max(len(p.ids) for p in prompts)
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest)
+    scheduler = Scheduler(
+        engine, config.rollout, config.erasure, seed=config.run.seed, reference=reference, observe=observe
+    )
+    by_id = {g.prompt.problem.id: list(g.trajectories) for g in scheduler.run(prompts, step=0, policy_version=0)}
+    return [by_id[p.problem.id] for p in prompts]
+
+
+def generate(
+    model: str | Policy,
+    prompts: PromptLike | Sequence[PromptLike],
+    *,
+    erase: bool = True,
+    samples: int = 1,
+    config: Config | None = None,
+    observe: Callable[[Any], None] | None = None,
+) -> list[list[Generation]]:
+    """Decode ``samples`` answers to every prompt, erasing and redrawing segments on the way unless ``erase`` is False.
+
+    ``model`` is a directory, a hub id, 'lab', 'smollm2' or a loaded `Policy`. Without ``config`` the settings saved beside
+    the model are used, or the defaults. With one sample the thresholds come from
+    reference statistics saved beside the model (`e3rl calibrate`); several samples of a prompt are a group of their own.
+    """
+    companions = find_companions(resolve_model_path(model if isinstance(model, str) else model.source))
+    config = config or load_config(companions.recipe)
+    policy = load_policy(replace(config.model, path=model)) if isinstance(model, str) else model
+    rollout = replace(config.rollout, erase=erase, num_generations=samples)
+    config = replace(config, rollout=rollout)
+    several = [prompts] if isinstance(prompts, str) or _is_conversation(prompts) else list(prompts)
+    if not several:
+        raise UserError("there is no prompt to decode")
+    problems = [_as_problem(i, p) for i, p in enumerate(several)]  # type: ignore[arg-type]
+    rendered = render_prompts(
+        problems,
+        policy.tokenizer,
+        config.data,
+        context_limit=policy.context_length,
+        completion_limit=rollout.completion_limit,
+    )
+    found = sample(policy, rendered, config, reference=companions.reference, observe=observe)
+    decode = policy.tokenizer.decode
+    return [[Generation(decode(list(t.ids), skip_special_tokens=True), t) for t in group] for group in found]
+
+
+def _is_conversation(prompts: Any) -> bool:
+    return bool(prompts) and all(isinstance(p, Message) for p in prompts)

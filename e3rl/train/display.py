@@ -1,0 +1,152 @@
+"""The terminal's view of a run: a live panel where there is a terminal, one plain line a step where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from e3rl.config import Config
+from e3rl.train.listeners import Silent
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 4 s, 3 min 20 s, 2 h 5 min."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """The last ``width`` values as bars between their smallest and largest."""
+    shown = values[-width:]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((v - low) / span * (len(_BARS) - 1))] for v in shown)
+
+
+def step_line(record: Mapping[str, Any], steps: int, left: float) -> str:
+    """One step in one line."""
+    return (
+        f"step {record['step']}/{steps}  reward {record['reward']:.3f}  accuracy {record['accuracy']:.3f}  "
+        f"erase rate {record['erase_rate']:.3f}  r {record['r']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
+        f"{duration(left)} left"
+    )
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """One evaluation in one line."""
+    k, (low, high) = record["samples"], record["ci95"]
+    return (
+        f"held-out after step {record['step']}, {record['mode']}: Avg@{k} {record[f'avg@{k}']:.3f} "
+        f"({low:.3f} to {high:.3f})  Pass@{k} {record[f'pass@{k}']:.3f}  r {record['r']:.3f}"
+    )
+
+
+class _Clock:
+    """Time left, from the mean of the steps done in this process."""
+
+    def __init__(self, first_step: int, steps: int) -> None:
+        self._began, self._first, self._steps = time.perf_counter(), first_step, steps
+
+    def left(self, step: int) -> float:
+        done = step - self._first + 1
+        return (time.perf_counter() - self._began) / done * (self._steps - step)
+
+
+class PlainDisplay(Silent):
+    """For pipes, logs and CI."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
+        self._clock, self._steps = _Clock(first_step, steps), steps
+        self._say(f"{method}: training {config.model.path} on {config.data.train}, {steps} steps, in {run}")
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self._say(step_line(record, self._steps, self._clock.left(record["step"])))
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        self._say(evaluation_line(record))
+
+    def noted(self, text: str) -> None:
+        self._say(text)
+
+    def close(self) -> None:
+        """Give the terminal back; plain lines hold nothing."""
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveDisplay(PlainDisplay):
+    """A panel that is redrawn in place; evaluations and notes scroll above it."""
+
+    _live: Live | None = None
+
+    def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
+        super().started(run, config, method, first_step, steps)
+        self._rewards: list[float] = []
+        self._record: Mapping[str, Any] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True
+        )
+        self._steps_task = self._bar.add_task("steps", total=steps, completed=first_step - 1)
+        self._work_task = self._bar.add_task("evaluating", total=None)
+        self._title = f"{method} · {config.run.name}"
+        self._live = Live(self._panel(), console=self._console, refresh_per_second=8, transient=True)
+        self._live.start()
+
+    def progressed(self, activity: str, done: int, of: int) -> None:
+        self._bar.update(self._work_task, description=activity, completed=done, total=of)
+        self._redraw()
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self._record = record
+        self._rewards.append(record["reward"])
+        self._bar.update(self._steps_task, completed=record["step"])
+        self._redraw()
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._live:
+            self._live.stop()
+
+    def _redraw(self) -> None:
+        if self._live:
+            self._live.update(self._panel())
+
+    def _panel(self) -> Panel:
+        figures = Table.grid(expand=True, padding=(0, 2))
+        shown = {"reward": ".3f", "accuracy": ".3f", "erase_rate": ".3f", "r": ".3f", "tokens_per_second": ".0f"}
+        labels = {"erase_rate": "erase rate", "tokens_per_second": "tokens/s"}
+        for _ in range(len(shown) + 1):
+            figures.add_column(justify="center")
+        figures.add_row(*(Text(labels.get(k, k), style="dim") for k in shown), Text("time left", style="dim"))
+        if self._record:
+            left = duration(self._clock.left(self._record["step"]))
+            figures.add_row(*(format(self._record[k], f) for k, f in shown.items()), left)
+        line = Text(sparkline(self._rewards), style="cyan")
+        return Panel(Group(self._bar, figures, line), title=self._title, border_style="cyan")
+
+
+def build_display(console: Console) -> PlainDisplay:
+    """The live panel on a terminal, plain lines elsewhere."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

@@ -1,0 +1,80 @@
+"""AdamW over float32 master weights, whatever type the model computes in, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from e3rl.config import TrainConfig
+from e3rl.train.checkpoint import load_optimizer_tensors, optimizer_tensors
+
+
+def learning_rate(config: TrainConfig, update: int, updates: int) -> float:
+    """Rate of optimizer update ``update`` (from 0) of ``updates``: linear warm-up, then the configured decay."""
+    warmup = math.ceil(config.warmup_ratio * updates)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / warmup
+    left = (updates - update) / max(1, updates - warmup)
+    share = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    return config.learning_rate * share[config.lr_scheduler_type]
+
+
+class MasterOptimizer:
+    """Steps float32 weights and copies them into the model: an update of 1e-6 is lost on a bfloat16 weight."""
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
+        self._names = [name for name, _ in parameters]
+        self._model = [p for _, p in parameters]
+        self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._model]
+        self._max_norm = config.max_grad_norm
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": [m for m in self._masters if m.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [m for m in self._masters if m.ndim < 2], "weight_decay": 0.0},  # norms and biases
+            ],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+        )
+        # AdamW numbers its state by position in its groups, not by position in the model
+        self._state_names = [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim >= 2]
+        self._state_names += [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim < 2]
+
+    def step(self, rate: float) -> float:
+        """Apply the gathered gradients at this learning rate; returns their norm. NaN or inf leaves all untouched."""
+        for parameter, master in zip(self._model, self._masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_norm))
+        if math.isfinite(norm):
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            self._adamw.step()
+            self._publish()
+        for tensor in (*self._model, *self._masters):
+            tensor.grad = None
+        return norm
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for parameter, master in zip(self._model, self._masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 weights by name."""
+        return dict(zip(self._names, self._masters, strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts, flat, by parameter name."""
+        return optimizer_tensors(self._adamw, self._state_names)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` and `state` gave."""
+        for name, master in zip(self._names, self._masters, strict=True):
+            master.copy_(weights[name])
+        self._publish()
+        load_optimizer_tensors(self._adamw, self._state_names, state)

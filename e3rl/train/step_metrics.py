@@ -1,0 +1,152 @@
+"""One line of metrics.jsonl from what a step did. Pure: values in, numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from e3rl.objectives.metrics import sign_flips
+from e3rl.rollout.scheduler import summarise
+from e3rl.train.learner import Lesson, Update
+from e3rl.train.metrics import by_index, mean
+from e3rl.types import RewardedGroup, Segment
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds a step spent on each of its parts."""
+
+    rollout: float
+    reward: float
+    train: float
+
+
+def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
+    """Reward, accuracy, and how many groups can teach anything."""
+    rewards = [r for item in rewarded for r in item.rewards]
+    known = [r.value for r in rewards if r.value is not None]
+    first = [value for r in rewards if (value := next(iter(r.parts.values()), None)) is not None]
+    by_group = [{r.value for r in item.rewards if r.value is not None} for item in rewarded]
+    return {
+        "reward": mean(known),
+        "accuracy": mean(value >= 1 for value in first),
+        "reward_missing": len(rewards) - len(known),
+        "degenerate_groups": mean(len(values) < 2 for values in by_group),
+    }
+
+
+def segment_metrics(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]) -> dict[str, list[float]]:
+    """The series by segment index (the paper's figure 6)."""
+    segments: list[Segment] = [s for item in rewarded for t in item.group.trajectories for s in t.segments]
+    judged = [(s.index, s.judgement) for s in segments if s.judgement is not None]
+    advantages = [
+        (int(n), float(lesson.advantages_T[lesson.sequence.segments_T == n].mean()))
+        for lesson in lessons
+        if not lesson.sequence.erased
+        for n in lesson.sequence.segments_T.unique()
+    ]
+    return {
+        "acceptance": by_index((n, j.attempt == 0 and j.verdict == "commit") for n, j in judged),
+        "uncertainty": by_index((n, j.uncertainty.total) for n, j in judged),
+        "threshold": by_index((n, j.threshold.total) for n, j in judged),
+        "advantage": by_index(advantages),
+    }
+
+
+def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
+    """Lengths, erasures and entropies of the step's trajectories."""
+    groups = [item.group for item in rewarded]
+    trajectories = [t for g in groups for t in g.trajectories]
+    stats = summarise(groups)
+    candidates = [s.candidate for t in trajectories for s in t.segments]
+    return {
+        "finish_ratio": mean(t.finish == "stop" for t in trajectories),
+        "length": mean(t.committed_tokens for t in trajectories),
+        "segments": mean(len(t.segments) for t in trajectories),
+        "candidates": stats.candidates,
+        "erasures": stats.erasures,
+        "committed_tokens": stats.committed_tokens,
+        "erased_tokens": stats.erased_tokens,
+        "erase_rate": stats.erase_rate,
+        "r": stats.r,
+        "forced_rate": stats.forced_rate,
+        "entropy": mean(h for c in candidates for h in c.entropies),
+        "kept_mass": mean(m for c in candidates for m in c.kept_mass),
+        "tokens": stats.committed_tokens + stats.erased_tokens,
+    }
+
+
+def lesson_metrics(lessons: Sequence[Lesson]) -> dict[str, float]:
+    """How far the engine's log-probabilities are from the trainer's, and how often an advantage's sign is flipped."""
+    kept = [lesson for lesson in lessons if not lesson.sequence.erased]
+    if not kept:
+        return {}
+    gaps = [lesson.scores.logprobs_T - lesson.sequence.rollout_logprobs_T for lesson in kept]
+    weights_S = torch.stack([gap.sum() for gap in gaps]).double()
+    weights_S = (weights_S - weights_S.max()).exp()
+    flat = torch.cat(gaps).abs()
+    return {
+        "mismatch_mean": float(flat.mean()),
+        "mismatch_max": float(flat.max()),
+        "mismatch_ess": float(weights_S.sum() ** 2 / (weights_S**2).sum() / len(weights_S)),
+    }
+
+
+def sign_flip_share(lessons: Sequence[Lesson], rewarded: Sequence[RewardedGroup]) -> float:
+    """Share of the step's positions whose advantage has the sign opposite to the sequence advantage."""
+    flipped = positions = 0.0
+    for index, item in enumerate(rewarded):
+        kept = [x for x in lessons if x.sequence.group == index and not x.sequence.erased]
+        if not kept:
+            continue
+        advantages_GT = torch.nn.utils.rnn.pad_sequence([x.advantages_T for x in kept], batch_first=True)
+        mask_GT = torch.nn.utils.rnn.pad_sequence([x.sequence.mask_T for x in kept], batch_first=True)
+        rewards_G = torch.tensor([float(item.rewards[x.sequence.sibling].value or 0.0) for x in kept])
+        total, count = sign_flips(advantages_GT, rewards_G, mask_GT)
+        flipped, positions = flipped + total, positions + count
+    return flipped / positions if positions else math.nan
+
+
+def step_record(
+    step: int,
+    epoch: float,
+    rewarded: Sequence[RewardedGroup],
+    lessons: Sequence[Lesson],
+    update: Update,
+    times: StepTimes,
+    tokens_before: int,
+) -> dict[str, Any]:
+    """A line of metrics.jsonl; its keys are explained in `e3rl.train.metrics.METRICS`."""
+    made = rollout_metrics(rewarded)
+    seconds = times.rollout + times.reward + times.train
+    return {
+        "step": step,
+        "epoch": epoch,
+        **reward_metrics(rewarded),
+        **made,
+        **segment_metrics(rewarded, lessons),
+        **lesson_metrics(lessons),
+        "sign_flips": sign_flip_share(lessons, rewarded),
+        **update.means,
+        "grad_norm": update.grad_norm,
+        "learning_rate": update.learning_rate,
+        "tokens_total": tokens_before + made["tokens"],
+        "tokens_per_second": made["tokens"] / seconds if seconds else math.nan,
+        "seconds_rollout": times.rollout,
+        "seconds_reward": times.reward,
+        "seconds_train": times.train,
+        "memory_mb": peak_memory_mb(),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of the GPU where there is one, else of this process, MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,281 @@
+"""The run: rollouts, rewards, learning, evaluation and checkpoints, in that order, step after step.
+
+It reads top to bottom as the data's way; everything about tensors is the learner's, everything about caches the
+engine's, and the algorithm is the objective's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e3rl.config import Config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.data.stream import PromptStream
+from e3rl.errors import RunStopped
+from e3rl.evaluate.evaluation import evaluate
+from e3rl.files import atomic_directory, write_json
+from e3rl.models import load_policy, save_pretrained
+from e3rl.objectives import build as build_objective
+from e3rl.objectives import method_name
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.companions import save_companions
+from e3rl.rollout.engines import build_engine
+from e3rl.rollout.moments import Moments
+from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from e3rl.train.interrupt import Interrupted, StopRequest
+from e3rl.train.learner import Learner, Lesson
+from e3rl.train.ledger import ledger_rows, write_ledger
+from e3rl.train.listeners import Listener
+from e3rl.train.model_card import model_card
+from e3rl.train.run_directory import RunDirectory, read_lines
+from e3rl.train.scoring import require_plain_head
+from e3rl.train.step_metrics import StepTimes, step_record
+from e3rl.types import Group, Prompt, RewardedGroup
+
+RewardFunction = Callable[..., Any]
+
+
+class Trainer:
+    """Trains one model from one config. Everything that can be wrong with the config is found before the first step."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        reward_functions: Sequence[RewardFunction] = (),
+        listeners: Sequence[Listener] = (),
+        resume: bool = False,
+    ) -> None:
+        self.config, self._listeners = config, list(listeners)
+        objective = build_objective(config.objective)
+        self.policy = load_policy(config.model)
+        require_plain_head(self.policy.model)
+        self._train_prompts, self._eval_prompts = self._load_prompts()
+        self.steps = config.train.steps or math.ceil(
+            config.train.epochs * len(self._train_prompts) / config.train.prompts_per_step
+        )
+        self._learner = Learner(
+            self.policy, objective, config, self.steps * config.train.num_iterations * config.train.minibatches
+        )
+        self._engine = build_engine(config.rollout, self.policy.model, self.policy.eos_ids, self._longest_prompt())
+        self._scorer = Scorer(
+            config.rewards,
+            functions=reward_functions,
+            max_completion_length=config.rollout.completion_limit,
+        )
+        self._stream = PromptStream(self._train_prompts, seed=config.run.seed)
+        self._step, self._tokens, self._seconds = 0, 0, 0.0
+        self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
+        self._entropy_moments: Moments | None = None
+        self._stop = StopRequest()
+        self.directory = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+        if resume:
+            self._restore()
+
+    @property
+    def run_path(self) -> Path:
+        return self.directory.path
+
+    def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        config, tokenizer = self.config, self.policy.tokenizer
+        limits = {"context_limit": self.policy.context_length, "completion_limit": config.rollout.completion_limit}
+        train = load_problems(config.data.train, config=config.data, split="train")
+        held_out = config.data.eval or (config.data.train if config.data.train.startswith("lab:") else "")
+        evaluation = load_problems(held_out, config=config.data, split="eval") if held_out else []
+        if config.eval.limit:
+            evaluation = evaluation[: config.eval.limit]
+        return tuple(render_prompts(p, tokenizer, config.data, **limits) for p in (train, evaluation))  # type: ignore[return-value]
+
+    def _longest_prompt(self) -> int:
+        return max(len(p.ids) for p in (*self._train_prompts, *self._eval_prompts))
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end and return the summary. Interrupted: the state is saved and RunStopped says how to go on."""
+        first = self._step + 1
+        self._tell("started", self.run_path, self.config, method_name(self.config), first, self.steps)
+        try:
+            with self._stop, self._scorer:
+                if self._step == 0 or self._due(self.config.train.eval_steps):
+                    self._evaluate()
+                if self._step == 0:
+                    self._save()
+                while self._step < self.steps:
+                    self._one_step()
+                return self._finish()
+        except Interrupted:
+            self._save()
+            raise RunStopped(
+                f"stopped after step {self._step} of {self.steps}; everything is saved in {self.run_path}. "
+                "Go on with the same command and --resume."
+            ) from None
+
+    def _one_step(self) -> None:
+        """Prompts to a better policy. Nothing of the run's state changes before the optimizer has."""
+        position = self._stream.state()
+        try:
+            rewarded, times = self._collect(self._stream.take(self.config.train.prompts_per_step))
+        except Interrupted:
+            self._stream = PromptStream.from_state(self._train_prompts, position)
+            raise
+        began = time.perf_counter()
+        lessons = self._learner.prepare(rewarded)
+        update = self._learner.update(lessons, self._step * self._learner.updates_per_step())
+        self._step += 1
+        seconds = StepTimes(*times, time.perf_counter() - began)
+        self._engine.load_weights({}, self._step * self._learner.updates_per_step())
+        self._record(rewarded, lessons, step_record(
+            self._step, self._stream.epoch, rewarded, lessons, update, seconds, self._tokens
+        ))  # fmt: skip
+        if self._due(self.config.train.eval_steps) and self._step < self.steps:
+            self._evaluate()
+        if self._due(self.config.train.save_steps) or self._step == self.steps:
+            self._save()
+        self._stop.check()
+
+    def _collect(self, prompts: Sequence[Prompt]) -> tuple[list[RewardedGroup], tuple[float, float]]:
+        """Rollouts and their rewards, and the seconds that each took."""
+        began = time.perf_counter()
+        groups = self._roll_out(prompts)
+        rolled = time.perf_counter()
+        rewarded = self._reward(groups)
+        return rewarded, (rolled - began, time.perf_counter() - rolled)
+
+    def _roll_out(self, prompts: Sequence[Prompt]) -> list[Group]:
+        config = self.config
+        scheduler = Scheduler(
+            self._engine,
+            config.rollout,
+            config.erasure,
+            seed=config.run.seed,
+            reference=self._reference,
+            entropy_moments=self._entropy_moments,
+            observe=lambda _: self._stop.check(),
+        )
+        order = {prompt.problem.id: i for i, prompt in enumerate(prompts)}
+        version = self._step * self._learner.updates_per_step()
+        groups = []
+        for group in scheduler.run(prompts, step=self._step + 1, policy_version=version):
+            groups.append(group)
+            self._tell("progressed", "rollout", len(groups), len(prompts))
+        groups.sort(key=lambda g: order[g.prompt.problem.id])
+        return groups
+
+    def _reward(self, groups: Sequence[Group]) -> list[RewardedGroup]:
+        trajectories = [t for g in groups for t in g.trajectories]
+        texts = [self.policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
+        rewards = iter(self._scorer.score(trajectories, texts))
+        return [RewardedGroup(g, tuple(next(rewards) for _ in g.trajectories)) for g in groups]
+
+    def _record(self, rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson], record: dict[str, Any]) -> None:
+        """Put a step that is done on disk and tell the listeners."""
+        found = {(x.sequence.group, x.sequence.sibling): x for x in lessons if not x.sequence.erased}
+        advantages, shares = [], []
+        for index, item in enumerate(rewarded):
+            here = [found.get((index, t.sibling)) for t in item.group.trajectories]
+            advantages.append([torch.zeros(0) if x is None else x.advantages_T for x in here])
+            shares.append([None if x is None else x.scores.shares_T for x in here])
+        write_ledger(
+            self.run_path, self._step, ledger_rows(self._step, rewarded, advantages, shares, self.policy.tokenizer)
+        )
+        self._tokens = record["tokens_total"]
+        self._seconds += record["seconds_rollout"] + record["seconds_reward"] + record["seconds_train"]
+        groups = [item.group for item in rewarded]
+        self._reference = self._reference.including(groups)
+        self._entropy_moments = entropy_moments(groups)
+        self.directory.append("metrics.jsonl", record)
+        self._tell("stepped", record)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._step % every == 0
+
+    def _evaluate(self) -> None:
+        """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept."""
+        if not self._eval_prompts:
+            return
+        done = {r["mode"] for r in read_lines(self.run_path / "evaluations.jsonl") if r["step"] == self._step}
+        modes = {"plain": False, "erasable": True} if self.config.eval.erasable else {"plain": False}
+        for erase in (erase for mode, erase in modes.items() if mode not in done):
+            result = evaluate(
+                self._engine,
+                self._eval_prompts,
+                self._scorer,
+                self.policy.tokenizer,
+                self.config,
+                erase=erase,
+                reference=self._reference,
+            )
+            record = {"step": self._step, **result.record()}
+            self.directory.append("evaluations.jsonl", record)
+            self._tell("evaluated", record)
+            self._stop.check()
+
+    def _save(self) -> None:
+        facts = {
+            "stream": self._stream.state(),
+            "tokens": self._tokens,
+            "seconds": self._seconds,
+            "reference": self._reference.to_tables(),
+            "entropy_moments": self._entropy_moments and self._entropy_moments.to_table(),
+        }
+        optimizer = self._learner.optimizer
+        checkpoint = Checkpoint(self._step, optimizer.weights(), optimizer.state(), torch.get_rng_state(), facts)
+        save_checkpoint(self.run_path, checkpoint, self.config.train.save_total_limit)
+
+    def _restore(self) -> None:
+        checkpoint = newest_checkpoint(self.run_path, lambda text: self._tell("noted", text))
+        self._step = checkpoint.step
+        self._learner.optimizer.load(checkpoint.weights, checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.rng)
+        facts = checkpoint.facts
+        self._stream = PromptStream.from_state(self._train_prompts, facts["stream"])
+        self._tokens, self._seconds = facts["tokens"], facts["seconds"]
+        self._reference = ReferenceStatistics.from_tables(facts["reference"])
+        moments = facts["entropy_moments"]
+        self._entropy_moments = moments and Moments.from_table(moments)
+        self._engine.load_weights({}, self._step * self._learner.updates_per_step())
+        self.directory.drop_after(self._step)
+
+    def _finish(self) -> dict[str, Any]:
+        """The last evaluation, the model as an ordinary directory, and the summary."""
+        self._evaluate()
+        summary = self._summary()
+        with atomic_directory(self.run_path / "model") as temporary:
+            save_pretrained(self.policy, temporary, model_card(self.config, summary))
+            save_companions(temporary, self.config, self._reference)
+        write_json(self.run_path / "summary.json", summary)
+        self._tell("finished", summary)
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        records = read_lines(self.run_path / "evaluations.jsonl")
+        lines = read_lines(self.run_path / "metrics.jsonl")
+
+        def at(step: int) -> dict[str, Any]:
+            return {r["mode"]: {k: v for k, v in r.items() if k != "step"} for r in records if r["step"] == step}
+
+        def over_all(part: str, whole: str) -> float:
+            return sum(line[part] for line in lines) / max(1, sum(line[whole] for line in lines))
+
+        return {
+            "method": method_name(self.config),
+            "before": at(0),
+            "after": at(self._step),
+            "r": over_all("erased_tokens", "committed_tokens"),
+            "erase_rate": over_all("erasures", "candidates"),
+            "steps": self._step,
+            "train_seconds": self._seconds,
+            "tokens_generated": self._tokens,
+        }
+
+    def _tell(self, event: str, *values: Any) -> None:
+        for listener in self._listeners:
+            getattr(listener, event)(*values)

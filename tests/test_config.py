@@ -1,0 +1,101 @@
+"""Recipes: what is read, what is refused, and with which words."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e3rl.config import Config, build_config, load_config, parse_override, to_toml
+from e3rl.errors import UserError
+
+
+def test_defaults_survive_a_round_trip_through_toml():
+    assert build_config(tomllib.loads(to_toml(Config()))) == Config()
+
+
+def test_a_recipe_is_overlaid_and_then_overridden(tmp_path: Path):
+    recipe, overlay = tmp_path / "base.toml", tmp_path / "overlay.toml"
+    recipe.write_text("[train]\nsteps = 3\nlearning_rate = 1e-3\n[objective]\nname = 'grpo'\nkl_coef = 0.1\n")
+    overlay.write_text("[train]\nsteps = 5\n[objective]\nkl_coef = 0.2\n")
+    config = load_config(recipe, [overlay], ["train.learning_rate=0.5", "run.name=my run", "rollout.erase=false"])
+    assert (config.train.steps, config.train.learning_rate, config.run.name) == (5, 0.5, "my run")
+    assert config.objective.name == "grpo"
+    assert config.objective.options == {"kl_coef": 0.2}
+    assert config.rollout.erase is False
+
+
+def test_sections_can_be_written_alone():
+    assert set(tomllib.loads(to_toml(Config(), sections=("rollout", "erasure")))) == {"rollout", "erasure"}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rolout.erase=true", ["unknown section 'rolout'", "Did you mean 'rollout'?"]),
+        ("rollout.temperatur=1", ["[rollout] unknown key 'temperatur'", "Did you mean 'temperature'?"]),
+        ("rollout.temperature=hot", ["rollout.temperature", "expected a number", "'hot'"]),
+        ("rollout.num_generations=8.0", ["rollout.num_generations", "a whole number"]),
+        ("rollout.num_generations=true", ["rollout.num_generations", "a whole number"]),
+        ("rollout.top_p=1.5", ["rollout.top_p = 1.5", "above 0 and at most 1"]),
+        ("rollout.top_p=0", ["rollout.top_p", "above 0"]),
+        ("rollout.temperature=nan", ["rollout.temperature = nan is out of range"]),
+        ("erasure.baseline=groop", ["erasure.baseline", "'group', 'reference', 'static'"]),
+        ("train.report_to=['tensorboard', 3]", ["train.report_to", "expected a string, got 3"]),
+        ("rewards.weights=[1.0, 2.0]", ["rewards.weights has 2 values for 1 rewards.functions"]),
+        ("rewards.functions=[]", ["rewards.functions is empty"]),
+        ("train.minibatches=99", ["train.minibatches must not exceed"]),
+        ("steps=3", ["'steps=3' is no override", "section.field=value"]),
+        ("train.steps", ["'train.steps' is no override"]),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_said_with_its_name(override: str, words: list[str]):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [], [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_errors_in_a_recipe_name_the_file_and_line(tmp_path: Path):
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train]\nsteps = \n")
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML: .*line 2"):
+        load_config(broken)
+    broken.write_text("[train]\nstep = 3\n")
+    with pytest.raises(UserError, match=r"broken\.toml: \[train\] unknown key 'step'. Did you mean 'steps'"):
+        load_config(broken)
+    with pytest.raises(UserError, match="no such recipe"):
+        load_config(tmp_path / "absent.toml")
+    broken.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="can't be read"):
+        load_config(broken)
+
+
+def test_an_override_is_toml_where_it_can_be_and_text_otherwise():
+    assert parse_override("--data.train=my file.jsonl") == {"data": {"train": "my file.jsonl"}}
+    assert parse_override("train.report_to=['wandb']") == {"train": {"report_to": ["wandb"]}}
+
+
+@given(st.text())
+def test_any_text_survives_as_a_run_name(name: str):
+    config = build_config({"run": {"name": name}})
+    assert build_config(tomllib.loads(to_toml(config))).run.name == name
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4))
+def test_no_value_gets_past_the_reader_with_another_error(value: object):
+    for section, key in (("train", "steps"), ("rollout", "top_p"), ("rewards", "functions"), ("objective", "name")):
+        try:
+            build_config({section: {key: value}})
+        except UserError:
+            continue
+
+
+@pytest.mark.parametrize("module", ["e3rl", "e3rl.config", "e3rl.types", "e3rl.cli", "e3rl.errors", "e3rl.plugins"])
+def test_light_modules_import_no_heavy_library(module: str):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'rich', 'pyarrow', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

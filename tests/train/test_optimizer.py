@@ -1,0 +1,84 @@
+"""The master-weight optimizer and the learning-rate schedule, by value."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from e3rl.config import TrainConfig
+from e3rl.train.optimizer import MasterOptimizer, learning_rate
+
+CONFIG = TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_grad_norm=1.0)
+
+
+def test_the_schedules_by_hand():
+    warm = replace(CONFIG, warmup_ratio=0.2)  # 2 of 10 updates
+    assert [round(learning_rate(warm, u, 10), 6) for u in (0, 1, 2, 9)] == [0.05, 0.1, 0.1, 0.1]
+    linear = replace(warm, lr_scheduler_type="linear")  # 8 updates from 0.1 towards 0
+    assert learning_rate(linear, 2, 10) == pytest.approx(0.1)
+    assert learning_rate(linear, 6, 10) == pytest.approx(0.1 * 4 / 8)
+    cosine = replace(warm, lr_scheduler_type="cosine")
+    assert learning_rate(cosine, 6, 10) == pytest.approx(0.05 * (1 - math.cos(math.pi * 0.5)))
+
+
+def _parameter(dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=dtype))
+
+
+def test_one_step_by_hand():
+    """Gradient (30, 40) has norm 50 and is scaled to (0.6, 0.8); AdamW's first step moves by the rate in its sign."""
+    parameter = _parameter(torch.float32)
+    optimizer = MasterOptimizer([("w", parameter)], CONFIG)
+    parameter.grad = torch.tensor([[30.0, -40.0]])
+    assert optimizer.step(0.1) == pytest.approx(50.0)
+    torch.testing.assert_close(parameter.data, torch.tensor([[2.9, 4.1]]))
+    torch.testing.assert_close(optimizer.state()["w/exp_avg"], torch.tensor([[0.06, -0.08]]))
+    assert parameter.grad is None
+
+
+def test_small_updates_are_not_lost_on_bfloat16_weights():
+    parameter = _parameter(torch.bfloat16)
+    optimizer = MasterOptimizer([("w", parameter)], CONFIG)
+    for _ in range(200):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-3)
+    torch.testing.assert_close(optimizer.weights()["w"].data, torch.tensor([[2.8, 3.8]]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(parameter.data.float(), torch.tensor([[2.8, 3.8]]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sick_gradient_changes_nothing(value: float):
+    parameter = _parameter(torch.float32)
+    optimizer = MasterOptimizer([("w", parameter)], CONFIG)
+    parameter.grad = torch.tensor([[1.0, value]])
+    assert not math.isfinite(optimizer.step(0.1))
+    assert torch.equal(parameter.data, torch.tensor([[3.0, 4.0]]))
+    assert optimizer.state() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_going_on_from_saved_state_gives_the_same_weights(dtype: torch.dtype):
+    def run(optimizer: MasterOptimizer, parameters: list[nn.Parameter], steps: range) -> None:
+        for step in steps:
+            for p in parameters:
+                p.grad = torch.full_like(p, math.sin(step + p.numel()))
+            optimizer.step(0.01)
+
+    def fresh() -> list[tuple[str, nn.Parameter]]:
+        return [("bias", nn.Parameter(torch.ones(3, dtype=dtype))), ("w", _parameter(dtype))]
+
+    decayed = replace(CONFIG, weight_decay=0.1)
+    whole = fresh()
+    first = MasterOptimizer(whole, decayed)
+    run(first, [p for _, p in whole], range(5))
+    weights = {k: v.detach().clone() for k, v in first.weights().items()}
+    state = {k: v.clone() for k, v in first.state().items()}
+    run(first, [p for _, p in whole], range(5, 9))
+    resumed = fresh()
+    second = MasterOptimizer(resumed, decayed)
+    second.load(weights, state)
+    run(second, [p for _, p in resumed], range(5, 9))
+    for (_, a), (_, b) in zip(whole, resumed, strict=True):
+        assert torch.equal(a, b)

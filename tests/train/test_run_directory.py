@@ -1,0 +1,65 @@
+"""A run directory belongs to one run; its logs survive a crash in mid-line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from e3rl.config import Config, RunConfig
+from e3rl.errors import UserError
+from e3rl.train.run_directory import RunDirectory, continue_or_put_aside, read_config, read_lines
+
+
+def _config(tmp_path: Path, **train: object) -> Config:
+    base = Config(run=RunConfig(name="a", output_dir=str(tmp_path)))
+    return replace(base, train=replace(base.train, **train))  # type: ignore[arg-type]
+
+
+def test_a_taken_directory_is_refused_with_both_ways_out(tmp_path: Path):
+    RunDirectory.create(_config(tmp_path))
+    with pytest.raises(UserError, match=r"already holds a run.*--resume.*run\.name=NAME"):
+        RunDirectory.create(_config(tmp_path))
+
+
+def test_a_directory_with_something_else_in_it_is_refused(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not an empty directory"):
+        RunDirectory.create(_config(tmp_path))
+
+
+def test_resuming_needs_the_same_settings_but_for_a_few(tmp_path: Path):
+    RunDirectory.create(_config(tmp_path))
+    RunDirectory.resume(_config(tmp_path, steps=9))
+    assert read_config(tmp_path / "a").train.steps == 9
+    with pytest.raises(UserError, match=r"train\.learning_rate \(1e-06 then, 0\.1 now\)"):
+        RunDirectory.resume(_config(tmp_path, steps=9, learning_rate=0.1))
+    with pytest.raises(UserError, match="holds no run to resume"):
+        RunDirectory.resume(_config(tmp_path / "elsewhere"))
+
+
+def test_logs_can_be_cut_back_and_a_half_written_line_is_left_out(tmp_path: Path):
+    run = RunDirectory.create(_config(tmp_path))
+    for step in (1, 2, 3):
+        run.append("metrics.jsonl", {"step": step, "reward": float("nan"), "series": [1.0, float("inf")]})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    assert [r["step"] for r in read_lines(run.path / "metrics.jsonl")] == [1, 2, 3]
+    assert read_lines(run.path / "metrics.jsonl")[0] == {"step": 1, "reward": None, "series": [1.0, None]}
+    run.drop_after(2)
+    assert [r["step"] for r in read_lines(run.path / "metrics.jsonl")] == [1, 2]
+
+
+def test_again_continues_what_is_unfinished_and_puts_aside_what_is_done(tmp_path: Path):
+    config = _config(tmp_path)
+    assert not continue_or_put_aside(config)
+    run = RunDirectory.create(config)
+    (run.path / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert continue_or_put_aside(config)
+    (run.path / "summary.json").write_text("{}")
+    assert not continue_or_put_aside(config)
+    assert not run.path.exists()
+    assert (tmp_path / "a.1" / "summary.json").exists()
+    RunDirectory.create(config)
+    assert not continue_or_put_aside(config)  # no checkpoint: nothing to continue
+    assert (tmp_path / "a.2").exists()

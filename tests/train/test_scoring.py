@@ -1,0 +1,89 @@
+"""Log-probabilities and entropies of finished sequences, against a plain forward pass of each sequence alone."""
+
+import pytest
+import torch
+
+from e3rl.errors import UserError
+from e3rl.train import scoring
+from e3rl.train.scoring import AttributionSettings, PaddedSequences, require_plain_head, response_scores, score_sequences
+from e3rl.train.sequences import TrainSequence, plan_micro_batches
+from tests.rollout.models import ARCHITECTURES, tiny
+
+
+def _sequence(prompt: list[int], response: list[int], masked: int = 0) -> TrainSequence:
+    mask_T = torch.arange(len(response)) >= masked
+    return TrainSequence(
+        tuple(prompt), tuple(response), torch.zeros(len(response), dtype=torch.long), mask_T,
+        torch.zeros(len(response)), 0, 0, False,
+    )  # fmt: skip
+
+
+SEQUENCES = [_sequence([2, 3, 4], [5, 6, 7, 8, 9]), _sequence([9], [4]), _sequence([5, 6], [7, 7, 7, 2], masked=2)]
+
+
+def _alone(model, sequence: TrainSequence, temperature: float):
+    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+    logp_TV = torch.log_softmax(model(input_ids=ids).logits[0].double() / temperature, -1)
+    rows = range(len(sequence.prompt_ids) - 1, ids.shape[1] - 1)
+    logprobs = [logp_TV[r, i] for r, i in zip(rows, sequence.response_ids, strict=True)]
+    entropies = [-(logp_TV[r].exp() * logp_TV[r]).sum() for r in rows]
+    return torch.stack(logprobs).float(), torch.stack(entropies).float()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("temperature", "budget"), [(1.0, 1000), (0.7, 9)])
+@torch.no_grad()
+def test_scores_equal_a_forward_pass_of_each_sequence_alone(name: str, temperature: float, budget: int):
+    model = tiny(name)
+    scores = score_sequences(model, SEQUENCES, temperature=temperature, token_budget=budget)
+    for sequence, found in zip(SEQUENCES, scores, strict=True):
+        logprobs_T, entropies_T = _alone(model, sequence, temperature)
+        torch.testing.assert_close(found.logprobs_T, logprobs_T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.entropies_T, entropies_T, atol=1e-5, rtol=1e-5)
+        assert found.shares_T is None
+
+
+def test_shares_add_up_to_one_over_each_response():
+    settings = AttributionSettings(window=3, layers=frozenset({1}))
+    for found in score_sequences(tiny("Qwen3"), SEQUENCES, temperature=1, token_budget=99, attribution=settings):
+        assert found.shares_T is not None
+        torch.testing.assert_close(found.shares_T.sum(), torch.tensor(1.0))
+        assert (found.shares_T >= 0).all()
+
+
+def test_gradients_are_the_same_in_chunks_of_the_vocabulary_and_in_one(monkeypatch: pytest.MonkeyPatch):
+    model = tiny("Llama")
+    padded = PaddedSequences.of(SEQUENCES, torch.device("cpu"))
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        response_scores(model, padded, 1.0)[0].sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    whole = gradient()
+    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 1)  # the smallest chunk there is, 16 tokens
+    monkeypatch.setattr(scoring, "_SMALLEST_CHUNK", 2)
+    torch.testing.assert_close(gradient(), whole, atol=1e-5, rtol=1e-4)
+    model.zero_grad()
+    assert whole.abs().sum() > 0
+
+
+def test_micro_batches_hold_every_sequence_once_within_the_budget():
+    lengths = [5, 40, 7, 7, 8, 1, 30]
+    batches = plan_micro_batches(lengths, 40)
+    assert sorted(i for b in batches for i in b) == list(range(7))
+    assert all(len(b) * max(lengths[i] for i in b) <= 40 for b in batches)
+    assert batches == [[1], [6], [4, 2, 3, 0, 5]]
+    assert plan_micro_batches([100], 40) == [[0]]
+
+
+def test_a_model_that_transforms_its_logits_is_refused():
+    model = tiny("Llama")
+    require_plain_head(model)
+    whole = model.forward
+    model.forward = lambda **kw: type("Out", (), {"logits": whole(**kw).logits * 0.5})()
+    try:
+        with pytest.raises(UserError, match="transforms its logits"):
+            require_plain_head(model)
+    finally:
+        del model.forward
