@@ -1,0 +1,220 @@
+"""One group on its way: what each sibling has committed and erased, and what it asks of the engine next.
+
+A state machine: `deliver` takes a candidate and returns orders. It knows no engine, so nothing here generates or waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from e3rl.config import RolloutConfig
+from e3rl.equations.erasure import least_uncertain
+from e3rl.rollout.judge import GroupJudge
+from e3rl.types import Candidate, Erasure, Group, Judgement, Prompt, Segment, Trajectory, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A sibling's response grew by a segment."""
+
+    prompt_id: str
+    sibling: int
+    segment: Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """A candidate was judged too uncertain and dropped."""
+
+    prompt_id: str
+    sibling: int
+    erasure: Erasure
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All siblings of a group are complete."""
+
+    group: Group
+
+
+Event = Committed | Erased | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Cut the sibling's row to its first ``start`` response tokens, then generate up to ``tokens`` more."""
+
+    sibling: int
+    start: int
+    tokens: int
+    segment: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The sibling's response is complete: its row is no longer needed."""
+
+    sibling: int
+
+
+Order = Extend | Release
+
+
+@dataclass(slots=True)
+class _Sibling:
+    number: int
+    segments: list[Segment] = field(default_factory=list)
+    erasures: list[Erasure] = field(default_factory=list)
+    committed: int = 0
+    attempt: int = 0
+    waiting: Candidate | None = None  # a first candidate whose barrier is closed
+    redrawn: bool = False  # the open request repeats an earlier attempt, which will be committed (D8)
+    finish: Literal["stop", "length"] | None = None
+
+    def attempts(self) -> list[Erasure]:
+        """Erased candidates of the segment under way, by attempt."""
+        return [e for e in self.erasures if e.index == len(self.segments)]
+
+
+class GroupRollout:
+    """The siblings of one prompt. ``judge`` is None for a plain rollout: every candidate is committed unseen."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: RolloutConfig,
+        judge: GroupJudge | None,
+        on_exhausted: str,
+        observe: Callable[[Event], None],
+    ) -> None:
+        self.prompt = prompt
+        self._config = config
+        self._judge = judge
+        self._on_exhausted = on_exhausted
+        self._observe = observe
+        self._siblings = [_Sibling(number) for number in range(config.num_generations)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sibling's response is complete."""
+        return all(s.finish for s in self._siblings)
+
+    def group(self, policy_version: int) -> Group:
+        """The finished group."""
+        trajectories = []
+        for s in self._siblings:
+            if s.finish is None:
+                raise RuntimeError(f"sibling {s.number} of prompt '{self.prompt.problem.id}' is not finished")
+            trajectories.append(
+                Trajectory(self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish),
+            )
+        return Group(self.prompt, tuple(trajectories), policy_version)
+
+    def start(self) -> list[Order]:
+        """Every sibling's first request."""
+        return [self._extend(s) for s in self._siblings]
+
+    def deliver(self, number: int, candidate: Candidate) -> list[Order]:
+        """Take what the engine generated for a sibling; return what this lets its group do next."""
+        sibling = self._siblings[number]
+        self._check(sibling, candidate)
+        if self._judge is None:
+            return self._commit(sibling, candidate, None)
+        if sibling.attempt == 0 and not sibling.redrawn:
+            self._judge.deliver(number, candidate)
+            sibling.waiting = candidate
+            return self._judge_waiting(self._judge)
+        return self._decide(self._judge, sibling, candidate) + self._judge_waiting(self._judge)
+
+    def _judge_waiting(self, judge: GroupJudge) -> list[Order]:
+        """Judge all candidates whose barrier is open. One that finishes its sibling may open the next barrier."""
+        orders: list[Order] = []
+        while ready := [s for s in self._siblings if s.waiting and judge.ready(len(s.segments))]:
+            for sibling in ready:
+                candidate, sibling.waiting = sibling.waiting, None
+                assert candidate is not None
+                orders += self._decide(judge, sibling, candidate)
+        return orders
+
+    def _decide(self, judge: GroupJudge, sibling: _Sibling, candidate: Candidate) -> list[Order]:
+        judgement = judge.judge(sibling.number, candidate, sibling.attempt)
+        if sibling.redrawn:
+            return self._commit(sibling, candidate, replace(judgement, verdict=Verdict.FORCED))
+        if judgement.verdict is Verdict.COMMIT:
+            return self._commit(sibling, candidate, judgement)
+        if judgement.verdict is Verdict.ERASE:
+            self._erase(sibling, candidate, judgement)
+            return [self._redraw(sibling, sibling.attempt + 1)]
+        return self._exhausted(sibling, candidate, judgement)
+
+    def _exhausted(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement) -> list[Order]:
+        """The budget is spent on a candidate above its threshold: the forced accept, as D8 sets it."""
+        earlier = [e.judgement.uncertainty.total for e in sibling.attempts()]
+        best = least_uncertain([*earlier, judgement.uncertainty.total])
+        if self._on_exhausted == "last" or best == judgement.attempt:
+            return self._commit(sibling, candidate, judgement)
+        self._erase(sibling, candidate, replace(judgement, verdict=Verdict.ERASE))
+        sibling.redrawn = True
+        return [self._redraw(sibling, best)]
+
+    def _erase(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement) -> None:
+        erasure = Erasure(len(sibling.segments), sibling.committed, candidate, judgement)
+        sibling.erasures.append(erasure)
+        self._observe(Erased(self.prompt.problem.id, sibling.number, erasure))
+
+    def _redraw(self, sibling: _Sibling, attempt: int) -> Order:
+        sibling.attempt = attempt
+        return self._extend(sibling)
+
+    def _commit(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement | None) -> list[Order]:
+        segment = Segment(len(sibling.segments), candidate, judgement)
+        if sibling.redrawn:
+            self._take_back(sibling, candidate)
+        sibling.segments.append(segment)
+        sibling.committed += len(candidate.ids)
+        sibling.attempt, sibling.redrawn = 0, False
+        if self._judge is not None and judgement is not None:
+            self._judge.commit(sibling.number, candidate, judgement)
+        self._observe(Committed(self.prompt.problem.id, sibling.number, segment))
+        if candidate.ended or sibling.committed == self._config.completion_limit:
+            return [self._finish(sibling, "stop" if candidate.ended else "length")]
+        return [self._extend(sibling)]
+
+    def _take_back(self, sibling: _Sibling, candidate: Candidate) -> None:
+        """A candidate that is committed after all no longer counts as erased.
+
+        The redraw repeats it token by token, unless the engine's arithmetic depends on what else is in the batch; a
+        redraw that came out differently leaves the erased candidate on record.
+        """
+        erased = sibling.attempts()[sibling.attempt]
+        if erased.candidate.ids == candidate.ids:
+            sibling.erasures = [e for e in sibling.erasures if e is not erased]
+
+    def _finish(self, sibling: _Sibling, how: Literal["stop", "length"]) -> Order:
+        sibling.finish = how
+        if self._judge is not None:
+            self._judge.finish(sibling.number)
+        return Release(sibling.number)
+
+    def _extend(self, sibling: _Sibling) -> Order:
+        return Extend(
+            sibling=sibling.number,
+            start=sibling.committed,
+            tokens=self._tokens(sibling),
+            segment=len(sibling.segments),
+            attempt=sibling.attempt,
+        )
+
+    def _tokens(self, sibling: _Sibling) -> int:
+        return min(self._config.segment_length, self._config.completion_limit - sibling.committed)
+
+    def _check(self, sibling: _Sibling, candidate: Candidate) -> None:
+        """Hold the engine to what was asked: empty candidates would keep a response going for ever."""
+        asked, got = self._tokens(sibling), len(candidate.ids)
+        if got > asked or got == 0 or (got < asked and not candidate.ended):
+            where = f"prompt '{self.prompt.problem.id}', sibling {sibling.number}, segment {len(sibling.segments)}"
+            raise RuntimeError(f"the engine returned {got} of {asked} tokens without an end of sequence ({where})")

@@ -1,0 +1,199 @@
+"""Uncertainty and thresholds of one group (eq 10-18): bookkeeping around the equations, knowing nothing of engines.
+
+Segments count from 0. What segment n is judged against is fixed once, when its barrier opens: when every sibling has
+either finished or delivered its first candidate of n. Siblings are always visited by number, so the order in which
+candidates arrive changes no digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from e3rl.config import ErasureConfig
+from e3rl.equations import erasure, threshold, uncertainty
+from e3rl.errors import UserError
+from e3rl.rollout.moments import Moments
+from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
+
+ROUNDING = 1e-9
+"""Share by which a computed baseline is raised, so that siblings that are all alike are not erased over rounding."""
+
+
+def needs_reference(siblings: int, config: ErasureConfig) -> bool:
+    """Whether B_n has to come from reference statistics: asked for, or no group is large enough for its own."""
+    too_few = config.baseline == "group" and siblings < config.min_siblings
+    return config.baseline == "reference" or too_few
+
+
+def require_reference(siblings: int, config: ErasureConfig, reference: ReferenceStatistics | None) -> None:
+    """Raise UserError where reference statistics are needed and there are none."""
+    if needs_reference(siblings, config) and (reference is None or not reference.segments):
+        why = (
+            "erasure.baseline = 'reference'"
+            if config.baseline == "reference"
+            else f"{siblings} sample(s) of a prompt are fewer than erasure.min_siblings = {config.min_siblings}"
+        )
+        raise UserError(
+            f"{why}, so thresholds come from reference statistics, and the model has none: make them with "
+            "'e3rl calibrate', sample more of each prompt, or set erasure.baseline = 'static'"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Statistics:
+    """What every candidate of one segment index is judged against."""
+
+    entropies: Moments
+    baseline: float
+
+
+@dataclass(slots=True)
+class _History:
+    """What the judge was told about one sibling, by segment index."""
+
+    firsts: list[Candidate] = field(default_factory=list)
+    committed: list[Candidate] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    smoothed: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class GroupJudge:
+    """Judges the candidates of one group of siblings.
+
+    ``entropy_moments`` are the previous rollout batch's, used where ``config.entropy_reference`` is 'batch'; without
+    them (the first batch) the group's own stand in. Where the baseline comes from ``reference``, so do the entropy
+    moments, unless they are the batch's.
+    """
+
+    def __init__(
+        self,
+        siblings: int,
+        config: ErasureConfig,
+        *,
+        reference: ReferenceStatistics | None = None,
+        entropy_moments: Moments | None = None,
+    ) -> None:
+        require_reference(siblings, config, reference)
+        self._config = config
+        self._reference = reference if needs_reference(siblings, config) else None
+        self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
+        if self._fixed_entropies is None and self._reference is not None:
+            self._fixed_entropies = self._reference.entropies
+        self._pooled_entropies = Moments()
+        self._histories = [_History() for _ in range(siblings)]
+        self._statistics: list[_Statistics] = []
+
+    def deliver(self, sibling: int, candidate: Candidate) -> None:
+        """The first candidate of the sibling's next segment was generated."""
+        self._histories[sibling].firsts.append(candidate)
+
+    def commit(self, sibling: int, candidate: Candidate, judgement: Judgement) -> None:
+        """The candidate became the sibling's next segment."""
+        history = self._histories[sibling]
+        history.committed.append(candidate)
+        history.attempts.append(judgement.attempt)
+        history.means.append(float(uncertainty.segment_entropy(_tensor(candidate.entropies))))
+        history.smoothed.append(judgement.uncertainty.smoothed)
+
+    def finish(self, sibling: int) -> None:
+        """The sibling's response is complete: no barrier waits for it any more."""
+        self._histories[sibling].finished = True
+
+    def ready(self, segment: int) -> bool:
+        """Whether candidates of ``segment`` can be judged; with statistics from outside the group they always can."""
+        independent = self._fixed_entropies is not None and not self._has_group_baseline
+        return independent or all(h.finished or len(h.firsts) > segment for h in self._histories)
+
+    def judge(self, sibling: int, candidate: Candidate, attempt: int) -> Judgement:
+        """U, Theta and verdict of a candidate for the sibling's next segment."""
+        history = self._histories[sibling]
+        segment = len(history.committed)
+        if not self.ready(segment):
+            raise RuntimeError(f"segment {segment} can't be judged yet: a sibling's first candidate is still missing")
+        if segment == len(self._statistics):
+            self._statistics.append(self._freeze(segment))
+        statistics = self._statistics[segment]
+        u = self._uncertainty(history, candidate, statistics.entropies)
+        theta = self._threshold(history, statistics.baseline, attempt)
+        verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
+        return Judgement(u, theta, attempt, verdict)
+
+    @property
+    def _has_group_baseline(self) -> bool:
+        return self._reference is None and self._config.baseline == "group"
+
+    def _freeze(self, segment: int) -> _Statistics:
+        entropies = self._fixed_entropies
+        if entropies is None:
+            entropies = self._pooled_entropies = self._pool(segment)
+        return _Statistics(entropies, self._baseline(segment, entropies))
+
+    def _pool(self, segment: int) -> Moments:
+        """D3 'group'. First candidates of segments m <= n, and committed retries of segments m < n."""
+        pooled, last = self._pooled_entropies, segment - 1
+        for history in self._histories:
+            if segment > 0 and len(history.attempts) > last and history.attempts[last] > 0:
+                pooled = pooled.merged(Moments.of(history.committed[last].entropies))
+        for history in self._histories:
+            if len(history.firsts) > segment:
+                pooled = pooled.merged(Moments.of(history.firsts[segment].entropies))
+        return pooled
+
+    def _baseline(self, segment: int, entropies: Moments) -> float:
+        """Eq 14-16. B_n from where the settings say (D4, D5)."""
+        if self._reference is not None:
+            usual = self._reference.at(segment)
+            return self._macro_baseline(_tensor(usual.mean), _tensor(usual.std))
+        if self._config.baseline == "static":
+            return self._config.static_baseline
+        present = [h for h in self._histories if len(h.firsts) > segment]
+        if len(present) < self._config.min_siblings:
+            return self._statistics[-1].baseline
+        totals = [self._uncertainty(h, h.firsts[segment], entropies).total for h in present]
+        return self._macro_baseline(*threshold.group_moments(_tensor(totals)))
+
+    def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
+        kappa = threshold.offset(std, self._config.kappa0, self._config.kappa1, self._config.sigma0)
+        baseline = float(threshold.macro_baseline(mean, std, kappa))
+        return baseline + ROUNDING * abs(baseline)
+
+    def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
+        """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2)."""
+        config = self._config
+        entropies_T = _tensor(candidate.entropies)
+        means_N = _tensor([*history.means, float(uncertainty.segment_entropy(entropies_T))])
+        smoothed = uncertainty.smooth_causal(means_N, config.smoothing_decay, config.smoothing_window)
+        largest = uncertainty.largest_entropy(entropies_T)
+        terms = uncertainty.uncertainty_terms(
+            smoothed,
+            uncertainty.entropy_variation(entropies_T),
+            uncertainty.extremum_deviation(largest, entropies.mean, entropies.std),
+            _tensor(candidate.perturbations).mean(),
+            base_weight=config.base_weight,
+            gradient_weight=config.gradient_weight,
+            extremum_weight=config.extremum_weight,
+            perturbation_weight=config.perturbation_weight,
+        )
+        base, gradient, extremum, perturbation = (float(t) for t in terms)
+        total = base + gradient + extremum + perturbation
+        return Uncertainty(total, base, gradient, extremum, perturbation, float(smoothed))
+
+    def _threshold(self, history: _History, baseline: float, attempt: int) -> Threshold:
+        """Eq 17-18. Theta_n(e); phi looks at the sibling's own committed segments (D6 at the first)."""
+        penalty = float(threshold.attempt_penalty(attempt, self._config.eta, self._config.delta))
+        phi = self._config.first_modulation
+        if history.smoothed:
+            baselines_N = _tensor([s.baseline for s in self._statistics[: len(history.smoothed)]])
+            phi = float(threshold.modulation(_tensor(history.smoothed), baselines_N, self._config.rho))
+        return Threshold(float(threshold.threshold(baseline, penalty, phi)), baseline, penalty, phi)
+
+
+def _tensor(values: float | Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

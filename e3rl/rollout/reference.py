@@ -1,0 +1,142 @@
+"""Reference statistics (spec: inference): what U usually is at each segment index, for prompts that have no siblings.
+
+They are gathered from rollouts during training or calibration and saved beside the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.errors import UserError
+from e3rl.files import write_json
+from e3rl.rollout.moments import Moments
+from e3rl.types import Erasure, Group, Segment, Trajectory
+
+FILE_NAME = "e3rl_reference.json"
+FORMAT = 1
+MEASURED_BY = (
+    "entropy_distribution",
+    "base_weight",
+    "gradient_weight",
+    "extremum_weight",
+    "perturbation_weight",
+    "smoothing_window",
+    "smoothing_decay",
+)
+"""Fields of `ErasureConfig` that define U. Statistics of U mean nothing under other values."""
+
+
+def measured_by(rollout: RolloutConfig, erasure: ErasureConfig) -> dict[str, Any]:
+    """The settings that define U, by dotted name."""
+    settings = {f"erasure.{name}": getattr(erasure, name) for name in MEASURED_BY}
+    return {
+        "rollout.segment_length": rollout.segment_length,
+        "rollout.temperature": rollout.temperature,
+        **settings,
+    }
+
+
+def first_candidates(trajectory: Trajectory) -> Iterator[Segment | Erasure]:
+    """The first candidate of every segment, committed or erased; what was never judged is its own first."""
+    records: list[Segment | Erasure] = [*trajectory.segments, *trajectory.erasures]
+    for record in records:
+        if record.judgement is None or record.judgement.attempt == 0:
+            yield record
+
+
+def entropy_moments(groups: Iterable[Group]) -> Moments:
+    """D3 'batch'. Moments of the token entropies of a batch's first candidates and committed segments."""
+    moments = Moments()
+    for trajectory in (t for g in groups for t in g.trajectories):
+        firsts = [e.candidate for e in trajectory.erasures if e.judgement.attempt == 0]
+        for candidate in (*firsts, *(s.candidate for s in trajectory.segments)):
+            moments = moments.merged(Moments.of(candidate.entropies))
+    return moments
+
+
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """Mean and spread of first candidates' U by segment index, and of their token entropies.
+
+    ``settings`` are those of `measured_by` that U was measured with.
+    """
+
+    settings: Mapping[str, Any]
+    segments: tuple[Moments, ...] = ()
+    entropies: Moments = field(default_factory=Moments)
+
+    def at(self, index: int) -> Moments:
+        """Moments of U at a segment index; beyond the last known index, those of the last known."""
+        if not self.segments:
+            raise UserError(
+                f"the reference statistics hold no segments: gather them with 'e3rl calibrate' ({FILE_NAME})"
+            )
+        return self.segments[min(index, len(self.segments) - 1)]
+
+    def merged(self, other: ReferenceStatistics) -> ReferenceStatistics:
+        """Both sets of observations together."""
+        other.check(self.settings)
+        pairs = zip_longest(self.segments, other.segments, fillvalue=Moments())
+        segments = tuple(a.merged(b) for a, b in pairs)
+        return ReferenceStatistics(self.settings, segments, self.entropies.merged(other.entropies))
+
+    def including(self, groups: Iterable[Group]) -> ReferenceStatistics:
+        """These statistics with the judged first candidates of ``groups`` added. Retries never feed them."""
+        by_index: dict[int, list[float]] = {}
+        entropies = Moments()
+        for record in (r for g in groups for t in g.trajectories for r in first_candidates(t)):
+            if record.judgement is not None:
+                by_index.setdefault(record.index, []).append(record.judgement.uncertainty.total)
+                entropies = entropies.merged(Moments.of(record.candidate.entropies))
+        segments = tuple(Moments.of(by_index.get(n, [])) for n in range(max(by_index, default=-1) + 1))
+        return self.merged(ReferenceStatistics(self.settings, segments, entropies))
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise UserError where these statistics were measured with other settings."""
+        names = sorted({*settings, *self.settings})
+        differing = [n for n in names if settings.get(n) != self.settings.get(n)]
+        if differing:
+            details = "; ".join(f"{n}: {self.settings.get(n)!r} then, {settings.get(n)!r} now" for n in differing)
+            raise UserError(f"the reference statistics were measured with other settings ({details}): calibrate again")
+
+    def to_tables(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "format": FORMAT,
+            "settings": dict(self.settings),
+            "segments": [moments.to_table() for moments in self.segments],
+            "entropies": self.entropies.to_table(),
+        }
+
+    @staticmethod
+    def from_tables(tables: Mapping[str, Any]) -> ReferenceStatistics:
+        """What `to_tables` gave; KeyError, TypeError or ValueError where the tables can't have come from it."""
+        if tables["format"] != FORMAT:
+            raise ValueError(f"format {tables['format']!r}, and this version of e3rl reads format {FORMAT}")
+        segments = tuple(Moments.from_table(table) for table in tables["segments"])
+        return ReferenceStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]))
+
+    def save(self, directory: Path) -> Path:
+        """Write them beside a model, atomically."""
+        path = directory / FILE_NAME
+        write_json(path, self.to_tables())
+        return path
+
+    @staticmethod
+    def load(directory: Path) -> ReferenceStatistics:
+        """Read what `save` wrote; UserError says what is wrong with a missing or damaged file."""
+        path = directory / FILE_NAME
+        try:
+            return ReferenceStatistics.from_tables(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: make it with 'e3rl calibrate'") from None
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): make it again with 'e3rl calibrate'") from None
