@@ -1,0 +1,100 @@
+// Runs laid over each other. Runs that differ in nothing but the seed may be one line with a band from lowest to highest.
+
+// The name without what marks its seed: demo-seed3, demo_s3 and demo-3 (for seed 3) are all demo.
+function family(run) {
+  const name = run.name.replace(new RegExp(`[-_ .]*(seed|s)?[-_ ]?${run.seed}$`), "") || run.name;
+  return `${name} (${run.method})`;
+}
+
+function groupsOf(runs, bands) {
+  if (!bands) return runs.map((run) => ({ name: run.label, runs: [run] }));
+  const groups = new Map();
+  for (const run of runs) {
+    const name = family(run);
+    if (!groups.has(name)) groups.set(name, { name, runs: [] });
+    groups.get(name).runs.push(run);
+  }
+  return [...groups.values()].map((g) => (g.runs.length > 1 ? { ...g, name: `${g.name}, ${g.runs.length} seeds` } : { name: g.runs[0].label, runs: g.runs }));
+}
+
+// One line over the steps that any run of the group has: mean, lowest and highest of those that have it.
+function merged(lines) {
+  const at = new Map();
+  lines.forEach(({ x, y }) => x.forEach((step, i) => {
+    if (y[i] === null || y[i] === undefined) return;
+    if (!at.has(step)) at.set(step, []);
+    at.get(step).push(y[i]);
+  }));
+  const points = [...at.entries()].sort((a, b) => a[0] - b[0]);
+  const over = (reduce) => points.map(([, values]) => reduce(values));
+  return { x: points.map(([step]) => step), y: over(mean), band: { low: over((v) => Math.min(...v)), high: over((v) => Math.max(...v)) } };
+}
+
+function comparedCurve(group, index, name, axis) {
+  const paint = () => colour(index);
+  const lines = group.runs.map((run) => curve(run, name, axis));
+  if (lines.length === 1) return [{ name: group.name, colour: paint, ...lines[0] }];
+  // Seeds spend different numbers of tokens by a step, so over tokens each keeps its own line.
+  if (axis === "tokens") return lines.map((line, i) => ({ name: group.name, legend: i === 0, colour: paint, ...line }));
+  return [{ name: group.name, colour: paint, ...merged(lines) }];
+}
+
+function comparedEvaluation(group, index, figure, axis) {
+  const paint = () => colour(index);
+  if (group.runs.length === 1) return evaluationSeries(group.runs[0], figure, axis, group.name, paint, true);
+  if (axis === "tokens") return group.runs.flatMap((run) => evaluationSeries(run, figure, axis, run.label, paint, true));
+  const modes = [...new Set(group.runs.flatMap((run) => run.evaluations.map((e) => e.mode)))];
+  return modes.map((mode, i) => ({ name: `${group.name}, ${mode}`, colour: paint, dash: i ? "dot" : "solid",
+    ...merged(group.runs.map((run) => { const points = run.evaluations.filter((e) => e.mode === mode); return { x: points.map((e) => e.step), y: points.map((e) => e[figure]) }; })) }));
+}
+
+class CompareView {
+  constructor() {
+    Object.assign(this, { axis: "step", bands: true, hidden: new Set() });
+    this.charts = {};
+    const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
+    const box = el("input", { type: "checkbox", checked: true, onchange: () => { this.bands = box.checked; this.draw(); } });
+    this.tools = el("div", { class: "tools" }, xAxisControl("step", (axis) => { this.axis = axis; this.draw(); }),
+      el("label", { class: "control row-control" }, box, el("span", {}, "Seeds as bands")));
+    this.chips = el("fieldset", { class: "chips" });
+    this.table = el("div", { class: "table-scroll" });
+    this.node = el("div", {}, el("h1", {}, "Compare"), el("p", { class: "lede" }, "The same curves of several runs. Over tokens, runs that draw more are charged for it."),
+      this.chips, this.tools, this.table,
+      section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
+      CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, asPercent]) =>
+        chart(name, { title: label, percent: Boolean(asPercent), id: "compare-" + name }))))));
+  }
+
+  update(runs) {
+    this.runs = runs;
+    const labels = runs.map((run) => run.label).join("\n");
+    if (labels !== this.labels) {
+      this.labels = labels;
+      fill(this.chips, el("legend", { class: "sr-only" }, "Runs shown"), runs.map((run) => {
+        const box = el("input", { type: "checkbox", checked: !this.hidden.has(run.label), onchange: () => { if (box.checked) this.hidden.delete(run.label); else this.hidden.add(run.label); this.draw(); } });
+        return el("label", { class: "chip" }, box, el("span", {}, run.label));
+      }));
+    }
+    this.draw();
+  }
+
+  draw() {
+    const runs = this.runs.filter((run) => !this.hidden.has(run.label)), groups = groupsOf(runs, this.bands), xTitle = AXES[this.axis][1];
+    for (const figure of ["avg", "pass"]) this.charts[figure].update(groups.flatMap((g, i) => comparedEvaluation(g, i, figure, this.axis)), xTitle);
+    for (const name of Object.keys(this.charts)) {
+      if (name !== "avg" && name !== "pass") this.charts[name].update(groups.flatMap((g, i) => comparedCurve(g, i, name, this.axis)), xTitle);
+    }
+    fill(this.table, this.summary(runs));
+  }
+
+  summary(runs) {
+    const evaluated = (run, mode) => run.evaluations.filter((e) => e.mode === mode).slice(-1)[0];
+    const shown = (e) => (e ? `${percent(e.avg)} (${percent(e.avg_interval[0])} to ${percent(e.avg_interval[1])})` : "–");
+    const last = (run, name) => (run.metrics[name] ?? []).slice(-1)[0] ?? null;
+    const rows = runs.map((run) => [run.label, run.method, run.seed, run.step, shown(evaluated(run, "plain")), shown(evaluated(run, "erasable")),
+      percent(mean((run.metrics.r ?? []).slice(-10))), last(run, "tokens_total") === null ? "–" : compact(last(run, "tokens_total"))]);
+    return el("table", { class: "summary" },
+      el("thead", {}, el("tr", {}, ["Run", "Method", "Seed", "Step", "Held-out Avg@k, plain", "erasable", "r, last 10 steps", "Tokens"].map((t) => el("th", { scope: "col" }, t)))),
+      el("tbody", {}, rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((c) => el("td", {}, String(c)))))));
+  }
+}

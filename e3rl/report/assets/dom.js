@@ -1,0 +1,90 @@
+"use strict";
+// Making and filling elements. Text only ever enters the page as text nodes, never as markup.
+
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+  fill(node, ...children);
+  return node;
+}
+
+function fill(node, ...children) {
+  node.replaceChildren(...children.flat(2).filter((c) => c !== null && c !== undefined && c !== false));
+  return node;
+}
+
+function select(label, options, value, onchange) {
+  const choices = options.map(([key, text]) => el("option", { value: key, selected: key === value }, text));
+  const control = el("select", { onchange: () => onchange(control.value) }, choices);
+  return el("label", { class: "control" }, el("span", {}, label), control);
+}
+
+const MINUS = "−";
+
+function number(value, digits = 3) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e4) return String(value).replace("-", MINUS);
+  if (size >= 1e4 || (size > 0 && size < 1e-3)) return compact(value);
+  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : digits).replace("-", MINUS);
+}
+
+function compact(value) {
+  const steps = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
+  const step = steps.find(([size]) => Math.abs(value) >= size);
+  if (step) return (value / step[0]).toFixed(1).replace(/\.0$/, "").replace("-", MINUS) + " " + step[1];
+  return value.toExponential(1).replace("-", MINUS);
+}
+
+function signed(value) {
+  if (value === null || value === undefined) return "–";
+  return (value > 0 ? "+" : "") + number(value, 2);
+}
+
+function percent(value) {
+  return value === null || value === undefined ? "–" : (100 * value).toFixed(value < 0.1 ? 1 : 0) + " %";
+}
+
+function plural(count, word) {
+  return count + " " + word + (count === 1 ? "" : "s");
+}
+
+function mean(values) {
+  const found = values.filter((v) => v !== null && v !== undefined);
+  return found.length ? found.reduce((a, b) => a + b, 0) / found.length : null;
+}
+
+// The theme follows the system until a reader chooses one; the choice is kept where the browser lets it be kept.
+const theme = {
+  listeners: [],
+  chosen() {
+    try { return localStorage.getItem("e3rl-theme"); } catch { return null; }
+  },
+  dark() {
+    const set = document.documentElement.dataset.theme;
+    return set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  },
+  set(name) {
+    document.documentElement.dataset.theme = name;
+    try { localStorage.setItem("e3rl-theme", name); } catch { /* private windows keep nothing */ }
+    this.listeners.forEach((listen) => listen());
+  },
+  button() {
+    const button = el("button", { class: "quiet", type: "button", id: "theme", onclick: () => this.set(this.dark() ? "light" : "dark") });
+    const label = () => fill(button, this.dark() ? "Light" : "Dark");
+    this.listeners.push(label);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.listeners.forEach((listen) => listen()));
+    label();
+    return button;
+  },
+};
+if (theme.chosen()) document.documentElement.dataset.theme = theme.chosen();
+
+function embedded(name) {
+  const block = document.getElementById(name);
+  return block ? JSON.parse(block.textContent) : null;
+}

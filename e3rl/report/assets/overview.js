@@ -1,0 +1,139 @@
+// A run at a glance: what it is, whether it is well, held-out figures, and curves over training.
+
+const CURVES = [
+  ["Learning", [["reward", "Reward"], ["accuracy", "Training accuracy", true], ["degenerate_groups", "Groups without signal", true]]],
+  ["Erasing", [["erase_rate", "Erase rate", true], ["r", "Regeneration ratio r"], ["forced_rate", "Forced accepts", true]]],
+  ["Responses", [["length", "Length"], ["segments", "Segments"], ["finish_ratio", "Finish ratio", true]]],
+  ["Policy", [["entropy", "Entropy"], ["kl", "KL to the reference"], ["clip_fraction", "Clip fraction", true], ["grad_norm", "Gradient norm"],
+    ["sign_flips", "Sign flips", true], ["mismatch_mean", "Engine against trainer"]]],
+  ["Cost", [["tokens_per_second", "Tokens per second"], ["seconds", "Seconds of a step"], ["memory_mb", "Peak memory"]]],
+];
+const MODE_NAMES = { plain: "plain", erasable: "erasable" };
+const AXES = { step: ["step", "step"], tokens: ["tokens_total", "tokens generated"] };
+
+function curve(run, name, axis) {
+  return { x: run.metrics[AXES[axis][0]] ?? [], y: run.metrics[name] ?? [] };
+}
+
+function curvesOf(run, name, axis) {
+  if (name !== "seconds") return [{ name: "", colour: () => colour(0), legend: false, ...curve(run, name, axis) }];
+  return ["rollout", "reward", "train"].map((part, i) => ({ name: part === "train" ? "training" : part, colour: () => colour(i), stack: true, ...curve(run, "seconds_" + part, axis) }));
+}
+
+// Held-out figures with their 95 % intervals; ``figure`` is "avg" or "pass".
+function evaluationSeries(run, figure, axis, name, paint, dashes) {
+  const modes = [...new Set(run.evaluations.map((e) => e.mode))];
+  return modes.map((mode, i) => {
+    const points = run.evaluations.filter((e) => e.mode === mode);
+    const y = points.map((e) => e[figure]), interval = points.map((e) => e[figure + "_interval"]);
+    return { name: [name, MODE_NAMES[mode] ?? mode].filter(Boolean).join(", "), colour: () => (dashes ? paint() : colour(i)), dash: dashes && i ? "dot" : "solid",
+      x: points.map((e) => e[AXES[axis][0]]), y, error: { low: y.map((v, j) => v - interval[j][0]), high: y.map((v, j) => interval[j][1] - v) } };
+  });
+}
+
+function evaluationK(run) {
+  return run.evaluations.length ? run.evaluations[run.evaluations.length - 1].k : "k";
+}
+
+function tile(value, label, note) {
+  return el("div", { class: "tile" }, el("div", { class: "value" }, value), el("div", { class: "label" }, label), note && el("div", { class: "muted" }, note));
+}
+
+function tiles(run) {
+  const plain = run.evaluations.filter((e) => e.mode === "plain"), [first, last] = [plain[0], plain[plain.length - 1]];
+  const recent = (name) => mean((run.metrics[name] ?? []).slice(-10));
+  const seconds = ["rollout", "reward", "train"].flatMap((part) => run.metrics["seconds_" + part] ?? []).reduce((a, b) => a + (b ?? 0), 0);
+  const total = (run.metrics.tokens_total ?? []).slice(-1)[0] ?? null;
+  return [
+    last && tile(percent(last.avg), `held-out Avg@${last.k}`, `${percent(last.avg_interval[0])} to ${percent(last.avg_interval[1])}`
+      + (first !== last ? `, ${percent(first.avg)} at step ${first.step}` : "")),
+    recent("accuracy") !== null && tile(percent(recent("accuracy")), "training accuracy", "mean of the last 10 steps"),
+    recent("r") !== null && tile(percent(recent("r")), "tokens drawn again, r", `erase rate ${percent(recent("erase_rate"))}`),
+    total !== null && tile(compact(total), "tokens generated", seconds ? duration(seconds) + " of training" : null),
+  ];
+}
+
+function duration(seconds) {
+  const s = Math.round(seconds);
+  if (s < 60) return s + " s";
+  return s < 3600 ? `${Math.floor(s / 60)} min ${s % 60} s` : `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+}
+
+const LEVELS = { bad: "Problem", warn: "Look at", good: "Good", note: "Note" };
+
+function lede(run) {
+  const where = run.finished ? `finished after ${run.step} steps` : run.steps ? `step ${run.step} of ${run.steps}` : `step ${run.step}`;
+  return `${run.method} · ${where} · as of ${new Date(run.written).toLocaleString()}`;
+}
+
+function section(title, help, ...content) {
+  return el("section", { class: "block" }, el("h2", {}, title), help && el("p", { class: "help" }, help), content);
+}
+
+function xAxisControl(value, onchange) {
+  return select("Over", [["step", "steps"], ["tokens", "tokens generated"]], value, onchange);
+}
+
+class OverviewView {
+  constructor() {
+    this.axis = "step";
+    this.head = el("div", { class: "head" });
+    this.charts = {};
+    const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
+    this.heldOut = section("Held-out evaluation", "Mean and 95 % interval over problems. Erasable decoding is reported apart from plain decoding.",
+      el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "chart-avg" }), chart("pass", { title: "Pass@k", percent: true })));
+    this.control = el("div", { class: "tools" }, xAxisControl("step", (axis) => { this.axis = axis; this.draw(); }));
+    this.curves = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.map(([name, label, asPercent]) =>
+      chart(name, { title: label, percent: Boolean(asPercent), id: "chart-" + name })))));
+    this.settings = el("div", {});
+    this.node = el("div", {}, this.head, this.control, this.heldOut, this.curves, this.settings);
+  }
+
+  update(run) {
+    this.run = run;
+    fill(this.head, el("h1", {}, run.name), el("p", { class: "lede" }, lede(run)), el("div", { class: "tiles" }, tiles(run)),
+      el("div", { class: "columns" },
+        el("section", {}, el("h2", {}, "Health"), el("ul", { class: "health" }, run.health.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
+        el("section", {}, el("h2", {}, "What was run"), el("dl", { class: "facts" }, run.facts.map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)])))));
+    const open = this.settings.firstChild?.open;
+    fill(this.settings, el("details", { class: "settings", open }, el("summary", {}, "All settings"), el("div", { class: "setting-tables" },
+      Object.entries(run.settings).map(([name, table]) => el("section", {}, el("h3", {}, name), el("dl", { class: "facts" },
+        Object.entries(table).map(([k, v]) => [el("dt", {}, k), el("dd", {}, JSON.stringify(v))])))))));
+    this.draw();
+  }
+
+  draw() {
+    const [, xTitle] = AXES[this.axis];
+    for (const figure of ["avg", "pass"]) this.charts[figure].update(evaluationSeries(this.run, figure, this.axis, "", null, false), xTitle);
+    this.heldOut.hidden = this.run.evaluations.length === 0;
+    CURVES.forEach(([, curves], i) => {
+      curves.forEach(([name]) => this.charts[name].update(curvesOf(this.run, name, this.axis), xTitle));
+      this.curves[i].hidden = curves.every(([name]) => this.charts[name].node.hidden);
+    });
+  }
+}
+
+const BY_SEGMENT = [
+  ["uncertainty", "Uncertainty U", "Mean U of committed segments."],
+  ["threshold", "Threshold Θ", "Mean threshold that committed segments were judged by."],
+  ["acceptance", "Acceptance", "Share of first candidates that were accepted.", true],
+  ["advantage", "Advantage", "Mean advantage of the segment's tokens."],
+];
+
+class SegmentsView {
+  constructor() {
+    this.charts = BY_SEGMENT.map(([, title, help, asPercent]) => new Chart({ title, help, percent: Boolean(asPercent) }));
+    this.empty = el("p", { class: "empty" }, "Nothing is recorded by segment yet.");
+    this.node = el("div", {}, el("h1", {}, "Segments"), el("p", { class: "lede" }, "How each position in a response is judged and rewarded as training goes on, one line a segment index."),
+      this.empty, el("div", { class: "charts two" }, this.charts.map((c) => c.node)));
+  }
+
+  update(run) {
+    BY_SEGMENT.forEach(([name], i) => {
+      const rows = run.metrics[name] ?? [], count = Math.max(0, ...rows.map((row) => row?.length ?? 0));
+      this.charts[i].update(Array.from({ length: count }, (_, n) => ({ name: `segment ${n + 1}`, colour: () => orderedColour(n, count), x: run.metrics.step,
+        y: rows.map((row) => row?.[n] ?? null) })));
+    });
+    this.empty.hidden = this.charts.some((c) => !c.node.hidden);
+  }
+}

@@ -1,0 +1,70 @@
+"""The page: one HTML file with its styles, scripts and data inside, which opens from the disk and loads nothing."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from e3rl.files import write_text
+from e3rl.report.embed import content_security_policy, data_element, script_element, to_json
+from e3rl.report.overview import read_overview
+from e3rl.report.rollouts import PAGE_BUDGET, Selection, select
+
+RUN_SCRIPTS = ("dom.js", "charts.js", "tokens.js", "rollout.js", "list.js", "overview.js", "compare.js", "source.js", "main.js")
+TOKEN_SCRIPTS = ("dom.js", "tokens.js", "rollout.js", "token_view.js")
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.html`` into the run directory and return its path. Safe to call while the run goes on."""
+    path = run / "report.html"
+    selection = select(run, PAGE_BUDGET)
+    data = {"run": to_json({"live": False, "runs": [describe_run(run, selection)]})}
+    data |= {f"rollouts-0-{step.step}": step.json for step in selection.steps}
+    write_text(path, render_page(f"{run.name} · E³RL", RUN_SCRIPTS, data, charts=True))
+    return path
+
+
+def describe_run(run: Path, selection: Selection) -> dict[str, Any]:
+    """A run as the page's data has it, without the rollouts' texts."""
+    return {
+        **read_overview(run),
+        "directory": run.resolve().name,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "index": selection.index(),
+        "rollouts": {
+            "shown": sum(len(step.index) for step in selection.steps),
+            "total": selection.total,
+            "first_step": selection.steps[0].step if selection.steps else None,
+        },
+    }
+
+
+def render_page(title: str, scripts: Sequence[str], data: Mapping[str, str], *, charts: bool) -> str:
+    """A whole page. ``data`` holds `to_json` texts by the id that the scripts find them under."""
+    code = [_plotly()] if charts else []
+    code.append("(() => {\n" + "\n".join(_asset(name) for name in scripts) + "\n})();")
+    parts = {
+        "policy": content_security_policy(code),
+        "title": title.translate({ord("<"): "&lt;", ord("&"): "&amp;"}),
+        "style": _asset("report.css"),
+        "data": "\n".join(data_element(name, text) for name, text in data.items()),
+        "scripts": "\n".join(script_element(c) for c in code),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("template.html"))
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (resources.files("e3rl.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())

@@ -1,0 +1,172 @@
+"""Rollouts as the page reads them: the ledger's rows grouped by problem, rounded, and a light index to filter and sort by."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from e3rl.report.embed import to_json
+from e3rl.train.metrics import mean
+
+PAGE_BUDGET = 20_000_000
+"""Bytes of rollouts that one page holds; the newest steps come first."""
+
+_ROWS_AT_A_TIME = 64
+_TERMS = ("uncertainty", "base", "gradient", "extremum", "perturbation")
+_FACTORS = ("threshold", "baseline", "penalty", "modulation")
+
+
+@dataclass(frozen=True)
+class StepRollouts:
+    """One step's rollouts: a row of the index each, and the whole of them as JSON that a page may hold."""
+
+    step: int
+    index: tuple[dict[str, Any], ...]
+    json: str
+    total: int  # rollouts in the ledger, those that did not fit included
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rollouts that fit into a page, by step, and how many there are in all."""
+
+    steps: tuple[StepRollouts, ...]
+    total: int
+    total_steps: int
+
+    def index(self) -> dict[str, list[Any]]:
+        """The index of all steps, one list a column."""
+        rows = [row for step in self.steps for row in step.index]
+        return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def select(run: Path, budget: int = PAGE_BUDGET) -> Selection:
+    """The newest steps whose rollouts together fit into ``budget`` bytes."""
+    import pyarrow.parquet as pq
+
+    paths = sorted((run / "rollouts").glob("step-*.parquet"), reverse=True)
+    chosen: list[StepRollouts] = []
+    room = budget
+    for path in paths:
+        status = path.stat()
+        step = _read_step(path, status.st_mtime_ns, status.st_size, budget)
+        room -= len(step.json.encode())
+        if chosen and room < 0:
+            break
+        chosen.append(step)
+    total = sum(pq.read_metadata(path).num_rows for path in paths)
+    return Selection(tuple(reversed(chosen)), total, len(paths))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_step(path: Path, modified: int, size: int, budget: int) -> StepRollouts:
+    """One ledger file; ``modified`` and ``size`` are there so that a file is read once, and again when it changes."""
+    import pyarrow.parquet as pq
+
+    groups: list[dict[str, Any]] = []
+    index: list[dict[str, Any]] = []
+    room = budget
+    with pq.ParquetFile(path) as file:
+        total = file.metadata.num_rows
+        step = int(path.stem.removeprefix("step-"))
+        for rows in _groups(file.iter_batches(batch_size=_ROWS_AT_A_TIME)):
+            group = encode_group(rows)
+            room -= len(to_json(group).encode())
+            if groups and room < 0:
+                break
+            groups.append(group)
+            index += index_rows(step, rows)
+    return StepRollouts(step, tuple(index), to_json({"step": step, "groups": groups}), total)
+
+
+def _groups(batches: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for _, siblings in groupby(rows, key=lambda row: row["problem_id"]):
+        yield list(siblings)
+
+
+def encode_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The siblings of one problem."""
+    first = rows[0]
+    return {
+        "problem": first["problem_id"],
+        "prompt": first["prompt"],
+        "answer": first["answer"],
+        "rollouts": [encode_rollout(row) for row in rows],
+    }
+
+
+def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One trajectory. What it has a number of for each token is cut into its segments."""
+    segments = []
+    for segment in row["segments"]:
+        span = slice(segment["start"], segment["start"] + len(segment["ids"]))
+        signals = {"advantage": _constant(_rounded((row["advantages"] or [])[span]))}
+        if row["shares"] is not None:
+            signals["share"] = _rounded(row["shares"][span], 5)
+        segments.append({**encode_candidate(segment), **signals})
+    return {
+        "sibling": row["sibling"],
+        "reward": row["reward"],
+        "parts": dict(row["reward_parts"] or ()),
+        "error": row["reward_error"],
+        "finish": row["finish"],
+        "segments": segments,
+        "erasures": [encode_candidate(e) for e in row["erasures"]],
+    }
+
+
+def encode_candidate(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A segment or an erased candidate; ``u`` and ``theta`` are None where nothing was judged."""
+    judged = row["verdict"] is not None
+    return {
+        "index": row["index"],
+        "pieces": row["pieces"],
+        "entropy": _rounded(row["entropies"]),
+        "logprob": _rounded(row["logprobs"]),
+        "perturbation": _rounded(row["perturbations"]),
+        "u": _rounded([row[name] for name in _TERMS]) if judged else None,
+        "theta": _rounded([row[name] for name in _FACTORS]) if judged else None,
+        "attempt": row["attempt"],
+        "verdict": row["verdict"],
+    }
+
+
+def index_rows(step: int, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a list of rollouts shows, filters and sorts by."""
+    average = mean(row["reward"] for row in rows if row["reward"] is not None)
+    return [
+        {
+            "step": step,
+            "problem": row["problem_id"],
+            "sibling": row["sibling"],
+            "reward": row["reward"],
+            "tokens": sum(len(s["ids"]) for s in row["segments"]),
+            "erased": len(row["erasures"]),
+            "forced": sum(s["verdict"] == "forced" for s in row["segments"]),
+            "flips": _sign_flips(row, average),
+            "finished": row["finish"] == "stop",
+        }
+        for row in rows
+    ]
+
+
+def _sign_flips(row: Mapping[str, Any], average: float) -> int:
+    """Tokens whose advantage has the sign opposite to that of the whole response's."""
+    if row["reward"] is None:
+        return 0
+    return sum(a * (row["reward"] - average) < 0 for a in row["advantages"] or ())
+
+
+def _rounded(values: Sequence[float | None], digits: int = 3) -> list[float | None]:
+    return [None if v is None or not math.isfinite(v) else round(v, digits) for v in values]
+
+
+def _constant(values: list[float | None]) -> list[float | None] | float | None:
+    """The value alone where all are the same."""
+    return values[0] if values and all(v == values[0] for v in values) else values

@@ -1,0 +1,232 @@
+"""Run directories for tests, written through the library's own config, ledger and log functions."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e3rl.config import Config, build_config
+from e3rl.equations.threshold import attempt_penalty
+from e3rl.train.ledger import ledger_rows, write_ledger
+from e3rl.train.run_directory import RunDirectory
+from e3rl.types import (
+    Candidate,
+    Erasure,
+    Group,
+    Judgement,
+    Problem,
+    Prompt,
+    Reward,
+    RewardedGroup,
+    Segment,
+    Threshold,
+    Trajectory,
+    Uncertainty,
+    Verdict,
+)
+
+WORDS = ["4", "7", "12", "35", "+", "-", "=", ";", "\n", " so", " the", " sum", " is", " wait", ",", "A:", "<eos>"]
+
+
+class Words:
+    """A tokenizer whose tokens are words; ones it does not know yet are added."""
+
+    def __init__(self, extra: Sequence[str] = ()) -> None:
+        self.words = [*WORDS, *extra]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return "".join(self.words[i] for i in ids)
+
+    def ids(self, *words: str) -> tuple[int, ...]:
+        return tuple(self.words.index(w) for w in words)
+
+
+def run_config(directory: Path, **sections: dict[str, Any]) -> Config:
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": directory.name, "output_dir": str(directory.parent)},
+        "rollout": {"num_generations": 4, "segment_length": 6, "max_segments": 4},
+        "train": {"steps": 40, "prompts_per_step": 4, "learning_rate": 1e-4},
+    }
+    for name, table in sections.items():
+        tables[name] = tables.get(name, {}) | table
+    return build_config(tables)
+
+
+def candidate(draw: random.Random, ids: Sequence[int], heat: float = 1.0, ended: bool = False) -> Candidate:
+    entropies = tuple(min(2.8, draw.expovariate(1.6) * heat) for _ in ids)
+    perturbations = tuple(h * draw.random() * 0.8 if draw.random() < 0.3 else 0.0 for h in entropies)
+    logprobs = tuple(-0.35 * h - e for h, e in zip(entropies, perturbations, strict=True))
+    return Candidate(tuple(ids), logprobs, entropies, perturbations, tuple(1.0 for _ in ids), ended)
+
+
+def judged(made: Candidate, baseline: float, attempt: int, verdict: Verdict) -> Judgement:
+    base = sum(made.entropies) / len(made.entropies)
+    steps = [abs(a - b) for a, b in zip(made.entropies, made.entropies[1:], strict=False)]
+    gradient, extremum = 0.5 * sum(steps) / max(1, len(steps)), 0.1 / (1 + math.exp(-max(made.entropies)))
+    noise = sum(made.perturbations) / len(made.perturbations)
+    uncertainty = Uncertainty(base + gradient + extremum + noise, base, gradient, extremum, noise, base)
+    penalty = float(attempt_penalty(attempt, 0.05, 1.5))
+    over = {Verdict.COMMIT: 1.3, Verdict.ERASE: 0.8, Verdict.FORCED: 0.9}[verdict]
+    total = uncertainty.total * over
+    return Judgement(uncertainty, Threshold(total, total / penalty / 1.02, penalty, 1.02), attempt, verdict)
+
+
+def trajectory(draw: random.Random, tokenizer: Words, prompt: Prompt, sibling: int, segments: int, erase: bool) -> Trajectory:
+    made: list[Segment] = []
+    erasures: list[Erasure] = []
+    start = 0
+    end = tokenizer.words.index("<eos>")
+    for n in range(segments):
+        attempts = draw.choice([0, 0, 0, 1, 2, 5]) if erase else 0
+        for attempt in range(attempts):
+            bad = candidate(draw, [draw.randrange(end) for _ in range(6)], heat=1.6)
+            erasures.append(Erasure(n, start, bad, judged(bad, 1.0, attempt, Verdict.ERASE)))
+        last = n == segments - 1
+        ids = [draw.randrange(end) for _ in range(draw.randrange(2, 6) if last else 6)] + ([end] if last else [])
+        good = candidate(draw, ids, ended=last)
+        verdict = Verdict.FORCED if attempts == 5 else Verdict.COMMIT
+        made.append(Segment(n, good, judged(good, 1.0, attempts, verdict) if erase else None))
+        start += len(ids)
+    return Trajectory(prompt, sibling, tuple(made), tuple(erasures), "stop" if draw.random() < 0.9 else "length")
+
+
+def signals(draw: random.Random, group: RewardedGroup) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Advantages constant in a segment, of which some flip the sign; shares that add up to 1."""
+    known = [r.value or 0.0 for r in group.rewards]
+    average = sum(known) / len(known)
+    advantages, shares = [], []
+    for item, value in zip(group.group.trajectories, known, strict=True):
+        by_segment = [(value - average) * 2 * draw.uniform(-0.3, 1.2) for _ in item.segments]
+        lengths = torch.tensor(item.segment_lengths)
+        advantages.append(torch.tensor(by_segment).repeat_interleave(lengths))
+        raw = torch.tensor([draw.random() + 0.05 for _ in range(item.committed_tokens)])
+        shares.append(raw / raw.sum())
+    return advantages, shares
+
+
+def rewarded_group(draw: random.Random, tokenizer: Words, problem: str, config: Config, skill: float) -> RewardedGroup:
+    words = tokenizer.ids("12", "+", "35", "-", "4", "=")
+    prompt = Prompt(Problem(problem, "12+35-4=", answer="43"), words)
+    made, rewards = [], []
+    for sibling in range(config.rollout.num_generations):
+        segments = draw.randrange(2, config.rollout.max_segments + 1)
+        made.append(trajectory(draw, tokenizer, prompt, sibling, segments, config.rollout.erase))
+        value = float(draw.random() < skill)
+        failed = draw.random() < 0.01
+        error = "math: the answer could not be parsed in 5 s" if failed else None
+        rewards.append(Reward(None if failed else value, {"math": None if failed else value}, error))
+    return RewardedGroup(Group(prompt, tuple(made), policy_version=0), tuple(rewards))
+
+
+def write_rollouts(run: Path, step: int, groups: Sequence[RewardedGroup], tokenizer: Words) -> None:
+    draw = random.Random(step)
+    both = [signals(draw, group) for group in groups]
+    write_ledger(run, step, ledger_rows(step, groups, [a for a, _ in both], [s for _, s in both], tokenizer))
+
+
+def metrics_record(draw: random.Random, step: int, steps: int, config: Config) -> dict[str, Any]:
+    progress = step / steps
+
+    def near(value: float, noise: float = 0.08) -> float:
+        return value * (1 + noise * draw.gauss(0, 1))
+
+    n = config.rollout.max_segments
+    record = {
+        "step": step,
+        "epoch": 0.05 * step,
+        "reward": near(0.3 + 0.5 * progress),
+        "accuracy": min(1.0, near(0.3 + 0.5 * progress)),
+        "reward_missing": 0,
+        "degenerate_groups": min(1.0, near(0.25, 0.3)),
+        "finish_ratio": 0.95,
+        "length": near(22 - 4 * progress),
+        "segments": near(3.4),
+        "entropy": near(0.7 - 0.3 * progress),
+        "kl": near(0.02 * progress),
+        "clip_fraction": near(0.04),
+        "grad_norm": near(0.8, 0.2),
+        "sign_flips": near(0.12),
+        "mismatch_mean": 1e-6,
+        "mismatch_ess": 1.0,
+        "loss": near(-0.01),
+        "tokens": 4000,
+        "tokens_total": 4000 * step,
+        "tokens_per_second": near(700.0),
+        "seconds_rollout": near(4.0),
+        "seconds_reward": near(0.2),
+        "seconds_train": near(1.8),
+        "memory_mb": 812.0,
+        "advantage": [near(0.1 * (n - i)) for i in range(n)],
+    }
+    if config.rollout.erase:
+        record |= {
+            "erase_rate": near(0.18 - 0.1 * progress),
+            "r": near(0.2 - 0.1 * progress),
+            "forced_rate": near(0.02),
+            "acceptance": [min(1.0, near(0.75 + 0.05 * i)) for i in range(n)],
+            "uncertainty": [near(1.1 - 0.1 * i - 0.3 * progress) for i in range(n)],
+            "threshold": [near(1.5 - 0.1 * i - 0.3 * progress) for i in range(n)],
+        }
+    return record
+
+
+def evaluation_record(draw: random.Random, step: int, steps: int, mode: str) -> dict[str, Any]:
+    average = 0.35 + 0.4 * step / steps + (0.05 if mode == "erasable" else 0) + 0.01 * draw.gauss(0, 1)
+    passed = min(1.0, average + 0.2)
+    return {
+        "step": step,
+        "mode": mode,
+        "avg@8": average,
+        "pass@8": passed,
+        "ci95": [average - 0.04, average + 0.04],
+        "pass_ci95": [passed - 0.06, min(1.0, passed + 0.05)],
+        "problems": 96,
+        "samples": 8,
+        "missing": 0,
+        "tokens": 20000,
+        "finish_ratio": 0.97,
+        "length": 21.0,
+        "erase_rate": 0.1 if mode == "erasable" else 0.0,
+        "r": 0.1 if mode == "erasable" else 0.0,
+    }
+
+
+class SyntheticRun:
+    """A run that goes on by as many steps as it is told to."""
+
+    def __init__(self, directory: Path, **sections: dict[str, Any]) -> None:
+        self.config = run_config(directory, **sections)
+        self.directory = RunDirectory.create(self.config)
+        self.path = self.directory.path
+        self.tokenizer = Words()
+        self.draw = random.Random(self.config.run.seed)
+        self.done = 0
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        for mode in ("plain", "erasable"):
+            record = evaluation_record(self.draw, self.done, self.config.train.steps, mode)
+            self.directory.append("evaluations.jsonl", record)
+
+    def step(self) -> None:
+        self.done += 1
+        config, skill = self.config, 0.3 + 0.5 * self.done / self.config.train.steps
+        groups = [
+            rewarded_group(self.draw, self.tokenizer, f"chain-{self.draw.randrange(1000):04d}-{i}", config, skill)
+            for i in range(config.train.prompts_per_step)
+        ]
+        write_rollouts(self.path, self.done, groups, self.tokenizer)
+        record = metrics_record(self.draw, self.done, config.train.steps, config)
+        self.directory.append("metrics.jsonl", record)
+
+    def go(self, steps: int, evaluate_every: int = 10) -> SyntheticRun:
+        for _ in range(steps):
+            self.step()
+            if self.done % evaluate_every == 0:
+                self.evaluate()
+        return self
