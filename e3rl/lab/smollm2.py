@@ -87,7 +87,7 @@ def install(built: Path, target: Path) -> Path:
 
 
 def _plain_model(gguf: Path) -> LlamaForCausalLM:
-    """The GGUF file's model in float32; a copy of the weights, since transformers refuses to save what it read itself."""
+    """The GGUF file's model in float32, as a copy: transformers refuses to save what it read from GGUF itself."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
