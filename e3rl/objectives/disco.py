@@ -35,7 +35,7 @@ class DisCO(TrajectoriesOnly):
             return torch.zeros_like(signals.old_logprobs_GT)
         scores_G = self._scores(signals.old_logprobs_GT, signals.old_logprobs_GT, signals.mask_GT)
         wrong_G = (scores_G / self.tau).masked_fill(right_G, -torch.inf).softmax(0)
-        return common.on_tokens(torch.where(right_G, 1 / right_G.sum(), -wrong_G), signals.mask_GT)
+        return common.on_tokens(torch.where(right_G, 1 / int(right_G.sum()), -wrong_G), signals.mask_GT)
 
     def _scores(self, logprobs_ST: Tensor, old_logprobs_ST: Tensor, mask_ST: Tensor) -> Tensor:
         values_ST = logprobs_ST
