@@ -29,8 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not 0 < options.target < 1 or options.prompts < 1:
         raise UserError("--target must lie between 0 and 1, --prompts must be at least 1")
-    if "=" in options.data:
-        raise UserError(f"'{options.data}' stands where the data should be named: e3rl calibrate MODEL DATA")
     from rich.console import Console
 
     from e3rl.calibrate import calibrate, calibration_table, save_calibration

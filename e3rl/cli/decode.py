@@ -40,15 +40,6 @@ def _prompt(given: str | None) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    # an override may stand where the prompt was left out
-    if (
-        options.prompt
-        and "=" in options.prompt
-        and "." in options.prompt.partition("=")[0]
-        and " " not in options.prompt
-    ):
-        options.overrides.insert(0, options.prompt)
-        options.prompt = None
     if options.samples < 1:
         raise UserError("--samples must be at least 1")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import load_config
-from e3rl.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if "=" in options.data:
-        raise UserError(
-            f"'{options.data}' stands where the data should be named: e3rl eval MODEL DATA [section.field=value]"
-        )
     from rich.console import Console
 
     from e3rl.cli.quiet import quiet_libraries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
 import textwrap
 import typing
@@ -23,6 +24,8 @@ _COMMANDS = {
     "view": ("e3rl.cli.view", "serve the page of one or several runs"),
     "settings": ("e3rl.cli.settings", "list every setting, its default and where that comes from"),
 }
+
+_OVERRIDE = re.compile(r"(--)?[a-z]\w*\.\w+=")
 
 
 def settings_help() -> str:
@@ -65,11 +68,12 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 for a stop that was asked for."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    everything = list(sys.argv[1:] if arguments is None else arguments)
+    # overrides may stand anywhere, which argparse does not allow beside other positional arguments
+    given = [a for a in everything if not _OVERRIDE.match(a)]
     command = next((a for a in given if not a.startswith("-")), None)
-    # --section.field=value is taken as section.field=value
-    given = [a[2:] if a.startswith("--") and "=" in a and "." in a.partition("=")[0] else a for a in given]
     options = _parser(command).parse_args(given)
+    options.overrides = [a for a in everything if _OVERRIDE.match(a)]
     try:
         return int(importlib.import_module(_COMMANDS[options.command][0]).run(options))
     except UserError as error:

@@ -26,12 +26,14 @@ def run(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from e3rl.cli.quiet import quiet_libraries
     from e3rl.report.listener import ReportListener
     from e3rl.train.closing import closing
     from e3rl.train.display import build_display
     from e3rl.train.trackers import build_trackers
     from e3rl.train.trainer import Trainer
 
+    quiet_libraries()
     console = Console()
     display = build_display(console)
     listeners = [display, *build_trackers(config.train.report_to), ReportListener()]

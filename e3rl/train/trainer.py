@@ -24,7 +24,7 @@ from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
-from e3rl.rewards.scorer import Scorer
+from e3rl.rewards.scorer import Scorer, require_some
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.engines import build_engine
 from e3rl.rollout.moments import Moments
@@ -172,8 +172,10 @@ class Trainer:
     def _reward(self, groups: Sequence[Group]) -> list[RewardedGroup]:
         trajectories = [t for g in groups for t in g.trajectories]
         texts = [self.policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
-        rewards = iter(self._scorer.score(trajectories, texts))
-        return [RewardedGroup(g, tuple(next(rewards) for _ in g.trajectories)) for g in groups]
+        rewards = self._scorer.score(trajectories, texts)
+        require_some(rewards)
+        following = iter(rewards)
+        return [RewardedGroup(g, tuple(next(following) for _ in g.trajectories)) for g in groups]
 
     def _record(self, rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson], record: dict[str, Any]) -> None:
         """Put a step that is done on disk and tell the listeners."""

@@ -1,0 +1,174 @@
+"""The command line: bad input ends in one sentence and exit code 2, never in a traceback; help is at hand and quick."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from e3rl.cli import main
+from e3rl.config import Config
+from e3rl.lab.problems import generate
+
+TINY_RUN = [
+    "data.train=lab:chain:1", "data.train_limit=4", "rollout.num_generations=2", "rollout.segment_length=6",
+    "rollout.max_segments=2", "rewards.functions=['lab']", "train.steps=1", "train.prompts_per_step=2", "eval.limit=2",
+    "eval.num_samples=2",
+]  # fmt: skip
+
+
+def _recipe(tmp_path: Path, text: str = "") -> str:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def _fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("e3rl: ")
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("learning_rate", "perturbation_weight", "num_generations", "--resume"):
+        assert name in text
+
+
+def test_settings_explains_all_of_them(capsys: pytest.CaptureFixture[str]):
+    assert main(["settings"]) == 0
+    text = capsys.readouterr().out
+    assert "max_erasures = 5" in text
+    assert "[paper, app. D]" in text
+    assert all(f"[{section}]" in text for section in vars(Config()))
+    assert "Did you mean 'erasure'?" in _fails(capsys, ["settings", "erasur"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("rolout.erase=true", "Did you mean 'rollout'?"),
+        ("train.learning_rate=fast", "train.learning_rate: expected a number"),
+        ("rollout.num_generations=1", "at least 2 samples"),
+        ("objective.name=grop", "Did you mean 'grpo'?"),
+        ("objective.clip_lo=0.1", "clip_lo"),
+        ("data.train=nothing.jsonl", "nothing.jsonl"),
+        ("data.train=lab:chian", "Did you mean 'chain'?"),
+        ("rewards.functions=['mth']", "Did you mean 'math'?"),
+        ("rewards.functions=['nowhere:f']", "nowhere"),
+        ("model.path=./no-such-model", "can't be loaded"),
+        ("model.device=tpu9", "model.device"),
+        ("rollout.engine=fast", "unknown engine 'fast'"),
+        ("rollout.segment_length=4000", "context"),
+        ("rollout.cache_rows=1", "cache_rows"),
+        ("train.report_to=['paper']", "unknown tracker"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, setting: str, words: str
+):
+    arguments = [*TINY_RUN, f"run.output_dir={tmp_path / 'runs'}", setting]
+    assert words in _fails(capsys, ["train", _recipe(tmp_path), *arguments])
+    assert not (tmp_path / "runs").exists()  # found before anything was written
+
+
+def test_a_recipe_that_is_not_there_or_broken(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert "no such recipe file: gone.toml" in _fails(capsys, ["train", "gone.toml"])
+    assert "Did you mean 'demo'?" in _fails(capsys, ["train", "dmo"])
+    assert "not valid TOML" in _fails(capsys, ["train", _recipe(tmp_path, "[train\n")])
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("", "no problems"),
+        ('{"question": "1+1", "answer": "2"}\n', "prompt"),
+        ('{"prompt": "1+1", "answer": "2"}\nnot json\n', "data.jsonl:2"),
+        ('{"prompt": "", "answer": "2"}\n', "empty"),
+        (json.dumps({"prompt": "1+" * 400, "answer": "2"}) + "\n", "tokens"),
+    ],
+)
+def test_data_that_can_not_be_used_names_the_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, rows: str, words: str
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text(rows)
+    error = _fails(capsys, ["train", _recipe(tmp_path), *TINY_RUN, f"data.train={data}", f"run.output_dir={tmp_path}"])
+    assert words in error
+
+
+def test_a_reward_function_in_a_file_is_used_unchanged_and_its_failures_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "def good(completions, answer, **columns):\n    return [float(a in str(c)) for c, a in zip(completions, answer)]\n"
+        "def short(completions, **columns):\n    return [1.0]\n"
+        "def nan(completions, **columns):\n    return [float('nan')] * len(completions)\n"
+        "def none(completions, **columns):\n    return [None] * len(completions)\n"
+    )
+    run = ["train", _recipe(tmp_path), *TINY_RUN, f"run.output_dir={tmp_path}"]
+    assert main([*run, f"rewards.functions=['{source}:good']", "run.name=good"]) == 0
+    for name in ("short", "nan", "none"):
+        error = _fails(capsys, [*run, f"rewards.functions=['{source}:{name}']", f"run.name={name}"])
+        assert "all 4 rewards of this batch are missing" in error
+
+
+def test_a_run_directory_that_is_taken_is_refused_and_again_puts_it_aside(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    run = ["train", _recipe(tmp_path), *TINY_RUN, f"run.output_dir={tmp_path}", "run.name=x", "eval.erasable=false"]
+    assert main(run) == 0
+    assert "Held-out problems" in capsys.readouterr().out
+    assert "already holds a run" in _fails(capsys, run)
+    assert main([*run, "--again"]) == 0
+    assert (tmp_path / "x.1" / "summary.json").exists()
+    assert (tmp_path / "x" / "report.html").exists()
+
+
+def test_decode_plain_and_erasable_and_as_json(capsys: pytest.CaptureFixture[str]):
+    assert main(["decode", "lab", "12+7-3:", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "".join(s["text"] for s in record["segments"]) == record["response"]
+    assert main(["decode", "lab", "12+7-3:", "--plain", "--samples", "2", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["erasures"] for line in lines] == [[], []]
+    assert main(["decode", "lab", "--samples", "4", "erasure.kappa0=-1"]) == 0
+    out = capsys.readouterr().out
+    assert "~~" in out
+    assert "segments erased" in out
+    assert "--samples must be at least 1" in _fails(capsys, ["decode", "lab", "--samples", "0"])
+
+
+def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    arguments = ["eval", "lab", "lab:chain:1", "--erase", "eval.limit=3", "eval.num_samples=2", "rewards.functions=['lab']"]
+    assert main([*arguments, "--output", str(tmp_path / "out.json")]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert 0 <= figures["plain"]["avg@2"] <= figures["plain"]["pass@2"] <= 1
+    assert figures["erasable"]["problems"] == 3
+    assert "erasable" in capsys.readouterr().out
+
+
+def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    arguments = ["calibrate", "lab", "lab:chain", "--prompts", "4", "--output", str(tmp_path), "--recipe", "demo"]
+    assert main(arguments) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"e3rl_reference.json", "e3rl_recipe.toml"}
+    assert "Recommended: erasure.kappa0" in capsys.readouterr().out
+
+
+def test_the_command_line_answers_at_once_and_without_torch():
+    code = "import sys\nfrom e3rl.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["e3rl", "0.1.0", "False"]
+
+
+def test_the_lab_problem_shown_by_decode_is_a_held_out_one():
+    assert generate("chain", 3, "heldout", 1)[0].id.startswith("chain-3-heldout")

@@ -1,0 +1,144 @@
+"""From rewarded groups to gradients: nothing about batching may matter, and missing rewards teach nothing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
+from e3rl.errors import UserError
+from e3rl.models import Policy, _add_lora
+from e3rl.objectives import build
+from e3rl.train.learner import Learner
+from e3rl.train.metrics import Means
+from e3rl.types import RewardedGroup
+from tests.rollout.models import EOS, tiny
+from tests.train.rollouts import rewarded_group
+
+GROUPS = [
+    rewarded_group("first", [1.0, 0.0, 1.0], [[4, 2], [4, 4, 1], [3]], [[0], [1], []]),
+    rewarded_group("second", [0.0, 1.0, 0.5], [[4], [4, 3], [2]]),
+]
+
+
+def _learner(objective: str = "e3rl", train: TrainConfig | None = None, lora: bool = False, **options: object) -> Learner:
+    model = copy.deepcopy(tiny("Qwen3"))
+    if lora:
+        model = _add_lora(model, ModelConfig(lora_r=2))
+    config = Config(
+        objective=ObjectiveConfig(objective, options),
+        rollout=RolloutConfig(segment_length=4, max_segments=3),
+        train=train or TrainConfig(learning_rate=0.1, warmup_ratio=0.0),
+    )
+    return Learner(Policy(model, None, "tiny", EOS, 256), build(config.objective), config, updates=4)
+
+
+def _gradients(learner: Learner, groups: list[RewardedGroup]) -> torch.Tensor:
+    lessons = learner.prepare(groups)
+    learner._policy.model.train()
+    learner._accumulate(lessons, Means())
+    return torch.cat([p.grad.flatten() for p in learner._policy.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("options", [{}, {"erased": "contrast"}, {"allocation": "sequence", "ratio": "segment_mean"}])
+def test_gradients_do_not_depend_on_micro_batches(options: dict[str, object]):
+    whole = _gradients(_learner(train=TrainConfig(micro_batch_tokens=10_000), **options), GROUPS)
+    small = _gradients(_learner(train=TrainConfig(micro_batch_tokens=20), **options), GROUPS)
+    torch.testing.assert_close(small, whole, atol=1e-5, rtol=1e-4)
+    assert whole.abs().max() > 1e-3
+
+
+def test_the_gradient_is_that_of_the_formula_at_the_old_policy():
+    """Eq 21. At ratio 1 the gradient is -mean over groups of 1/G sum_i sum_n A_n grad log pi(s_n), without KL."""
+    learner = _learner(kl_coef=0.0, allocation="sequence")
+    found = _gradients(learner, GROUPS)
+    model = copy.deepcopy(tiny("Qwen3"))
+    total = torch.zeros(())
+    for item in GROUPS:
+        rewards = torch.tensor([r.value for r in item.rewards])
+        advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+        for trajectory, advantage in zip(item.group.trajectories, advantages, strict=True):
+            ids = torch.tensor([trajectory.prompt.ids + trajectory.ids])
+            logp = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None]).squeeze(1)
+            total = total - advantage * logp[len(trajectory.prompt.ids) - 1 :].sum() / 3 / 2
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_trajectory_without_a_reward_teaches_nothing_and_counts_in_no_statistics():
+    missing = [rewarded_group("first", [1.0, None, 0.0], [[4, 2], [4, 4, 1], [3]])]
+    learner = _learner(kl_coef=0.0, allocation="sequence")
+    lessons = learner.prepare(missing)
+    assert [lesson.sequence.sibling for lesson in lessons] == [0, 2]
+    assert [float(lesson.advantages_T[0]) for lesson in lessons] == pytest.approx([1.0, -1.0], abs=1e-3)
+    assert {lesson.group_size for lesson in lessons} == {2}
+    assert learner.prepare([rewarded_group("x", [None, None], [[2], [2]])]) == []
+
+
+def test_contrast_teaches_erased_candidates_of_rewarded_trajectories_only():
+    lessons = _learner(erased="contrast", contrast_weight=0.5).prepare(GROUPS)
+    erased = [lesson for lesson in lessons if lesson.sequence.erased]
+    assert [(x.sequence.sibling, x.sequence.mask_T.tolist()) for x in erased] == [
+        (0, [True] * 4),
+        (1, [False] * 4 + [True] * 4),
+    ]
+    assert erased[0].advantages_T.tolist() == [-0.5] * 4
+    assert erased[1].advantages_T.tolist() == [0.0] * 8
+    prefix = GROUPS[0].group.trajectories[1].ids[:4]
+    assert erased[1].sequence.response_ids[:4] == prefix
+
+
+def test_dropped_erasures_are_no_lessons():
+    assert not any(lesson.sequence.erased for lesson in _learner().prepare(GROUPS))
+
+
+def test_an_update_moves_rewarded_text_up_and_the_kl_holds_it_back():
+    def gain(kl_coef: float) -> float:
+        learner = _learner(kl_coef=kl_coef, allocation="sequence", train=TrainConfig(learning_rate=3e-3, warmup_ratio=0.0))
+        before = learner.prepare(GROUPS)
+        for update in range(4):
+            learner.update(learner.prepare(GROUPS), update)
+        after = learner.prepare(GROUPS)
+        signed = [
+            float((b.scores.logprobs_T - a.scores.logprobs_T).sum() * a.advantages_T[0].sign())
+            for a, b in zip(before, after, strict=True)
+        ]
+        return sum(signed)
+
+    free, held = gain(0.0), gain(30.0)
+    assert free > 1.0
+    assert held < free / 2
+
+
+def test_minibatches_and_iterations_are_optimizer_updates():
+    train = TrainConfig(learning_rate=0.001, warmup_ratio=0.0, num_iterations=2, minibatches=2)
+    learner = _learner(train=train)
+    learner.update(learner.prepare(GROUPS), 0)
+    steps = {float(v) for k, v in learner.optimizer.state().items() if k.endswith("/step")}
+    assert (learner.updates_per_step(), steps) == (4, {4.0})
+
+
+def test_with_adapters_the_reference_is_the_model_without_them():
+    learner = _learner(lora=True, kl_coef=0.1)
+    lessons = learner.prepare(GROUPS)
+    learner.update(lessons, 0)
+    moved = learner.prepare(GROUPS)
+    for before, after in zip(lessons, moved, strict=True):
+        torch.testing.assert_close(before.reference_logprobs_T, after.reference_logprobs_T)
+    assert any(not torch.allclose(a.scores.logprobs_T, b.scores.logprobs_T) for a, b in zip(lessons, moved, strict=True))
+    names = {name.split(".")[-2] for name, _ in learner._policy.trainable()}
+    assert all("lora" in n or n == "default" for n in names)
+
+
+def test_a_sick_gradient_stops_the_run_with_the_weights_untouched():
+    learner = _learner(kl_coef=0.0, allocation="sequence")
+    lessons = learner.prepare(GROUPS)
+    sick = [replace(lessons[0], advantages_T=torch.full_like(lessons[0].advantages_T, float("nan")))]
+    before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
+    with pytest.raises(UserError, match="the gradient is nan at optimizer update 7"):
+        learner.update(sick, 7)
+    assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())

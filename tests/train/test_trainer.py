@@ -1,0 +1,188 @@
+"""Whole runs of the embedded model on the CPU: it learns, it can be stopped anywhere, and it goes on as if it had not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from e3rl.config import Config, load_config
+from e3rl.errors import RunStopped, UserError
+from e3rl.train.ledger import SCHEMA
+from e3rl.train.listeners import Silent
+from e3rl.train.metrics import METRICS
+from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
+
+RECIPE = """
+[data]
+train = "lab:chain:1"
+train_limit = 12
+[rollout]
+num_generations = 4
+segment_length = 6
+max_segments = 4
+max_rows = 16
+[rewards]
+functions = ["lab"]
+[train]
+steps = 4
+prompts_per_step = 3
+learning_rate = 1e-4
+save_steps = 2
+eval_steps = 2
+[eval]
+limit = 4
+num_samples = 2
+"""
+
+
+def _config(tmp_path: Path, *overrides: str) -> Config:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    return load_config(recipe, [], [f"run.output_dir={tmp_path}", *overrides])
+
+
+def _timeless(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if not k.startswith(("seconds", "tokens_per", "memory", "train_seconds"))}
+
+
+def _outcome(run: Path) -> dict[str, Any]:
+    """Everything of a finished run that does not depend on the clock."""
+    return {
+        "weights": {k: v.tolist() for k, v in load_file(run / "model" / "model.safetensors").items()},
+        "metrics": [_timeless(r) for r in read_lines(run / "metrics.jsonl")],
+        "evaluations": read_lines(run / "evaluations.jsonl"),
+        "rollouts": [pq.read_table(p).to_pylist() for p in sorted((run / "rollouts").glob("*.parquet"))],
+        "summary": _timeless(json.loads((run / "summary.json").read_text())),
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("finished")
+    trainer = Trainer(_config(tmp_path))
+    trainer.train()
+    return trainer.run_path
+
+
+def test_a_run_leaves_what_it_promises(finished: Path):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts", "checkpoints", "model", "summary.json",
+    }  # fmt: skip
+    metrics = read_lines(finished / "metrics.jsonl")
+    assert [r["step"] for r in metrics] == [1, 2, 3, 4]
+    explained = set(METRICS)
+    for record in metrics:
+        assert {k.partition("/")[0] for k in record} <= explained
+        assert 0 <= record["accuracy"] <= 1
+        assert record["mismatch_max"] < 1e-3
+        assert record["tokens"] == record["committed_tokens"] + record["erased_tokens"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["before"]) == set(summary["after"]) == {"plain", "erasable"}
+    assert {"avg@2", "pass@2", "ci95"} <= set(summary["before"]["plain"])
+    assert summary["tokens_generated"] == sum(r["tokens"] for r in metrics)
+    assert summary["r"] == sum(r["erased_tokens"] for r in metrics) / sum(r["committed_tokens"] for r in metrics)
+
+
+def test_the_ledger_holds_every_trajectory_and_agrees_with_the_metrics(finished: Path):
+    for record in read_lines(finished / "metrics.jsonl"):
+        table = pq.read_table(finished / "rollouts" / f"step-{record['step']:06d}.parquet")
+        assert table.schema.equals(SCHEMA)
+        rows = table.to_pylist()
+        assert len(rows) == 12
+        assert sum(len(s["ids"]) for r in rows for s in r["segments"]) == record["committed_tokens"]
+        assert sum(len(e["ids"]) for r in rows for e in r["erasures"]) == record["erased_tokens"]
+        assert sum(r["reward"] for r in rows) / 12 == pytest.approx(record["reward"])
+        for row in rows:
+            assert "".join(s["text"] for s in row["segments"]) == row["response"]
+            assert len(row["advantages"]) == sum(len(s["ids"]) for s in row["segments"])
+            assert sum(row["shares"]) == pytest.approx(1, abs=1e-4)
+            for erased in row["erasures"]:
+                assert erased["uncertainty"] > erased["threshold"]
+
+
+def test_the_model_is_an_ordinary_directory(finished: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "1+1:"}], add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+    card = (finished / "model" / "README.md").read_text()
+    assert "E³RL" in card
+    assert "| before | plain |" in card
+
+
+class _StopAt(Silent):
+    """Asks the run to stop, as Ctrl-C does, once it has heard the nth event of a kind."""
+
+    def __init__(self, event: str, nth: int) -> None:
+        self._event, self._left = event, nth
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("stepped", "evaluated", "progressed") and name == object.__getattribute__(self, "_event"):
+            return self._count
+        return object.__getattribute__(self, name)
+
+    def _count(self, *_: Any) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("event", "nth"), [("progressed", 1), ("progressed", 8), ("stepped", 1), ("evaluated", 1), ("evaluated", 3)])
+def test_a_stopped_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Path, event: str, nth: int):
+    with pytest.raises(RunStopped, match=r"stopped after step \d of 4.*--resume"):
+        Trainer(_config(tmp_path), listeners=[_StopAt(event, nth)]).train()
+    trainer = Trainer(_config(tmp_path), resume=True)
+    trainer.train()
+    assert _outcome(trainer.run_path) == _outcome(finished)
+
+
+def test_a_killed_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Path):
+    _config(tmp_path)
+    command = [sys.executable, "-m", "e3rl", "train", str(tmp_path / "recipe.toml"), f"run.output_dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    subprocess.run([*command, "--resume"], check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert _outcome(tmp_path / "run") == _outcome(finished)
+
+
+def test_a_reward_function_that_always_fails_stops_the_run_with_its_words(tmp_path: Path):
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        raise ZeroDivisionError("no luck today")
+
+    with pytest.raises(UserError, match=r"all 12 rewards of this batch are missing.*broken.*no luck today"):
+        Trainer(_config(tmp_path, "eval.limit=1", "eval.erasable=false"), reward_functions=[broken]).train()
+
+
+def test_learning_raises_the_reward_on_what_it_trains_on(tmp_path: Path):
+    def short(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+        return [-float(len(c[0]["content"])) for c in completions]
+
+    config = _config(
+        tmp_path, "train.steps=8", "train.prompts_per_step=4", "train.learning_rate=1e-3", "train.eval_steps=0", "eval.erasable=false"
+    )
+    torch.manual_seed(0)
+    trainer = Trainer(config, reward_functions=[short])
+    trainer.train()
+    rewards = [r["reward"] for r in read_lines(trainer.run_path / "metrics.jsonl")]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 2
