@@ -13,13 +13,16 @@ from e3rl.errors import SickLogits
 from e3rl.rollout.engine import Row, Sampling
 from e3rl.rollout.requests import RowState, check_prompt, check_siblings
 from e3rl.rollout.sampling import SICK, SamplingRows, sample
+from e3rl.rollout.serving import evaluating
 from e3rl.types import Candidate, Draw
 
 
 class RecomputeEngine:
-    """Implements `e3rl.rollout.engine.Engine`; the model must be in eval mode."""
+    """Implements `e3rl.rollout.engine.Engine`. ``max_rows`` is there for exchangeability: rows go one at a time."""
 
-    def __init__(self, model: Any, *, eos_ids: Sequence[int], cache_rows: int, max_length: int) -> None:
+    def __init__(
+        self, model: Any, *, eos_ids: Sequence[int], cache_rows: int, max_length: int, max_rows: int = 1
+    ) -> None:
         self._model, self._eos_ids = model, frozenset(eos_ids)
         self._cache_rows, self._max_length = cache_rows, max_length
         self._rows: dict[Row, RowState] = {}
@@ -45,16 +48,19 @@ class RecomputeEngine:
     def poll(self) -> list[tuple[Row, Candidate]]:
         for handle, row in self._rows.items():
             if row.request is not None:
-                while not row.open.complete(self._eos_ids):
-                    self._draw_token(row)
+                with evaluating(self._model):
+                    while not row.open.complete(self._eos_ids):
+                        self._draw_token(row)
                 return [(handle, row.close_request(self._eos_ids))]
         return []
 
     def _draw_token(self, row: RowState) -> None:
         request = row.open
-        logits_1V = self._model(input_ids=torch.tensor([row.ids + request.ids]), use_cache=False).logits[:, -1]
-        number = torch.tensor([request.uniforms[len(request.ids)]])
-        samples = sample(logits_1V, SamplingRows.of([request.sampling], "cpu"), number)
+        device = self._model.device
+        ids_1T = torch.tensor([row.ids + request.ids], device=device)
+        logits_1V = self._model(input_ids=ids_1T, use_cache=False).logits[:, -1]
+        number_1 = torch.tensor([request.uniforms[len(request.ids)]], device=device)
+        samples = sample(logits_1V, SamplingRows.of([request.sampling], device), number_1)
         if samples.ids_S.item() == SICK:
             raise SickLogits(request.draw)
         request.ids += samples.ids_S.tolist()

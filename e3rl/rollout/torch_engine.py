@@ -113,8 +113,13 @@ class TorchEngine:
         length = len(prompt_ids)
         rows = [_SlotRow(length, list(prompt_ids), cached=length) for _ in range(siblings)]
         first, *others = [self._slots.take(row) for row in rows]
-        with evaluating(self._model):
-            mark = _Mark(length, self._slot_model.prefill(prompt_ids, first))
+        try:
+            with evaluating(self._model):
+                mark = _Mark(length, self._slot_model.prefill(prompt_ids, first))
+        except BaseException:
+            for row in rows:
+                self._slots.give_back(row)
+            raise
         self._slot_model.cache.copy(first, others, length)
         for row in rows:
             row.mark = mark

@@ -1,0 +1,47 @@
+"""Tiny random models: enough weight spread for distributions that are neither flat nor certain."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 53
+EOS = (0, 1)
+
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "Qwen3": {"head_dim": 8},
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Qwen2": {},
+}
+ARCHITECTURES = tuple(_OWN)
+
+
+def build(name: str, attention: str | None = "sdpa", **settings: Any) -> Any:
+    """A random model of an architecture, always the same for the same arguments, in eval mode."""
+    config = getattr(transformers, f"{name}Config")(**{**_SHAPE, **settings})
+    config._attn_implementation = attention
+    torch.manual_seed(7)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@functools.cache
+def tiny(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """A shared tiny model that the torch engine serves; tests must not change it."""
+    return build(name, attention, **_OWN[name]).to(dtype)
