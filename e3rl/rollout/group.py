@@ -217,4 +217,6 @@ class GroupRollout:
         asked, got = self._tokens(sibling), len(candidate.ids)
         if got > asked or got == 0 or (got < asked and not candidate.ended):
             where = f"prompt '{self.prompt.problem.id}', sibling {sibling.number}, segment {len(sibling.segments)}"
-            raise RuntimeError(f"the engine returned {got} of {asked} tokens without an end of sequence ({where})")
+            raise RuntimeError(
+                f"the engine was asked for {asked} tokens or an end of sequence and returned {got} ({where})"
+            )

@@ -161,14 +161,15 @@ def test_an_engine_that_stalls_is_an_error():
     assert engine.held == 0
 
 
-def test_an_engine_that_returns_too_little_is_an_error():
-    class Short(ScriptedEngine):
+@pytest.mark.parametrize("got", [3, 5])
+def test_an_engine_that_returns_another_length_is_an_error(got):
+    class Wrong(ScriptedEngine):
         def extend(self, row, tokens, draw, sampling):
-            super().extend(row, tokens - 1, draw, sampling)
+            super().extend(row, got, draw, sampling)
 
-    engine = Short(lambda draw, tokens: Scripted((1.0,) * tokens))
+    engine = Wrong(lambda draw, tokens: Scripted((1.0,) * tokens))
     config = RolloutConfig(num_generations=2, segment_length=4)
-    with pytest.raises(RuntimeError, match=r"3 of 4 tokens .*prompt 'p', sibling 0, segment 0"):
+    with pytest.raises(RuntimeError, match=rf"asked for 4 .* returned {got} \(prompt 'p', sibling 0, segment 0"):
         list(Scheduler(engine, config, ErasureConfig(), seed=0).run([prompt()], 0, 0))
 
 

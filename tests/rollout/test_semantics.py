@@ -342,7 +342,7 @@ def test_single_sample():
 
 
 def test_missing_reference():
-    """24. Needed reference statistics that are missing or measured with other settings are an error before any token."""
+    """24. Needed reference statistics that are missing or were measured otherwise are an error before any token."""
     engine = ScriptedEngine(levels({}))
     with pytest.raises(UserError, match=r"fewer than erasure.min_siblings = 2.*e3rl calibrate"):
         Scheduler(engine, ALONE, PLAIN_GROUP, seed=0)
