@@ -25,7 +25,7 @@ def token_log_ratios(batch: TrainBatch) -> Tensor:
 
 
 def sequence_log_ratios(batch: TrainBatch) -> Tensor:
-    """Mean token log-ratio of every sequence, [S]."""
+    """ERPO eq 1. log of the length-th root of pi(y|x)/pi_old(y|x): the mean token log-ratio of every sequence, [S]."""
     return token_log_ratios(batch).sum(-1) / lengths(batch)
 
 
@@ -56,7 +56,7 @@ def kl_needs(kl_coef: float) -> frozenset[Need]:
 
 
 def kl_terms(batch: TrainBatch, kl_coef: float) -> Tensor:
-    """k3 estimate of KL(pi || reference) of every token, [S, T]; 0 outside the mask and where it has no weight."""
+    """ERPO eq 4. k3 estimate of KL(pi || reference) of every token, [S, T]; 0 in padding and where it has no weight."""
     if kl_coef == 0:
         return torch.zeros_like(batch.logprobs_ST)
     if batch.reference_logprobs_ST is None:

@@ -31,7 +31,7 @@ class ERPO(TrajectoriesOnly):
         return frozenset({"reference"})
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 7-10. All statistics are those of this group; nothing is carried from one step to the next."""
+        """ERPO eq 6-10. All statistics are those of this group; nothing is carried from one step to the next."""
         if signals.reference_logprobs_GT is None:
             raise ValueError("ERPO's progress signal needs reference log-probabilities")
         mask_GT, eps = signals.mask_GT, self.advantage_eps
