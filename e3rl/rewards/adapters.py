@@ -1,0 +1,162 @@
+"""Reward functions that users already have, unchanged: TRL's and verl's signatures, ordinary or async."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from e3rl.rewards.batch import Batch, Log, Part
+from e3rl.rewards.waiting import wait_for_all
+from e3rl.types import Problem
+
+RewardFunction = Callable[..., Any]
+
+_VERL_PARAMETERS = {"solution_str", "ground_truth"}
+
+
+class Adapter(Protocol):
+    """A reward function of any signature, called one way. It never raises: what goes wrong becomes a part's error."""
+
+    def __call__(self, batch: Batch, log: Log) -> list[Part]: ...
+
+
+def adapt(function: RewardFunction) -> Adapter:
+    """TRL's signature, or verl's where the parameters are named as verl names them."""
+    return VerlFunction(function) if parameters(function).keys() >= _VERL_PARAMETERS else TrlFunction(function)
+
+
+def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    """A function's parameters by name; those of one that can't be inspected count as ``**kwargs``."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"raised {type(error).__name__}: {error}"
+
+
+def _to_part(value: Any) -> Part:
+    """A returned value as a part: None is no opinion; a number is itself; all else is an error."""
+    if value is None:
+        return Part()
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        return Part(error=f"returned {type(value).__name__}, not a number")
+    try:
+        number = float(value)
+    except Exception as error:
+        return Part(error=f"returned what is not a number: {error}")
+    return Part(number) if math.isfinite(number) else Part(error=f"returned {number}")
+
+
+class TrlFunction:
+    """``f(prompts, completions, completion_ids, **columns) -> list[float | None]``.
+
+    The function is passed what its signature names, or everything where it takes ``**kwargs``. ``trainer_state``,
+    ``log_metric`` and ``log_extra`` are TRL's; ``trajectories`` and ``max_completion_length`` go only where named.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        self._function = function
+        named = parameters(function)
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
+        ordinary = {n: p for n, p in named.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        self._names = set(ordinary)
+        self._required = {n for n, p in ordinary.items() if p.default is p.empty}
+
+    def __call__(self, batch: Batch, log: Log) -> list[Part]:
+        try:
+            returned = self._function(**self._arguments(batch, log))
+            if inspect.isawaitable(returned):
+                (returned,) = wait_for_all([returned])
+            if isinstance(returned, Exception):
+                raise returned
+            return _to_parts(returned, len(batch))
+        except Exception as error:  # the user's code may raise anything
+            return [Part(error=describe(error))] * len(batch)
+
+    def _arguments(self, batch: Batch, log: Log) -> dict[str, Any]:
+        usual = {
+            **batch.columns,
+            "prompts": batch.prompts,
+            "completions": batch.completions,
+            "completion_ids": [list(t.ids) for t in batch.trajectories],
+            "trainer_state": batch.trainer_state,
+            "log_metric": log.log_metric,
+            "log_extra": log.log_extra,
+        }
+        own: dict[str, Any] = {"trajectories": list(batch.trajectories)}
+        if batch.max_completion_length is not None:
+            own["max_completion_length"] = batch.max_completion_length
+        known = {**usual, **own}
+        absent = sorted(self._required - known.keys())
+        if absent:
+            raise LookupError(f"it needs {', '.join(absent)}; the data has the columns {', '.join(batch.columns)}")
+        return {n: v for n, v in known.items() if n in self._names or (self._takes_all and n in usual)}
+
+
+def _to_parts(returned: Any, count: int) -> list[Part]:
+    if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
+        return [Part(error=f"returned {type(returned).__name__}, not a list of {count} numbers")] * count
+    values = list(returned)
+    if len(values) != count:
+        return [Part(error=f"returned {len(values)} values for {count} completions")] * count
+    return [_to_part(value) for value in values]
+
+
+class VerlFunction:
+    """``compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | dict``, a call a completion.
+
+    Of a dict, ``score`` is the value and the other numbers are details. The ground truth is the problem's answer, or
+    ``reward_model["ground_truth"]`` as verl's own data have it.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        self._function = function
+        self._names = set(parameters(function))
+
+    def __call__(self, batch: Batch, log: Log) -> list[Part]:
+        returned = [self._start(p, text) for p, text in zip(batch.problems, batch.texts, strict=True)]
+        pending = [i for i, value in enumerate(returned) if inspect.isawaitable(value)]
+        for i, value in zip(pending, wait_for_all([returned[i] for i in pending]) if pending else [], strict=True):
+            returned[i] = value
+        return [_verl_part(value) for value in returned]
+
+    def _start(self, problem: Problem, text: str) -> Any:
+        """What the function returns, or the exception that it raises."""
+        try:
+            columns = problem.columns
+            known = {
+                "data_source": columns.get("data_source", ""),
+                "solution_str": text,
+                "ground_truth": _ground_truth(problem),
+                "extra_info": columns.get("extra_info", dict(columns)),
+            }
+            return self._function(**{name: value for name, value in known.items() if name in self._names})
+        except Exception as error:  # the user's code may raise anything
+            return error
+
+
+def _ground_truth(problem: Problem) -> Any:
+    if problem.answer is not None:
+        return problem.answer
+    nested = problem.columns.get("reward_model")
+    if isinstance(nested, Mapping) and nested.get("ground_truth") is not None:
+        return nested["ground_truth"]
+    raise LookupError(f"problem '{problem.id}' has no answer to compare with (data.answer_column)")
+
+
+def _verl_part(returned: Any) -> Part:
+    if isinstance(returned, BaseException):
+        return Part(error=describe(returned))
+    if not isinstance(returned, Mapping):
+        return _to_part(returned)
+    if "score" not in returned:
+        return Part(error=f"returned a dict without 'score': {', '.join(map(str, returned))}")
+    main = _to_part(returned["score"])
+    others = {str(name): _to_part(value).value for name, value in returned.items() if name != "score"}
+    return Part(main.value, main.error, {name: value for name, value in others.items() if value is not None})

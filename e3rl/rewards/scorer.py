@@ -1,0 +1,168 @@
+"""`Scorer`: trajectories in, rewards out, whatever the reward functions look like and however they fail."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from e3rl.config import RewardsConfig
+from e3rl.errors import UserError
+from e3rl.plugins import load
+from e3rl.rewards.adapters import Adapter, RewardFunction, adapt, describe
+from e3rl.rewards.batch import Batch, BatchReward, Log, Part, TrainerState
+from e3rl.rewards.builtin import REWARDS
+from e3rl.rewards.isolated import IsolatedFunction
+from e3rl.rewards.pool import WorkerPool
+from e3rl.types import Reward, Trajectory
+
+
+@dataclass
+class Counters:
+    """What happened so far: rewards asked for, rewards missing, and each function's failures and first error."""
+
+    scored: int = 0
+    missing: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    first_errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    name: str
+    weight: float
+    call: Adapter
+
+
+class Scorer:
+    """The weighted sum of the config's reward functions, or of ``functions`` given in their place.
+
+    Use it in a ``with`` block or call `close`: it may own worker processes, which start when they are first needed.
+    ``log`` holds what the functions logged during the last `score`; ``trainer_state`` is what they are told.
+    """
+
+    def __init__(
+        self,
+        config: RewardsConfig,
+        *,
+        functions: Sequence[RewardFunction] = (),
+        max_completion_length: int | None = None,
+    ) -> None:
+        self._limit = max_completion_length
+        self._pool = WorkerPool(config.workers, config.timeout)
+        self._functions = _weighted(config, functions, self._pool)
+        self.trainer_state = TrainerState()
+        self.counters = Counters()
+        self.log = Log()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+    @property
+    def worker_restarts(self) -> int:
+        """Workers that were killed or died so far."""
+        return self._pool.restarts
+
+    def score(self, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[Reward]:
+        """One reward a trajectory; ``texts`` are the decoded responses. Never raises for what a function does wrong."""
+        if len(trajectories) != len(texts):
+            raise ValueError(f"{len(texts)} texts for {len(trajectories)} trajectories")
+        if not trajectories:
+            return []
+        batch = Batch(tuple(trajectories), tuple(texts), self._limit, self.trainer_state)
+        self.log = Log()
+        parts = [function.call(batch, self.log) for function in self._functions]
+        rewards = [self._combine([column[i] for column in parts]) for i in range(len(batch))]
+        self.counters.scored += len(rewards)
+        self.counters.missing += sum(reward.value is None for reward in rewards)
+        return rewards
+
+    def _combine(self, parts: Sequence[Part]) -> Reward:
+        """TRL's sum over the functions that gave a value, unless one failed: then the reward is missing."""
+        shown: dict[str, float | None] = {}
+        failures: list[str] = []
+        total: float | None = None
+        for function, part in zip(self._functions, parts, strict=True):
+            shown[function.name] = part.value
+            if part.error is not None:
+                failures.append(f"{function.name}: {part.error}")
+                self.counters.errors[function.name] += 1
+                self.counters.first_errors.setdefault(function.name, part.error)
+            elif part.value is not None:
+                total = (total or 0.0) + function.weight * part.value
+        for function, part in zip(self._functions, parts, strict=True):
+            shown |= {f"{function.name}/{name}": value for name, value in part.details.items()}
+        if failures:
+            return Reward(None, shown, "; ".join(failures))
+        return Reward(total, shown, None if total is not None else "no reward function gave a value")
+
+
+def require_some(rewards: Sequence[Reward]) -> None:
+    """Stop a run that has no reward left to learn from: UserError naming the first failure where all are missing."""
+    if rewards and all(reward.value is None for reward in rewards):
+        raise UserError(f"all {len(rewards)} rewards of this batch are missing. The first: {rewards[0].error}")
+
+
+def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: WorkerPool) -> list[_Weighted]:
+    if functions and config.isolate:
+        raise UserError("rewards.isolate needs functions that a worker can import: name them in rewards.functions")
+    chosen: list[tuple[str, Adapter]]
+    if functions:
+        chosen = [(_name(function), _adapter(function, pool)) for function in functions]
+    else:
+        chosen = [_named(name, config.isolate, pool) for name in config.functions]
+    weights = config.weights or (1.0,) * len(chosen)
+    if len(weights) != len(chosen):
+        raise UserError(f"rewards.weights has {len(weights)} values for {len(chosen)} reward functions")
+    names = _distinct([name for name, _ in chosen])
+    return [_Weighted(n, w, call) for n, w, (_, call) in zip(names, weights, chosen, strict=True)]
+
+
+def _named(name: str, isolate: bool, pool: WorkerPool) -> tuple[str, Adapter]:
+    """A function of the config: its short name, and how to call it. Importing it here finds mistakes before the run."""
+    function = load("reward", name, REWARDS)
+    if not callable(function):
+        raise UserError(f"reward '{name}' is {type(function).__name__}, not a function")
+    if isolate and name not in REWARDS:
+        return name.rpartition(":")[2], IsolatedFunction(name, pool)
+    return name.rpartition(":")[2], _adapter(function, pool)
+
+
+def _adapter(function: Any, pool: WorkerPool) -> Adapter:
+    if isinstance(function, type) and issubclass(function, BatchReward):
+        return _guarded(function(pool).score)
+    return adapt(function)
+
+
+def _guarded(score: Callable[[Batch], list[Part]]) -> Adapter:
+    def call(batch: Batch, log: Log) -> list[Part]:
+        try:
+            return score(batch)
+        except Exception as error:  # also the code of other authors
+            return [Part(error=describe(error))] * len(batch)
+
+    return call
+
+
+def _name(function: RewardFunction) -> str:
+    inner = function.func if isinstance(function, functools.partial) else function
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, each repeated one with a number behind it."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return distinct
