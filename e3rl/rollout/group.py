@@ -141,9 +141,9 @@ class GroupRollout:
         return orders
 
     def _decide(self, judge: GroupJudge, sibling: _Sibling, candidate: Candidate) -> list[Order]:
-        judgement = judge.judge(sibling.number, candidate, sibling.attempt)
         if sibling.redrawn:
-            return self._commit(sibling, candidate, replace(judgement, verdict=Verdict.FORCED))
+            return self._commit_redrawn(judge, sibling, candidate)
+        judgement = judge.judge(sibling.number, candidate, sibling.attempt)
         if judgement.verdict is Verdict.COMMIT:
             return self._commit(sibling, candidate, judgement)
         if judgement.verdict is Verdict.ERASE:
@@ -161,6 +161,20 @@ class GroupRollout:
         sibling.redrawn = True
         return [self._redraw(sibling, best)]
 
+    def _commit_redrawn(self, judge: GroupJudge, sibling: _Sibling, candidate: Candidate) -> list[Order]:
+        """Commit the chosen attempt, which no longer counts as erased; its first measurement stands.
+
+        An engine whose arithmetic depends on what else is in the batch may draw other tokens this time. Then what it
+        drew is committed, under a measurement of its own, and the erased candidate stays on record.
+        """
+        erased = sibling.attempts()[sibling.attempt]
+        if erased.candidate.ids == candidate.ids:
+            sibling.erasures = [e for e in sibling.erasures if e is not erased]
+            candidate, judgement = erased.candidate, erased.judgement
+        else:
+            judgement = judge.judge(sibling.number, candidate, sibling.attempt)
+        return self._commit(sibling, candidate, replace(judgement, verdict=Verdict.FORCED))
+
     def _erase(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement) -> None:
         erasure = Erasure(len(sibling.segments), sibling.committed, candidate, judgement)
         sibling.erasures.append(erasure)
@@ -172,8 +186,6 @@ class GroupRollout:
 
     def _commit(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement | None) -> list[Order]:
         segment = Segment(len(sibling.segments), candidate, judgement)
-        if sibling.redrawn:
-            self._take_back(sibling, candidate)
         sibling.segments.append(segment)
         sibling.committed += len(candidate.ids)
         sibling.attempt, sibling.redrawn = 0, False
@@ -183,16 +195,6 @@ class GroupRollout:
         if candidate.ended or sibling.committed == self._config.completion_limit:
             return [self._finish(sibling, "stop" if candidate.ended else "length")]
         return [self._extend(sibling)]
-
-    def _take_back(self, sibling: _Sibling, candidate: Candidate) -> None:
-        """A candidate that is committed after all no longer counts as erased.
-
-        The redraw repeats it token by token, unless the engine's arithmetic depends on what else is in the batch; a
-        redraw that came out differently leaves the erased candidate on record.
-        """
-        erased = sibling.attempts()[sibling.attempt]
-        if erased.candidate.ids == candidate.ids:
-            sibling.erasures = [e for e in sibling.erasures if e is not erased]
 
     def _finish(self, sibling: _Sibling, how: Literal["stop", "length"]) -> Order:
         sibling.finish = how

@@ -24,6 +24,8 @@ from e3rl.types import Candidate, Draw
 EOS = 0
 """The id that ends a scripted candidate; no other scripted token has it."""
 
+SPREAD = 7919  # a prime: a candidate's ids differ from each other
+
 
 class Key(NamedTuple):
     """Which candidate a script entry is for. A plain tuple of the same four values does as well."""
@@ -85,7 +87,8 @@ def scripted_candidate(draw: Draw, scripted: Scripted, tokens: int) -> Candidate
     ended = scripted.ended and len(scripted.entropies) <= tokens
     if not entropies or (len(entropies) < tokens and not ended):
         raise Misuse(f"the script has {len(entropies)} of {tokens} tokens and no ending for {draw}")
-    ids = [1 + zlib.crc32(f"{draw}/{t}".encode()) % 1_000_000 for t in range(len(entropies))]
+    key = zlib.crc32(repr(draw).encode())
+    ids = [1 + (key + t * SPREAD) % 1_000_000 for t in range(len(entropies))]
     if ended:
         ids[-1] = EOS
     perturbations = scripted.perturbations[:tokens] or (0.0,) * len(entropies)
