@@ -33,6 +33,11 @@ class RolloutStats:
         return sum(self.candidates_N)
 
     @property
+    def generated_tokens(self) -> int:
+        """All tokens that the engine had to generate."""
+        return self.committed_tokens + self.erased_tokens + self.redrawn_tokens
+
+    @property
     def erase_rate(self) -> float:
         """Share of candidates that were erased."""
         return _share(self.erasures, self.candidates)
@@ -57,7 +62,7 @@ class RolloutStats:
         """Eq 31. Tokens generated beyond the committed ones, redraws included, per committed token."""
         if not self.committed_tokens:
             return 0.0
-        return regeneration_ratio(self.erased_tokens + self.redrawn_tokens, self.committed_tokens)
+        return regeneration_ratio(self.generated_tokens - self.committed_tokens, self.committed_tokens)
 
     @property
     def acceptance_N(self) -> tuple[float, ...]:

@@ -523,7 +523,9 @@ def test_complete_record():
 
 def test_every_sentence_is_pinned():
     """docs/rollout.md and this file say the same sentences."""
-    documented = re.findall(r"^(\d+\. .*)$", Path("docs/rollout.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = re.findall(
+        r"^(\d+\. .*)$", (Path(__file__).parents[2] / "docs/rollout.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     tests = [f for name, f in inspect.getmembers(sys.modules[__name__], inspect.isfunction) if name.startswith("test_")]
     firsts = [(f.__doc__ or "").splitlines()[:1] for f in tests]
     pinned = [line[0] for line in firsts if line and line[0][0].isdigit()]
