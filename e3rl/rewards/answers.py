@@ -10,7 +10,7 @@ import re
 
 _LOOK_AHEAD = 4000  # characters after "answer is" that are searched: what is longer is no answer
 
-_BOX = re.compile(r"\\f?boxed\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BARE = re.compile(r"[^\s${}\\.,]+")
 _NUMBER = r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:/\d+)?%?"
 _MARKERS = re.compile(r"(?i:\banswer(?:\s+is)?\s*[:=]|\banswer\s+is\b)|####|(?:^|(?<=[;\n]))\s*A:", re.MULTILINE)

@@ -132,13 +132,16 @@ def _named(name: str, isolate: bool, pool: WorkerPool) -> tuple[str, Adapter]:
     function = load("reward", name, REWARDS)
     if not callable(function):
         raise UserError(f"reward '{name}' is {type(function).__name__}, not a function")
-    if isolate and name not in REWARDS:
-        return name.rpartition(":")[2], IsolatedFunction(name, pool)
-    return name.rpartition(":")[2], _adapter(function, pool)
+    apart = isolate and name not in REWARDS and not _is_batch_reward(function)
+    return name.rpartition(":")[2], IsolatedFunction(name, pool) if apart else _adapter(function, pool)
+
+
+def _is_batch_reward(function: Any) -> bool:
+    return isinstance(function, type) and issubclass(function, BatchReward)
 
 
 def _adapter(function: Any, pool: WorkerPool) -> Adapter:
-    if isinstance(function, type) and issubclass(function, BatchReward):
+    if _is_batch_reward(function):
         return _guarded(function(pool).score)
     return adapt(function)
 

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+from e3rl.rewards.batch import BatchReward, Part
+
 
 def length(completions, **kwargs):
     return [float(len(c)) for c in completions]
@@ -27,6 +29,11 @@ def treacherous(completions, log_metric, log_extra, **kwargs):
     if text == "raise":
         raise RuntimeError("no")
     return [1.0]
+
+
+class CountErasures(BatchReward):
+    def score(self, batch):
+        return [Part(float(len(t.erasures))) for t in batch.trajectories]
 
 
 not_a_function = 7

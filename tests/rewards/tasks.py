@@ -76,7 +76,7 @@ def die_first_time(file: str) -> str:
 
 
 def allocate(megabytes: int) -> int:
-    return len(bytearray(megabytes * 2**20)) // 2**20
+    return len(bytes(megabytes * 2**20)) // 2**20  # zeroed by the kernel, so only the address space is used
 
 
 def slow_setup(seconds: str) -> Callable[[int], list[int]]:

@@ -18,7 +18,7 @@ from e3rl.rewards.answers import extract_answer, last_box, textual_verdict
         (r"\boxed{1} or rather \boxed{2}.", "2"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"\boxed{a\}b}", r"a\}b"),
-        (r"\fbox{7}", "7"),
+        (r"\fbox{x} 7", "x"),
         (r"\boxed {7}", "7"),
         (r"$\boxed 5$", "5"),
         (r"\boxed{5 apples}", "5"),

@@ -131,9 +131,9 @@ def test_a_second_crash_is_an_error(pool: WorkerPool) -> None:
 def test_kill_9_while_working(pool: WorkerPool) -> None:
     pool.map([task("double", x=1)] * 2)
     victims = list(pool.pids)
-    timer = threading.Timer(0.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in victims])
+    timer = threading.Timer(0.2, lambda: [os.kill(pid, signal.SIGKILL) for pid in victims])
     timer.start()
-    outcomes = pool.map([task("sleep", seconds=0.6)] * 2)
+    outcomes = pool.map([task("sleep", seconds=0.5)] * 2)
     timer.join()
     assert outcomes == [Outcome("slept")] * 2
     assert pool.restarts == len(victims)

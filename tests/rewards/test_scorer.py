@@ -377,6 +377,11 @@ def test_isolated_verl_function_keeps_its_details() -> None:
     assert values(rewards) == [1.0, 0.0]
 
 
+def test_batch_rewards_run_here_even_when_others_are_isolated() -> None:
+    (first, _) = named("tests.rewards.functions:CountErasures", isolate=True)
+    assert first == Reward(0.0, {"CountErasures": 0.0})
+
+
 def test_isolation_needs_names() -> None:
     with pytest.raises(UserError, match="name them in"):
         Scorer(RewardsConfig(isolate=True), functions=[len])
