@@ -7,9 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-_ESCAPES = str.maketrans(
-    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-)
+_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
 def to_json(value: Any) -> str:
@@ -25,6 +23,11 @@ def data_element(name: str, json_text: str) -> str:
 def script_element(code: str) -> str:
     """An inline script. Only the project's own files may be given: nothing in them is escaped."""
     return f"<script>{code}</script>"
+
+
+def sleeping_script_element(name: str, code: str) -> str:
+    """A script that runs only when another one wakes it: the page is seen before a large library is read."""
+    return f'<script type="text/plain" id="{name}">{code}</script>'
 
 
 def content_security_policy(scripts: list[str]) -> str:

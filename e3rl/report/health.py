@@ -95,7 +95,8 @@ def never_erases(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        "Nothing was ever erased: this is a plain run in disguise. Run `e3rl calibrate` for a threshold (erasure.kappa0).",
+        "Erase rate 0: nothing was ever erased, so this is a plain run in disguise. Run `e3rl calibrate` for a "
+        "threshold (erasure.kappa0).",
     )
 
 
@@ -116,8 +117,8 @@ def budget_spent(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        f"{forced:.0%} of the segments were accepted only because their erasures were used up: redrawing does not bring "
-        "them below the threshold.",
+        f"{forced:.0%} of the segments were accepted only because their erasures were used up: redrawing does not "
+        "bring them below the threshold.",
     )
 
 
@@ -127,8 +128,8 @@ def kl_rising(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        f"KL to the reference policy is rising, from {first:.3f} to {now:.3f}. If held-out accuracy does not rise with it, "
-        "lower train.learning_rate or raise objective.kl_coef.",
+        f"KL to the reference policy is rising, from {first:.3f} to {now:.3f}. If held-out accuracy does not rise with "
+        "it, lower train.learning_rate or raise objective.kl_coef.",
     )
 
 
@@ -195,9 +196,12 @@ def waits_for_rewards(logs: Logs) -> Finding | None:
 
 def memory_grows(logs: Logs) -> Finding | None:
     memory = logs.values("memory_mb")
-    if not logs.long_enough() or memory[-1] < 1.2 * memory[len(memory) // 2]:
+    if not memory or not logs.long_enough():
         return None
-    return Finding("note", f"Peak memory still grows: {memory[len(memory) // 2]:.0f} MiB half-way, {memory[-1]:.0f} MiB now.")
+    half_way, now = memory[len(memory) // 2], memory[-1]
+    if now < 1.2 * half_way:
+        return None
+    return Finding("note", f"Peak memory still grows: {half_way:.0f} MiB half-way, {now:.0f} MiB now.")
 
 
 def held_out(logs: Logs) -> Finding | None:
@@ -212,7 +216,8 @@ def held_out(logs: Logs) -> Finding | None:
         return Finding("good", f"{name} rose from {before:.3f} to {after:.3f}; the 95 % intervals are apart.")
     if last["ci95"][1] < first["ci95"][0]:
         return Finding("bad", f"{name} fell from {before:.3f} to {after:.3f}; the 95 % intervals are apart.")
-    return Finding("note", f"{name} went from {before:.3f} to {after:.3f}; the 95 % intervals overlap, so that may be chance.")
+    change = f"{name} went from {before:.3f} to {after:.3f}"
+    return Finding("note", f"{change}; the 95 % intervals overlap, so that may be chance.")
 
 
 RULES: tuple[Rule, ...] = (

@@ -1,4 +1,4 @@
-"""What a run directory says about its run as a whole: settings, curves, evaluations and health, as plain JSON values."""
+"""What a run directory says of its run as a whole: settings, curves, evaluations and health, as plain JSON values."""
 
 from __future__ import annotations
 

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.files import write_text
-from e3rl.report.embed import content_security_policy, data_element, script_element, to_json
+from e3rl.report.embed import content_security_policy, data_element, script_element, sleeping_script_element, to_json
 from e3rl.report.overview import read_overview
 from e3rl.report.rollouts import PAGE_BUDGET, Selection, select
 
-RUN_SCRIPTS = ("dom.js", "charts.js", "tokens.js", "rollout.js", "list.js", "overview.js", "compare.js", "source.js", "main.js")
+RUN_SCRIPTS = (
+    "dom.js",
+    "charts.js",
+    "tokens.js",
+    "rollout.js",
+    "list.js",
+    "overview.js",
+    "compare.js",
+    "source.js",
+    "main.js",
+)
 TOKEN_SCRIPTS = ("dom.js", "tokens.js", "rollout.js", "token_view.js")
 
 
@@ -46,14 +56,14 @@ def describe_run(run: Path, selection: Selection) -> dict[str, Any]:
 
 def render_page(title: str, scripts: Sequence[str], data: Mapping[str, str], *, charts: bool) -> str:
     """A whole page. ``data`` holds `to_json` texts by the id that the scripts find them under."""
-    code = [_plotly()] if charts else []
-    code.append("(() => {\n" + "\n".join(_asset(name) for name in scripts) + "\n})();")
+    code = "(() => {\n" + "\n".join(_asset(name) for name in scripts) + "\n})();"
+    library = [_plotly()] if charts else []
     parts = {
-        "policy": content_security_policy(code),
+        "policy": content_security_policy([code, *library]),
         "title": title.translate({ord("<"): "&lt;", ord("&"): "&amp;"}),
         "style": _asset("report.css"),
         "data": "\n".join(data_element(name, text) for name, text in data.items()),
-        "scripts": "\n".join(script_element(c) for c in code),
+        "scripts": "\n".join([*(sleeping_script_element("plotly", c) for c in library), script_element(code)]),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("template.html"))
 

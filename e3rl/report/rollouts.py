@@ -1,8 +1,7 @@
-"""Rollouts as the page reads them: the ledger's rows grouped by problem, rounded, and a light index to filter and sort by."""
+"""Rollouts as the page reads them: the ledger's rows grouped by problem, and a light index to filter and sort by."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,36 +51,46 @@ def select(run: Path, budget: int = PAGE_BUDGET) -> Selection:
     paths = sorted((run / "rollouts").glob("step-*.parquet"), reverse=True)
     chosen: list[StepRollouts] = []
     room = budget
+    used = set()
     for path in paths:
         status = path.stat()
-        step = _read_step(path, status.st_mtime_ns, status.st_size, budget)
+        key = (path, status.st_mtime_ns, status.st_size, budget)
+        step = _read_before.get(key) or read_step(path, budget)
         room -= len(step.json.encode())
         if chosen and room < 0:
             break
         chosen.append(step)
+        used.add(key)
+        _read_before[key] = step
+    for key in [k for k in _read_before if k[0].parent == run / "rollouts" and k not in used]:
+        _read_before.pop(key, None)
     total = sum(pq.read_metadata(path).num_rows for path in paths)
     return Selection(tuple(reversed(chosen)), total, len(paths))
 
 
-@functools.lru_cache(maxsize=1024)
-def _read_step(path: Path, modified: int, size: int, budget: int) -> StepRollouts:
-    """One ledger file; ``modified`` and ``size`` are there so that a file is read once, and again when it changes."""
+_read_before: dict[tuple[Path, int, int, int], StepRollouts] = {}
+"""What the last selection of each run holds, by file and what shows that it has not changed since: a page is made anew
+after every few steps, and reading a step again would cost as much as the first time."""
+
+
+def read_step(path: Path, budget: int) -> StepRollouts:
+    """The groups of one ledger file, the first of them that fit into ``budget`` bytes (and one at least)."""
     import pyarrow.parquet as pq
 
-    groups: list[dict[str, Any]] = []
+    groups: list[str] = []
     index: list[dict[str, Any]] = []
     room = budget
     with pq.ParquetFile(path) as file:
         total = file.metadata.num_rows
         step = int(path.stem.removeprefix("step-"))
         for rows in _groups(file.iter_batches(batch_size=_ROWS_AT_A_TIME)):
-            group = encode_group(rows)
-            room -= len(to_json(group).encode())
+            group = to_json(encode_group(rows))
+            room -= len(group.encode())
             if groups and room < 0:
                 break
             groups.append(group)
             index += index_rows(step, rows)
-    return StepRollouts(step, tuple(index), to_json({"step": step, "groups": groups}), total)
+    return StepRollouts(step, tuple(index), f'{{"step":{step},"groups":[{",".join(groups)}]}}', total)
 
 
 def _groups(batches: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:

@@ -76,7 +76,9 @@ def judged(made: Candidate, baseline: float, attempt: int, verdict: Verdict) -> 
     return Judgement(uncertainty, Threshold(total, total / penalty / 1.02, penalty, 1.02), attempt, verdict)
 
 
-def trajectory(draw: random.Random, tokenizer: Words, prompt: Prompt, sibling: int, segments: int, erase: bool) -> Trajectory:
+def trajectory(
+    draw: random.Random, tokenizer: Words, prompt: Prompt, sibling: int, segments: int, erase: bool
+) -> Trajectory:
     made: list[Segment] = []
     erasures: list[Erasure] = []
     start = 0

@@ -25,11 +25,11 @@ function faded(hex, alpha) {
   return `rgba(${r},${g},${b},${alpha})`;
 }
 
-function trace(series) {
+function trace(series, asPercent) {
   const paint = series.colour();
   const line = { x: series.x, y: series.y, name: plain(series.name), mode: series.y.length < 3 || series.error ? "lines+markers" : "lines",
     line: { color: paint, width: series.stack ? 0.5 : 2, dash: series.dash || "solid" }, marker: { size: 6 },
-    hovertemplate: "%{y:.4~g}", showlegend: series.legend !== false };
+    hovertemplate: asPercent ? "%{y:.3~%}" : "%{y:.4~g}", showlegend: series.legend !== false };
   if (series.stack) Object.assign(line, { stackgroup: "all", fillcolor: faded(paint, 0.75) });
   if (series.error) line.error_y = { type: "data", symmetric: false, array: series.error.high, arrayminus: series.error.low,
     thickness: 1.2, width: 4, color: paint };
@@ -45,12 +45,12 @@ function layout(chart) {
     tickfont: { size: 11 }, nticks: 6 };
   return {
     height: 210, margin: { l: 44, r: 12, t: 8, b: 34 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-    font: { family: "inherit", size: 12, color: ink }, hovermode: "x unified", showlegend: chart.series.filter((s) => s.legend !== false).length > 1,
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink }, hovermode: "x unified", showlegend: chart.series.filter((s) => s.legend !== false).length > 1,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
     hoverlabel: { bgcolor: style.getPropertyValue("--panel").trim(), bordercolor: style.getPropertyValue("--line").trim(),
       font: { color: style.getPropertyValue("--ink").trim() } },
     xaxis: { ...axis, showgrid: false, title: { text: chart.xTitle, standoff: 6, font: { size: 11 } } },
-    yaxis: { ...axis, tickformat: chart.percent ? ".0%" : "", rangemode: chart.percent ? "tozero" : "normal" },
+    yaxis: { ...axis, tickformat: chart.percent ? ".2~%" : "", rangemode: chart.fromZero ? "tozero" : "normal" },
   };
 }
 
@@ -64,13 +64,21 @@ function describe(series, asPercent) {
   return `${name}${show(first[1])} at ${number(first[0])}, ${show(last[1])} at ${number(last[0])}. `;
 }
 
+// Plotly sleeps in the page until the first view is painted.
+const plotly = new Promise((resolve) => {
+  requestAnimationFrame(() => setTimeout(() => {
+    document.body.append(el("script", {}, document.getElementById("plotly").textContent));
+    resolve(Plotly);
+  }));
+});
+
 const visible = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) entry.target.chart.show();
 }, { rootMargin: "200px" });
 
 class Chart {
-  constructor({ title, help = "", percent: asPercent = false, id = null }) {
-    Object.assign(this, { title, percent: asPercent, series: [], xTitle: "step", shown: false });
+  constructor({ title, help = "", percent: asPercent = false, fromZero = asPercent, id = null }) {
+    Object.assign(this, { title, percent: asPercent, fromZero, series: [], xTitle: "step", shown: false });
     this.plot = el("div", { class: "plot" });
     this.words = el("p", { class: "sr-only" });
     this.table = el("div", { class: "table-scroll" });
@@ -102,7 +110,7 @@ class Chart {
 
   draw() {
     if (!this.shown || this.node.hidden) return;
-    Plotly.react(this.plot, this.series.flatMap(trace), layout(this), { displayModeBar: false, responsive: true });
+    plotly.then((library) => library.react(this.plot, this.series.flatMap((s) => trace(s, this.percent)), layout(this), { displayModeBar: false, responsive: true }));
   }
 
   fillTable() {

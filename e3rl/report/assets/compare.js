@@ -61,8 +61,8 @@ class CompareView {
     this.node = el("div", {}, el("h1", {}, "Compare"), el("p", { class: "lede" }, "The same curves of several runs. Over tokens, runs that draw more are charged for it."),
       this.chips, this.tools, this.table,
       section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
-      CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, asPercent]) =>
-        chart(name, { title: label, percent: Boolean(asPercent), id: "compare-" + name }))))));
+      CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, options]) =>
+        chart(name, { title: label, id: "compare-" + name, ...options }))))));
   }
 
   update(runs) {

@@ -132,6 +132,7 @@ class RolloutsView {
     if (this.number !== number) this.list.filter.step = "all";
     this.number = number;
     const { shown, total, first_step: first } = run.rollouts;
+    this.note.hidden = total > 0 && shown === total;
     fill(this.note, total === 0 ? "No rollouts are written yet." : shown < total
       && `${total - shown} of ${total} rollouts are left out of this page to keep it small (it starts at step ${first}); all are in the run's rollouts/*.parquet.`);
     this.list.update(run.index);
@@ -152,5 +153,6 @@ class RolloutsView {
     const told = () => this.remember({ step, problem, sibling: this.state.sibling, side: this.state.side ? 1 : null });
     fill(this.detail, new GroupView(group, `${problem}, step ${step}`, this.state, told).node);
     told();
+    if (matchMedia("(max-width: 1000px)").matches) this.detail.scrollIntoView();
   }
 }

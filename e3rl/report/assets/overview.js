@@ -1,12 +1,13 @@
 // A run at a glance: what it is, whether it is well, held-out figures, and curves over training.
 
+const SHARE = { percent: true }, FROM_ZERO = { fromZero: true };
 const CURVES = [
-  ["Learning", [["reward", "Reward"], ["accuracy", "Training accuracy", true], ["degenerate_groups", "Groups without signal", true]]],
-  ["Erasing", [["erase_rate", "Erase rate", true], ["r", "Regeneration ratio r"], ["forced_rate", "Forced accepts", true]]],
-  ["Responses", [["length", "Length"], ["segments", "Segments"], ["finish_ratio", "Finish ratio", true]]],
-  ["Policy", [["entropy", "Entropy"], ["kl", "KL to the reference"], ["clip_fraction", "Clip fraction", true], ["grad_norm", "Gradient norm"],
-    ["sign_flips", "Sign flips", true], ["mismatch_mean", "Engine against trainer"]]],
-  ["Cost", [["tokens_per_second", "Tokens per second"], ["seconds", "Seconds of a step"], ["memory_mb", "Peak memory"]]],
+  ["Learning", [["reward", "Reward"], ["accuracy", "Training accuracy", SHARE], ["degenerate_groups", "Groups without signal", SHARE]]],
+  ["Erasing", [["erase_rate", "Erase rate", SHARE], ["r", "Regeneration ratio r", SHARE], ["forced_rate", "Forced accepts", SHARE]]],
+  ["Responses", [["length", "Length, tokens"], ["segments", "Segments"], ["finish_ratio", "Finish ratio", SHARE]]],
+  ["Policy", [["entropy", "Entropy, nats"], ["kl", "KL to the reference", FROM_ZERO], ["clip_fraction", "Clip fraction", SHARE],
+    ["grad_norm", "Gradient norm", FROM_ZERO], ["sign_flips", "Sign flips", SHARE], ["mismatch_mean", "Engine against trainer", FROM_ZERO]]],
+  ["Cost", [["tokens_per_second", "Tokens per second", FROM_ZERO], ["seconds", "Seconds of a step", FROM_ZERO], ["memory_mb", "Peak memory, MiB", FROM_ZERO]]],
 ];
 const MODE_NAMES = { plain: "plain", erasable: "erasable" };
 const AXES = { step: ["step", "step"], tokens: ["tokens_total", "tokens generated"] };
@@ -71,7 +72,7 @@ function section(title, help, ...content) {
 }
 
 function xAxisControl(value, onchange) {
-  return select("Over", [["step", "steps"], ["tokens", "tokens generated"]], value, onchange);
+  return select("Curves over", [["step", "steps"], ["tokens", "tokens generated"]], value, onchange);
 }
 
 class OverviewView {
@@ -82,9 +83,9 @@ class OverviewView {
     const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
     this.heldOut = section("Held-out evaluation", "Mean and 95 % interval over problems. Erasable decoding is reported apart from plain decoding.",
       el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "chart-avg" }), chart("pass", { title: "Pass@k", percent: true })));
-    this.control = el("div", { class: "tools" }, xAxisControl("step", (axis) => { this.axis = axis; this.draw(); }));
-    this.curves = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.map(([name, label, asPercent]) =>
-      chart(name, { title: label, percent: Boolean(asPercent), id: "chart-" + name })))));
+    this.control = el("div", { class: "tools over" }, xAxisControl("step", (axis) => { this.axis = axis; this.draw(); }));
+    this.curves = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.map(([name, label, options]) =>
+      chart(name, { title: label, id: "chart-" + name, ...options })))));
     this.settings = el("div", {});
     this.node = el("div", {}, this.head, this.control, this.heldOut, this.curves, this.settings);
   }

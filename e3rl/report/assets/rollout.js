@@ -73,14 +73,15 @@ class Response {
       rollout.finish !== "stop" && el("p", { class: "muted" }, "Cut at the length limit."));
   }
 
-  // Where the reward was attributed along the response: widths are tokens, filled height is the share of attention.
+  // Where the reward was attributed along the response: widths are tokens, filled areas shares of the final attention;
+  // half a cell is what a segment of its length would get from attention spread evenly.
   strip(rollout) {
     const shares = rollout.segments.map(segmentShare);
     if (shares.every((s) => s === null) || rollout.segments.length < 2) return null;
-    const most = Math.max(...shares.map((s) => s ?? 0)) || 1;
+    const length = rollout.segments.reduce((n, s) => n + s.pieces.length, 0);
     const cells = rollout.segments.map((segment, i) => {
       const level = el("span", { class: "level" });
-      level.style.height = (100 * (shares[i] ?? 0)) / most + "%";
+      level.style.height = Math.min(100, (50 * (shares[i] ?? 0) * length) / segment.pieces.length) + "%";
       const cell = el("span", { class: "cell", title: `segment ${segment.index + 1}: ${percent(shares[i])} of the final attention` }, level);
       cell.style.flexGrow = segment.pieces.length;
       return cell;
