@@ -11,7 +11,7 @@ from torch import Tensor
 
 from e3rl.errors import SickLogits
 from e3rl.rollout.engine import Row, Sampling
-from e3rl.rollout.requests import RowState, check_prompt, check_siblings
+from e3rl.rollout.requests import RowState, check_prompt, check_siblings, find_row
 from e3rl.rollout.sampling import SICK, SamplingRows, sample
 from e3rl.rollout.serving import evaluating
 from e3rl.types import Candidate, Draw
@@ -79,6 +79,4 @@ class RecomputeEngine:
         self._model.load_state_dict(weights, strict=False)
 
     def _row(self, row: Row) -> RowState:
-        if row not in self._rows:
-            raise ValueError(f"the engine holds no row {row}: it was released or never made")
-        return self._rows[row]
+        return find_row(self._rows, row)

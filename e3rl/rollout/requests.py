@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from e3rl.errors import UserError
 from e3rl.rollout.draws import uniforms
-from e3rl.rollout.engine import Sampling
+from e3rl.rollout.engine import Row, Sampling
 from e3rl.rollout.sampling import Measures, check_sampling
 from e3rl.types import Candidate, Draw
 
@@ -83,6 +84,16 @@ class RowState:
         if not 0 <= length <= self.length:
             raise ValueError(f"can't roll back to {length} generated tokens: the row holds {self.length}")
         del self.ids[self.prompt_length + length :]
+
+
+S = TypeVar("S", bound=RowState)
+
+
+def find_row(rows: Mapping[Row, S], row: Row) -> S:
+    """The state of a row that is held."""
+    if row not in rows:
+        raise ValueError(f"the engine holds no row {row}: it was released or never made")
+    return rows[row]
 
 
 def check_prompt(ids: Sequence[int], vocabulary: int, max_length: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from e3rl.errors import SickLogits, UserError
 from e3rl.rollout.engine import Row, Sampling
-from e3rl.rollout.requests import Request, RowState, check_prompt, check_siblings
+from e3rl.rollout.requests import Request, RowState, check_prompt, check_siblings, find_row
 from e3rl.rollout.sampling import SICK, Samples, SamplingRows, sample
 from e3rl.rollout.serving import check_exactness, evaluating, require_servable
 from e3rl.rollout.slot_cache import SlotModel
@@ -190,9 +190,7 @@ class TorchEngine:
         self._sick = False
 
     def _row(self, row: Row) -> _SlotRow:
-        if row not in self._rows:
-            raise ValueError(f"the engine holds no row {row}: it was released or never made")
-        return self._rows[row]
+        return find_row(self._rows, row)
 
     def _pack(self, rows: list[_SlotRow]) -> list[_SlotRow]:
         """Bring the rows into the first slots, so that a decode step reads a slice of the cache; in slot order."""

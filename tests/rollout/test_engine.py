@@ -16,8 +16,8 @@ from e3rl.errors import SickLogits, UserError
 from e3rl.rollout.engine import Sampling
 from e3rl.rollout.recompute_engine import RecomputeEngine
 from e3rl.rollout.torch_engine import TorchEngine
-from e3rl.testing.engine import (
-    ENGINE_CHECKS,
+from e3rl.testing.engine import ENGINE_CHECKS
+from e3rl.testing.scripts import (
     EngineContract,
     Extend,
     Poll,
