@@ -198,6 +198,32 @@ def evaluation_record(draw: random.Random, step: int, steps: int, mode: str) -> 
     }
 
 
+def many_rollouts(run: Path, steps: int, groups: int, config: Config) -> int:
+    """Ledgers of ``steps`` steps that hold the same rollouts but for the step; returns how many rollouts that is."""
+    tokenizer, draw = Words(), random.Random(0)
+    made = [rewarded_group(draw, tokenizer, f"p{i:03d}", config, 0.5) for i in range(groups)]
+    both = [signals(draw, group) for group in made]
+    rows = ledger_rows(0, made, [a for a, _ in both], [s for _, s in both], tokenizer)
+    for step in range(1, steps + 1):
+        write_ledger(run, step, [row | {"step": step} for row in rows])
+    return steps * len(rows)
+
+
+HOSTILE = "</script><script>window.hacked=1</script><!--<img src=x onerror=window.hacked=1>&\u2028"
+
+
+def hostile_run(directory: Path) -> SyntheticRun:
+    """A run whose problem, answer, response, erasures, reward names and errors are all an attack on the page."""
+    made = SyntheticRun(directory)
+    tokenizer, draw = Words(), random.Random(2)
+    tokenizer.words = [HOSTILE, "<eos>"]
+    prompt = Prompt(Problem(HOSTILE, HOSTILE, answer=HOSTILE), (0,))
+    response = trajectory(draw, tokenizer, prompt, 0, 3, erase=True)
+    reward = Reward(None, {HOSTILE: None, "other": 1.0}, error=HOSTILE)
+    write_rollouts(made.path, 1, [RewardedGroup(Group(prompt, (response,), 0), (reward,))], tokenizer)
+    return made
+
+
 class SyntheticRun:
     """A run that goes on by as many steps as it is told to."""
 
