@@ -24,7 +24,7 @@ _BUILT_IN: dict[str, Callable[[], Path]] = {"lab": lab_directory, "smollm2": smo
 class Policy:
     """A model with its tokenizer and the facts about it that the rest of the library asks for."""
 
-    model: nn.Module
+    model: Any  # a transformers model, with adapters around it where LoRA is on
     tokenizer: Any
     source: str
     eos_ids: tuple[int, ...]
@@ -57,7 +57,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _eos_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a response, as generation config and tokenizer name them."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -67,7 +67,7 @@ def _eos_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _add_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+def _add_lora(model: Any, config: ModelConfig) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -79,7 +79,7 @@ def _add_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)  # type: ignore[arg-type]
+    return get_peft_model(model, lora)
 
 
 def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy:
@@ -89,7 +89,7 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
     source = str(directory) if directory else resolve_model_path(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
             attn_implementation="sdpa",
@@ -98,7 +98,7 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"model '{config.path}' can't be loaded: {reason[0] if reason else error!r}") from None
-    model = model.to(resolve_device(config.device))
+    model.to(resolve_device(config.device))
     if config.lora_r:
         model = _add_lora(model, config)
     context = getattr(model.config, "max_position_embeddings", None) or 2048
@@ -108,18 +108,18 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
 class ReferencePolicy:
     """The policy as it was before training: the adapters switched off, or a frozen copy of the weights."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._policy = model
         self._adapted = hasattr(model, "disable_adapter")
         self._frozen = None if self._adapted else copy.deepcopy(model).requires_grad_(False).eval()
 
     @contextlib.contextmanager
-    def model(self) -> Iterator[nn.Module]:
+    def model(self) -> Iterator[Any]:
         """The reference model, for use inside the ``with`` block."""
         if self._frozen is not None:
             yield self._frozen
         else:
-            with self._policy.disable_adapter():  # type: ignore[operator]
+            with self._policy.disable_adapter():
                 yield self._policy
 
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -128,16 +128,16 @@ class ReferencePolicy:
             self._frozen.load_state_dict(weights)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside adapters, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def save_pretrained(policy: Policy, directory: Path, card: str) -> None:
     """An ordinary Hugging Face directory: adapters merged, tokenizer, generation config and model card with it."""
     model = policy.model
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-    model.save_pretrained(directory)  # type: ignore[operator]
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -72,9 +72,7 @@ def test_settings_explains_all_of_them(capsys: pytest.CaptureFixture[str]):
         ("train.report_to=['paper']", "unknown tracker"),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, setting: str, words: str
-):
+def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path, setting: str, words: str):
     arguments = [*TINY_RUN, f"run.output_dir={tmp_path / 'runs'}", setting]
     assert words in _fails(capsys, ["train", _recipe(tmp_path), *arguments])
     assert not (tmp_path / "runs").exists()  # found before anything was written
@@ -149,7 +147,15 @@ def test_decode_plain_and_erasable_and_as_json(capsys: pytest.CaptureFixture[str
 
 
 def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    arguments = ["eval", "lab", "lab:chain:1", "--erase", "eval.limit=3", "eval.num_samples=2", "rewards.functions=['lab']"]
+    arguments = [
+        "eval",
+        "lab",
+        "lab:chain:1",
+        "--erase",
+        "eval.limit=3",
+        "eval.num_samples=2",
+        "rewards.functions=['lab']",
+    ]
     assert main([*arguments, "--output", str(tmp_path / "out.json")]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())
     assert 0 <= figures["plain"]["avg@2"] <= figures["plain"]["pass@2"] <= 1

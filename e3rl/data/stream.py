@@ -48,20 +48,19 @@ class PromptStream:
         self._order = epoch_order(len(self._prompts), self._seed, epoch)
 
     @property
-    def epoch(self) -> int:
-        """The epoch that the next prompt belongs to, from 0."""
-        return self._epoch
+    def epochs(self) -> float:
+        """Passes over the prompts so far."""
+        return self._epoch + self._position / len(self._prompts)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts; runs over into further epochs as needed."""
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            chosen = self._order[self._position : self._position + n - len(taken)]
-            taken += [self._prompts[i] for i in chosen]
-            self._position += len(chosen)
-            if self._position == len(self._order):
-                self._go_to(self._epoch + 1, 0)
-        return taken
+        """The next ``n`` prompts, all different: an epoch that has fewer left ends early and the next one begins."""
+        if n > len(self._prompts):
+            raise UserError(f"a step of {n} different prompts can't be made of {len(self._prompts)}")
+        if self._position + n > len(self._prompts):
+            self._go_to(self._epoch + 1, 0)
+        chosen = self._order[self._position : self._position + n]
+        self._position += n
+        return [self._prompts[i] for i in chosen]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the position, the seed and a fingerprint of the data, as plain JSON values."""
@@ -81,7 +80,7 @@ class PromptStream:
                 f"{len(self._prompts)} now, or other texts): a run can only continue on the data it started with"
             )
         epoch, position, seed = (_count(state, key) for key in ("epoch", "position", "seed"))
-        if position >= len(self._prompts):
+        if position > len(self._prompts):
             raise UserError(f"the saved data position is damaged: position {position} of {len(self._prompts)} prompts")
         self._seed = seed
         self._go_to(epoch, position)

@@ -45,7 +45,7 @@ class Evaluation:
             "problems": problems,
             "samples": k,
             "missing": self.missing,
-            "tokens": stats.committed_tokens + stats.erased_tokens,
+            "tokens": stats.generated_tokens,
             "finish_ratio": mean(t.finish == "stop" for t in trajectories),
             "length": mean(t.committed_tokens for t in trajectories),
             "erase_rate": stats.erase_rate,

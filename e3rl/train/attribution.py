@@ -81,7 +81,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 def attribution_layers(model: nn.Module, which: str) -> frozenset[int]:
     """D9: the layers averaged over, 'last' or 'all'."""
-    count = unwrapped(model).config.num_hidden_layers  # type: ignore[union-attr]
+    count: int = unwrapped(model).config.num_hidden_layers
     return frozenset({count - 1} if which == "last" else range(count))
 
 
@@ -90,11 +90,11 @@ def tapped(model: nn.Module, tap: AttributionTap) -> Iterator[None]:
     """Run the model's attention through the hook inside the ``with`` block."""
     global _tap
     config = unwrapped(model).config
-    before = config._attn_implementation  # type: ignore[union-attr]
+    before = config._attn_implementation
     _tap = tap
-    config._attn_implementation = ATTENTION_NAME  # type: ignore[union-attr]
+    config._attn_implementation = ATTENTION_NAME
     try:
         yield
     finally:
-        config._attn_implementation = before  # type: ignore[union-attr]
+        config._attn_implementation = before
         _tap = None

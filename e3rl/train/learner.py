@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.models import Policy, ReferencePolicy
-from e3rl.objectives.base import GroupSignals, Objective, Totals, TrainBatch
+from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.attribution import attribution_layers
 from e3rl.train.metrics import Means
 from e3rl.train.optimizer import MasterOptimizer, learning_rate
@@ -80,10 +81,11 @@ class Learner:
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._attribution = None
         if "shares" in objective.needs:
-            layers = attribution_layers(policy.model, objective.attribution_layers)
-            self._attribution = AttributionSettings(objective.attribution_window, layers)
+            options = cast(AttributionOptions, objective)
+            layers = attribution_layers(policy.model, options.attribution_layers)
+            self._attribution = AttributionSettings(options.attribution_window, layers)
         if config.train.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable()  # type: ignore[operator]
+            policy.model.gradient_checkpointing_enable()
 
     def updates_per_step(self) -> int:
         return self._config.train.num_iterations * self._config.train.minibatches

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from e3rl.equations.attribution import attention_shares
@@ -66,7 +67,7 @@ class PaddedSequences:
         return (self.prompt_lengths_S[:, None] + offset_T).clamp(max=self.ids_SL.shape[1] - 1)
 
 
-def _chunk_scores(head: nn.Module, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk_scores(head: Any, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits_KV = head(hidden_KD).float() / temperature
     log_z_K = logits_KV.logsumexp(-1)
     logprob_K = logits_KV.gather(-1, ids_K[:, None]).squeeze(-1) - log_z_K
@@ -75,9 +76,9 @@ def _chunk_scores(head: nn.Module, hidden_KD: Tensor, ids_K: Tensor, temperature
     return logprob_K, entropy_K
 
 
-def head_scores(head: nn.Module, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def head_scores(head: Any, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each id and entropy (nats) of the distribution it was drawn from, for K hidden states."""
-    vocabulary = head.weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = head.weight.shape[0]
     size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // int(vocabulary))
     parts = []
     for start in range(0, len(ids_K), size):
@@ -90,10 +91,10 @@ def head_scores(head: nn.Module, hidden_KD: Tensor, ids_K: Tensor, temperature: 
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def response_scores(model: nn.Module, padded: PaddedSequences, temperature: float) -> tuple[Tensor, Tensor]:
+def response_scores(model: Any, padded: PaddedSequences, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities (with gradient) and entropies of the response tokens, [S, T], 0 in padding."""
     base = unwrapped(model)
-    backbone = getattr(base, base.base_model_prefix)  # type: ignore[arg-type]
+    backbone = getattr(base, base.base_model_prefix)
     visible_SL = torch.arange(padded.ids_SL.shape[1], device=padded.ids_SL.device) < padded.lengths_S[:, None]
     hidden_SLD = backbone(input_ids=padded.ids_SL, attention_mask=visible_SL.long(), use_cache=False).last_hidden_state
     real_ST, position_ST = padded.response_ST, padded.position_ST
@@ -103,26 +104,26 @@ def response_scores(model: nn.Module, padded: PaddedSequences, temperature: floa
         base.get_output_embeddings(),
         hidden_KD,
         padded.ids_SL[row_ST[real_ST], position_ST[real_ST]],
-        temperature,  # type: ignore[operator]
+        temperature,
     )
     blank_ST = torch.zeros(real_ST.shape, device=real_ST.device)
     return blank_ST.masked_scatter(real_ST, logprob_K), blank_ST.masked_scatter(real_ST, entropy_K)
 
 
-def require_plain_head(model: nn.Module) -> None:
+def require_plain_head(model: Any) -> None:
     """Refuse models whose logits are more than their output matrix times the hidden state: scoring would be wrong."""
     base = unwrapped(model)
     ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     with torch.no_grad():
-        hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[arg-type]
-        split, whole = base.get_output_embeddings()(hidden).float(), base(input_ids=ids).logits.float()  # type: ignore[operator]
+        hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+        split, whole = base.get_output_embeddings()(hidden).float(), base(input_ids=ids).logits.float()
     if not torch.allclose(split, whole, atol=1e-3, rtol=1e-3):
         raise UserError(f"{type(base).__name__} transforms its logits after the output matrix; e3rl can't train it")
 
 
 @torch.no_grad()
 def score_sequences(
-    model: nn.Module,
+    model: Any,
     sequences: Sequence[TrainSequence],
     *,
     temperature: float,

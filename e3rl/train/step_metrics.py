@@ -76,7 +76,7 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
         "forced_rate": stats.forced_rate,
         "entropy": mean(h for c in candidates for h in c.entropies),
         "kept_mass": mean(m for c in candidates for m in c.kept_mass),
-        "tokens": stats.committed_tokens + stats.erased_tokens,
+        "tokens": stats.generated_tokens,
     }
 
 

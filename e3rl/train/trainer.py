@@ -18,7 +18,7 @@ from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.data.stream import PromptStream
-from e3rl.errors import RunStopped
+from e3rl.errors import RunStopped, UserError
 from e3rl.evaluate.evaluation import evaluate
 from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
@@ -60,9 +60,13 @@ class Trainer:
         self.policy = load_policy(config.model)
         require_plain_head(self.policy.model)
         self._train_prompts, self._eval_prompts = self._load_prompts()
-        self.steps = config.train.steps or math.ceil(
-            config.train.epochs * len(self._train_prompts) / config.train.prompts_per_step
-        )
+        per_epoch = len(self._train_prompts) // config.train.prompts_per_step
+        if not per_epoch:
+            raise UserError(
+                f"train.prompts_per_step = {config.train.prompts_per_step}, but {config.data.train} has only "
+                f"{len(self._train_prompts)} problems: lower it"
+            )
+        self.steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
         self._learner = Learner(
             self.policy, objective, config, self.steps * config.train.num_iterations * config.train.minibatches
         )
@@ -124,7 +128,7 @@ class Trainer:
         try:
             rewarded, times = self._collect(self._stream.take(self.config.train.prompts_per_step))
         except Interrupted:
-            self._stream = PromptStream.from_state(self._train_prompts, position)
+            self._stream.restore(position)
             raise
         began = time.perf_counter()
         lessons = self._learner.prepare(rewarded)
@@ -133,7 +137,7 @@ class Trainer:
         seconds = StepTimes(*times, time.perf_counter() - began)
         self._engine.load_weights({}, self._step * self._learner.updates_per_step())
         self._record(rewarded, lessons, step_record(
-            self._step, self._stream.epoch, rewarded, lessons, update, seconds, self._tokens
+            self._step, self._stream.epochs, rewarded, lessons, update, seconds, self._tokens
         ))  # fmt: skip
         if self._due(self.config.train.eval_steps) and self._step < self.steps:
             self._evaluate()
@@ -238,7 +242,7 @@ class Trainer:
         self._learner.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)
         facts = checkpoint.facts
-        self._stream = PromptStream.from_state(self._train_prompts, facts["stream"])
+        self._stream.restore(facts["stream"])
         self._tokens, self._seconds = facts["tokens"], facts["seconds"]
         self._reference = ReferenceStatistics.from_tables(facts["reference"])
         moments = facts["entropy_moments"]

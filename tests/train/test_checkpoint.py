@@ -13,7 +13,13 @@ from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoin
 
 
 def _checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, {"w": torch.full((2, 3), float(step))}, {"w/step": torch.tensor(1.0)}, torch.get_rng_state(), {"tokens": step * 10})
+    return Checkpoint(
+        step,
+        {"w": torch.full((2, 3), float(step))},
+        {"w/step": torch.tensor(1.0)},
+        torch.get_rng_state(),
+        {"tokens": step * 10},
+    )
 
 
 def test_what_is_saved_comes_back(tmp_path: Path):
@@ -39,7 +45,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path: Path, file: str, ha
     if harm == "delete":
         victim.unlink()
     else:
-        victim.write_bytes(content[:-3] if harm == "truncate" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        victim.write_bytes(
+            content[:-3] if harm == "truncate" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        )
     said: list[str] = []
     if file == "MANIFEST.json" and harm == "flip":  # a flipped digit of a checksum, or JSON that no longer parses
         assert damage(victim.parent)

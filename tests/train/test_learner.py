@@ -24,7 +24,9 @@ GROUPS = [
 ]
 
 
-def _learner(objective: str = "e3rl", train: TrainConfig | None = None, lora: bool = False, **options: object) -> Learner:
+def _learner(
+    objective: str = "e3rl", train: TrainConfig | None = None, lora: bool = False, **options: object
+) -> Learner:
     model = copy.deepcopy(tiny("Qwen3"))
     if lora:
         model = _add_lora(model, ModelConfig(lora_r=2))
@@ -98,7 +100,9 @@ def test_dropped_erasures_are_no_lessons():
 
 def test_an_update_moves_rewarded_text_up_and_the_kl_holds_it_back():
     def gain(kl_coef: float) -> float:
-        learner = _learner(kl_coef=kl_coef, allocation="sequence", train=TrainConfig(learning_rate=3e-3, warmup_ratio=0.0))
+        learner = _learner(
+            kl_coef=kl_coef, allocation="sequence", train=TrainConfig(learning_rate=3e-3, warmup_ratio=0.0)
+        )
         before = learner.prepare(GROUPS)
         for update in range(4):
             learner.update(learner.prepare(GROUPS), update)
@@ -129,7 +133,9 @@ def test_with_adapters_the_reference_is_the_model_without_them():
     moved = learner.prepare(GROUPS)
     for before, after in zip(lessons, moved, strict=True):
         torch.testing.assert_close(before.reference_logprobs_T, after.reference_logprobs_T)
-    assert any(not torch.allclose(a.scores.logprobs_T, b.scores.logprobs_T) for a, b in zip(lessons, moved, strict=True))
+    assert any(
+        not torch.allclose(a.scores.logprobs_T, b.scores.logprobs_T) for a, b in zip(lessons, moved, strict=True)
+    )
     names = {name.split(".")[-2] for name, _ in learner._policy.trainable()}
     assert all("lora" in n or n == "default" for n in names)
 

@@ -5,7 +5,13 @@ import torch
 
 from e3rl.errors import UserError
 from e3rl.train import scoring
-from e3rl.train.scoring import AttributionSettings, PaddedSequences, require_plain_head, response_scores, score_sequences
+from e3rl.train.scoring import (
+    AttributionSettings,
+    PaddedSequences,
+    require_plain_head,
+    response_scores,
+    score_sequences,
+)
 from e3rl.train.sequences import TrainSequence, plan_micro_batches
 from tests.rollout.models import ARCHITECTURES, tiny
 

@@ -118,7 +118,9 @@ def test_the_model_is_an_ordinary_directory(finished: Path):
 
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "1+1:"}], add_generation_prompt=True, return_tensors="pt")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1:"}], add_generation_prompt=True, return_tensors="pt"
+    )
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
     card = (finished / "model" / "README.md").read_text()
     assert "E³RL" in card
@@ -142,7 +144,9 @@ class _StopAt(Silent):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(("event", "nth"), [("progressed", 1), ("progressed", 8), ("stepped", 1), ("evaluated", 1), ("evaluated", 3)])
+@pytest.mark.parametrize(
+    ("event", "nth"), [("progressed", 1), ("progressed", 8), ("stepped", 1), ("evaluated", 1), ("evaluated", 3)]
+)
 def test_a_stopped_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Path, event: str, nth: int):
     with pytest.raises(RunStopped, match=r"stopped after step \d of 4.*--resume"):
         Trainer(_config(tmp_path), listeners=[_StopAt(event, nth)]).train()
@@ -179,7 +183,12 @@ def test_learning_raises_the_reward_on_what_it_trains_on(tmp_path: Path):
         return [-float(len(c[0]["content"])) for c in completions]
 
     config = _config(
-        tmp_path, "train.steps=8", "train.prompts_per_step=4", "train.learning_rate=1e-3", "train.eval_steps=0", "eval.erasable=false"
+        tmp_path,
+        "train.steps=8",
+        "train.prompts_per_step=4",
+        "train.learning_rate=1e-3",
+        "train.eval_steps=0",
+        "eval.erasable=false",
     )
     torch.manual_seed(0)
     trainer = Trainer(config, reward_functions=[short])
