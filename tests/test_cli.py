@@ -171,7 +171,8 @@ def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.Captur
 
 
 def test_the_command_line_answers_at_once_and_without_torch():
-    code = "import sys\nfrom e3rl.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = "import sys\nfrom e3rl.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["e3rl", "0.1.0", "False"]
 
