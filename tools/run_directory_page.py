@@ -1,0 +1,61 @@
+"""Writes docs/run-directory.md from the definitions of the file formats. With --check: fails where the page is stale."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+
+from e3rl.train.ledger import SCHEMA
+from e3rl.train.metrics import METRICS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "run-directory.md"
+
+HEAD = """# What a run directory holds
+
+Written by `python tools/run_directory_page.py`; do not edit.
+
+| file | content |
+| --- | --- |
+| `config.toml` | the resolved recipe: every setting of the run |
+| `metrics.jsonl` | one line a step, below |
+| `evaluations.jsonl` | one line an evaluation: step, mode (`plain` or `erasable`), Avg@k, Pass@k, intervals, tokens |
+| `rollouts/step-NNNNNN.parquet` | every trajectory of the step and all that was erased on the way, below |
+| `checkpoints/step-NNNNNN/` | float32 weights, optimizer, random state, data position, statistics, with checksums |
+| `model/` | the trained model as an ordinary Hugging Face directory, written at the end |
+| `summary.json` | before and after, r, erase rate, steps, seconds, tokens; written at the end |
+| `report.html` | the run as a page that opens from disk |
+"""
+
+
+def _rows(fields: pa.Schema | pa.StructType, prefix: str = "") -> list[str]:
+    rows = []
+    for field in fields:
+        kind, nested = field.type, None
+        if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
+            nested, shown = kind.value_type, "list of"
+        else:
+            shown = str(kind).replace("element: ", "").replace("item: ", "")
+        meaning = (field.metadata or {}).get(b"meaning", b"").decode()
+        rows.append(f"| `{prefix}{field.name}` | {shown} | {meaning} |")
+        if nested is not None:
+            rows += _rows(nested, f"{prefix}{field.name}.")
+    return rows
+
+
+def page() -> str:
+    metrics = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in METRICS.items())
+    columns = "\n".join(_rows(SCHEMA))
+    return (
+        f"{HEAD}\n## metrics.jsonl\n\nNumbers that do not exist in a step are null or absent; objectives may add their own "
+        f"after a `/`.\n\n| key | meaning |\n| --- | --- |\n{metrics}\n\n"
+        f"## rollouts\n\nOne row a trajectory. pandas and DuckDB read the files without e3rl.\n\n"
+        f"| column | type | meaning |\n| --- | --- | --- |\n{columns}\n"
+    )
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.read_text(encoding="utf-8") == page() else f"{PAGE} is stale: python {sys.argv[0]}")
+    PAGE.write_text(page(), encoding="utf-8")
