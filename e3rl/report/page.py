@@ -13,7 +13,7 @@ from typing import Any
 from e3rl.files import write_text
 from e3rl.report.embed import content_security_policy, data_element, script_element, sleeping_script_element, to_json
 from e3rl.report.overview import read_overview
-from e3rl.report.rollouts import PAGE_BUDGET, Selection, select
+from e3rl.report.rollouts import Selection, select
 
 RUN_SCRIPTS = (
     "dom.js",
@@ -29,20 +29,27 @@ RUN_SCRIPTS = (
 TOKEN_SCRIPTS = ("dom.js", "tokens.js", "rollout.js", "token_view.js")
 
 
+DATA_BUDGET = 25_000_000
+"""Bytes of data in a page. With Plotly, which takes 4.8 MB, a page stays below 30 MB."""
+
+
 def write_report(run: Path) -> Path:
     """Write ``report.html`` into the run directory and return its path. Safe to call while the run goes on."""
     path = run / "report.html"
-    selection = select(run, PAGE_BUDGET)
-    data = {"run": to_json({"live": False, "runs": [describe_run(run, selection)]})}
+    described, selection = describe_run(run)
+    data = {"run": to_json({"live": False, "runs": [described]})}
     data |= {f"rollouts-0-{step.step}": step.json for step in selection.steps}
     write_text(path, render_page(f"{run.name} · E³RL", RUN_SCRIPTS, data, charts=True))
     return path
 
 
-def describe_run(run: Path, selection: Selection) -> dict[str, Any]:
-    """A run as the page's data has it, without the rollouts' texts."""
-    return {
-        **read_overview(run),
+def describe_run(run: Path) -> tuple[dict[str, Any], Selection]:
+    """A run as the page's data has it, and the rollouts that there is room for beside it."""
+    overview = read_overview(run)
+    room = DATA_BUDGET - len(to_json(overview).encode())
+    selection = select(run, room // 1_000_000 * 1_000_000)  # whole megabytes, so that what was read stays valid
+    described = {
+        **overview,
         "directory": run.resolve().name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "index": selection.index(),
@@ -52,6 +59,7 @@ def describe_run(run: Path, selection: Selection) -> dict[str, Any]:
             "first_step": selection.steps[0].step if selection.steps else None,
         },
     }
+    return described, selection
 
 
 def render_page(title: str, scripts: Sequence[str], data: Mapping[str, str], *, charts: bool) -> str:

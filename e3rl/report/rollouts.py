@@ -9,11 +9,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from e3rl.errors import UserError
 from e3rl.report.embed import to_json
 from e3rl.train.metrics import mean
 
-PAGE_BUDGET = 20_000_000
-"""Bytes of rollouts that one page holds; the newest steps come first."""
+_INDEX_ROW = 60  # bytes of a rollout in the index, about
 
 _ROWS_AT_A_TIME = 64
 _TERMS = ("uncertainty", "base", "gradient", "extremum", "perturbation")
@@ -44,7 +44,7 @@ class Selection:
         return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
-def select(run: Path, budget: int = PAGE_BUDGET) -> Selection:
+def select(run: Path, budget: int) -> Selection:
     """The newest steps whose rollouts together fit into ``budget`` bytes."""
     import pyarrow.parquet as pq
 
@@ -56,7 +56,7 @@ def select(run: Path, budget: int = PAGE_BUDGET) -> Selection:
         status = path.stat()
         key = (path, status.st_mtime_ns, status.st_size, budget)
         step = _read_before.get(key) or read_step(path, budget)
-        room -= len(step.json.encode())
+        room -= len(step.json.encode()) + _INDEX_ROW * len(step.index)
         if chosen and room < 0:
             break
         chosen.append(step)
@@ -75,21 +75,25 @@ after every few steps, and reading a step again would cost as much as the first 
 
 def read_step(path: Path, budget: int) -> StepRollouts:
     """The groups of one ledger file, the first of them that fit into ``budget`` bytes (and one at least)."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     groups: list[str] = []
     index: list[dict[str, Any]] = []
     room = budget
-    with pq.ParquetFile(path) as file:
-        total = file.metadata.num_rows
-        step = int(path.stem.removeprefix("step-"))
-        for rows in _groups(file.iter_batches(batch_size=_ROWS_AT_A_TIME)):
-            group = to_json(encode_group(rows))
-            room -= len(group.encode())
-            if groups and room < 0:
-                break
-            groups.append(group)
-            index += index_rows(step, rows)
+    step = int(path.stem.removeprefix("step-"))
+    try:
+        with pq.ParquetFile(path) as file:
+            total = file.metadata.num_rows
+            for rows in _groups(file.iter_batches(batch_size=_ROWS_AT_A_TIME)):
+                group = to_json(encode_group(rows))
+                room -= len(group.encode())
+                if groups and room < 0:
+                    break
+                groups.append(group)
+                index += index_rows(step, rows)
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise UserError(f"{path} is no whole rollout ledger ({error}); move it elsewhere to see the others") from None
     return StepRollouts(step, tuple(index), f'{{"step":{step},"groups":[{",".join(groups)}]}}', total)
 
 
@@ -117,7 +121,7 @@ def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
         span = slice(segment["start"], segment["start"] + len(segment["ids"]))
         signals = {"advantage": _constant(_rounded((row["advantages"] or [])[span]))}
         if row["shares"] is not None:
-            signals["share"] = _rounded(row["shares"][span], 5)
+            signals["share"] = [float(f"{share:.3g}") or 0 for share in row["shares"][span]]
         segments.append({**encode_candidate(segment), **signals})
     return {
         "sibling": row["sibling"],
@@ -172,8 +176,9 @@ def _sign_flips(row: Mapping[str, Any], average: float) -> int:
     return sum(a * (row["reward"] - average) < 0 for a in row["advantages"] or ())
 
 
-def _rounded(values: Sequence[float | None], digits: int = 3) -> list[float | None]:
-    return [None if v is None or not math.isfinite(v) else round(v, digits) for v in values]
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    """Three decimals; zeros, which are many, in one character."""
+    return [None if v is None or not math.isfinite(v) else round(v, 3) or 0 for v in values]
 
 
 def _constant(values: list[float | None]) -> list[float | None] | float | None:

@@ -26,7 +26,6 @@ from urllib.parse import parse_qs, urlsplit
 from e3rl.errors import UserError
 from e3rl.report.embed import to_json
 from e3rl.report.page import RUN_SCRIPTS, describe_run, render_page
-from e3rl.report.rollouts import select
 from e3rl.train.run_directory import read_config
 
 POLL_MS = 2000
@@ -144,11 +143,11 @@ class Site:
         version = fingerprint(self.runs)
         if version == since:
             return Answer(204)
-        described = [describe_run(run, select(run)) for run in self.runs]
+        described = [describe_run(run)[0] for run in self.runs]
         return Answer(200, to_json({"version": version, "runs": described}), "application/json")
 
     def _rollouts(self, run: int, step: int) -> Answer:
-        steps = select(self.runs[run]).steps if run < len(self.runs) else ()
+        steps = describe_run(self.runs[run])[1].steps if run < len(self.runs) else ()
         for found in steps:
             if found.step == step:
                 return Answer(200, found.json, "application/json")

@@ -1,7 +1,8 @@
-"""A decoded response as a page of its own: what was generated, what was erased, and how sure the model was."""
+"""Decoded responses as a page of their own: what was generated, what was erased, and how sure the model was."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ from e3rl.report.rollouts import encode_group
 from e3rl.types import Trajectory
 
 
-def write_token_view(path: Path, trajectory: Trajectory, tokenizer: Any) -> Path:
-    """Write the page that shows ``trajectory`` and return its path. It needs no network and no run directory."""
-    write_text(path, token_view(trajectory, tokenizer))
+def write_token_view(path: Path, trajectories: Sequence[Trajectory], tokenizer: Any) -> Path:
+    """Write the page that shows responses to one prompt and return its path. It needs no network and no run."""
+    write_text(path, token_view(trajectories, tokenizer))
     return path
 
 
-def token_view(trajectory: Trajectory, tokenizer: Any) -> str:
+def token_view(trajectories: Sequence[Trajectory], tokenizer: Any) -> str:
     """The page itself."""
     from e3rl.train.ledger import response_columns
     from e3rl.train.pieces import Pieces
 
+    pieces = Pieces(tokenizer)
     unrewarded = {"reward": None, "reward_parts": None, "reward_error": None, "advantages": None, "shares": None}
-    problem = trajectory.prompt.problem.id
-    row = {"problem_id": problem, **response_columns(trajectory, Pieces(tokenizer)), **unrewarded}
-    return render_page(f"{problem} · E³RL", TOKEN_SCRIPTS, {"group": to_json(encode_group([row]))}, charts=False)
+    rows = [{"problem_id": t.prompt.problem.id, **response_columns(t, pieces), **unrewarded} for t in trajectories]
+    return render_page("Decoded · E³RL", TOKEN_SCRIPTS, {"group": to_json(encode_group(rows))}, charts=False)

@@ -19,7 +19,7 @@ function fill(node, ...children) {
 
 function select(label, options, value, onchange) {
   const choices = options.map(([key, text]) => el("option", { value: key, selected: key === value }, text));
-  const control = el("select", { onchange: () => onchange(control.value) }, choices);
+  const control = el("select", { "aria-label": label, onchange: () => onchange(control.value) }, choices);
   return el("label", { class: "control" }, el("span", {}, label), control);
 }
 

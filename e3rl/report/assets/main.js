@@ -60,11 +60,12 @@ function changed(news) {
   runs = news;
   current = Math.min(Math.max(0, current), runs.length - 1);
   document.title = (runs.length === 1 ? runs[0].name : `${runs.length} runs`) + " · E³RL";
+  if (first || !same) show();
   if (first && place.problem !== undefined && place.view === "rollouts") {
     views.rollouts[1].state.side = place.side === "1";
     views.rollouts[1].open({ step: Number(place.step), problem: place.problem, sibling: Number(place.sibling) });
   }
-  if (first || !same) return show();
+  if (first || !same) return;
   const view = views[place.view][1];
   if (place.view === "compare") view.update(runs);
   else view.update(runs[current], current);

@@ -65,7 +65,7 @@ class Response {
     const text = rollout.segments.flatMap((s) => s.pieces).join("");
     const parts = Object.entries(rollout.parts).map(([name, value]) => `${name} ${number(value)}`);
     return el("header", {},
-      el("h3", {}, `Sibling ${rollout.sibling} `, rewardBadge(rollout.reward)),
+      el("h3", {}, `Sibling ${rollout.sibling} `, badgeOf(rollout)),
       rollout.error && el("p", { class: "error" }, "Reward missing: " + rollout.error),
       parts.length > 1 && el("p", { class: "muted" }, parts.join(" · ")),
       el("dl", { class: "answers" }, el("dt", {}, "Ends with"), el("dd", { class: "answer" }, finalAnswer(text) || "(nothing)"),
@@ -121,6 +121,11 @@ function segmentShare(segment) {
   return segment.share ? segment.share.reduce((a, b) => a + (b ?? 0), 0) : null;
 }
 
+// Decoded responses have neither a reward nor a reason for its absence.
+function badgeOf(rollout) {
+  return rollout.reward === null && !rollout.error ? null : rewardBadge(rollout.reward);
+}
+
 function rewardBadge(reward) {
   if (reward === null) return el("span", { class: "badge missing" }, "no reward");
   const kind = reward >= 1 ? "right" : reward <= 0 ? "wrong" : "partial";
@@ -163,7 +168,7 @@ class GroupView {
     const choose = (change) => { Object.assign(this.state, change); this.draw(); this.onchange(); };
     fill(this.tabs,
       rollouts.map((r) => el("button", { type: "button", class: "sibling", "aria-pressed": String(!this.state.side && r === chosen),
-        onclick: () => choose({ sibling: r.sibling, side: false }) }, "#" + r.sibling + " ", rewardBadge(r.reward),
+        onclick: () => choose({ sibling: r.sibling, side: false }) }, "#" + r.sibling + " ", badgeOf(r),
         r.erasures.length > 0 && el("span", { class: "muted" }, r.erasures.length + " erased"))),
       rollouts.length > 1 && el("button", { type: "button", class: "sibling", id: "side-by-side", "aria-pressed": String(this.state.side),
         onclick: () => choose({ side: !this.state.side }) }, "Side by side"));

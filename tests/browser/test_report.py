@@ -1,0 +1,303 @@
+"""The page in a browser: it can be read, filtered, unfolded, compared, kept alive, and not be taken over."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from e3rl.report import write_report, write_token_view
+from e3rl.report.server import make_server
+from e3rl.types import Problem, Prompt
+from tests.report.builder import HOSTILE, SyntheticRun, Words, hostile_run, many_rollouts, trajectory
+
+RESPONSE_TOKEN = ".segment > .tokens .token"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
+    made = SyntheticRun(tmp_path_factory.mktemp("runs") / "demo").go(12, evaluate_every=6)
+    write_report(made.path)
+    return made
+
+
+@contextmanager
+def serving(*runs: Path) -> Iterator[str]:
+    server = make_server(runs, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def rows_of(run: SyntheticRun, step: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(run.path / "rollouts" / f"step-{step:06d}.parquet").to_pylist()
+    return rows
+
+
+def open_view(page: Any, address: str, view: str) -> None:
+    page.goto(address)
+    page.get_by_role("button", name=view, exact=True).click()
+
+
+def choose(page: Any, control: str, value: str) -> None:
+    page.get_by_role("combobox", name=control, exact=True).select_option(value)
+
+
+def report(run: SyntheticRun) -> str:
+    return (run.path / "report.html").as_uri()
+
+
+def test_the_overview_is_drawn(page: Any, run: SyntheticRun) -> None:
+    page.goto(report(run))
+    assert page.locator("h1").inner_text() == "demo"
+    assert "step 12 of 40" in page.locator(".lede").inner_text()
+    assert page.locator(".health li").count() >= 1
+    page.wait_for_selector("#chart-avg svg .scatterlayer .trace")
+    chart = page.locator("#chart-reward")
+    chart.scroll_into_view_if_needed()
+    page.wait_for_selector("#chart-reward svg .scatterlayer .trace")
+    assert chart.locator("[role=img]").get_attribute("aria-label").startswith("Reward by step. 0.")
+    chart.get_by_text("Table").click()
+    assert chart.locator("tbody tr").count() == 12
+
+
+def test_curves_can_be_drawn_over_tokens(page: Any, run: SyntheticRun) -> None:
+    page.goto(report(run))
+    choose(page, "Curves over", "tokens")
+    label = page.locator("#chart-reward [role=img]").get_attribute("aria-label")
+    assert label.startswith("Reward by tokens generated.")
+    assert "at 48 k" in label
+
+
+def test_segments_have_a_line_each(page: Any, run: SyntheticRun) -> None:
+    open_view(page, report(run), "Segments")
+    page.wait_for_selector("figure >> nth=0 >> svg .scatterlayer .trace >> nth=3")
+    assert page.locator("figure").first.locator(".scatterlayer .trace").count() == 4
+
+
+def test_filters_and_orders(page: Any, run: SyntheticRun) -> None:
+    open_view(page, report(run), "Rollouts")
+    assert page.get_by_role("status").filter(has_text="rollout").inner_text() == "192 rollouts"
+    choose(page, "Step", "3")
+    rows = rows_of(run, 3)
+    assert page.locator(".list > p").inner_text() == f"{len(rows)} rollouts"
+    choose(page, "Order", "erased")
+    assert f"{max(len(r['erasures']) for r in rows)} erased" in page.locator(".row").first.inner_text()
+    choose(page, "Reward", "right")
+    right = sum(r["reward"] == 1 for r in rows)
+    assert page.locator(".list > p").inner_text() == f"{right} rollout" + ("s" if right != 1 else "")
+    choose(page, "Reward", "any")
+    page.get_by_label("Problem").fill(rows[0]["problem_id"])
+    assert page.locator(".list > p").inner_text() == "4 rollouts"
+
+
+def test_an_erased_attempt_unfolds_above_what_replaced_it(page: Any, run: SyntheticRun) -> None:
+    row = max(rows_of(run, 12), key=lambda r: len(r["erasures"]))
+    open_view(page, report(run), "Rollouts")
+    choose(page, "Step", "12")
+    page.locator(".row", has_text=f"{row['problem_id']} #{row['sibling']}").click()
+    index = row["erasures"][0]["index"]
+    erased = [e for e in row["erasures"] if e["index"] == index]
+    segment = page.locator(".segment").nth(index)
+    assert not segment.locator(".attempt").first.is_visible()
+    segment.locator(".erased summary").click()
+    assert segment.locator(".attempt").count() == len(erased)
+    shown = segment.locator(".attempt del").first
+    assert shown.locator(".token").all_text_contents() == [p.replace("\n", "↵\n") for p in erased[0]["pieces"]]
+    assert "line-through" in shown.evaluate("node => getComputedStyle(node).textDecorationLine")
+    assert "Erased because U" in segment.locator(".why").first.inner_text()
+    assert segment.locator(".attempt").first.bounding_box()["y"] < segment.locator("> .tokens").bounding_box()["y"]
+
+
+def test_hover_and_keys_tell_a_tokens_numbers(page: Any, run: SyntheticRun) -> None:
+    row = rows_of(run, 12)[0]
+    open_view(page, report(run), "Rollouts")
+    choose(page, "Step", "12")
+    page.locator(".row", has_text=f"{row['problem_id']} #{row['sibling']}").click()
+    tokens = page.locator(RESPONSE_TOKEN)
+    tooltip = page.get_by_role("tooltip")
+    tokens.nth(1).hover()
+    assert f"{row['segments'][0]['entropies'][1]:.3f} nats" in tooltip.inner_text()
+    page.mouse.move(0, 0)
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert f"{row['segments'][0]['entropies'][2]:.3f} nats" in tooltip.inner_text()
+    page.keyboard.press("Escape")
+    assert not tooltip.is_visible()
+
+
+def test_siblings_stand_side_by_side(page: Any, run: SyntheticRun) -> None:
+    open_view(page, report(run), "Rollouts")
+    page.locator(".row").first.click()
+    page.get_by_role("button", name="Side by side").click()
+    boxes = [box.bounding_box() for box in page.locator(".response").all()]
+    assert len(boxes) == 4
+    assert len({round(box["y"]) for box in boxes}) == 1
+    assert [box["x"] for box in boxes] == sorted({box["x"] for box in boxes})
+
+
+def test_the_list_is_worked_by_keys(page: Any, run: SyntheticRun) -> None:
+    open_view(page, report(run), "Rollouts")
+    page.get_by_role("listbox").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    assert page.locator(".row[aria-selected=true]").get_attribute("aria-posinset") == "3"
+    page.keyboard.press("End")
+    page.wait_for_selector(".row[aria-posinset='192'][aria-selected=true]")
+    assert page.locator(".group h2").inner_text().endswith("step 1")
+
+
+def test_an_address_leads_back_to_a_rollout(page: Any, run: SyntheticRun) -> None:
+    open_view(page, report(run), "Rollouts")
+    choose(page, "Step", "5")
+    page.locator(".row").nth(2).click()
+    heading = page.locator(".group h2").inner_text()
+    address = page.url
+    page.goto("about:blank")
+    page.goto(address)
+    assert page.locator(".group h2").inner_text() == heading
+    assert page.locator(".sibling[aria-pressed=true]").inner_text().startswith("#2")
+
+
+def test_dark_and_light(page: Any, run: SyntheticRun) -> None:
+    page.goto(report(run))
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.get_by_role("button", name="Dark").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.get_by_role("button", name="Light").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == before
+
+
+def test_a_phone_needs_no_sideways_scrolling(page: Any, run: SyntheticRun) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(report(run))
+    for view in ("Overview", "Segments", "Rollouts"):
+        page.get_by_role("button", name=view, exact=True).click()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+    page.locator(".row").first.click()
+    page.wait_for_selector(RESPONSE_TOKEN)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_two_runs_are_compared(page: Any, run: SyntheticRun, tmp_path: Path) -> None:
+    plain = SyntheticRun(tmp_path / "grpo", rollout={"erase": False}, objective={"name": "grpo"}).go(8)
+    with serving(run.path, plain.path) as address:
+        open_view(page, address, "Compare")
+        page.locator("#compare-reward").scroll_into_view_if_needed()
+        page.wait_for_selector("#compare-reward svg .scatterlayer .trace >> nth=1")
+        assert [r.split("\t")[:2] for r in page.locator(".summary tbody tr").all_inner_texts()] == [
+            ["demo", "E³RL"],
+            ["grpo", "GRPO"],
+        ]
+        page.get_by_role("checkbox", name="grpo").uncheck()
+        page.wait_for_function("document.querySelectorAll('#compare-reward .scatterlayer .trace').length === 1")
+
+
+def test_seeds_become_one_line_with_a_band(page: Any, tmp_path: Path) -> None:
+    runs = [
+        SyntheticRun(tmp_path / f"demo-s{seed}", run={"seed": seed, "name": f"demo-s{seed}"}).go(4).path
+        for seed in (1, 2)
+    ]
+    with serving(*runs) as address:
+        open_view(page, address, "Compare")
+        label = "document.querySelector('#compare-reward [role=img]').getAttribute('aria-label')"
+        assert page.evaluate(label).count("demo (E³RL), 2 seeds:") == 1
+        page.get_by_role("checkbox", name="Seeds as bands").uncheck()
+        assert page.evaluate(label).count("demo-s") == 2
+
+
+def test_the_page_follows_a_run(page: Any, tmp_path: Path) -> None:
+    made = SyntheticRun(tmp_path / "live").go(2)
+    with serving(made.path) as address:
+        page.goto(address)
+        page.get_by_text("step 2 of 40").wait_for()
+        made.go(3)
+        page.get_by_text("step 5 of 40").wait_for()
+        page.get_by_role("button", name="Rollouts", exact=True).click()
+        page.locator(".row").first.click()
+        assert page.locator(".group h2").inner_text().endswith("step 5")
+        made.go(1)
+        page.get_by_text("96 rollouts").wait_for()
+        assert page.locator(".group h2").inner_text().endswith("step 5")
+
+
+def test_ten_thousand_rollouts_stay_usable(page: Any, tmp_path: Path) -> None:
+    made = SyntheticRun(tmp_path / "many")
+    assert many_rollouts(made.path, steps=25, groups=100, config=made.config) == 10_000
+    path = write_report(made.path)
+    assert path.stat().st_size < 30_000_000
+    page.goto(path.as_uri())
+    page.wait_for_selector("h1")
+    assert page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 2000
+    page.get_by_role("button", name="Rollouts", exact=True).click()
+    page.get_by_text("10000 rollouts").wait_for()
+    assert page.locator(".row").count() < 60
+    page.get_by_role("listbox").focus()
+    page.keyboard.press("End")
+    page.wait_for_selector(".row[aria-posinset='10000'][aria-selected=true]")
+    page.wait_for_selector(RESPONSE_TOKEN)
+    assert page.locator(".row").count() < 60
+    took = page.evaluate(
+        """() => {
+            const before = performance.now();
+            const box = document.querySelector('.filters input');
+            box.value = 'p042';
+            box.dispatchEvent(new Event('input'));
+            return performance.now() - before;
+        }"""
+    )
+    assert page.locator(".list > p").inner_text() == "100 rollouts"
+    assert took < 500
+
+
+def test_hostile_text_is_shown_and_not_run(page: Any, tmp_path: Path) -> None:
+    made = hostile_run(tmp_path / "hostile")
+    open_view(page, write_report(made.path).as_uri(), "Rollouts")
+    page.locator(".row").first.click()
+    page.wait_for_selector(RESPONSE_TOKEN)
+    assert HOSTILE in page.locator(RESPONSE_TOKEN).first.text_content()
+    assert page.locator(".gold").inner_text().startswith("</script><script>")
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#page img").count() == 0
+
+
+def test_injected_scripts_would_not_run_either(browser: Any, run: SyntheticRun) -> None:
+    """The security policy, in case a script of the page should ever make markup of text."""
+    page = browser.new_page()
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.goto(report(run))
+    page.evaluate(
+        """() => {
+            const script = document.createElement('script');
+            script.textContent = 'window.hacked = 1';
+            document.body.append(script);
+        }"""
+    )
+    assert page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in message for message in messages)
+    page.close()
+
+
+def test_decoded_responses_have_a_page(page: Any, run: SyntheticRun, tmp_path: Path) -> None:
+    tokenizer = Words()
+    prompt = Prompt(Problem("p", "12+35="), tokenizer.ids("12", "+", "35", "="))
+    responses = [trajectory(random.Random(s), tokenizer, prompt, s, 3, erase=True) for s in range(2)]
+    page.goto(write_token_view(tmp_path / "view.html", responses, tokenizer).as_uri())
+    assert page.locator(RESPONSE_TOKEN).count() == responses[0].committed_tokens
+    assert page.locator("pre").inner_text() == "12+35="
+    assert page.locator(".badge.missing").count() == 0
+    page.get_by_role("button", name="Side by side").click()
+    assert page.locator(RESPONSE_TOKEN).count() == sum(r.committed_tokens for r in responses)
