@@ -38,15 +38,22 @@ function trace(series, asPercent) {
   return [{ ...edge, y: series.band.low }, { ...edge, y: series.band.high, fill: "tonexty", fillcolor: faded(paint, 0.18) }, line];
 }
 
+// Legend entries stand in columns as wide as the longest name.
+function legendRows(chart) {
+  const names = chart.series.filter((s) => s.legend !== false).map((s) => s.name.length);
+  const inOneRow = Math.max(1, Math.floor((chart.plot.clientWidth - 60) / (6.5 * Math.max(...names, 1) + 50)));
+  return Math.ceil(names.length / inOneRow);
+}
+
 function layout(chart) {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--muted").trim();
   const axis = { gridcolor: style.getPropertyValue("--line").trim(), zeroline: false, linecolor: "transparent", automargin: true,
-    tickfont: { size: 11 }, nticks: 6 };
+    tickfont: { size: 11 }, nticks: 6, exponentformat: "e" };
   return {
-    height: 210, margin: { l: 44, r: 12, t: 8, b: 34 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
+    height: 210 + 20 * Math.max(0, legendRows(chart) - 1), margin: { l: 44, r: 12, t: 8, b: 34 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink }, hovermode: "x unified", showlegend: chart.series.filter((s) => s.legend !== false).length > 1,
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
+    legend: { orientation: "h", traceorder: "normal", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
     hoverlabel: { bgcolor: style.getPropertyValue("--panel").trim(), bordercolor: style.getPropertyValue("--line").trim(),
       font: { color: style.getPropertyValue("--ink").trim() } },
     xaxis: { ...axis, showgrid: false, title: { text: chart.xTitle, standoff: 6, font: { size: 11 } } },

@@ -17,7 +17,7 @@ function groupsOf(runs, bands) {
   return [...groups.values()].map((g) => (g.runs.length > 1 ? { ...g, name: `${g.name}, ${g.runs.length} seeds` } : { name: g.runs[0].label, runs: g.runs }));
 }
 
-// One line over the steps that any run of the group has: mean, lowest and highest of those that have it.
+// One line over the steps that all runs of the group have, since a mean over changing runs would jump where one stops.
 function merged(lines) {
   const at = new Map();
   lines.forEach(({ x, y }) => x.forEach((step, i) => {
@@ -25,7 +25,7 @@ function merged(lines) {
     if (!at.has(step)) at.set(step, []);
     at.get(step).push(y[i]);
   }));
-  const points = [...at.entries()].sort((a, b) => a[0] - b[0]);
+  const points = [...at.entries()].filter(([, values]) => values.length === lines.length).sort((a, b) => a[0] - b[0]);
   const over = (reduce) => points.map(([, values]) => reduce(values));
   return { x: points.map(([step]) => step), y: over(mean), band: { low: over((v) => Math.min(...v)), high: over((v) => Math.max(...v)) } };
 }

@@ -87,7 +87,8 @@ class Response {
       return cell;
     });
     const words = shares.map((s, i) => `segment ${i + 1} ${percent(s)}`).join(", ");
-    return el("div", { class: "strip", role: "img", "aria-label": "Attribution: " + words }, cells);
+    return [el("p", { class: "caption" }, "Attribution along the response; half height is attention evenly spread"),
+      el("div", { class: "strip", role: "img", "aria-label": "Attribution: " + words }, cells)];
   }
 
   segment(segment, rollout, scale) {
