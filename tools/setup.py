@@ -43,7 +43,7 @@ def check_python() -> None:
 
 
 def make_environment() -> None:
-    if run(str(PYTHON), "-c", "import pip", quiet=True):
+    if PYTHON.exists() and run(str(PYTHON), "-c", "import pip", quiet=True):
         return
     shutil.rmtree(VENV, ignore_errors=True)
     print(f"setup: making {VENV}", flush=True)
