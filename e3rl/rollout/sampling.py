@@ -164,7 +164,7 @@ def _first_above(weights_SK: Tensor, targets_S1: Tensor) -> tuple[Tensor, Tensor
     running_SK = weights_SK.cumsum(-1)
     total_S1 = running_SK[:, -1:]
     targets_S1 = targets_S1.minimum(total_S1.nextafter(torch.zeros_like(total_S1)))  # rounding can reach the total
-    hits_SK = (running_SK > targets_S1) & (weights_SK > 0)
+    hits_SK = (running_SK > targets_S1) & (weights_SK > 0)  # a parallel running sum may rise by rounding alone
     index_S1 = hits_SK.to(torch.int8).argmax(-1, keepdim=True)
     before_S1 = running_SK.gather(1, index_S1) - weights_SK.gather(1, index_S1)
     return index_S1, (targets_S1 - before_S1).clamp(min=0.0)

@@ -51,7 +51,7 @@ class _Mark(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _SlotRow(RowState):
     cached: int = 0  # leading tokens whose keys are in the slot
-    mark: _Mark | None = None
+    mark: _Mark | None = None  # stale after a rollback below it, but replaced before the row is that long again
 
     @property
     def total(self) -> int:
@@ -159,8 +159,6 @@ class TorchEngine:
         state = self._row(row)
         state.truncate(length)
         state.cached = min(state.cached, state.total)
-        if state.mark is not None and state.mark.position > state.total:
-            state.mark = None
 
     @torch.inference_mode()
     def release(self, row: Row) -> None:

@@ -292,14 +292,14 @@ def test_sick_logits_name_the_row_and_spoil_no_other(make):
     engine = make(model)
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = float("nan")
-    [sick], [healthy] = engine.prefill([4, 7, 6], 1), engine.prefill([4, 5, 6], 1)
+    [sick], [healthy] = engine.prefill([4, 6, 5, 2, 9, 7], 1), engine.prefill([4, 5, 6], 1)
     engine.extend(healthy, 5, draw(), Sampling())
     engine.extend(sick, 5, draw(sibling=3), Sampling())
     with pytest.raises(SickLogits, match="sibling 3") as caught:
         drain(engine)
     assert caught.value.draw == draw(sibling=3)
     engine.release(sick)
-    [reused] = engine.prefill([4, 5, 6], 1)  # the slot that held NaN
+    [reused] = engine.prefill([4, 5, 6], 1)  # shorter than what left NaN in this slot
     engine.extend(reused, 5, draw(), Sampling())
     candidates = drain(engine)
     assert_same(candidates[healthy], candidates[reused], TOLERANCE, "the healthy row")

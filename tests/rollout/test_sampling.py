@@ -70,6 +70,14 @@ def test_equally_likely_tokens_are_kept_together():
     assert samples.ids_S.item() == 3
 
 
+def test_kept_mass_never_exceeds_one_by_rounding():
+    logits = torch.randn(200, 3000, generator=torch.Generator().manual_seed(6))
+    assert (logits.softmax(-1).sum(-1) > 1).any()
+    kept = run(logits, [Sampling(top_k=3000)] * 200, [0.5] * 200).kept_mass_S
+    assert kept.max().item() == 1.0
+    assert kept.min().item() == pytest.approx(1.0, abs=1e-5)
+
+
 def test_truncated_entropy_is_that_of_the_renormalised_rest():
     rows = [
         Sampling(top_k=2, entropy_distribution="truncated"),
