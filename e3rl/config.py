@@ -76,6 +76,7 @@ class DataConfig:
     prompt_column: str = setting("prompt", "column with the prompt: a string or a list of chat messages")
     answer_column: str = setting("answer", "column with the reference answer")
     id_column: str = setting("id", "column with a unique id; rows without one are numbered")
+    solution_column: str = setting("solution", "column with a full worked answer: what 'sft' trains on")
     system_prompt: str = setting("", "system message put before every prompt; empty: none")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
     max_prompt_length: int = setting(
@@ -110,6 +111,7 @@ class RolloutConfig:
 class ErasureConfig:
     """Uncertainty (eq 10-13), threshold (eq 14-18) and erasure (eq 23-26). The paper gives no values but max_erasures."""
 
+    metric: str = setting("e3rl", "how U is measured: 'e3rl' (eq 13), or module:name", source=PAPER_METHOD)
     max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
     base_weight: float = setting(1.0, "weight of the smoothed entropy in U (D14)", source=PAPER_METHOD, min=0)
     gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0)
@@ -137,6 +139,20 @@ class ErasureConfig:
     first_modulation: float = setting(1.0, "D6: phi at the first segment, which has no history", above=0)
     on_exhausted: Literal["last", "least_uncertain"] = setting(
         "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
+    )
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which groups are trained on, decided by their rewards; it works with every objective (dynamic sampling)."""
+
+    name: str = setting(
+        "none",
+        "'none' keeps all groups, 'nonzero_spread' those whose rewards differ, 'mixed_accuracy' those with right and "
+        "wrong answers",
+    )
+    max_refills: int = setting(
+        8, "times that a step may roll out further prompts in place of dropped groups; 0: drop without refill", min=0
     )
 
 
@@ -178,6 +194,12 @@ class TrainConfig:
     adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
     adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
     max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
+    importance_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        setting(
+            "none", "weigh tokens or sequences by trainer's over engine's probability; above the cap: the cap, or 0"
+        )
+    )
+    importance_cap: float = setting(2.0, "largest importance weight", above=0)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
@@ -206,6 +228,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     erasure: ErasureConfig = field(default_factory=ErasureConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

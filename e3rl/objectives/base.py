@@ -11,9 +11,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Need = Literal["shares", "reference", "erased"]
+Need = Literal["shares", "reference", "erased", "demonstrations", "frozen"]
 """What a trainer must provide beyond log-probabilities and entropies: attention shares (eq 19), reference-policy
-log-probabilities, or erased candidates as sequences of their own (D15)."""
+log-probabilities, erased candidates as sequences of their own (D15), the data's solutions in place of rollouts, or weights
+that stay as they are (no backward pass, no optimizer step)."""
 
 
 @dataclass(frozen=True)

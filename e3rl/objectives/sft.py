@@ -14,9 +14,9 @@ from e3rl.objectives.metrics import measured
 
 @dataclass(frozen=True)
 class SFT(TrajectoriesOnly):
-    """Supervised fine-tuning (ERPO's baseline): every response counts, whatever its reward."""
+    """Supervised fine-tuning (ERPO's baseline) on the data's solutions: nothing is rolled out, rewards don't count."""
 
-    needs = frozenset[Need]()
+    needs = frozenset[Need]({"demonstrations"})
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """1 on every token."""

@@ -12,9 +12,9 @@ from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, Trajector
 
 @dataclass(frozen=True)
 class Vanilla(TrajectoriesOnly):
-    """No training: the loss is 0 and so are its gradients; an optimizer without weight decay changes nothing."""
+    """No training: the weights are frozen, so no optimizer, schedule or weight decay can change them."""
 
-    needs = frozenset[Need]()
+    needs = frozenset[Need]({"frozen"})
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """0 everywhere."""

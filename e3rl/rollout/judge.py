@@ -16,6 +16,7 @@ from torch import Tensor
 from e3rl.config import ErasureConfig
 from e3rl.equations import erasure, threshold, uncertainty
 from e3rl.errors import UserError
+from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
@@ -82,6 +83,7 @@ class GroupJudge:
     ) -> None:
         require_reference(siblings, config, reference)
         self._config = config
+        self._metric = load_metric(config.metric)
         self._reference = reference if needs_reference(siblings, config) else None
         self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
         if self._fixed_entropies is None and self._reference is not None:
@@ -165,25 +167,8 @@ class GroupJudge:
         return baseline + ROUNDING * abs(baseline)
 
     def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
-        """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2)."""
-        config = self._config
-        entropies_T = _tensor(candidate.entropies)
-        means_N = _tensor([*history.means, float(uncertainty.segment_entropy(entropies_T))])
-        smoothed = uncertainty.smooth_causal(means_N, config.smoothing_decay, config.smoothing_window)
-        largest = uncertainty.largest_entropy(entropies_T)
-        terms = uncertainty.uncertainty_terms(
-            smoothed,
-            uncertainty.entropy_variation(entropies_T),
-            uncertainty.extremum_deviation(largest, entropies.mean, entropies.std),
-            _tensor(candidate.perturbations).mean(),
-            base_weight=config.base_weight,
-            gradient_weight=config.gradient_weight,
-            extremum_weight=config.extremum_weight,
-            perturbation_weight=config.perturbation_weight,
-        )
-        base, gradient, extremum, perturbation = (float(t) for t in terms)
-        total = base + gradient + extremum + perturbation
-        return Uncertainty(total, base, gradient, extremum, perturbation, float(smoothed))
+        """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), by the named metric."""
+        return self._metric(candidate, history.means, entropies, self._config)
 
     def _threshold(self, history: _History, baseline: float, attempt: int) -> Threshold:
         """Eq 17-18. Theta_n(e); phi looks at the sibling's own committed segments (D6 at the first)."""

@@ -21,6 +21,7 @@ from e3rl.types import Erasure, Group, Segment, Trajectory
 FILE_NAME = "e3rl_reference.json"
 FORMAT = 1
 MEASURED_BY = (
+    "metric",
     "entropy_distribution",
     "base_weight",
     "gradient_weight",

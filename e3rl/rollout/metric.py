@@ -1,0 +1,119 @@
+"""How the uncertainty U of a candidate is measured: eq 13, or a function from outside the package."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from e3rl.config import ErasureConfig
+from e3rl.equations import uncertainty
+from e3rl.errors import UserError
+from e3rl.plugins import load
+from e3rl.rollout.moments import Moments
+from e3rl.types import Candidate, Uncertainty
+
+UNCERTAINTY_METRICS = {"e3rl": "e3rl.rollout.metric:e3rl_uncertainty"}
+
+
+class UncertaintyMetric(Protocol):
+    """A pure function from a candidate to its uncertainty. The larger its ``total``, the sooner it is erased."""
+
+    def __call__(
+        self, candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig
+    ) -> Uncertainty:
+        """U of a candidate behind segments whose mean entropies are ``history``.
+
+        ``reference``: moments of the token entropies that eq 13 compares a peak with. ``total`` is finite, not negative
+        and the sum of the four terms; ``smoothed`` is what eq 18 holds against the baseline, so on the scale of ``total``.
+        """
+
+
+def single_term(total: float) -> Uncertainty:
+    """The `Uncertainty` of a metric that is one number."""
+    return Uncertainty(total=total, base=total, gradient=0.0, extremum=0.0, perturbation=0.0, smoothed=total)
+
+
+def e3rl_uncertainty(
+    candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig
+) -> Uncertainty:
+    """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), with the term of D14."""
+    entropies_T = _tensor(candidate.entropies)
+    means_N = _tensor([*history, float(uncertainty.segment_entropy(entropies_T))])
+    smoothed = uncertainty.smooth_causal(means_N, config.smoothing_decay, config.smoothing_window)
+    largest = uncertainty.largest_entropy(entropies_T)
+    terms = uncertainty.uncertainty_terms(
+        smoothed,
+        uncertainty.entropy_variation(entropies_T),
+        uncertainty.extremum_deviation(largest, reference.mean, reference.std),
+        _tensor(candidate.perturbations).mean(),
+        base_weight=config.base_weight,
+        gradient_weight=config.gradient_weight,
+        extremum_weight=config.extremum_weight,
+        perturbation_weight=config.perturbation_weight,
+    )
+    base, gradient, extremum, perturbation = (float(t) for t in terms)
+    return Uncertainty(
+        base + gradient + extremum + perturbation, base, gradient, extremum, perturbation, float(smoothed)
+    )
+
+
+@functools.cache
+def load_metric(name: str) -> UncertaintyMetric:
+    """The metric that ``name`` stands for, its behaviour on a toy candidate checked."""
+    metric: UncertaintyMetric = load("uncertainty metric", name, UNCERTAINTY_METRICS)
+    check_metric_runs(name, metric)
+    return metric
+
+
+def broken(name: str, clause: str) -> UserError:
+    """The error that names the metric and the clause of the contract that it breaks."""
+    return UserError(f"uncertainty metric '{name}' breaks its contract: {clause}. See docs/extend.md.")
+
+
+def toy_candidate(entropies: Sequence[float] = (0.2, 1.5, 0.7), perturbation: float = 0.3) -> Candidate:
+    """A candidate with these entropies."""
+    size = len(entropies)
+    logprobs, perturbations = tuple(-h for h in entropies), (perturbation,) * size
+    return Candidate(tuple(range(2, 2 + size)), logprobs, tuple(entropies), perturbations, (1.0,) * size, False)
+
+
+def check_metric_runs(name: str, metric: UncertaintyMetric) -> None:
+    """Raise UserError unless ``metric`` can be called and gives a sound `Uncertainty` for a toy candidate."""
+    if not callable(metric) or isinstance(metric, type):
+        raise broken(name, f"it must be a function, and is a {type(metric).__name__}")
+    measure(name, metric, toy_candidate(), (0.6, 0.9), Moments.of((0.1, 0.9, 1.4)), ErasureConfig())
+
+
+def measure(
+    name: str,
+    metric: UncertaintyMetric,
+    candidate: Candidate,
+    history: Sequence[float],
+    reference: Moments,
+    config: ErasureConfig,
+) -> Uncertainty:
+    """What ``metric`` says of the candidate, checked."""
+    try:
+        u = metric(candidate, history, reference, config)
+    except Exception as error:  # a metric from outside may fail in any way
+        raise broken(name, f"it failed on {len(candidate.ids)} tokens with {type(error).__name__}: {error}") from error
+    if not isinstance(u, Uncertainty):
+        raise broken(name, f"it must return an Uncertainty, and returned a {type(u).__name__}")
+    terms = (u.base, u.gradient, u.extremum, u.perturbation)
+    numbers = (u.total, u.smoothed, *terms)
+    if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
+        raise broken(name, f"every field of its Uncertainty must be a finite number, and it returned {u}")
+    if u.total < 0:
+        raise broken(name, f"U is {u.total}; below 0 the attempt penalty would lower the threshold it should raise")
+    if not math.isclose(u.total, math.fsum(terms), rel_tol=1e-6, abs_tol=1e-9):
+        raise broken(name, f"the terms of U must add up to it: {terms} and {u.total}")
+    return u
+
+
+def _tensor(values: float | Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
