@@ -84,6 +84,15 @@ def test_segments_have_a_line_each(page: Any, run: SyntheticRun) -> None:
     open_view(page, report(run), "Segments")
     page.wait_for_selector("figure >> nth=0 >> svg .scatterlayer .trace >> nth=3")
     assert page.locator("figure").first.locator(".scatterlayer .trace").count() == 4
+    labels = [chart.get_attribute("aria-label") for chart in page.locator("figure [role=img]").all()]
+    assert [label.split(" by step")[0] for label in labels] == [
+        "Uncertainty U",
+        "Threshold Θ",
+        "Acceptance",
+        "Advantage",
+        "Clip fraction",
+    ]
+    assert all("segment 4: " in label for label in labels)
 
 
 def test_filters_and_orders(page: Any, run: SyntheticRun) -> None:

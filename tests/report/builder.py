@@ -164,6 +164,7 @@ def metrics_record(draw: random.Random, step: int, steps: int, config: Config) -
         "seconds_train": near(1.8),
         "memory_mb": 812.0,
         "advantage": [near(0.1 * (n - i)) for i in range(n)],
+        **{f"clip_fraction/segment_{i}": near(0.02 * (i + 1)) for i in range(n)},
     }
     if config.rollout.erase:
         record |= {

@@ -119,7 +119,18 @@ const BY_SEGMENT = [
   ["threshold", "Threshold Θ", "Mean threshold that committed segments were judged by."],
   ["acceptance", "Acceptance", "Share of first candidates that were accepted.", true],
   ["advantage", "Advantage", "Mean advantage of the segment's tokens."],
+  ["clip_fraction", "Clip fraction", "Share of the segments' ratios outside the clip range where that cuts the gradient.", true],
 ];
+
+// A metric's column for each segment index: from a list a step, or from metrics named name/segment_0, name/segment_1, …
+function bySegment(metrics, name) {
+  const rows = metrics[name] ?? [];
+  const lists = Math.max(0, ...rows.map((row) => (Array.isArray(row) ? row.length : 0)));
+  if (lists) return Array.from({ length: lists }, (_, n) => rows.map((row) => row?.[n] ?? null));
+  const columns = [];
+  while (metrics[`${name}/segment_${columns.length}`]) columns.push(metrics[`${name}/segment_${columns.length}`]);
+  return columns;
+}
 
 class SegmentsView {
   constructor() {
@@ -131,9 +142,8 @@ class SegmentsView {
 
   update(run) {
     BY_SEGMENT.forEach(([name], i) => {
-      const rows = run.metrics[name] ?? [], count = Math.max(0, ...rows.map((row) => row?.length ?? 0));
-      this.charts[i].update(Array.from({ length: count }, (_, n) => ({ name: `segment ${n + 1}`, colour: () => orderedColour(n, count), x: run.metrics.step,
-        y: rows.map((row) => row?.[n] ?? null) })));
+      const columns = bySegment(run.metrics, name);
+      this.charts[i].update(columns.map((y, n) => ({ name: `segment ${n + 1}`, colour: () => orderedColour(n, columns.length), x: run.metrics.step, y })));
     });
     this.empty.hidden = this.charts.some((c) => !c.node.hidden);
   }
