@@ -56,7 +56,7 @@ function layout(chart) {
     legend: { orientation: "h", traceorder: "normal", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
     hoverlabel: { bgcolor: style.getPropertyValue("--panel").trim(), bordercolor: style.getPropertyValue("--line").trim(),
       font: { color: style.getPropertyValue("--ink").trim() } },
-    xaxis: { ...axis, showgrid: false, dtick: Math.max(...chart.series.flatMap((s) => s.x)) < 6 ? 1 : null, title: { text: chart.xTitle, standoff: 6, font: { size: 11 } } },
+    xaxis: { ...axis, showgrid: false, dtick: Math.max(...chart.series.map((s) => s.x[s.x.length - 1])) < 6 ? 1 : null, title: { text: chart.xTitle, standoff: 6, font: { size: 11 } } },
     yaxis: { ...axis, tickformat: chart.percent ? ".2~%" : "", rangemode: chart.fromZero ? "tozero" : "normal" },
   };
 }
