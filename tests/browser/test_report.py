@@ -69,6 +69,7 @@ def test_the_overview_is_drawn(page: Any, run: SyntheticRun) -> None:
     page.wait_for_selector("#chart-reward svg .scatterlayer .trace")
     assert chart.locator("[role=img]").get_attribute("aria-label").startswith("Reward by step. 0.")
     chart.get_by_text("Table").click()
+    chart.locator("tbody tr").first.wait_for()
     assert chart.locator("tbody tr").count() == 12
 
 
