@@ -1,0 +1,63 @@
+"""`e3rl serve`: erasable decoding for clients of OpenAI's interface."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+from e3rl.cli.main import add_setting_arguments
+from e3rl.config import load_config
+from e3rl.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any free one")
+    parser.add_argument("--token", help="asked of every client as Authorization: Bearer TOKEN; needed with --host")
+    parser.add_argument("--name", help="the model's name to clients; default: MODEL as given")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, metavar="TOKENS", help="longest prompt and answer together"
+    )
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="groups that may wait; more are refused")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from e3rl.access import Access
+
+    access = Access(options.host, options.token)
+    if options.max_length < 2 or options.queue < 1:
+        raise UserError("--max-length must be at least 2 and --queue at least 1")
+
+    from e3rl.cli.quiet import quiet_libraries
+    from e3rl.models import load_policy, resolve_model_path
+    from e3rl.rollout.companions import find_companions
+    from e3rl.serve.server import make_server
+    from e3rl.serve.service import Service
+
+    quiet_libraries()
+    companions = find_companions(resolve_model_path(options.model))
+    config = load_config(companions.recipe, options.overlay, options.overrides)
+    policy = load_policy(replace(config.model, path=options.model))
+    service = Service(
+        policy,
+        config,
+        companions.reference,
+        name=options.name or options.model,
+        max_length=options.max_length,
+        queue_limit=options.queue,
+    )
+    if companions.reference is None:
+        print("no reference statistics beside the model: single samples need 'erase': false", file=sys.stderr)
+    with make_server(service, access, options.port) as server:
+        host = f"[{access.host}]" if ":" in access.host else access.host
+        print(f"http://{host}:{server.server_address[1]}/v1   (stop with Ctrl+C)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+        finally:
+            service.close()
+    return 0

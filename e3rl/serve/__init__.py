@@ -1,0 +1,1 @@
+"""Erasable decoding over HTTP, in the form that OpenAI's clients speak."""

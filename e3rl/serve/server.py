@@ -1,0 +1,193 @@
+"""HTTP around the service: sockets, headers, JSON and server-sent events.
+
+It listens on this machine alone unless a token is set, answers only under its own name, and takes only JSON, so that
+no web page can make a browser ask it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import select
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from e3rl.access import Access
+from e3rl.errors import UserError
+from e3rl.serve.errors import ApiError
+from e3rl.serve.forms import FORMS, Form, Writer
+from e3rl.serve.service import Gone, Running, Service
+
+MAX_BODY = 4 * 2**20
+_SECONDS_TO_ASK = 10
+_MAX_CONNECTIONS = 256
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Connection": "close",
+}
+
+
+def make_server(service: Service, access: Access, port: int) -> ThreadingHTTPServer:
+    """A server that is bound and not yet running; port 0 takes any free one."""
+    try:
+        return _Server((access.host, port), functools.partial(_Handler, service, access))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"can't listen on {access.host} port {port}: {error}. Choose another with --port.") from None
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread a connection, as many as `_MAX_CONNECTIONS`; one too many is turned away."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(address, handler)  # type: ignore[arg-type]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no event."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = _SECONDS_TO_ASK
+    protocol_version = "HTTP/1.1"
+    server_version = "e3rl"
+    sys_version = ""
+
+    def __init__(self, service: Service, access: Access, *args: Any) -> None:
+        self.service, self.access = service, access
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        self._guarded(self._get)
+
+    def do_POST(self) -> None:
+        self._guarded(self._post)
+
+    def _guarded(self, answer: Callable[[], None]) -> None:
+        """Whatever goes wrong, the client gets an error object and never a traceback."""
+        try:
+            answer()
+        except ApiError as error:
+            self._send(error.status, error.body())
+        except (Gone, OSError):
+            pass
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            self._send(500, ApiError(500, "an internal error; the server's own output says more").body())
+
+    def _get(self) -> None:
+        self._check_caller()
+        path = unquote(urlsplit(self.path).path)
+        model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "e3rl"}
+        if path == "/v1/models":
+            self._send(200, {"object": "list", "data": [model]})
+        elif path == f"/v1/models/{self.service.name}":
+            self._send(200, model)
+        elif path == "/health":
+            self._send(200, {"status": "ok", **self.service.load()})
+        else:
+            raise ApiError(404, f"there is nothing at GET {path[:200]}")
+
+    def _post(self) -> None:
+        raw = self._body()
+        self._check_caller()
+        path = urlsplit(self.path).path
+        if path not in FORMS:
+            raise ApiError(404, f"there is nothing at POST {path[:200]}; known: {', '.join(FORMS)}")
+        if self.headers.get_content_type() != "application/json":
+            raise ApiError(415, "send the body as Content-Type: application/json")
+        running = self.service.start(FORMS[path].read(_parse(raw)))
+        if running.request.stream:
+            self._stream(FORMS[path], running)
+        else:
+            for _ in self.service.pieces(running, self._connected):
+                pass
+            self._send(200, Writer(FORMS[path], running, self.service.policy.tokenizer).whole())
+
+    def _stream(self, form: Form, running: Running) -> None:
+        """One event a committed segment. The status is sent with the first, so that early failures have their own."""
+        writer, started = Writer(form, running, self.service.policy.tokenizer), False
+        try:
+            for choice, piece in self.service.pieces(running, self._connected):
+                if not started:
+                    self._start(200, "text/event-stream; charset=utf-8")
+                    self.end_headers()
+                    started = True
+                self._event(json.dumps(writer.chunk(choice, piece)))
+            if running.request.include_usage:
+                self._event(json.dumps(writer.usage_chunk()))
+            self._event("[DONE]")
+        except ApiError as error:
+            if not started:
+                raise
+            self._event(json.dumps(error.body()))
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise ApiError(411, "a Content-Length is required")
+        if int(length) > MAX_BODY:
+            self.rfile.read(min(int(length), 2 * MAX_BODY))  # or the client meets a reset instead of the answer
+            raise ApiError(413, f"the body has {length} bytes and the limit is {MAX_BODY}")
+        return self.rfile.read(int(length))
+
+    def _check_caller(self) -> None:
+        if not self.access.knows_host(self.headers.get("Host", "")):
+            raise ApiError(421, "this server does not go by that name")
+        if not self.access.admits(self.headers.get("Authorization", "").removeprefix("Bearer ")):
+            raise ApiError(401, "a valid token is required: Authorization: Bearer TOKEN", code="invalid_api_key")
+
+    def _connected(self) -> bool:
+        """Whether the client still holds the line."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return not readable or self.connection.recv(1, socket.MSG_PEEK) != b""
+
+    def _start(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        if status == 503:
+            self.send_header("Retry-After", "1")
+
+    def _send(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        self._start(status, "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _event(self, data: str) -> None:
+        self.wfile.write(f"data: {data}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet: the terminal belongs to whoever started the server."""
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON") from None

@@ -1,0 +1,107 @@
+"""From what a client asked for to the settings that its groups are decoded by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from e3rl.config import Config, ErasureConfig, RolloutConfig, build_section
+from e3rl.errors import unknown
+from e3rl.rollout.judge import needs_reference
+from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.serve.errors import ApiError, invalid
+from e3rl.serve.requests import DecodingRequest
+
+MAX_ERASURES = 20
+"""Largest erasure budget that a client may ask for: it multiplies the work of a request."""
+
+_ROLLOUT = ("erase", "segment_length", "top_k")
+_OWN = ("return_erased",)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How one request is decoded."""
+
+    rollout: RolloutConfig
+    erasure: ErasureConfig
+    seed: int
+    return_erased: bool
+
+
+def decoding(request: DecodingRequest, config: Config, reference: ReferenceStatistics | None, *, room: int) -> Decoding:
+    """The server's settings with the client's laid over them. ``room`` is what the prompt leaves of the context."""
+    rollout, erasure = _extended(request.extension, config)
+    greedy, limit = request.temperature == 0, _limit(request, rollout, room)
+    if greedy and request.extension.get("erase") is True:
+        raise invalid("temperature", "at 0 a redrawn segment is the same again; raise it or leave e3rl.erase out")
+    rollout = replace(
+        rollout,
+        erase=rollout.erase and not greedy,
+        num_generations=request.n,
+        temperature=rollout.temperature if greedy or request.temperature is None else request.temperature,
+        top_k=1 if greedy else rollout.top_k,
+        top_p=_top_p(request, rollout),
+        max_completion_length=limit,
+        max_segments=math.ceil(limit / rollout.segment_length),
+    )
+    if rollout.erase:
+        _require_statistics(rollout, erasure, reference)
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    return Decoding(rollout, erasure, seed, _flag(request.extension, "return_erased"))
+
+
+def _extended(extension: Mapping[str, Any], config: Config) -> tuple[RolloutConfig, ErasureConfig]:
+    known = {*_ROLLOUT, *_OWN, *(f.name for f in dataclasses.fields(ErasureConfig))}
+    for name in extension.keys() - known:
+        raise ApiError(400, str(unknown("field of e3rl", name, known)), param=f"e3rl.{name}")
+    mine = {k: v for k, v in extension.items() if k in _ROLLOUT}
+    theirs = {k: v for k, v in extension.items() if k not in (*_ROLLOUT, *_OWN)}
+    rollout = build_section(RolloutConfig, {**dataclasses.asdict(config.rollout), **mine}, "e3rl")
+    erasure = build_section(ErasureConfig, {**dataclasses.asdict(config.erasure), **theirs}, "e3rl")
+    if erasure.max_erasures > max(MAX_ERASURES, config.erasure.max_erasures):
+        raise invalid("e3rl.max_erasures", f"at most {MAX_ERASURES}")
+    return rollout, erasure
+
+
+def _flag(extension: Mapping[str, Any], name: str) -> bool:
+    value = extension.get(name, False)
+    if not isinstance(value, bool):
+        raise invalid(f"e3rl.{name}", "must be true or false")
+    return value
+
+
+def _top_p(request: DecodingRequest, rollout: RolloutConfig) -> float:
+    if request.top_p == 0:
+        raise invalid("top_p", "must be above 0; for greedy decoding set temperature = 0")
+    return rollout.top_p if request.top_p is None else request.top_p
+
+
+def _limit(request: DecodingRequest, rollout: RolloutConfig, room: int) -> int:
+    """Most tokens of a response."""
+    if room < 1 or (request.max_tokens or 0) > room:
+        asked = f" and {request.max_tokens} more were asked for" if request.max_tokens else ""
+        raise ApiError(
+            400,
+            f"the prompt leaves room for {max(room, 0)} tokens{asked}: shorten it or lower max_tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return request.max_tokens or min(room, rollout.completion_limit)
+
+
+def _require_statistics(rollout: RolloutConfig, erasure: ErasureConfig, reference: ReferenceStatistics | None) -> None:
+    """Say in the client's own terms what a single sample needs to be judged."""
+    missing = reference is None or not reference.segments
+    if missing and needs_reference(rollout.num_generations, erasure):
+        raise ApiError(
+            400,
+            f"n = {rollout.num_generations}: too few samples to set thresholds for each other, and the model has no "
+            "reference statistics ('e3rl calibrate' makes them). Ask for more samples with n, send "
+            '"e3rl": {"erase": false} to decode plainly, or "e3rl": {"baseline": "static", "static_baseline": …}',
+            code="no_reference_statistics",
+        )

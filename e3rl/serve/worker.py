@@ -1,0 +1,190 @@
+"""The thread that owns the engine: groups of several clients decode together, each by its own settings.
+
+A new group joins whenever rows are free, in the order of asking; a group whose client has gone leaves at once. Handing
+over is the only thing that other threads do here: everything that touches the engine runs on this thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from e3rl.errors import SickLogits, UserError
+from e3rl.rollout.engine import Engine, Row
+from e3rl.rollout.group import Event, Extend, Finished, GroupRollout, Order
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.serve.errors import ApiError, as_api_error
+from e3rl.types import Draw, Prompt
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request can't be finished."""
+
+    error: ApiError
+
+
+Outbox = SimpleQueue[tuple[int, Event] | Failed]
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """One group that a client wants: what is decoded, how, and where its events go, under ``index``."""
+
+    prompt: Prompt
+    scheduler: Scheduler
+    index: int
+    outbox: Outbox
+    cancelled: threading.Event
+
+    def tell(self, event: Event) -> None:
+        """Hand an event over to whoever waits for this group."""
+        self.outbox.put((self.index, event))
+
+
+@dataclass(eq=False)
+class _Flight:
+    ticket: Ticket
+    rollout: GroupRollout
+    rows: Sequence[Row]
+    held: set[Row] = field(default_factory=set)
+
+
+class DecodingWorker:
+    """Decodes tickets until stopped. At most ``queue_limit`` of them wait for rows."""
+
+    def __init__(self, engine: Engine, *, rows: int, queue_limit: int) -> None:
+        self.rows, self._queue_limit = rows, queue_limit
+        self._engine = engine
+        self._waiting: deque[Ticket] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._flights: list[_Flight] = []
+        self._places: dict[Row, tuple[_Flight, int]] = {}
+        self._thread = threading.Thread(target=self._run, name="e3rl-decoding", daemon=True)
+        self._thread.start()
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Queue the tickets of one request, all or none."""
+        with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server is stopping")
+            if len(self._waiting) + len(tickets) > self._queue_limit:
+                raise ApiError(503, f"{len(self._waiting)} groups wait already; try again soon", code="overloaded")
+            self._waiting.extend(tickets)
+            self._changed.notify()
+
+    def load(self) -> dict[str, int]:
+        """How much is decoding and waiting now."""
+        return {"decoding": len(self._flights), "waiting": len(self._waiting)}
+
+    def wake(self) -> None:
+        """Look at once whether something was cancelled."""
+        with self._changed:
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Refuse what waits, drop what decodes, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                if self._places:
+                    self._advance()
+        finally:  # whatever ended the loop, nobody may wait for ever
+            self._close(ApiError(503, "the server is stopping"))
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._waiting or self._flights or self._stopping):
+                self._changed.wait()
+            return not self._stopping
+
+    def _drop_cancelled(self) -> None:
+        for flight in [f for f in self._flights if f.ticket.cancelled.is_set()]:
+            self._leave(flight)
+
+    def _next_ticket(self) -> Ticket | None:
+        """The oldest waiting ticket, if its rows are free."""
+        with self._changed:
+            while self._waiting and self._waiting[0].cancelled.is_set():
+                self._waiting.popleft()
+            if self._waiting and self._waiting[0].scheduler.rollout.num_generations <= self._engine.free_rows():
+                return self._waiting.popleft()
+            return None
+
+    def _admit(self) -> None:
+        while ticket := self._next_ticket():
+            try:
+                rows = self._engine.prefill(ticket.prompt.ids, ticket.scheduler.rollout.num_generations)
+            except UserError as error:
+                ticket.outbox.put(Failed(as_api_error(error)))
+                continue
+            except Exception as error:  # such as memory that runs out: this request's failure, not the server's
+                ticket.outbox.put(Failed(ApiError(500, f"the prompt can't be decoded: {type(error).__name__}")))
+                continue
+            flight = _Flight(ticket, ticket.scheduler.group_rollout(ticket.prompt), rows, set(rows))
+            self._flights.append(flight)
+            self._places |= {row: (flight, sibling) for sibling, row in enumerate(rows)}
+            self._execute(flight, flight.rollout.start())
+
+    def _advance(self) -> None:
+        """Let the engine complete something and hand it on. A failure of the model fails what it was decoding."""
+        try:
+            for row, candidate in self._engine.poll():
+                flight, sibling = self._places[row]
+                self._execute(flight, flight.rollout.deliver(sibling, candidate))
+                if flight.rollout.finished:
+                    self._flights.remove(flight)
+                    flight.ticket.tell(Finished(flight.rollout.group(policy_version=0)))
+        except SickLogits as error:
+            self._fail_all(ApiError(500, str(error)))
+        except Exception as error:  # the other clients' requests, and the thread, must survive
+            self._fail_all(ApiError(500, f"decoding failed: {type(error).__name__}"))
+
+    def _execute(self, flight: _Flight, orders: Iterable[Order]) -> None:
+        for order in orders:
+            row = flight.rows[order.sibling]
+            if isinstance(order, Extend):
+                self._extend(flight.ticket, row, order)
+            else:
+                self._release(flight, row)
+
+    def _extend(self, ticket: Ticket, row: Row, order: Extend) -> None:
+        if self._engine.length(row) > order.start:
+            self._engine.rollback(row, order.start)
+        scheduler = ticket.scheduler
+        draw = Draw(scheduler.seed, 0, ticket.prompt.problem.id, order.sibling, order.segment, order.attempt)
+        self._engine.extend(row, order.tokens, draw, scheduler.sampling)
+
+    def _release(self, flight: _Flight, row: Row) -> None:
+        flight.held.remove(row)
+        del self._places[row]
+        self._engine.release(row)
+
+    def _leave(self, flight: _Flight) -> None:
+        self._flights.remove(flight)
+        for row in list(flight.held):
+            self._release(flight, row)
+
+    def _fail_all(self, error: ApiError) -> None:
+        for flight in list(self._flights):
+            self._leave(flight)
+            flight.ticket.outbox.put(Failed(error))
+
+    def _close(self, error: ApiError) -> None:
+        with self._changed:
+            self._stopping = True
+            tickets = [*(f.ticket for f in self._flights), *self._waiting]
+            self._flights, self._waiting = [], deque()
+        for ticket in tickets:
+            ticket.outbox.put(Failed(error))

@@ -1,0 +1,247 @@
+"""The server under bad requests, bad luck and bad manners."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e3rl.access import Access
+from e3rl.cli import main
+from e3rl.errors import SickLogits, UserError
+from e3rl.serve.errors import ApiError
+from e3rl.serve.requests import DecodingRequest
+from e3rl.serve.server import MAX_BODY
+from e3rl.serve.service import Gone, Service
+from e3rl.types import Draw
+from tests.serve.conftest import serving
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "tiny", "prompt": "3", "n": 2}
+
+
+def post(
+    url: str, path: str, body: Any, headers: dict[str, str] | None = None, method: str = "POST"
+) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, raw, {"Content-Type": "application/json", **(headers or {})})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
+BAD = [
+    (TEXT, b"{", 400, "not valid JSON"),
+    (TEXT, b"[" * 100_000, 400, "not valid JSON"),
+    (TEXT, [1], 400, "must be a JSON object"),
+    (TEXT, {"prompt": "3"}, 400, "GET /v1/models"),
+    (TEXT, {**HELLO, "model": "gpt"}, 404, "only 'tiny'"),
+    (TEXT, {**HELLO, "temprature": 1}, 400, "Did you mean 'temperature'?"),
+    (TEXT, {**HELLO, "logprobs": 5}, 400, "logprobs: this server does not offer it"),
+    (TEXT, {**HELLO, "temperature": 3}, 400, "from 0 to 2"),
+    (TEXT, {**HELLO, "temperature": "hot"}, 400, "must be a number"),
+    (TEXT, {**HELLO, "top_p": 0}, 400, "must be above 0"),
+    (TEXT, {**HELLO, "n": 0}, 400, "at least 1"),
+    (TEXT, {**HELLO, "n": 9}, 400, "8 rows"),
+    (TEXT, {**HELLO, "n": True}, 400, "whole number"),
+    (TEXT, {**HELLO, "stream": 1}, 400, "true or false"),
+    (TEXT, {**HELLO, "stop": ["", "a"]}, 400, "not empty"),
+    (TEXT, {**HELLO, "stream_options": {"include_usage": True}}, 400, "only with stream"),
+    (TEXT, {**HELLO, "max_tokens": 256}, 400, "leaves room for 255 tokens"),
+    (TEXT, {**HELLO, "prompt": "1" * 300}, 400, "leaves room for 0 tokens"),
+    (TEXT, {**HELLO, "prompt": []}, 400, "list of token ids"),
+    (TEXT, {**HELLO, "prompt": [1, "a"]}, 400, "list of token ids"),
+    (TEXT, {**HELLO, "prompt": [9999]}, 400, "token id 9999"),
+    (TEXT, {**HELLO, "prompt": ["a"] * 65}, 400, "at most 64"),
+    (TEXT, {**HELLO, "prompt": [9999], "stream": True}, 400, "token id 9999"),
+    (TEXT, {**HELLO, "e3rl": 1}, 400, "must be an object"),
+    (TEXT, {**HELLO, "e3rl": {"erse": False}}, 400, "Did you mean 'erase'?"),
+    (TEXT, {**HELLO, "e3rl": {"erase": "no"}}, 400, "e3rl.erase: expected true or false"),
+    (TEXT, {**HELLO, "e3rl": {"max_erasures": 10**6}}, 400, "at most 20"),
+    (TEXT, {**HELLO, "e3rl": {"kappa0": "x"}}, 400, "e3rl.kappa0: expected a number"),
+    (CHAT, {"model": "tiny", "messages": []}, 400, "at least one message"),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    (CHAT, {"model": "tiny", "messages": [{"role": "me", "content": "1"}]}, 400, "unknown role 'me'"),
+    (CHAT, {"model": "tiny", "messages": [{"role": "assistant", "content": "1"}]}, 400, "end with a user message"),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'text'"),
+    ("/v1/embeddings", {}, 404, "nothing at POST"),
+]
+
+
+def test_bad_requests_get_an_error_object_that_says_what_to_do(make_service: Callable[..., Service]):
+    with serving(make_service()) as url:
+        for path, body, status, words in BAD:
+            got, answer = post(url, path, body)
+            assert got == status, (body, answer)
+            assert answer["error"].keys() == {"message", "type", "param", "code"}
+            assert words in answer["error"]["message"], answer
+        assert post(url, TEXT, HELLO)[0] == 200
+
+
+def test_only_json_under_its_own_name(make_service: Callable[..., Service]):
+    with serving(make_service()) as url:
+        assert post(url, TEXT, HELLO, {"Content-Type": "text/plain"})[0] == 415
+        assert post(url, TEXT, HELLO, {"Host": "evil.example"})[0] == 421
+        assert post(url, "/v1/models", b"", {"Host": "evil.example"}, "GET")[0] == 421
+        assert post(url, TEXT, b" " * (MAX_BODY + 1))[0] == 413
+        assert post(url, "/nothing", b"", method="GET")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "words"),
+    [("0.0.0.0", None, "other machines"), ("127.0.0.1", "short", "at least 16"), ("::1", "a b" * 9, "at least 16")],
+)
+def test_the_door_is_not_left_open(host: str, token: str | None, words: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(UserError, match=words):
+        Access(host, token)
+    given = ["serve", "lab", "--host", host, *(["--token", token] if token else [])]
+    assert main(given) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_host_names_that_a_server_answers_to():
+    local, public = Access("127.0.0.1"), Access("0.0.0.0", "0123456789abcdef")
+    assert all(local.knows_host(h) for h in ("localhost:8000", "127.0.0.1", "[::1]:80"))
+    assert not any(local.knows_host(h) for h in ("", "evil.example", "10.0.0.1", "a@localhost", "[::1"))
+    assert public.knows_host("10.0.0.1:8000")
+    assert not public.knows_host("evil.example")
+
+
+def test_an_error_of_ours_stays_ours(make_service: Callable[..., Service], monkeypatch, capsys):
+    service = make_service()
+
+    def broken(request: object) -> None:
+        raise RuntimeError("secret")
+
+    with serving(service) as url:
+        monkeypatch.setattr(service, "start", broken)
+        status, answer = post(url, TEXT, HELLO)
+    assert status == 500
+    assert "secret" not in json.dumps(answer)
+    assert "secret" in capsys.readouterr().err
+
+
+def test_broken_weights_fail_the_request_and_not_the_server(make_service: Callable[..., Service], monkeypatch):
+    service = make_service()
+    poll, failures = service._engine.poll, [SickLogits(Draw(0, 0, "p", 0, 0, 0)), MemoryError("secret")]
+
+    def sometimes() -> Any:
+        if failures:
+            raise failures.pop(0)
+        return poll()
+
+    monkeypatch.setattr(service._engine, "poll", sometimes)
+    with serving(service) as url:
+        status, answer = post(url, TEXT, HELLO)
+        assert (status, "NaN" in answer["error"]["message"]) == (500, True)
+        status, answer = post(url, TEXT, HELLO)
+        assert (status, answer["error"]["message"]) == (500, "decoding failed: MemoryError")
+        assert post(url, TEXT, HELLO)[0] == 200
+        assert settled(service)
+
+
+def slowed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Make every poll of the engine take a while; returns the list of polls made."""
+    poll, polls = service._engine.poll, []
+
+    def slow() -> Any:
+        polls.append(time.monotonic())
+        time.sleep(0.05)
+        return poll()
+
+    monkeypatch.setattr(service._engine, "poll", slow)
+    return polls
+
+
+def settled(service: Service) -> bool:
+    """Whether nothing is decoding any more, within a while."""
+    for _ in range(100):
+        if service.load() == {"decoding": 0, "waiting": 0, "free_rows": 8}:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_rows(make_service: Callable[..., Service], monkeypatch, stream: bool):
+    service = make_service(endless=True)
+    polls = slowed(service, monkeypatch)
+    body = json.dumps({**HELLO, "max_tokens": 240, "stream": stream, "e3rl": {"erase": False}}).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            while not polls:
+                time.sleep(0.01)
+        assert settled(service)
+    assert len(polls) < 30  # the whole answer takes 40
+
+
+def test_what_does_not_fit_waits_and_too_much_is_refused(make_service: Callable[..., Service], monkeypatch):
+    service = make_service(queue_limit=1, endless=True)
+    slowed(service, monkeypatch)
+    plain = {"erase": False}
+    first = service.start(DecodingRequest("tiny", ("3",), n=8, max_tokens=200, extension=plain))
+    while not service.load()["decoding"]:
+        time.sleep(0.01)
+    second = service.start(DecodingRequest("tiny", ("3",), n=1, max_tokens=6, extension=plain))
+    with pytest.raises(ApiError) as refused:
+        service.start(DecodingRequest("tiny", ("3",), extension=plain))
+    assert (refused.value.status, refused.value.code) == (503, "overloaded")
+    assert service.load() == {"decoding": 1, "waiting": 1, "free_rows": 0}
+    with pytest.raises(Gone):
+        list(service.pieces(first, connected=lambda: False))
+    assert [c.index for c, _ in service.pieces(second, connected=lambda: True)] == [0]
+    assert settled(service)
+
+
+def test_requests_that_arrive_together_share_the_batch(make_service: Callable[..., Service], monkeypatch):
+    service = make_service(endless=True)
+    slowed(service, monkeypatch)
+    asked = [DecodingRequest("tiny", ("3",), n=2, max_tokens=60, seed=s, extension={"erase": False}) for s in range(3)]
+    for running in [service.start(request) for request in asked]:
+        list(service.pieces(running, connected=lambda: True))
+    stats = service._engine.stats
+    assert stats.sampled_tokens == 3 * 2 * 60
+    assert stats.decode_row_steps / stats.decode_steps > 4  # one client alone has 2 rows
+
+
+def test_a_stopping_server_leaves_nobody_waiting(make_service: Callable[..., Service], monkeypatch):
+    service = make_service(endless=True)
+    slowed(service, monkeypatch)
+    request = DecodingRequest("tiny", ("3",), n=8, max_tokens=240, extension={"erase": False})
+    both = [service.start(request), service.start(request)]
+    service.close()
+    for running in both:
+        with pytest.raises(ApiError, match="stopping"):
+            list(service.pieces(running, connected=lambda: True))
+    with pytest.raises(ApiError, match="stopping"):
+        service.start(request)
+
+
+def test_the_command_serves_a_directory(directory: Path):
+    command = [sys.executable, "-m", "e3rl", "serve", str(directory), "--port", "0", "--name", "mine"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().split()[0]
+            with urllib.request.urlopen(f"{url}/models", timeout=30) as answer:
+                assert [m["id"] for m in json.load(answer)["data"]] == ["mine"]
+        finally:
+            process.send_signal(2)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "single samples need" in errors
+    assert "Traceback" not in errors
