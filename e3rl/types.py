@@ -164,11 +164,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All siblings of one prompt, by sibling number, and the policy version that made them."""
+    """All siblings of one prompt, by sibling number, and the policy version that made them (None: a demonstration)."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
-    policy_version: int
+    policy_version: int | None
 
 
 @dataclass(frozen=True, slots=True)

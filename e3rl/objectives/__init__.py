@@ -74,10 +74,14 @@ def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
 
 def method_name(config: Config) -> str:
     """What a run may be called in reports and tables: E³RL is only what the paper describes (D14, D15)."""
-    objective, erase = config.objective, config.rollout.erase
+    objective, metric = config.objective, config.erasure.metric
+    erase = config.rollout.erase and objective.name != "sft"  # which rolls nothing out
     title = _TITLES.get(objective.name, objective.name.rpartition(":")[2])
     is_paper_method = objective.name == "e3rl"
     name = title + ("+erase" if erase and not is_paper_method else "")
-    name += "+ε" if erase and config.erasure.perturbation_weight > 0 else ""
+    if erase and metric != "e3rl":
+        name += "+" + metric.rpartition(":")[2]
+    elif erase and config.erasure.perturbation_weight > 0:
+        name += "+ε"
     name += "+contrast" if objective.options.get("erased") == "contrast" else ""
     return name + (" (plain rollouts)" if is_paper_method and not erase else "")

@@ -52,9 +52,12 @@ def first_candidates(trajectory: Trajectory) -> Iterator[Segment | Erasure]:
 
 
 def entropy_moments(groups: Iterable[Group]) -> Moments:
-    """D3 'batch'. Moments of the token entropies of a batch's first candidates and committed segments."""
+    """D3 'batch'. Moments of the token entropies of a batch's first candidates and committed segments.
+
+    Demonstrations have none.
+    """
     moments = Moments()
-    for trajectory in (t for g in groups for t in g.trajectories):
+    for trajectory in (t for g in groups if g.policy_version is not None for t in g.trajectories):
         firsts = [e.candidate for e in trajectory.erasures if e.judgement.attempt == 0]
         for candidate in (*firsts, *(s.candidate for s in trajectory.segments)):
             moments = moments.merged(Moments.of(candidate.entropies))

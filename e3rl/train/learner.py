@@ -6,7 +6,7 @@ The learner is blind to the algorithm: it asks the objective what it needs, give
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from e3rl.errors import UserError
 from e3rl.models import Policy, ReferencePolicy
 from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.attribution import attribution_layers
+from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
 from e3rl.train.metrics import Means
 from e3rl.train.optimizer import MasterOptimizer, learning_rate
 from e3rl.train.scoring import AttributionSettings, PaddedSequences, Scores, response_scores, score_sequences
@@ -33,6 +34,7 @@ class Lesson:
     reference_logprobs_T: Tensor | None
     advantages_T: Tensor
     group_size: int
+    importance: ImportanceWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,15 @@ class Learner:
         return [s.logprobs_T for s in scores]
 
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
-        """Score the rollouts and give every sequence its advantages; trajectories without a reward teach nothing."""
+        """Score the rollouts and give every sequence its advantages; trajectories without a reward teach nothing.
+
+        Demonstrations need none: they are learnt from because they are shown.
+        """
+        shown = "demonstrations" in self._objective.needs
         sequences = [
             s
             for s in group_sequences([r.group for r in rewarded], "erased" in self._objective.needs)
-            if rewarded[s.group].rewards[s.sibling].value is not None
+            if shown or rewarded[s.group].rewards[s.sibling].value is not None
         ]
         if not sequences:
             return []
@@ -122,7 +128,17 @@ class Learner:
         lessons: list[Lesson] = []
         for group in range(len(rewarded)):
             lessons += self._group_lessons([s for s in scored if s[0].group == group], rewarded[group])
-        return lessons
+        return [self._weighed(lesson) for lesson in lessons]
+
+    def _weighed(self, lesson: Lesson) -> Lesson:
+        """The lesson with the importance weights that the settings ask for."""
+        correction, cap = self._config.train.importance_correction, self._config.train.importance_cap
+        if correction == "none":
+            return lesson
+        trainer_T, engine_T = lesson.scores.logprobs_T, lesson.sequence.rollout_logprobs_T
+        return replace(
+            lesson, importance=importance_weights(trainer_T, engine_T, lesson.sequence.mask_T, correction, cap)
+        )
 
     def _group_lessons(
         self, scored: list[tuple[TrainSequence, Scores, Tensor | None]], rewarded: RewardedGroup
@@ -142,7 +158,9 @@ class Learner:
         return lessons
 
     def update(self, lessons: Sequence[Lesson], update: int) -> Update:
-        """All optimizer updates of one step; ``update`` counts those before it."""
+        """All optimizer updates of one step, none where weights are frozen; ``update`` counts those before it."""
+        if "frozen" in self._objective.needs:
+            return Update({}, 0.0, 0.0)
         train, means, norms, rate = self._config.train, Means(), [0.0], 0.0
         groups = sorted({lesson.sequence.group for lesson in lessons})
         self._policy.model.train()
@@ -179,6 +197,9 @@ class Learner:
         sequences = [lesson.sequence for lesson in lessons]
         padded = PaddedSequences.of(sequences, device)
         logprobs_ST, _ = response_scores(self._policy.model, padded, self._config.rollout.temperature)
+        weights = [lesson.importance.weights_T for lesson in lessons if lesson.importance is not None]
+        if weights:
+            logprobs_ST = weigh_gradient(logprobs_ST, pad(weights, 0.0, device))
         references = [lesson.reference_logprobs_T for lesson in lessons]
         return TrainBatch(
             logprobs_ST=logprobs_ST,

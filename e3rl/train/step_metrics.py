@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from e3rl.objectives.metrics import sign_flips
+from e3rl.rollout.filters import Collected
 from e3rl.rollout.scheduler import summarise
 from e3rl.train.learner import Lesson, Update
 from e3rl.train.metrics import by_index, mean
@@ -30,11 +31,12 @@ def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     rewards = [r for item in rewarded for r in item.rewards]
     known = [r.value for r in rewards if r.value is not None]
     first = [value for r in rewards if (value := next(iter(r.parts.values()), None)) is not None]
-    by_group = [{r.value for r in item.rewards if r.value is not None} for item in rewarded]
+    asked = [item.rewards for item in rewarded if item.group.policy_version is not None]
+    by_group = [{r.value for r in group if r.value is not None} for group in asked]
     return {
         "reward": mean(known),
         "accuracy": mean(value >= 1 for value in first),
-        "reward_missing": len(rewards) - len(known),
+        "reward_missing": sum(r.value is None for group in asked for r in group),
         "degenerate_groups": mean(len(values) < 2 for values in by_group),
     }
 
@@ -62,6 +64,7 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     groups = [item.group for item in rewarded]
     trajectories = [t for g in groups for t in g.trajectories]
     stats = summarise(groups)
+    drawn = summarise(g for g in groups if g.policy_version is not None)
     candidates = [s.candidate for t in trajectories for s in t.segments]
     return {
         "finish_ratio": mean(t.finish == "stop" for t in trajectories),
@@ -76,7 +79,29 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
         "forced_rate": stats.forced_rate,
         "entropy": mean(h for c in candidates for h in c.entropies),
         "kept_mass": mean(m for c in candidates for m in c.kept_mass),
-        "tokens": stats.generated_tokens,
+        "tokens": drawn.generated_tokens,
+    }
+
+
+def filter_metrics(collected: Collected) -> dict[str, float]:
+    """What the filter kept, and what it cost."""
+    return {
+        "groups_kept": len(collected.kept),
+        "refills": collected.refills,
+        "dropped_tokens": collected.dropped_tokens,
+    }
+
+
+def importance_metrics(lessons: Sequence[Lesson]) -> dict[str, float]:
+    """The importance weights of the step's tokens, where there are any."""
+    found = [(lesson.importance, lesson.sequence.mask_T) for lesson in lessons if lesson.importance is not None]
+    if not found:
+        return {}
+    return {
+        "importance_weight": float(torch.cat([importance.weights_T[mask_T] for importance, mask_T in found]).mean()),
+        "importance_limited": float(
+            torch.cat([importance.limited_T[mask_T] for importance, mask_T in found]).float().mean()
+        ),
     }
 
 
@@ -114,22 +139,28 @@ def sign_flip_share(lessons: Sequence[Lesson], rewarded: Sequence[RewardedGroup]
 def step_record(
     step: int,
     epoch: float,
-    rewarded: Sequence[RewardedGroup],
+    collected: Collected,
     lessons: Sequence[Lesson],
     update: Update,
     times: StepTimes,
     tokens_before: int,
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl; its keys are explained in `e3rl.train.metrics.METRICS`."""
+    """A line of metrics.jsonl; its keys are explained in `e3rl.train.metrics.METRICS`.
+
+    What is said of rewards and rollouts is said of all groups, dropped ones included: a filter shall not flatter them.
+    """
+    rewarded = collected.all
     made = rollout_metrics(rewarded)
     seconds = times.rollout + times.reward + times.train
     return {
         "step": step,
         "epoch": epoch,
         **reward_metrics(rewarded),
+        **filter_metrics(collected),
         **made,
         **segment_metrics(rewarded, lessons),
         **lesson_metrics(lessons),
+        **importance_metrics(lessons),
         "sign_flips": sign_flip_share(lessons, rewarded),
         **update.means,
         "grad_norm": update.grad_norm,

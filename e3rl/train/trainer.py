@@ -27,10 +27,12 @@ from e3rl.objectives import method_name
 from e3rl.rewards.scorer import Scorer, require_some
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.engines import build_engine
+from e3rl.rollout.filters import Collected, build_filter, collect
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from e3rl.train.demonstrations import demonstrations
 from e3rl.train.interrupt import Interrupted, StopRequest
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.ledger import ledger_rows, write_ledger
@@ -39,6 +41,7 @@ from e3rl.train.model_card import model_card
 from e3rl.train.run_directory import RunDirectory, read_lines
 from e3rl.train.scoring import require_plain_head
 from e3rl.train.step_metrics import StepTimes, step_record
+from e3rl.train.summary import run_summary
 from e3rl.types import Group, Prompt, RewardedGroup
 
 RewardFunction = Callable[..., Any]
@@ -57,9 +60,13 @@ class Trainer:
     ) -> None:
         self.config, self._listeners = config, list(listeners)
         objective = build_objective(config.objective)
+        self._keep = build_filter(config.filter)
         self.policy = load_policy(config.model)
         require_plain_head(self.policy.model)
         self._train_prompts, self._eval_prompts = self._load_prompts()
+        self._demonstrations: dict[str, RewardedGroup] = {}
+        if "demonstrations" in objective.needs:
+            self._demonstrations = demonstrations(self._train_prompts, self.policy, config)
         per_epoch = len(self._train_prompts) // config.train.prompts_per_step
         if not per_epoch:
             raise UserError(
@@ -126,18 +133,18 @@ class Trainer:
         """Prompts to a better policy. Nothing of the run's state changes before the optimizer has."""
         position = self._stream.state()
         try:
-            rewarded, times = self._collect(self._stream.take(self.config.train.prompts_per_step))
+            collected, times = self._collect()
         except Interrupted:
             self._stream.restore(position)
             raise
         began = time.perf_counter()
-        lessons = self._learner.prepare(rewarded)
+        lessons = self._learner.prepare(collected.kept)
         update = self._learner.update(lessons, self._step * self._learner.updates_per_step())
         self._step += 1
         seconds = StepTimes(*times, time.perf_counter() - began)
         self._engine.load_weights({}, self._step * self._learner.updates_per_step())
-        self._record(rewarded, lessons, step_record(
-            self._step, self._stream.epochs, rewarded, lessons, update, seconds, self._tokens
+        self._record(collected.all, lessons, step_record(
+            self._step, self._stream.epochs, collected, lessons, update, seconds, self._tokens
         ))  # fmt: skip
         if self._due(self.config.train.eval_steps) and self._step < self.steps:
             self._evaluate()
@@ -145,13 +152,36 @@ class Trainer:
             self._save()
         self._stop.check()
 
-    def _collect(self, prompts: Sequence[Prompt]) -> tuple[list[RewardedGroup], tuple[float, float]]:
-        """Rollouts and their rewards, and the seconds that each took."""
-        began = time.perf_counter()
-        groups = self._roll_out(prompts)
-        rolled = time.perf_counter()
-        rewarded = self._reward(groups)
-        return rewarded, (rolled - began, time.perf_counter() - rolled)
+    def _collect(self) -> tuple[Collected, tuple[float, float]]:
+        """The step's groups with their rewards, and the seconds that rollouts and rewards took."""
+        wanted, seconds = self.config.train.prompts_per_step, [0.0, 0.0]
+
+        def make(prompts: Sequence[Prompt]) -> list[RewardedGroup]:
+            if self._demonstrations:
+                return [self._demonstrations[prompt.problem.id] for prompt in prompts]
+            began = time.perf_counter()
+            groups = self._roll_out(prompts)
+            rolled = time.perf_counter()
+            rewarded = self._reward(groups)
+            seconds[0] += rolled - began
+            seconds[1] += time.perf_counter() - rolled
+            return rewarded
+
+        collected = collect(
+            wanted,
+            self._stream.take,
+            make,
+            self._keep,
+            max_refills=self.config.filter.max_refills,
+            available=len(self._train_prompts),
+        )
+        if len(collected.kept) < wanted:
+            self._tell(
+                "noted",
+                f"step {self._step + 1} trains on {len(collected.kept)} of {wanted} groups: filter "
+                f"'{self.config.filter.name}' dropped {len(collected.dropped)}, after {collected.refills} refills",
+            )
+        return collected, (seconds[0], seconds[1])
 
     def _roll_out(self, prompts: Sequence[Prompt]) -> list[Group]:
         config = self.config
@@ -253,34 +283,13 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """The last evaluation, the model as an ordinary directory, and the summary."""
         self._evaluate()
-        summary = self._summary()
+        summary = run_summary(self.run_path, self.config, step=self._step, seconds=self._seconds, tokens=self._tokens)
         with atomic_directory(self.run_path / "model") as temporary:
             save_pretrained(self.policy, temporary, model_card(self.config, summary))
             save_companions(temporary, self.config, self._reference)
         write_json(self.run_path / "summary.json", summary)
         self._tell("finished", summary)
         return summary
-
-    def _summary(self) -> dict[str, Any]:
-        records = read_lines(self.run_path / "evaluations.jsonl")
-        lines = read_lines(self.run_path / "metrics.jsonl")
-
-        def at(step: int) -> dict[str, Any]:
-            return {r["mode"]: {k: v for k, v in r.items() if k != "step"} for r in records if r["step"] == step}
-
-        def over_all(part: str, whole: str) -> float:
-            return sum(line[part] for line in lines) / max(1, sum(line[whole] for line in lines))
-
-        return {
-            "method": method_name(self.config),
-            "before": at(0),
-            "after": at(self._step),
-            "r": over_all("erased_tokens", "committed_tokens"),
-            "erase_rate": over_all("erasures", "candidates"),
-            "steps": self._step,
-            "train_seconds": self._seconds,
-            "tokens_generated": self._tokens,
-        }
 
     def _tell(self, event: str, *values: Any) -> None:
         for listener in self._listeners:

@@ -1,0 +1,68 @@
+"""The data's own solutions in the place of rollouts: what supervised fine-tuning trains on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from e3rl.config import Config
+from e3rl.data.rows import lookup
+from e3rl.errors import UserError
+from e3rl.models import Policy
+from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
+
+NOT_MEASURED = math.nan
+"""No engine drew these tokens, so there is no log-probability, entropy or kept mass to report."""
+
+
+def demonstrations(prompts: Sequence[Prompt], policy: Policy, config: Config) -> dict[str, RewardedGroup]:
+    """Every problem's demonstration by its id, tokenised once; whatever is wrong with one is found here."""
+    _check_settings(config)
+    return {prompt.problem.id: demonstration(prompt, policy, config) for prompt in prompts}
+
+
+def _check_settings(config: Config) -> None:
+    """Refuse settings that ask something of rollouts which are not made."""
+    for name, value in (
+        ("filter.name", config.filter.name),
+        ("train.importance_correction", config.train.importance_correction),
+    ):
+        if value != "none":
+            raise UserError(
+                f"{name} = '{value}' is about rollouts, and objective '{config.objective.name}' trains on the data's "
+                f"solutions: set it to 'none'"
+            )
+
+
+def solution(problem: Problem, config: Config) -> str:
+    """The problem's worked answer."""
+    column = config.data.solution_column
+    value = problem.answer if column == config.data.answer_column else lookup(problem.columns, column)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            f"problem '{problem.id}' has no solution to learn from: objective '{config.objective.name}' needs a text in "
+            f"column '{column}' (data.solution_column); its columns: {', '.join(problem.columns) or 'none'}"
+        )
+    return value
+
+
+def _token_trajectory(prompt: Prompt, ids: Sequence[int]) -> Trajectory:
+    """A response of given tokens that no engine drew: one segment, nothing judged, nothing measured."""
+    blank = (NOT_MEASURED,) * len(ids)
+    segment = Segment(0, Candidate(tuple(ids), blank, blank, blank, blank, ended=True), judgement=None)
+    return Trajectory(prompt, 0, (segment,), (), "stop")
+
+
+def demonstration(prompt: Prompt, policy: Policy, config: Config) -> RewardedGroup:
+    """A group of one: the solution's tokens and the end of sequence. It was made by no policy and has no reward."""
+    text, end = solution(prompt.problem, config), policy.tokenizer.eos_token_id
+    ids = [
+        *policy.tokenizer.encode(text, add_special_tokens=False),
+        policy.eos_ids[0] if end is None else end,
+    ]
+    if len(prompt.ids) + len(ids) > policy.context_length:
+        raise UserError(
+            f"problem '{prompt.problem.id}': prompt and solution have {len(prompt.ids) + len(ids)} tokens, and the "
+            f"model's context holds {policy.context_length}; drop it or shorten it"
+        )
+    return RewardedGroup(Group(prompt, (_token_trajectory(prompt, ids),), policy_version=None), (Reward(None, {}),))
