@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from e3rl.access import Access
+    from e3rl.serve.access import Access
 
     access = Access(options.host, options.token)
     if options.max_length < 2 or options.queue < 1:

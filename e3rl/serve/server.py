@@ -18,8 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from e3rl.access import Access
 from e3rl.errors import UserError
+from e3rl.serve.access import Access
 from e3rl.serve.errors import ApiError
 from e3rl.serve.forms import FORMS, Form, Writer
 from e3rl.serve.service import Gone, Running, Service

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from e3rl.config import Config, ErasureConfig, RolloutConfig, build_section
 from e3rl.errors import unknown
@@ -21,6 +22,12 @@ MAX_ERASURES = 20
 
 _ROLLOUT = ("erase", "segment_length", "top_k")
 _OWN = ("return_erased",)
+_ERASURE = tuple(
+    name
+    for name, kind in typing.get_type_hints(ErasureConfig).items()
+    if kind in (int, float) or typing.get_origin(kind) is Literal
+)
+"""Numbers and choices. A free string may name code to import, which is not a client's to choose."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,11 @@ def decoding(request: DecodingRequest, config: Config, reference: ReferenceStati
 
 
 def _extended(extension: Mapping[str, Any], config: Config) -> tuple[RolloutConfig, ErasureConfig]:
-    known = {*_ROLLOUT, *_OWN, *(f.name for f in dataclasses.fields(ErasureConfig))}
+    known = {*_ROLLOUT, *_OWN, *_ERASURE}
     for name in extension.keys() - known:
         raise ApiError(400, str(unknown("field of e3rl", name, known)), param=f"e3rl.{name}")
     mine = {k: v for k, v in extension.items() if k in _ROLLOUT}
-    theirs = {k: v for k, v in extension.items() if k not in (*_ROLLOUT, *_OWN)}
+    theirs = {k: v for k, v in extension.items() if k in _ERASURE}
     rollout = build_section(RolloutConfig, {**dataclasses.asdict(config.rollout), **mine}, "e3rl")
     erasure = build_section(ErasureConfig, {**dataclasses.asdict(config.erasure), **theirs}, "e3rl")
     if erasure.max_erasures > max(MAX_ERASURES, config.erasure.max_erasures):

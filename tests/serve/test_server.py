@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from e3rl.access import Access
 from e3rl.cli import main
 from e3rl.errors import SickLogits, UserError
+from e3rl.serve.access import Access
 from e3rl.serve.errors import ApiError
 from e3rl.serve.requests import DecodingRequest
 from e3rl.serve.server import MAX_BODY
@@ -67,6 +67,7 @@ BAD = [
     (TEXT, {**HELLO, "prompt": [9999], "stream": True}, 400, "token id 9999"),
     (TEXT, {**HELLO, "e3rl": 1}, 400, "must be an object"),
     (TEXT, {**HELLO, "e3rl": {"erse": False}}, 400, "Did you mean 'erase'?"),
+    (TEXT, {**HELLO, "e3rl": {"metric": "os:system"}}, 400, "unknown field of e3rl 'metric'"),
     (TEXT, {**HELLO, "e3rl": {"erase": "no"}}, 400, "e3rl.erase: expected true or false"),
     (TEXT, {**HELLO, "e3rl": {"max_erasures": 10**6}}, 400, "at most 20"),
     (TEXT, {**HELLO, "e3rl": {"kappa0": "x"}}, 400, "e3rl.kappa0: expected a number"),
