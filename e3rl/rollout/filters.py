@@ -71,12 +71,12 @@ def fresh_prompts(take: Callable[[int], list[Prompt]], count: int, seen: set[str
 
     Taken one by one: asked for several, the stream would skip the last ones of an epoch that can't give them all.
     """
-    found: list[Prompt] = []
-    for _ in range(available):
+    found: dict[str, Prompt] = {}
+    for _ in range(2 * available):  # the rest of this epoch, then a whole one
         if len(found) == count:
             break
-        found += [p for p in take(1) if p.problem.id not in seen]
-    return found
+        found |= {p.problem.id: p for p in take(1) if p.problem.id not in seen}
+    return list(found.values())
 
 
 def collect(
