@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
@@ -15,6 +15,9 @@ from e3rl.rollout.engines import build_engine
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.types import Message, Problem, Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PromptLike = str | Sequence[Message]
 
@@ -55,9 +58,10 @@ def sample(
 
 
 def generate(
-    model: str | Policy,
+    model: str | Policy | PreTrainedModel,
     prompts: PromptLike | Sequence[PromptLike],
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     erase: bool = True,
     samples: int = 1,
     config: Config | None = None,
@@ -65,13 +69,15 @@ def generate(
 ) -> list[list[Generation]]:
     """Decode ``samples`` answers to every prompt, erasing and redrawing segments on the way unless ``erase`` is False.
 
-    ``model`` is a directory, a hub id, 'lab', 'smollm2' or a loaded `Policy`. Without ``config`` the settings saved beside
-    the model are used, or the defaults. With one sample the thresholds come from
-    reference statistics saved beside the model (`e3rl calibrate`); several samples of a prompt are a group of their own.
+    ``model`` is a directory, a hub id, 'lab', 'smollm2', a loaded `Policy`, or a loaded transformers model with its
+    ``tokenizer``. Without ``config`` the settings saved beside the model are used, or the defaults. With one sample the
+    thresholds come from reference statistics saved beside the model (`e3rl calibrate`); several samples of a prompt are
+    a group of their own.
     """
-    companions = find_companions(resolve_model_path(model if isinstance(model, str) else model.source))
+    loaded = None if isinstance(model, str) else _loaded(model, tokenizer)
+    companions = find_companions(resolve_model_path(loaded.source if loaded else str(model)))
     config = config or load_config(companions.recipe)
-    policy = load_policy(replace(config.model, path=model)) if isinstance(model, str) else model
+    policy = loaded or load_policy(replace(config.model, path=str(model)))
     rollout = replace(config.rollout, erase=erase, num_generations=samples)
     config = replace(config, rollout=rollout)
     several = [prompts] if isinstance(prompts, str) or _is_conversation(prompts) else list(prompts)
@@ -88,6 +94,15 @@ def generate(
     found = sample(policy, rendered, config, reference=companions.reference, observe=observe)
     decode = policy.tokenizer.decode
     return [[Generation(decode(list(t.ids), skip_special_tokens=True), t) for t in group] for group in found]
+
+
+def _loaded(model: Any, tokenizer: Any) -> Policy:
+    """A policy around what is in memory already."""
+    if isinstance(model, Policy):
+        return model
+    if tokenizer is None:
+        raise UserError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
+    return Policy.of(model, tokenizer)
 
 
 def _is_conversation(prompts: Any) -> bool:

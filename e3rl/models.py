@@ -30,6 +30,16 @@ class Policy:
     eos_ids: tuple[int, ...]
     context_length: int
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, *, source: str | None = None) -> Policy:
+        """A policy around a transformers model that is loaded already; the model is used as it is, where it is.
+
+        ``source`` is where settings and reference statistics are looked for: by default, where the model came from.
+        """
+        found = source or getattr(model.config, "_name_or_path", "") or "(a model in memory)"
+        context = getattr(model.config, "max_position_embeddings", None) or 2048
+        return cls(model, tokenizer, found, _eos_ids(model, tokenizer), int(context))
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -101,8 +111,7 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
     model.to(resolve_device(config.device))
     if config.lora_r:
         model = _add_lora(model, config)
-    context = getattr(model.config, "max_position_embeddings", None) or 2048
-    return Policy(model, tokenizer, config.path, _eos_ids(model, tokenizer), int(context))
+    return Policy.of(model, tokenizer, source=config.path)
 
 
 class ReferencePolicy:
