@@ -17,27 +17,29 @@ from e3rl.lab.family import Family, Step, Task
 
 @dataclass(frozen=True)
 class _Shape:
-    """``length`` edges lead from start to target; ``dead_ends`` nodes on the way also have a branch of ``depth`` nodes
-    that leads nowhere; ``detours`` nodes on the way can be walked around, so both ways are right."""
+    """What the graphs of a level look like; ranges include both ends.
+
+    ``length`` edges lead from start to target; ``dead_ends`` nodes on the way also have a branch of ``depth`` nodes that
+    leads nowhere; ``detours`` nodes on the way can be walked around, so that both ways are right.
+    """
 
     length: int
-    dead_ends: int
+    dead_ends: tuple[int, int]
     depth: int = 1
-    detours: int = 0
+    detours: tuple[int, int] = (0, 1)
 
     def __str__(self) -> str:
-        dead_ends = f"{self.dead_ends} dead end{'s' * (self.dead_ends > 1)}"
-        depth = f" of {self.depth} nodes" if self.depth > 1 else ""
-        return f"{self.length} steps, {dead_ends}{depth}, {self.detours or 'no'} detour{'s' * (self.detours != 1)}"
+        dead_ends, detours = ("-".join(map(str, sorted({*span}))) for span in (self.dead_ends, self.detours))
+        return f"{self.length} steps, {dead_ends} dead ends of {self.depth}, {detours} detours"
 
 
 _SHAPES = {
-    1: _Shape(length=2, dead_ends=1),
-    2: _Shape(length=3, dead_ends=2),
-    3: _Shape(length=4, dead_ends=3, detours=1),
-    4: _Shape(length=5, dead_ends=4, detours=1),
-    5: _Shape(length=5, dead_ends=4, depth=2, detours=1),
-    6: _Shape(length=6, dead_ends=5, depth=2, detours=1),
+    1: _Shape(length=2, dead_ends=(1, 2), detours=(0, 0)),
+    2: _Shape(length=3, dead_ends=(1, 3)),
+    3: _Shape(length=4, dead_ends=(2, 3)),
+    4: _Shape(length=5, dead_ends=(3, 4)),
+    5: _Shape(length=6, dead_ends=(4, 5)),
+    6: _Shape(length=6, dead_ends=(4, 5), depth=2),
 }
 
 Edges = frozenset[tuple[str, str]]
@@ -49,10 +51,10 @@ def draw(level: int, rng: Random) -> Task:
     letters = iter(rng.sample(string.ascii_lowercase, len(string.ascii_lowercase)))
     way = [next(letters) for _ in range(shape.length + 1)]
     edges = list(itertools.pairwise(way))
-    for node in rng.sample(way[:-1], shape.dead_ends):
+    for node in rng.sample(way[:-1], rng.randint(*shape.dead_ends)):
         branch = [node, *(next(letters) for _ in range(shape.depth))]
         edges += itertools.pairwise(branch)
-    for position in rng.sample(range(shape.length - 1), shape.detours):
+    for position in rng.sample(range(shape.length - 1), rng.randint(*shape.detours)):
         around = next(letters)
         edges += [(way[position], around), (around, way[position + 2])]
     rng.shuffle(edges)

@@ -8,10 +8,9 @@ weights bit for bit on the same machine.
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -31,12 +30,12 @@ _POOL_SEED = 1  # other training problems than reinforcement learning sees first
 class Schedule:
     """How the shipped weights are made."""
 
-    steps: int = 1000
-    batch: int = 32  # of each name in ``mixture``
+    steps: int = 600
+    mixture: Mapping[str, int] = field(default_factory=lambda: {"lab:path:1-4": 64, "lab:chain:1-4": 32})
+    """Problems of each name in every batch. Paths take longer to learn than chains, so there are more of them."""
     learning_rate: float = 2e-3
-    warmup: int = 50
-    mixture: tuple[str, ...] = ("lab:chain:1-4", "lab:path:1-4")
-    pool: int = 40_000  # problems of each name in ``mixture``
+    warmup: int = 50  # steps of linear warm-up; the learning rate is constant after them
+    pool: int = 40_000  # problems of each name to draw batches from
     seed: int = 0
 
 
@@ -81,43 +80,45 @@ def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor,
     return ids, labels
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, name: str, schedule: Schedule) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random batches from a pool of training problems."""
-    rng = Random(f"{name}/{schedule.seed}")
-    pool = load(name, "train", schedule.pool, _POOL_SEED)
-    while True:
-        drawn = [encode(tokenizer, problem) for problem in rng.choices(pool, k=schedule.batch)]
-        yield collate(drawn, tokenizer.pad_token_id)
+class _Batches:
+    """Random batches from a pool of training problems."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, schedule: Schedule) -> None:
+        self._tokenizer = tokenizer
+        self._rng = Random(f"{name}/{schedule.seed}")
+        self._pool = load(name, "train", schedule.pool, _POOL_SEED)
+
+    def draw(self, size: int) -> tuple[Tensor, Tensor]:
+        drawn = [encode(self._tokenizer, problem) for problem in self._rng.choices(self._pool, k=size)]
+        return collate(drawn, self._tokenizer.pad_token_id)
 
 
-def learning_rate_factor(step: int, schedule: Schedule) -> float:
-    """Linear warm-up, then half a cosine down to a tenth."""
-    if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+def _losses(model: Qwen3ForCausalLM, schedule: Schedule, sources: Mapping[str, _Batches]) -> dict[str, float]:
+    """Backpropagate the mean loss over one batch of each name; a forward pass each, since their lengths differ."""
+    losses: dict[str, float] = {}
+    for name, size in schedule.mixture.items():
+        ids, labels = sources[name].draw(size)
+        loss = model(input_ids=ids, attention_mask=ids != model.config.pad_token_id, labels=labels).loss
+        (loss / len(sources)).backward()
+        losses[name] = loss.item()
+    return losses
 
 
 def pretrain(
-    schedule: Schedule, report: Callable[[int, list[float]], None] = lambda step, losses: None
+    schedule: Schedule, report: Callable[[int, dict[str, float]], None] = lambda step, losses: None
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """The trained model and its tokenizer. ``report`` gets each step's loss by name of the mixture."""
+    """The trained model and its tokenizer. ``report`` gets each step's loss by name."""
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer(CONTEXT)
     model = build_model(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, schedule))
-    streams = [_batches(tokenizer, name, schedule) for name in schedule.mixture]
-    for step in range(schedule.steps):
-        losses = []
-        for stream in streams:  # a batch a family: their lengths differ, and padding would cost more than it saves
-            ids, labels = next(stream)
-            loss = model(input_ids=ids, attention_mask=ids != tokenizer.pad_token_id, labels=labels).loss
-            (loss / len(streams)).backward()
-            losses.append(loss.item())
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / schedule.warmup))
+    sources = {name: _Batches(tokenizer, name, schedule) for name in schedule.mixture}
+    for step in range(1, schedule.steps + 1):
+        losses = _losses(model, schedule, sources)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
+        warmup.step()
         optimizer.zero_grad()
         report(step, losses)
     return model.eval(), tokenizer
@@ -127,20 +128,19 @@ def main() -> None:
     """Train and save an ordinary Hugging Face directory."""
     parser = argparse.ArgumentParser(prog="python -m e3rl.lab.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=Schedule.steps)
-    arguments = parser.parse_args()
+    output = parser.parse_args().output
     torch.set_num_threads(1)
-    schedule, started = Schedule(steps=arguments.steps), time.perf_counter()
+    started = time.perf_counter()
 
-    def report(step: int, losses: list[float]) -> None:
-        if step % 50 == 0 or step == schedule.steps - 1:
-            values = "  ".join(f"{n} {v:.4f}" for n, v in zip(schedule.mixture, losses, strict=True))
+    def report(step: int, losses: dict[str, float]) -> None:
+        if step % 50 == 0:
+            values = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"step {step:5d}  {time.perf_counter() - started:6.1f} s  {values}", flush=True)
 
-    model, tokenizer = pretrain(schedule, report)
-    model.save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters saved in {arguments.output}")
+    model, tokenizer = pretrain(Schedule(), report)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters saved in {output}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,6 @@ def test_every_graph_has_a_wrong_turn(level: int) -> None:
         turns = [way[1 : way.index(edge[0]) + 1] + edge[1] for edge in edges if edge[0] in way and edge[1] not in way]
         right = [path.steps(task.question, task.answer, turn)[-1].right for turn in turns]
         assert not all(right)
-        assert any(right) == ("no detours" not in path.FAMILY.levels[level])
 
 
 @pytest.mark.parametrize(
