@@ -10,7 +10,6 @@ import sys
 import textwrap
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 
 from e3rl import __version__
 from e3rl.config import Config
@@ -21,6 +20,8 @@ _COMMANDS = {
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
     "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
     "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its reference statistics"),
+    "serve": ("e3rl.cli.serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
+    "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
     "view": ("e3rl.cli.view", "serve the page of one or several runs"),
     "settings": ("e3rl.cli.settings", "list every setting, its default and where that comes from"),
 }
@@ -50,7 +51,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
-            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate") else None,
+            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate", "serve") else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:  # only the chosen command's module is imported
@@ -60,9 +61,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every command with settings shares."""
-    parser.add_argument(
-        "--overlay", action="append", default=[], type=Path, metavar="FILE", help="lay another recipe on top"
-    )
+    parser.add_argument("--overlay", action="append", default=[], metavar="RECIPE", help="lay another recipe on top")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
 
 

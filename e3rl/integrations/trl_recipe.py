@@ -1,0 +1,182 @@
+"""A TRL GRPO run as a recipe: the same algorithm, batch and schedule, and a list of what does not carry over."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from e3rl.config import build_config
+from e3rl.integrations.trl_arguments import Arguments
+from e3rl.integrations.trl_losses import Settings, untranslated
+from e3rl.integrations.trl_schedule import rhythm_table, train_table
+
+SEGMENTS = 8
+"""Segments that the longest response is divided into, for when erasing is switched on (the paper's number)."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Tables of a recipe, and a sentence for each setting that is not in it."""
+
+    tables: Mapping[str, Mapping[str, Any]]
+    losses: tuple[str, ...]
+
+    def to_toml(self) -> str:
+        """The recipe; what does not carry over stands in it as comments."""
+        lines = ["# Translated from TRL. To erase and redraw uncertain segments, set rollout.erase = true."]
+        for section, table in self.tables.items():
+            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+        if self.losses:
+            lines += ["", "# Not carried over:", *(f"# - {loss}" for loss in self.losses)]
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
+    """The recipe for TRL's settings; ``processes`` is the number that TRL trained on. It loads by `load_config`."""
+    settings = Settings(arguments.values)
+    generations = settings.take("num_generations", 8)
+    train, updates = train_table(settings, generations, processes)
+    tables = {
+        "run": _run(settings),
+        "model": _model(settings),
+        "data": _data(settings),
+        "rollout": _rollout(settings, generations),
+        "objective": _objective(settings),
+        "rewards": _rewards(settings),
+        "train": {**train, **rhythm_table(settings, updates)},
+    }
+    losses = (*arguments.remarks, *settings.losses, *untranslated(settings.left))
+    found = {name: table for name, table in tables.items() if table}
+    build_config(found)
+    return Translation(found, losses)
+
+
+def _run(settings: Settings) -> dict[str, Any]:
+    named = {"name": settings.optional("run_name"), "output_dir": settings.optional("output_dir")}
+    return {**{k: str(v) for k, v in named.items() if v}, "seed": settings.take("seed", 42)}
+
+
+def _model(settings: Settings) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    if path := settings.optional("model_name_or_path"):
+        table["path"] = path
+    else:
+        settings.lose("model: none is named in these settings; set model.path")
+    table["dtype"] = _dtype(settings)
+    if settings.take("trust_remote_code", False):
+        table["trust_remote_code"] = True
+    lora = {name: settings.optional(name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    targets = settings.optional("lora_target_modules")
+    if settings.take("use_peft", False):
+        defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # TRL's
+        table |= {name: defaults[name] if value is None else value for name, value in lora.items()}
+        several = [targets] if isinstance(targets, str) else targets or ["all-linear"]
+        if several != ["all-linear"]:
+            settings.lose(f"lora_target_modules = {several}: adapters go on all linear layers (lora_target_modules)")
+    return table
+
+
+def _dtype(settings: Settings) -> str:
+    """bf16 in TRL is arithmetic over the weights' own type; here weights are bfloat16 with float32 masters."""
+    dtype, bf16, fp16 = settings.optional("dtype"), settings.optional("bf16"), settings.take("fp16", False)
+    on_cpu = settings.take("use_cpu", False)
+    if fp16 or dtype == "float16":
+        settings.lose("fp16: the types are float32 and bfloat16; the recipe takes bfloat16")
+    if dtype in ("float32", "bfloat16") and not bf16:
+        return str(dtype)
+    wanted = not on_cpu if bf16 is None else bool(bf16) or fp16
+    return "bfloat16" if wanted else "float32"
+
+
+def _data(settings: Settings) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    name, subset = settings.optional("dataset_name"), settings.optional("dataset_config")
+    splits = {
+        "train_split": settings.optional("dataset_train_split"),
+        "eval_split": settings.optional("dataset_test_split"),
+    }
+    if name:
+        table["train"] = f"{name}:{subset}" if subset else name
+        table |= {key: split for key, split in splits.items() if split}
+    else:
+        settings.lose("train_dataset: none is named in these settings; set data.train")
+    return table
+
+
+def _rollout(settings: Settings, generations: int) -> dict[str, Any]:
+    limit = settings.take("max_completion_length", 512)
+    return {
+        "erase": False,
+        "num_generations": generations,
+        "segment_length": math.ceil(limit / SEGMENTS),
+        "max_segments": SEGMENTS,
+        "max_completion_length": limit,
+        "temperature": settings.take("temperature", 1.0),
+        "top_p": settings.take("top_p", 1.0),
+        "top_k": settings.take("top_k", 0),
+    }
+
+
+def _objective(settings: Settings) -> dict[str, Any]:
+    loss, level = settings.take("loss_type", "dapo"), settings.take("importance_sampling_level", "token")
+    low = settings.take("epsilon", 0.2)
+    clip = {"clip_low": low, "clip_high": settings.take("epsilon_high", low)}
+    temperatures = {
+        "temperature_positive": settings.take("sapo_temperature_pos", 1.0),
+        "temperature_negative": settings.take("sapo_temperature_neg", 1.05),
+    }
+    kl = {"kl_coef": settings.take("beta", 0.0)}
+    weighted = settings.take("use_bias_correction_kl", True)
+    if kl["kl_coef"] and weighted:
+        settings.lose("use_bias_correction_kl: the KL term is not multiplied by the importance ratio")
+    _note_scaling(settings, loss)
+    named: dict[str, dict[str, Any]] = {
+        "grpo": {"name": "grpo", "average": "sequence", **clip},
+        "bnpo": {"name": "grpo", "average": "token", **clip},
+        "dr_grpo": {"name": "dr_grpo", **clip},
+        "dapo": {"name": "dapo", **clip},
+        "sapo": {"name": "sapo", **temperatures},
+    }
+    if loss == "bnpo":
+        settings.lose("loss_type = 'bnpo': the mean is over the tokens of the whole step, not of each micro-batch")
+    if loss not in named:
+        settings.lose(f"loss_type = {loss!r}: there is no such objective; the recipe takes 'dapo', its nearest")
+    if level == "sequence" and loss != "sapo":
+        if loss != "grpo":
+            settings.lose(f"loss_type = {loss!r} with sequence ratios: the recipe takes 'gspo', a mean over sequences")
+        return {"name": "gspo", **clip, **kl}
+    if level == "sequence":
+        settings.lose("importance_sampling_level = 'sequence': SAPO's ratios are of tokens")
+    return {**named.get(loss, named["dapo"]), **kl}
+
+
+def _note_scaling(settings: Settings, loss: str) -> None:
+    scale = settings.optional("scale_rewards")
+    scale = {None: "group", True: "group", False: "none"}.get(scale, scale)
+    if loss == "dr_grpo" and scale != "none":
+        settings.lose(f"scale_rewards = {scale!r}: advantages of 'dr_grpo' are not divided by the standard deviation")
+    if loss != "dr_grpo" and scale != "group":
+        settings.lose(f"scale_rewards = {scale!r}: advantages are divided by the group's standard deviation")
+
+
+def _rewards(settings: Settings) -> dict[str, Any]:
+    functions, weights = settings.optional("reward_funcs") or [], settings.optional("reward_weights")
+    if not functions:
+        settings.lose("reward_funcs: none is named in these settings; set rewards.functions")
+        if weights:
+            settings.lose(f"reward_weights = {weights}: set rewards.weights with the functions")
+        return {}
+    table: dict[str, Any] = {"functions": list(functions)}
+    several = list(weights) if isinstance(weights, list | tuple) else [weights] if weights is not None else []
+    if several and len(several) == len(functions):
+        table["weights"] = [float(w) for w in several]
+    elif several:
+        settings.lose(f"reward_weights = {several}: {len(functions)} functions could be named; set rewards.weights")
+    return table

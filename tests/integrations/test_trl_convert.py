@@ -1,0 +1,271 @@
+"""TRL's settings become the same run here, and nothing is lost in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e3rl.cli import main
+from e3rl.config import Config, load_config
+from e3rl.errors import UserError
+from e3rl.integrations.trl_arguments import read_arguments, read_command_line
+from e3rl.integrations.trl_recipe import Translation, translate
+from e3rl.integrations.trl_schedule import Batches, batches
+from e3rl.objectives import build
+
+SCRIPT = """
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+from my_rewards import accuracy
+
+LEARNING_RATE = 2e-6
+
+def brevity(completions, **kwargs):
+    return [-len(c) for c in completions]
+
+dataset = load_dataset("openai/gsm8k", "main", split="train")
+args = GRPOConfig(
+    output_dir="out", learning_rate=LEARNING_RATE, num_generations=4, per_device_train_batch_size=16,
+    gradient_accumulation_steps=2, loss_type="grpo", beta=0.04, epsilon=0.1, reward_weights=[1.0, 0.5],
+    max_steps=len(dataset) // 3, logging_steps=1, bf16=False,
+)
+trainer = GRPOTrainer(
+    model="Qwen/Qwen3-0.6B", reward_funcs=[accuracy, brevity], args=args, train_dataset=dataset,
+    peft_config=LoraConfig(r=8, lora_alpha=16),
+)
+trainer.train()
+raise SystemExit("this script must never run")
+"""
+
+
+def convert(tmp_path: Path, source: str, **options: Any) -> tuple[Config, Translation]:
+    """The config that the converted recipe loads as."""
+    translation = translate(read_command_line(source.split()), **options)
+    path = tmp_path / "recipe.toml"
+    path.write_text(translation.to_toml(), encoding="utf-8")
+    return load_config(path), translation
+
+
+def lost(translation: Translation, name: str) -> list[str]:
+    return [loss for loss in translation.losses if loss.startswith(name)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # 8 completions at once, one update a rollout of one group of 8
+        ({"per_device": 8, "processes": 1, "accumulation": 1, "generations": 8}, Batches(1, 1)),
+        # 16 on 4 processes, twice: 128 completions are 16 groups of 8 and one update
+        ({"per_device": 16, "processes": 4, "accumulation": 2, "generations": 8}, Batches(16, 1)),
+        # 128 completions rolled out at once, 32 an update: 16 groups, 4 updates
+        (
+            {"per_device": 16, "processes": 1, "accumulation": 2, "generations": 8, "generation_batch_size": 128},
+            Batches(16, 4),
+        ),
+        ({"per_device": 8, "processes": 2, "accumulation": 1, "generations": 4, "steps_per_generation": 6}, Batches(24, 6)),
+        # an update gathers the gradients of two rollouts: one step of both
+        ({"per_device": 8, "processes": 1, "accumulation": 2, "generations": 8, "steps_per_generation": 1}, Batches(2, 1)),
+    ],
+)  # fmt: skip
+def test_batch_sizes_are_counted_in_groups(sizes: dict[str, int], expected: Batches):
+    assert batches(**sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"generations": 3}, "no whole groups"),
+        ({"generation_batch_size": 12}, "no multiple of the 8"),
+        ({"generation_batch_size": 16, "steps_per_generation": 2}, "takes one of them"),
+        ({"accumulation": 2, "steps_per_generation": 3}, "neither divides the other"),
+    ],
+)
+def test_batch_sizes_that_trl_refuses_are_refused(sizes: dict[str, int], words: str):
+    with pytest.raises(UserError, match=words):
+        batches(**{"per_device": 8, "processes": 1, "accumulation": 1, "generations": 4, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "options"),
+    [
+        ("", "dapo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
+        ("--epsilon_high 0.28", "dapo", {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.0}),
+        (
+            "--loss_type grpo --beta 0.04 --epsilon 0.1",
+            "grpo",
+            {"average": "sequence", "clip_low": 0.1, "clip_high": 0.1, "kl_coef": 0.04},
+        ),
+        ("--loss_type bnpo", "grpo", {"average": "token", "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
+        ("--loss_type dr_grpo", "dr_grpo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
+        (
+            "--loss_type grpo --importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4",
+            "gspo",
+            {"clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
+        ),
+        (
+            "--loss_type sapo --sapo_temperature_neg 1.2",
+            "sapo",
+            {"temperature_positive": 1.0, "temperature_negative": 1.2, "kl_coef": 0.0},
+        ),
+        ("--loss_type cispo", "dapo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
+    ],
+)
+def test_a_loss_becomes_its_objective(tmp_path: Path, given: str, name: str, options: dict[str, Any]):
+    config, _ = convert(tmp_path, given)
+    assert (config.objective.name, config.objective.options) == (name, options)
+    build(config.objective)  # the objective accepts all of them
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("--loss_type cispo", "loss_type = 'cispo'"),
+        ("--loss_type bnpo", "loss_type = 'bnpo'"),
+        ("--loss_type dapo --importance_sampling_level sequence", "loss_type = 'dapo' with sequence ratios"),
+        ("--loss_type sapo --importance_sampling_level sequence", "importance_sampling_level"),
+        ("--beta 0.1", "use_bias_correction_kl"),
+        ("--scale_rewards batch", "scale_rewards = 'batch'"),
+        ("--loss_type dr_grpo", "scale_rewards = 'group'"),
+        ("--mask_truncated_completions", "mask_truncated_completions = True"),
+        ("--min_p 0.1", "min_p = 0.1: sampling has"),
+        ("--delta 4.0", "delta = 4.0"),
+        ("--use_vllm", "use_vllm = True"),
+        ("--vllm_server_port 9000", "vllm_server_port = 9000"),
+        ("--max_grad_norm 0.0", "max_grad_norm = 0"),
+        ("--lr_scheduler_type polynomial", "lr_scheduler_type = 'polynomial'"),
+        ("--warmup_steps 10", "warmup_steps = 10"),
+        ("--report_to mlflow", "report_to = ['mlflow']"),
+        ("--save_strategy epoch", "save_steps"),
+        ("--fp16", "fp16"),
+        ("--reward_weights 1.0 2.0", "reward_weights"),
+        ("--never_heard_of 1", "never_heard_of = 1: this is no setting of TRL"),
+        ("--steps_per_generation 4 --per_device_train_batch_size 2", "4 updates over 1 groups"),
+    ],
+)
+def test_what_does_not_carry_over_is_named(tmp_path: Path, given: str, name: str):
+    _, translation = convert(tmp_path, given)
+    assert len(lost(translation, name)) == 1, translation.losses
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--min_p 0.0", "--repetition_penalty 1.0", "--scale_rewards true", "--loss_type dr_grpo --scale_rewards none",
+        "--beta 0.1 --use_bias_correction_kl false", "--optim adamw_torch", "--no_push_to_hub", "--warmup_ratio 0.1",
+        "--warmup_steps 10 --max_steps 100", "--report_to none", "--deepspeed null",
+    ],
+)  # fmt: skip
+def test_settings_that_ask_for_nothing_are_no_loss(tmp_path: Path, given: str):
+    _, translation = convert(tmp_path, given)
+    basic = ("model: ", "train_dataset: ", "reward_funcs: ")
+    assert [loss for loss in translation.losses if not loss.startswith(basic)] == []
+
+
+def test_trl_defaults_are_written_out(tmp_path: Path):
+    """Where TRL's default differs from the recipe's, the translated run has TRL's."""
+    config, _ = convert(tmp_path, "")
+    assert config.run.seed == 42
+    assert (config.train.epochs, config.train.steps) == (3.0, 0)
+    assert (config.train.prompts_per_step, config.train.minibatches, config.train.learning_rate) == (1, 1, 1e-6)
+    assert (config.train.lr_scheduler_type, config.train.warmup_ratio) == ("linear", 0.0)
+    assert config.train.gradient_checkpointing is True
+    assert (config.train.eval_steps, config.train.save_steps, config.train.save_total_limit) == (0, 500, 0)
+    assert config.model.dtype == "bfloat16"
+    assert (config.rollout.erase, config.rollout.num_generations, config.rollout.completion_limit) == (False, 8, 512)
+    assert config.rollout.segment_length == 64
+
+
+def test_counts_of_updates_become_counts_of_steps(tmp_path: Path):
+    given = (
+        "--per_device_train_batch_size 8 --num_generations 8 --generation_batch_size 64 --num_iterations 2 "
+        "--max_steps 100 --eval_strategy steps --eval_steps 20 --save_steps 50 --warmup_steps 10"
+    )
+    config, _ = convert(tmp_path, given, processes=2)
+    # 64 completions are 8 groups; updates of 16: 4 a pass, 8 a step
+    assert (config.train.prompts_per_step, config.train.minibatches, config.train.num_iterations) == (8, 4, 2)
+    assert (config.train.steps, config.train.eval_steps, config.train.save_steps) == (13, 3, 7)
+    assert config.train.warmup_ratio == 0.1
+
+
+def test_a_yaml_file_is_read_as_trl_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """YAML takes 1e-6 for text, and TRL makes a number of it; arguments override the file."""
+    source, recipe = tmp_path / "grpo.yaml", tmp_path / "out.toml"
+    source.write_text(
+        "model_name_or_path: Qwen/Qwen3-0.6B\ndataset_name: trl-lib/DeepMath-103K\nlearning_rate: 1e-5\n"
+        "num_generations: 4\nlr_scheduler_type: cosine\nwarmup_ratio: 0.1\nuse_peft: true\nlora_r: 8\n"
+        "reward_funcs:\n  - accuracy_reward\n  - get_soft_overlong_punishment\n  - my.rewards.brevity\n"
+        "reward_weights: [1.0, 0.5, 0.1]\nlog_completions: true\ntemperature: 0.9\ntop_k: 50\n"
+    )
+    given = ["convert", "trl", "--output", str(recipe), str(source), "--", "--learning_rate", "2e-6", "--top_p=0.9"]
+    assert main(given) == 0
+    config = load_config(recipe)
+    assert config.model.path == "Qwen/Qwen3-0.6B"
+    assert (config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout) == (8, 32, 0.05)
+    assert config.data.train == "trl-lib/DeepMath-103K"
+    assert config.rewards.functions == ("trl.rewards:accuracy_reward", "overlong", "my.rewards:brevity")
+    assert config.rewards.weights == (1.0, 0.5, 0.1)
+    assert (config.train.learning_rate, config.train.lr_scheduler_type, config.train.warmup_ratio) == (
+        2e-6,
+        "cosine",
+        0.1,
+    )
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.top_k) == (0.9, 0.9, 50)
+    assert "not carried over: log_completions = True" in capsys.readouterr().err
+    assert "# - log_completions = True" in recipe.read_text()
+
+
+def test_a_script_is_read_and_never_run(tmp_path: Path):
+    path = tmp_path / "train_grpo.py"
+    path.write_text(SCRIPT)
+    translation = translate(read_arguments([str(path)]))
+    tables = translation.tables
+    assert tables["model"] == {
+        "path": "Qwen/Qwen3-0.6B", "dtype": "float32", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
+    }  # fmt: skip
+    assert tables["data"] == {"train": "openai/gsm8k:main", "train_split": "train"}
+    assert tables["rewards"] == {"functions": ["my_rewards:accuracy", f"{path}:brevity"], "weights": [1.0, 0.5]}
+    assert tables["train"]["learning_rate"] == 2e-6
+    assert tables["train"]["prompts_per_step"] == 8
+    assert "steps" not in tables["train"]
+    assert lost(translation, "max_steps: line") == [
+        "max_steps: line 16 computes it, and scripts are not run; set it by hand"
+    ]
+    assert "would run the training" in lost(translation, "reward function brevity")[0]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["--learning_rate 3e-6 --num_generations 4"],
+        ["--learning-rate", "3e-6", "--num-generations=4"],
+        ["trl grpo --learning_rate 3e-6 --num_generations 4"],
+    ],
+)
+def test_command_lines_in_every_writing(source: list[str]):
+    assert read_arguments(source).values == {"learning_rate": 3e-6, "num_generations": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.toml", "", "expected a .yaml, .json or .py"),
+        ("a.yaml", "a: [", "not valid YAML"),
+        ("a.yaml", "- 1", "settings by name"),
+        ("a.py", "def", "not valid Python"),
+        ("a.py", "x = 1", "0 calls of GRPOConfig"),
+        ("a.yaml", "num_generations: many", "num_generations = 'many': expected int"),
+        ("a.yaml", "temperature: 0", "rollout.temperature"),
+    ],
+)
+def test_what_can_not_be_read_is_said_in_a_sentence(
+    tmp_path: Path, name: str, text: str, words: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / name
+    path.write_text(text)
+    assert main(["convert", "trl", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
