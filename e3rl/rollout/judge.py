@@ -168,7 +168,7 @@ class GroupJudge:
 
     def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
         """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), by the named metric."""
-        return self._metric(candidate, history.means, entropies, self._config)
+        return self._metric(candidate, tuple(history.means), entropies, self._config)
 
     def _threshold(self, history: _History, baseline: float, attempt: int) -> Threshold:
         """Eq 17-18. Theta_n(e); phi looks at the sibling's own committed segments (D6 at the first)."""

@@ -46,11 +46,18 @@ def solution(problem: Problem, config: Config) -> str:
     return value
 
 
-def _token_trajectory(prompt: Prompt, ids: Sequence[int]) -> Trajectory:
-    """A response of given tokens that no engine drew: one segment, nothing judged, nothing measured."""
-    blank = (NOT_MEASURED,) * len(ids)
+def token_trajectory(prompt: Prompt, ids: Sequence[int], measured: float = NOT_MEASURED) -> Trajectory:
+    """A response of given tokens that no engine drew: one segment, nothing judged, ``measured`` in place of numbers."""
+    blank = (measured,) * len(ids)
     segment = Segment(0, Candidate(tuple(ids), blank, blank, blank, blank, ended=True), judgement=None)
     return Trajectory(prompt, 0, (segment,), (), "stop")
+
+
+def answers_as_responses(prompts: Sequence[Prompt], policy: Policy) -> tuple[list[Trajectory], list[str]]:
+    """Responses that are nothing but the problem's answer ('0' where it has none), to try reward functions on."""
+    texts = [prompt.problem.answer or "0" for prompt in prompts]
+    ids = [policy.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [token_trajectory(prompt, i, measured=0.0) for prompt, i in zip(prompts, ids, strict=True)], texts
 
 
 def demonstration(prompt: Prompt, policy: Policy, config: Config) -> RewardedGroup:
@@ -65,4 +72,4 @@ def demonstration(prompt: Prompt, policy: Policy, config: Config) -> RewardedGro
             f"problem '{prompt.problem.id}': prompt and solution have {len(prompt.ids) + len(ids)} tokens, and the "
             f"model's context holds {policy.context_length}; drop it or shorten it"
         )
-    return RewardedGroup(Group(prompt, (_token_trajectory(prompt, ids),), policy_version=None), (Reward(None, {}),))
+    return RewardedGroup(Group(prompt, (token_trajectory(prompt, ids),), policy_version=None), (Reward(None, {}),))
