@@ -147,6 +147,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("length_column_name", "all columns of the data reach the reward functions"),
     ("env", "environment variables are set where the command is run"),
     ("local_rank", _MACHINE),
+    ("ignore_bias_buffers", _MACHINE),
 )
 
 

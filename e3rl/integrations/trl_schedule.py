@@ -73,7 +73,9 @@ def train_table(settings: Settings, generations: int, processes: int) -> tuple[d
         "weight_decay": settings.take("weight_decay", 0.0),
         "adam_beta1": settings.take("adam_beta1", 0.9),
         "adam_beta2": settings.take("adam_beta2", 0.999),
-        "gradient_checkpointing": settings.take("gradient_checkpointing", True),
+        "gradient_checkpointing": settings.take(
+            "activation_checkpointing", settings.take("gradient_checkpointing", True)
+        ),
     }
     norm = settings.take("max_grad_norm", 1.0)
     if norm > 0:
