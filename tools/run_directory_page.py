@@ -19,6 +19,7 @@ Written by `python tools/run_directory_page.py`; do not edit.
 | file | content |
 | --- | --- |
 | `config.toml` | the resolved recipe: every setting of the run |
+| `environment.json` | versions, machine and commit |
 | `metrics.jsonl` | one line a step, below |
 | `evaluations.jsonl` | one line an evaluation: step, mode (`plain` or `erasable`), Avg@k, Pass@k, intervals, tokens |
 | `rollouts/step-NNNNNN.parquet` | every trajectory of the step and all that was erased on the way, below |

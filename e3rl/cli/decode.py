@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e3rl.cli.main import add_setting_arguments
+from e3rl.cli.recipes import find_recipes
 from e3rl.config import load_config
 from e3rl.errors import UserError
 
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     recipe = find_companions(resolve_model_path(options.model)).recipe
-    config = load_config(recipe, options.overlay, options.overrides)
+    config = load_config(recipe, find_recipes(options.overlay), options.overrides)
     prompt = _prompt(options.prompt)
     policy = load_policy(replace(config.model, path=options.model))
     text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)

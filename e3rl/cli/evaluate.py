@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe
+from e3rl.cli.recipes import find_recipe, find_recipes
 from e3rl.config import load_config
 
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     companions = find_companions(resolve_model_path(options.model))
     recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
-    config = load_config(recipe, options.overlay, options.overrides)
+    config = load_config(recipe, find_recipes(options.overlay), options.overrides)
     problems = load_problems(options.data, config=config.data, split="eval")
     problems = problems[: config.eval.limit or None]
     policy = load_policy(replace(config.model, path=options.model))

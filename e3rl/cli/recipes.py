@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from e3rl.errors import UserError, unknown
@@ -24,3 +25,8 @@ def find_recipe(name: str) -> Path:
     if name not in recipe_names():
         raise unknown("recipe", name, recipe_names())
     return BUILT_IN / f"{name}.toml"
+
+
+def find_recipes(names: Sequence[str]) -> list[Path]:
+    """Each recipe of a list of files or names."""
+    return [find_recipe(name) for name in names]

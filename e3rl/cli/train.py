@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe, recipe_names
+from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
 from e3rl.config import load_config
 from e3rl.train.run_directory import continue_or_put_aside
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    config = load_config(find_recipe(options.recipe), options.overlay, options.overrides)
+    config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)
 
     resume = continue_or_put_aside(config) if options.again else options.resume
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     console = Console()
     display = build_display(console)
-    listeners = [display, *build_trackers(config.train.report_to), ReportListener()]
+    listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
     trainer = Trainer(config, listeners=listeners, resume=resume)
     try:
         summary = trainer.train()

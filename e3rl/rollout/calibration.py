@@ -58,21 +58,23 @@ def assess(groups: Sequence[Group], erasure: ErasureConfig) -> Setting:
     from e3rl.equations.threshold import attempt_penalty
 
     judgements = [j for group in groups for j in _replayed(group, erasure)]
-    ratios = [j.uncertainty.total / j.threshold.total for j in judgements]
+    pairs = [(j.uncertainty.total, j.threshold.total) for j in judgements]
     penalties = [float(attempt_penalty(e, erasure.eta, erasure.delta)) for e in range(erasure.max_erasures)]
-    above = [sum(ratio > penalty for ratio in ratios) for penalty in penalties]
-    first = above[0] / len(ratios) if above else 0.0
-    independent = _chain([count / len(ratios) for count in above])
-    hopeless = sum(above) / len(ratios)  # every retry repeats its U: only the rising threshold ends the chain
+    above = [sum(u > theta * penalty for u, theta in pairs) for penalty in penalties]
+    first = above[0] / len(pairs) if above else 0.0
+    independent = _chain([count / len(pairs) for count in above])
+    hopeless = sum(above) / len(pairs)  # every retry repeats its U: only the rising threshold ends the chain
     return Setting(erasure, first, independent, hopeless)
 
 
 def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
-    """Settings to compare: every kappa_0 with every weight of the perturbation."""
+    """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term."""
+    others = base.base_weight + base.gradient_weight + base.extremum_weight
     return [
         replace(base, kappa0=kappa0, perturbation_weight=weight)
         for weight in perturbation_weights
         for kappa0 in kappa0s
+        if others + weight > 0
     ]
 
 

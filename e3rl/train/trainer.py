@@ -24,15 +24,18 @@ from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
+from e3rl.rewards.checks import check_rewards_run
 from e3rl.rewards.scorer import Scorer, require_some
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.engines import build_engine
 from e3rl.rollout.filters import Collected, build_filter, collect
+from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
-from e3rl.train.demonstrations import demonstrations
+from e3rl.train.demonstrations import answers_as_responses, demonstrations
+from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.ledger import ledger_rows, write_ledger
@@ -83,6 +86,9 @@ class Trainer:
             functions=reward_functions,
             max_completion_length=config.rollout.completion_limit,
         )
+        load_metric(config.erasure.metric)
+        answers = answers_as_responses(self._train_prompts[:2], self.policy)
+        check_rewards_run(config.rewards, reward_functions, *answers, config.rollout.completion_limit)
         self._stream = PromptStream(self._train_prompts, seed=config.run.seed)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
         self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
@@ -112,6 +118,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary. Interrupted: the state is saved and RunStopped says how to go on."""
         first = self._step + 1
+        write_json(self.run_path / "environment.json", environment())
         self._tell("started", self.run_path, self.config, method_name(self.config), first, self.steps)
         try:
             with self._stop, self._scorer:

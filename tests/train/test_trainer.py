@@ -79,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_it_promises(finished: Path):
     assert {p.name for p in finished.iterdir()} == {
-        "config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts", "checkpoints", "model", "summary.json",
+        "config.toml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "rollouts", "checkpoints", "model", "summary.json",
     }  # fmt: skip
     metrics = read_lines(finished / "metrics.jsonl")
     assert [r["step"] for r in metrics] == [1, 2, 3, 4]
@@ -172,7 +172,9 @@ def test_a_killed_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Pat
 
 def test_a_reward_function_that_always_fails_stops_the_run_with_its_words(tmp_path: Path):
     def broken(completions: list[str], **_: Any) -> list[float]:
-        raise ZeroDivisionError("no luck today")
+        if len(completions) > 2:  # more than are tried before the run
+            raise ZeroDivisionError("no luck today")
+        return [0.0] * len(completions)
 
     with pytest.raises(UserError, match=r"all 12 rewards of this batch are missing.*broken.*no luck today"):
         Trainer(_config(tmp_path, "eval.limit=1", "eval.erasable=false"), reward_functions=[broken]).train()
