@@ -24,6 +24,7 @@ _COMMANDS = {
     "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
     "view": ("e3rl.cli.view", "serve the page of one or several runs"),
     "settings": ("e3rl.cli.settings", "list every setting, its default and where that comes from"),
+    "objectives": ("e3rl.cli.objectives", "list every objective with its options"),
 }
 
 _OVERRIDE = re.compile(r"(--)?[a-z]\w*\.\w+=")
