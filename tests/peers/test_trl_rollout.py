@@ -136,6 +136,16 @@ def test_log_probabilities_are_the_policys_own(tmp_path: Path):
         torch.testing.assert_close(torch.tensor(logprobs), theirs[0].detach(), atol=2e-5, rtol=1e-4)
 
 
+def test_evaluation_has_its_own_number_of_siblings(tmp_path: Path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, recorder, ["1+1="], num_generations_eval=2)
+    trainer.model.eval()
+    out = trainer.rollout_func(["1+1="] * 2 + ["7"] * 2, trainer)
+    assert [t.sibling for t in recorder.committed] == [0, 1, 0, 1]
+    assert out["prompt_ids"][0] == out["prompt_ids"][1] != out["prompt_ids"][2]
+    assert not trainer.model.training
+
+
 def test_groups_that_are_cut_between_processes_are_refused(tmp_path: Path):
     trainer = make_trainer(tmp_path, Recorder(), ["1+1=", "2+2="])
     trainer.model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,9 +10,11 @@ from dataclasses import replace
 import openai
 import pytest
 
-from e3rl.config import Config
+from e3rl.config import Config, ModelConfig, load_config
 from e3rl.generation import generate
-from e3rl.models import Policy
+from e3rl.lab.problems import generate as problems
+from e3rl.models import Policy, load_policy, resolve_model_path
+from e3rl.rollout.companions import find_companions
 from e3rl.serve.service import Service
 from tests.serve.conftest import serving
 
@@ -179,3 +182,19 @@ def test_a_token_is_asked_for(make_service: Callable[..., Service]):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="0123456789abcdeX", max_retries=0).models.list()
         assert list(openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0).models.list())
+
+
+def test_the_embedded_model_is_served_with_its_own_statistics():
+    policy = load_policy(ModelConfig(path="lab", device="cpu"))
+    companions = find_companions(resolve_model_path("lab"))
+    config = load_config(companions.recipe)
+    problem = problems("chain", 3, "heldout", 1)[0]
+    service = Service(policy, config, companions.reference, name="lab", max_length=256, queue_limit=4)
+    with contextlib.closing(service), serving(service) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        question = [{"role": "user", "content": str(problem.prompt)}]
+        answer = client.chat.completions.create(model="lab", messages=question, seed=1)
+    seeded = replace(config, run=replace(config.run, seed=1))
+    ((expected,),) = generate(policy, str(problem.prompt), config=seeded)
+    assert answer.choices[0].message.content == expected.text
+    assert "A:" in expected.text
