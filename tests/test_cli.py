@@ -87,7 +87,7 @@ def test_a_recipe_that_is_not_there_or_broken(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ("", "no problems"),
+        ("", "no rows"),
         ('{"question": "1+1", "answer": "2"}\n', "prompt"),
         ('{"prompt": "1+1", "answer": "2"}\nnot json\n', "data.jsonl:2"),
         ('{"prompt": "", "answer": "2"}\n', "empty"),
@@ -115,9 +115,9 @@ def test_a_reward_function_in_a_file_is_used_unchanged_and_its_failures_are_told
     )
     run = ["train", _recipe(tmp_path), *TINY_RUN, f"run.output_dir={tmp_path}"]
     assert main([*run, f"rewards.functions=['{source}:good']", "run.name=good"]) == 0
-    for name in ("short", "nan", "none"):
-        error = _fails(capsys, [*run, f"rewards.functions=['{source}:{name}']", f"run.name={name}"])
-        assert "all 4 rewards of this batch are missing" in error
+    for name, words in {"short": "returned 1 values for 2 completions", "nan": "nan", "none": "no reward function gave a value"}.items():
+        error = _fails(capsys, [*run, f"rewards.functions=['{source}:{name}']", f"run.name=run-{name}"])
+        assert words in error
 
 
 def test_a_run_directory_that_is_taken_is_refused_and_again_puts_it_aside(

@@ -63,6 +63,11 @@ class Trainer:
     ) -> None:
         self.config, self._listeners = config, list(listeners)
         objective = build_objective(config.objective)
+        if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
+            raise UserError(
+                f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
+                "it needs at least 2 samples of each"
+            )
         self._keep = build_filter(config.filter)
         self.policy = load_policy(config.model)
         require_plain_head(self.policy.model)

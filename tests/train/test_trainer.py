@@ -181,14 +181,15 @@ def test_a_reward_function_that_always_fails_stops_the_run_with_its_words(tmp_pa
 
 
 def test_learning_raises_the_reward_on_what_it_trains_on(tmp_path: Path):
-    def short(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
-        return [-float(len(c[0]["content"])) for c in completions]
+    def short(completions: list[str], **_: Any) -> list[float]:
+        return [-float(len(c)) for c in completions]
 
     config = _config(
         tmp_path,
         "train.steps=8",
         "train.prompts_per_step=4",
         "train.learning_rate=1e-3",
+        "rollout.temperature=2.0",
         "train.eval_steps=0",
         "eval.erasable=false",
     )
