@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 from e3rl.cli.main import add_setting_arguments
+from e3rl.cli.recipes import find_recipes
 from e3rl.config import load_config
 from e3rl.errors import UserError
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     companions = find_companions(resolve_model_path(options.model))
-    config = load_config(companions.recipe, options.overlay, options.overrides)
+    config = load_config(companions.recipe, find_recipes(options.overlay), options.overrides)
     policy = load_policy(replace(config.model, path=options.model))
     service = Service(
         policy,
