@@ -1,1 +1,1 @@
-"""Contract suites for plug-ins: what an engine, objective or reward from outside must do to be exchangeable."""
+"""Contract suites for plug-ins: what an engine, objective, metric or reward from outside must do to be exchangeable."""

@@ -42,7 +42,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_sft_raises_the_probability_of_solutions_and_rolls_nothing_out(tmp_path: Path):
     trainer = Trainer(lab_config(tmp_path, "objective.name=sft", "train.steps=12", "train.prompts_per_step=8"))
     before = solution_logprob(trainer)
-    trainer.train()
+    assert trainer.train()["method"] == "SFT"
     assert solution_logprob(trainer) > before + 1.0
     records = read_lines(trainer.run_path / "metrics.jsonl")
     assert [r["tokens"] for r in records] == [0] * 12
