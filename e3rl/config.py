@@ -182,6 +182,7 @@ class TrainConfig:
     """The optimisation."""
 
     steps: int = setting(0, "optimisation steps; 0: as many as epochs give", min=0)
+    max_tokens: int = setting(0, "stop after this many generated tokens, erased ones included; 0: no limit", min=0)
     epochs: float = setting(2.0, "passes over the training problems where steps = 0", source=PAPER, above=0)
     prompts_per_step: int = setting(16, "prompts (groups) of one step (the paper's batch: 128)", min=1)
     num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
@@ -335,6 +336,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def lay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on ``base``. Options belong to the objective they were written for: another name starts without them."""
+    name = over.get("objective", {}).get("name") if isinstance(over.get("objective"), Mapping) else None
+    if name is not None and name != base.get("objective", {}).get("name", name):
+        base = {**base, "objective": {}}
+    return merge(base, over)
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """``section.field=value`` as nested tables. The value is TOML; what is not valid TOML is taken as a string."""
     path, equals, raw = text.partition("=")
@@ -352,9 +361,11 @@ def load_config(recipe: Path | None = None, overlays: Iterable[Path] = (), overr
     """The recipe, then each overlay, then the overrides, checked as a whole."""
     tables: dict[str, Any] = read_toml(recipe) if recipe else {}
     for overlay in overlays:
-        tables = merge(tables, read_toml(overlay))
+        tables = lay(tables, read_toml(overlay))
+    together: dict[str, Any] = {}
     for override in overrides:
-        tables = merge(tables, parse_override(override))
+        together = merge(together, parse_override(override))
+    tables = lay(tables, together)
     try:
         return build_config(tables)
     except UserError as error:

@@ -28,6 +28,17 @@ def test_a_recipe_is_overlaid_and_then_overridden(tmp_path: Path):
     assert config.rollout.erase is False
 
 
+def test_another_objective_does_not_inherit_the_options_of_the_one_it_replaces(tmp_path: Path):
+    recipe = tmp_path / "base.toml"
+    recipe.write_text("[objective]\nname = 'e3rl'\nerased = 'contrast'\n")
+    assert load_config(recipe, [], ["objective.kl_coef=0.5"]).objective.options == {
+        "erased": "contrast",
+        "kl_coef": 0.5,
+    }
+    changed = load_config(recipe, [], ["objective.kl_coef=0.5", "objective.name=grpo"]).objective
+    assert (changed.name, dict(changed.options)) == ("grpo", {"kl_coef": 0.5})
+
+
 def test_sections_can_be_written_alone():
     assert set(tomllib.loads(to_toml(Config(), sections=("rollout", "erasure")))) == {"rollout", "erasure"}
 

@@ -12,6 +12,7 @@ from e3rl.train.run_directory import continue_or_put_aside
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("--objective", metavar="NAME", help="short for objective.name=NAME")
     parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
     parser.add_argument(
         "--again", action="store_true", help="go on with an unfinished run; put a finished one aside and start anew"
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)
+    named = [f"objective.name={options.objective}"] if options.objective else []
+    config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
 
     resume = continue_or_put_aside(config) if options.again else options.resume
 

@@ -131,7 +131,7 @@ class Trainer:
                     self._evaluate()
                 if self._step == 0:
                     self._save()
-                while self._step < self.steps:
+                while not self._done():
                     self._one_step()
                 return self._finish()
         except Interrupted:
@@ -158,9 +158,9 @@ class Trainer:
         self._record(collected.all, lessons, step_record(
             self._step, self._stream.epochs, collected, lessons, update, seconds, self._tokens
         ))  # fmt: skip
-        if self._due(self.config.train.eval_steps) and self._step < self.steps:
+        if self._due(self.config.train.eval_steps) and not self._done():
             self._evaluate()
-        if self._due(self.config.train.save_steps) or self._step == self.steps:
+        if self._due(self.config.train.save_steps) or self._done():
             self._save()
         self._stop.check()
 
@@ -241,6 +241,10 @@ class Trainer:
         self._entropy_moments = entropy_moments(groups)
         self.directory.append("metrics.jsonl", record)
         self._tell("stepped", record)
+
+    def _done(self) -> bool:
+        budget = self.config.train.max_tokens
+        return self._step >= self.steps or 0 < budget <= self._tokens
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._step % every == 0

@@ -79,7 +79,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_it_promises(finished: Path):
     assert {p.name for p in finished.iterdir()} == {
-        "config.toml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "rollouts", "checkpoints", "model", "summary.json",
+        "config.toml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "rollouts", "checkpoints", "model",
+        "summary.json",
     }  # fmt: skip
     metrics = read_lines(finished / "metrics.jsonl")
     assert [r["step"] for r in metrics] == [1, 2, 3, 4]
@@ -168,6 +169,14 @@ def test_a_killed_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "summary.json").exists()
     subprocess.run([*command, "--resume"], check=True, env=environment, stdout=subprocess.DEVNULL)
     assert _outcome(tmp_path / "run") == _outcome(finished)
+
+
+def test_a_token_budget_ends_the_run_with_the_step_that_reaches_it(tmp_path: Path):
+    trainer = Trainer(_config(tmp_path, "train.max_tokens=500", "eval.limit=1", "eval.erasable=false"))
+    summary = trainer.train()
+    tokens = [r["tokens_total"] for r in read_lines(trainer.run_path / "metrics.jsonl")]
+    assert tokens[-1] >= 500 > tokens[-2]
+    assert summary["steps"] == len(tokens) < 4
 
 
 def test_a_reward_function_that_always_fails_stops_the_run_with_its_words(tmp_path: Path):
