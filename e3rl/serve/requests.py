@@ -128,15 +128,20 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _content(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
+    if _is_text(value):
+        return str(value)
     if isinstance(value, list) and all(_is_text_part(part) for part in value):
         return "".join(part["text"] for part in value)
     raise invalid(where, "must be a string, or a list of parts of type 'text'")
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return isinstance(part, dict) and part.get("type") == "text" and _is_text(part.get("text"))
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be encoded: JSON escapes can write half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -148,8 +153,8 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _prompt(value: Any) -> str | tuple[int, ...]:
-    if isinstance(value, str) and value:
-        return value
+    if _is_text(value) and value:
+        return str(value)
     if isinstance(value, list) and value and all(_is_token(i) for i in value):
         return tuple(value)
     raise invalid("prompt", "must be a text or a list of token ids, not empty, or a list of these")

@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
+        if not (length.isascii() and length.isdigit() and len(length) < 20):
             raise ApiError(411, "a Content-Length is required")
         if int(length) > MAX_BODY:
             self.rfile.read(min(int(length), 2 * MAX_BODY))  # or the client meets a reset instead of the answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -96,30 +97,37 @@ class Service:
 
     def pieces(self, running: Running, connected: Callable[[], bool]) -> Iterator[tuple[Choice, Piece]]:
         """Every committed segment with the sample it belongs to. Ending early for any reason frees the rows."""
+        looked = time.monotonic()
         try:
             while any(c.finish is None for c in running.choices):
-                index, event = self._next(running, connected)
-                if isinstance(event, Committed | Erased):
-                    choice = running.choices[index * running.request.n + event.sibling]
-                    if isinstance(event, Erased):
-                        choice.erased(event)
-                    elif piece := choice.committed(event):
-                        yield choice, piece
+                found = self._next(running)
+                if time.monotonic() - looked >= _SECONDS_BETWEEN_LOOKS:
+                    looked = time.monotonic()
+                    if not connected():
+                        raise Gone
+                if found is not None:
+                    yield from self._apply(running, *found)
         finally:
             running.cancelled.set()
             self._worker.wake()
 
-    def _next(self, running: Running, connected: Callable[[], bool]) -> tuple[int, Event]:
-        while True:
-            try:
-                message = running.outbox.get(timeout=_SECONDS_BETWEEN_LOOKS)
-            except Empty:
-                if not connected():
-                    raise Gone from None
-                continue
-            if isinstance(message, Failed):
-                raise message.error
-            return message
+    def _next(self, running: Running) -> tuple[int, Event] | None:
+        """The next event and the prompt it is about; None where there is none for a while."""
+        try:
+            message = running.outbox.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        except Empty:
+            return None
+        if isinstance(message, Failed):
+            raise message.error
+        return message
+
+    def _apply(self, running: Running, prompt: int, event: Event) -> Iterator[tuple[Choice, Piece]]:
+        if isinstance(event, Committed | Erased):
+            choice = running.choices[prompt * running.request.n + event.sibling]
+            if isinstance(event, Erased):
+                choice.erased(event)
+            elif piece := choice.committed(event):
+                yield choice, piece
 
     def _running(self, request: DecodingRequest, settings: Decoding, prompts: tuple[Prompt, ...]) -> Running:
         limit, tokenizer = settings.rollout.completion_limit, self.policy.tokenizer

@@ -69,6 +69,8 @@ class DecodingWorker:
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Queue the tickets of one request, all or none."""
+        if len(tickets) > self._queue_limit:
+            raise ApiError(400, f"{len(tickets)} prompts, and at most {self._queue_limit} groups may wait here")
         with self._changed:
             if self._stopping:
                 raise ApiError(503, "the server is stopping")

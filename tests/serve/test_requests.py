@@ -1,0 +1,95 @@
+"""Whatever JSON a client sends, reading it ends in a request or in an error with a status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e3rl.config import Config
+from e3rl.errors import UserError
+from e3rl.serve.errors import ApiError
+from e3rl.serve.requests import DecodingRequest, read_chat, read_text
+from e3rl.serve.settings import MAX_ERASURES, decoding
+from e3rl.types import Message
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type"]), inner),
+    max_leaves=6,
+)
+FIELDS = [
+    "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop", "stream",
+    "stream_options", "e3rl", "logprobs", "tools", "user", "other",
+]  # fmt: skip
+MESSAGE = st.fixed_dictionaries({"role": st.just("user"), "content": st.text(min_size=1, max_size=3)})
+EXTENSION = st.dictionaries(
+    st.sampled_from(["erase", "segment_length", "top_k", "max_erasures", "kappa0", "rho", "baseline", "return_erased"]),
+    st.booleans() | st.integers(-2, 40) | st.floats() | st.sampled_from(["group", "static"]),
+    max_size=4,
+)
+
+
+def _read(read: Callable[[Any], DecodingRequest], body: Any) -> DecodingRequest | ApiError:
+    try:
+        return read(body)
+    except ApiError as error:
+        return error
+
+
+@settings(max_examples=150)
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=5),
+    st.fixed_dictionaries({"messages": st.lists(MESSAGE)}),
+)
+def test_any_object_is_read_or_refused(fields: dict[str, Any], base: dict[str, Any]):
+    for read, body in (
+        (read_chat, {"model": "m", **base, **fields}),
+        (read_text, {"model": "m", "prompt": "1", **fields}),
+    ):
+        found = _read(read, body)
+        if isinstance(found, ApiError):
+            assert found.status == 400
+            assert found.message
+        else:
+            assert 1 <= found.n <= 128
+            assert found.prompts
+            assert found.temperature is None or 0 <= found.temperature <= 2
+
+
+@settings(max_examples=150)
+@given(
+    EXTENSION, st.none() | st.integers(1, 60), st.sampled_from([None, 0.0, 0.5]), st.integers(1, 3), st.integers(-5, 50)
+)
+def test_settings_of_a_request_stay_in_their_bounds(
+    extension: dict[str, Any], max_tokens: int | None, temperature: float | None, n: int, room: int
+):
+    request = DecodingRequest("m", ("1",), n=n, max_tokens=max_tokens, temperature=temperature, extension=extension)
+    try:
+        found = decoding(request, Config(), None, room=room)
+    except (ApiError, UserError):
+        return
+    assert 1 <= found.rollout.completion_limit <= room
+    assert found.rollout.completion_limit == min(room, max_tokens or found.rollout.completion_limit)
+    assert found.erasure.max_erasures <= MAX_ERASURES
+    assert found.rollout.num_generations == n
+    assert found.rollout.erase == (extension.get("erase", True) and temperature != 0)
+
+
+def test_content_in_parts_and_empty_fields_of_an_earlier_answer():
+    request = read_chat(
+        {
+            "model": "m",
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+1"}]},
+                {"role": "assistant", "content": "2", "refusal": None, "tool_calls": []},
+                {"role": "user", "content": "why?"},
+            ],
+            "max_completion_tokens": 5,
+            "max_tokens": 5,
+        }
+    )
+    assert request.prompts == ((Message("user", "1+1"), Message("assistant", "2"), Message("user", "why?")),)
+    assert request.max_tokens == 5
