@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +32,8 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """The last ``width`` values as bars between their smallest and largest."""
-    shown = values[-width:]
+    """The last ``width`` values as bars between their smallest and largest; what is no number is left out."""
+    shown = [v for v in values if math.isfinite(v)][-width:]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     span = (high - low) or 1.0
     return "".join(_BARS[round((v - low) / span * (len(_BARS) - 1))] for v in shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
 from e3rl.models import load_policy
 from e3rl.train.demonstrations import demonstration, solution
+from e3rl.train.display import LiveDisplay
 from e3rl.train.listeners import Silent
 from e3rl.train.metrics import METRICS
 from e3rl.train.run_directory import read_lines
@@ -40,9 +43,14 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_sft_raises_the_probability_of_solutions_and_rolls_nothing_out(tmp_path: Path):
-    trainer = Trainer(lab_config(tmp_path, "objective.name=sft", "train.steps=12", "train.prompts_per_step=8"))
+    config = lab_config(tmp_path, "objective.name=sft", "train.steps=12", "train.prompts_per_step=8")
+    display = LiveDisplay(Console(file=io.StringIO(), force_terminal=True))
+    trainer = Trainer(config, listeners=[display])
     before = solution_logprob(trainer)
-    assert trainer.train()["method"] == "SFT"
+    try:
+        assert trainer.train()["method"] == "SFT"
+    finally:
+        display.close()
     assert solution_logprob(trainer) > before + 1.0
     records = read_lines(trainer.run_path / "metrics.jsonl")
     assert [r["tokens"] for r in records] == [0] * 12
