@@ -24,7 +24,9 @@ def disk_full_is_a_sentence(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left on the disk while writing {path}; free some and continue the run") from error
+            raise UserError(
+                f"no space left on the disk while writing {path}; free some and continue the run"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path} can't be written: {error.strerror}") from error
         raise
