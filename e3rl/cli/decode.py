@@ -43,8 +43,6 @@ def _prompt(given: str | None) -> str:
 def run(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise UserError("--samples must be at least 1")
-    if options.html and options.samples > 1:
-        raise UserError("--html shows a single sample: leave out --samples")
 
     from rich.console import Console
 
@@ -76,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if options.html:
         from e3rl.report import write_token_view
 
-        write_token_view(Path(options.html), generations[0].trajectory, policy.tokenizer)
+        write_token_view(Path(options.html), [g.trajectory for g in generations], policy.tokenizer)
         print(f"page: {options.html}", file=sys.stderr)
     return 0
 
