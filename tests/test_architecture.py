@@ -73,5 +73,7 @@ def test_files_can_be_read_in_one_sitting(path: Path):
 
 @pytest.mark.parametrize("tool", ["equation_map.py", "run_directory_page.py", "objective_tables.py"])
 def test_pages_made_from_code_are_fresh(tool: str):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / tool), "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr

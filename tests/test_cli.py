@@ -140,7 +140,7 @@ def test_decode_plain_and_erasable_and_as_json(capsys: pytest.CaptureFixture[str
     assert main(["decode", "lab", "12+7-3:", "--plain", "--samples", "2", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["erasures"] for line in lines] == [[], []]
-    assert main(["decode", "lab", "--samples", "4", "erasure.kappa0=-1"]) == 0
+    assert main(["decode", "lab", "--samples", "4", "--overlay", "paper-uncertainty", "erasure.kappa0=-3"]) == 0
     out = capsys.readouterr().out
     assert "~~" in out
     assert "segments erased" in out

@@ -34,7 +34,9 @@ def run(*command: str, quiet: bool = False) -> bool:
 def check_python() -> None:
     if sys.version_info < OLDEST:
         found = platform.python_version()
-        stop(f"Python {'.'.join(map(str, OLDEST))} or newer is needed, this is {found}. Name another: make PYTHON=python3.12 …")
+        stop(
+            f"Python {'.'.join(map(str, OLDEST))} or newer is needed, this is {found}. Name another: make PYTHON=python3.12 …"
+        )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
