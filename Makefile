@@ -1,6 +1,8 @@
 # make demo     train the embedded model with E³RL, a few minutes on two cores
 # make test     the whole test suite
-# make check    what CI runs: style, types, tests
+# make test-peers    agreement with TRL by value, with a table of the largest differences
+# make test-browser  the report in a real browser
+# make check    style, types, tests
 .PHONY: help setup demo test check lint test-peers test-browser
 
 # the first of these that is new enough; or say make PYTHON=/path/to/python …
@@ -25,8 +27,17 @@ demo: setup
 	@.venv/bin/e3rl train demo --again
 
 test: python
-	@"$(PYTHON)" tools/setup.py test
+	@"$(PYTHON)" tools/setup.py test peers
 	.venv/bin/python -m pytest -n 2
+
+test-peers: python
+	@"$(PYTHON)" tools/setup.py test peers
+	.venv/bin/python -m pytest -s tests/peers
+
+test-browser: python
+	@"$(PYTHON)" tools/setup.py test browser
+	@command -v chromium >/dev/null || test -n "$(E3RL_BROWSER)" || { echo "a Chromium is needed: install one, or name it: make test-browser E3RL_BROWSER=/path/to/chromium" >&2; exit 2; }
+	.venv/bin/python -m pytest tests/browser
 
 lint: python
 	@"$(PYTHON)" tools/setup.py dev
