@@ -30,7 +30,7 @@ _POOL_SEED = 1  # other training problems than reinforcement learning sees first
 class Schedule:
     """How the shipped weights are made."""
 
-    steps: int = 600
+    steps: int = 750
     mixture: Mapping[str, int] = field(default_factory=lambda: {"lab:path:1-4": 64, "lab:chain:1-4": 32})
     """Problems of each name in every batch. Paths take longer to learn than chains, so there are more of them."""
     learning_rate: float = 2e-3
