@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from e3rl.cli import main
+from e3rl.cli.decode import LAB_PROBLEM
 from e3rl.config import Config
-from e3rl.lab.problems import generate
+from e3rl.lab.problems import generate, half
 
 TINY_RUN = [
     "data.train=lab:chain:1", "data.train_limit=4", "rollout.num_generations=2", "rollout.segment_length=6",
@@ -178,5 +179,6 @@ def test_the_command_line_answers_at_once_and_without_torch():
     assert done.stdout.split() == ["e3rl", "0.1.0", "False"]
 
 
-def test_the_lab_problem_shown_by_decode_is_a_held_out_one():
-    assert generate("chain", 3, "heldout", 1)[0].id.startswith("chain-3-heldout")
+def test_the_problem_that_decode_shows_is_held_out():
+    assert LAB_PROBLEM in {p.prompt for p in generate("chain", 3, "heldout", 256)}
+    assert half("chain", LAB_PROBLEM) == "heldout"

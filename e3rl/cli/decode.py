@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from e3rl.generation import Generation
 
 
+LAB_PROBLEM = "81-7+3+1-6-8:"
+"""What is asked where no prompt is given: a held-out problem of the embedded model's training level."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
     parser.add_argument(
@@ -31,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prompt(given: str | None) -> str:
-    if given == "-":
-        return sys.stdin.read().strip()
-    if given is not None:
-        return given
-    from e3rl.lab.problems import generate as lab_problems
-
-    return str(lab_problems("chain", 3, "heldout", 1)[0].prompt)
+    return sys.stdin.read().strip() if given == "-" else given or LAB_PROBLEM
 
 
 def run(options: argparse.Namespace) -> int:
