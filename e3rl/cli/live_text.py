@@ -60,6 +60,6 @@ class LiveText:
         erased = sum(g.trajectory.erased_tokens for g in generations)
         erasures = sum(g.erased for g in generations)
         cost = (
-            f"{erasures} segments erased, {erased} tokens redrawn for {committed} kept (r = {erased / committed:.3f})"
+            f"{erasures} segment{'' if erasures == 1 else 's'} erased, {erased} tokens redrawn for {committed} kept (r = {erased / committed:.3f})"
         )
         self._console.print(Text(cost, style="dim"))
