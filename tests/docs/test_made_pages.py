@@ -1,0 +1,33 @@
+"""Pages that tools write are those of the code as it is."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+
+def test_the_reference_is_fresh():
+    assert runpy.run_path(str(ROOT / "tools" / "reference_pages.py"))["main"](["--check"]) == 0
+
+
+def test_a_stale_reference_is_noticed(tmp_path, capsys: pytest.CaptureFixture[str]):
+    tool = runpy.run_path(str(ROOT / "tools" / "reference_pages.py"))
+    tool["main"].__globals__["REFERENCE"] = tmp_path
+    (tmp_path / "config.md").write_text(tool["config_page"]().replace("`kappa0`", "`kappa_0`"))
+    (tmp_path / "cli.md").write_text(tool["cli_page"]())
+    assert tool["main"](["--check"]) == 1
+    assert "stale (config.md)" in capsys.readouterr().err
+
+
+def test_the_traced_row_is_fresh():
+    assert runpy.run_path(str(ROOT / "tools" / "trace_row.py"))["main"](["--check"]) == 0
+
+
+def test_traces_are_the_same_up_to_the_last_digit():
+    same = runpy.run_path(str(ROOT / "tools" / "trace_row.py"))["same"]
+    assert same("U 0.257 > 0.132", "U 0.258 > 0.131")
+    assert not same("U 0.257 > 0.132", "U 0.267 > 0.132")
+    assert not same("U 0.257: erased", "U 0.257: committed")
