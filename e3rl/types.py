@@ -56,8 +56,8 @@ class Candidate:
 
     ``logprobs`` and ``entropies`` (nats) belong to the temperature-scaled distribution over the full vocabulary, before
     any truncation; ``perturbations`` are eq 5's log p(argmax) - log p(sampled) under it; ``kept_mass`` is the share of
-    that distribution which top-k/top-p left to sample from (1.0 without truncation). ``ended``: the last id is an
-    end-of-sequence token.
+    that distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more
+    than the tokens that were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token.
     """
 
     ids: tuple[int, ...]
@@ -65,6 +65,7 @@ class Candidate:
     entropies: tuple[float, ...]
     perturbations: tuple[float, ...]
     kept_mass: tuple[float, ...]
+    ranks: tuple[int, ...]
     ended: bool
 
 

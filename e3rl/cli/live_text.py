@@ -59,7 +59,6 @@ class LiveText:
         committed = sum(g.trajectory.committed_tokens for g in generations)
         erased = sum(g.trajectory.erased_tokens for g in generations)
         erasures = sum(g.erased for g in generations)
-        cost = (
-            f"{erasures} segment{'' if erasures == 1 else 's'} erased, {erased} tokens redrawn for {committed} kept (r = {erased / committed:.3f})"
-        )
+        ending, r = "" if erasures == 1 else "s", erased / committed
+        cost = f"{erasures} segment{ending} erased, {erased} tokens redrawn for {committed} kept (r = {r:.3f})"
         self._console.print(Text(cost, style="dim"))

@@ -143,6 +143,7 @@ def encode_candidate(row: Mapping[str, Any]) -> dict[str, Any]:
         "entropy": _rounded(row["entropies"]),
         "logprob": _rounded(row["logprobs"]),
         "perturbation": _rounded(row["perturbations"]),
+        "rank": row["ranks"],
         "u": _rounded([row[name] for name in _TERMS]) if judged else None,
         "theta": _rounded([row[name] for name in _FACTORS]) if judged else None,
         "attempt": row["attempt"],

@@ -79,7 +79,8 @@ def toy_candidate(entropies: Sequence[float] = (0.2, 1.5, 0.7), perturbation: fl
     """A candidate with these entropies."""
     size = len(entropies)
     logprobs, perturbations = tuple(-h for h in entropies), (perturbation,) * size
-    return Candidate(tuple(range(2, 2 + size)), logprobs, tuple(entropies), perturbations, (1.0,) * size, False)
+    ones, ranks = (1.0,) * size, (1,) * size
+    return Candidate(tuple(range(2, 2 + size)), logprobs, tuple(entropies), perturbations, ones, ranks, False)
 
 
 def check_metric_runs(name: str, metric: UncertaintyMetric) -> None:

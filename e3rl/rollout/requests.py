@@ -37,8 +37,9 @@ class Request:
 
     def candidate(self, eos_ids: Collection[int]) -> Candidate:
         """The finished candidate."""
-        logprobs, entropies, perturbations, kept_mass = zip(*self.measures, strict=True)
-        return Candidate(tuple(self.ids), logprobs, entropies, perturbations, kept_mass, self.ids[-1] in eos_ids)
+        logprobs, entropies, perturbations, kept_mass, ranks = zip(*self.measures, strict=True)
+        ended = self.ids[-1] in eos_ids
+        return Candidate(tuple(self.ids), logprobs, entropies, perturbations, kept_mass, ranks, ended)
 
 
 @dataclass(slots=True, eq=False)

@@ -29,6 +29,7 @@ class Measures(NamedTuple):
     entropy: float
     perturbation: float
     kept_mass: float
+    rank: int
 
 
 class Samples(NamedTuple):
@@ -39,10 +40,13 @@ class Samples(NamedTuple):
     entropies_S: Tensor
     perturbations_S: Tensor
     kept_mass_S: Tensor
+    ranks_S: Tensor
 
     def measures(self) -> list[Measures]:
         """Each row's numbers, off the device."""
-        return [Measures(*row) for row in torch.stack(self[1:], dim=1).tolist()]
+        floats_S4 = torch.stack(self[1:5], dim=1).tolist()
+        ranks = self.ranks_S.tolist()
+        return [Measures(p, h, e, mass, rank) for (p, h, e, mass), rank in zip(floats_S4, ranks, strict=True)]
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -110,13 +114,15 @@ def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples
             truncated_S = kept_mass_S.log() - (p_SV * logp_SV).sum(-1) / kept_mass_S
             entropies_S = torch.where(rows.truncated_entropy_S, truncated_S, entropies_S)
     ids_S = inverse_cdf(p_SV, uniforms_S)
-    logprobs_S = logp_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    logprobs_S1 = logp_SV.gather(1, ids_S.unsqueeze(1))
+    logprobs_S = logprobs_S1.squeeze(1)
     return Samples(
         ids_S=ids_S.masked_fill(sick_S, SICK),
         logprobs_S=logprobs_S,
         entropies_S=entropies_S.clamp(min=0.0),
         perturbations_S=logp_SV.amax(-1) - logprobs_S,
         kept_mass_S=kept_mass_S,
+        ranks_S=(logp_SV > logprobs_S1).sum(-1) + 1,
     )
 
 

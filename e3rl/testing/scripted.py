@@ -93,7 +93,9 @@ def scripted_candidate(draw: Draw, scripted: Scripted, tokens: int) -> Candidate
         ids[-1] = EOS
     perturbations = scripted.perturbations[:tokens] or (0.0,) * len(entropies)
     ones = (1.0,) * len(entropies)
-    return Candidate(tuple(ids), tuple(-h for h in entropies), entropies, perturbations, ones, ended)
+    return Candidate(
+        tuple(ids), tuple(-h for h in entropies), entropies, perturbations, ones, (1,) * len(entropies), ended
+    )
 
 
 class ScriptedEngine:

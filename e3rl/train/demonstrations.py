@@ -13,6 +13,8 @@ from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup,
 
 NOT_MEASURED = math.nan
 """No engine drew these tokens, so there is no log-probability, entropy or kept mass to report."""
+UNRANKED = 0
+"""Nor a rank; those of drawn tokens start at 1."""
 
 
 def demonstrations(prompts: Sequence[Prompt], policy: Policy, config: Config) -> dict[str, RewardedGroup]:
@@ -49,7 +51,9 @@ def solution(problem: Problem, config: Config) -> str:
 def token_trajectory(prompt: Prompt, ids: Sequence[int], measured: float = NOT_MEASURED) -> Trajectory:
     """A response of given tokens that no engine drew: one segment, nothing judged, ``measured`` in place of numbers."""
     blank = (measured,) * len(ids)
-    segment = Segment(0, Candidate(tuple(ids), blank, blank, blank, blank, ended=True), judgement=None)
+    segment = Segment(
+        0, Candidate(tuple(ids), blank, blank, blank, blank, (UNRANKED,) * len(ids), ended=True), judgement=None
+    )
     return Trajectory(prompt, 0, (segment,), (), "stop")
 
 

@@ -50,6 +50,9 @@ _CANDIDATE = [
     _field("logprobs", _FLOATS, "engine's log-probability of each token, temperature-scaled, untruncated"),
     _field("entropies", _FLOATS, "full-vocabulary entropy at each token, nats"),
     _field("perturbations", _FLOATS, "eq 5 at each token"),
+    _field(
+        "ranks", _INTS, "one more than the tokens that were likelier: 1 is the likeliest; 0 where nothing was drawn"
+    ),
     *_JUDGED,
 ]
 
@@ -110,6 +113,7 @@ def _candidate(
         "logprobs": candidate.logprobs,
         "entropies": candidate.entropies,
         "perturbations": candidate.perturbations,
+        "ranks": candidate.ranks,
         **_judged(judgement),
     }
 

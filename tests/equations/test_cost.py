@@ -53,7 +53,7 @@ def test_regeneration_ratio_of_a_trajectory() -> None:
     """Eq 31. The counts that a trajectory keeps: 2 tokens erased, 3 committed."""
 
     def candidate(*ids: int) -> Candidate:
-        return Candidate(ids, *[(0.0,) * len(ids)] * 4, ended=False)
+        return Candidate(ids, *[(0.0,) * len(ids)] * 4, (1,) * len(ids), ended=False)
 
     judgement = Judgement(Uncertainty(3, 3, 0, 0, 0, 3), Threshold(2, 2, 1, 1), 0, Verdict.ERASE)
     trajectory = Trajectory(

@@ -61,7 +61,9 @@ def candidate(draw: random.Random, ids: Sequence[int], heat: float = 1.0, ended:
     entropies = tuple(min(2.8, draw.expovariate(1.6) * heat) for _ in ids)
     perturbations = tuple(h * draw.random() * 0.8 if draw.random() < 0.3 else 0.0 for h in entropies)
     logprobs = tuple(-0.35 * h - e for h, e in zip(entropies, perturbations, strict=True))
-    return Candidate(tuple(ids), logprobs, entropies, perturbations, tuple(1.0 for _ in ids), ended)
+    return Candidate(
+        tuple(ids), logprobs, entropies, perturbations, tuple(1.0 for _ in ids), tuple(1 for _ in ids), ended
+    )
 
 
 def judged(made: Candidate, baseline: float, attempt: int, verdict: Verdict) -> Judgement:

@@ -16,6 +16,6 @@ def trajectory(
     **columns: Any,
 ) -> Trajectory:
     zeros = (0.0,) * tokens
-    candidate = Candidate(tuple(range(tokens)), zeros, zeros, zeros, (1.0,) * tokens, ended=True)
+    candidate = Candidate(tuple(range(tokens)), zeros, zeros, zeros, (1.0,) * tokens, (1,) * tokens, ended=True)
     problem = Problem(id, prompt, answer, columns)
     return Trajectory(Prompt(problem, (1, 2)), 0, (Segment(0, candidate, None),), (), "stop")

@@ -33,7 +33,7 @@ def test_measures_of_a_hand_worked_distribution():
     # p = 1/2, 1/4, 1/8, 1/8: H = 1.75 bits; token 2 has log p = -3 bits, two bits below the likeliest
     [measures] = run(HALVES[None], [Sampling()], [0.8]).measures()
     bits = math.log(2)
-    assert measures == pytest.approx((-3 * bits, 1.75 * bits, 2 * bits, 1.0), abs=1e-6)
+    assert measures == pytest.approx((-3 * bits, 1.75 * bits, 2 * bits, 1.0, 3), abs=1e-6)
 
 
 def test_temperature_scales_before_everything_else():
@@ -41,7 +41,7 @@ def test_temperature_scales_before_everything_else():
     [measures] = run(HALVES[None], [Sampling(temperature=0.5)], [0.9]).measures()
     p = [16 / 22, 4 / 22, 1 / 22, 1 / 22]
     entropy = -sum(x * math.log(x) for x in p)
-    assert measures == pytest.approx((math.log(4 / 22), entropy, math.log(4), 1.0), abs=1e-6)
+    assert measures == pytest.approx((math.log(4 / 22), entropy, math.log(4), 1.0, 2), abs=1e-6)
 
 
 def test_top_k_keeps_the_likeliest_and_measures_the_whole():
@@ -49,7 +49,7 @@ def test_top_k_keeps_the_likeliest_and_measures_the_whole():
     samples = run(HALVES.expand(3, 4), [sampling] * 3, [0.66, 0.67, 1 - 2**-53])
     assert samples.ids_S.tolist() == [0, 1, 1]  # 2/3 and 1/3 of what is left
     [first, *_] = samples.measures()
-    assert first == pytest.approx((math.log(0.5), 1.75 * math.log(2), 0.0, 0.75), abs=1e-6)
+    assert first == pytest.approx((math.log(0.5), 1.75 * math.log(2), 0.0, 0.75, 1), abs=1e-6)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
@@ -165,6 +165,8 @@ def test_every_row_follows_the_plain_reference(rows):
         entropy = -sum(p * math.log(p) for p in full if p > 0)
         assert samples.entropies_S[i].item() == pytest.approx(entropy, abs=1e-5)
         assert samples.perturbations_S[i].item() == pytest.approx(math.log(max(full) / full[token]), abs=1e-4)
+        likelier = [sum(p > full[token] * (1 + slack) for p in full) for slack in (-1e-4, 1e-4)]
+        assert likelier[1] <= samples.ranks_S[i].item() - 1 <= likelier[0]
         mass = sum(p for p, k in zip(full, kept, strict=True) if k > 0)
         assert samples.kept_mass_S[i].item() == pytest.approx(mass, abs=1e-5)
 

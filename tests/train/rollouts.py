@@ -28,7 +28,7 @@ def candidate(rng: Random, size: int, ended: bool = False) -> Candidate:
         return tuple(rng.uniform(low, high) for _ in range(size))
 
     ids = tuple(rng.randrange(2, VOCAB) for _ in range(size))
-    return Candidate(ids, numbers(-3, 0), numbers(0, 2), numbers(0, 1), (1.0,) * size, ended)
+    return Candidate(ids, numbers(-3, 0), numbers(0, 2), numbers(0, 1), (1.0,) * size, (1,) * size, ended)
 
 
 def judgement(verdict: Verdict, attempt: int, u: float = 1.0, theta: float = 2.0) -> Judgement:

@@ -36,6 +36,7 @@ const tooltip = {
   show(token, candidate, t) {
     const rows = [
       ["probability", candidate.logprob[t] === null ? "–" : number(Math.exp(candidate.logprob[t]))],
+      ["rank", candidate.rank[t] ? String(candidate.rank[t]) : "–"],
       ["entropy", number(candidate.entropy[t]) + " nats"],
       ["perturbation", number(candidate.perturbation[t]) + " nats"],
       ["advantage", signed(each(candidate.advantage, t))],
