@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from e3rl.config import Config, ErasureConfig, ModelConfig, RolloutConfig
+from e3rl.config import Config, ErasureConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from e3rl.data.prompts import render_prompts
 from e3rl.equations.policy import segment_sums
 from e3rl.lab.directories import lab_directory
@@ -34,6 +35,7 @@ one: Any = sys.modules[FILE.stem]
 
 SEED, STEP = 5, 2
 HOT = 2.0  # the embedded model is sure of itself: at 1 its siblings are alike, and their advantages cancel
+WINDOW = 7  # shorter than the responses, so that it matters
 WEIGHTS = {
     "paper": {},
     "perturbation": {"base_weight": 0.0, "gradient_weight": 0.0, "extremum_weight": 0.0, "perturbation_weight": 1.0},
@@ -82,7 +84,7 @@ def by_one_file(which: str) -> list[list[Any]]:
 
 
 def settings(which: str) -> Any:
-    return one.Settings(siblings=3, max_segments=4, temperature=HOT, **WEIGHTS[which])
+    return one.Settings(siblings=3, max_segments=4, temperature=HOT, attribution_window=WINDOW, **WEIGHTS[which])
 
 
 rollouts = functools.cache(lambda which: (by_library(which), by_one_file(which)))
@@ -115,9 +117,8 @@ def test_every_candidate_gets_the_same_verdict_for_the_same_reason(which: str):
 
 
 def learner() -> Learner:
-    whole = config()
-    own = copy.copy(policy())
-    object.__setattr__(own, "model", copy.deepcopy(policy().model))
+    whole = replace(config(), objective=ObjectiveConfig("e3rl", {"attribution_window": WINDOW}))
+    own = replace(policy(), model=copy.deepcopy(policy().model))
     return Learner(own, build(whole.objective), whole, updates=1)
 
 
