@@ -24,9 +24,10 @@ from typing import Any
 from e3rl.train.environment import environment
 
 PLAIN = ["rollout.erase=false"]
+SFT_TOKENS_PER_STEP = 16 * 45  # a demonstration a problem, of 45 tokens at the training level
 
 VARIANTS: dict[str, list[str]] = {
-    "vanilla": ["--objective", "vanilla", *PLAIN, "train.steps=1"],
+    "vanilla": ["--objective", "vanilla", *PLAIN],
     "grpo": ["--objective", "grpo", *PLAIN],
     "dr_grpo": ["--objective", "dr_grpo", *PLAIN],
     "dapo": ["--objective", "dapo", *PLAIN, "filter.name=nonzero_spread"],
@@ -46,13 +47,15 @@ VARIANTS: dict[str, list[str]] = {
 
 def run_one(name: str, seed: int, tokens: int, limit: int, directory: Path) -> dict[str, Any]:
     """Train one variant with one seed; returns its summary."""
-    steps = [] if "train.steps=1" in VARIANTS[name] else ["train.steps=100000"]
-    command = [sys.executable, "-m", "e3rl", "train", "demo", *VARIANTS[name], *steps, "train.warmup_ratio=0"]
+    summary_file = directory / f"{name}-{seed}" / "summary.json"
+    if summary_file.exists():  # of an earlier call with the same --runs
+        return dict(json.loads(summary_file.read_text(encoding="utf-8")))
+    steps = {"vanilla": 1, "sft": tokens // SFT_TOKENS_PER_STEP}.get(name, 100_000)
+    command = [sys.executable, "-m", "e3rl", "train", "demo", *VARIANTS[name], f"train.steps={steps}", "--again"]
     command += [f"run.name={name}-{seed}", f"run.output_dir={directory}", f"run.seed={seed}"]
-    command += [f"train.max_tokens={tokens}", f"eval.limit={limit}", "train.save_steps=0"]
+    command += [f"train.max_tokens={tokens}", f"eval.limit={limit}", "train.save_steps=0", "train.warmup_ratio=0"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    summary: dict[str, Any] = json.loads((directory / f"{name}-{seed}" / "summary.json").read_text(encoding="utf-8"))
-    return summary
+    return dict(json.loads(summary_file.read_text(encoding="utf-8")))
 
 
 def row(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -99,11 +102,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--limit", type=int, default=64, help="held-out problems")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and reuse those that are complete")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.only]
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(options.jobs) as pool:
-        runs = pool.map(lambda job: run_one(*job, options.tokens, options.limit, Path(directory)), jobs)
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
+        directory = options.runs or Path(temporary)
+        runs = pool.map(lambda job: run_one(*job, options.tokens, options.limit, directory), jobs)
         found = dict(zip(jobs, runs, strict=True))
     rows = {name: row([found[name, seed] for seed in range(options.seeds)]) for name in options.only}
     result = {"environment": environment(), "tokens": options.tokens, "problems": options.limit, "rows": rows}
