@@ -2,8 +2,9 @@
 # make test     the whole test suite
 # make test-peers    agreement with TRL by value, with a table of the largest differences
 # make test-browser  the report in a real browser
+# make docs     the documentation as a site in site/
 # make check    style, types, tests
-.PHONY: help setup demo test check lint test-peers test-browser
+.PHONY: help setup demo test check lint docs test-peers test-browser
 
 # the first of these that is new enough; or say make PYTHON=/path/to/python …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -44,5 +45,9 @@ lint: python
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: python
+	@"$(PYTHON)" tools/setup.py docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 check: lint test

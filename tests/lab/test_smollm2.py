@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.lab import smollm2
+from e3rl.rollout.companions import find_companions
+from e3rl.rollout.reference import measured_by
 
 
 @pytest.fixture
@@ -99,3 +102,11 @@ def test_neither_problems_nor_smollm2_import_torch() -> None:
     names = "e3rl.lab.smollm2, e3rl.lab.problems, e3rl.lab.reward, e3rl.lab.directories"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_its_decoding_settings_fit_its_reference_statistics():
+    companions = find_companions(str(smollm2.COMPANIONS))
+    config = load_config(companions.recipe)
+    assert companions.reference is not None
+    companions.reference.check(measured_by(config.rollout, config.erasure))
+    assert len(companions.reference.segments) == config.rollout.max_segments
