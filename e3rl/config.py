@@ -212,7 +212,7 @@ class TrainConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    limit: int = setting(0, "use only the first n held-out problems; 0: all", min=0)
+    limit: int = setting(0, "use only n held-out problems, evenly spread over all; 0: all", min=0)
     num_samples: int = setting(8, "samples of each problem, the k of Avg@k and Pass@k", min=1)
     temperature: float = setting(1.0, "sampling temperature", above=0)
     top_p: float = setting(1.0, "nucleus sampling", above=0, max=1)

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.cli.quiet import quiet_libraries
     from e3rl.data.loading import load_problems
     from e3rl.data.prompts import render_prompts
-    from e3rl.evaluate.evaluation import evaluate
+    from e3rl.evaluate.evaluation import evaluate, spread
     from e3rl.evaluate.tables import results_table
     from e3rl.files import write_json
     from e3rl.models import load_policy, resolve_model_path
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
     problems = load_problems(options.data, config=config.data, split="eval")
-    problems = problems[: config.eval.limit or None]
+    problems = spread(problems, config.eval.limit)
     policy = load_policy(replace(config.model, path=options.model))
     prompts = render_prompts(
         problems,

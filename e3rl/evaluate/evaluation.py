@@ -15,7 +15,7 @@ from e3rl.rollout.engine import Engine
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.rollout.scheduler import Scheduler, summarise
 from e3rl.train.metrics import mean
-from e3rl.types import Group, Prompt
+from e3rl.types import Group, Problem, Prompt
 
 SEED_OFFSET = 1_000_003
 """Evaluation draws from its own stream of random numbers, the same before and after training."""
@@ -51,6 +51,12 @@ class Evaluation:
             "erase_rate": stats.erase_rate,
             "r": stats.r,
         }
+
+
+def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
+    """``limit`` of the problems, evenly spread: data are often sorted by difficulty. 0 keeps all."""
+    count = min(limit or len(problems), len(problems))
+    return [problems[i * len(problems) // count] for i in range(count)]
 
 
 def evaluation_settings(config: Config, *, erase: bool) -> Config:

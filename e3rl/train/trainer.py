@@ -19,7 +19,7 @@ from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.data.stream import PromptStream
 from e3rl.errors import RunStopped, UserError
-from e3rl.evaluate.evaluation import evaluate
+from e3rl.evaluate.evaluation import evaluate, spread
 from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
@@ -113,8 +113,7 @@ class Trainer:
         train = load_problems(config.data.train, config=config.data, split="train")
         held_out = config.data.eval or (config.data.train if config.data.train.startswith("lab:") else "")
         evaluation = load_problems(held_out, config=config.data, split="eval") if held_out else []
-        if config.eval.limit:
-            evaluation = evaluation[: config.eval.limit]
+        evaluation = spread(evaluation, config.eval.limit)
         return tuple(render_prompts(p, tokenizer, config.data, **limits) for p in (train, evaluation))  # type: ignore[return-value]
 
     def _longest_prompt(self) -> int:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e3rl.evaluate.evaluation import spread
 from e3rl.evaluate.metrics import avg_at_k, bootstrap_interval, pass_at_k, pass_at_k_by_problem
+from e3rl.types import Problem
 
 TABLE = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=bool)
 
@@ -43,3 +45,10 @@ def test_the_interval_is_about_two_standard_errors_each_way():
     error = 0.5 / math.sqrt(400)
     assert low == pytest.approx(0.5 - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(0.5 + 1.96 * error, abs=0.3 * error)
+
+
+def test_a_limited_evaluation_sees_all_of_the_data():
+    problems = [Problem(str(i), "x") for i in range(10)]
+    assert [p.id for p in spread(problems, 4)] == ["0", "2", "5", "7"]
+    assert spread(problems, 0) == spread(problems, 10) == spread(problems, 99) == problems
+    assert spread([], 3) == []
