@@ -21,7 +21,7 @@ _DEFAULT_COLUMNS = {f.name: f.default for f in fields(DataConfig)}
 
 
 def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Problem]:
-    """The problems of a file, a directory, a hub dataset or a lab family (``lab:FAMILY[:LEVEL]``).
+    """The problems of a file, a directory, a hub dataset or lab families (``lab:FAMILY[:LEVEL]``, several joined by ``+``).
 
     ``split`` picks a lab family's half, names the split of a hub dataset through ``config``, and says whether
     ``config.train_limit`` applies; a file is taken whole.
@@ -78,6 +78,14 @@ def _check_named_columns(seen: dict[str, bool], any_rows: bool, source: str, con
 
 
 def _lab_problems(source: str, split: Split, limit: int) -> list[Problem]:
+    """The problems of one family, or of several (``lab:chain:3+lab:path:2``) among which the limit is divided evenly."""
     from e3rl.lab import problems as lab
 
-    return lab.load(source, "train" if split == "train" else "heldout", limit or None)
+    names = source.split("+")
+    if 0 < limit < len(names):
+        raise UserError(
+            f"data.train_limit = {limit} leaves nothing for some of {source}: it must be at least {len(names)}"
+        )
+    part: lab.Split = "train" if split == "train" else "heldout"
+    shares = [limit // len(names) + (i < limit % len(names)) or None for i in range(len(names))]
+    return [problem for name, share in zip(names, shares, strict=True) for problem in lab.load(name, part, share)]

@@ -314,3 +314,11 @@ def test_no_bytes_raise_anything_but_user_error(tmp_path: Path, extension: str, 
         problems = load(str(file))
         assert all(p.prompt and p.id for p in problems)
         assert len({p.id for p in problems}) == len(problems) > 0
+
+
+def test_lab_families_can_be_joined_and_share_the_limit():
+    joined = load("lab:chain:1+lab:path:1-2", DataConfig(train_limit=5))
+    assert [p.columns["family"] for p in joined] == ["chain"] * 3 + ["path"] * 2
+    assert joined[:3] == load("lab:chain:1", DataConfig(train_limit=3))
+    with pytest.raises(UserError, match="at least 2"):
+        load("lab:chain:1+lab:path:1", DataConfig(train_limit=1))
