@@ -17,7 +17,7 @@ FLOORS = [
     {"equations"},
     {"objectives", "rollout", "rewards", "data", "lab", "models"},
     {"train", "evaluate", "testing"},
-    {"report", "generation", "calibrate", "serve", "integrations"},
+    {"report", "generation", "calibrate", "diagnose", "serve", "integrations", "reproduce"},
     {"cli", "__main__"},
 ]
 """A module may import from its own floor and from those above it in this list."""
