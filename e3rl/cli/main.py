@@ -20,6 +20,7 @@ _COMMANDS = {
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
     "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
     "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its reference statistics"),
+    "diagnose": ("e3rl.cli.diagnose", "find out whether erasing can help a model on given problems"),
     "serve": ("e3rl.cli.serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
     "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
     "view": ("e3rl.cli.view", "serve the page of one or several runs"),
@@ -52,7 +53,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
-            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate", "serve") else None,
+            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate", "diagnose", "serve") else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:  # only the chosen command's module is imported

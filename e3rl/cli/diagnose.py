@@ -1,0 +1,68 @@
+"""`e3rl diagnose`: can erasing help this model on these problems? Measured, with a page, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from e3rl.cli.main import add_setting_arguments
+from e3rl.cli.recipes import find_recipe, find_recipes
+from e3rl.config import Config, RewardsConfig, load_config
+from e3rl.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
+    parser.add_argument("data", help="problems like those it will be used on: a file, a hub id or lab:FAMILY[:LEVEL]")
+    parser.add_argument("--problems", type=int, default=48, metavar="N", help="problems to look at (default 48)")
+    parser.add_argument("--retries", type=int, default=4, metavar="N", help="retries from each prefix (default 4)")
+    parser.add_argument("--output", type=Path, default=Path("diagnosis"), metavar="DIR", help="where page and JSON go")
+    parser.add_argument(
+        "--recipe", help="take the other settings from this recipe; default: those saved beside the model"
+    )
+    add_setting_arguments(parser)
+
+
+def _for_data(config: Config, data: str) -> Config:
+    """Lab problems are graded by the lab, unless another reward is asked for."""
+    if data.startswith("lab:") and config.rewards == RewardsConfig():
+        config = replace(config, rewards=replace(config.rewards, functions=("lab",)))
+    return replace(config, eval=replace(config.eval, num_samples=config.rollout.num_generations))
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.problems < 4 or options.retries < 1:
+        raise UserError("--problems must be at least 4, --retries at least 1")
+    from rich.console import Console
+
+    from e3rl.cli.quiet import quiet_libraries
+    from e3rl.diagnose.advice import advise
+    from e3rl.diagnose.diagnosis import diagnose
+    from e3rl.diagnose.page import write_diagnosis
+    from e3rl.diagnose.tables import decoding_table, signal_table
+    from e3rl.models import load_policy, resolve_model_path
+    from e3rl.rollout.companions import find_companions
+
+    quiet_libraries()
+    companions = find_companions(resolve_model_path(options.model))
+    recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
+    config = _for_data(load_config(recipe, find_recipes(options.overlay), options.overrides), options.data)
+    if config.rollout.num_generations < max(2, config.erasure.min_siblings):
+        raise UserError("a diagnosis compares samples of a problem: rollout.num_generations must be at least 2")
+    console = Console()
+    result = diagnose(
+        load_policy(replace(config.model, path=options.model)),
+        options.data,
+        config,
+        problems=options.problems,
+        retries=options.retries,
+        own_settings=recipe is not None,
+        report=lambda text: console.print(f"{text} …", highlight=False),
+    )
+    console.print(signal_table(result))
+    console.print(decoding_table(result))
+    for finding in advise(result):
+        console.print(f"• {finding.text}", highlight=False)
+    console.print(f"page: {write_diagnosis(options.output, result)}", soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,127 @@
+"""What the figures mean, in plain sentences. Pure: a diagnosis in, sentences out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from e3rl.diagnose.diagnosis import Diagnosis, Signal
+from e3rl.diagnose.statistics import Estimate
+from e3rl.report.health import Finding
+
+
+def _above(estimate: Estimate, line: float) -> bool:
+    return estimate.low is not None and estimate.low > line
+
+
+def _points(estimate: Estimate) -> str:
+    """A difference of accuracies in points, with its interval."""
+    assert estimate.value is not None
+    text = f"{100 * estimate.value:+.1f} points"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+def _share(estimate: Estimate) -> str:
+    assert estimate.value is not None
+    bounds = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.2f}–{estimate.high:.2f})"
+    return f"{estimate.value:.2f}{bounds}"
+
+
+def _named(diagnosis: Diagnosis, name: str) -> Signal:
+    return next(s for s in diagnosis.signals if s.name == name)
+
+
+def on_uncertainty(diagnosis: Diagnosis) -> Finding:
+    """Does the paper's U see mistakes, and can it tell a draw from its siblings?"""
+    u = _named(diagnosis, "U, paper")
+    if u.within.value is None:
+        return Finding("note", "No prefix had a right and a wrong draw, so nothing can be said of single draws.")
+    seen = f"AUROC {_share(u.overall)} over all segments" if u.overall.value is not None else "no segment is wrong"
+    if _above(u.within, 0.5):
+        return Finding("good", f"The paper's U tells a bad draw from its siblings: {_share(u.within)} ({seen}).")
+    return Finding(
+        "warn",
+        f"The paper's U can't tell a bad draw from its siblings: {_share(u.within)}, 0.5 is chance ({seen}). What it sees "
+        "is a hard prefix, and a retry starts from the same one.",
+    )
+
+
+def on_best_signal(diagnosis: Diagnosis) -> Finding | None:
+    """The signal that separates siblings best."""
+    usable = [s for s in diagnosis.signals if s.within.value is not None]
+    if not usable:
+        return None
+    best = max(usable, key=lambda s: s.within.value or 0.0)
+    if not _above(best.within, 0.5):
+        return Finding("warn", "No signal tells a bad draw from its siblings with any certainty.")
+    late = " It is known one segment late." if best.late else ""
+    return Finding("note", f"What tells siblings apart best is {best.name}: {_share(best.within)}.{late}")
+
+
+def on_retries(diagnosis: Diagnosis) -> Finding | None:
+    """Is drawing the most suspicious quarter again worth it?"""
+    known = [(g.signal, g.gains[-1]) for g in diagnosis.gains if g.gains[-1].value is not None]
+    if not known:
+        return None
+    name, best = max(known, key=lambda item: item[1].value or 0.0)
+    sentence = (
+        f"Drawing the quarter of segments with the largest {name} again changes their accuracy by {_points(best)}."
+    )
+    return Finding("good" if _above(best, 0.0) else "warn", sentence)
+
+
+def on_decoding(diagnosis: Diagnosis) -> Finding:
+    """Does erasing beat plain decoding at its best temperature?"""
+    fight = diagnosis.contest
+    plain, erasable = _either(fight.plain), _either(fight.erasable)
+    cost = f"{fight.tokens - 1:+.0%} tokens"
+    if _above(fight.avg, 0.0):
+        return Finding(
+            "good", f"Decode with {erasable}: {_points(fight.avg)} over {plain} on held-back problems, {cost}."
+        )
+    if _above(fight.passed, 0.0):
+        return Finding(
+            "good",
+            f"Where you take several samples, decode with {erasable}: one of them is right more often, {_points(fight.passed)} "
+            f"over {plain}, at equal average accuracy and {cost}.",
+        )
+    return Finding(
+        "warn",
+        f"Decode plainly ({plain}): the best erasable setting ({erasable}) changes Avg@{diagnosis.samples} by "
+        f"{_points(fight.avg)} and Pass@{diagnosis.samples} by {_points(fight.passed)} at {cost}.",
+    )
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(dict.fromkeys(names))
+
+
+def on_training(diagnosis: Diagnosis) -> Finding:
+    """Can a group-normalised objective learn here at all?"""
+    mixed = diagnosis.mixed_groups
+    if mixed >= 0.3:
+        return Finding(
+            "note", f"{mixed:.0%} of the groups hold right and wrong answers: reinforcement learning has a signal."
+        )
+    if (diagnosis.accuracy.value or 0.0) > 0.5:
+        return Finding(
+            "warn", f"Only {mixed:.0%} of the groups hold right and wrong answers: these problems are too easy."
+        )
+    return Finding(
+        "warn",
+        f"Only {mixed:.0%} of the groups hold right and wrong answers: most rollouts would teach nothing. Take easier "
+        "problems, more samples of each, or a stronger model.",
+    )
+
+
+def advise(diagnosis: Diagnosis) -> list[Finding]:
+    """All findings, the one that decides first."""
+    found = [
+        on_decoding(diagnosis),
+        on_uncertainty(diagnosis),
+        on_best_signal(diagnosis),
+        on_retries(diagnosis),
+        on_training(diagnosis),
+    ]
+    return [finding for finding in found if finding is not None]

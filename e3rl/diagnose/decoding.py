@@ -1,0 +1,161 @@
+"""Accuracy against tokens: plain decoding over temperatures, majority vote, and erasable decoding over settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from e3rl.config import Config, ErasureConfig
+from e3rl.diagnose.statistics import Estimate, mean_by_problem
+from e3rl.evaluate.evaluation import Evaluation, evaluate
+from e3rl.evaluate.metrics import avg_at_k, pass_at_k_by_problem
+from e3rl.rewards.answers import extract_answer
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engine import Engine
+from e3rl.types import Prompt
+
+Kind = Literal["plain", "majority", "erasable"]
+
+TEMPERATURES = (1.0, 0.8, 0.6, 0.3)
+_ONLY_EPS = {"base_weight": 0.0, "gradient_weight": 0.0, "extremum_weight": 0.0, "perturbation_weight": 1.0}
+ERASURES: Mapping[str, Mapping[str, Any]] = {
+    "U, paper, κ₀ = 1": {"kappa0": 1.0},
+    "U, paper, κ₀ = 2": {"kappa0": 2.0},
+    "U + ε, κ₀ = 1": {"kappa0": 1.0, "perturbation_weight": 1.0},
+    "ε, κ₀ = 0.5": {"kappa0": 0.5, **_ONLY_EPS},
+    "ε, κ₀ = 1": {"kappa0": 1.0, **_ONLY_EPS},
+}
+"""Erasure settings that are compared, beside what the model's own are."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One way to decode, measured. ``tokens``: generated for one answer, erased ones and all votes included."""
+
+    name: str
+    kind: Kind
+    temperature: float
+    tokens: float
+    avg: Estimate
+    passed: Estimate | None  # a vote gives one answer: nothing to pass with
+    correct_P: tuple[float, ...]
+    passed_P: tuple[float, ...]
+
+
+def _of(name: str, kind: Kind, temperature: float, tokens: float, correct_PK: np.ndarray) -> Decoding:
+    problems = np.arange(len(correct_PK))
+    avg_P = avg_at_k(correct_PK)
+    pass_P = pass_at_k_by_problem(correct_PK, correct_PK.shape[1])
+    return Decoding(
+        name,
+        kind,
+        temperature,
+        tokens,
+        mean_by_problem(avg_P, problems),
+        None if kind == "majority" else mean_by_problem(pass_P, problems),
+        tuple(avg_P),
+        tuple(pass_P),
+    )
+
+
+def majority(answers_PK: Sequence[Sequence[str]], correct_PK: np.ndarray) -> np.ndarray:
+    """Whether the commonest answer of each problem is right, [P, 1]; of equally common ones the earliest counts."""
+    chosen = [row.index(Counter(row).most_common(1)[0][0]) for row in map(list, answers_PK)]
+    return np.array([[correct_PK[p, k]] for p, k in enumerate(chosen)])
+
+
+def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: float) -> Iterator[Decoding]:
+    """Votes among the first 2, 4, … samples of a plain evaluation; two can't outvote each other."""
+    samples = evaluation.correct_PK.shape[1]
+    texts_PK = [
+        [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in g.trajectories] for g in evaluation.groups
+    ]
+    answers_PK = [[extract_answer(text) or text.strip() for text in row] for row in texts_PK]
+    for votes in sorted({min(4, samples), samples}):
+        if votes > 2:
+            right = majority([row[:votes] for row in answers_PK], evaluation.correct_PK)
+            yield _of(f"majority of {votes}, T = {temperature:g}", "majority", temperature, votes * tokens, right)
+
+
+def _best_temperature(found: Sequence[Decoding]) -> float:
+    return max((d for d in found if d.kind == "plain"), key=lambda d: d.avg.value or 0.0).temperature
+
+
+def compare(
+    engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, own: bool
+) -> list[Decoding]:
+    """Every way to decode on the same problems. ``own``: the config's erasure settings are one of them."""
+
+    def measured(name: str, kind: Kind, temperature: float, erasure: ErasureConfig) -> tuple[Decoding, Evaluation]:
+        sampling = replace(config.eval, temperature=temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k)
+        settings = replace(config, eval=sampling, erasure=erasure)
+        result = evaluate(engine, prompts, scorer, tokenizer, settings, erase=kind == "erasable")
+        tokens = result.record()["tokens"] / result.correct_PK.size
+        return _of(name, kind, temperature, tokens, result.correct_PK), result
+
+    found: list[Decoding] = []
+    for temperature in TEMPERATURES:
+        decoding, evaluation = measured(f"plain, T = {temperature:g}", "plain", temperature, config.erasure)
+        found.append(decoding)
+        if temperature in (max(TEMPERATURES), 0.6):
+            found += _votes(evaluation, tokenizer, temperature, decoding.tokens)
+    settings = {name: replace(config.erasure, **_weights(values)) for name, values in ERASURES.items()}
+    if own and config.erasure not in settings.values():
+        settings["the model's own settings"] = config.erasure
+    for name, erasure in settings.items():
+        found.append(measured(name, "erasable", 1.0, erasure)[0])
+    best = _best_temperature(found)
+    if best < 1:
+        name = "ε, κ₀ = 1"
+        found.append(measured(f"{name}, T = {best:g}", "erasable", best, settings[name])[0])
+    return found
+
+
+def _weights(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The named values on top of eq 13's default weights."""
+    default = ErasureConfig()
+    names = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_weight")
+    return {**{name: getattr(default, name) for name in names}, **values}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The best erasable decoding against the best plain one, each chosen on the half of the problems it is not shown on."""
+
+    plain: tuple[str, ...]
+    erasable: tuple[str, ...]
+    avg: Estimate  # erasable minus plain
+    passed: Estimate
+    tokens: float  # erasable over plain
+
+
+def contest(found: Sequence[Decoding]) -> Contest:
+    """Cross-fitted: chosen on even problems and compared on odd ones, and the other way round."""
+    problems = len(found[0].correct_P)
+    halves = [np.arange(problems) % 2 == 0, np.arange(problems) % 2 == 1]
+    avg, passed = np.zeros(problems), np.zeros(problems)
+    names: dict[str, list[str]] = {"plain": [], "erasable": []}
+    ratios = []
+    for shown, other in (halves, halves[::-1]):
+        best = {kind: _best([d for d in found if d.kind == kind], other) for kind in names}
+        for kind, decoding in best.items():
+            names[kind].append(decoding.name)
+        avg[shown] = (np.array(best["erasable"].correct_P) - np.array(best["plain"].correct_P))[shown]
+        passed[shown] = (np.array(best["erasable"].passed_P) - np.array(best["plain"].passed_P))[shown]
+        ratios.append(best["erasable"].tokens / best["plain"].tokens)
+    index = np.arange(problems)
+    return Contest(
+        tuple(names["plain"]),
+        tuple(names["erasable"]),
+        mean_by_problem(avg, index),
+        mean_by_problem(passed, index),
+        sum(ratios) / len(ratios),
+    )
+
+
+def _best(candidates: Sequence[Decoding], where: np.ndarray) -> Decoding:
+    return max(candidates, key=lambda d: float(np.array(d.correct_P)[where].mean()))

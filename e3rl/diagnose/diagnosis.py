@@ -1,0 +1,174 @@
+"""The whole diagnosis of a model on problems: signals, retries, decoding, and what follows from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from e3rl.config import Config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.diagnose.decoding import Contest, Decoding, compare, contest
+from e3rl.diagnose.labels import knows_steps, require_rewards
+from e3rl.diagnose.sampling import First, Fork, Observation, choose_forks, firsts, retry, roll_out
+from e3rl.diagnose.signals import LATE, SIGNALS
+from e3rl.diagnose.statistics import UNKNOWN, Estimate, mean_by_problem, overall_auroc, within_prefix_auroc
+from e3rl.errors import UserError
+from e3rl.evaluate.evaluation import spread
+from e3rl.models import Policy
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engines import build_engine
+
+QUANTILES = 4
+RETRY_SIGNALS = ("U, paper", "ε, mean", "cross-entropy")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """How well a signal finds wrong segments: among all, and among draws from the same prefix."""
+
+    name: str
+    meaning: str
+    late: bool
+    overall: Estimate
+    within: Estimate
+
+
+@dataclass(frozen=True)
+class RetryGain:
+    """P(right | retry) − P(right | first) where a signal lies in one of its quantiles, from calm to suspicious."""
+
+    signal: str
+    gains: tuple[Estimate, ...]
+    edges: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was measured. ``by_steps``: segments were judged by their own steps, not by the final answer."""
+
+    model: str
+    data: str
+    problems: int
+    samples: int
+    retries: int
+    segment_length: int
+    by_steps: bool
+    accuracy: Estimate
+    mixed_groups: float  # share of groups with right and wrong answers: what a group-normalised objective learns from
+    signals: tuple[Signal, ...]
+    gains: tuple[RetryGain, ...]
+    decodings: tuple[Decoding, ...]
+    contest: Contest
+    seconds: float
+
+    def to_tables(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def assess_signals(every: Sequence[Observation], siblings: Sequence[Observation]) -> tuple[Signal, ...]:
+    """Every signal against every label: ``siblings`` are the observations whose prefix others share."""
+    return tuple(
+        Signal(name, meaning, name in LATE, _overall(every, name), _within(siblings, name))
+        for name, meaning in SIGNALS.items()
+    )
+
+
+def _overall(observations: Sequence[Observation], name: str) -> Estimate:
+    known = [o for o in observations if name in o.signals]
+    scores, wrong = np.array([o.signals[name] for o in known]), np.array([o.wrong for o in known], dtype=bool)
+    return overall_auroc(scores, wrong, np.array([o.problem for o in known])) if known else UNKNOWN
+
+
+def _within(observations: Sequence[Observation], name: str) -> Estimate:
+    known = [o for o in observations if name in o.signals]
+    scores, wrong = np.array([o.signals[name] for o in known]), np.array([o.wrong for o in known], dtype=bool)
+    prefix, problem = np.array([o.prefix for o in known]), np.array([o.problem for o in known])
+    return within_prefix_auroc(scores, wrong, prefix, problem) if known else UNKNOWN
+
+
+def assess_retries(forks: Sequence[Fork]) -> tuple[RetryGain, ...]:
+    """What drawing a segment again was worth, by quantile of what was known when it was judged."""
+    gain = np.array([f.retries_right - f.first_right for f in forks])
+    problem = np.array([f.problem for f in forks])
+    found = []
+    for name in RETRY_SIGNALS:
+        values = np.array([f.signals[name] for f in forks])
+        edges = np.quantile(values, np.linspace(0, 1, QUANTILES + 1)[1:-1])
+        quantile = np.searchsorted(edges, values)
+        gains = tuple(mean_by_problem(gain[quantile == q], problem[quantile == q]) for q in range(QUANTILES))
+        found.append(RetryGain(name, gains, tuple(float(e) for e in edges)))
+    return tuple(found)
+
+
+def observations_of(samples: Sequence[First]) -> tuple[list[Observation], list[Observation]]:
+    """All judged segments of the first samples, and those of them that siblings share a prefix with: the first ones."""
+    every = [
+        Observation(first.trajectory.prompt.problem.id, "", signals, wrong)
+        for first in samples
+        for signals, wrong in zip(first.signals_N, first.wrong_N, strict=False)
+    ]
+    starts = [
+        Observation(o.trajectory.prompt.problem.id, o.trajectory.prompt.problem.id, o.signals_N[0], o.wrong_N[0])
+        for o in samples
+    ]
+    return every, starts
+
+
+def diagnose(
+    policy: Policy,
+    data: str,
+    config: Config,
+    *,
+    problems: int,
+    retries: int,
+    own_settings: bool,
+    report: Callable[[str], None] = lambda text: None,
+) -> Diagnosis:
+    """Measure everything on ``problems`` problems of ``data``, each sampled ``eval.num_samples`` times."""
+    began = time.perf_counter()
+    chosen = spread(load_problems(data, config=config.data, split="eval"), problems)
+    if len(chosen) < 4:
+        raise UserError(f"{data} gives {len(chosen)} problems: a diagnosis with intervals needs at least 4")
+    limit = config.rollout.completion_limit
+    prompts = render_prompts(
+        chosen, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
+    )
+    by_steps = knows_steps(chosen)
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+    with Scorer(config.rewards, max_completion_length=limit) as scorer:
+        report(f"{len(prompts)} problems × {config.rollout.num_generations} samples")
+        groups = roll_out(engine, prompts, config)
+        samples, graded = firsts(groups, scorer, policy.tokenizer, by_steps)
+        require_rewards(graded)
+        report(f"{len(samples)} prefixes × {retries} retries")
+        forks, siblings = retry(
+            engine, scorer, policy.tokenizer, config, choose_forks(samples, config.run.seed), retries, by_steps
+        )
+        report("decoding: plain, votes, erasable")
+        decodings = compare(engine, prompts, scorer, policy.tokenizer, config, own_settings)
+    every, starts = observations_of(samples)
+    right = np.array([f.right for f in samples], dtype=float)
+    names = [f.trajectory.prompt.problem.id for f in samples]
+    mixed = [len({r for r, name in zip(right, names, strict=True) if name == p.problem.id}) > 1 for p in prompts]
+    return Diagnosis(
+        model=policy.source,
+        data=data,
+        problems=len(prompts),
+        samples=config.rollout.num_generations,
+        retries=retries,
+        segment_length=config.rollout.segment_length,
+        by_steps=by_steps,
+        accuracy=mean_by_problem(right, np.array(names)),
+        mixed_groups=sum(mixed) / len(mixed),
+        signals=assess_signals(every, [*starts, *siblings]),
+        gains=assess_retries(forks),
+        decodings=tuple(decodings),
+        contest=contest(decodings),
+        seconds=time.perf_counter() - began,
+    )

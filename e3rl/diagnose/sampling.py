@@ -1,0 +1,169 @@
+"""The rollouts that a diagnosis looks at: plain first samples, and retries from prefixes that they went through.
+
+A retry goes on to the end of its response, since only then is it known whether it was right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from e3rl.config import Config
+from e3rl.diagnose.labels import labels, segment_ends
+from e3rl.diagnose.signals import measure
+from e3rl.equations.uncertainty import segment_entropy
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engine import Engine
+from e3rl.rollout.moments import Moments
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.types import Group, Prompt, Segment, Trajectory
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One judged segment: its signals, and whether it is wrong. Draws with the same ``prefix`` are siblings."""
+
+    problem: str
+    prefix: str
+    signals: dict[str, float]
+    wrong: bool
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A segment of a first sample that was drawn again: was its response right, and how often were the retries?"""
+
+    problem: str
+    signals: dict[str, float]
+    first_right: bool
+    retries_right: float
+
+
+@dataclass(frozen=True)
+class First:
+    """A plain sample with everything known about it."""
+
+    trajectory: Trajectory
+    right: bool
+    wrong_N: tuple[bool, ...]  # may be shorter than the segments: what follows the first wrong one can't be judged
+    signals_N: tuple[dict[str, float], ...]
+
+
+def roll_out(engine: Engine, prompts: Sequence[Prompt], config: Config) -> list[Group]:
+    """Plain rollouts, in the prompts' order."""
+    scheduler = Scheduler(engine, replace(config.rollout, erase=False), config.erasure, seed=config.run.seed)
+    found = {g.prompt.problem.id: g for g in scheduler.run(prompts, step=0, policy_version=0)}
+    return [found[p.problem.id] for p in prompts]
+
+
+def grade(scorer: Scorer, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[bool | None]:
+    """Whether each response's final answer is right, by the first reward function; None where it can't be graded."""
+    values = [next(iter(r.parts.values()), None) for r in scorer.score(trajectories, texts)]
+    return [None if value is None else value >= 1 for value in values]
+
+
+def segment_signals(
+    segments: Sequence[Segment], earlier: Sequence[Segment], reference: Moments
+) -> Iterator[dict[str, float]]:
+    """Signals of consecutive segments that follow the ``earlier`` ones."""
+    means = [_mean_entropy(s) for s in (*earlier, *segments)]
+    for n, segment in enumerate(segments):
+        following = segments[n + 1].candidate if n + 1 < len(segments) else None
+        yield measure(segment.candidate, means[: len(earlier) + n], reference, following)
+
+
+def _mean_entropy(segment: Segment) -> float:
+    from torch import tensor
+
+    return float(segment_entropy(tensor(segment.candidate.entropies)))
+
+
+def group_entropies(group: Group) -> Moments:
+    """D3 'group', over all segments of the group."""
+    moments = Moments()
+    for trajectory in group.trajectories:
+        moments = moments.merged(Moments.of(trajectory.entropies))
+    return moments
+
+
+def firsts(groups: Sequence[Group], scorer: Scorer, tokenizer: Any, by_steps: bool) -> tuple[list[First], list[bool]]:
+    """The graded samples of plain groups, and for every sample whether it could be graded."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    references = [group_entropies(g) for g in groups for _ in g.trajectories]
+    texts = [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
+    rights = grade(scorer, trajectories, texts)
+    found = []
+    for trajectory, reference, text, right in zip(trajectories, references, texts, rights, strict=True):
+        if right is None:
+            continue
+        ends = segment_ends(trajectory.segments, tokenizer)
+        wrong_N = labels(trajectory.prompt.problem, text, ends, right, by_steps)
+        signals_N = tuple(segment_signals(trajectory.segments, (), reference))
+        found.append(First(trajectory, right, tuple(wrong_N), signals_N))
+    return found, [right is not None for right in rights]
+
+
+def choose_forks(samples: Sequence[First], seed: int) -> list[tuple[First, int]]:
+    """One random judged segment of every sample."""
+    rng = Random(f"forks/{seed}")
+    return [(first, rng.randrange(len(first.wrong_N))) for first in samples]
+
+
+def _prefix_prompt(first: First, n: int) -> Prompt:
+    trajectory = first.trajectory
+    problem = trajectory.prompt.problem
+    committed = tuple(i for s in trajectory.segments[:n] for i in s.candidate.ids)
+    return Prompt(replace(problem, id=f"{problem.id}/{trajectory.sibling}/{n}"), trajectory.prompt.ids + committed)
+
+
+def retry(
+    engine: Engine,
+    scorer: Scorer,
+    tokenizer: Any,
+    config: Config,
+    chosen: Sequence[tuple[First, int]],
+    retries: int,
+    by_steps: bool,
+) -> tuple[list[Fork], list[Observation]]:
+    """Draw the chosen segments again ``retries`` times, to the end of the response.
+
+    The observations are the first segments of all draws from each prefix, the original's included.
+    """
+    forks: list[Fork] = []
+    observations: list[Observation] = []
+    for n in sorted({n for _, n in chosen}):
+        here = [first for first, at in chosen if at == n]
+        rest = config.rollout.completion_limit - n * config.rollout.segment_length
+        rollout = replace(config.rollout, num_generations=retries, max_completion_length=rest)
+        groups = roll_out(engine, [_prefix_prompt(f, n) for f in here], replace(config, rollout=rollout))
+        for first, group in zip(here, groups, strict=True):
+            fork, seen = _compare(scorer, tokenizer, first, n, group, by_steps)
+            forks.append(fork)
+            observations += seen
+    return forks, observations
+
+
+def _compare(
+    scorer: Scorer, tokenizer: Any, first: First, n: int, group: Group, by_steps: bool
+) -> tuple[Fork, list[Observation]]:
+    """One fork and what was seen at it."""
+    original, problem = first.trajectory, first.trajectory.prompt.problem
+    earlier = original.segments[:n]
+    prefix = [i for s in earlier for i in s.candidate.ids]
+    texts = [tokenizer.decode([*prefix, *t.ids], skip_special_tokens=True) for t in group.trajectories]
+    rights = [right or False for right in grade(scorer, group.trajectories, texts)]
+    reference = Moments()
+    for segment in original.segments:
+        reference = reference.merged(Moments.of(segment.candidate.entropies))
+    key = group.prompt.problem.id
+    seen = [Observation(problem.id, key, first.signals_N[n], first.wrong_N[n])]
+    for trajectory, text, right in zip(group.trajectories, texts, rights, strict=True):
+        ends = segment_ends([*earlier, *trajectory.segments], tokenizer)
+        wrong_N = labels(problem, text, ends, right, by_steps)
+        if len(wrong_N) > n:
+            signals = next(segment_signals(trajectory.segments, earlier, reference))
+            seen.append(Observation(problem.id, key, signals, wrong_N[n]))
+    fork = Fork(problem.id, first.signals_N[n], first.right, sum(rights) / len(rights))
+    return fork, seen

@@ -1,0 +1,60 @@
+"""What can be said of a segment when it is judged: each term of U, what U leaves out, and combinations.
+
+The larger a signal, the more suspicious the segment. Late signals look at the segment that follows (eq 11 read on both
+sides): they are known only after a further segment was generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from e3rl.config import ErasureConfig
+from e3rl.rollout.metric import e3rl_uncertainty
+from e3rl.rollout.moments import Moments
+from e3rl.types import Candidate
+
+PAPER = ErasureConfig()
+_UNIT = replace(PAPER, base_weight=1.0, gradient_weight=1.0, extremum_weight=1.0, perturbation_weight=1.0)
+
+SIGNALS: Mapping[str, str] = {
+    "entropy": "smoothed mean entropy (eq 11): U's base term",
+    "entropy step": "mean step of the entropy (eq 12): U's gradient term",
+    "entropy peak": "largest entropy against the group's (eq 13): U's extremum term",
+    "U, paper": "eq 13 with the default weights, without ε",
+    "ε, mean": "mean perturbation (eq 5), which the paper's U leaves out",
+    "ε, largest": "largest perturbation in the segment",
+    "cross-entropy": "mean of −log p of the sampled tokens",
+    "surprise": "cross-entropy minus entropy: ε's sibling without the argmax",
+    "U + ε": "eq 13 with the perturbation at weight 1",
+    "entropy after": "mean entropy of the next segment (late)",
+    "ε after": "mean perturbation of the next segment (late)",
+}
+LATE = frozenset({"entropy after", "ε after"})
+
+
+def measure(
+    candidate: Candidate, history: Sequence[float], reference: Moments, following: Candidate | None
+) -> dict[str, float]:
+    """Every signal of a candidate behind segments whose mean entropies are ``history``; late ones where they exist."""
+    u = e3rl_uncertainty(candidate, history, reference, _UNIT)
+    paper = u.base + PAPER.gradient_weight * u.gradient + PAPER.extremum_weight * u.extremum
+    cross_entropy = -_mean(candidate.logprobs)
+    found = {
+        "entropy": u.base,
+        "entropy step": u.gradient,
+        "entropy peak": u.extremum,
+        "U, paper": paper,
+        "ε, mean": u.perturbation,
+        "ε, largest": max(candidate.perturbations),
+        "cross-entropy": cross_entropy,
+        "surprise": cross_entropy - _mean(candidate.entropies),
+        "U + ε": paper + u.perturbation,
+    }
+    if following is not None:
+        found |= {"entropy after": _mean(following.entropies), "ε after": _mean(following.perturbations)}
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,97 @@
+"""How well a number tells wrong from right, overall and among draws from the same prefix, with intervals over problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure with its 95 % bootstrap interval over problems. ``count`` observations (or pairs) are behind it."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+
+UNKNOWN = Estimate(None, None, None, 0)
+
+
+def auroc(scores: np.ndarray, wrong: np.ndarray) -> float:
+    """Chance that a wrong one scores above a right one, ties counted half; NaN where either kind is missing."""
+    bad, good = int(wrong.sum()), int((~wrong).sum())
+    if not bad or not good:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    upto = np.cumsum(counts)
+    ranks = (upto - (counts - 1) / 2)[inverse]  # mean rank of equal scores
+    return float((ranks[wrong].sum() - bad * (bad + 1) / 2) / (bad * good))
+
+
+def wins_and_pairs(scores: np.ndarray, wrong: np.ndarray) -> tuple[float, int]:
+    """Among draws from one prefix: wrong-right pairs where the wrong one scores higher (ties half), and all such pairs."""
+    bad, good = scores[wrong], scores[~wrong]
+    difference = bad[:, None] - good[None, :]
+    return float((difference > 0).sum() + 0.5 * (difference == 0).sum()), difference.size
+
+
+def _resampled(problems: int, seed: int) -> np.ndarray:
+    """Problems drawn with replacement, [resamples, P]."""
+    return np.random.Generator(np.random.Philox(seed)).integers(0, problems, (RESAMPLES, problems))
+
+
+def _interval(values: Sequence[float] | np.ndarray) -> tuple[float | None, float | None]:
+    finite = np.asarray(values)[np.isfinite(values)]
+    if len(finite) < RESAMPLES // 2:
+        return None, None
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def overall_auroc(scores: np.ndarray, wrong: np.ndarray, problem: np.ndarray, seed: int = 0) -> Estimate:
+    """AUROC over all observations; the interval resamples whole problems."""
+    value = auroc(scores, wrong)
+    if np.isnan(value):
+        return UNKNOWN
+    names = np.unique(problem)
+    members = [np.flatnonzero(problem == name) for name in names]
+    chosen = [np.concatenate([members[i] for i in row]) for row in _resampled(len(names), seed)]
+    low, high = _interval([auroc(scores[index], wrong[index]) for index in chosen])
+    return Estimate(value, low, high, len(scores))
+
+
+def within_prefix_auroc(
+    scores: np.ndarray, wrong: np.ndarray, prefix: np.ndarray, problem: np.ndarray, seed: int = 0
+) -> Estimate:
+    """Share of wrong-right pairs from the same prefix that the score puts in order."""
+    wins, pairs = dict.fromkeys(np.unique(problem), 0.0), dict.fromkeys(np.unique(problem), 0)
+    for name in np.unique(prefix):
+        index = np.flatnonzero(prefix == name)
+        won, compared = wins_and_pairs(scores[index], wrong[index])
+        wins[problem[index[0]]] += won
+        pairs[problem[index[0]]] += compared
+    wins_P, pairs_P = np.array(list(wins.values())), np.array(list(pairs.values()))
+    if not pairs_P.sum():
+        return UNKNOWN
+    rows = _resampled(len(wins_P), seed)
+    with np.errstate(invalid="ignore"):
+        low, high = _interval(wins_P[rows].sum(axis=1) / pairs_P[rows].sum(axis=1))
+    return Estimate(float(wins_P.sum() / pairs_P.sum()), low, high, int(pairs_P.sum()))
+
+
+def mean_by_problem(values: np.ndarray, problem: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean over all values; the interval resamples whole problems."""
+    if not len(values):
+        return UNKNOWN
+    names, inverse = np.unique(problem, return_inverse=True)
+    sums_P = np.bincount(inverse, values, len(names))
+    counts_P = np.bincount(inverse, minlength=len(names))
+    rows = _resampled(len(names), seed)
+    low, high = _interval(sums_P[rows].sum(axis=1) / counts_P[rows].sum(axis=1))
+    return Estimate(float(values.mean()), low, high, len(values))

@@ -1,0 +1,35 @@
+"""Votes and the cross-fitted contest, by hand."""
+
+import numpy as np
+import pytest
+
+from e3rl.diagnose.decoding import Decoding, contest, majority
+from e3rl.diagnose.statistics import UNKNOWN
+
+
+def decoding(name, kind, correct, tokens=10.0, passed=None):
+    return Decoding(name, kind, 1.0, tokens, UNKNOWN, UNKNOWN, tuple(correct), tuple(passed or correct))
+
+
+def test_the_commonest_answer_wins_and_of_equals_the_first():
+    answers = [["4", "7", "7"], ["1", "2", "1"], ["5", "6", "8"]]
+    correct = np.array([[True, False, False], [True, False, True], [False, True, False]])
+    assert majority(answers, correct).tolist() == [[False], [True], [False]]
+
+
+def test_the_contest_chooses_on_the_other_half():
+    """Each setting shines on one half. Chosen there and shown on the other, it does not."""
+    even, odd = decoding("even", "erasable", [1, 0, 1, 0], 30.0), decoding("odd", "erasable", [0, 1, 0, 1], 20.0)
+    plain = decoding("plain", "plain", [0.5, 0.5, 0.5, 0.5])
+    fight = contest([plain, even, odd])
+    assert fight.erasable == ("odd", "even")  # shown on even problems, then on odd ones
+    assert fight.avg.value == -0.5
+    assert fight.tokens == pytest.approx(2.5)
+
+
+def test_the_contest_is_between_erasable_and_plain_alone():
+    vote = decoding("vote", "majority", [1, 1, 1, 1])
+    plain, erasable = decoding("plain", "plain", [0, 1, 0, 1]), decoding("erasable", "erasable", [1, 1, 0, 1])
+    fight = contest([plain, vote, erasable])
+    assert fight.plain == ("plain", "plain")
+    assert fight.avg.value == 0.25

@@ -1,0 +1,125 @@
+"""The whole diagnosis on the embedded model, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from e3rl.cli.main import main
+from e3rl.diagnose.advice import advise, on_decoding, on_training, on_uncertainty
+from e3rl.diagnose.decoding import Contest
+from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
+from e3rl.diagnose.sampling import Fork
+from e3rl.diagnose.signals import PAPER, SIGNALS, measure
+from e3rl.diagnose.statistics import UNKNOWN, Estimate
+from e3rl.rollout.metric import e3rl_uncertainty
+from e3rl.rollout.moments import Moments
+from e3rl.types import Candidate
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("diagnosis")
+    settings = ["rollout.num_generations=4", "rollout.max_rows=64", "rollout.cache_rows=64"]
+    arguments = ["diagnose", "lab", "lab:chain:2", "--problems", "8", "--retries", "2", "--recipe", "demo"]
+    assert main([*arguments, "--output", str(directory), *settings]) == 0
+    return directory
+
+
+def test_everything_is_measured(written: Path):
+    found = json.loads((written / "diagnosis.json").read_text(encoding="utf-8"))
+    assert found["by_steps"] is True
+    assert [s["name"] for s in found["signals"]] == list(SIGNALS)
+    assert all(0 <= s["overall"]["value"] <= 1 for s in found["signals"])
+    kinds = [d["kind"] for d in found["decodings"]]
+    assert kinds.count("plain") == 4
+    assert {"majority", "erasable"} <= set(kinds)
+    assert sum(e["count"] for e in found["gains"][0]["gains"]) == 8 * 4  # one fork a sample
+    plain = {d["temperature"]: d for d in found["decodings"] if d["kind"] == "plain"}
+    assert plain[1.0]["avg"]["value"] == pytest.approx(found["accuracy"]["value"], abs=0.3)
+    vote = next(d for d in found["decodings"] if d["name"] == "majority of 4, T = 1")
+    assert vote["tokens"] == pytest.approx(4 * plain[1.0]["tokens"])
+    assert len(found["findings"]) == 5
+
+
+def test_the_page_holds_its_figures_and_loads_nothing(written: Path):
+    page = (written / "diagnosis.html").read_text(encoding="utf-8")
+    assert 'id="diagnosis"' in page
+    assert "connect-src 'self'" in page
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--problems", "3"], "--problems must be at least 4"),
+        (["--retries", "0"], "--retries at least 1"),
+        (["rollout.num_generations=1"], "rollout.num_generations must be at least 2"),
+    ],
+)
+def test_what_can_not_be_diagnosed_is_refused(arguments, message, capsys: pytest.CaptureFixture[str]):
+    assert main(["diagnose", "lab", "lab:chain:2", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_signals_agree_with_the_judge():
+    """'U, paper' is what the judge computes with the default weights, and U + ε what it computes with ε at weight 1."""
+    candidate = Candidate((3, 4, 5), (-0.5, -1.0, -0.1), (0.4, 1.2, 0.3), (0.0, 0.7, 0.0), (1.0,) * 3, (1, 2, 1), False)
+    reference, history = Moments.of((0.2, 0.9, 1.1)), (0.8,)
+    found = measure(candidate, history, reference, None)
+    assert found["U, paper"] == pytest.approx(e3rl_uncertainty(candidate, history, reference, PAPER).total)
+    with_eps = replace(PAPER, perturbation_weight=1.0)
+    assert found["U + ε"] == pytest.approx(e3rl_uncertainty(candidate, history, reference, with_eps).total)
+    assert found["cross-entropy"] == pytest.approx(1.6 / 3)
+    assert found["surprise"] == pytest.approx(1.6 / 3 - 1.9 / 3)
+    assert "entropy after" not in found
+    assert measure(candidate, history, reference, candidate)["entropy after"] == pytest.approx(1.9 / 3)
+
+
+def test_retries_are_compared_by_quarter_of_the_signal():
+    forks = [
+        Fork(f"p{i}", {"U, paper": i, "ε, mean": 7 - i, "cross-entropy": 0.0}, first_right=i < 6, retries_right=0.75)
+        for i in range(8)
+    ]
+    by_name = {gain.signal: gain for gain in assess_retries(forks)}
+    assert [e.value for e in by_name["U, paper"].gains] == [-0.25, -0.25, -0.25, 0.75]
+    assert [e.value for e in by_name["ε, mean"].gains] == [0.75, -0.25, -0.25, -0.25]
+
+
+def diagnosis(*, avg: Estimate, passed: Estimate, within: Estimate, mixed: float = 0.5) -> Diagnosis:
+    signals = tuple(Signal(name, "", False, Estimate(0.9, 0.8, 1.0, 9), within) for name in SIGNALS)
+    fight = Contest(("plain, T = 0.6",) * 2, ("ε, κ₀ = 1",) * 2, avg, passed, 1.1)
+    accuracy = Estimate(0.2, 0.1, 0.3, 9)
+    return Diagnosis("m", "d", 9, 8, 4, 12, True, accuracy, mixed, signals, (), (), fight, 1.0)
+
+
+ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
+
+
+@pytest.mark.parametrize(
+    ("avg", "passed", "words"),
+    [
+        (BETTER, ZERO, r"^Decode with ε, κ₀ = 1: \+10.0 points \(\+4.0 to \+16.0\) over plain, T = 0.6"),
+        (ZERO, BETTER, r"^Where you take several samples, decode with ε, κ₀ = 1"),
+        (ZERO, ZERO, r"^Decode plainly \(plain, T = 0.6\)"),
+    ],
+)
+def test_the_recommendation_follows_the_intervals(avg, passed, words):
+    assert re.match(words, on_decoding(diagnosis(avg=avg, passed=passed, within=ZERO)).text)
+
+
+def test_a_blind_uncertainty_is_called_blind():
+    blind, seeing = Estimate(0.55, 0.45, 0.65, 30), Estimate(0.8, 0.7, 0.9, 30)
+    assert on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=blind)).level == "warn"
+    assert on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=seeing)).level == "good"
+    assert "nothing can be said" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)).text
+
+
+def test_groups_without_a_signal_are_pointed_out():
+    assert "too hard" not in on_training(diagnosis(avg=ZERO, passed=ZERO, within=ZERO)).text
+    assert "Take easier" in on_training(diagnosis(avg=ZERO, passed=ZERO, within=ZERO, mixed=0.1)).text
+    assert len(advise(diagnosis(avg=ZERO, passed=ZERO, within=ZERO))) == 4  # without forks no sentence on retries

@@ -1,0 +1,64 @@
+"""AUROC, within-prefix order and intervals: by hand and against counting every pair."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e3rl.diagnose.statistics import auroc, mean_by_problem, overall_auroc, within_prefix_auroc
+
+OBSERVED = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=12)
+
+
+@given(OBSERVED)
+def test_auroc_is_the_share_of_pairs_in_order(observed):
+    scores, wrong = np.array([s for s, _ in observed], dtype=float), np.array([w for _, w in observed])
+    pairs = [(a, b) for a, bad in observed if bad for b, also in observed if not also]
+    if not pairs:
+        assert np.isnan(auroc(scores, wrong))
+    else:
+        expected = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+        assert auroc(scores, wrong) == pytest.approx(expected)
+
+
+def test_a_hard_prefix_is_seen_overall_and_means_nothing_within():
+    """Two prefixes: on the hard one all scores are high and most draws wrong. Among its siblings the score is blind."""
+    scores = np.array([9.0, 9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0])
+    wrong = np.array([True, True, True, False, False, False, False, True])
+    prefix = np.array(["hard"] * 4 + ["easy"] * 4)
+    problem = prefix
+    assert overall_auroc(scores, wrong, problem).value == pytest.approx(0.75)  # (9 + 3/2 + 3/2) / 16
+    within = within_prefix_auroc(scores, wrong, prefix, problem)
+    assert within.value == 0.5
+    assert within.count == 6
+
+
+def test_within_prefix_counts_pairs_of_one_prefix_only():
+    scores = np.array([2.0, 1.0, 5.0, 6.0])
+    wrong = np.array([True, False, True, False])
+    prefix = np.array(["a", "a", "b", "b"])
+    assert within_prefix_auroc(scores, wrong, prefix, prefix).value == 0.5  # one pair in order, one not
+
+
+def test_nothing_to_compare_is_unknown():
+    alike = np.array([True, True])
+    assert overall_auroc(np.array([1.0, 2.0]), alike, np.array(["p", "q"])).value is None
+    assert within_prefix_auroc(np.array([1.0, 2.0]), alike, np.array(["a", "a"]), np.array(["p", "p"])).value is None
+
+
+def test_the_interval_resamples_problems_not_observations():
+    """A problem's hundred equal values are one observation of it, so they don't narrow the interval."""
+    few = mean_by_problem(np.array([0.0, 1.0, 0.0, 1.0]), np.array([0, 1, 2, 3]))
+    many = mean_by_problem(np.repeat([0.0, 1.0, 0.0, 1.0], 100), np.repeat([0, 1, 2, 3], 100))
+    assert (few.low, few.high) == (many.low, many.high) == (0.0, 1.0)
+    assert many.value == 0.5
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        values = rng.normal(0.3, 1.0, 40)
+        found = mean_by_problem(values, np.arange(40))
+        covered += found.low <= 0.3 <= found.high
+    assert 85 <= covered <= 100
