@@ -71,6 +71,7 @@ class DataConfig:
 
     train: str = setting("lab:chain", "training data: JSONL, JSON, Parquet or CSV file, hub id, or lab:FAMILY[:LEVEL]")
     eval: str = setting("", "held-out data, as train; empty: the held-out half of a lab family, else none")
+    directory: str = setting("", "where benchmarks named in train or eval lie as files; empty: they come from the hub")
     train_split: str = setting("train", "split of a hub dataset to train on")
     eval_split: str = setting("test", "split of a hub dataset to evaluate on")
     prompt_column: str = setting("prompt", "column with the prompt: a string or a list of chat messages")
@@ -88,7 +89,7 @@ class DataConfig:
 class RolloutConfig:
     """How responses are generated."""
 
-    engine: str = setting("torch", "'torch' (slot KV cache), 'recompute' (slow oracle), or module:name")
+    engine: str = setting("torch", "'torch' (slot KV cache), 'vllm', 'recompute' (slow oracle), or module:name")
     erase: bool = setting(True, "judge segments and erase (E3RL rollouts); false: plain rollouts")
     num_generations: int = setting(8, "siblings of one prompt, G", source=PAPER, min=1)
     segment_length: int = setting(1024, "L, tokens of a segment", source=PAPER, min=1)
@@ -99,6 +100,7 @@ class RolloutConfig:
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)
     max_rows: int = setting(64, "sequences decoded together", min=1)
     cache_rows: int = setting(0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0)
+    vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
 
     @property
     def completion_limit(self) -> int:

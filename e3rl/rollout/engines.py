@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 ENGINES = {
     "torch": "e3rl.rollout.torch_engine:TorchEngine",
     "recompute": "e3rl.rollout.recompute_engine:RecomputeEngine",
+    "vllm": "e3rl.rollout.vllm_engine:VllmEngine",
 }
 
 
 def build_engine(rollout: RolloutConfig, model: nn.Module, eos_ids: tuple[int, ...], longest_prompt: int) -> Engine:
     """The engine that the config names, with room for the longest prompt and a full response in every row.
 
-    One from outside is tried out on two short rows first.
+    A class with further settings says which by ``own_settings(rollout)``. One from outside is tried out on two short rows
+    first.
     """
     kind: Any = load("engine", rollout.engine, ENGINES)
+    own: dict[str, Any] = kind.own_settings(rollout) if hasattr(kind, "own_settings") else {}
     try:
         engine: Engine = kind(
             model,
@@ -33,6 +36,7 @@ def build_engine(rollout: RolloutConfig, model: nn.Module, eos_ids: tuple[int, .
             max_rows=rollout.max_rows,
             cache_rows=rollout.cache_rows or 2 * rollout.max_rows,
             max_length=longest_prompt + rollout.completion_limit,
+            **own,
         )
     except UserError:
         raise

@@ -24,6 +24,7 @@ from e3rl.rollout.sampling import SICK, Samples, SamplingRows, sample
 from e3rl.rollout.serving import check_exactness, evaluating, require_servable
 from e3rl.rollout.slot_cache import SlotModel
 from e3rl.rollout.slots import SlotMap
+from e3rl.rollout.weights import copy_weights
 from e3rl.types import Candidate, Draw
 
 
@@ -170,20 +171,13 @@ class TorchEngine:
         if self._sick:
             self._slot_model.cache.scrub(slot)
 
-    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights into the model; those that are the model's own tensors are there already."""
         if self._rows:
             raise ValueError(
                 f"{len(self._rows)} rows are held: their keys belong to the old weights; release them first"
             )
-        own = self._model.state_dict(keep_vars=True)
-        strangers = sorted(weights.keys() - own.keys())
-        if strangers:
-            raise ValueError(f"the model has no weights named {', '.join(strangers[:5])} ({len(strangers)} in all)")
-        for name, tensor in weights.items():
-            if own[name].data_ptr() != tensor.data_ptr():
-                own[name].copy_(tensor)
+        copy_weights(self._model, weights)
         self.policy_version = version
         self._sick = False
 

@@ -1,0 +1,48 @@
+"""Weights on their way from a trainer to whatever generates: what they fit, copied in place, written for another process."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e3rl.errors import UserError
+
+
+def architecture(model: Any) -> str:
+    """A fingerprint of the model's parameters: their names and shapes, not their values."""
+    shapes = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters())
+    return hashlib.blake2b("\n".join(shapes).encode(), digest_size=8).hexdigest()
+
+
+@torch.no_grad()
+def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the model; those that are the model's own tensors are there already.
+
+    Nothing is copied where any of them does not fit.
+    """
+    own = model.state_dict(keep_vars=True)
+    strangers = sorted(weights.keys() - own.keys())
+    if strangers:
+        raise ValueError(f"the model has no weights named {', '.join(strangers[:5])} ({len(strangers)} in all)")
+    for name, tensor in weights.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, the model's has {tuple(own[name].shape)}")
+    for name, tensor in weights.items():
+        if own[name].data_ptr() != tensor.data_ptr():
+            own[name].copy_(tensor)
+
+
+def write_model(model: Any, directory: Path) -> None:
+    """The model as a directory that any engine can load: adapters merged, config and safetensors, no tokenizer."""
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    try:
+        model.save_pretrained(directory)
+    except OSError as error:
+        raise UserError(f"the weights can't be written to {directory}: {error}") from error

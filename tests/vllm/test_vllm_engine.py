@@ -1,0 +1,115 @@
+"""The vLLM engine against the recomputing oracle: the same draws give the same tokens, entropies and perturbations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from e3rl.errors import SickLogits
+from e3rl.rollout.engine import Sampling
+from e3rl.rollout.recompute_engine import RecomputeEngine
+from e3rl.testing.engine import ENGINE_CHECKS
+from e3rl.testing.scripts import EngineContract, assert_same
+from e3rl.types import Candidate, Draw
+from tests.rollout.models import EOS, VOCAB
+from tests.vllm.conftest import LENGTH, ROWS
+
+TOLERANCE = 1e-3
+
+
+def generate(engine: Any, row: int, tokens: int, attempt: int = 0, sampling: Sampling | None = None) -> Candidate:
+    engine.extend(row, tokens, Draw(0, 0, "p", 0, 0, attempt), sampling or Sampling())
+    [(delivered, candidate)] = engine.poll()
+    assert delivered == row
+    return candidate
+
+
+def oracle(model: Any) -> RecomputeEngine:
+    return RecomputeEngine(model, eos_ids=EOS, cache_rows=ROWS, max_length=LENGTH)
+
+
+@pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Callable, model: Any, make_engine: Callable[[], Any]):
+    check(EngineContract(make_engine, lambda: oracle(model), VOCAB, EOS, ROWS, LENGTH, TOLERANCE))
+
+
+def test_greedy_decoding_gives_the_oracles_tokens(model: Any, make_engine: Callable[[], Any]):
+    coldest, prompt = Sampling(temperature=1e-3), (5, 6, 7, 8)
+    expected_engine, engine = oracle(model), make_engine()
+    [expected_row], [row] = expected_engine.prefill(prompt, 1), engine.prefill(prompt, 1)
+    expected = generate(expected_engine, expected_row, 40, sampling=coldest)
+    assert generate(engine, row, 40, sampling=coldest).ids == expected.ids
+
+
+def test_an_erasure_runs_at_most_one_block_again(core: Any, make_engine: Callable[[], Any]):
+    engine = make_engine()
+    [row] = engine.prefill(tuple(range(2, 30)), 1)
+    long = Sampling(top_k=3)
+    kept = 0
+    for attempt in range(12):
+        candidate = generate(engine, row, 12, attempt, long)
+        if attempt % 3 == 2 and not candidate.ended and kept + 24 <= LENGTH - 28:
+            kept += len(candidate.ids)
+        else:
+            engine.rollback(row, kept)
+    assert engine.stats.continued_requests == 11
+    assert 0 < engine.stats.most_refed <= core.block_size
+    assert engine.stats.hit_rate > 0.3
+
+
+def test_new_weights_are_used_and_nothing_cached_under_the_old_ones(model: Any, make_engine: Callable[[], Any]):
+    prompt = tuple((5 * i + 2) % VOCAB for i in range(40))  # more than a block, so that a stale one would be found
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = make_engine()
+
+    def first() -> Candidate:
+        [row] = engine.prefill(prompt, 1)
+        candidate = generate(engine, row, 8)
+        engine.release(row)
+        return candidate
+
+    old = first()
+    generator = torch.Generator().manual_seed(3)
+    changed = {
+        name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in before.items()
+        if tensor.ndim == 2
+    }
+    try:
+        engine.load_weights(changed, 1)
+        expected_engine = oracle(model)
+        [row] = expected_engine.prefill(prompt, 1)
+        expected = generate(expected_engine, row, 8)
+        assert expected.ids != old.ids
+        assert_same(first(), expected, TOLERANCE, "after the update")
+        assert engine.policy_version == 1
+    finally:
+        engine.load_weights(before, 2)
+    assert_same(first(), old, TOLERANCE, "with the old weights again")
+
+
+def test_weights_of_another_shape_are_refused_and_change_nothing(model: Any, make_engine: Callable[[], Any]):
+    engine = make_engine()
+    name = next(n for n, p in model.named_parameters() if p.ndim == 2)
+    with pytest.raises(ValueError, match="has shape"):
+        engine.load_weights({name: torch.zeros(3, 3)}, 1)
+    with pytest.raises(ValueError, match="no weights named"):
+        engine.load_weights({"head.of.another": torch.zeros(3)}, 1)
+    assert engine.policy_version == 0
+
+
+def test_broken_weights_end_in_an_error_that_names_the_draw(model: Any, make_engine: Callable[[], Any]):
+    engine = make_engine()
+    name, weight = next((n, p) for n, p in model.named_parameters() if "norm" in n)
+    before = weight.detach().clone()
+    engine.load_weights({name: torch.full_like(before, float("nan"))}, 1)
+    [row] = engine.prefill((3, 4, 5), 1)
+    try:
+        with pytest.raises(SickLogits, match="prompt 'p', sibling 0"):
+            generate(engine, row, 4)
+    finally:
+        engine.release(row)
+        engine.load_weights({name: before}, 2)
