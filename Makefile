@@ -2,9 +2,12 @@
 # make test     the whole test suite
 # make test-peers    agreement with TRL by value, with a table of the largest differences
 # make test-browser  the report in a real browser
+# make test-vllm     the vLLM engine against the oracle, with a table (own environment, several GB)
+# make test-ranks    training on two ranks: DDP, FSDP2, ZeRO (own environment for DeepSpeed)
+# make test-ray      rollout workers on Ray, one of them killed (own environment)
 # make docs     the documentation as a site in site/
 # make check    style, types, tests
-.PHONY: help setup demo test check lint docs test-peers test-browser
+.PHONY: help setup demo test check lint docs test-peers test-browser test-vllm test-ranks test-ray
 
 # the first of these that is new enough; or say make PYTHON=/path/to/python …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -39,6 +42,10 @@ test-browser: python
 	@"$(PYTHON)" tools/setup.py test browser
 	@command -v chromium >/dev/null || test -n "$(E3RL_BROWSER)" || { echo "a Chromium is needed: install one, or name it: make test-browser E3RL_BROWSER=/path/to/chromium" >&2; exit 2; }
 	.venv/bin/python -m pytest tests/browser
+
+test-vllm: python
+	@E3RL_VENV=.venv-vllm "$(PYTHON)" tools/setup_vllm.py
+	.venv-vllm/bin/python -m pytest -s tests/vllm
 
 lint: python
 	@"$(PYTHON)" tools/setup.py dev

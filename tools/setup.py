@@ -1,7 +1,8 @@
 """Makes .venv and installs e3rl into it, editable, with the extras named on the command line. Standard library only.
 
-Run by `make setup`. Does nothing where nothing changed. On a machine without an NVIDIA GPU it takes a CPU build of PyTorch
-where pip's configured indexes offer one; E3RL_TORCH="torch==X.Y.Z" overrides the choice.
+Run by `make setup`. Does nothing where nothing changed. E3RL_VENV names another directory than .venv. On a machine without
+an NVIDIA GPU it takes a CPU build of PyTorch where pip's configured indexes offer one; E3RL_TORCH="torch==X.Y.Z" overrides
+the choice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv"
+VENV = ROOT / os.environ.get("E3RL_VENV", ".venv")
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "e3rl-setup"
 TORCH = "2.13.0"
