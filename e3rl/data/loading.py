@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterable
 from dataclasses import fields
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from e3rl.config import DataConfig
+from e3rl.data.benchmarks import BENCHMARKS, load_benchmark
 from e3rl.data.readers import READERS, Row, looks_like_hub_id, read_dataset, read_file
 from e3rl.data.rows import has_column, to_problem
-from e3rl.errors import UserError
+from e3rl.errors import UserError, unknown
 from e3rl.types import Problem
 
 Split = Literal["train", "eval"]
@@ -29,6 +31,8 @@ def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Prob
     limit = config.train_limit if split == "train" else 0
     if source.startswith("lab:"):
         return _lab_problems(source, split, limit)
+    if source in BENCHMARKS:
+        return list(load_benchmark(source, config.directory).problems)
     rows = _rows(source, config, split)
     problems = _to_problems(itertools.islice(rows, limit) if limit else rows, source, config)
     if not problems:
@@ -44,11 +48,13 @@ def _rows(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
         return read_file(path)
     if path.is_file():
         raise UserError(f"{source}: unknown extension '{path.suffix}'; known are {', '.join(READERS)}")
+    if not path.exists() and difflib.get_close_matches(source.lower(), BENCHMARKS, n=1, cutoff=0.75):
+        raise unknown("benchmark", source, BENCHMARKS)
     if path.is_dir() or looks_like_hub_id(source):
         return read_dataset(source, config.train_split if split == "train" else config.eval_split)
     raise UserError(
-        f"no such data: '{source}' is no file, no directory and no hub id (OWNER/NAME or OWNER/NAME:SUBSET); "
-        f"lab problems are written lab:FAMILY[:LEVEL]"
+        f"no such data: '{source}' is no file, no directory, no benchmark and no hub id (OWNER/NAME or "
+        f"OWNER/NAME:SUBSET); lab problems are written lab:FAMILY[:LEVEL]. Benchmarks: {', '.join(BENCHMARKS)}"
     )
 
 

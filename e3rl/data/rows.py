@@ -51,14 +51,14 @@ def to_problem(row: Mapping[str, Any], config: DataConfig, where: str, number: i
     if not has_column(row, config.prompt_column):
         raise missing_prompt(row, config.prompt_column, where)
     prompt = _prompt(lookup(row, config.prompt_column), f"{where}: {config.prompt_column}", encoded)
-    answer = _scalar(lookup(row, config.answer_column), f"{where}: {config.answer_column}")
-    id_ = _scalar(lookup(row, config.id_column), f"{where}: {config.id_column}")
+    answer = plain_text(lookup(row, config.answer_column), f"{where}: {config.answer_column}")
+    id_ = plain_text(lookup(row, config.id_column), f"{where}: {config.id_column}")
     mapped = {config.prompt_column, config.id_column, "answer"}
     columns = {str(name): value for name, value in row.items() if name not in mapped}
     return Problem(id=id_ or str(number), prompt=prompt, answer=answer, columns=columns)
 
 
-def _scalar(value: Any, where: str) -> str | None:
+def plain_text(value: Any, where: str) -> str | None:
     """A string or number as a string; None and blank strings are absent."""
     if value is None:
         return None
