@@ -62,3 +62,10 @@ class Engine(Protocol):
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Take new policy weights. Only legal while no row is held: cached keys belong to the old weights."""
+
+
+class AppendingEngine(Engine, Protocol):
+    """An engine that can go on where another process left off. Without it, prompt and tokens are prefilled together."""
+
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Continue the row by tokens that were generated before, under the same weights; it has no open request."""

@@ -66,6 +66,9 @@ class RecomputeEngine:
         request.ids += samples.ids_S.tolist()
         request.measures += samples.measures()
 
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        self._row(row).append(ids, self._model.get_input_embeddings().weight.shape[0], self._max_length)
+
     def rollback(self, row: Row, length: int) -> None:
         self._row(row).truncate(length)
 

@@ -78,6 +78,14 @@ class RowState:
         self.request = None
         return candidate
 
+    def append(self, ids: Sequence[int], vocabulary: int, max_length: int) -> None:
+        """Take up tokens as if they had been generated."""
+        if self.request is not None:
+            raise ValueError(f"the row has an open request ({self.request.draw}): poll until it is delivered")
+        check_ids(ids, vocabulary, "what was generated before")
+        check_fits(self.prompt_length, self.length + len(ids), max_length)
+        self.ids += ids
+
     def truncate(self, length: int) -> None:
         """Drop generated tokens beyond ``length``."""
         if self.request is not None:
@@ -101,10 +109,15 @@ def check_prompt(ids: Sequence[int], vocabulary: int, max_length: int) -> None:
     """Refuse a prompt that no token could follow."""
     if not ids:
         raise UserError("the prompt is empty: an engine needs at least one token to continue")
-    if min(ids) < 0 or max(ids) >= vocabulary:
-        bad = next(i for i in ids if not 0 <= i < vocabulary)
-        raise UserError(f"the prompt has token id {bad}, the model's vocabulary has {vocabulary}: wrong tokenizer?")
+    check_ids(ids, vocabulary, "the prompt")
     check_fits(len(ids), 1, max_length)
+
+
+def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    """Refuse tokens that the model does not have."""
+    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if bad is not None:
+        raise UserError(f"{what} has token id {bad}, the model's vocabulary has {vocabulary}: wrong tokenizer?")
 
 
 def check_fits(prompt: int, completion: int, max_length: int) -> None:

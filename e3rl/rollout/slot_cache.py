@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+PACK = 4
+"""Rows of a decode step come in multiples of this: with one to three rows the CPU's matrix kernels round otherwise than
+with more, and a row's numbers must be the same, to the last bit, whatever else is decoded."""
+
+
+def packed(rows: int) -> int:
+    """``rows`` rounded up to a multiple of `PACK`."""
+    return -(-rows // PACK) * PACK
+
 
 class _View(Protocol):
     """Where a forward pass writes new keys (or values), and which ones its queries see."""
@@ -35,15 +44,18 @@ class PromptView:
 
 @dataclass(frozen=True, slots=True)
 class DecodeView:
-    """One token for each of the first slots, at a position of its own; queries see the first ``width`` positions."""
+    """One token for each of the first slots, at a position of its own; queries see the first ``width`` positions.
+
+    What fills a step up to a multiple of `PACK` is behind the rows: it reads whatever is there and writes nothing.
+    """
 
     rows_S: Tensor
     positions_S: Tensor
     width: int
 
     def write(self, storage: Tensor, states: Tensor) -> Tensor:
-        storage[self.rows_S, :, self.positions_S] = states[:, :, 0]
-        return storage[: len(self.rows_S), :, : self.width]
+        storage[self.rows_S, :, self.positions_S] = states[: len(self.rows_S), :, 0]
+        return storage[: len(states), :, : self.width]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -59,7 +71,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate both tensors for all slots. Zeros: what is masked out must still be finite."""
-        slots, capacity = self._cache.slots, self._cache.capacity
+        slots, capacity = packed(self._cache.slots), self._cache.capacity
         self.keys, self.values = (
             states.new_zeros((slots, states.shape[1], capacity, states.shape[3]))
             for states in (key_states, value_states)
@@ -158,14 +170,16 @@ class SlotModel:
         ``last`` is the largest of the positions, known without asking the device.
         """
         width = min((last // self._bucket + 1) * self._bucket, self.cache.capacity)
+        size = len(ids_S)
+        self.cache.view = DecodeView(self._slots[:size], positions_S, width)
+        ids_S, positions_S = (torch.nn.functional.pad(x_S, (0, packed(size) - size)) for x_S in (ids_S, positions_S))
         positions_S1 = positions_S.unsqueeze(1)
-        self.cache.view = DecodeView(self._slots[: len(ids_S)], positions_S, width)
         mask_S11W = (self._columns[:width] <= positions_S1)[:, None, None, :]
         if self._additive_mask:
             mask_S11W = torch.zeros_like(mask_S11W, dtype=self.dtype).masked_fill_(
                 ~mask_S11W, torch.finfo(self.dtype).min
             )
-        return self._forward(ids_S.unsqueeze(1), positions_S1, mask_S11W)
+        return self._forward(ids_S.unsqueeze(1), positions_S1, mask_S11W)[:size]
 
     def _forward(self, ids_ST: Tensor, positions_ST: Tensor, mask: Tensor | None) -> Tensor:
         output = self._model(

@@ -22,7 +22,7 @@ from e3rl.rollout.engine import Row, Sampling
 from e3rl.rollout.requests import Request, RowState, check_prompt, check_siblings, find_row
 from e3rl.rollout.sampling import SICK, Samples, SamplingRows, sample
 from e3rl.rollout.serving import check_exactness, evaluating, require_servable
-from e3rl.rollout.slot_cache import SlotModel
+from e3rl.rollout.slot_cache import SlotModel, packed
 from e3rl.rollout.slots import SlotMap
 from e3rl.rollout.weights import copy_weights
 from e3rl.types import Candidate, Draw
@@ -37,6 +37,7 @@ class EngineStats:
     decode_row_steps: int = 0  # tokens run through the model by those
     sampled_tokens: int = 0
     refed_tokens: int = 0  # decode row steps whose token had been in the cache before
+    appended_tokens: int = 0  # run through the model to take up rows that were generated before
     moved_tokens: int = 0  # cache positions copied to pack rows
     peak_tokens: int = 0  # most tokens held at once
     kv_bytes: int = 0  # memory of the cache: fixed from the first prompt on
@@ -141,16 +142,21 @@ class TorchEngine:
         state.open_request(tokens, draw, sampling, self._max_length)
         self._open[row] = state
 
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Continue the row by tokens that were generated before: their keys come out as if it had been here."""
+        self._row(row).append(ids, self._vocabulary, self._max_length)
+
     def poll(self) -> list[tuple[Row, Candidate]]:
         """Decode the oldest requests together, up to max_rows, until at least one is complete; return all that are."""
         active = dict(list(self._open.items())[: self._max_rows])
         if not active:
             return []
         with torch.inference_mode(), evaluating(self._model):
-            packed = self._pack(list(active.values()))
-            self._draw_first_tokens(packed)
-            if not any(row.open.complete(self._eos_ids) for row in packed):
-                self._decode(packed)
+            self._catch_up([row for row in active.values() if row.cached < len(row.ids) - 1])
+            front = self._pack(list(active.values()))
+            self._draw_first_tokens(front)
+            if not any(row.open.complete(self._eos_ids) for row in front):
+                self._decode(front)
         self._count_held_tokens()
         done = [handle for handle, row in active.items() if row.open.complete(self._eos_ids)]
         return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
@@ -194,6 +200,19 @@ class TorchEngine:
                 self._slot_model.cache.swap(source, target, max(row.cached, evicted.cached))
                 self.stats.moved_tokens += row.cached + evicted.cached
         return sorted(rows, key=self._slots.slot)
+
+    def _catch_up(self, behind: list[_SlotRow]) -> None:
+        """Decode appended tokens into the cache, one at a time as when they were drawn, all but each row's last."""
+        while rows := [row for row in behind if row.cached < len(row.ids) - 1]:
+            rows = self._pack(rows)
+            ids_S, positions_S = (
+                torch.tensor(values, device=self._slot_model.device)
+                for values in ([row.ids[row.cached] for row in rows], [row.cached for row in rows])
+            )
+            self._slot_model.decode(ids_S, positions_S, max(row.cached for row in rows))
+            for row in rows:
+                row.cached += 1
+            self.stats.appended_tokens += len(rows)
 
     def _draw_first_tokens(self, rows: list[_SlotRow]) -> None:
         """The first token of candidates whose mark still stands: no forward pass."""
@@ -262,14 +281,18 @@ class _Draws:
 
     def __init__(self, rows: list[_SlotRow], steps: int, device: torch.device) -> None:
         self._requests: list[Request] = [row.open for row in rows]
-        self._settings = SamplingRows.of([request.sampling for request in self._requests], device)
-        numbers_ST = np.stack([r.uniforms[len(r.ids) : len(r.ids) + steps] for r in self._requests])
+        self._spare = packed(len(rows)) - len(rows)
+        drawn = self._requests + self._requests[:1] * self._spare
+        self._settings = SamplingRows.of([request.sampling for request in drawn], device)
+        numbers_ST = np.stack([r.uniforms[len(r.ids) : len(r.ids) + steps] for r in drawn])
         self._numbers_TS = torch.from_numpy(numbers_ST.T.copy()).to(device)
         self._samples: list[Samples] = []
 
     def sample(self, logits_SV: Tensor) -> Samples:
         """One token per row."""
-        samples = sample(logits_SV, self._settings, self._numbers_TS[len(self._samples)])
+        padded_SV = torch.nn.functional.pad(logits_SV, (0, 0, 0, self._spare)) if self._spare else logits_SV
+        samples = sample(padded_SV, self._settings, self._numbers_TS[len(self._samples)])
+        samples = Samples(*(field[: len(self._requests)] for field in samples))
         self._samples.append(samples)
         return samples
 
