@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.rollout.companions import find_companions
     from e3rl.serve.server import make_server
     from e3rl.serve.service import Service
+    from e3rl.serve.sockets import run_until_interrupted
 
     quiet_libraries()
     companions = find_companions(resolve_model_path(options.model))
@@ -53,12 +54,8 @@ def run(options: argparse.Namespace) -> int:
     if companions.reference is None:
         print("no reference statistics beside the model: single samples need 'erase': false", file=sys.stderr)
     with make_server(service, access, options.port) as server:
-        host = f"[{access.host}]" if ":" in access.host else access.host
-        print(f"http://{host}:{server.server_address[1]}/v1   (stop with Ctrl+C)", flush=True)
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+            run_until_interrupted(server, "/v1")
         finally:
             service.close()
     return 0

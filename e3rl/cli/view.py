@@ -18,11 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from e3rl.serve.access import Access
+
+    access = Access(options.host, options.token)
     for path in options.runs:
         if not (path / "config.toml").is_file():
             raise UserError(f"{path} is no run directory: it holds no config.toml")
 
     from e3rl.report.server import serve
 
-    serve(options.runs, host=options.host, port=options.port, token=options.token)
+    serve(options.runs, access, options.port)
     return 0

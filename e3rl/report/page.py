@@ -7,11 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from e3rl.files import write_text
-from e3rl.report.embed import content_security_policy, data_element, script_element, sleeping_script_element, to_json
+from e3rl.report.embed import (
+    content_security_policy,
+    data_element,
+    packed_element,
+    script_element,
+    sleeping_script_element,
+    to_json,
+)
 from e3rl.report.overview import read_overview
 from e3rl.report.rollouts import Selection, select
 
@@ -28,9 +36,8 @@ RUN_SCRIPTS = (
 )
 TOKEN_SCRIPTS = ("dom.js", "tokens.js", "rollout.js", "token_view.js")
 
-
-DATA_BUDGET = 25_000_000
-"""Bytes of data in a page. With Plotly, which takes 4.8 MB, a page stays below 30 MB."""
+DATA_BUDGET = 16_000_000
+"""Bytes of data in a page: some 20,000 short rollouts. With Plotly, which takes 4.8 MB, a page stays below 22 MB."""
 
 
 def write_report(run: Path) -> Path:
@@ -38,8 +45,8 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     described, selection = describe_run(run)
     data = {"run": to_json({"live": False, "runs": [described]})}
-    data |= {f"rollouts-0-{step.step}": step.json for step in selection.steps}
-    write_text(path, render_page(f"{run.name} · E³RL", RUN_SCRIPTS, data, charts=True))
+    packed = {f"rollouts-0-{step.step}": step.packed for step in selection.steps}
+    write_text(path, render_page(f"{run.name} · E³RL", RUN_SCRIPTS, data, packed, charts=True))
     return path
 
 
@@ -62,15 +69,17 @@ def describe_run(run: Path) -> tuple[dict[str, Any], Selection]:
     return described, selection
 
 
-def render_page(title: str, scripts: Sequence[str], data: Mapping[str, str], *, charts: bool) -> str:
-    """A whole page. ``data`` holds `to_json` texts by the id that the scripts find them under."""
+def render_page(
+    title: str, scripts: Sequence[str], data: Mapping[str, str], packed: Mapping[str, str] = {}, *, charts: bool
+) -> str:
+    """A whole page. ``data`` holds `to_json` texts by the id that the scripts find them under, ``packed`` packed ones."""
     code = "(() => {\n" + "\n".join(_asset(name) for name in scripts) + "\n})();"
     library = [_plotly()] if charts else []
     parts = {
         "policy": content_security_policy([code, *library]),
         "title": title.translate({ord("<"): "&lt;", ord("&"): "&amp;"}),
         "style": _asset("report.css"),
-        "data": "\n".join(data_element(name, text) for name, text in data.items()),
+        "data": "\n".join([*starmap(data_element, data.items()), *starmap(packed_element, packed.items())]),
         "scripts": "\n".join([*(sleeping_script_element("plotly", c) for c in library), script_element(code)]),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("template.html"))

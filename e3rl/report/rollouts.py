@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import copy
+import gzip
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,12 +26,17 @@ _FACTORS = ("threshold", "baseline", "penalty", "modulation")
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """One step's rollouts: a row of the index each, and the whole of them as JSON that a page may hold."""
+    """One step's rollouts: a row of the index each, and the whole of them as JSON, packed (gzip in base64)."""
 
     step: int
     index: tuple[dict[str, Any], ...]
-    json: str
+    packed: str
     total: int  # rollouts in the ledger, those that did not fit included
+
+    @property
+    def json(self) -> str:
+        """The rollouts as JSON that a page may hold."""
+        return gzip.decompress(base64.b64decode(self.packed)).decode()
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def select(run: Path, budget: int) -> Selection:
         status = path.stat()
         key = (path, status.st_mtime_ns, status.st_size, budget)
         step = _read_before.get(key) or read_step(path, budget)
-        room -= len(step.json.encode()) + _INDEX_ROW * len(step.index)
+        room -= len(step.packed) + _INDEX_ROW * len(step.index)
         if chosen and room < 0:
             break
         chosen.append(step)
@@ -78,23 +87,44 @@ def read_step(path: Path, budget: int) -> StepRollouts:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    groups: list[str] = []
     index: list[dict[str, Any]] = []
-    room = budget
     step = int(path.stem.removeprefix("step-"))
+    packer = _Packer(f'{{"step":{step},"groups":[')
     try:
         with pq.ParquetFile(path) as file:
             total = file.metadata.num_rows
             for rows in _groups(file.iter_batches(batch_size=_ROWS_AT_A_TIME)):
-                group = to_json(encode_group(rows))
-                room -= len(group.encode())
-                if groups and room < 0:
+                longer = packer.with_text(("," if index else "") + to_json(encode_group(rows)))
+                if index and longer.size > budget:
                     break
-                groups.append(group)
+                packer = longer
                 index += index_rows(step, rows)
     except (pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{path} is no whole rollout ledger ({error}); move it elsewhere to see the others") from None
-    return StepRollouts(step, tuple(index), f'{{"step":{step},"groups":[{",".join(groups)}]}}', total)
+    return StepRollouts(step, tuple(index), packer.closed_by("]}"), total)
+
+
+class _Packer:
+    """Text packed piece by piece, where each piece may still be taken back."""
+
+    def __init__(self, text: str) -> None:
+        self._stream = zlib.compressobj(wbits=31)
+        self._parts = [self._stream.compress(text.encode())]
+
+    @property
+    def size(self) -> int:
+        """Bytes in base64 so far."""
+        return sum(map(len, self._parts)) * 4 // 3
+
+    def with_text(self, text: str) -> _Packer:
+        longer = copy.copy(self)
+        longer._stream = self._stream.copy()
+        longer._parts = [*self._parts, longer._stream.compress(text.encode()), longer._stream.flush(zlib.Z_SYNC_FLUSH)]
+        return longer
+
+    def closed_by(self, text: str) -> str:
+        end = self._stream.compress(text.encode()) + self._stream.flush()
+        return base64.b64encode(b"".join([*self._parts, end])).decode()
 
 
 def _groups(batches: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:

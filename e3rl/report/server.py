@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import hmac
-import ipaddress
 import json
-import re
-import socket
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -26,13 +21,14 @@ from urllib.parse import parse_qs, urlsplit
 from e3rl.errors import UserError
 from e3rl.report.embed import to_json
 from e3rl.report.page import RUN_SCRIPTS, describe_run, render_page
+from e3rl.serve.access import Access
+from e3rl.serve.sockets import Server, bind, run_until_interrupted
 from e3rl.train.run_directory import read_config
 
 POLL_MS = 2000
-MIN_TOKEN = 16
 _MAX_TARGET = 2048
 _SECONDS_TO_ASK = 10
-_AT_ONCE = 16
+_AT_ONCE = 64
 _COOKIE = "e3rl"
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,41 +39,19 @@ _HEADERS = {
 }
 
 
-def serve(runs: Sequence[Path], host: str = "127.0.0.1", port: int = 8000, token: str | None = None) -> None:
-    """Show ``runs`` at http://host:port/ until interrupted; ``token`` is asked of every visitor where it is set."""
-    with make_server(runs, host, port, token) as server:
-        name = f"[{host}]" if ":" in host else host
-        query = f"/?token={token}" if token else "/"
-        print(f"http://{name}:{server.server_address[1]}{query}   (stop with Ctrl+C)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+def serve(runs: Sequence[Path], access: Access, port: int = 8000) -> None:
+    """Show ``runs`` until interrupted, to those whom ``access`` admits."""
+    with make_server(runs, access, port) as server:
+        run_until_interrupted(server, f"/?token={access.token}" if access.token else "/")
 
 
-def make_server(runs: Sequence[Path], host: str, port: int, token: str | None = None) -> ThreadingHTTPServer:
+def make_server(runs: Sequence[Path], access: Access, port: int) -> Server:
     """A server that is bound and not yet running; port 0 takes any free one."""
     if not runs:
         raise UserError("no run to show: name at least one run directory")
     for run in runs:
         read_config(run)
-    if not is_loopback(host) and not token:
-        raise UserError(f"{host} can be reached from other machines: set a token with --token, or leave --host out")
-    if token is not None and not re.fullmatch(rf"[A-Za-z0-9._~-]{{{MIN_TOKEN},}}", token):
-        raise UserError(f"the token must be at least {MIN_TOKEN} letters, digits or any of - . _ ~")
-    site = Site(tuple(runs), host, token)
-    try:
-        return _Server((host, port), functools.partial(_Handler, site))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"can't listen on {host} port {port}: {error}. Choose another with --port.") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return bind(access, port, functools.partial(_Handler, Site(tuple(runs), access)), _AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -95,38 +69,26 @@ class Site:
     """What may be seen, and by whom. Knows nothing of sockets: a request's parts in, an answer out."""
 
     runs: tuple[Path, ...]
-    host: str
-    token: str | None
+    access: Access
 
     def answer(self, target: str, headers: Mapping[str, str]) -> Answer:
         """The answer to a GET request; ``headers`` by lower-case name."""
         if len(target) > _MAX_TARGET:
             return Answer(414, "The address is too long.")
-        if not self.knows_host(headers.get("host", "")):
+        if not self.access.knows_host(headers.get("host", "")):
             return Answer(421, "This server does not go by that name.")
         try:
             url = urlsplit(target)
         except ValueError:
             return Answer(400, "The address can't be read.")
         query = parse_qs(url.query)
-        if self.token and _same(query.get("token", [""])[0], self.token):
-            cookie = f"{_COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+        given = query.get("token", [""])[0]
+        if given and self.access.token and self.access.admits(given):
+            cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"
             return Answer(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
-        if self.token and not _same(_token_of(headers), self.token):
+        if not self.access.admits(_token_of(headers)):
             return Answer(403, "Open the address that `e3rl view` printed: it carries the token.")
         return self._route(url.path.strip("/").split("/"), query)
-
-    def knows_host(self, value: str) -> bool:
-        """Whether a Host header names this server: this machine, the name it was given, or a bare address."""
-        try:
-            name = urlsplit(f"//{value}").hostname
-        except ValueError:
-            return False
-        if name is None or "@" in value:
-            return False
-        if is_loopback(name) or name == self.host.lower():
-            return True
-        return not is_loopback(self.host) and (_is_address(name) or name == socket.gethostname().lower())
 
     def _route(self, path: Sequence[str], query: Mapping[str, Sequence[str]]) -> Answer:
         match path:
@@ -164,10 +126,6 @@ def fingerprint(runs: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _same(given: str, expected: str) -> bool:
-    return hmac.compare_digest(given.encode(errors="replace"), expected.encode())
-
-
 def _token_of(headers: Mapping[str, str]) -> str:
     """The token of a cookie, or of an Authorization header."""
     try:
@@ -177,40 +135,8 @@ def _token_of(headers: Mapping[str, str]) -> str:
     return cookie.value if cookie else headers.get("authorization", "").removeprefix("Bearer ")
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 def _small_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 9
-
-
-class _Server(ThreadingHTTPServer):
-    """Answers a few visitors at once; one too many waits until another is done."""
-
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._free = threading.BoundedSemaphore(_AT_ONCE)
-        super().__init__(address, handler)  # type: ignore[arg-type]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._free.acquire()
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A visitor who hangs up is no event."""
 
 
 class _Handler(BaseHTTPRequestHandler):

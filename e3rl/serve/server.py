@@ -11,18 +11,17 @@ import json
 import select
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from e3rl.errors import UserError
 from e3rl.serve.access import Access
 from e3rl.serve.errors import ApiError
 from e3rl.serve.forms import FORMS, Form, Writer
 from e3rl.serve.service import Gone, Running, Service
+from e3rl.serve.sockets import Server, bind
 
 MAX_BODY = 4 * 2**20
 _SECONDS_TO_ASK = 10
@@ -34,38 +33,9 @@ _HEADERS = {
 }
 
 
-def make_server(service: Service, access: Access, port: int) -> ThreadingHTTPServer:
+def make_server(service: Service, access: Access, port: int) -> Server:
     """A server that is bound and not yet running; port 0 takes any free one."""
-    try:
-        return _Server((access.host, port), functools.partial(_Handler, service, access))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"can't listen on {access.host} port {port}: {error}. Choose another with --port.") from None
-
-
-class _Server(ThreadingHTTPServer):
-    """A thread a connection, as many as `_MAX_CONNECTIONS`; one too many is turned away."""
-
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        super().__init__(address, handler)  # type: ignore[arg-type]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no event."""
+    return bind(access, port, functools.partial(_Handler, service, access), _MAX_CONNECTIONS)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -14,6 +14,7 @@ import pytest
 
 from e3rl.report import write_report, write_token_view
 from e3rl.report.server import make_server
+from e3rl.serve.access import Access
 from e3rl.types import Problem, Prompt
 from tests.report.builder import HOSTILE, SyntheticRun, Words, hostile_run, many_rollouts, trajectory
 
@@ -29,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
 
 @contextmanager
 def serving(*runs: Path) -> Iterator[str]:
-    server = make_server(runs, "127.0.0.1", 0)
+    server = make_server(runs, Access("127.0.0.1"), 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -252,7 +253,7 @@ def test_ten_thousand_rollouts_stay_usable(page: Any, tmp_path: Path) -> None:
     page.wait_for_selector("h1")
     assert page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 2000
     page.get_by_role("button", name="Rollouts", exact=True).click()
-    page.get_by_text("10000 rollouts").wait_for()
+    page.get_by_text("10000 rollouts", exact=True).wait_for()
     assert page.locator(".row").count() < 60
     page.get_by_role("listbox").focus()
     page.keyboard.press("End")

@@ -1,5 +1,7 @@
 """What the page holds: whole, bounded, and with everything a model wrote kept as data."""
 
+import base64
+import gzip
 import json
 import random
 import re
@@ -33,14 +35,16 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         given = dict(attrs)
-        self._inside = given.get("id") if given.get("type") == "application/json" else None
+        self._inside = given.get("id") if str(given.get("type")).startswith("application/") else None
+        self._packed = given.get("type") == "application/gzip"
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = None
 
     def handle_data(self, data: str) -> None:
         if self._inside:
-            self.blocks[self._inside] = self.blocks.get(self._inside, "") + data
+            text = gzip.decompress(base64.b64decode(data)).decode() if self._packed else data
+            self.blocks[self._inside] = self.blocks.get(self._inside, "") + text
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_the_index_counts_what_happened(run: SyntheticRun) -> None:
 
 def test_older_rollouts_are_left_out_when_there_is_no_room(run: SyntheticRun) -> None:
     whole = select(run.path, ROOM)
-    newest_two = sum(len(step.json.encode()) + 60 * len(step.index) for step in whole.steps[-2:])
+    newest_two = sum(len(step.packed) + 60 * len(step.index) for step in whole.steps[-2:])
     chosen = select(run.path, newest_two)
     assert [step.step for step in chosen.steps] == [5, 6]
     assert chosen.total == 96
@@ -114,6 +118,12 @@ def test_a_step_too_large_for_the_page_gives_its_first_groups(run: SyntheticRun)
     chosen = select(run.path, 1)
     assert [step.step for step in chosen.steps] == [6]
     assert (len(chosen.steps[0].index), chosen.steps[0].total) == (4, 16)
+    assert len(json.loads(chosen.steps[0].json)["groups"]) == 1
+
+
+def test_packed_rollouts_take_a_fraction_of_the_room(run: SyntheticRun) -> None:
+    step = select(run.path, ROOM).steps[0]
+    assert len(step.packed) < 0.5 * len(step.json)
 
 
 def test_a_step_written_again_is_read_again(tmp_path: Path) -> None:

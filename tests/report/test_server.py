@@ -12,9 +12,11 @@ import pytest
 
 from e3rl.errors import UserError
 from e3rl.report.server import Site, make_server
+from e3rl.serve.access import Access
 from tests.report.builder import SyntheticRun
 
 TOKEN = "a-token-of-24-characters"
+LOOPBACK = Access("127.0.0.1")
 LOCAL = {"host": "127.0.0.1:8000"}
 
 
@@ -25,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
 
 @contextlib.contextmanager
 def serving(run: Path, token: str | None = None) -> Iterator[int]:
-    server = make_server([run], "127.0.0.1", 0, token)
+    server = make_server([run], Access("127.0.0.1", token), 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -73,7 +75,7 @@ def test_the_page_comes_with_its_policy(port: int) -> None:
 
 def test_runs_are_told_once_and_again_only_when_they_changed(tmp_path: Path) -> None:
     made = SyntheticRun(tmp_path / "live").go(1)
-    site = Site((made.path,), "127.0.0.1", None)
+    site = Site((made.path,), LOOPBACK)
     first = json.loads(site.answer("/api/runs", LOCAL).body)
     assert first["runs"][0]["step"] == 1
     assert site.answer(f"/api/runs?since={first['version']}", LOCAL).status == 204
@@ -105,7 +107,7 @@ def test_a_steps_rollouts(port: int) -> None:
     ],
 )
 def test_nothing_but_the_api_has_an_address(run: SyntheticRun, path: str) -> None:
-    answer = Site((run.path,), "127.0.0.1", None).answer(path, LOCAL)
+    answer = Site((run.path,), LOOPBACK).answer(path, LOCAL)
     assert (answer.status, answer.body) in ((404, "There is no such page."), (404, "There are no such rollouts."))
 
 
@@ -116,14 +118,14 @@ def test_no_path_leads_out(port: int, path: str) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:80", "LOCALHOST"])
 def test_names_of_this_machine_are_answered(run: SyntheticRun, host: str) -> None:
-    assert Site((run.path,), "127.0.0.1", None).answer("/api/runs", {"host": host}).status == 200
+    assert Site((run.path,), LOOPBACK).answer("/api/runs", {"host": host}).status == 200
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "localhost.evil.example", "", "10.0.0.5", "localhost@evil", "[::1", "x y"]
 )
 def test_other_names_are_not(run: SyntheticRun, host: str) -> None:
-    assert Site((run.path,), "127.0.0.1", None).answer("/api/runs", {"host": host}).status == 421
+    assert Site((run.path,), LOOPBACK).answer("/api/runs", {"host": host}).status == 421
 
 
 def test_a_request_without_host_is_refused(port: int) -> None:
@@ -131,7 +133,7 @@ def test_a_request_without_host_is_refused(port: int) -> None:
 
 
 def test_an_open_address_is_answered_by_address_but_not_by_any_name(run: SyntheticRun) -> None:
-    site = Site((run.path,), "0.0.0.0", TOKEN)
+    site = Site((run.path,), Access("0.0.0.0", TOKEN))
     bearer = {"authorization": f"Bearer {TOKEN}"}
     assert site.answer("/api/runs", bearer | {"host": "10.0.0.5:8000"}).status == 200
     assert site.answer("/api/runs", bearer | {"host": socket.gethostname()}).status == 200
@@ -205,18 +207,18 @@ def test_a_run_that_vanishes_is_a_sentence_not_a_crash(tmp_path: Path) -> None:
         ("127.0.0.1", "sixteen chars, but\r\nwith a header", "letters, digits"),
     ],
 )
-def test_what_would_be_unsafe_does_not_start(run: SyntheticRun, host: str, token: str | None, message: str) -> None:
+def test_what_would_be_unsafe_does_not_start(host: str, token: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_server([run.path], host, 0, token)
+        Access(host, token)
 
 
 def test_a_port_in_use_is_an_error_for_people(run: SyntheticRun, port: int) -> None:
     with pytest.raises(UserError, match=f"can't listen on 127.0.0.1 port {port}"):
-        make_server([run.path], "127.0.0.1", port)
+        make_server([run.path], LOOPBACK, port)
 
 
 def test_no_runs_and_no_run_directories_are_errors_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to show"):
-        make_server([], "127.0.0.1", 0)
+        make_server([], LOOPBACK, 0)
     with pytest.raises(UserError, match="no run directory"):
-        make_server([tmp_path], "127.0.0.1", 0)
+        make_server([tmp_path], LOOPBACK, 0)

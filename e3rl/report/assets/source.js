@@ -7,6 +7,14 @@ function withLabels(runs) {
   return runs.map((run, i) => ({ ...run, label: labels.indexOf(labels[i]) === i ? labels[i] : `${labels[i]} [${i + 1}]` }));
 }
 
+// A block of gzip in base64.
+async function unpacked(name) {
+  const block = document.getElementById(name);
+  if (!block) return null;
+  const bytes = Uint8Array.from(atob(block.textContent), (c) => c.charCodeAt(0));
+  return new window.Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
 class EmbeddedSource {
   constructor(data) {
     this.runs = withLabels(data.runs);
@@ -17,7 +25,7 @@ class EmbeddedSource {
 
   async step(run, step) {
     const name = `rollouts-${run}-${step}`;
-    if (!this.steps.has(name)) this.steps.set(name, embedded(name));
+    if (!this.steps.has(name)) this.steps.set(name, await unpacked(name));
     return this.steps.get(name);
   }
 }
