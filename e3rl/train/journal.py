@@ -1,0 +1,176 @@
+"""The journal of rollouts: every candidate is on disk as soon as it is generated.
+
+A run that is killed in the middle of a rollout generates again only what was being generated. Everything else of a
+rollout's state (attempts, thresholds, group baselines, who waits for whom) follows from its candidates, so these are
+all that is kept: the scheduler runs as ever, over an engine that takes what it drew before from the journal
+(`e3rl.train.journaled_engine`).
+
+A file a step, for every step that no checkpoint holds yet: records of a length, a checksum and bytes. The first says
+which weights generated the rest; candidates of other weights are never used. A kill may tear the last record, which is
+dropped. Nothing waits for the disk: what a power cut takes is generated again, by the same draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from e3rl.files import disk_full_is_a_sentence
+from e3rl.types import Candidate, Draw
+
+FORMAT = 1
+_FRAME = struct.Struct("<II")  # bytes of the record, CRC-32 of them
+_FLOATS = ("logprobs", "entropies", "perturbations", "kept_mass")
+_PROBES = 64  # numbers of each weight tensor that go into the fingerprint
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Names these weights among all that a run comes by: an optimizer step changes nearly every number of a model."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        probes = flat[:: max(1, len(flat) // _PROBES)][:_PROBES].float().cpu()
+        digest.update(name.encode() + probes.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def frame(payload: bytes) -> bytes:
+    """A record as it stands in the file."""
+    return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def records(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The whole records at the front of a file, each with the position after it."""
+    position = 0
+    while position + _FRAME.size <= len(content):
+        size, checksum = _FRAME.unpack_from(content, position)
+        start, position = position + _FRAME.size, position + _FRAME.size + size
+        payload = content[start:position]
+        if len(payload) < size or zlib.crc32(payload) != checksum:
+            return
+        yield position, payload
+
+
+def pack(draw: Draw, candidate: Candidate) -> bytes:
+    """A record: whose it is as JSON, a line end, then the numbers, in as few bytes as lose nothing."""
+    integers = np.array([candidate.ids, candidate.ranks], "<i4")
+    floats = np.array([getattr(candidate, name) for name in _FLOATS], "<f8")
+    with np.errstate(over="ignore"):  # what overflows is no longer equal
+        single = floats.astype("<f4")
+    if np.array_equal(single, floats, equal_nan=True):
+        floats = single
+    who = [draw.seed, draw.step, draw.prompt_id, draw.sibling, draw.segment, draw.attempt]
+    head = [who, candidate.ended, len(candidate.ids), floats.dtype.str]
+    return json.dumps(head).encode() + b"\n" + integers.tobytes() + floats.tobytes()
+
+
+def unpack(payload: bytes) -> tuple[Draw, Candidate]:
+    """What `pack` was given, to the last bit; ValueError or TypeError where it can't have come from it."""
+    head, _, numbers = payload.partition(b"\n")
+    who, ended, size, kind = json.loads(head)
+    ids, ranks = np.frombuffer(numbers, "<i4", 2 * size).reshape(2, size).tolist()
+    floats = np.frombuffer(numbers, {"<f4": "<f4", "<f8": "<f8"}[kind], offset=8 * size).reshape(4, size).tolist()
+    fields = dict(zip(_FLOATS, map(tuple, floats), strict=True))
+    return Draw(*who), Candidate(ids=tuple(ids), ranks=tuple(ranks), ended=bool(ended), **fields)
+
+
+class StepJournal:
+    """One step's file: what it held when it was opened, and a place for more."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        self.path, self._say = path, say
+        self.known: dict[Draw, deque[Candidate]] = {}
+        """Candidates that an earlier process left, by draw: in the order they were made where one was drawn twice."""
+        with disk_full_is_a_sentence(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            good = self._read(header)
+            self._file = path.open("ab")
+            self._file.truncate(good)
+            if not good:
+                self._file.write(frame(json.dumps(header).encode()))
+                self._file.flush()
+
+    def _read(self, header: Mapping[str, Any]) -> int:
+        """Take up what an earlier process left; how many bytes of it are good."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        good = found = 0
+        for end, payload in records(content):
+            try:
+                if not good and json.loads(payload) != header:
+                    self._say(f"{self.path} was made by other weights or another version: its rollout is made again")
+                    return 0
+                if good:
+                    draw, candidate = unpack(payload)
+                    self.known.setdefault(draw, deque()).append(candidate)
+                    found += 1
+            except (ValueError, TypeError, KeyError):
+                break
+            good = end
+        if good < len(content):
+            self._say(f"{self.path}: its last {len(content) - good} bytes are incomplete; what they held is made again")
+        if found:
+            self._say(f"{found} candidates of step {header['step']} were on disk and are not generated again")
+        return good
+
+    def take(self, draw: Draw) -> Candidate | None:
+        """The candidate of this draw, where an earlier process made it."""
+        waiting = self.known.get(draw)
+        if waiting is None:
+            return None
+        candidate = waiting.popleft()
+        if not waiting:
+            del self.known[draw]
+        return candidate
+
+    def add(self, draw: Draw, candidate: Candidate) -> None:
+        """Keep a candidate; after the next `flush` it survives the process."""
+        with disk_full_is_a_sentence(self.path):
+            self._file.write(frame(pack(draw, candidate)))
+
+    def flush(self) -> None:
+        """Hand to the system what was added."""
+        with disk_full_is_a_sentence(self.path):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Let go of the file. What could not be written to a full disk is given up."""
+        try:
+            self._file.close()
+        except OSError:
+            self._say(f"the end of {self.path} could not be written; what it held will be made again")
+
+
+class Journal:
+    """The journals of a run."""
+
+    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
+        self._directory, self._say = run / "journal", say
+        self._open: dict[int, StepJournal] = {}
+
+    def of(self, step: int, weights: str) -> StepJournal:
+        """The journal of a step whose rollout is made by the weights of this fingerprint; the same one all the step."""
+        if step not in self._open:
+            header = {"format": FORMAT, "step": step, "weights": weights}
+            self._open[step] = StepJournal(self._directory / f"step-{step:06d}.journal", header, self._say)
+        return self._open[step]
+
+    def close_before(self, step: int) -> None:
+        """Let go of the files of earlier steps."""
+        for earlier in [s for s in self._open if s < step]:
+            self._open.pop(earlier).close()
+
+    def drop_through(self, step: int) -> None:
+        """Forget the steps that a checkpoint holds."""
+        self.close_before(step + 1)
+        for path in self._directory.glob("step-*.journal"):
+            if int(path.stem.removeprefix("step-")) <= step:
+                path.unlink()
