@@ -101,6 +101,11 @@ class RolloutConfig:
     max_rows: int = setting(64, "sequences decoded together", min=1)
     cache_rows: int = setting(0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0)
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
+    workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)
+    worker_gpus: float = setting(0.0, "GPUs that Ray gives one rollout worker", min=0)
+    worker_timeout: float = setting(600.0, "seconds without a sign of life after which a worker is replaced", above=0)
+    address: str = setting("", "the Ray cluster to join, ray://HOST:PORT, HOST:PORT or 'auto'; empty: one started here")
+    servers: tuple[str, ...] = setting((), "rollout servers to generate on (http://HOST:PORT), in place of Ray")
 
     @property
     def completion_limit(self) -> int:
@@ -241,6 +246,10 @@ class Config:
         weights, functions = self.rewards.weights, self.rewards.functions
         if weights and len(weights) != len(functions):
             raise UserError(f"rewards.weights has {len(weights)} values for {len(functions)} rewards.functions")
+        if self.rollout.workers and self.rollout.servers:
+            raise UserError(
+                "rollout.workers and rollout.servers are both set: Ray starts workers, servers are there already"
+            )
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")
         if self.train.minibatches > self.train.prompts_per_step:

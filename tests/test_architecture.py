@@ -15,7 +15,7 @@ PACKAGE = ROOT / "e3rl"
 FLOORS = [
     {"types", "config", "errors", "plugins", "files", "__init__"},
     {"equations"},
-    {"objectives", "rollout", "rewards", "data", "lab", "models"},
+    {"objectives", "rollout", "rewards", "data", "lab", "models", "distributed"},
     {"train", "evaluate", "testing"},
     {"report", "generation", "calibrate", "diagnose", "serve", "integrations", "reproduce"},
     {"cli", "__main__"},

@@ -18,7 +18,10 @@ from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence, write_text
 from e3rl.train.metrics import finite_or_none
 
-MAY_CHANGE = {"train.steps", "train.eval_steps", "train.save_steps", "train.save_total_limit", "train.report_to"}
+MAY_CHANGE = {
+    *("train.steps", "train.eval_steps", "train.save_steps", "train.save_total_limit", "train.report_to"),
+    *("rollout.workers", "rollout.worker_gpus", "rollout.worker_timeout", "rollout.address", "rollout.servers"),
+}
 """Settings that a resumed run may have otherwise than the run it continues."""
 
 

@@ -18,6 +18,8 @@ from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.data.stream import PromptStream
+from e3rl.distributed.messages import Assignment
+from e3rl.distributed.rollouts import build_rollouts
 from e3rl.errors import RunStopped, UserError
 from e3rl.evaluate.evaluation import evaluate, spread
 from e3rl.files import atomic_directory, write_json
@@ -32,13 +34,12 @@ from e3rl.rollout.filters import Collected, build_filter, collect
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
-from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from e3rl.train.demonstrations import answers_as_responses, demonstrations
 from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
 from e3rl.train.learner import Learner, Lesson
-from e3rl.train.ledger import ledger_rows, write_ledger
+from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
 from e3rl.train.run_directory import RunDirectory, read_lines
@@ -86,6 +87,9 @@ class Trainer:
             self.policy, objective, config, self.steps * config.train.num_iterations * config.train.minibatches
         )
         self._engine = build_engine(config.rollout, self.policy.model, self.policy.eos_ids, self._longest_prompt())
+        self._rollouts = build_rollouts(
+            config, self.policy, self._engine, self._longest_prompt(), lambda text: self._tell("noted", text)
+        )
         self._scorer = Scorer(
             config.rewards,
             functions=reward_functions,
@@ -139,10 +143,12 @@ class Trainer:
                 f"stopped after step {self._step} of {self.steps}; everything is saved in {self.run_path}. "
                 "Go on with the same command and --resume."
             ) from None
+        finally:
+            self._rollouts.close()
 
     def _one_step(self) -> None:
         """Prompts to a better policy. Nothing of the run's state changes before the optimizer has."""
-        position = self._stream.state()
+        position, restarts = self._stream.state(), self._scorer.worker_restarts
         try:
             collected, times = self._collect()
         except Interrupted:
@@ -153,10 +159,10 @@ class Trainer:
         update = self._learner.update(lessons, self._step * self._learner.updates_per_step())
         self._step += 1
         seconds = StepTimes(*times, time.perf_counter() - began)
-        self._engine.load_weights({}, self._step * self._learner.updates_per_step())
-        self._record(collected.all, lessons, step_record(
-            self._step, self._stream.epochs, collected, lessons, update, seconds, self._tokens
-        ))  # fmt: skip
+        self._rollouts.load_weights(self._step * self._learner.updates_per_step())
+        record = step_record(self._step, self._stream.epochs, collected, lessons, update, seconds, self._tokens)
+        record["reward_restarts"] = self._scorer.worker_restarts - restarts
+        self._record(collected.all, lessons, record)
         if self._due(self.config.train.eval_steps) and not self._done():
             self._evaluate()
         if self._due(self.config.train.save_steps) or self._done():
@@ -196,19 +202,18 @@ class Trainer:
 
     def _roll_out(self, prompts: Sequence[Prompt]) -> list[Group]:
         config = self.config
-        scheduler = Scheduler(
-            self._engine,
+        assignment = Assignment(
             config.rollout,
             config.erasure,
-            seed=config.run.seed,
+            config.run.seed,
+            step=self._step + 1,
+            policy_version=self._step * self._learner.updates_per_step(),
             reference=self._reference,
             entropy_moments=self._entropy_moments,
-            observe=lambda _: self._stop.check(),
         )
         order = {prompt.problem.id: i for i, prompt in enumerate(prompts)}
-        version = self._step * self._learner.updates_per_step()
         groups = []
-        for group in scheduler.run(prompts, step=self._step + 1, policy_version=version):
+        for group in self._rollouts.run(prompts, assignment, tick=self._stop.check):
             groups.append(group)
             self._tell("progressed", "rollout", len(groups), len(prompts))
         groups.sort(key=lambda g: order[g.prompt.problem.id])
@@ -224,15 +229,8 @@ class Trainer:
 
     def _record(self, rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson], record: dict[str, Any]) -> None:
         """Put a step that is done on disk and tell the listeners."""
-        found = {(x.sequence.group, x.sequence.sibling): x for x in lessons if not x.sequence.erased}
-        advantages, shares = [], []
-        for index, item in enumerate(rewarded):
-            here = [found.get((index, t.sibling)) for t in item.group.trajectories]
-            advantages.append([torch.zeros(0) if x is None else x.advantages_T for x in here])
-            shares.append([None if x is None else x.scores.shares_T for x in here])
-        write_ledger(
-            self.run_path, self._step, ledger_rows(self._step, rewarded, advantages, shares, self.policy.tokenizer)
-        )
+        rows = ledger_rows(self._step, rewarded, learnt(rewarded, lessons), self.policy.tokenizer)
+        write_ledger(self.run_path, self._step, rows)
         self._tokens = record["tokens_total"]
         self._seconds += record["seconds_rollout"] + record["seconds_reward"] + record["seconds_train"]
         groups = [item.group for item in rewarded]
@@ -292,7 +290,7 @@ class Trainer:
         self._reference = ReferenceStatistics.from_tables(facts["reference"])
         moments = facts["entropy_moments"]
         self._entropy_moments = moments and Moments.from_table(moments)
-        self._engine.load_weights({}, self._step * self._learner.updates_per_step())
+        self._rollouts.load_weights(self._step * self._learner.updates_per_step())
         self.directory.drop_after(self._step)
 
     def _finish(self) -> dict[str, Any]:

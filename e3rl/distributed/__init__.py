@@ -1,0 +1,1 @@
+"""Rollouts in other processes and on other machines, and training on several ranks."""
