@@ -158,8 +158,8 @@ def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: P
         "eval.num_samples=2",
         "rewards.functions=['lab']",
     ]
-    assert main([*arguments, "--output", str(tmp_path / "out.json")]) == 0
-    figures = json.loads((tmp_path / "out.json").read_text())
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
     assert 0 <= figures["plain"]["avg@2"] <= figures["plain"]["pass@2"] <= 1
     assert figures["erasable"]["problems"] == 3
     assert "erasable" in capsys.readouterr().out

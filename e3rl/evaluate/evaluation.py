@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from e3rl.config import Config
-from e3rl.evaluate.metrics import avg_at_k, bootstrap_interval, pass_at_k_by_problem
+from e3rl.evaluate.figures import correct_table, figures
+from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engine import Engine
 from e3rl.rollout.reference import ReferenceStatistics
-from e3rl.rollout.scheduler import Scheduler, summarise
-from e3rl.train.metrics import mean
+from e3rl.rollout.scheduler import Scheduler
 from e3rl.types import Group, Problem, Prompt
 
 SEED_OFFSET = 1_000_003
@@ -27,30 +27,19 @@ class Evaluation:
 
     mode: str  # "plain" or "erasable"
     groups: tuple[Group, ...]
-    correct_PK: np.ndarray
-    missing: int
+    samples_PK: tuple[tuple[Sample, ...], ...]
+
+    @property
+    def correct_PK(self) -> np.ndarray:
+        return correct_table(self.samples_PK)
+
+    @property
+    def missing(self) -> int:
+        return sum(s.correct is None for row in self.samples_PK for s in row)
 
     def record(self) -> dict[str, Any]:
         """The figures, as they stand in evaluations.jsonl and summary.json."""
-        problems, k = self.correct_PK.shape
-        avg_P, pass_P = avg_at_k(self.correct_PK), pass_at_k_by_problem(self.correct_PK, k)
-        stats = summarise(self.groups)
-        trajectories = [t for g in self.groups for t in g.trajectories]
-        return {
-            "mode": self.mode,
-            f"avg@{k}": float(avg_P.mean()),
-            f"pass@{k}": float(pass_P.mean()),
-            "ci95": list(bootstrap_interval(avg_P)),
-            "pass_ci95": list(bootstrap_interval(pass_P)),
-            "problems": problems,
-            "samples": k,
-            "missing": self.missing,
-            "tokens": stats.generated_tokens,
-            "finish_ratio": mean(t.finish == "stop" for t in trajectories),
-            "length": mean(t.committed_tokens for t in trajectories),
-            "erase_rate": stats.erase_rate,
-            "r": stats.r,
-        }
+        return figures(self.mode, self.samples_PK)
 
 
 def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
@@ -89,10 +78,6 @@ def evaluate(
     scheduler = Scheduler(engine, settings.rollout, settings.erasure, seed=seed, reference=reference)
     order = {prompt.problem.id: i for i, prompt in enumerate(prompts)}
     groups = sorted(scheduler.run(prompts, step=0, policy_version=0), key=lambda g: order[g.prompt.problem.id])
-    trajectories = [t for g in groups for t in g.trajectories]
-    texts = [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
-    rewards = scorer.score(trajectories, texts)
-    first = [next(iter(r.parts.values()), None) for r in rewards]
-    correct_PK = np.array([value is not None and value >= 1 for value in first]).reshape(len(groups), -1)
     mode = "erasable" if erase else "plain"
-    return Evaluation(mode, tuple(groups), correct_PK, sum(value is None for value in first))
+    samples = tuple(graded(group, scorer, tokenizer, mode=mode) for group in groups)
+    return Evaluation(mode, tuple(groups), samples)

@@ -1,0 +1,145 @@
+"""What graded samples say: accuracy with intervals, format, length, and what it cost, also at an equal budget of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from e3rl.errors import UserError
+from e3rl.evaluate.metrics import (
+    KS,
+    avg_at_k,
+    between,
+    bootstrap_interval,
+    maj_at_k,
+    paired_difference,
+    pass_at_k_by_problem,
+)
+from e3rl.evaluate.samples import Sample
+from e3rl.rewards.answers import normalize
+
+Table = Sequence[Sequence[Sample]]
+"""Samples by problem, equally many of each."""
+
+
+def correct_table(samples_PK: Table) -> np.ndarray:
+    """Which samples are right, [P, K]. A missing grade counts as wrong."""
+    return np.array([[s.correct is True for s in row] for row in samples_PK], dtype=bool)
+
+
+def reported_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
+    """The k to report: those asked for, else the powers of two that the samples allow, and their number itself."""
+    for k in wanted:
+        if not 1 <= k <= samples:
+            raise UserError(
+                f"Pass@{k} needs at least {k} samples of each problem, and there are {samples}: raise eval.num_samples "
+                "or ask for another k"
+            )
+    return sorted(set(wanted)) or sorted({k for k in KS if k <= samples} | {samples})
+
+
+def majority(samples_PK: Table, k: int) -> np.ndarray:
+    """Maj@k of every problem, [P]; answers that differ in typography alone are one answer."""
+    return np.array(
+        [
+            maj_at_k([s.answer and normalize(s.answer) for s in row], [s.correct is True for s in row], k, seed=p)
+            for p, row in enumerate(samples_PK)
+        ]
+    )
+
+
+def _curve(ks: Iterable[int], values: Callable[[int], np.ndarray]) -> dict[str, Any]:
+    found = {k: values(k) for k in ks}
+    return {str(k): {"value": float(v.mean()), "ci95": list(bootstrap_interval(v))} for k, v in found.items()}
+
+
+def share(part: float, whole: float) -> float:
+    """``part / whole``; 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def figures(mode: str, samples_PK: Table, ks: Sequence[int] = ()) -> dict[str, Any]:
+    """All figures of one mode, as they stand in evaluation.json, evaluations.jsonl and summary.json."""
+    correct_PK = correct_table(samples_PK)
+    problems, k = correct_PK.shape
+    avg_P, pass_P = avg_at_k(correct_PK), pass_at_k_by_problem(correct_PK, k)
+    flat = [s for row in samples_PK for s in row]
+    committed, generated = sum(s.tokens for s in flat), sum(s.generated for s in flat)
+    erasures = sum(s.erasures for s in flat)
+    right = int(correct_PK.sum())
+    chosen = reported_ks(k, ks)
+    return {
+        "mode": mode,
+        f"avg@{k}": float(avg_P.mean()),
+        f"pass@{k}": float(pass_P.mean()),
+        "ci95": list(bootstrap_interval(avg_P)),
+        "pass_ci95": list(bootstrap_interval(pass_P)),
+        "problems": problems,
+        "samples": k,
+        "missing": sum(s.correct is None for s in flat),
+        "tokens": generated,
+        "tokens_per_correct": generated / right if right else None,
+        "finish_ratio": share(sum(s.finish == "stop" for s in flat), len(flat)),
+        "boxed": share(sum(s.boxed for s in flat), len(flat)),
+        "length": share(committed, len(flat)),
+        "erase_rate": share(erasures, erasures + sum(s.segments for s in flat)),
+        "r": share(generated - committed, committed),
+        "pass": _curve(chosen, lambda n: pass_at_k_by_problem(correct_PK, n)),
+        "maj": _curve(chosen, lambda n: majority(samples_PK, n)),
+    }
+
+
+def equal_samples(plain_PK: Table, erasable_PK: Table) -> float:
+    """How many plain samples of a problem cost as many tokens as its erasable ones did, on average; rarely a whole number."""
+    spent = sum(s.generated for row in erasable_PK for s in row)
+    one_each = sum(sum(s.generated for s in row) / len(row) for row in plain_PK)
+    return spent / one_each if one_each else float(len(plain_PK[0]))
+
+
+def samples_for(budget: float) -> int:
+    """Whole samples that an equal budget needs to be measured."""
+    return math.ceil(budget - 1e-9)
+
+
+def _at(budget: float, values: Callable[[int], np.ndarray], problems: int) -> np.ndarray:
+    """Values at a number of samples that need not be whole, [P]; no samples are never right."""
+    low = math.floor(budget + 1e-9)
+    fraction = max(0.0, budget - low)
+    below = values(low) if low else np.zeros(problems)
+    return between(below, values(low + 1), fraction) if fraction > 1e-9 else below
+
+
+def equal_budget(plain_PK: Table, erasable_PK: Table, budget: float) -> dict[str, Any]:
+    """Erasable decoding against plain decoding that may spend as many tokens: on ``budget`` plain samples a problem.
+
+    Plain decoding turns the tokens into more samples, which Pass and Maj feel and Avg does not; erasable decoding is
+    charged for every token that it erased.
+    """
+    plain, erasable = correct_table(plain_PK), correct_table(erasable_PK)
+    problems, k = erasable.shape
+    pairs = {
+        "avg": (avg_at_k(erasable), avg_at_k(plain)),
+        "pass": (
+            pass_at_k_by_problem(erasable, k),
+            _at(budget, lambda n: pass_at_k_by_problem(plain, n), problems),
+        ),
+        "maj": (majority(erasable_PK, k), _at(budget, lambda n: majority(plain_PK, n), problems)),
+    }
+    return {
+        "tokens_per_problem": share(sum(s.generated for row in erasable_PK for s in row), problems),
+        "erasable_samples": k,
+        "plain_samples": budget,
+        **{
+            name: {
+                "erasable": float(erasable_P.mean()),
+                "plain": float(plain_P.mean()),
+                "plain_ci95": list(bootstrap_interval(plain_P)),
+                "difference": asdict(paired_difference(erasable_P, plain_P)),
+            }
+            for name, (erasable_P, plain_P) in pairs.items()
+        },
+    }

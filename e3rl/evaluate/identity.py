@@ -1,0 +1,88 @@
+"""What makes samples the same samples: the model's weights, the prompts as token ids, and how they are decoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from e3rl.config import Config
+from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.types import Prompt
+
+_PROBED = 4096  # values of each tensor that its digest reads: two trained models differ nearly everywhere
+
+
+def weights_digest(model: Any) -> str:
+    """A digest of names, shapes and evenly spread values of all parameters, adapters included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        probe = flat[:: max(1, flat.numel() // _PROBED)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(probe.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """A digest of ids, token ids and reference answers, in order: tokenizer, template and system prompt are in it."""
+    return _digest(json.dumps([p.problem.id, p.ids, p.problem.answer]) for p in prompts)
+
+
+def problems_digest(prompts: Sequence[Prompt]) -> str:
+    """A digest of ids and reference answers alone: the same for every model."""
+    return _digest(json.dumps([p.problem.id, p.problem.answer]) for p in prompts)
+
+
+def decoding(config: Config) -> dict[str, Any]:
+    """The settings that decide what a plain sample is."""
+    rollout = {
+        name: getattr(config.rollout, name) for name in ("segment_length", "max_segments", "max_completion_length")
+    }
+    sampling = {name: getattr(config.eval, name) for name in ("num_samples", "temperature", "top_p", "top_k")}
+    return {
+        "seed": config.run.seed,
+        "dtype": config.model.dtype,
+        "rows": config.rollout.cache_rows or 2 * config.rollout.max_rows,
+        **rollout,
+        **sampling,
+    }
+
+
+def settings_digest(config: Config) -> str:
+    """A short name for decoding settings, for a directory's name."""
+    tables = {"decoding": decoding(config), "erasure": dataclasses.asdict(config.erasure), "limit": config.eval.limit}
+    return _digest([json.dumps(tables, sort_keys=True)])[:8]
+
+
+def identity(
+    model: Any,
+    source: str,
+    prompts: Sequence[Prompt],
+    config: Config,
+    *,
+    erase: bool,
+    reference: ReferenceStatistics | None,
+) -> dict[str, Any]:
+    """What `SampleStore.claim` compares; ``source`` is the name of the data."""
+    found: dict[str, Any] = {
+        "weights": weights_digest(model),
+        "data": {
+            "source": source,
+            "problems": len(prompts),
+            "prompts": prompts_digest(prompts),
+            "answers": problems_digest(prompts),
+        },
+        "decoding": decoding(config),
+        "rewards": {"functions": list(config.rewards.functions)},
+    }
+    if erase:
+        tables = json.dumps(reference.to_tables(), sort_keys=True) if reference else ""
+        found["erasure"] = {**dataclasses.asdict(config.erasure), "reference": _digest([tables])}
+    return found

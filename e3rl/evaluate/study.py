@@ -1,0 +1,143 @@
+"""An evaluation that streams to disk: what it has to sample, one shard of it, and the figures of the whole."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from e3rl.config import Config
+from e3rl.evaluate.evaluation import SEED_OFFSET, evaluation_settings
+from e3rl.evaluate.figures import equal_budget, equal_samples, figures, samples_for
+from e3rl.evaluate.samples import Sample, by_problem, graded
+from e3rl.evaluate.store import FIGURES, SampleStore, Shard, Unit
+from e3rl.files import write_json
+from e3rl.models import Policy
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engine import Engine
+from e3rl.rollout.engines import build_engine
+from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.types import Prompt
+
+Progress = Callable[[Sequence[Sample]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``samples`` of each problem, plain and, where ``erase`` says so, erasable; at most ``rows`` drawn together."""
+
+    problems: tuple[str, ...]
+    samples: int
+    rows: int
+    erase: bool
+
+    @staticmethod
+    def of(problems: Sequence[str], config: Config, *, erase: bool) -> Plan:
+        rows = config.rollout.cache_rows or 2 * config.rollout.max_rows
+        return Plan(tuple(problems), config.eval.num_samples, rows, erase)
+
+    def units(self, mode: str, samples: int, *, round: int = 0, first: int = 0) -> list[Unit]:
+        """Groups of nearly equal size that make ``samples`` of every problem, from round and sample number on."""
+        count = math.ceil(samples / self.rows)
+        sizes = [samples // count + (i < samples % count) for i in range(count)]
+        starts = itertools.accumulate([first, *sizes[:-1]])
+        return [
+            Unit(mode, round + i, problem, start, size)
+            for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
+            for problem in self.problems
+        ]
+
+    def wanted(self) -> list[Unit]:
+        """The groups that can be named before anything was sampled."""
+        return [u for mode in self.modes for u in self.units(mode, self.samples)]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("plain", "erasable") if self.erase else ("plain",)
+
+    def more_plain(self, table: dict[str, list[list[Sample]]]) -> list[Unit]:
+        """The further plain samples that the erasable ones' tokens would have bought."""
+        if not self.erase:
+            return []
+        extra = samples_for(equal_samples(table["plain"], table["erasable"])) - self.samples
+        return (
+            self.units("plain", extra, round=math.ceil(self.samples / self.rows), first=self.samples)
+            if extra > 0
+            else []
+        )
+
+
+def tables(plan: Plan, samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
+    """The first ``plan.samples`` samples of each problem by mode."""
+    kept = [s for s in samples if s.sample < plan.samples]
+    return {mode: by_problem([s for s in kept if s.mode == mode], plan.problems) for mode in plan.modes}
+
+
+def missing(plan: Plan, store: SampleStore) -> list[Unit]:
+    """What has to be sampled next: the named groups first; the equal budget is known once they are all there."""
+    return store.missing(plan.wanted()) or store.missing(plan.more_plain(tables(plan, store.samples())))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What turns units into graded samples."""
+
+    policy: Policy
+    prompts: Sequence[Prompt]
+    config: Config
+    scorer: Scorer
+    reference: ReferenceStatistics | None
+    deadline: float = math.inf
+
+    def run(self, plan: Plan, store: SampleStore, shard: Shard, progress: Progress) -> bool:
+        """Sample all that is missing of the shard; False where the deadline came first. No group is left half drawn."""
+        engine: Engine | None = None
+        with store.writer(shard) as writer:
+            while units := shard.take(missing(plan, store), plan.problems):
+                if time.monotonic() >= self.deadline:
+                    return False
+                engine = engine or self._engine()
+                for samples in self._sample(engine, units):
+                    writer.write(samples)
+                    progress(samples)
+        return True
+
+    def _engine(self) -> Engine:
+        longest = max(len(p.ids) for p in self.prompts)
+        return build_engine(self.config.rollout, self.policy.model, self.policy.eos_ids, longest)
+
+    def _sample(self, engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Sample, ...]]:
+        """The units' samples as they finish. Units of one mode, round and size are decoded together."""
+        prompts = {p.problem.id: p for p in self.prompts}
+        for _, batch in itertools.groupby(units, key=lambda u: (u.mode, u.round, u.first, u.size)):
+            chosen = list(batch)
+            unit = chosen[0]
+            settings = evaluation_settings(self.config, erase=unit.mode == "erasable")
+            rollout = replace(settings.rollout, num_generations=unit.size)
+            seed = self.config.run.seed + SEED_OFFSET
+            scheduler = Scheduler(engine, rollout, settings.erasure, seed=seed, reference=self.reference)
+            in_time = itertools.takewhile(
+                lambda _: time.monotonic() < self.deadline, (prompts[u.problem] for u in chosen)
+            )
+            for group in scheduler.run(in_time, step=unit.round, policy_version=0):
+                yield graded(
+                    group, self.scorer, self.policy.tokenizer, mode=unit.mode, round=unit.round, first=unit.first
+                )
+
+
+def conclude(plan: Plan, store: SampleStore, facts: dict[str, Any], ks: Sequence[int] = ()) -> dict[str, Any]:
+    """The figures of a complete directory, written there with the table of samples. ``facts`` stand before them."""
+    samples = store.samples()
+    table = tables(plan, samples)
+    found: dict[str, Any] = {**facts, **{mode: figures(mode, table[mode], ks) for mode in plan.modes}}
+    if plan.erase:
+        plain = by_problem([s for s in samples if s.mode == "plain"], plan.problems)
+        budget = equal_samples(table["plain"], table["erasable"])
+        found["equal_budget"] = equal_budget(plain, table["erasable"], budget)
+    write_json(store.path / FIGURES, found)
+    store.write_table(samples)
+    return found
