@@ -23,6 +23,7 @@ _COMMANDS = {
     "diagnose": ("e3rl.cli.diagnose", "find out whether erasing can help a model on given problems"),
     "serve": ("e3rl.cli.serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
     "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
+    "reproduce": ("e3rl.cli.reproduce", "repeat the papers' tables and figures, at the scale that one can afford"),
     "view": ("e3rl.cli.view", "serve the page of one or several runs"),
     "settings": ("e3rl.cli.settings", "list every setting, its default and where that comes from"),
     "objectives": ("e3rl.cli.objectives", "list every objective with its options"),

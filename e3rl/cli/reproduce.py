@@ -1,0 +1,57 @@
+"""`e3rl reproduce`: the papers' tables and figures, at the scale that one can afford."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+
+from e3rl.errors import UserError
+
+NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="+", metavar="NAME", help=NAMES)
+    parser.add_argument(
+        "--scale", choices=("smoke", "lab", "paper"), default="smoke",
+        help="smoke: under a minute; lab: the embedded model, hours on two cores; paper: the paper's recipe",
+    )  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="say what it would need, and stop")
+    parser.add_argument("--report", action="store_true", help="write the pages from what is there; run nothing")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where cells and pages go; default: runs/reproduce/SCALE"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time (default 1)")
+    parser.add_argument(
+        "--launcher", default="", metavar="CMD", help="put before each cell's command, such as 'nice -n 19'"
+    )
+    parser.add_argument("--minutes", type=float, help="start no further cell after so many minutes")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.jobs < 1:
+        raise UserError("--jobs must be at least 1")
+    from e3rl.reproduce.reproduce import report, reproduce, show_plan
+    from e3rl.reproduce.scales import SCALES
+    from e3rl.reproduce.studies import find_study
+
+    studies, scale = [find_study(name) for name in options.names], SCALES[options.scale]
+    out = options.out or Path("runs/reproduce") / scale.name
+    if options.plan:
+        print("\n".join(show_plan(studies, scale, out)))
+        return 0
+    if options.report:
+        pages = [report(study, scale, out) for study in studies]
+    else:
+        deadline = None if options.minutes is None else time.time() + 60 * options.minutes
+        launcher = shlex.split(options.launcher)
+        pages = reproduce(
+            studies, scale, out, jobs=options.jobs, launcher=launcher, deadline=deadline,
+            say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+    for page in pages:
+        print(page.read_text(encoding="utf-8"))
+        print(f"Written: {page}")
+    return 0
