@@ -15,13 +15,13 @@ from random import Random
 from typing import Literal, get_args
 
 from e3rl.errors import UserError, unknown
-from e3rl.lab import arith, chain, path
+from e3rl.lab import arith, chain, path, ways
 from e3rl.lab.family import Family, Step, Task
 from e3rl.types import Problem
 
 Split = Literal["train", "heldout"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (chain.FAMILY, path.FAMILY, arith.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (chain.FAMILY, path.FAMILY, ways.FAMILY, arith.FAMILY)}
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 2048, "heldout": 256}
 """Problems of a level that `load` gives where no count is asked for."""

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from e3rl.lab import arith, chain, path
+from e3rl.lab import arith, chain, path, ways
 from e3rl.lab.problems import FAMILIES
 from e3rl.lab.reward import lab_reward
 
@@ -125,3 +125,30 @@ def test_reward_reads_texts_and_chat_messages_and_skips_foreign_rows() -> None:
         level=[1, 1, 1, None],
     )
     assert rewards == [1.0, 1.0, 0.0, None]
+
+
+@pytest.mark.parametrize("level", ways.FAMILY.levels)
+def test_all_ways_of_a_ways_graph_are_right_and_its_dead_ends_wrong(level: int) -> None:
+    """Found by walking the graph from its start: as many ways as the level says, each as long, and the rest leads nowhere."""
+    shape = ways._SHAPES[level]
+    task = ways.draw(level, Random(level))
+    *edges, ends = task.question.rstrip(":").split(";")
+    start, target = ends.split(">")
+    walks, frontier = [], [start]
+    while frontier:
+        walk = frontier.pop()
+        after = [edge[1] for edge in edges if edge[0] == walk[-1]]
+        walks += [] if after else [walk]
+        frontier += [walk + node for node in after]
+    reached = [walk for walk in walks if walk[-1] == target]
+    assert sorted(map(len, reached)) == [shape.length + 1] * shape.ways
+    assert len(walks) - len(reached) == shape.dead_ends
+    assert all(ways.FAMILY.grade(task.question, task.answer, walk[1:]) for walk in reached)
+    assert not any(ways.FAMILY.grade(task.question, task.answer, walk[1:]) for walk in walks if walk not in reached)
+
+
+def test_the_answer_of_a_ways_graph_is_one_way_at_random() -> None:
+    """Two ways of equal length: the answer is the one that the question happens to name first about half of the time."""
+    tasks = [ways.draw(1, Random(seed)) for seed in range(200)]
+    named = [next(e[0] for e in t.question.split(";")[:-1] if e[1] == t.answer[-1]) for t in tasks]
+    assert 0.35 < sum(t.answer[-2] == first for t, first in zip(tasks, named, strict=True)) / 200 < 0.65
