@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -38,8 +38,8 @@ class JournaledEngine:
     last bit. Any other engine gets prompt and tokens as one prompt.
     """
 
-    def __init__(self, engine: Engine, journal: StepJournal) -> None:
-        self._engine, self._journal = engine, journal
+    def __init__(self, engine: Engine, journal_of: Callable[[int], StepJournal]) -> None:
+        self._engine, self._journal_of = engine, journal_of
         self._append = getattr(engine, "append", None)
         self._rows: dict[Row, _Row] = {}
         self._outer: dict[Row, Row] = {}  # rows by the engine's own name for them
@@ -55,25 +55,17 @@ class JournaledEngine:
     def prefill(self, prompt_ids: Sequence[int], siblings: int) -> list[Row]:
         """Make rows; the engine runs the prompt when the first of them asks for something new."""
         group = _Group(prompt_ids)
-        if not self._journal.known:
-            return self._adopt(group, self._engine.prefill(prompt_ids, siblings))
+        group.rows += [_Row(group) for _ in range(siblings)]
         self._waiting += siblings
-        return self._adopt(group, [None] * siblings)
-
-    def _adopt(self, group: _Group, inner: Sequence[Row | None]) -> list[Row]:
-        handles = [Row(next(self._handles)) for _ in inner]
-        for handle, own in zip(handles, inner, strict=True):
-            row = self._rows[handle] = _Row(group, inner=own)
-            group.rows.append(row)
-            if own is not None:
-                self._outer[own] = handle
+        handles = [Row(next(self._handles)) for _ in group.rows]
+        self._rows.update(zip(handles, group.rows, strict=True))
         return handles
 
     def length(self, row: Row) -> int:
         return len(self._rows[row].ids)
 
     def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
-        known = self._journal.take(draw)
+        known = self._journal_of(draw.step).take(draw)
         if known is not None:
             self._answers.append((row, known))
             return
@@ -84,26 +76,25 @@ class JournaledEngine:
 
     def _materialised(self, handle: Row, state: _Row) -> Row:
         """The engine's row, made where there is none yet and brought up to the tokens that it has to go on from."""
-        if state.inner is None and self._append is None:
-            self._waiting -= 1
-            [state.inner] = self._engine.prefill([*state.group.prompt_ids, *state.ids], 1)
-            state.offset = len(state.ids)
-        elif state.inner is None:
+        if state.inner is None:
             self._prefill_group(state.group)
         assert state.inner is not None
-        self._outer[state.inner] = handle
         held = self._engine.length(state.inner) + state.offset
-        if held < len(state.ids):
-            assert self._append is not None
+        if held < len(state.ids) and self._append is not None:
             self._append(state.inner, state.ids[held:])
+        elif held < len(state.ids):
+            self._engine.release(state.inner)
+            [state.inner] = self._engine.prefill([*state.group.prompt_ids, *state.ids], 1)
+            state.offset = len(state.ids)
+        self._outer[state.inner] = handle
         return state.inner
 
     def _prefill_group(self, group: _Group) -> None:
         """Rows for all siblings that are still held: their prompt goes through the model once."""
-        held = [row for row in group.rows if row.inner is None]
-        self._waiting -= len(held)
-        for row, inner in zip(held, self._engine.prefill(group.prompt_ids, len(held)), strict=True):
-            row.inner = inner
+        rows = self._engine.prefill(group.prompt_ids, len(group.rows))
+        self._waiting -= len(rows)
+        for state, inner in zip(group.rows, rows, strict=True):
+            state.inner = inner
 
     def poll(self) -> list[tuple[Row, Candidate]]:
         if self._answers:
@@ -113,12 +104,16 @@ class JournaledEngine:
                 self._rows[row].ids += candidate.ids
             return answers
         generated = [(self._outer[inner], candidate) for inner, candidate in self._engine.poll()]
+        journals = set()
         for row, candidate in generated:
             state = self._rows[row]
             assert state.draw is not None
-            self._journal.add(state.draw, candidate)
+            journal = self._journal_of(state.draw.step)
+            journal.add(state.draw, candidate)
+            journals.add(journal)
             state.ids += candidate.ids
-        self._journal.flush()
+        for journal in journals:
+            journal.flush()
         return generated
 
     def rollback(self, row: Row, length: int) -> None:
