@@ -12,6 +12,7 @@ dropped. Nothing waits for the disk: what a power cut takes is generated again, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -24,12 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from e3rl.distributed.messages import Finished
+from e3rl.distributed.wire import decode, encode
 from e3rl.files import disk_full_is_a_sentence
 from e3rl.types import Candidate, Draw
 
 FORMAT = 1
 _FRAME = struct.Struct("<II")  # bytes of the record, CRC-32 of them
 _FLOATS = ("logprobs", "entropies", "perturbations", "kept_mass")
+_CANDIDATE, _GROUP = b"c", b"g"  # how a record begins
 _PROBES = 64  # numbers of each weight tensor that go into the fingerprint
 
 
@@ -70,12 +74,12 @@ def pack(draw: Draw, candidate: Candidate) -> bytes:
         floats = single
     who = [draw.seed, draw.step, draw.prompt_id, draw.sibling, draw.segment, draw.attempt]
     head = [who, candidate.ended, len(candidate.ids), floats.dtype.str]
-    return json.dumps(head).encode() + b"\n" + integers.tobytes() + floats.tobytes()
+    return _CANDIDATE + json.dumps(head).encode() + b"\n" + integers.tobytes() + floats.tobytes()
 
 
 def unpack(payload: bytes) -> tuple[Draw, Candidate]:
     """What `pack` was given, to the last bit; ValueError or TypeError where it can't have come from it."""
-    head, _, numbers = payload.partition(b"\n")
+    head, _, numbers = payload.removeprefix(_CANDIDATE).partition(b"\n")
     who, ended, size, kind = json.loads(head)
     ids, ranks = np.frombuffer(numbers, "<i4", 2 * size).reshape(2, size).tolist()
     floats = np.frombuffer(numbers, {"<f4": "<f4", "<f8": "<f8"}[kind], offset=8 * size).reshape(4, size).tolist()
@@ -90,6 +94,8 @@ class StepJournal:
         self.path, self._say = path, say
         self.known: dict[Draw, deque[Candidate]] = {}
         """Candidates that an earlier process left, by draw: in the order they were made where one was drawn twice."""
+        self.groups: dict[str, Finished] = {}
+        """Whole groups that it was sent by workers, by prompt id."""
         with disk_full_is_a_sentence(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             good = self._read(header)
@@ -102,24 +108,32 @@ class StepJournal:
     def _read(self, header: Mapping[str, Any]) -> int:
         """Take up what an earlier process left; how many bytes of it are good."""
         content = self.path.read_bytes() if self.path.exists() else b""
-        good = found = 0
+        good = 0
         for end, payload in records(content):
             try:
-                if not good and json.loads(payload) != header:
+                if good:
+                    self._remember(payload)
+                elif json.loads(payload) != header:
                     self._say(f"{self.path} was made by other weights or another version: its rollout is made again")
                     return 0
-                if good:
-                    draw, candidate = unpack(payload)
-                    self.known.setdefault(draw, deque()).append(candidate)
-                    found += 1
             except (ValueError, TypeError, KeyError):
                 break
             good = end
+        found = sum(map(len, self.known.values()))
         if good < len(content):
             self._say(f"{self.path}: its last {len(content) - good} bytes are incomplete; what they held is made again")
-        if found:
-            self._say(f"{found} candidates of step {header['step']} were on disk and are not generated again")
+        if found or self.groups:
+            what = f"{found} candidates" if found else f"{len(self.groups)} groups"
+            self._say(f"{what} of step {header['step']} were on disk and are not generated again")
         return good
+
+    def _remember(self, payload: bytes) -> None:
+        if payload.startswith(_GROUP):
+            finished = decode(Finished, payload.removeprefix(_GROUP))
+            self.groups[finished.prompt_id] = finished
+        else:
+            draw, candidate = unpack(payload)
+            self.known.setdefault(draw, deque()).append(candidate)
 
     def take(self, draw: Draw) -> Candidate | None:
         """The candidate of this draw, where an earlier process made it."""
@@ -135,6 +149,12 @@ class StepJournal:
         """Keep a candidate; after the next `flush` it survives the process."""
         with disk_full_is_a_sentence(self.path):
             self._file.write(frame(pack(draw, candidate)))
+
+    def add_group(self, finished: Finished) -> None:
+        """Keep a group that a worker sent."""
+        with disk_full_is_a_sentence(self.path):
+            self._file.write(frame(_GROUP + encode(finished)))
+        self.flush()
 
     def flush(self) -> None:
         """Hand to the system what was added."""
@@ -152,25 +172,28 @@ class StepJournal:
 class Journal:
     """The journals of a run."""
 
-    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
-        self._directory, self._say = run / "journal", say
+    def __init__(self, run: Path, weights: Callable[[], str], say: Callable[[str], None]) -> None:
+        self._directory, self._weights, self._say = run / "journal", weights, say
         self._open: dict[int, StepJournal] = {}
 
-    def of(self, step: int, weights: str) -> StepJournal:
-        """The journal of a step whose rollout is made by the weights of this fingerprint; the same one all the step."""
+    def of(self, step: int) -> StepJournal:
+        """The journal of a step's rollout, which is made by the weights of now; the same one as long as it is open."""
         if step not in self._open:
-            header = {"format": FORMAT, "step": step, "weights": weights}
+            self._close_before(step)
+            header = {"format": FORMAT, "step": step, "weights": self._weights()}
             self._open[step] = StepJournal(self._directory / f"step-{step:06d}.journal", header, self._say)
         return self._open[step]
 
-    def close_before(self, step: int) -> None:
+    def _close_before(self, step: int) -> None:
         """Let go of the files of earlier steps."""
         for earlier in [s for s in self._open if s < step]:
             self._open.pop(earlier).close()
 
     def drop_through(self, step: int) -> None:
         """Forget the steps that a checkpoint holds."""
-        self.close_before(step + 1)
+        self._close_before(step + 1)
         for path in self._directory.glob("step-*.journal"):
             if int(path.stem.removeprefix("step-")) <= step:
                 path.unlink()
+        with contextlib.suppress(OSError):  # it holds more, or is not there
+            self._directory.rmdir()

@@ -19,7 +19,6 @@ from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.data.stream import PromptStream
 from e3rl.distributed.messages import Assignment
-from e3rl.distributed.rollouts import build_rollouts
 from e3rl.errors import RunStopped, UserError
 from e3rl.evaluate.evaluation import evaluate, spread
 from e3rl.files import atomic_directory, write_json
@@ -38,11 +37,13 @@ from e3rl.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from e3rl.train.demonstrations import answers_as_responses, demonstrations
 from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
+from e3rl.train.journal import Journal, fingerprint
+from e3rl.train.journaled_rollouts import journaled_rollouts
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
-from e3rl.train.run_directory import RunDirectory, read_lines
+from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_plain_head
 from e3rl.train.step_metrics import StepTimes, step_record
 from e3rl.train.summary import run_summary
@@ -87,8 +88,9 @@ class Trainer:
             self.policy, objective, config, self.steps * config.train.num_iterations * config.train.minibatches
         )
         self._engine = build_engine(config.rollout, self.policy.model, self.policy.eos_ids, self._longest_prompt())
-        self._rollouts = build_rollouts(
-            config, self.policy, self._engine, self._longest_prompt(), lambda text: self._tell("noted", text)
+        self._journal = Journal(run_path(config), lambda: fingerprint(self.policy.model), self._note)
+        self._rollouts = journaled_rollouts(
+            config, self.policy, self._engine, self._longest_prompt(), self._journal, self._note
         )
         self._scorer = Scorer(
             config.rewards,
@@ -278,9 +280,10 @@ class Trainer:
         optimizer = self._learner.optimizer
         checkpoint = Checkpoint(self._step, optimizer.weights(), optimizer.state(), torch.get_rng_state(), facts)
         save_checkpoint(self.run_path, checkpoint, self.config.train.save_total_limit)
+        self._journal.drop_through(self._step)
 
     def _restore(self) -> None:
-        checkpoint = newest_checkpoint(self.run_path, lambda text: self._tell("noted", text))
+        checkpoint = newest_checkpoint(self.run_path, self._note)
         self._step = checkpoint.step
         self._learner.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)
@@ -303,6 +306,9 @@ class Trainer:
         write_json(self.run_path / "summary.json", summary)
         self._tell("finished", summary)
         return summary
+
+    def _note(self, text: str) -> None:
+        self._tell("noted", text)
 
     def _tell(self, event: str, *values: Any) -> None:
         for listener in self._listeners:
