@@ -34,7 +34,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.learner import Learner, Lesson, Update
-from e3rl.train.ledger import ledger_rows
+from e3rl.train.ledger import learnt, ledger_rows
 from e3rl.types import Candidate, Erasure, Group, Judgement, Problem, Prompt, RewardedGroup, Segment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -127,8 +127,7 @@ def trace() -> Trace:
     before = [float(x.scores.logprobs_T.sum()) for x in kept]
     update = learner.update(lessons, 0)
     after = logprobs_of(learner, rewarded)
-    shares = [x.scores.shares_T for x in kept]
-    ledger = ledger_rows(1, [rewarded], [[x.advantages_T for x in kept]], [shares], policy.tokenizer)
+    ledger = ledger_rows(1, [rewarded], learnt([rewarded], lessons), policy.tokenizer)
     return Trace(row, config, policy, rewarded, lessons, update, before, after, ledger)
 
 

@@ -77,6 +77,17 @@ def rewards_missing(logs: Logs) -> Finding | None:
     )
 
 
+def rewards_restart(logs: Logs) -> Finding | None:
+    restarts = sum(logs.values("reward_restarts"))
+    if not restarts:
+        return None
+    return Finding(
+        "warn",
+        f"A reward worker was killed or died, and was restarted, {restarts:.0f}×. The rollouts below whose reward is "
+        "missing say why; a slow function needs a larger rewards.timeout.",
+    )
+
+
 def no_signal(logs: Logs) -> Finding | None:
     degenerate, reward = logs.now("degenerate_groups"), logs.now("reward")
     if not degenerate >= 0.8:
@@ -223,6 +234,7 @@ def held_out(logs: Logs) -> Finding | None:
 RULES: tuple[Rule, ...] = (
     not_finite,
     rewards_missing,
+    rewards_restart,
     no_signal,
     never_erases,
     erases_too_much,

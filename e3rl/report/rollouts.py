@@ -153,6 +153,9 @@ def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
         if row["shares"] is not None:
             signals["share"] = [float(f"{share:.3g}") or 0 for share in row["shares"][span]]
         segments.append({**encode_candidate(segment), **signals})
+    erasures = [encode_candidate(e) for e in row["erasures"]]
+    for erasure, advantage in zip(erasures, row["erased_advantages"], strict=False):
+        erasure["advantage"] = round(advantage, 3)
     return {
         "sibling": row["sibling"],
         "reward": row["reward"],
@@ -160,7 +163,7 @@ def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
         "error": row["reward_error"],
         "finish": row["finish"],
         "segments": segments,
-        "erasures": [encode_candidate(e) for e in row["erasures"]],
+        "erasures": erasures,
     }
 
 

@@ -25,6 +25,7 @@ def token_view(trajectories: Sequence[Trajectory], tokenizer: Any) -> str:
     from e3rl.train.pieces import Pieces
 
     pieces = Pieces(tokenizer)
-    unrewarded = {"reward": None, "reward_parts": None, "reward_error": None, "advantages": None, "shares": None}
+    unlearnt = {"advantages": None, "shares": None, "erased_advantages": ()}
+    unrewarded = {"reward": None, "reward_parts": None, "reward_error": None, **unlearnt}
     rows = [{"problem_id": t.prompt.problem.id, **response_columns(t, pieces), **unrewarded} for t in trajectories]
     return render_page("Decoded · E³RL", TOKEN_SCRIPTS, {"group": to_json(encode_group(rows))}, charts=False)

@@ -7,16 +7,19 @@ generated from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from e3rl.files import atomic_file
 from e3rl.train.pieces import Pieces
 from e3rl.types import Candidate, Judgement, RewardedGroup, Trajectory
+
+if TYPE_CHECKING:
+    from e3rl.train.learner import Lesson
 
 FORMAT = 1
 
@@ -75,6 +78,11 @@ SCHEMA = pa.schema(
         _field("reward_error", pa.string(), "why the reward is missing"),
         _field("advantages", _FLOATS, "advantage of each response token; empty where it was not trained on"),
         _field("shares", _FLOATS, "share of the final attention on each response token (eq 19); null where unused"),
+        _field(
+            "erased_advantages",
+            _FLOATS,
+            "advantage of each erased candidate, in the order of erasures; empty where they were not trained on",
+        ),
         _field("segments", pa.list_(pa.struct(_CANDIDATE)), "committed segments, in order"),
         _field("erasures", pa.list_(pa.struct(_CANDIDATE)), "erased candidates, in the order they were erased"),
     ],
@@ -135,20 +143,48 @@ def response_columns(trajectory: Trajectory, pieces: Pieces) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What a trajectory was trained with. The defaults are those of one that was not."""
+
+    advantages: tuple[float, ...] = ()
+    shares: tuple[float, ...] | None = None
+    erased_advantages: tuple[float, ...] = ()
+
+
+def learnt(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]) -> list[list[Learnt]]:
+    """By group and sibling."""
+    by_place: dict[tuple[int, int], list[Lesson]] = {}
+    for lesson in lessons:
+        by_place.setdefault((lesson.sequence.group, lesson.sequence.sibling), []).append(lesson)
+    return [
+        [_learnt(by_place.get((group, t.sibling), [])) for t in item.group.trajectories]
+        for group, item in enumerate(rewarded)
+    ]
+
+
+def _learnt(lessons: Sequence[Lesson]) -> Learnt:
+    """The lessons of one trajectory: its own, then those of its erased candidates."""
+    if not lessons:
+        return Learnt()
+    own, *erased = lessons
+    shares_T = own.scores.shares_T
+    return Learnt(
+        tuple(own.advantages_T.tolist()),
+        None if shares_T is None else tuple(shares_T.tolist()),
+        tuple(float(x.advantages_T[-1]) for x in erased),  # the same for all its tokens, which come last
+    )
+
+
 def ledger_rows(
-    step: int,
-    rewarded: Sequence[RewardedGroup],
-    advantages: Sequence[Sequence[Tensor]],
-    shares: Sequence[Sequence[Tensor | None]],
-    tokenizer: Any,
+    step: int, rewarded: Sequence[RewardedGroup], signals: Sequence[Sequence[Learnt]], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """One row a trajectory; ``advantages`` and ``shares`` by group and sibling."""
+    """One row a trajectory; ``signals`` by group and sibling."""
     pieces = Pieces(tokenizer)
     rows = []
-    for item, group_advantages, group_shares in zip(rewarded, advantages, shares, strict=True):
+    for item, group_signals in zip(rewarded, signals, strict=True):
         group = item.group
-        signals = zip(group.trajectories, item.rewards, group_advantages, group_shares, strict=True)
-        for trajectory, reward, advantage_T, share_T in signals:
+        for trajectory, reward, signal in zip(group.trajectories, item.rewards, group_signals, strict=True):
             rows.append(
                 {
                     "step": step,
@@ -157,8 +193,9 @@ def ledger_rows(
                     "reward": reward.value,
                     "reward_parts": list(reward.parts.items()),
                     "reward_error": reward.error,
-                    "advantages": advantage_T.tolist(),
-                    "shares": None if share_T is None else share_T.tolist(),
+                    "advantages": signal.advantages,
+                    "shares": signal.shares,
+                    "erased_advantages": signal.erased_advantages,
                     **response_columns(trajectory, pieces),
                 }
             )

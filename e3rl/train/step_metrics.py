@@ -55,6 +55,9 @@ def segment_metrics(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]
         "acceptance": by_index((n, j.attempt == 0 and j.verdict == "commit") for n, j in judged),
         "uncertainty": by_index((n, j.uncertainty.total) for n, j in judged),
         "threshold": by_index((n, j.threshold.total) for n, j in judged),
+        "baseline": by_index((n, j.threshold.baseline) for n, j in judged),
+        "penalty": by_index((n, j.threshold.penalty) for n, j in judged),
+        "modulation": by_index((n, j.threshold.modulation) for n, j in judged),
         "advantage": by_index(advantages),
     }
 

@@ -90,6 +90,9 @@ def test_segments_have_a_line_each(page: Any, run: SyntheticRun) -> None:
     assert [label.split(" by step")[0] for label in labels] == [
         "Uncertainty U",
         "Threshold Θ",
+        "Baseline B",
+        "Penalty Γ",
+        "Modulation φ",
         "Acceptance",
         "Advantage",
         "Clip fraction",

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from e3rl.config import Config, build_config
 from e3rl.equations.threshold import attempt_penalty
-from e3rl.train.ledger import ledger_rows, write_ledger
+from e3rl.train.ledger import Learnt, ledger_rows, write_ledger
 from e3rl.train.run_directory import RunDirectory
 from e3rl.types import (
     Candidate,
@@ -99,18 +97,18 @@ def trajectory(
     return Trajectory(prompt, sibling, tuple(made), tuple(erasures), "stop" if draw.random() < 0.9 else "length")
 
 
-def signals(draw: random.Random, group: RewardedGroup) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Advantages constant in a segment, of which some flip the sign; shares that add up to 1."""
+def signals(draw: random.Random, group: RewardedGroup) -> list[Learnt]:
+    """Advantages constant in a segment, of which some flip the sign; shares that add up to 1; contrast."""
     known = [r.value or 0.0 for r in group.rewards]
     average = sum(known) / len(known)
-    advantages, shares = [], []
+    found = []
     for item, value in zip(group.group.trajectories, known, strict=True):
         by_segment = [(value - average) * 2 * draw.uniform(-0.3, 1.2) for _ in item.segments]
-        lengths = torch.tensor(item.segment_lengths)
-        advantages.append(torch.tensor(by_segment).repeat_interleave(lengths))
-        raw = torch.tensor([draw.random() + 0.05 for _ in range(item.committed_tokens)])
-        shares.append(raw / raw.sum())
-    return advantages, shares
+        advantages = [a for a, length in zip(by_segment, item.segment_lengths, strict=True) for _ in range(length)]
+        raw = [draw.random() + 0.05 for _ in advantages]
+        erased = tuple(-1.0 if value > 0 else 0.0 for _ in item.erasures)
+        found.append(Learnt(tuple(advantages), tuple(x / sum(raw) for x in raw), erased))
+    return found
 
 
 def rewarded_group(draw: random.Random, tokenizer: Words, problem: str, config: Config, skill: float) -> RewardedGroup:
@@ -129,8 +127,7 @@ def rewarded_group(draw: random.Random, tokenizer: Words, problem: str, config: 
 
 def write_rollouts(run: Path, step: int, groups: Sequence[RewardedGroup], tokenizer: Words) -> None:
     draw = random.Random(step)
-    both = [signals(draw, group) for group in groups]
-    write_ledger(run, step, ledger_rows(step, groups, [a for a, _ in both], [s for _, s in both], tokenizer))
+    write_ledger(run, step, ledger_rows(step, groups, [signals(draw, group) for group in groups], tokenizer))
 
 
 def metrics_record(draw: random.Random, step: int, steps: int, config: Config) -> dict[str, Any]:
@@ -176,6 +173,9 @@ def metrics_record(draw: random.Random, step: int, steps: int, config: Config) -
             "acceptance": [min(1.0, near(0.75 + 0.05 * i)) for i in range(n)],
             "uncertainty": [near(1.1 - 0.1 * i - 0.3 * progress) for i in range(n)],
             "threshold": [near(1.5 - 0.1 * i - 0.3 * progress) for i in range(n)],
+            "baseline": [near(1.4 - 0.1 * i - 0.3 * progress) for i in range(n)],
+            "penalty": [near(1.03, 0.01) for _ in range(n)],
+            "modulation": [near(1.01, 0.02) for _ in range(n)],
         }
     return record
 
@@ -205,8 +205,7 @@ def many_rollouts(run: Path, steps: int, groups: int, config: Config) -> int:
     """Ledgers of ``steps`` steps that hold the same rollouts but for the step; returns how many rollouts that is."""
     tokenizer, draw = Words(), random.Random(0)
     made = [rewarded_group(draw, tokenizer, f"p{i:03d}", config, 0.5) for i in range(groups)]
-    both = [signals(draw, group) for group in made]
-    rows = ledger_rows(0, made, [a for a, _ in both], [s for _, s in both], tokenizer)
+    rows = ledger_rows(0, made, [signals(draw, group) for group in made], tokenizer)
     for step in range(1, steps + 1):
         write_ledger(run, step, [row | {"step": step} for row in rows])
     return steps * len(rows)

@@ -57,6 +57,7 @@ def test_a_run_without_steps_says_so() -> None:
 @pytest.mark.parametrize(
     ("late", "level", "sentence"),
     [
+        ({"reward_restarts": 1}, "warn", "was restarted, 20×"),
         ({"loss": None}, "bad", "not a finite number at steps 21, 22, 23 and later"),
         ({"reward_missing": 2}, "warn", "failed on 40 trajectories"),
         ({"degenerate_groups": 0.8, "accuracy": 0.05}, "warn", "Reward is flat and 80% of the groups teach nothing"),

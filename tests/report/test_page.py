@@ -75,15 +75,17 @@ def test_the_page_holds_the_run(run: SyntheticRun) -> None:
 def test_rollouts_in_the_page_are_those_of_the_ledger(run: SyntheticRun) -> None:
     import pyarrow.parquet as pq
 
-    row = pq.read_table(run.path / "rollouts" / "step-000003.parquet").to_pylist()[0]
+    rows = pq.read_table(run.path / "rollouts" / "step-000003.parquet").to_pylist()[:4]
     group = json.loads(blocks(write_report(run.path))["rollouts-0-3"])["groups"][0]
-    shown = group["rollouts"][0]
+    row = max(rows, key=lambda r: len(r["erasures"]))
+    shown = group["rollouts"][row["sibling"]]
     assert group["problem"] == row["problem_id"]
     assert "".join(p for s in shown["segments"] for p in s["pieces"]) == row["response"]
     assert [e["pieces"] for e in shown["erasures"]] == [e["pieces"] for e in row["erasures"]]
     assert [s["u"][0] for s in shown["segments"]] == pytest.approx(
         [s["uncertainty"] for s in row["segments"]], abs=6e-4
     )
+    assert [e["advantage"] for e in shown["erasures"]] == row["erased_advantages"]
     advantages = [a for s in shown["segments"] for a in [s["advantage"]] * len(s["pieces"])]
     assert advantages == pytest.approx(row["advantages"], abs=6e-4)
     shares = [x for s in shown["segments"] for x in s["share"]]

@@ -117,6 +117,9 @@ class OverviewView {
 const BY_SEGMENT = [
   ["uncertainty", "Uncertainty U", "Mean U of committed segments."],
   ["threshold", "Threshold Θ", "Mean threshold that committed segments were judged by."],
+  ["baseline", "Baseline B", "Θ is baseline × penalty × modulation; this is the first."],
+  ["penalty", "Penalty Γ", "Rises with every erasure of the segment."],
+  ["modulation", "Modulation φ", "Above 1 where the response's earlier segments were less certain than usual."],
   ["acceptance", "Acceptance", "Share of first candidates that were accepted.", true],
   ["advantage", "Advantage", "Mean advantage of the segment's tokens."],
   ["clip_fraction", "Clip fraction", "Share of the segments' ratios outside the clip range where that cuts the gradient.", true],
