@@ -59,6 +59,24 @@ def on_best_signal(diagnosis: Diagnosis) -> Finding | None:
     return Finding("note", f"What tells siblings apart best is {best.name}: {_share(best.within)}.{late}")
 
 
+def on_late_evidence(diagnosis: Diagnosis) -> Finding | None:
+    """Do mistakes show in what follows them?"""
+    entropy = diagnosis.responses[0].within
+    if entropy.value is None:
+        return None
+    if _above(entropy, 0.5):
+        return Finding(
+            "note",
+            f"Mistakes show in what follows them: among answers to one problem, the whole response's entropy tells wrong from "
+            f"right ({_share(entropy)}). Judge long segments, by entropy alone; that evidence no lower temperature has.",
+        )
+    return Finding(
+        "note",
+        f"Mistakes are silent: among answers to one problem, the whole response's entropy does not tell wrong from right "
+        f"({_share(entropy)}). Only the draw itself (ε) gives them away, and a lower temperature avoids the same draws.",
+    )
+
+
 def on_retries(diagnosis: Diagnosis) -> Finding | None:
     """Is drawing the most suspicious quarter again worth it?"""
     known = [(g.signal, g.gains[-1]) for g in diagnosis.gains if g.gains[-1].value is not None]
@@ -121,6 +139,7 @@ def advise(diagnosis: Diagnosis) -> list[Finding]:
         on_decoding(diagnosis),
         on_uncertainty(diagnosis),
         on_best_signal(diagnosis),
+        on_late_evidence(diagnosis),
         on_retries(diagnosis),
         on_training(diagnosis),
     ]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from e3rl.config import Config, ErasureConfig
+from e3rl.config import Config
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
 from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import avg_at_k, pass_at_k_by_problem
@@ -21,15 +21,48 @@ from e3rl.types import Prompt
 Kind = Literal["plain", "majority", "erasable"]
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.3)
-_ONLY_EPS = {"base_weight": 0.0, "gradient_weight": 0.0, "extremum_weight": 0.0, "perturbation_weight": 1.0}
-ERASURES: Mapping[str, Mapping[str, Any]] = {
-    "U, paper, κ₀ = 1": {"kappa0": 1.0},
-    "U, paper, κ₀ = 2": {"kappa0": 2.0},
-    "U + ε, κ₀ = 1": {"kappa0": 1.0, "perturbation_weight": 1.0},
-    "ε, κ₀ = 0.5": {"kappa0": 0.5, **_ONLY_EPS},
-    "ε, κ₀ = 1": {"kappa0": 1.0, **_ONLY_EPS},
+VOTED = (1.0, 0.6)
+"""Temperatures at which samples also vote."""
+_WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_weight")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to erase: weights of U's terms and kappa_0; ``segments``: cut a response into so many, None: as configured."""
+
+    weights: tuple[float, float, float, float]
+    kappa0: float
+    segments: int | None = None
+
+    def applied(self, config: Config) -> Config:
+        """The config with this setting; whole responses and halves look at nothing but themselves."""
+        changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True))
+        if self.segments is None:
+            return replace(config, erasure=replace(config.erasure, kappa0=self.kappa0, **changed))
+        alone: dict[str, Any] = {"smoothing_window": 0, "rho": 0.0}
+        length = -(-config.rollout.completion_limit // self.segments)
+        return replace(
+            config,
+            erasure=replace(config.erasure, kappa0=self.kappa0, **changed, **alone),
+            rollout=replace(config.rollout, segment_length=length, max_segments=self.segments),
+        )
+
+
+_PAPER = (1.0, 0.5, 0.1, 0.0)
+_ENTROPY = (1.0, 0.0, 0.0, 0.0)
+_EPS = (0.0, 0.0, 0.0, 1.0)
+LATE = "entropy of the whole response, κ₀ = −0.5"
+SETTINGS: Mapping[str, Setting] = {
+    "U, paper, κ₀ = 1": Setting(_PAPER, 1.0),
+    "U, paper, κ₀ = 2": Setting(_PAPER, 2.0),
+    "U + ε, κ₀ = 1": Setting((1.0, 0.5, 0.1, 1.0), 1.0),
+    "ε, κ₀ = 0.5": Setting(_EPS, 0.5),
+    "ε, κ₀ = 1": Setting(_EPS, 1.0),
+    "entropy of half a response, κ₀ = −0.5": Setting(_ENTROPY, -0.5, segments=2),
+    "entropy of the whole response, κ₀ = 0.5": Setting(_ENTROPY, 0.5, segments=1),
+    LATE: Setting(_ENTROPY, -0.5, segments=1),
 }
-"""Erasure settings that are compared, beside what the model's own are."""
+"""Erasure settings that are compared, beside the model's own. The late ones see what follows from a mistake."""
 
 
 @dataclass(frozen=True)
@@ -81,45 +114,31 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
             yield _of(f"majority of {votes}, T = {temperature:g}", "majority", temperature, votes * tokens, right)
 
 
-def _best_temperature(found: Sequence[Decoding]) -> float:
-    return max((d for d in found if d.kind == "plain"), key=lambda d: d.avg.value or 0.0).temperature
-
-
 def compare(
     engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, own: bool
 ) -> list[Decoding]:
     """Every way to decode on the same problems. ``own``: the config's erasure settings are one of them."""
 
-    def measured(name: str, kind: Kind, temperature: float, erasure: ErasureConfig) -> tuple[Decoding, Evaluation]:
+    def measured(name: str, kind: Kind, temperature: float, config: Config) -> tuple[Decoding, Evaluation]:
         sampling = replace(config.eval, temperature=temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k)
-        settings = replace(config, eval=sampling, erasure=erasure)
+        settings = replace(config, eval=sampling)
         result = evaluate(engine, prompts, scorer, tokenizer, settings, erase=kind == "erasable")
         tokens = result.record()["tokens"] / result.correct_PK.size
         return _of(name, kind, temperature, tokens, result.correct_PK), result
 
     found: list[Decoding] = []
     for temperature in TEMPERATURES:
-        decoding, evaluation = measured(f"plain, T = {temperature:g}", "plain", temperature, config.erasure)
+        decoding, evaluation = measured(f"plain, T = {temperature:g}", "plain", temperature, config)
         found.append(decoding)
-        if temperature in (max(TEMPERATURES), 0.6):
+        if temperature in VOTED:
             found += _votes(evaluation, tokenizer, temperature, decoding.tokens)
-    settings = {name: replace(config.erasure, **_weights(values)) for name, values in ERASURES.items()}
-    if own and config.erasure not in settings.values():
-        settings["the model's own settings"] = config.erasure
-    for name, erasure in settings.items():
-        found.append(measured(name, "erasable", 1.0, erasure)[0])
-    best = _best_temperature(found)
-    if best < 1:
-        name = "ε, κ₀ = 1"
-        found.append(measured(f"{name}, T = {best:g}", "erasable", best, settings[name])[0])
+    settings = {name: setting.applied(config) for name, setting in SETTINGS.items()}
+    if own and config not in settings.values():
+        settings["the model's own settings"] = config
+    found += [measured(name, "erasable", 1.0, chosen)[0] for name, chosen in settings.items()]
+    for name in ("ε, κ₀ = 1", LATE):
+        found.append(measured(f"{name}, T = 0.6", "erasable", 0.6, settings[name])[0])
     return found
-
-
-def _weights(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The named values on top of eq 13's default weights."""
-    default = ErasureConfig()
-    names = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_weight")
-    return {**{name: getattr(default, name) for name in names}, **values}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import Contest, Decoding, compare, contest
 from e3rl.diagnose.labels import knows_steps, require_rewards
 from e3rl.diagnose.sampling import First, Fork, Observation, choose_forks, firsts, retry, roll_out
-from e3rl.diagnose.signals import LATE, SIGNALS
+from e3rl.diagnose.signals import LATE, RESPONSE_SIGNALS, SIGNALS
 from e3rl.diagnose.statistics import UNKNOWN, Estimate, mean_by_problem, overall_auroc, within_prefix_auroc
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import spread
@@ -61,6 +61,7 @@ class Diagnosis:
     accuracy: Estimate
     mixed_groups: float  # share of groups with right and wrong answers: what a group-normalised objective learns from
     signals: tuple[Signal, ...]
+    responses: tuple[Signal, ...]  # the same question of whole responses to one problem, against their final answers
     gains: tuple[RetryGain, ...]
     decodings: tuple[Decoding, ...]
     contest: Contest
@@ -90,6 +91,21 @@ def _within(observations: Sequence[Observation], name: str) -> Estimate:
     scores, wrong = np.array([o.signals[name] for o in known]), np.array([o.wrong for o in known], dtype=bool)
     prefix, problem = np.array([o.prefix for o in known]), np.array([o.problem for o in known])
     return within_prefix_auroc(scores, wrong, prefix, problem) if known else UNKNOWN
+
+
+def assess_responses(samples: Sequence[First]) -> tuple[Signal, ...]:
+    """Does a whole response's mean entropy, ε or cross-entropy tell right answers to a problem from wrong ones?
+
+    Where entropy does and that of the erring segment does not, mistakes show later on: segments should be longer.
+    """
+    problem = np.array([f.trajectory.prompt.problem.id for f in samples])
+    wrong = np.array([not f.right for f in samples])
+    found = []
+    for name, (meaning, value) in RESPONSE_SIGNALS.items():
+        scores = np.array([value(f.trajectory) for f in samples])
+        overall, within = overall_auroc(scores, wrong, problem), within_prefix_auroc(scores, wrong, problem, problem)
+        found.append(Signal(name, meaning, True, overall, within))
+    return tuple(found)
 
 
 def assess_retries(forks: Sequence[Fork]) -> tuple[RetryGain, ...]:
@@ -167,6 +183,7 @@ def diagnose(
         accuracy=mean_by_problem(right, np.array(names)),
         mixed_groups=sum(mixed) / len(mixed),
         signals=assess_signals(every, [*starts, *siblings]),
+        responses=assess_responses(samples),
         gains=assess_retries(forks),
         decodings=tuple(decodings),
         contest=contest(decodings),

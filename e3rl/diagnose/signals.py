@@ -6,13 +6,13 @@ sides): they are known only after a further segment was generated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from e3rl.config import ErasureConfig
 from e3rl.rollout.metric import e3rl_uncertainty
 from e3rl.rollout.moments import Moments
-from e3rl.types import Candidate
+from e3rl.types import Candidate, Trajectory
 
 PAPER = ErasureConfig()
 _UNIT = replace(PAPER, base_weight=1.0, gradient_weight=1.0, extremum_weight=1.0, perturbation_weight=1.0)
@@ -31,6 +31,16 @@ SIGNALS: Mapping[str, str] = {
     "ε after": "mean perturbation of the next segment (late)",
 }
 LATE = frozenset({"entropy after", "ε after"})
+
+RESPONSE_SIGNALS: Mapping[str, tuple[str, Callable[[Trajectory], float]]] = {
+    "entropy of the response": ("mean entropy over all its tokens", lambda t: _mean(t.entropies)),
+    "ε of the response": (
+        "mean perturbation over all its tokens",
+        lambda t: _mean([x for s in t.segments for x in s.candidate.perturbations]),
+    ),
+    "cross-entropy of the response": ("mean of −log p over all its tokens", lambda t: -_mean(t.logprobs)),
+}
+"""What can be said of a whole response."""
 
 
 def measure(

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from e3rl.cli.main import main
-from e3rl.diagnose.advice import advise, on_decoding, on_training, on_uncertainty
-from e3rl.diagnose.decoding import Contest
+from e3rl.config import load_config
+from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
+from e3rl.diagnose.decoding import LATE, SETTINGS, Contest
 from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
 from e3rl.diagnose.signals import PAPER, SIGNALS, measure
@@ -43,7 +44,7 @@ def test_everything_is_measured(written: Path):
     assert plain[1.0]["avg"]["value"] == pytest.approx(found["accuracy"]["value"], abs=0.3)
     vote = next(d for d in found["decodings"] if d["name"] == "majority of 4, T = 1")
     assert vote["tokens"] == pytest.approx(4 * plain[1.0]["tokens"])
-    assert len(found["findings"]) == 5
+    assert len(found["findings"]) == 6
 
 
 def test_the_page_holds_its_figures_and_loads_nothing(written: Path):
@@ -94,7 +95,7 @@ def diagnosis(*, avg: Estimate, passed: Estimate, within: Estimate, mixed: float
     signals = tuple(Signal(name, "", False, Estimate(0.9, 0.8, 1.0, 9), within) for name in SIGNALS)
     fight = Contest(("plain, T = 0.6",) * 2, ("ε, κ₀ = 1",) * 2, avg, passed, 1.1)
     accuracy = Estimate(0.2, 0.1, 0.3, 9)
-    return Diagnosis("m", "d", 9, 8, 4, 12, True, accuracy, mixed, signals, (), (), fight, 1.0)
+    return Diagnosis("m", "d", 9, 8, 4, 12, True, accuracy, mixed, signals, signals[:1], (), (), fight, 1.0)
 
 
 ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
@@ -119,7 +120,24 @@ def test_a_blind_uncertainty_is_called_blind():
     assert "nothing can be said" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)).text
 
 
+def test_silent_mistakes_are_told_from_those_that_show():
+    blind, seeing = Estimate(0.55, 0.45, 0.65, 30), Estimate(0.8, 0.7, 0.9, 30)
+    assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=blind)).text.startswith("Mistakes are silent")
+    assert "Judge long segments" in on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=seeing)).text
+    assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)) is None
+
+
+def test_late_settings_cut_the_response_anew():
+    config = load_config(None, (), ["rollout.segment_length=8", "rollout.max_segments=5"])
+    late = SETTINGS[LATE].applied(config)
+    assert (late.rollout.segment_length, late.rollout.max_segments, late.rollout.completion_limit) == (40, 1, 40)
+    assert (late.erasure.smoothing_window, late.erasure.rho, late.erasure.base_weight) == (0, 0.0, 1.0)
+    half = SETTINGS["entropy of half a response, κ₀ = −0.5"].applied(config)
+    assert (half.rollout.segment_length, half.rollout.max_segments) == (20, 2)
+    assert SETTINGS["ε, κ₀ = 1"].applied(config).rollout == config.rollout
+
+
 def test_groups_without_a_signal_are_pointed_out():
     assert "too hard" not in on_training(diagnosis(avg=ZERO, passed=ZERO, within=ZERO)).text
     assert "Take easier" in on_training(diagnosis(avg=ZERO, passed=ZERO, within=ZERO, mixed=0.1)).text
-    assert len(advise(diagnosis(avg=ZERO, passed=ZERO, within=ZERO))) == 4  # without forks no sentence on retries
+    assert len(advise(diagnosis(avg=ZERO, passed=ZERO, within=ZERO))) == 5  # without forks no sentence on retries

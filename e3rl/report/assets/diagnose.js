@@ -62,19 +62,31 @@ function tableOf(head, rows) {
     el("tbody", {}, rows.map(([first, ...rest]) => el("tr", {}, el("th", { scope: "row" }, first), rest.map((c) => el("td", {}, c))))));
 }
 
-function signalPicture() {
-  const shown = [...diagnosis.signals].reverse();
+function aurocPicture(title, help, signals, overall, within) {
+  const shown = [...signals].reverse();
   const names = shown.map((s) => s.name);
-  const label = diagnosis.by_steps ? "its first wrong step lies in this segment" : "its response ends in a wrong answer";
-  return new Picture("Which signal finds a wrong segment?",
-    `AUROC: the chance that a wrong segment scores above a right one. 0.5 knows nothing. A segment is wrong where ${label}. Only the second kind of point helps a retry, which starts from the same prefix.`,
-    110 + 34 * names.length, diagnosis.signals.map((s) => `${s.name}: ${interval(s.overall)} overall, ${interval(s.within)} within a prefix. `).join(""),
-    () => [estimates("among all segments", () => colour(7), names, shown.map((s) => s.overall), { across: true, symbol: "circle-open" }),
-      estimates("among draws from the same prefix", () => colour(0), names, shown.map((s) => s.within), { across: true })],
+  return new Picture(title, `AUROC: the chance that a wrong one scores above a right one. 0.5 knows nothing. ${help}`,
+    110 + 34 * names.length, signals.map((s) => `${s.name}: ${interval(s.overall)} ${overall}, ${interval(s.within)} ${within}. `).join(""),
+    () => [estimates(overall, () => colour(7), names, shown.map((s) => s.overall), { across: true, symbol: "circle-open" }),
+      estimates(within, () => colour(0), names, shown.map((s) => s.within), { across: true })],
     () => ({ xaxis: { range: [0, 1.02], title: { text: "AUROC", standoff: 6 } }, yaxis: { type: "category", categoryarray: names, categoryorder: "array", nticks: 0, dtick: 1 },
       shapes: [dotted({ x0: 0.5, x1: 0.5, y0: 0, y1: 1, yref: "paper" })] }),
-    tableOf(["signal", "what it is", "all segments", "same prefix", "pairs"],
-      diagnosis.signals.map((s) => [s.name, s.meaning, interval(s.overall), interval(s.within), number(s.within.count)])));
+    tableOf(["signal", "what it is", overall, within, "pairs"],
+      signals.map((s) => [s.name, s.meaning, interval(s.overall), interval(s.within), number(s.within.count)])));
+}
+
+const wrongSegment = diagnosis.by_steps ? "its first wrong step lies in it" : "its response ends in a wrong answer";
+
+function signalPicture() {
+  return aurocPicture("Which signal finds a wrong segment?",
+    `A segment is wrong where ${wrongSegment}. Only the second kind of point helps a retry, which starts from the same prefix.`,
+    diagnosis.signals, "among all segments", "among draws from the same prefix");
+}
+
+function responsePicture() {
+  return aurocPicture("Does a mistake show in what follows?",
+    "Whole responses against their final answers. Entropy above 0.5 among answers to one problem says that it does: judge longer segments.",
+    diagnosis.responses, "among all responses", "among answers to one problem");
 }
 
 function retryPicture() {
@@ -113,7 +125,7 @@ fill(document.getElementById("page"),
   el("main", { id: "main", class: "narrow", tabindex: "-1" },
     el("h1", {}, "Does erasing help ", el("code", {}, diagnosis.model), " on ", el("code", {}, diagnosis.data), "?"), el("p", { class: "lede" }, facts),
     el("section", {}, el("ul", { class: "health" }, diagnosis.findings.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
-    signalPicture().node, retryPicture().node,
+    signalPicture().node, responsePicture().node, retryPicture().node,
     decodingPicture(`Avg@${diagnosis.samples} against tokens`, "Up and to the left is better. Erased tokens and all votes are charged.", "avg").node,
     decodingPicture(`Pass@${diagnosis.samples} against tokens`, "The share of problems with at least one right answer: what a lower temperature loses first.", "passed").node,
     el("section", {}, el("h2", {}, "All ways to decode"), decodingTable())));
