@@ -22,6 +22,7 @@ _COMMANDS = {
     "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its reference statistics"),
     "diagnose": ("e3rl.cli.diagnose", "find out whether erasing can help a model on given problems"),
     "serve": ("e3rl.cli.serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
+    "rollout-server": ("e3rl.cli.rollout_server", "generate groups for a trainer on another machine"),
     "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
     "reproduce": ("e3rl.cli.reproduce", "repeat the papers' tables and figures, at the scale that one can afford"),
     "view": ("e3rl.cli.view", "serve the page of one or several runs"),
@@ -54,7 +55,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
-            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate", "diagnose", "serve") else None,
+            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate", "diagnose", "serve", "rollout-server") else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:  # only the chosen command's module is imported

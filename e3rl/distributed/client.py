@@ -6,7 +6,7 @@ import http.client
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from e3rl.distributed.pool import LONGEST_POLL, Place, WorkerLost
+from e3rl.distributed.pool import Place, WorkerLost
 from e3rl.distributed.server import WEIGHTS_DIGEST, digest
 from e3rl.errors import UserError
 
@@ -19,7 +19,7 @@ class ServerConnection:
     def __init__(self, host: str, port: int, token: str | None, timeout: float) -> None:
         self._name = f"{host}:{port}"
         self._token, self._timeout = token, timeout
-        self._http = http.client.HTTPConnection(host, port, timeout=timeout + LONGEST_POLL)
+        self._http = http.client.HTTPConnection(host, port, timeout=timeout)
 
     def hello(self) -> bytes:
         """See `RolloutWorker.hello`."""

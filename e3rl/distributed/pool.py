@@ -19,9 +19,6 @@ from e3rl.distributed.wire import decode, encode
 from e3rl.errors import SickLogits, UserError
 from e3rl.types import Group, Prompt
 
-LONGEST_POLL = 1.0
-"""Seconds that a worker may hold a question back until it has something to tell."""
-
 
 class WorkerLost(Exception):
     """A worker can't be reached, has hung or answers nonsense. Its groups are made again elsewhere."""
@@ -55,6 +52,7 @@ class Terms:
     vocabulary: int
     longest: int  # tokens of prompt and response
     timeout: float  # seconds without a sign of life
+    poll: float = 1.0  # seconds that a worker may hold a question back until it has something to tell
     attempts: int = 3  # losses in a row, with nothing finished between them, before a worker is given up
 
 
@@ -84,11 +82,11 @@ class WorkerPool:
         try:
             while not batch.all_delivered:
                 tick()
-                yield from batch.delivered(LONGEST_POLL)
+                yield from batch.delivered(self._terms.poll)
         finally:
             batch.stop()
             for thread in threads:
-                thread.join(LONGEST_POLL + 2)
+                thread.join(2 * self._terms.poll)
 
     def _serve(self, seat: _Seat, batch: _Batch, assignment: Assignment) -> None:
         """Keep one worker busy until the batch is done; begin anew with another when it is lost."""
@@ -107,6 +105,7 @@ class WorkerPool:
                     if len(losses) >= self._terms.attempts:
                         batch.give_up(f"{seat.place.name}: {losses[-1]}")
                         return
+                    batch.pause(self._terms.poll * 4 ** (len(losses) - 1))  # a server that is being restarted
                 except Exception as error:  # the run can't go on: said by the caller's thread
                     batch.fail(error)
                     return
@@ -205,6 +204,11 @@ class _Batch:
         with self._changed:
             self._changed.wait_for(lambda: self.over or self._waiting, seconds)
 
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the batch is over before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.over, seconds)
+
     def delivered(self, seconds: float) -> list[Group]:
         """What has come in; raises what went wrong."""
         with self._changed:
@@ -254,7 +258,7 @@ class _Shift:
                 if self._mine:
                     self._talk(tasks)
                 else:
-                    self._batch.rest(LONGEST_POLL)
+                    self._batch.rest(self._terms.poll)
                     self._alive = time.monotonic()
         except WorkerLost:
             self._batch.put_back(list(self._mine))
@@ -262,7 +266,7 @@ class _Shift:
 
     def _talk(self, prompts: Sequence[Prompt]) -> None:
         tasks = tuple(Task(p.problem.id, p.ids) for p in prompts)
-        body = self._worker.exchange(encode(Ask(self._run, self._assignment, tasks, LONGEST_POLL)))
+        body = self._worker.exchange(encode(Ask(self._run, self._assignment, tasks, self._terms.poll)))
         try:
             answer = decode(Answer, body)
             groups = [

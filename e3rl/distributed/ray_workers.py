@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from e3rl.config import Config
-from e3rl.distributed.pool import LONGEST_POLL, Place, WorkerLost
+from e3rl.distributed.pool import Place, WorkerLost
 from e3rl.distributed.worker import RolloutWorker
 from e3rl.errors import UserError
 
@@ -37,7 +37,7 @@ class RayConnection:
 
     def exchange(self, body: bytes) -> bytes:
         """See `RolloutWorker.exchange`."""
-        answer: bytes = self._wait(self._actor.exchange.remote(body), self._timeout + LONGEST_POLL)
+        answer: bytes = self._wait(self._actor.exchange.remote(body), self._timeout)
         return answer
 
     def load_weights(self, version: int, weights: bytes) -> None:

@@ -140,10 +140,10 @@ def test_erasable_rollouts_draw_what_a_full_pass_says(loaded: Loaded):
     same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
     draws, entropies = zip(*(distances_from_a_full_pass(loaded, t) for t in got), strict=True)
     print(
-        f"trajectories as the torch engine's: {same} of {len(got)}; largest distance of a draw from its token {max(draws):.1e}, of "
-        f"an entropy {max(entropies):.1e}\nerasures {erasures}; prefix cache hit rate {stats.hit_rate:.3f}; run again per "
-        f"continued request {stats.refed_tokens / stats.continued_requests:.1f} tokens, most {stats.most_refed} "
-        f"(block: {loaded.core.block_size})"
+        f"trajectories as the torch engine's: {same} of {len(got)}; largest distance of a draw from its token "
+        f"{max(draws):.1e}, of an entropy {max(entropies):.1e}\nerasures {erasures}; prefix cache hit rate "
+        f"{stats.hit_rate:.3f}; run again per continued request {stats.refed_tokens / stats.continued_requests:.1f} "
+        f"tokens, most {stats.most_refed} (block: {loaded.core.block_size})"
     )
     assert erasures > 0
     assert max(draws) < 1e-4

@@ -1,0 +1,54 @@
+"""`e3rl rollout-server`: generates groups for a trainer elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+
+from e3rl.cli.main import add_setting_arguments
+from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
+from e3rl.config import load_config
+from e3rl.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"the run's own: a TOML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--port", type=int, default=8100, help="default: 8100; 0 takes any free one")
+    parser.add_argument("--token", help="asked of the trainer, which has it in E3RL_ROLLOUT_TOKEN; needed with --host")
+    parser.add_argument(
+        "--longest-prompt", type=int, default=1024, metavar="TOKENS", help="longest prompt that rows have room for"
+    )
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from e3rl.serve.access import Access
+
+    access = Access(options.host, options.token)
+    if options.longest_prompt < 1:
+        raise UserError("--longest-prompt must be at least 1")
+    config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)
+
+    from e3rl.cli.quiet import quiet_libraries
+    from e3rl.distributed.server import make_server
+    from e3rl.distributed.worker import RolloutWorker
+    from e3rl.models import load_policy
+
+    quiet_libraries()
+    policy = load_policy(config.model)
+    largest = 2**24 + 2 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
+
+    def admits(host: str, token: str) -> bool:
+        return access.knows_host(host) and access.admits(token)
+
+    worker = RolloutWorker(config, options.longest_prompt, policy)
+    with make_server(worker, access.host, options.port, admits, largest) as server:
+        host = f"[{access.host}]" if ":" in access.host else access.host
+        print(f"http://{host}:{server.server_address[1]}   (stop with Ctrl+C)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+        finally:
+            worker.close()
+    return 0
