@@ -17,6 +17,7 @@ class Scale:
 
     ``models``: the name that the paper gives a model, to the recipe that trains it. ``segments``: the N×L of table 5.
     ``learning_rates``: the sweep that every method goes through; empty: the recipe's own.
+    ``tuning_overrides`` make the sweep cheaper than the training it decides on.
     ``token_budget``: generated tokens at which methods are compared beside the comparison after equal steps; 0: only that.
     ``together``: cells that one process runs.
     """
@@ -35,6 +36,7 @@ class Scale:
     overrides: tuple[str, ...] = ()
     validation: Mapping[str, str] = field(default_factory=dict)
     tuning_seed: int = 1000
+    tuning_overrides: tuple[str, ...] = ()
     together: int = 1
 
     def recipe(self, model: str) -> Path:
@@ -78,14 +80,16 @@ LAB = Scale(
     name="lab",
     models={"lab model": "lab"},
     benchmarks=_LAB_BENCHMARKS,
-    problems=32,
+    problems=24,
     samples=8,
     pass_samples=64,
     pass_ks=(1, 2, 4, 8, 16, 32, 64),
     seeds=(0, 1, 2),
-    learning_rates=(1e-4, 2e-4, 4e-4),
+    learning_rates=(1.5e-4, 3e-4, 6e-4),
+    tuning_overrides=("train.steps=12",),
     segments=((32, 2), (16, 4), (8, 8), (4, 16), (2, 32)),
-    token_budget=70_000,
+    token_budget=40_000,
+    overrides=("eval.limit=8", "eval.num_samples=2"),  # the run's own evaluation: exams take its place
     validation=_LAB_TRAINED,
 )
 

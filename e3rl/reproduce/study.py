@@ -110,11 +110,10 @@ def row_cell(study: Study, scale: Scale, model: str, row: Row, *, seed: int, lea
 def tuning_cells(study: Study, scale: Scale, model: str) -> dict[tuple[str, float], Cell]:
     """The sweep: every row that others are tuned as, with every learning rate, under a seed of its own."""
     rows = {row.tuned_by: study.methods.get(row.tuned_by, row) for row in study.rows(scale)}
-    measures = (validation_exam(scale),)
+    shorter = replace(scale, overrides=(*scale.overrides, *scale.tuning_overrides))
+    measures, seed = (validation_exam(scale),), scale.tuning_seed
     return {
-        (name, rate): Cell(
-            row_config(scale, model, row, seed=scale.tuning_seed, learning_rate=rate), measures, scale.token_budget
-        )
+        (name, rate): Cell(row_config(shorter, model, row, seed=seed, learning_rate=rate), measures)
         for name, row in rows.items()
         if row.overlays != ("methods/vanilla",)
         for rate in scale.learning_rates
