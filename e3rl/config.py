@@ -194,7 +194,7 @@ class TrainConfig:
     prompts_per_step: int = setting(16, "prompts (groups) of one step (the paper's batch: 128)", min=1)
     num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
     minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
-    micro_batch_tokens: int = setting(16384, "tokens, padding included, that go through the model together", min=1)
+    micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
     learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0)
     warmup_ratio: float = setting(0.05, "share of the steps that the learning rate rises", source=PAPER, min=0, max=1)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")

@@ -5,24 +5,29 @@ The learner is blind to the algorithm: it asks the objective what it needs, give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e3rl.config import Config
 from e3rl.errors import UserError
-from e3rl.models import Policy, ReferencePolicy
+from e3rl.models import Policy, ReferencePolicy, unwrapped
 from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
-from e3rl.train.attribution import attribution_layers
+from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
 from e3rl.train.metrics import Means
 from e3rl.train.optimizer import MasterOptimizer, learning_rate
-from e3rl.train.scoring import AttributionSettings, PaddedSequences, Scores, response_scores, score_sequences
-from e3rl.train.sequences import TrainSequence, group_sequences, pad, plan_micro_batches
+from e3rl.train.packing import PackedRow, packed_size, plan_rows
+from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_sequences
+from e3rl.train.sequences import TrainSequence, group_sequences, pad
 from e3rl.types import RewardedGroup
+
+Scored = tuple[TrainSequence, Scores, Tensor | None]
+"""A sequence, what the policy says of it, and its reference log-probabilities where they are needed."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,7 @@ class Update:
     learning_rate: float
 
 
-def group_signals(
-    lessons: Sequence[tuple[TrainSequence, Scores, Tensor | None]], rewards: Sequence[float]
-) -> GroupSignals:
+def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupSignals:
     """The siblings' tensors, padded together."""
     cpu = torch.device("cpu")
     sequences, scores, references = zip(*lessons, strict=True)
@@ -63,15 +66,21 @@ def group_signals(
     )
 
 
-def totals_of(lessons: Sequence[Lesson], completion_limit: int) -> Totals:
+def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Totals:
     """Counts of an optimizer step, over trajectories alone."""
-    kept = [lesson.sequence for lesson in lessons if not lesson.sequence.erased]
+    kept = [s for s in sequences if not s.erased]
     return Totals(
         groups=len({s.group for s in kept}),
         sequences=len(kept),
         tokens=sum(len(s.response_ids) for s in kept),
         completion_limit=completion_limit,
     )
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a forward pass in training draws random numbers: then it is no measure of the policy."""
+    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return modules or getattr(unwrapped(model).config, "attention_dropout", 0.0) > 0
 
 
 class Learner:
@@ -86,11 +95,56 @@ class Learner:
             options = cast(AttributionOptions, objective)
             layers = attribution_layers(policy.model, options.attribution_layers)
             self._attribution = AttributionSettings(options.attribution_window, layers)
-        if config.train.gradient_checkpointing:
+        train = config.train
+        self._one_pass = (
+            train.num_iterations == train.minibatches == 1
+            and train.importance_correction == "none"
+            and "frozen" not in objective.needs
+            and not has_dropout(policy.model)
+        )
+        if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
 
     def updates_per_step(self) -> int:
         return self._config.train.num_iterations * self._config.train.minibatches
+
+    def learn(self, rewarded: Sequence[RewardedGroup], update: int) -> tuple[list[Lesson], Update]:
+        """A whole step: what was learnt from, and the updates; ``update`` counts those before it.
+
+        Where the weights that are trained are the old policy, one forward pass is everything: its log-probabilities,
+        detached, are the old ones, and its entropies and shares make the advantages that its loss then uses.
+        """
+        if not self._one_pass:
+            lessons = self.prepare(rewarded)
+            return lessons, self.update(lessons, update)
+        by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
+        totals = totals_of(itertools.chain(*by_group), self._config.rollout.completion_limit)
+        means, lessons, loss = Means(), [], 0.0
+        for indices in plan_rows(by_group, self._config.train.micro_batch_tokens):
+            part = [s for i in indices for s in by_group[i]]
+            learnt, value = self._learn_together(part, rewarded, totals, means)
+            lessons += learnt
+            loss += value
+        rate = learning_rate(self._config.train, update, self._updates)
+        if not lessons:
+            return [], Update({}, 0.0, rate)
+        means.add({"loss": (loss, 1.0)})
+        return lessons, Update(means.values(), self._step(rate, update), rate)
+
+    def _learn_together(
+        self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup], totals: Totals, means: Means
+    ) -> tuple[list[Lesson], float]:
+        """Lessons and gradients of whole groups; a group too large for one forward pass is scored first, in parts."""
+        if packed_size(sequences) > self._config.train.micro_batch_tokens:
+            lessons = self._scored_lessons(sequences, rewarded)
+            return lessons, self._gradients(lessons, totals, means)
+        model, row = self._policy.model, PackedRow.of(sequences, self._policy.device)
+        references = self._reference_logprobs(sequences)
+        model.train()
+        with packed_attention(model):
+            found = score_row(model, row, self._config.rollout.temperature, self._attribution)
+            lessons = self._lessons(zip(sequences, found.by_sequence(), references, strict=True), rewarded)
+            return lessons, self._backward(lessons, found.logprobs_ST(), totals, means)
 
     def _reference_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Tensor] | list[None]:
         if self.reference is None:
@@ -104,19 +158,23 @@ class Learner:
             )
         return [s.logprobs_T for s in scores]
 
-    def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
-        """Score the rollouts and give every sequence its advantages; trajectories without a reward teach nothing.
+    def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
+        """What is learnt from, group by group. Trajectories without a reward teach nothing.
 
         Demonstrations need none: they are learnt from because they are shown.
         """
         shown = "demonstrations" in self._objective.needs
-        sequences = [
+        return [
             s
             for s in group_sequences([r.group for r in rewarded], "erased" in self._objective.needs)
             if shown or rewarded[s.group].rewards[s.sibling].value is not None
         ]
-        if not sequences:
-            return []
+
+    def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
+        """Score the rollouts and give every sequence its advantages, in a pass of their own."""
+        return self._scored_lessons(self._sequences(rewarded), rewarded)
+
+    def _scored_lessons(self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         scores = score_sequences(
             self._policy.model,
             sequences,
@@ -124,11 +182,14 @@ class Learner:
             token_budget=self._config.train.micro_batch_tokens,
             attribution=self._attribution,
         )
-        scored = list(zip(sequences, scores, self._reference_logprobs(sequences), strict=True))
-        lessons: list[Lesson] = []
-        for group in range(len(rewarded)):
-            lessons += self._group_lessons([s for s in scored if s[0].group == group], rewarded[group])
-        return [self._weighed(lesson) for lesson in lessons]
+        return self._lessons(zip(sequences, scores, self._reference_logprobs(sequences), strict=True), rewarded)
+
+    def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
+        """Every sequence with its advantages, in the order that they came in: group by group."""
+        groups = itertools.groupby(scored, key=lambda item: item[0].group)
+        return [
+            self._weighed(lesson) for g, items in groups for lesson in self._group_lessons(list(items), rewarded[g])
+        ]
 
     def _weighed(self, lesson: Lesson) -> Lesson:
         """The lesson with the importance weights that the settings ask for."""
@@ -140,12 +201,8 @@ class Learner:
             lesson, importance=importance_weights(trainer_T, engine_T, lesson.sequence.mask_T, correction, cap)
         )
 
-    def _group_lessons(
-        self, scored: list[tuple[TrainSequence, Scores, Tensor | None]], rewarded: RewardedGroup
-    ) -> list[Lesson]:
+    def _group_lessons(self, scored: Sequence[Scored], rewarded: RewardedGroup) -> list[Lesson]:
         kept = [s for s in scored if not s[0].erased]
-        if not kept:
-            return []
         values = {s[0].sibling: float(rewarded.rewards[s[0].sibling].value or 0.0) for s in kept}
         advantages_GT = self._objective.advantages(group_signals(kept, list(values.values()))).float()
         lessons = [
@@ -163,7 +220,6 @@ class Learner:
             return Update({}, 0.0, 0.0)
         train, means, norms, rate = self._config.train, Means(), [0.0], 0.0
         groups = sorted({lesson.sequence.group for lesson in lessons})
-        self._policy.model.train()
         for _ in range(train.num_iterations):
             for part in range(train.minibatches):
                 chosen = set(groups[part :: train.minibatches])
@@ -171,32 +227,47 @@ class Learner:
                 rate = learning_rate(train, update, self._updates)
                 if minibatch:
                     self._accumulate(minibatch, means)
-                    norms.append(self.optimizer.step(rate))
-                    if not norms[-1] < float("inf"):
-                        raise UserError(
-                            f"the gradient is {norms[-1]} at optimizer update {update}; the weights were left as they were. "
-                            "Look at this step's rollouts, lower train.learning_rate or use float32."
-                        )
+                    norms.append(self._step(rate, update))
                 update += 1
         return Update(means.values(), max(norms), rate)
 
-    def _accumulate(self, lessons: Sequence[Lesson], means: Means) -> None:
-        """Gradients of one optimizer step, micro-batch by micro-batch."""
-        totals = totals_of(lessons, self._config.rollout.completion_limit)
-        budget, total = self._config.train.micro_batch_tokens, 0.0
-        for indices in plan_micro_batches([lesson.sequence.length for lesson in lessons], budget):
-            batch = self._train_batch([lessons[i] for i in indices], totals)
-            loss = self._objective.loss(batch)
-            loss.value.backward()
-            means.add(loss.metrics)
-            total += float(loss.value.detach())
-        means.add({"loss": (total, 1.0)})
+    def _step(self, rate: float, update: int) -> float:
+        """One optimizer update with the gathered gradients; returns their norm."""
+        norm = self.optimizer.step(rate)
+        if not norm < float("inf"):
+            raise UserError(
+                f"the gradient is {norm} at optimizer update {update}; the weights were left as they were. "
+                "Look at this step's rollouts, lower train.learning_rate or use float32."
+            )
+        return norm
 
-    def _train_batch(self, lessons: Sequence[Lesson], totals: Totals) -> TrainBatch:
+    def _accumulate(self, lessons: Sequence[Lesson], means: Means) -> None:
+        """Gradients of one optimizer step."""
+        totals = totals_of((lesson.sequence for lesson in lessons), self._config.rollout.completion_limit)
+        means.add({"loss": (self._gradients(lessons, totals, means), 1.0)})
+
+    def _gradients(self, lessons: Sequence[Lesson], totals: Totals, means: Means) -> float:
+        """Gradients of scored lessons, row by row; returns their part of the loss."""
+        model, total = self._policy.model, 0.0
+        model.train()
+        for indices in plan_rows([[lesson.sequence] for lesson in lessons], self._config.train.micro_batch_tokens):
+            part = [lessons[i] for i in indices]
+            row = PackedRow.of([lesson.sequence for lesson in part], self._policy.device)
+            with packed_attention(model):
+                found = score_row(model, row, self._config.rollout.temperature)
+                total += self._backward(part, found.logprobs_ST(), totals, means)
+        return total
+
+    def _backward(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals, means: Means) -> float:
+        """Gradients of one micro-batch, whose lessons are the rows of ``logprobs_ST``; returns its part of the loss."""
+        loss = self._objective.loss(self._train_batch(lessons, logprobs_ST, totals))
+        loss.value.backward()
+        means.add(loss.metrics)
+        return float(loss.value.detach())
+
+    def _train_batch(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals) -> TrainBatch:
         device = self._policy.device
         sequences = [lesson.sequence for lesson in lessons]
-        padded = PaddedSequences.of(sequences, device)
-        logprobs_ST, _ = response_scores(self._policy.model, padded, self._config.rollout.temperature)
         weights = [lesson.importance.weights_T for lesson in lessons if lesson.importance is not None]
         if weights:
             logprobs_ST = weigh_gradient(logprobs_ST, pad(weights, 0.0, device))

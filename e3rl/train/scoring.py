@@ -1,7 +1,4 @@
-"""One forward pass over finished sequences: log-probabilities, entropies, attention shares.
-
-The vocabulary is met in chunks of tokens, so that no [tokens, V] matrix of the whole batch ever exists.
-"""
+"""One forward pass over finished sequences: log-probabilities, entropies, attention shares."""
 
 from __future__ import annotations
 
@@ -11,16 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from e3rl.equations.attribution import attention_shares
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
-from e3rl.train.attribution import AttributionTap, tapped
-from e3rl.train.sequences import TrainSequence, pad, plan_micro_batches
-
-_CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
-_SMALLEST_CHUNK = 16  # tokens; fewer waste the matrix product
+from e3rl.train.attribution import AttributionTap, packed_attention
+from e3rl.train.logits import head_scores, output_matrix
+from e3rl.train.packing import PackedRow, plan_rows
+from e3rl.train.sequences import TrainSequence, pad
 
 
 @dataclass(frozen=True)
@@ -41,84 +35,55 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class PaddedSequences:
-    """Sequences as model input: prompt and response, padded on the right."""
+class RowScores:
+    """The same of a whole row, with the gradient of its log-probabilities; 0 where no response token lies."""
 
-    ids_SL: Tensor
-    prompt_lengths_S: Tensor
-    lengths_S: Tensor
+    row: PackedRow
+    logprobs_N: Tensor
+    entropies_N: Tensor
+    shares: Sequence[Tensor | None]
 
-    @classmethod
-    def of(cls, sequences: Sequence[TrainSequence], device: torch.device) -> PaddedSequences:
-        ids = [torch.tensor(s.prompt_ids + s.response_ids) for s in sequences]
-        prompt_lengths = torch.tensor([len(s.prompt_ids) for s in sequences], device=device)
-        return cls(pad(ids, 0, device), prompt_lengths, torch.tensor([len(i) for i in ids], device=device))
+    def logprobs_ST(self) -> Tensor:
+        """Log-probabilities of each sequence's response tokens, with gradient; 0 in padding."""
+        paths = self.row.response_paths()
+        index_ST = pad(paths, -1, self.logprobs_N.device)
+        found_ST = self.logprobs_N.index_select(0, index_ST.clamp(min=0).flatten()).view(index_ST.shape)
+        return found_ST.masked_fill(index_ST < 0, 0.0)
 
-    @property
-    def response_ST(self) -> Tensor:
-        """bool [S, T]: real response tokens, aligned to the response's first token."""
-        size_S = self.lengths_S - self.prompt_lengths_S
-        return torch.arange(int(size_S.max()), device=size_S.device) < size_S[:, None]
-
-    @property
-    def position_ST(self) -> Tensor:
-        """Where in ``ids_SL`` each response token stands (clamped in padding)."""
-        offset_T = torch.arange(self.response_ST.shape[1], device=self.lengths_S.device)
-        return (self.prompt_lengths_S[:, None] + offset_T).clamp(max=self.ids_SL.shape[1] - 1)
+    def by_sequence(self) -> list[Scores]:
+        """Each sequence's scores, on the CPU and without gradient."""
+        logprobs_N, entropies_N = self.logprobs_N.detach().cpu(), self.entropies_N.cpu()
+        return [
+            Scores(logprobs_N[path_T], entropies_N[path_T], None if shares_T is None else shares_T.cpu())
+            for path_T, shares_T in zip((p.cpu() for p in self.row.response_paths()), self.shares, strict=True)
+        ]
 
 
-def _chunk_scores(head: Any, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits_KV = head(hidden_KD).float() / temperature
-    log_z_K = logits_KV.logsumexp(-1)
-    logprob_K = logits_KV.gather(-1, ids_K[:, None]).squeeze(-1) - log_z_K
-    with torch.no_grad():
-        entropy_K = log_z_K - (torch.softmax(logits_KV, -1) * logits_KV).sum(-1)
-    return logprob_K, entropy_K
-
-
-def head_scores(head: Any, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each id and entropy (nats) of the distribution it was drawn from, for K hidden states."""
-    vocabulary = head.weight.shape[0]
-    size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // int(vocabulary))
-    parts = []
-    for start in range(0, len(ids_K), size):
-        chunk = (head, hidden_KD[start : start + size], ids_K[start : start + size], temperature)
-        if torch.is_grad_enabled() and len(ids_K) > size:
-            parts.append(checkpoint(_chunk_scores, *chunk, use_reentrant=False))
-        else:
-            parts.append(_chunk_scores(*chunk))
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
-
-
-def response_scores(model: Any, padded: PaddedSequences, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (with gradient) and entropies of the response tokens, [S, T], 0 in padding."""
+def score_row(
+    model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
+) -> RowScores:
+    """One forward pass over a row, inside `packed_attention`."""
     base = unwrapped(model)
+    tap = None if attribution is None else AttributionTap(row, attribution.window, attribution.layers)
     backbone = getattr(base, base.base_model_prefix)
-    visible_SL = torch.arange(padded.ids_SL.shape[1], device=padded.ids_SL.device) < padded.lengths_S[:, None]
-    hidden_SLD = backbone(input_ids=padded.ids_SL, attention_mask=visible_SL.long(), use_cache=False).last_hidden_state
-    real_ST, position_ST = padded.response_ST, padded.position_ST
-    row_ST = torch.arange(len(position_ST), device=position_ST.device)[:, None].expand_as(position_ST)
-    hidden_KD = hidden_SLD[row_ST[real_ST], position_ST[real_ST] - 1]  # the state before a token predicts it
-    logprob_K, entropy_K = head_scores(
-        base.get_output_embeddings(),
-        hidden_KD,
-        padded.ids_SL[row_ST[real_ST], position_ST[real_ST]],
-        temperature,
+    hidden_ND = backbone(
+        input_ids=row.ids_N[None],
+        position_ids=row.positions_N[None],
+        use_cache=False,
+        packed_row=row,
+        attribution_tap=tap,
+    ).last_hidden_state[0]
+    scored_N = torch.zeros_like(row.ids_N, dtype=torch.bool)
+    scored_N[torch.cat(row.response_paths())] = True
+    hidden_KD = hidden_ND.index_select(0, row.before_N[scored_N])  # the state before a token predicts it
+    logprobs_K, entropies_K = head_scores(output_matrix(base), hidden_KD, row.ids_N[scored_N], temperature)
+    blank_N = torch.zeros(len(row.ids_N), device=row.ids_N.device)
+    return RowScores(
+        row,
+        blank_N.masked_scatter(scored_N, logprobs_K),
+        blank_N.masked_scatter(scored_N, entropies_K),
+        [None] * len(row.paths) if tap is None else tap.shares(),
     )
-    blank_ST = torch.zeros(real_ST.shape, device=real_ST.device)
-    return blank_ST.masked_scatter(real_ST, logprob_K), blank_ST.masked_scatter(real_ST, entropy_K)
-
-
-def require_plain_head(model: Any) -> None:
-    """Refuse models whose logits are more than their output matrix times the hidden state: scoring would be wrong."""
-    base = unwrapped(model)
-    ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
-    with torch.no_grad():
-        hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
-        split, whole = base.get_output_embeddings()(hidden).float(), base(input_ids=ids).logits.float()
-    if not torch.allclose(split, whole, atol=1e-3, rtol=1e-3):
-        raise UserError(f"{type(base).__name__} transforms its logits after the output matrix; e3rl can't train it")
 
 
 @torch.no_grad()
@@ -132,22 +97,52 @@ def score_sequences(
 ) -> list[Scores]:
     """Scores of every sequence, in their order, on the CPU; shares only where ``attribution`` is given."""
     device = next(model.parameters()).device
-    scores: dict[int, Scores] = {}
+    scores: list[Scores] = []
     model.eval()
-    for batch in plan_micro_batches([s.length for s in sequences], token_budget):
-        padded = PaddedSequences.of([sequences[i] for i in batch], device)
-        shares_ST = None
-        if attribution is None:
-            logprobs_ST, entropies_ST = response_scores(model, padded, temperature)
-        else:
-            tap = AttributionTap(padded.prompt_lengths_S, padded.lengths_S, attribution.window, attribution.layers)
-            with tapped(model, tap):
-                logprobs_ST, entropies_ST = response_scores(model, padded, temperature)
-            real_ST = padded.response_ST
-            shares_ST = attention_shares(tap.attribution().gather(1, padded.position_ST) * real_ST, real_ST).cpu()
-        logprobs_ST, entropies_ST = logprobs_ST.cpu(), entropies_ST.cpu()
-        for row, index in enumerate(batch):
-            size = len(sequences[index].response_ids)
-            shares_T = None if shares_ST is None else shares_ST[row, :size]
-            scores[index] = Scores(logprobs_ST[row, :size], entropies_ST[row, :size], shares_T)
-    return [scores[i] for i in range(len(sequences))]
+    with packed_attention(model):
+        for indices in plan_rows([[s] for s in sequences], token_budget):
+            row = PackedRow.of([sequences[i] for i in indices], device)
+            scores += score_row(model, row, temperature, attribution).by_sequence()
+    return scores
+
+
+@torch.no_grad()
+def require_scorable(model: Any) -> None:
+    """Refuse models that a packed row gives other log-probabilities than a plain forward pass.
+
+    That is: whose attention does not go through the attention registry of transformers, which keep a state beside it,
+    or whose logits are more than their output matrix times the hidden state.
+    """
+    base, device = unwrapped(model), next(model.parameters()).device
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = [_sequence(ids[:3], response) for response in (ids[3:], [*ids[3:6], (ids[6] + 1) % vocabulary])]
+    training = model.training
+    model.eval()
+    try:
+        with packed_attention(model):
+            packed = score_row(model, PackedRow.of(sequences, device), 1.0).by_sequence()
+    except TypeError as error:
+        raise _refusal(base, f"its attention can't be told about packed sequences ({error})") from error
+    for sequence, found in zip(sequences, packed, strict=True):
+        whole = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device)
+        logprobs_TV = base(input_ids=whole, use_cache=False).logits[0, 2:-1].float().log_softmax(-1)
+        expected_T = logprobs_TV.gather(-1, whole[0, 3:, None]).squeeze(-1).cpu()
+        allowed = 1e-3 if base.dtype == torch.float32 else 0.1
+        difference = float((found.logprobs_T - expected_T).abs().max())
+        if not difference <= allowed * float(expected_T.abs().max()):
+            raise _refusal(base, f"packed sequences get log-probabilities that differ by {difference:.2g}")
+    model.train(training)
+
+
+def _sequence(prompt: Sequence[int], response: Sequence[int]) -> TrainSequence:
+    size = len(response)
+    zeros_T = torch.zeros(size)
+    return TrainSequence(tuple(prompt), tuple(response), zeros_T.long(), zeros_T == 0, zeros_T, 0, 0, False)
+
+
+def _refusal(model: Any, reason: str) -> UserError:
+    return UserError(
+        f"e3rl can't train {type(model).__name__}: {reason}. It trains decoder-only models whose attention goes through "
+        "transformers' attention registry and whose logits are their output matrix times the hidden state"
+    )

@@ -1,4 +1,4 @@
-"""Sequences to learn from, and their grouping into micro-batches of similar length.
+"""Sequences to learn from, and tensors of different length put together.
 
 Tensors about a response are aligned to its first token: position t of a ``_T`` tensor is response token t.
 """
@@ -80,18 +80,6 @@ def group_sequences(groups: Sequence[Group], with_erased: bool) -> list[TrainSeq
         if with_erased:
             sequences += [s for t in group.trajectories for s in erased_sequences(t, index)]
     return sequences
-
-
-def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices in batches of similar length; sequences x longest length stays within the budget where one fits at all."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # sorted longest first, so a batch's width is set by its first member
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def pad(rows: Sequence[Tensor], fill: float | int | bool, device: torch.device) -> Tensor:

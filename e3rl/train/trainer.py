@@ -44,7 +44,7 @@ from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
-from e3rl.train.scoring import require_plain_head
+from e3rl.train.scoring import require_scorable
 from e3rl.train.step_metrics import StepTimes, step_record
 from e3rl.train.summary import run_summary
 from e3rl.types import Group, Prompt, RewardedGroup
@@ -72,7 +72,7 @@ class Trainer:
             )
         self._keep = build_filter(config.filter)
         self.policy = load_policy(config.model)
-        require_plain_head(self.policy.model)
+        require_scorable(self.policy.model)
         self._train_prompts, self._eval_prompts = self._load_prompts()
         self._demonstrations: dict[str, RewardedGroup] = {}
         if "demonstrations" in objective.needs:
@@ -157,8 +157,7 @@ class Trainer:
             self._stream.restore(position)
             raise
         began = time.perf_counter()
-        lessons = self._learner.prepare(collected.kept)
-        update = self._learner.update(lessons, self._step * self._learner.updates_per_step())
+        lessons, update = self._learner.learn(collected.kept, self._step * self._learner.updates_per_step())
         self._step += 1
         seconds = StepTimes(*times, time.perf_counter() - began)
         self._rollouts.load_weights(self._step * self._learner.updates_per_step())

@@ -3,52 +3,60 @@
 import pytest
 import torch
 
-from e3rl.train.attribution import AttributionTap, attribution_layers, tapped
+from e3rl.train.attribution import AttributionTap, attribution_layers, packed_attention
+from e3rl.train.packing import PackedRow
+from e3rl.train.scoring import AttributionSettings, score_row
 from tests.rollout.models import ARCHITECTURES, VOCAB, build, tiny
+from tests.train.packs import sequence
 
 
-def _slow_attribution(model, ids_SL, visible_SL, prompt_lengths, lengths, window, layers):
+def _slow_attribution(model, prompt, response, window, layers):
     """Eq 19 from full attention matrices, one number at a time."""
-    attentions = model(input_ids=ids_SL, attention_mask=visible_SL, output_attentions=True).attentions
-    result = torch.zeros(ids_SL.shape)
-    for s, (prompt, length) in enumerate(zip(prompt_lengths, lengths, strict=True)):
-        queries = range(max(prompt, length - window), length)
-        for t in range(prompt, length):
-            values = [attentions[layer][s, head, q, t] for layer in layers for head in range(4) for q in queries]
-            result[s, t] = torch.stack(values).mean()
-    return result
+    attentions = model(input_ids=torch.tensor([prompt + response]), output_attentions=True).attentions
+    length = len(prompt) + len(response)
+    queries = range(max(len(prompt), length - window), length)
+    return [
+        float(torch.stack([attentions[n][0, h, q, t] for n in layers for h in range(4) for q in queries]).mean())
+        for t in range(len(prompt), length)
+    ]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("which", ["last", "all"])
 @torch.no_grad()
-def test_attribution_equals_eager_attention_on_ragged_rows(name: str, which: str):
-    """Eq 19. Last L' response tokens, mean over heads and layers, prompt left out."""
+def test_attribution_equals_eager_attention_of_each_sequence_alone(name: str, which: str):
+    """Eq 19. Last L' response tokens, mean over heads and layers, prompt left out; siblings share a prompt and a word."""
     settings = {"head_dim": 8} if name == "Qwen3" else {"sliding_window": None} if name == "Mistral" else {}
     model, eager = tiny(name), build(name, "eager", **settings)
     eager.load_state_dict(model.state_dict())
-    prompt_lengths, lengths = [3, 5, 2], [11, 7, 4]
-    ids_SL = torch.randint(2, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))
-    visible_SL = (torch.arange(11) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(2, VOCAB, (30,), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = [(ids[:3], ids[3:11]), (ids[:3], ids[3:5] + ids[11:14]), (ids[14:19], ids[19:21])]
+    row = PackedRow.of([sequence(p, r) for p, r in texts], torch.device("cpu"))
     layers = attribution_layers(model, which)
-    tap = AttributionTap(torch.tensor(prompt_lengths), torch.tensor(lengths), 4, layers)
-    with tapped(model, tap):
-        hooked = model(input_ids=ids_SL, attention_mask=visible_SL).logits
-    expected = _slow_attribution(eager, ids_SL, visible_SL, prompt_lengths, lengths, 4, sorted(layers))
-    torch.testing.assert_close(tap.attribution(), expected, atol=1e-6, rtol=1e-5)
-    plain = model(input_ids=ids_SL, attention_mask=visible_SL).logits
-    for row, length in enumerate(lengths):
-        torch.testing.assert_close(hooked[row, :length], plain[row, :length], atol=1e-6, rtol=1e-6)
+    with packed_attention(model):
+        tap = AttributionTap(row, 4, layers)
+        model.model(input_ids=row.ids_N[None], position_ids=row.positions_N[None], packed_row=row, attribution_tap=tap)
+    for (prompt, response), found_T in zip(texts, tap.attribution(), strict=True):
+        assert found_T is not None
+        expected = _slow_attribution(eager, prompt, response, 4, sorted(layers))
+        assert found_T.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @torch.no_grad()
+def test_erased_candidates_get_no_attribution_and_leave_that_of_others_alone():
+    model, settings = tiny("Llama"), AttributionSettings(8, frozenset({1}))
+    kept, erased = sequence([2, 3], [4, 5, 6]), sequence([2, 3], [4, 7], masked=1, erased=True)
+    with packed_attention(model):
+        both = score_row(model, PackedRow.of([kept, erased], torch.device("cpu")), 1.0, settings).shares
+        alone = score_row(model, PackedRow.of([kept], torch.device("cpu")), 1.0, settings).shares
+    assert both[1] is None
+    torch.testing.assert_close(both[0], alone[0])
+
+
 def test_the_hook_leaves_the_model_as_it_was():
     model = tiny("Llama")
-    tap = AttributionTap(torch.tensor([1]), torch.tensor([3]), 8, frozenset({0}))
-    with pytest.raises(RuntimeError, match="attention registry"):
-        tap.attribution()
-    with tapped(model, tap):
-        assert model.config._attn_implementation == "e3rl_attribution"
+    with packed_attention(model):
+        assert model.config._attn_implementation == "e3rl_packed"
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -147,4 +149,88 @@ def test_a_sick_gradient_stops_the_run_with_the_weights_untouched():
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
     with pytest.raises(UserError, match="the gradient is nan at optimizer update 7"):
         learner.update(sick, 7)
+    assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
+
+
+OBJECTIVES_TO_COMPARE = [
+    ("e3rl", {}),
+    ("e3rl", {"erased": "contrast", "allocation": "anchored", "attribution_layers": "all"}),
+    ("grpo", {}),
+    ("dapo", {}),
+    ("gspo", {}),
+    ("sapo", {}),
+    ("erpo", {}),
+]
+
+
+@pytest.mark.parametrize("budget", [10_000, 30, 8], ids=["one row", "a group a row", "groups in parts"])
+@pytest.mark.parametrize(("objective", "options"), OBJECTIVES_TO_COMPARE)
+def test_one_pass_learns_what_scoring_first_learns(objective: str, options: dict[str, object], budget: int):
+    """Lessons, metrics and the updated weights are the same, whatever the rows."""
+    train = TrainConfig(learning_rate=1e-3, warmup_ratio=0.0)
+    apart = _learner(objective, train, **options)
+    expected = apart.prepare(GROUPS)
+    expected_update = apart.update(expected, 0)
+    together = _learner(objective, replace(train, micro_batch_tokens=budget), **options)
+    lessons, update = together.learn(GROUPS, 0)
+    assert update.means == pytest.approx(expected_update.means, rel=1e-4, abs=1e-5)
+    assert (update.grad_norm, update.learning_rate) == pytest.approx(
+        (expected_update.grad_norm, expected_update.learning_rate), rel=1e-5
+    )
+    for mine, theirs in zip(lessons, expected, strict=True):
+        assert (mine.sequence.sibling, mine.sequence.erased) == (theirs.sequence.sibling, theirs.sequence.erased)
+        torch.testing.assert_close(mine.scores.logprobs_T, theirs.scores.logprobs_T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.scores.entropies_T, theirs.scores.entropies_T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.advantages_T, theirs.advantages_T, atol=1e-4, rtol=1e-4)
+
+
+def _forward_passes(learner: Learner, monkeypatch: pytest.MonkeyPatch, step: Callable[[], object]) -> int:
+    """Passes of the trained model, each of one row, while ``step`` runs."""
+    model, count = learner._policy.model, [0]
+    run = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **kw: (count.__setitem__(0, count[0] + 1), run(*a, **kw))[1])
+    step()
+    return count[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({}, 1),
+        ({"micro_batch_tokens": 30}, 2),  # a group each
+        ({"num_iterations": 2}, 3),
+        ({"minibatches": 2}, 3),
+        ({"importance_correction": "token_truncate"}, 2),
+    ],
+)
+def test_the_old_policy_is_scored_apart_only_where_it_is_another_one(
+    settings: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
+):
+    learner = _learner(train=TrainConfig(learning_rate=1e-3, warmup_ratio=0.0, **settings))
+    assert _forward_passes(learner, monkeypatch, lambda: learner.learn(GROUPS, 0)) == passes
+
+
+def test_dropout_is_no_measure_of_the_policy(monkeypatch: pytest.MonkeyPatch):
+    learner = _learner()
+    learner._policy.model.config.attention_dropout = 0.1
+    again = Learner(learner._policy, learner._objective, learner._config, 4)
+    assert _forward_passes(again, monkeypatch, lambda: again.learn(GROUPS, 0)) == 2
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_without_a_kl_term_there_is_no_reference_model(lora: bool):
+    assert _learner("grpo", lora=lora, kl_coef=0.0).reference is None
+
+
+def test_with_adapters_no_weights_are_copied_for_the_reference():
+    learner = _learner("grpo", lora=True, kl_coef=0.1)
+    with learner.reference.model() as model:
+        assert model is learner._policy.model
+
+
+def test_a_step_of_groups_without_rewards_changes_nothing():
+    learner = _learner()
+    before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
+    lessons, update = learner.learn([rewarded_group("x", [None, None], [[2], [2]])], 3)
+    assert (lessons, update.means, update.grad_norm) == ([], {}, 0.0)
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())

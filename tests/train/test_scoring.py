@@ -4,16 +4,9 @@ import pytest
 import torch
 
 from e3rl.errors import UserError
-from e3rl.train import scoring
-from e3rl.train.scoring import (
-    AttributionSettings,
-    PaddedSequences,
-    require_plain_head,
-    response_scores,
-    score_sequences,
-)
-from e3rl.train.sequences import TrainSequence, plan_micro_batches
-from tests.rollout.models import ARCHITECTURES, tiny
+from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
+from e3rl.train.sequences import TrainSequence
+from tests.rollout.models import ARCHITECTURES, build, tiny
 
 
 def _sequence(prompt: list[int], response: list[int], masked: int = 0) -> TrainSequence:
@@ -57,39 +50,22 @@ def test_shares_add_up_to_one_over_each_response():
         assert (found.shares_T >= 0).all()
 
 
-def test_gradients_are_the_same_in_chunks_of_the_vocabulary_and_in_one(monkeypatch: pytest.MonkeyPatch):
-    model = tiny("Llama")
-    padded = PaddedSequences.of(SEQUENCES, torch.device("cpu"))
-
-    def gradient() -> torch.Tensor:
-        model.zero_grad()
-        response_scores(model, padded, 1.0)[0].sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    whole = gradient()
-    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 1)  # the smallest chunk there is, 16 tokens
-    monkeypatch.setattr(scoring, "_SMALLEST_CHUNK", 2)
-    torch.testing.assert_close(gradient(), whole, atol=1e-5, rtol=1e-4)
-    model.zero_grad()
-    assert whole.abs().sum() > 0
-
-
-def test_micro_batches_hold_every_sequence_once_within_the_budget():
-    lengths = [5, 40, 7, 7, 8, 1, 30]
-    batches = plan_micro_batches(lengths, 40)
-    assert sorted(i for b in batches for i in b) == list(range(7))
-    assert all(len(b) * max(lengths[i] for i in b) <= 40 for b in batches)
-    assert batches == [[1], [6], [4, 2, 3, 0, 5]]
-    assert plan_micro_batches([100], 40) == [[0]]
-
-
 def test_a_model_that_transforms_its_logits_is_refused():
     model = tiny("Llama")
-    require_plain_head(model)
+    require_scorable(model)
     whole = model.forward
     model.forward = lambda **kw: type("Out", (), {"logits": whole(**kw).logits * 0.5})()
     try:
-        with pytest.raises(UserError, match="transforms its logits"):
-            require_plain_head(model)
+        with pytest.raises(UserError, match="packed sequences get log-probabilities that differ by"):
+            require_scorable(model)
     finally:
         del model.forward
+
+
+def test_a_model_that_keeps_settings_from_its_attention_is_refused():
+    model = build("Llama")
+    for layer in model.model.layers:
+        attention = layer.self_attn.forward
+        layer.self_attn.forward = lambda packed_row, run=attention, **kw: run(**kw)
+    with pytest.raises(UserError, match="can't train LlamaForCausalLM: its attention can't be told"):
+        require_scorable(model)

@@ -1,0 +1,87 @@
+"""Log-probabilities and entropies from hidden states, in chunks of tokens: no [tokens, V] matrix ever exists whole.
+
+The backward pass computes each chunk's logits once more and turns them into gradients in place, so that with and
+without gradients the peak is a chunk or two, beside the gradient of the output matrix itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e3rl.errors import UserError
+
+_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+_SMALLEST_CHUNK = 16  # tokens; fewer waste the matrix product
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+class _HeadScores(torch.autograd.Function):
+    """d log p(id) / d logits = onehot(id) - p: all that the backward pass needs beside the logits themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_K: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logprobs_K, entropies_K, log_z_K = torch.empty(3, len(ids_K), device=hidden_KD.device).unbind()
+        for part in _chunks(len(ids_K), len(weight_VD)):
+            shifted_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float().div_(temperature)
+            peak_C1 = shifted_CV.amax(-1, keepdim=True)
+            shifted_CV -= peak_C1
+            logprobs_K[part] = shifted_CV.gather(-1, ids_K[part, None]).squeeze(-1)
+            weights_CV = shifted_CV.exp()
+            z_C = weights_CV.sum(-1)
+            mean_C = torch.bmm(weights_CV.unsqueeze(1), shifted_CV.unsqueeze(2)).flatten() / z_C
+            log_z_C = z_C.log()
+            logprobs_K[part] -= log_z_C
+            entropies_K[part] = log_z_C - mean_C
+            log_z_K[part] = log_z_C + peak_C1.squeeze(-1)
+        ctx.save_for_backward(hidden_KD, weight_VD, bias_V, ids_K, log_z_K)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies_K)
+        return logprobs_K, entropies_K
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        hidden_KD, weight_VD, bias_V, ids_K, log_z_K = ctx.saved_tensors
+        gradient_K = gradients[0].float() / ctx.temperature
+        to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
+        hidden_gradient_KD = torch.empty_like(hidden_KD) if to_hidden else None
+        weight_gradient_VD = torch.zeros_like(weight_VD) if to_weight else None
+        bias_gradient_V = torch.zeros_like(bias_V) if to_bias else None
+        for part in _chunks(len(ids_K), len(weight_VD)):
+            logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float().div_(ctx.temperature)
+            slope_CV = logits_CV.sub_(log_z_K[part, None]).exp_().mul_(-gradient_K[part, None])
+            slope_CV.scatter_add_(-1, ids_K[part, None], gradient_K[part, None])
+            slope_CV = slope_CV.to(weight_VD.dtype)
+            if hidden_gradient_KD is not None:
+                torch.mm(slope_CV, weight_VD, out=hidden_gradient_KD[part])
+            if weight_gradient_VD is not None:
+                weight_gradient_VD.addmm_(slope_CV.T, hidden_KD[part])
+            if bias_gradient_V is not None:
+                bias_gradient_V += slope_CV.sum(0)
+        return hidden_gradient_KD, weight_gradient_VD, bias_gradient_V, None, None
+
+
+def head_scores(head: nn.Linear, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each id (with gradient) and entropy (nats) of the distribution it was drawn from."""
+    found: tuple[Tensor, Tensor] = _HeadScores.apply(hidden_KD, head.weight, head.bias, ids_K, temperature)  # type: ignore[no-untyped-call]
+    return found
+
+
+def output_matrix(model: Any) -> nn.Linear:
+    """The model's output matrix; refused where it is anything else, an adapter for example."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"the output matrix of {type(model).__name__} is a {type(head).__name__}: e3rl trains through a plain one. "
+            "Leave it out of model.lora_target_modules"
+        )
+    return head

@@ -1,0 +1,131 @@
+"""Sequences of a forward pass as one row without padding, in which what they have in common is computed once.
+
+The row is a prefix tree laid flat: siblings share their prompt, an erased candidate the text that it was drawn after.
+A sequence brings only the tokens that no earlier one had at the same place (its *branch*) and attends to those it
+shares (its *context*), so every number is that of the sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from e3rl.train.sequences import TrainSequence
+
+
+@dataclass(frozen=True)
+class Branch:
+    """New tokens of a sequence, behind a context given as (branch, start, end) ranges within earlier branches."""
+
+    context: tuple[tuple[int, int, int], ...]
+    size: int
+
+
+class PrefixTree:
+    """Tokens by what stands before them. A token's position in the row is the order in which it was first met."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, int], int] = {}  # (position of the token before, or -1; id) -> position
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def insert(self, ids: Sequence[int]) -> list[int]:
+        """The row positions of a sequence's tokens."""
+        path, before, places = [], -1, self._places
+        for token in ids:
+            before = places.setdefault((before, token), len(places))
+            path.append(before)
+        return path
+
+    def tokens(self) -> list[tuple[int, int]]:
+        """(position of the token before, id) of each token of the row."""
+        return list(self._places)
+
+
+def _ranges(path: Sequence[int], starts: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Row positions as ranges within branches, which begin at ``starts``."""
+    found: list[tuple[int, int, int]] = []
+    branch = 0
+    for position in path:
+        while branch + 1 < len(starts) and starts[branch + 1] <= position:
+            branch += 1
+        inside = position - starts[branch]
+        if found and found[-1][0] == branch and found[-1][2] == inside:
+            found[-1] = (branch, found[-1][1], inside + 1)
+        else:
+            found.append((branch, inside, inside + 1))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A prefix tree as model input: N tokens, the branches that they lie in, and where each sequence's tokens are."""
+
+    ids_N: Tensor
+    positions_N: Tensor  # place in the sequence, for the model's position embedding
+    before_N: Tensor  # row position of the token before; -1 at a sequence's first
+    branches: tuple[Branch, ...]
+    paths: tuple[Tensor, ...]  # row positions of each sequence's tokens, prompt and response
+    prompt_lengths: tuple[int, ...]
+    erased: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[TrainSequence], device: torch.device) -> PackedRow:
+        tree, places = PrefixTree(), list[int]()
+        branches, starts, paths = list[Branch](), list[int](), list[Tensor]()
+        for sequence in sequences:
+            start = len(tree)
+            path = tree.insert(sequence.prompt_ids + sequence.response_ids)
+            paths.append(torch.tensor(path, device=device))
+            size = len(tree) - start
+            if size:
+                branches.append(Branch(_ranges(path[: len(path) - size], starts), size))
+                places += range(len(path) - size, len(path))
+                starts.append(start)
+        before_N, ids_N = torch.tensor(tree.tokens(), device=device).unbind(-1)
+        return cls(
+            ids_N,
+            torch.tensor(places, device=device),
+            before_N,
+            tuple(branches),
+            tuple(paths),
+            tuple(len(s.prompt_ids) for s in sequences),
+            tuple(s.erased for s in sequences),
+        )
+
+    def response_paths(self) -> list[Tensor]:
+        """Row positions of each sequence's response tokens."""
+        return [path[size:] for path, size in zip(self.paths, self.prompt_lengths, strict=True)]
+
+
+def _insert_all(tree: PrefixTree, sequences: Sequence[TrainSequence]) -> int:
+    """Put sequences into a tree; how many tokens it then has."""
+    for sequence in sequences:
+        tree.insert(sequence.prompt_ids + sequence.response_ids)
+    return len(tree)
+
+
+def packed_size(sequences: Sequence[TrainSequence]) -> int:
+    """Tokens of the row that these sequences make."""
+    return _insert_all(PrefixTree(), sequences)
+
+
+def plan_rows(parts: Sequence[Sequence[TrainSequence]], token_budget: int) -> list[list[int]]:
+    """Indices of parts, in order, gathered into rows of at most ``token_budget`` tokens.
+
+    A part is never divided; one that is larger than the budget gets a row of its own.
+    """
+    rows: list[list[int]] = []
+    tree = PrefixTree()
+    for index, part in enumerate(parts):
+        if rows and _insert_all(tree, part) <= token_budget:
+            rows[-1].append(index)
+        else:
+            tree = PrefixTree()
+            _insert_all(tree, part)
+            rows.append([index])
+    return rows
