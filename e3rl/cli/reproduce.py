@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", choices=("smoke", "lab", "paper"), default="smoke",
         help="smoke: under a minute; lab: the embedded model, hours on two cores; paper: the paper's recipe",
     )  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="only this one of the scale's models, such as Qwen3-4B")
     parser.add_argument("--plan", action="store_true", help="say what it would need, and stop")
     parser.add_argument("--report", action="store_true", help="write the pages from what is there; run nothing")
     parser.add_argument(
@@ -33,24 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UserError("--jobs must be at least 1")
-    from e3rl.reproduce.reproduce import report, reproduce, show_plan
-    from e3rl.reproduce.scales import SCALES
-    from e3rl.reproduce.studies import find_study
+    from e3rl.reproduce.reproduce import report, reproduce, show_plan, tasks
 
-    studies, scale = [find_study(name) for name in options.names], SCALES[options.scale]
-    out = options.out or Path("runs/reproduce") / scale.name
+    todo = tasks(options.names, options.scale, options.overrides, model=options.model)
+    out = options.out or Path("runs/reproduce") / options.scale
     if options.plan:
-        print("\n".join(show_plan(studies, scale, out)))
+        print("\n".join(show_plan(todo, out)))
         return 0
     if options.report:
-        pages = [report(study, scale, out) for study in studies]
+        pages = [report(study, scale, out) for study, scale in todo]
     else:
-        deadline = None if options.minutes is None else time.time() + 60 * options.minutes
-        launcher = shlex.split(options.launcher)
         pages = reproduce(
-            studies, scale, out, jobs=options.jobs, launcher=launcher, deadline=deadline,
+            todo,
+            out,
+            jobs=options.jobs,
+            launcher=shlex.split(options.launcher),
+            deadline=None if options.minutes is None else time.time() + 60 * options.minutes,
             say=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        )
     for page in pages:
         print(page.read_text(encoding="utf-8"))
         print(f"Written: {page}")

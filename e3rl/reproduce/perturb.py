@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import spread
+from e3rl.evaluate.metrics import paired_difference
 from e3rl.models import Policy
 from e3rl.reproduce.exam import SEED
 from e3rl.rewards.scorer import Scorer
@@ -89,15 +92,6 @@ def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     return {"edges": [top * i / _BINS for i in range(_BINS + 1)], "counts": counts, "below_0.01": certain}
 
 
-def sign_flip_p_value(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of 'the mean difference is 0': how often random signs give a mean as far from it."""
-    values = torch.tensor(differences, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (draws, len(values)), generator=generator).double() * 2 - 1
-    as_far = ((signs * values).mean(1).abs() >= values.mean().abs() - 1e-12).sum()
-    return float((1 + as_far) / (1 + draws))
-
-
 def perturb(
     policy: Policy, config: Config, *, benchmarks: Mapping[str, str], problems: int, samples: int, share: float = 0.05
 ) -> dict[str, Any]:
@@ -151,6 +145,15 @@ def _compare(
             problem = solved[change.source].prompt.problem.id
             by_problem.setdefault(problem, {}).setdefault(change.where, []).append(fine)
     means = {p: {where: sum(v) / len(v) for where, v in places.items()} for p, places in by_problem.items()}
-    accuracy = {where: sum(m[where] for m in means.values()) / len(means) for where in WHERE} if means else {}
-    gaps = [m["most uncertain"] - m["least uncertain"] for m in means.values()]
-    return {"accuracy": accuracy, "problems": len(means), "p_value": sign_flip_p_value(gaps) if gaps else None}
+    if not means:
+        raise UserError("the model answered nothing right: there is nothing to perturb")
+    accuracy_P = {where: np.array([m[where] for m in means.values()]) for where in WHERE}
+    accuracy = {where: float(values.mean()) for where, values in accuracy_P.items()}
+    gap = paired_difference(accuracy_P["most uncertain"], accuracy_P["least uncertain"])
+    return {
+        "accuracy": accuracy,
+        "problems": len(means),
+        "p_value": gap.p,
+        "gap": gap.mean,
+        "gap_ci95": list(gap.interval),
+    }

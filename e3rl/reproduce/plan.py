@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from e3rl.config import Config
+from e3rl.config import Config, load_config
+from e3rl.data.benchmarks import load_benchmark
+from e3rl.errors import UserError
 from e3rl.reproduce.cells import Cell, merged, missing
 from e3rl.reproduce.scales import Scale
 from e3rl.reproduce.study import Study
@@ -50,6 +52,22 @@ def requirements(config: Config) -> list[str]:
     return found
 
 
+def missing_benchmarks(scale: Scale) -> list[str]:
+    """Benchmarks of the papers that are in no directory of files (data.directory=DIR), so that a hub must give them."""
+    if all(source.startswith("lab:") for source in scale.benchmarks.values()):
+        return []
+    directory = load_config(overrides=scale.overrides).data.directory
+    if not directory:
+        return ["the benchmarks: a directory with their files (data.directory=DIR), or a hub to load them from"]
+    found = []
+    for source in scale.benchmarks.values():
+        try:
+            load_benchmark(source, directory)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
 def _size(count: float) -> str:
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
@@ -81,6 +99,7 @@ def plan(study: Study, scale: Scale, cells: Mapping[str, Sequence[Cell]], out: P
                 )
         for need in requirements(together[0].config):
             lines.append(f"  missing: {need}")
+    lines += [f"  missing: {need}" for need in missing_benchmarks(scale)]
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free / 2**30
     lines += ["", f"results go to {out} ({free:.0f} GiB free)"]
     return lines

@@ -8,37 +8,52 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from e3rl.errors import UserError
+from e3rl.errors import UserError, unknown
 from e3rl.files import write_text
 from e3rl.reproduce.cells import Cell
 from e3rl.reproduce.exam import NAME as EXAM
 from e3rl.reproduce.exam import score
 from e3rl.reproduce.figures import NEEDS, can_draw
-from e3rl.reproduce.output import Plot, Table, write_report
-from e3rl.reproduce.plan import plan, requirements
+from e3rl.reproduce.output import Plot, Table, slug, write_report
+from e3rl.reproduce.plan import missing_benchmarks, plan, requirements
 from e3rl.reproduce.results import Results, study_cells
 from e3rl.reproduce.runner import Failure, run_cells
 from e3rl.reproduce.scales import Scale
+from e3rl.reproduce.studies import find_studies
 from e3rl.reproduce.study import Study, models_of, tuning_cells
 from e3rl.train.environment import environment
 
 Say = Callable[[str], None]
+Task = tuple[Study, Scale]
 
 
-def _wanted(studies: Sequence[Study], scale: Scale, out: Path, tuning: bool) -> list[Cell]:
+def tasks(names: Sequence[str], scale: str, overrides: Sequence[str] = (), *, model: str | None = None) -> list[Task]:
+    """The studies behind names, each with its scale; ``overrides`` are laid on every recipe, ``model`` is the only one."""
+    found = []
+    for study in (study for name in names for study in find_studies(name)):
+        own = study.at(scale)
+        known = {name: own.models[name] for name in models_of(study, own)}
+        if model is not None and model not in known:
+            raise unknown(f"model of {study.name} at scale {scale}", model, known)
+        chosen = known if model is None else {model: known[model]}
+        found.append((study, replace(own, models=chosen, overrides=(*own.overrides, *overrides))))
+    return found
+
+
+def _wanted(todo: Sequence[Task], out: Path, *, tuning: bool) -> list[Cell]:
     """The cells of the studies, each study's in turn: the sweeps, or the rows (with what the sweeps have chosen)."""
     cells: list[Cell] = []
-    for study in studies:
+    for study, scale in todo:
         for model in models_of(study, scale):
             found = tuning_cells(study, scale, model) if tuning else study_cells(study, scale, model, out)
             cells += found.values()
     return cells
 
 
-def show_plan(studies: Sequence[Study], scale: Scale, out: Path) -> list[str]:
+def show_plan(todo: Sequence[Task], out: Path) -> list[str]:
     """What the studies would need."""
     lines: list[str] = []
-    for study in studies:
+    for study, scale in todo:
         by_model = {
             model: [*tuning_cells(study, scale, model).values(), *study_cells(study, scale, model, out).values()]
             for model in models_of(study, scale)
@@ -47,17 +62,18 @@ def show_plan(studies: Sequence[Study], scale: Scale, out: Path) -> list[str]:
     return lines
 
 
-def _check(cells: Sequence[Cell]) -> None:
+def _check(todo: Sequence[Task], out: Path) -> None:
     """Refuse what can't run here, all reasons at once, before anything is spent."""
-    needs = list(dict.fromkeys(need for cell in cells for need in requirements(cell.config)))
+    cells = _wanted(todo, out, tuning=True) + _wanted(todo, out, tuning=False)
+    needs = [need for cell in cells for need in requirements(cell.config)]
+    needs += [need for _, scale in todo for need in missing_benchmarks(scale)]
     if needs:
-        listed = "\n  ".join(needs)
+        listed = "\n  ".join(dict.fromkeys(needs))
         raise UserError(f"this can't run here; missing are\n  {listed}\n--plan says what it would need in all")
 
 
 def reproduce(
-    studies: Sequence[Study],
-    scale: Scale,
+    todo: Sequence[Task],
     out: Path,
     *,
     jobs: int,
@@ -66,39 +82,42 @@ def reproduce(
     say: Say = print,
 ) -> list[Path]:
     """Run what is missing of the studies, sweeps first, and write their reports; returns the pages."""
-    sweep = _wanted(studies, scale, out, tuning=True)
-    _check(sweep + _wanted(studies, scale, out, tuning=False))
-    options = {"jobs": jobs, "together": scale.together, "launcher": launcher, "deadline": deadline, "say": say}
-    failures = run_cells(sweep, out, **options) if sweep else []  # type: ignore[arg-type]
-    failures += run_cells(_wanted(studies, scale, out, tuning=False), out, **options)  # type: ignore[arg-type]
+    _check(todo, out)
+    together = min(scale.together for _, scale in todo)
+    failures: list[Failure] = []
+    for tuning in (True, False):
+        cells = _wanted(todo, out, tuning=tuning)
+        if cells:
+            failures += run_cells(
+                cells, out, jobs=jobs, together=together, launcher=launcher, deadline=deadline, say=say
+            )
     if not can_draw():
         say(NEEDS)
-    return [report(study, scale, out, failures) for study in studies]
+    return [report(study, scale, out, failures) for study, scale in todo]
 
 
 def report(study: Study, scale: Scale, out: Path, failures: Sequence[Failure] = ()) -> Path:
     """The study's page and files from what is there; what is missing is named in it."""
     parts: list[Table | Plot] = []
-    notes = [_made_with(scale)]
+    notes = [_made_with(scale), *(["", study.notes] if study.notes else [])]
     models = models_of(study, scale)
     for model in models:
         results = Results.read(study, scale, model, out)
-        absent = results.absent()
-        if absent:
-            reasons = {f.cell.address: f.reason for f in failures}
-            why = sorted({reasons[c.address] for c in results.cells.values() if c.address in reasons})
-            notes += [
-                "",
-                f"**Missing ({model}):** {'; '.join(absent)}." + (f" Reasons: {'; '.join(why)}." if why else ""),
-            ]
+        notes += _named_missing(results, failures)
         made = [part for view in study.views for part in view(results)]
         parts += made if len(models) == 1 else [_named(part, model) for part in made]
-        write_text(
-            out / f"{study.name}-values{'' if len(models) == 1 else '-' + model.lower()}.csv", values_csv(results)
-        )
-    if study.notes:
-        notes += ["", study.notes]
+        name = study.name if len(models) == 1 else f"{study.name}-{slug(model)}"
+        write_text(out / f"{name}-values.csv", values_csv(results))
     return write_report(study.name, study.title, parts, notes, out)
+
+
+def _named_missing(results: Results, failures: Sequence[Failure]) -> list[str]:
+    absent = results.absent()
+    if not absent:
+        return []
+    reasons = {f.cell.address: f.reason for f in failures}
+    why = sorted({reasons[cell.address] for cell in results.cells.values() if cell.address in reasons})
+    return ["", f"**Missing ({results.model}):** {'; '.join(absent)}." + (f" Why: {'; '.join(why)}." if why else "")]
 
 
 def _named(part: Table | Plot, model: str) -> Table | Plot:

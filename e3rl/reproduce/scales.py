@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import e3rl
@@ -119,5 +119,14 @@ PAPER = Scale(
     learning_rates=(),
     segments=((32, 256), (16, 512), (8, 1024), (4, 2048), (2, 4096)),
 )
+
+ERPO_PAPER = replace(
+    PAPER,
+    benchmarks={name: PAPER.benchmarks[name] for name in ("AMC 2023", "Minerva", "AIME 2024", "AIME 2025")},
+    samples=16,
+    pass_samples=16,
+    pass_ks=(2, 4, 8, 16),
+)
+"""What the ERPO paper reports on."""
 
 SCALES = {scale.name: scale for scale in (SMOKE, LAB, PAPER)}

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from e3rl.errors import unknown
+from e3rl.reproduce.cells import Measure
 from e3rl.reproduce.curves import rates_table, segment_curves, training_curves, training_table
 from e3rl.reproduce.probes import conciseness, entropy_histogram, perturbation_measures, perturbation_table
-from e3rl.reproduce.scales import Scale
-from e3rl.reproduce.study import Row, Study, pass_exam, plain_exams
-from e3rl.reproduce.views import Accuracy, accuracy, against_full, margins, paper_numbers, pass_curves
-
-_E3RL_MODELS = ("Qwen3-4B", "Qwen3-8B")
-_ERPO_MODELS = ("Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B")
+from e3rl.reproduce.scales import ERPO_PAPER, Scale
+from e3rl.reproduce.study import Row, Study, View, pass_exam, plain_exams
+from e3rl.reproduce.views import Accuracy, accuracy, accuracy_bars, against_full, margins, paper_numbers, pass_curves
 
 _BASELINES = ("Vanilla", "GRPO", "DAPO", "GSPO", "SAPO")
 E3RL = Row("E3RL", ("methods/e3rl",), erasable=True)
@@ -87,18 +85,6 @@ def _pass(table: str) -> Accuracy:
     return Accuracy("pass", table, "pass@32")
 
 
-def _component_study(number: int, rows: Sequence[Row], what: str, show: Accuracy) -> Study:
-    return Study(
-        f"table{number}",
-        f"Table {number}: {what}",
-        _same(rows),
-        plain_exams,
-        (accuracy(show), against_full(show, "E3RL"), training_table(_COST), paper_numbers(show)),
-        ("Qwen3-4B",),
-        METHODS,
-    )
-
-
 _COST = {"accuracy": "accuracy", "length": "length", "segments": "segments", "r": "r", "erase_rate": "erase rate"}
 _DYNAMICS = {
     "accuracy": "training accuracy",
@@ -109,174 +95,125 @@ _DYNAMICS = {
 _ERASED = "With erasing, training accuracy is that of what was kept: it is not comparable with plain rollouts'."
 
 
-def _all_studies() -> list[Study]:
-    margin = margins(_avg("table1"), "E3RL", (*_BASELINES, "ERPO"), "SAPO")
-    pass_margin = margins(_pass("table1"), "E3RL", (*_BASELINES, "ERPO"), "SAPO")
-    table1_views = (
-        accuracy(_avg("table1")),
+def _e3rl_paper(
+    name: str,
+    title: str,
+    rows: Sequence[Row] | Callable[[Scale], Sequence[Row]],
+    views: tuple[View, ...],
+    models: tuple[str, ...] = ("Qwen3-4B", "Qwen3-8B"),
+    measures: Callable[[Scale], Sequence[Measure]] = plain_exams,
+) -> Study:
+    chosen = rows if callable(rows) else _same(rows)
+    return Study(name, title, chosen, measures, views, models, METHODS)
+
+
+def _ablation_study(number: int, rows: Sequence[Row], what: str, show: Accuracy) -> Study:
+    views = (accuracy(show), against_full(show, "E3RL"), training_table(_COST), paper_numbers(show))
+    return _e3rl_paper(f"table{number}", f"Table {number}: {what}", rows, views, ("Qwen3-4B",))
+
+
+def _pass_exams(scale: Scale) -> tuple[Measure, ...]:
+    return (pass_exam(scale),)
+
+
+def _e3rl_studies() -> list[Study]:
+    avg, passed = _avg("table1"), _pass("table1")
+    baselines = (*_BASELINES, "ERPO")
+    margin = margins(avg, "E3RL", baselines, "SAPO")
+    methods = (
+        accuracy(avg),
         margin,
-        accuracy(_pass("table1")),
-        pass_margin,
+        accuracy(passed),
+        margins(passed, "E3RL", baselines, "SAPO"),
         training_table(_COST),
         rates_table,
-        paper_numbers(_avg("table1")),
-        paper_numbers(_pass("table1")),
+        paper_numbers(avg),
+        paper_numbers(passed),
     )
-    erpo_rows = (_BASE, *(METHODS[name] for name in ("SFT", "GRPO", "ERPO")))
-    pair = tuple(METHODS[name] for name in ("GRPO", "ERPO"))
-    kinds = {4: (_table4, "erasures allowed a segment", "erase@5"), 5: (_table5, "segments × length", "")}
+    table4 = (
+        accuracy(_avg("table4")),
+        against_full(_avg("table4"), "erase@5"),
+        training_table(_COST),
+        paper_numbers(_avg("table4")),
+    )
+    table5 = (accuracy(_avg("table5")), training_table(_COST), paper_numbers(_avg("table5")))
+    big = ("Qwen3-8B",)
+    curves = training_curves("Training dynamics", _DYNAMICS, _ERASED)
+    by_budget = training_curves("Training dynamics by erasures allowed", {**_DYNAMICS, "r": "r"})
+    by_segment = (segment_curves("uncertainty", "Uncertainty"), segment_curves("acceptance", "Acceptance"))
+    passes = (pass_curves("table6"),)
     return [
-        Study("table1", "Table 1: methods", _same(_TABLE1), plain_exams, table1_views, _E3RL_MODELS, METHODS),
-        _component_study(2, _TABLE2, "components of the uncertainty", _avg("table2")),
-        _component_study(3, _TABLE3, "mechanisms", _avg("table3")),
-        *(
-            Study(
-                f"table{number}",
-                f"Table {number}: {what}",
-                rows,
-                plain_exams,
-                (
-                    accuracy(_avg(f"table{number}")),
-                    *((against_full(_avg(f"table{number}"), full),) if full else ()),
-                    training_table(_COST),
-                    paper_numbers(_avg(f"table{number}")),
-                ),
-                ("Qwen3-8B",),
-                METHODS,
-            )
-            for number, (rows, what, full) in kinds.items()
-        ),
-        Study(
-            "table6",
-            "Table 6: Pass@k",
-            _same(_TABLE1),
-            lambda scale: (pass_exam(scale),),
-            (pass_curves("table6"),),
-            _E3RL_MODELS,
-            METHODS,
-        ),
-        _component_study(7, _TABLE2, "components of the uncertainty, Pass@k", _pass("table7")),
-        _component_study(8, _TABLE3, "mechanisms, Pass@k", _pass("table8")),
-        Study(
-            "fig1",
-            "Figure 1: methods",
-            _same(_TABLE1),
-            plain_exams,
-            (accuracy(_avg("table1")), margin),
-            _E3RL_MODELS,
-            METHODS,
-        ),
-        Study(
-            "fig3",
-            "Figure 3: training dynamics",
-            _same(_TABLE1),
-            plain_exams,
-            (training_curves("Training dynamics", _DYNAMICS, _ERASED),),
-            _E3RL_MODELS,
-            METHODS,
-        ),
-        Study(
-            "fig4",
-            "Figure 4: Pass@k",
-            _same(_TABLE1),
-            lambda scale: (pass_exam(scale),),
-            (pass_curves("table6"),),
-            _E3RL_MODELS,
-            METHODS,
-        ),
-        Study(
-            "fig5",
-            "Figure 5: training under Erase@k",
-            _table4,
-            plain_exams,
-            (training_curves("Training dynamics by erasures allowed", {**_DYNAMICS, "r": "r"}),),
-            ("Qwen3-8B",),
-            METHODS,
-        ),
-        Study(
-            "fig6",
-            "Figure 6: segments over training under Erase@k",
-            _table4,
-            plain_exams,
-            (segment_curves("uncertainty", "uncertainty"), segment_curves("acceptance", "acceptance")),
-            ("Qwen3-8B",),
-            METHODS,
-        ),
-        Study(
-            "erpo-table1",
-            "ERPO, table 1: methods",
-            _same(erpo_rows),
-            plain_exams,
-            (
-                accuracy(Accuracy("avg", "erpo-table1", "avg@16")),
-                rates_table,
-                margins(Accuracy("avg", "erpo-table1", "avg@16"), "ERPO", ("Base", "SFT", "GRPO"), "GRPO"),
-                paper_numbers(Accuracy("avg", "erpo-table1", "avg@16")),
-            ),
-            _ERPO_MODELS,
-            METHODS,
-        ),
-        Study(
-            "erpo-table2",
-            "ERPO, table 2: Pass@k",
-            _same(erpo_rows),
-            lambda scale: (pass_exam(scale),),
-            (pass_curves("erpo-table2"),),
-            _ERPO_MODELS,
-            METHODS,
-        ),
-        Study(
+        _e3rl_paper("table1", "Table 1: methods", _TABLE1, methods),
+        _ablation_study(2, _TABLE2, "components of the uncertainty", _avg("table2")),
+        _ablation_study(3, _TABLE3, "mechanisms", _avg("table3")),
+        _e3rl_paper("table4", "Table 4: erasures allowed a segment", _table4, table4, big),
+        _e3rl_paper("table5", "Table 5: segments × length", _table5, table5, big),
+        _e3rl_paper("table6", "Table 6: Pass@k", _TABLE1, passes, measures=_pass_exams),
+        _ablation_study(7, _TABLE2, "components of the uncertainty, Pass@k", _pass("table7")),
+        _ablation_study(8, _TABLE3, "mechanisms, Pass@k", _pass("table8")),
+        _e3rl_paper("fig1", "Figure 1: methods", _TABLE1, (accuracy_bars(avg), margin)),
+        _e3rl_paper("fig3", "Figure 3: training dynamics", _TABLE1, (curves,)),
+        _e3rl_paper("fig4", "Figure 4: Pass@k", _TABLE1, passes, measures=_pass_exams),
+        _e3rl_paper("fig5", "Figure 5: training under Erase@k", _table4, (by_budget,), big),
+        _e3rl_paper("fig6", "Figure 6: segments over training under Erase@k", _table4, by_segment, big),
+    ]
+
+
+def _erpo_paper(
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    views: tuple[View, ...],
+    measures: Callable[[Scale], Sequence[Measure]] = plain_exams,
+) -> Study:
+    models = ("Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B")
+    return Study(name, title, _same(rows), measures, views, models, METHODS, scales={"paper": ERPO_PAPER})
+
+
+def _erpo_studies() -> list[Study]:
+    show = Accuracy("avg", "erpo-table1", "avg@16")
+    rows = (_BASE, *(METHODS[name] for name in ("SFT", "GRPO", "ERPO")))
+    pair = tuple(METHODS[name] for name in ("GRPO", "ERPO"))
+    methods = (accuracy(show), margins(show, "ERPO", ("Base", "SFT", "GRPO"), "GRPO"), rates_table, paper_numbers(show))
+    dynamics = {"reward": "reward", "entropy": "entropy", "grad_norm": "gradient norm", "kl": "KL"}
+    cost = {"length": "length, tokens", "seconds_train": "seconds of learning, a step"}
+    return [
+        _erpo_paper("erpo-table1", "ERPO, table 1: methods", rows, methods),
+        _erpo_paper("erpo-table2", "ERPO, table 2: Pass@k", rows, (pass_curves("erpo-table2"),), _pass_exams),
+        _erpo_paper(
             "erpo-fig1",
             "ERPO, figure 1: entropies, and what perturbing them does",
-            _same((_BASE,)),
-            perturbation_measures,
+            (_BASE,),
             (entropy_histogram, perturbation_table),
-            _ERPO_MODELS,
-            METHODS,
+            perturbation_measures,
         ),
-        Study(
+        _erpo_paper(
             "erpo-fig2",
             "ERPO, figure 2: training",
-            _same(pair),
-            plain_exams,
-            (training_curves("Accuracy over training", {"accuracy": "training accuracy"}),),
-            _ERPO_MODELS,
-            METHODS,
+            pair,
+            (training_curves("Accuracy", {"accuracy": "training accuracy"}),),
         ),
-        Study(
-            "erpo-fig3",
-            "ERPO, figure 3: reward, entropy, gradient norm, KL",
-            _same(pair),
-            plain_exams,
-            (
-                training_curves(
-                    "Training dynamics",
-                    {"reward": "reward", "entropy": "entropy", "grad_norm": "gradient norm", "kl": "KL"},
-                ),
-            ),
-            _ERPO_MODELS,
-            METHODS,
-        ),
-        Study(
+        _erpo_paper("erpo-fig3", "ERPO, figure 3: dynamics", pair, (training_curves("Training dynamics", dynamics),)),
+        _erpo_paper(
             "erpo-fig4",
             "ERPO, figure 4: conciseness and cost",
-            _same(pair),
-            plain_exams,
-            (
-                conciseness,
-                training_curves("Length and time", {"length": "length, tokens", "seconds_train": "seconds a step"}),
-            ),
-            _ERPO_MODELS,
-            METHODS,
+            pair,
+            (conciseness, training_curves("Length and time", cost)),
         ),
     ]
 
 
-STUDIES = {study.name: study for study in _all_studies()}
+STUDIES = {study.name: study for study in (*_e3rl_studies(), *_erpo_studies())}
 
 
-def find_study(name: str) -> Study:
-    """A study by name."""
+GROUPS: dict[str, tuple[str, ...]] = {}
+"""Names that stand for several studies."""
+
+
+def find_studies(name: str) -> list[Study]:
+    """A study by name, or all of a group."""
+    if name in GROUPS:
+        return [STUDIES[member] for member in GROUPS[name]]
     if name not in STUDIES:
-        raise unknown("study", name, STUDIES)
-    return STUDIES[name]
+        raise unknown("study", name, {**STUDIES, **GROUPS})
+    return [STUDIES[name]]

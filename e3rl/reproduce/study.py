@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from e3rl.config import Config, load_config
 from e3rl.reproduce.cells import Cell, Measure
 from e3rl.reproduce.exam import NAME as EXAM
-from e3rl.reproduce.scales import RECIPES, Scale
+from e3rl.reproduce.scales import RECIPES, SCALES, Scale
 
 if TYPE_CHECKING:
     from e3rl.reproduce.output import Plot, Table
@@ -49,7 +49,8 @@ class Study:
     """What `e3rl reproduce NAME` does.
 
     ``rows`` and ``measures`` depend on the scale; ``models`` are those that the paper's version uses (at other scales the
-    scale's own model stands for all of them). ``methods`` holds every row that some ``tuned_as`` names.
+    scale's own model stands for all of them). ``methods`` holds every row that some ``tuned_as`` names. ``scales`` stand
+    in for the scales of the same name.
     """
 
     name: str
@@ -59,7 +60,12 @@ class Study:
     views: tuple[View, ...]
     models: tuple[str, ...]
     methods: Mapping[str, Row] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
     notes: str = ""
+
+    def at(self, name: str) -> Scale:
+        """The study's own version of a scale, where it has one, else everybody's."""
+        return self.scales.get(name, SCALES[name])
 
 
 def models_of(study: Study, scale: Scale) -> list[str]:

@@ -72,6 +72,25 @@ def accuracy(show: Accuracy) -> Callable[[Results], list[Table | Plot]]:
     return view
 
 
+def accuracy_bars(show: Accuracy) -> Callable[[Results], list[Table | Plot]]:
+    """The methods side by side, benchmark by benchmark, at equal steps."""
+
+    def view(results: Results) -> list[Table | Plot]:
+        measure, names, k = plain_exams(results.scale)[0], tuple(results.scale.benchmarks), show.k(results)
+        lines = []
+        for row in results.rows:
+            found = [
+                estimate(list(results.accuracy(row.label, measure, show.metric, k, name).values())) for name in names
+            ]
+            lines.append(banded(row.label, [(i, item) for i, item in enumerate(found) if item]))
+        panel = Panel(
+            "plain decoding, equal steps", "benchmark", show.title(results), tuple(lines), "bars", categories=names
+        )
+        return [Plot(f"{show.title(results)} by benchmark", (panel,))]
+
+    return view
+
+
 def paper_numbers(show: Accuracy) -> Callable[[Results], list[Table | Plot]]:
     """The paper's own table."""
 
