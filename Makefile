@@ -47,6 +47,10 @@ test-vllm: python
 	@E3RL_VENV=.venv-vllm "$(PYTHON)" tools/setup_vllm.py
 	.venv-vllm/bin/python -m pytest -s tests/vllm
 
+test-ray: python
+	@E3RL_VENV=.venv-ray "$(PYTHON)" tools/setup.py test ray
+	.venv-ray/bin/python -m pytest -s tests/ray
+
 lint: python
 	@"$(PYTHON)" tools/setup.py dev
 	.venv/bin/ruff check .

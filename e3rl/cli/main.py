@@ -30,6 +30,8 @@ _COMMANDS = {
     "objectives": ("e3rl.cli.objectives", "list every objective with its options"),
 }
 
+_WITH_SETTINGS = ("train", "eval", "decode", "calibrate", "diagnose", "serve", "rollout-server")
+
 _OVERRIDE = re.compile(r"(--)?[a-z]\w*\.\w+=")
 
 
@@ -55,7 +57,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
-            epilog=settings_help() if name in ("train", "eval", "decode", "calibrate", "diagnose", "serve", "rollout-server") else None,
+            epilog=settings_help() if name in _WITH_SETTINGS else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:  # only the chosen command's module is imported

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 from e3rl.config import Config
@@ -52,13 +54,12 @@ class RayConnection:
             raise WorkerLost(
                 f"no answer within {seconds:g} s; Ray has {_resources(self._ray)}, and each worker needs 1 CPU"
             ) from None
-        except errors.RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError | ValueError):
-                raise UserError(f"a rollout worker on Ray can't go on: {cause}") from None
-            raise WorkerLost(str(cause or error).strip().splitlines()[-1]) from None
         except (errors.RayError, ConnectionError, RuntimeError) as error:
-            raise WorkerLost(str(error).strip().splitlines()[0] or type(error).__name__) from None
+            said = _last_line(error)
+            _, own, message = said.partition("UserError: ")
+            if own:  # the worker's own words, from its start or from a call: another one would say the same
+                raise UserError(f"a rollout worker on Ray can't go on: {message}") from None
+            raise WorkerLost(said) from None
 
     def close(self) -> None:
         """End the actor's process."""
@@ -66,6 +67,12 @@ class RayConnection:
             self._ray.kill(self._actor)
         except Exception:  # it is gone already, or Ray is
             return
+
+
+def _last_line(error: BaseException) -> str:
+    """What an exception says in the end; Ray puts a coloured traceback before it."""
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _resources(ray: Any) -> str:
@@ -83,13 +90,34 @@ def ray_places(config: Config, longest_prompt: int) -> list[Place]:
     except ImportError:
         raise UserError("rollout.workers needs Ray: pip install 'e3rl[ray]'") from None
     if not ray.is_initialized():
-        address = config.rollout.address or None
-        try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = f"at {address}" if address else "on this machine"
-            raise UserError(f"Ray can't be reached {where}: {str(error).strip().splitlines()[0]}") from None
+        _join(ray, config)
+    _check_room(ray, config)
     return [
         Place(f"ray-{number}", lambda: RayConnection(config, longest_prompt))
         for number in range(config.rollout.workers)
     ]
+
+
+def _join(ray: Any, config: Config) -> None:
+    """The cluster at ``rollout.address``, or one of this machine alone, large enough for the workers."""
+    address = config.rollout.address
+    here = {"num_cpus": max(os.cpu_count() or 1, config.rollout.workers)} if not address else {}
+    try:
+        ray.init(address=address or None, include_dashboard=False if here else None, log_to_driver=False, **here)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"at {address} (rollout.address)" if address else "on this machine"
+        raise UserError(f"Ray can't be reached {where}: {_last_line(error)}") from None
+
+
+def _check_room(ray: Any, config: Config) -> None:
+    """Refuse more workers than can ever be placed: Ray would wait for the missing machines for ever."""
+    rollout, all_of = config.rollout, ray.cluster_resources()
+    needs = {"CPU": float(rollout.workers), "GPU": rollout.workers * rollout.worker_gpus}
+    short = [
+        f"{need:g} {kind}s of {all_of.get(kind, 0):g}" for kind, need in needs.items() if need > all_of.get(kind, 0)
+    ]
+    if short:
+        raise UserError(
+            f"rollout.workers = {rollout.workers} need {' and '.join(short)} that the Ray cluster has: lower rollout.workers "
+            "or rollout.worker_gpus, or add nodes"
+        )
