@@ -91,6 +91,7 @@ LAB = Scale(
     token_budget=40_000,
     overrides=("eval.limit=8", "eval.num_samples=2"),  # the run's own evaluation: exams take its place
     validation=_LAB_TRAINED,
+    together=2,
 )
 
 PAPER = Scale(
