@@ -30,6 +30,7 @@ RUN_SCRIPTS = (
     "rollout.js",
     "list.js",
     "overview.js",
+    "same_problem.js",
     "compare.js",
     "source.js",
     "main.js",

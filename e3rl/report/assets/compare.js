@@ -49,7 +49,7 @@ function comparedEvaluation(group, index, figure, axis) {
 }
 
 class CompareView {
-  constructor() {
+  constructor(source) {
     Object.assign(this, { axis: "step", bands: true, hidden: new Set() });
     this.charts = {};
     const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
@@ -58,15 +58,18 @@ class CompareView {
       el("label", { class: "control row-control" }, box, el("span", {}, "Seeds as bands")));
     this.chips = el("fieldset", { class: "chips" });
     this.table = el("div", { class: "table-scroll" });
-    this.node = el("div", {}, el("h1", {}, "Compare"), el("p", { class: "lede" }, "The same curves of several runs. Over tokens, runs that draw more are charged for it."),
-      this.chips, this.tools, this.table,
-      section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
+    this.same = new SameProblem(source);
+    this.curves = el("div", {}, el("p", { class: "lede" }, "The same curves of several runs. Over tokens, runs that draw more are charged for it."),
+      this.chips, this.tools, this.table);
+    this.charted = el("div", {}, section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
       CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, options]) =>
         chart(name, { title: label, id: "compare-" + name, ...options }))))));
+    this.node = el("div", {}, el("h1", {}, "Compare"), this.curves, this.same.node, this.charted);
   }
 
   update(runs) {
-    this.runs = runs;
+    this.runs = runs.map((run, number) => ({ ...run, number }));
+    this.curves.hidden = this.charted.hidden = runs.length < 2;
     const labels = runs.map((run) => run.label).join("\n");
     if (labels !== this.labels) {
       this.labels = labels;
@@ -85,6 +88,7 @@ class CompareView {
       if (name !== "avg" && name !== "pass") this.charts[name].update(groups.flatMap((g, i) => comparedCurve(g, i, name, this.axis)), xTitle);
     }
     fill(this.table, this.summary(runs));
+    this.same.update(runs);
   }
 
   summary(runs) {

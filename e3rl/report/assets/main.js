@@ -16,7 +16,7 @@ const views = {
   overview: ["Overview", new OverviewView()],
   segments: ["Segments", new SegmentsView()],
   rollouts: ["Rollouts", new RolloutsView(source, remember)],
-  compare: ["Compare", new CompareView()],
+  compare: ["Compare", new CompareView(source)],
 };
 const main = el("main", { id: "main", tabindex: "-1" }, el("p", { class: "empty" }, "Loading…"));
 const tabs = el("nav", { "aria-label": "Views" });
@@ -29,8 +29,13 @@ function go(view) {
   scrollTo(0, 0);
 }
 
+// Runs with each other, or one with itself where it met a problem twice.
+function comparable() {
+  return runs.length > 1 || placesByProblem(runs).size > 0;
+}
+
 function drawTabs() {
-  fill(tabs, Object.entries(views).filter(([name]) => name !== "compare" || runs.length > 1).map(([name, [title]]) =>
+  fill(tabs, Object.entries(views).filter(([name]) => name !== "compare" || comparable()).map(([name, [title]]) =>
     el("button", { type: "button", "aria-current": name === place.view ? "page" : null, onclick: () => go(name) }, title)));
 }
 
@@ -44,7 +49,7 @@ function drawChooser() {
 }
 
 function show() {
-  if (!(place.view in views) || (place.view === "compare" && runs.length < 2)) place.view = "overview";
+  if (!(place.view in views) || (place.view === "compare" && !comparable())) place.view = "overview";
   const view = views[place.view][1];
   drawTabs();
   drawChooser();

@@ -48,6 +48,13 @@ function why(candidate) {
   return `Erased because U ${number(total)} was above Θ ${number(candidate.theta[0])}; the largest term is ${TERMS[largest][1]} (${percent(terms[largest] / (total || 1))}).`;
 }
 
+// Whether drawing again helped, as far as the judge can tell.
+function replacement(erased, next) {
+  const change = next.u[0] - erased.u[0], words = change < 0 ? "less uncertain" : change > 0 ? "more uncertain" : "no more certain";
+  const same = erased.pieces.join("") === next.pieces.join("") ? "; it reads the same" : "";
+  return `What was drawn instead is ${words}: U ${number(next.u[0])}${same}.`;
+}
+
 function verdict(segment, erased) {
   if (segment.verdict === null) return null;
   if (segment.verdict === "forced") return el("span", { class: "badge forced" }, "forced: erasures used up");
@@ -101,14 +108,16 @@ class Response {
         advantage !== null && el("span", { class: "muted" }, "advantage " + signed(advantage)),
         share !== null && el("span", { class: "muted" }, "attribution " + percent(share))),
       erased.length > 0 && el("details", { class: "erased" }, el("summary", {}, plural(erased.length, "erased attempt")),
-        erased.map((e) => this.attempt(e, scale))),
+        erased.map((e, i) => this.attempt(e, erased[i + 1] ?? segment, scale))),
       this.tokens(segment, `Segment ${segment.index + 1}`));
   }
 
-  attempt(erasure, scale) {
+  attempt(erasure, next, scale) {
+    const contrast = erasure.advantage ?? null;
     return el("div", { class: "attempt" },
-      el("header", {}, el("h5", {}, `Attempt ${erasure.attempt + 1}`), judgeBar(erasure, scale), judgeText(erasure)),
-      el("del", {}, this.tokens(erasure, `Erased attempt ${erasure.attempt + 1}`)), el("p", { class: "muted why" }, why(erasure)));
+      el("header", {}, el("h5", {}, `Attempt ${erasure.attempt + 1}`), judgeBar(erasure, scale), judgeText(erasure),
+        contrast !== null && el("span", { class: "muted" }, "advantage as contrast " + signed(contrast))),
+      el("del", {}, this.tokens(erasure, `Erased attempt ${erasure.attempt + 1}`)), el("p", { class: "muted why" }, why(erasure) + " " + replacement(erasure, next)));
   }
 
   tokens(candidate, label) {

@@ -46,9 +46,9 @@ const tooltip = {
     fill(this.node, el("code", {}, piece), el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
     this.node.hidden = false;
     const at = token.getBoundingClientRect(), own = this.node.getBoundingClientRect();
-    const above = at.top - own.height - 8;
+    const below = at.bottom + 8; // above it stands what was erased
     this.node.style.left = Math.max(8, Math.min(at.left, innerWidth - own.width - 8)) + "px";
-    this.node.style.top = (above < 8 ? at.bottom + 8 : above) + "px";
+    this.node.style.top = (below + own.height > innerHeight - 8 ? at.top - own.height - 8 : below) + "px";
   },
   hide() { this.node.hidden = true; },
 };
