@@ -9,7 +9,7 @@ from pathlib import Path
 
 from e3rl.errors import UserError
 
-NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4"
+NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from e3rl.reproduce.probes import conciseness, entropy_histogram, perturbation_m
 from e3rl.reproduce.scales import ERPO_PAPER, Scale
 from e3rl.reproduce.study import Row, Study, View, pass_exam, plain_exams
 from e3rl.reproduce.views import Accuracy, accuracy, accuracy_bars, against_full, margins, paper_numbers, pass_curves
+from e3rl.reproduce.when import WHEN
 
 _BASELINES = ("Vanilla", "GRPO", "DAPO", "GSPO", "SAPO")
 E3RL = Row("E3RL", ("methods/e3rl",), erasable=True)
@@ -203,7 +204,7 @@ def _erpo_studies() -> list[Study]:
     ]
 
 
-STUDIES = {study.name: study for study in (*_e3rl_studies(), *_erpo_studies())}
+STUDIES = {study.name: study for study in (*_e3rl_studies(), *_erpo_studies(), WHEN)}
 
 
 GROUPS: dict[str, tuple[str, ...]] = {}

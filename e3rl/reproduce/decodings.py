@@ -1,0 +1,96 @@
+"""The measure of `e3rl reproduce when`: one model decoded plainly over temperatures and with erasure, tuned and reported apart.
+
+Every decoding is examined on problems of the training half, which choose, and on held-out problems, which are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from e3rl.config import Config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.diagnose.decoding import LATE, SETTINGS
+from e3rl.evaluate.evaluation import evaluate, spread
+from e3rl.models import Policy
+from e3rl.reproduce.exam import SEED
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engines import build_engine
+from e3rl.types import Prompt
+
+NAME = "e3rl.reproduce.decodings:decodings"
+Kind = Literal["plain", "erasable"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to decode: a temperature and, where it erases, a setting of `e3rl.diagnose.decoding.SETTINGS`."""
+
+    temperature: float
+    setting: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        return "erasable" if self.setting else "plain"
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting or 'plain'}, T = {self.temperature:g}"
+
+
+WAYS = (
+    Way(1.0),
+    Way(0.6),
+    Way(0.3),
+    Way(1.0, "ε, κ₀ = 1"),
+    Way(1.0, LATE),
+    Way(0.6, LATE),
+)
+
+
+def decodings(policy: Policy, config: Config, *, tuning: int, problems: int, samples: int) -> dict[str, Any]:
+    """Right answers by way, half and problem, and the tokens that an answer cost."""
+    limit = config.rollout.completion_limit
+    prompts = {
+        "train": _prompts(policy, config, "train", tuning),
+        "eval": _prompts(policy, config, "eval", problems),
+    }
+    engine = build_engine(
+        config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for half in prompts.values() for p in half)
+    )
+    found: dict[str, Any] = {}
+    with Scorer(config.rewards, max_completion_length=limit) as scorer:
+        for way in WAYS:
+            chosen = SETTINGS[way.setting].applied(config) if way.setting else config
+            sampling = replace(config.eval, num_samples=samples, temperature=way.temperature)
+            run = replace(config.run, seed=SEED)
+            settings = replace(chosen, eval=sampling, run=run)
+            found[way.name] = {
+                half: _examined(engine, asked, scorer, policy.tokenizer, settings, way)
+                for half, asked in prompts.items()
+            }
+    return found
+
+
+def _prompts(policy: Policy, config: Config, half: Literal["train", "eval"], count: int) -> list[Prompt]:
+    chosen = spread(load_problems(config.data.train, config=config.data, split=half), count)
+    return render_prompts(
+        chosen,
+        policy.tokenizer,
+        config.data,
+        context_limit=policy.context_length,
+        completion_limit=config.rollout.completion_limit,
+    )
+
+
+def _examined(
+    engine: Any, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, way: Way
+) -> Mapping[str, Any]:
+    done = evaluate(engine, prompts, scorer, tokenizer, config, erase=way.kind == "erasable")
+    return {
+        "right": done.correct_PK.sum(axis=1).tolist(),
+        "samples": int(done.correct_PK.shape[1]),
+        "tokens": done.record()["tokens"] / done.correct_PK.size,
+    }

@@ -1,0 +1,278 @@
+"""`e3rl reproduce when`: does erasing buy accuracy that cheaper means don't? Rows and views of the study.
+
+Methods train from the same weights on the same problems until an equal number of generated tokens, erased ones charged;
+then each is decoded in every way of `decodings.WAYS`. What is chosen (temperature, setting) is chosen on training problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
+from e3rl.reproduce.cells import Measure
+from e3rl.reproduce.decodings import NAME, WAYS, Kind
+from e3rl.reproduce.output import Table
+from e3rl.reproduce.results import Results
+from e3rl.reproduce.scales import LAB, SMOKE, Scale
+from e3rl.reproduce.statistics import estimate
+from e3rl.reproduce.study import Row, Study
+
+FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
+"""What is trained on, by scale. At other scales it is the recipe's own data."""
+
+_LAB = replace(
+    LAB,
+    problems=128,
+    together=4,
+    learning_rates=(),
+    token_budget=0,
+    validation={},
+    overrides=(
+        "train.steps=100000",
+        "train.max_tokens=6000",
+        "train.prompts_per_step=16",
+        "train.learning_rate=1e-4",
+        "train.minibatches=2",
+        "eval.limit=8",
+        "eval.num_samples=2",
+        "rollout.segment_length=2",
+        "rollout.max_segments=4",
+    ),
+)
+"""Equal generated tokens, one learning rate."""
+
+_SMOKE = replace(SMOKE, seeds=(0,))
+
+_TUNING = 32
+"""Training problems that temperatures and settings are chosen on, at most."""
+
+_EPS = (
+    "erasure.base_weight=0.0",
+    "erasure.gradient_weight=0.0",
+    "erasure.extremum_weight=0.0",
+    "erasure.perturbation_weight=1.0",
+    "erasure.kappa0=0.5",
+)
+_LATE = (
+    "rollout.segment_length=8",
+    "rollout.max_segments=1",
+    "erasure.gradient_weight=0.0",
+    "erasure.extremum_weight=0.0",
+    "erasure.smoothing_window=0",
+    "erasure.rho=0.0",
+    "erasure.kappa0=-0.5",
+)
+_CONTRAST = "objective.erased=contrast"
+
+METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "Vanilla": ("vanilla", ()),
+    "GRPO": ("grpo", ()),
+    "GRPO, rollouts at T = 0.6": ("grpo", ("rollout.temperature=0.6",)),
+    "DAPO": ("dapo", ()),
+    "GSPO": ("gspo", ()),
+    "SAPO": ("sapo", ()),
+    "ERPO": ("erpo", ()),
+    "E³RL": ("e3rl", ()),
+    "E³RL+ε": ("e3rl", _EPS),
+    "E³RL+ε+contrast": ("e3rl", (*_EPS, _CONTRAST)),
+    "E³RL, late+contrast": ("e3rl", (*_LATE, _CONTRAST)),
+}
+"""A row's overlay and overrides. 'late': the entropy of the whole response judges it (`e3rl.diagnose`)."""
+
+BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
+
+
+def families(scale: Scale) -> tuple[str, ...]:
+    return FAMILIES.get(scale.name, ("",))
+
+
+def label(family: str, method: str) -> str:
+    return f"{family}: {method}" if family else method
+
+
+def _rows(scale: Scale) -> tuple[Row, ...]:
+    return tuple(
+        Row(
+            label(family, name),
+            (f"methods/{overlay}",),
+            (*((f"data.train={family}",) if family else ()), *overrides),
+            tuned_as="Vanilla",
+        )
+        for family in families(scale)
+        for name, (overlay, overrides) in METHODS.items()
+    )
+
+
+def _measures(scale: Scale) -> tuple[Measure, ...]:
+    sizes = {"tuning": min(_TUNING, scale.problems), "problems": scale.problems}
+    return (Measure(NAME, "steps", {**sizes, "samples": scale.samples}),)
+
+
+def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:
+    """The row's measurements by seed."""
+    measure = _measures(results.scale)[0]
+    found = {seed: results.measurement(row, seed, measure) for seed in results.scale.seeds}
+    return {seed: item for seed, item in found.items() if item is not None}
+
+
+def chosen(values: Mapping[str, Any], kind: Kind) -> str:
+    """The way of a kind that is most accurate on the training problems; of equals the first named."""
+    names = [way.name for way in WAYS if way.kind == kind]
+    return max(names, key=lambda name: sum(values[name]["train"]["right"]))
+
+
+def figures(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Avg@k and Pass@k of every problem."""
+    k = result["samples"]
+    return np.array(result["right"]) / k, np.array([pass_at_k(c, k, k) for c in result["right"]])
+
+
+def _score(item: Mapping[str, Any], name: str) -> tuple[float, float]:
+    avg_P, pass_P = figures(item["values"][name]["eval"])
+    return float(avg_P.mean()), float(pass_P.mean())
+
+
+def _cell(pairs: Sequence[tuple[float, float]]) -> str:
+    """Avg / Pass with the half widths of their intervals over seeds."""
+    avg, passed = (estimate([pair[i] for pair in pairs]) for i in (0, 1))
+    return "–" if avg is None or passed is None else f"{avg.text()} / {passed.text()}"
+
+
+def methods_table(results: Results) -> list[Table]:
+    """Every method, decoded plainly at temperature 1, plainly at its best temperature, and with erasure."""
+    k = results.scale.samples
+    columns = (
+        "method",
+        "plain, T = 1",
+        "plain, T tuned",
+        "erasable, tuned",
+        "tokens ×",
+        "steps",
+        "tokens trained",
+        "seeds",
+    )
+    tables = []
+    for family in families(results.scale):
+        rows = []
+        for method in METHODS:
+            found = _found(results, label(family, method))
+            if not found:
+                continue
+            plain = [_score(item, WAYS[0].name) for item in found.values()]
+            tuned = [_score(item, chosen(item["values"], "plain")) for item in found.values()]
+            erasable = [_score(item, chosen(item["values"], "erasable")) for item in found.values()]
+            cost = [_cost(item["values"]) for item in found.values()]
+            steps, tokens = (sum(item[key] for item in found.values()) / len(found) for key in ("step", "tokens"))
+            numbers = (f"{sum(cost) / len(cost):.2f}", f"{steps:.0f}", f"{tokens:,.0f}", str(len(found)))
+            rows.append((method, _cell(plain), _cell(tuned), _cell(erasable), *numbers))
+        note = (
+            f"Avg@{k} / Pass@{k} on held-out problems; ± over seeds. Temperatures and settings are chosen on training problems. "
+            "'tokens ×': tokens of an erasable answer over those of a plain one."
+        )
+        tables.append(Table(f"{family or 'The recipe'}: methods at equal generated tokens", columns, tuple(rows), note))
+    return tables
+
+
+def _cost(values: Mapping[str, Any]) -> float:
+    return float(
+        values[chosen(values, "erasable")]["eval"]["tokens"] / values[chosen(values, "plain")]["eval"]["tokens"]
+    )
+
+
+def _by_problem(results: Results, row: str, kind: Kind) -> tuple[np.ndarray, np.ndarray] | None:
+    """Avg and Pass of every held-out problem, means over seeds, decoded in the chosen way of a kind."""
+    found = _found(results, row)
+    if not found:
+        return None
+    pairs = [figures(item["values"][chosen(item["values"], kind)]["eval"]) for item in found.values()]
+    return np.mean([a for a, _ in pairs], axis=0), np.mean([p for _, p in pairs], axis=0)
+
+
+def _tuning_score(results: Results, row: str, kind: Kind) -> float:
+    found = [item["values"] for item in _found(results, row).values()]
+    return sum(sum(values[chosen(values, kind)]["train"]["right"]) for values in found) / max(len(found), 1)
+
+
+def _strongest(results: Results, family: str, methods: Sequence[str], kind: Kind) -> str | None:
+    """The method that is best on the training problems."""
+    there = [method for method in methods if _found(results, label(family, method))]
+    return max(there, key=lambda m: _tuning_score(results, label(family, m), kind)) if there else None
+
+
+def claim_table(results: Results) -> list[Table]:
+    """The best baseline, plainly decoded at its best temperature, against the same decoded with erasure and against the best
+    erasing method in either way."""
+    erasing = [method for method in METHODS if method not in BASELINES]
+    rows = []
+    for family in families(results.scale):
+        baseline = _strongest(results, family, BASELINES, "plain")
+        contenders: list[tuple[str | None, Kind]] = [
+            (baseline, "erasable"),
+            (_strongest(results, family, erasing, "plain"), "plain"),
+            (_strongest(results, family, erasing, "erasable"), "erasable"),
+        ]
+        theirs = _by_problem(results, label(family, baseline), "plain") if baseline else None
+        if baseline is None or theirs is None:
+            continue
+        rows.append(
+            (family, f"{baseline}, plain (best baseline)", *_interval(theirs[0]), *_interval(theirs[1]), "", "", "")
+        )
+        for method, kind in contenders:
+            ours = _by_problem(results, label(family, method), kind) if method else None
+            if ours is not None:
+                gaps = [_signed(mine - other) for mine, other in zip(ours, theirs, strict=True)]
+                relative = f"{100 * (ours[0].mean() / max(theirs[0].mean(), 1e-9) - 1):+.0f} %"
+                rows.append(
+                    (family, f"{method}, {kind}", *_interval(ours[0]), *_interval(ours[1]), gaps[0], relative, gaps[1])
+                )
+    k = results.scale.samples
+    columns = ("problems", "variant", f"Avg@{k}", f"Pass@{k}", "Avg, difference", "relative", "Pass, difference")
+    note = "Means over seeds; intervals: 95 %, bootstrap over problems, differences paired by problem."
+    return [Table("The claim: 5 % relative over the best baseline, Pass@k kept", columns, tuple(rows), note)]
+
+
+def _interval(values_P: np.ndarray) -> tuple[str]:
+    low, high = bootstrap_interval(values_P)
+    return (f"{values_P.mean():.3f} ({low:.3f}–{high:.3f})",)
+
+
+def _signed(values_P: np.ndarray) -> str:
+    low, high = bootstrap_interval(values_P)
+    return f"{values_P.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def ways_table(results: Results) -> list[Table]:
+    """The untrained model in every way: what decoding alone buys."""
+    tables = []
+    for family in families(results.scale):
+        found = _found(results, label(family, "Vanilla"))
+        if not found:
+            continue
+        values = next(iter(found.values()))["values"]
+        rows = []
+        for way in WAYS:
+            avg_P, pass_P = figures(values[way.name]["eval"])
+            rows.append((way.name, *_interval(avg_P), *_interval(pass_P), f"{values[way.name]['eval']['tokens']:.1f}"))
+        k = results.scale.samples
+        columns = ("decoding", f"Avg@{k}", f"Pass@{k}", "tokens/answer")
+        tables.append(Table(f"{family or 'The recipe'}: decoding the model as it is", columns, tuple(rows)))
+    return tables
+
+
+_VIEWS: tuple[Callable[[Results], list[Table]], ...] = (claim_table, methods_table, ways_table)
+
+WHEN = Study(
+    name="when",
+    title="When does erasing help?",
+    rows=_rows,
+    measures=_measures,
+    views=_VIEWS,
+    models=("Qwen3-4B",),
+    methods={"Vanilla": Row("Vanilla", ("methods/vanilla",))},
+    scales={"smoke": _SMOKE, "lab": _LAB},
+    notes="Every method at the same learning rate, 1e-4, chosen for GRPO on training problems.",
+)
