@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,34 @@ def atomic_file(path: Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\..*\.(\d+)\.tmp")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()  # what has this process's own number was left by one before it
+
+
+def is_litter(path: Path) -> bool:
+    """Whether it is a temporary that a killed process left behind."""
+    temporary = _TEMPORARY.fullmatch(path.name)
+    return temporary is not None and not _lives(int(temporary[1]))
+
+
+def clear_litter(directory: Path) -> None:
+    """Remove what killed processes left half written, here and below. Call it where this process writes nothing yet."""
+    for path in [p for p in directory.rglob(".*.tmp") if is_litter(p)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ config.toml (resolved), metrics.jsonl, evaluations.jsonl, rollouts/*.parquet, ch
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from e3rl.config import Config, build_config, to_tables, to_toml
 from e3rl.errors import UserError
-from e3rl.files import disk_full_is_a_sentence, write_text
+from e3rl.files import clear_litter, disk_full_is_a_sentence, is_litter, write_text
 from e3rl.train.metrics import finite_or_none
 
 MAY_CHANGE = {
@@ -66,6 +67,7 @@ def continue_or_put_aside(config: Config) -> bool:
     has_checkpoint = any((path / "checkpoints").glob("step-*"))
     if has_checkpoint and not (path / "summary.json").exists() and not changed_settings(read_config(path), config):
         return True
+    RunDirectory(path).release()  # refused where another process is at work in it
     number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
     path.rename(path.with_name(f"{path.name}.{number}"))
     return False
@@ -78,11 +80,40 @@ def changed_settings(before: Config, now: Config) -> list[str]:
     return [f"{k} ({then.get(k)!r} then, {today.get(k)!r} now)" for k in keys]
 
 
+_claims: dict[Path, int] = {}
+"""Directories that this process holds, each with the open descriptor that carries the lock."""
+
+
+def _claim(path: Path) -> None:
+    if path in _claims:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone when the process ends, however it ends
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is training in {path}: wait until it ends, or choose another name: run.name=NAME"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _claims[path] = descriptor
+
+
 class RunDirectory:
-    """A run's directory, claimed for one run."""
+    """A run's directory, claimed for this process: another that wants it is refused until this one lets go or ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claim = path.resolve()
+        _claim(self._claim)
+        clear_litter(path)
+
+    def release(self) -> None:
+        """Let other processes have it."""
+        descriptor = _claims.pop(self._claim, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     @classmethod
     def create(cls, config: Config) -> RunDirectory:
@@ -92,10 +123,13 @@ class RunDirectory:
             raise UserError(
                 f"{path} already holds a run. Continue it with --resume, or choose another name: run.name=NAME"
             )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or not all(is_litter(p) for p in path.iterdir())):
             raise UserError(f"{path} exists and is not an empty directory; choose another name: run.name=NAME")
+        with disk_full_is_a_sentence(path):
+            path.mkdir(parents=True, exist_ok=True)
+        directory = cls(path)
         write_text(path / "config.toml", to_toml(config))
-        return cls(path)
+        return directory
 
     @classmethod
     def resume(cls, config: Config) -> RunDirectory:
@@ -106,8 +140,9 @@ class RunDirectory:
         changed = changed_settings(read_config(path), config)
         if changed:
             raise UserError(f"{path} was started with other settings: {', '.join(changed)}. Resume with the same ones.")
+        directory = cls(path)
         write_text(path / "config.toml", to_toml(config))
-        return cls(path)
+        return directory
 
     def append(self, log: str, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` or ``evaluations.jsonl`` and see it on the disk."""

@@ -33,7 +33,7 @@ from e3rl.rollout.filters import Collected, build_filter, collect
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
-from e3rl.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
 from e3rl.train.demonstrations import answers_as_responses, demonstrations
 from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
@@ -147,6 +147,7 @@ class Trainer:
             ) from None
         finally:
             self._rollouts.close()
+            self.directory.release()
 
     def _one_step(self) -> None:
         """Prompts to a better policy. Nothing of the run's state changes before the optimizer has."""
@@ -282,6 +283,9 @@ class Trainer:
         self._journal.drop_through(self._step)
 
     def _restore(self) -> None:
+        if not list_checkpoints(self.run_path):  # stopped before the first one: all is still to be done
+            self.directory.drop_after(0)
+            return
         checkpoint = newest_checkpoint(self.run_path, self._note)
         self._step = checkpoint.step
         self._learner.optimizer.load(checkpoint.weights, checkpoint.optimizer)

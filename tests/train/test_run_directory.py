@@ -1,5 +1,9 @@
 """A run directory belongs to one run; its logs survive a crash in mid-line."""
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,3 +67,41 @@ def test_again_continues_what_is_unfinished_and_puts_aside_what_is_done(tmp_path
     RunDirectory.create(config)
     assert not continue_or_put_aside(config)  # no checkpoint: nothing to continue
     assert (tmp_path / "a.2").exists()
+
+
+_HOLDER = (
+    "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+)
+
+
+def test_a_directory_that_another_process_trains_in_is_refused(tmp_path: Path):
+    config = _config(tmp_path)
+    RunDirectory.create(config).release()
+    (tmp_path / "a" / "summary.json").write_text("{}")
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        for take in (RunDirectory.resume, continue_or_put_aside):
+            with pytest.raises(UserError, match=r"another process is training in .*/a: wait until it ends"):
+                take(config)
+        holder.kill()
+    RunDirectory.resume(config)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path):
+    done = subprocess.Popen(["true"])
+    done.wait()
+    litter, living = f".config.toml.{done.pid}.tmp", f".x.{os.getppid()}.tmp"
+    (tmp_path / "a" / "checkpoints" / f".step-000002.{done.pid}.tmp").mkdir(parents=True)
+    (tmp_path / "a" / litter).write_text("half")
+    with pytest.raises(UserError, match="not an empty directory"):
+        RunDirectory.create(_config(tmp_path))
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    run = RunDirectory.create(_config(tmp_path))  # killed before there was a config.toml: as if it had not begun
+    assert [p.name for p in run.path.iterdir()] == ["config.toml"]
+    run.release()
+    (run.path / "checkpoints" / f".step-000002.{done.pid}.tmp").mkdir(parents=True)
+    (run.path / living).write_text("somebody is writing this")
+    RunDirectory.resume(_config(tmp_path))
+    assert sorted(str(p.relative_to(run.path)) for p in run.path.rglob("*")) == [living, "checkpoints", "config.toml"]

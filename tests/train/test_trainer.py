@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,17 @@ def test_a_killed_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "summary.json").exists()
     subprocess.run([*command, "--resume"], check=True, env=environment, stdout=subprocess.DEVNULL)
     assert _outcome(tmp_path / "run") == _outcome(finished)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(finished: Path, tmp_path: Path):
+    config = _config(tmp_path)
+    path = Trainer(config, listeners=[_StopAt("evaluated", 1)]).run_path
+    with pytest.raises(RunStopped):
+        Trainer(config, listeners=[_StopAt("evaluated", 1)], resume=True).train()
+    shutil.rmtree(path / "checkpoints")
+    trainer = Trainer(config, resume=True)
+    trainer.train()
+    assert _outcome(trainer.run_path) == _outcome(finished)
 
 
 def test_a_token_budget_ends_the_run_with_the_step_that_reaches_it(tmp_path: Path):
