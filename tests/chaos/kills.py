@@ -1,0 +1,314 @@
+"""Runs that are killed at random, again and again, and must end as the one that nobody touched, to the last bit.
+
+    python -m tests.chaos.kills --kills 50
+
+A life is a forked process that runs ``e3rl train … --resume``. It ends by SIGKILL: at a random time, or at a random one
+of the calls by which things reach the disk, where the file is left half written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from e3rl.cli.main import main as e3rl
+from e3rl.train import checkpoint, journal
+from e3rl.train.run_directory import read_lines
+
+RECIPE = """
+[data]
+train = "lab:chain:1"
+train_limit = 10
+[rollout]
+num_generations = 4
+segment_length = 6
+max_segments = 4
+max_rows = 16
+[erasure]
+base_weight = 0.0
+gradient_weight = 0.0
+extremum_weight = 0.0
+perturbation_weight = 1.0
+kappa0 = -0.3
+max_erasures = 2
+on_exhausted = "least_uncertain"
+[objective]
+name = "e3rl"
+erased = "contrast"
+[filter]
+name = "nonzero_spread"
+max_refills = 1
+[rewards]
+functions = ["lab"]
+[train]
+steps = 7
+prompts_per_step = 3
+learning_rate = 1e-4
+save_steps = 3
+save_total_limit = 2
+eval_steps = 4
+[eval]
+limit = 2
+num_samples = 2
+"""
+
+
+def write_half(path: Path) -> None:
+    """Leave the first half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@dataclass
+class Crash:
+    """Ends this process at the nth call of a kind; with nth 0 it only counts."""
+
+    kind: str = ""
+    nth: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def reached(self, kind: str) -> bool:
+        """Whether this call is the one."""
+        self.calls[kind] += 1
+        return kind == self.kind and self.calls[kind] == self.nth
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _before(self, owner: Any, name: str, kind: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.reached(kind):
+                self.die()
+            return real(*arguments, **options)
+
+        setattr(owner, name, call)
+
+    def _halfway(self, owner: Any, name: str, kind: str, path_of: Callable[..., Path]) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = real(*arguments, **options)
+            if self.reached(kind):
+                write_half(path_of(*arguments))
+                self.die()
+            return result
+
+        setattr(owner, name, call)
+
+    def _half_deleted(self) -> None:
+        real = shutil.rmtree
+
+        def call(path: Any, *arguments: Any, **options: Any) -> None:
+            files = [p for p in Path(path).rglob("*") if p.is_file()]
+            if files and self.reached("delete a directory"):
+                files[0].unlink()
+                self.die()
+            real(path, *arguments, **options)
+
+        shutil.rmtree = call  # type: ignore[assignment]
+
+    def _half_flushed(self) -> None:
+        crash, real = self, journal.StepJournal.flush
+
+        def call(self: journal.StepJournal) -> None:
+            size = self.path.stat().st_size
+            real(self)
+            if crash.reached("write the journal"):
+                os.truncate(self.path, (size + self.path.stat().st_size) // 2)
+                crash.die()
+
+        journal.StepJournal.flush = call  # type: ignore[method-assign]
+
+    def install(self) -> None:
+        """Wrap the calls by which things reach the disk, in this process."""
+        self._before(os, "replace", "rename")
+        self._before(os, "fsync", "sync")
+        self._halfway(checkpoint, "save_file", "write a checkpoint", lambda tensors, path: path)
+        self._halfway(pq, "write_table", "write rollouts", lambda table, path: path)
+        self._halfway(Path, "write_text", "write a page or a record", lambda path, *_: path)
+        self._half_deleted()
+        self._half_flushed()
+
+
+@dataclass
+class Life:
+    """How a process ended: its exit status, None by SIGKILL; the seconds; the candidates it generated for training."""
+
+    status: int | None
+    seconds: float
+    generated: int
+
+
+def live(command: list[str], log: Path, crash: Crash, patience: float | None = None) -> Life:
+    """Fork, run ``e3rl`` with these arguments, and kill it after ``patience`` seconds."""
+    counted = log.with_suffix(".generated")
+    counted.write_bytes(b"")
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _be(command, log, counted, crash)
+    waited = status = 0
+    while not waited:
+        waited, status = os.waitpid(child, os.WNOHANG)
+        if not waited and patience is not None and time.monotonic() - began > patience:
+            os.kill(child, signal.SIGKILL)
+            patience = None
+        time.sleep(0.002)
+    generated = len(counted.read_bytes())
+    return Life(
+        os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None, time.monotonic() - began, generated
+    )
+
+
+def _be(command: list[str], log: Path, counted: Path, crash: Crash) -> None:
+    """The child: never returns."""
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        torch.set_num_threads(1)
+        count = os.open(counted, os.O_WRONLY | os.O_APPEND)
+        real = journal.StepJournal.add
+
+        def add(self: journal.StepJournal, *arguments: Any) -> None:
+            os.write(count, b".")
+            real(self, *arguments)
+
+        journal.StepJournal.add = add  # type: ignore[method-assign]
+        crash.install()
+        status = e3rl(command)
+        if crash.nth == 0 and not crash.kind:
+            log.with_suffix(".calls").write_text(json.dumps(crash.calls))
+        os._exit(status)
+    finally:
+        os._exit(70)
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what depends on the clock and the machine."""
+    return {k: v for k, v in record.items() if not k.startswith(("seconds", "tokens_per", "memory", "train_seconds"))}
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a finished run says, in bytes and values."""
+    return {
+        "weights": (run / "model" / "model.safetensors").read_bytes(),
+        "metrics": [timeless(r) for r in read_lines(run / "metrics.jsonl")],
+        "evaluations": read_lines(run / "evaluations.jsonl"),
+        "rollouts": [pq.read_table(p).to_pylist() for p in sorted((run / "rollouts").glob("*.parquet"))],
+        "summary": timeless(json.loads((run / "summary.json").read_text(encoding="utf-8"))),
+        "litter": sorted(str(p.relative_to(run)) for p in run.rglob("*.tmp")),
+        "files": sorted(p.name for p in run.iterdir()),
+    }
+
+
+@dataclass
+class Tally:
+    """What was done and what came of it."""
+
+    kills: int = 0
+    resumes: int = 0
+    runs: int = 0
+    identical: int = 0
+    redone: int = 0  # candidates generated more than once
+    candidates: int = 0  # that an undisturbed run generates
+    wheres: Counter[str] = field(default_factory=Counter)
+    differing: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The figures, for people."""
+        return [
+            f"kills {self.kills}, resumes {self.resumes}, identical finals {self.identical} of {self.runs}",
+            "killed at: " + ", ".join(f"{where} {n}" for where, n in sorted(self.wheres.items())),
+            f"candidates generated a second time: {self.redone} in {self.runs} runs of {self.candidates}",
+            *self.differing,
+        ]
+
+
+def _crashes(rng: random.Random, calls: dict[str, int], seconds: float) -> Iterator[tuple[str, Crash, float | None]]:
+    """Endless ways to end a life: half of them by the clock, half at a call that writes."""
+    kinds = sorted(calls)
+    while True:
+        yield "a moment", Crash(), rng.uniform(0, 0.6 * seconds)
+        kind = rng.choice(kinds)
+        yield kind, Crash(kind, rng.randint(1, max(1, calls[kind] // 2))), None
+
+
+def chaos(
+    directory: Path, kills: int, seed: int = 0, recipe: str = RECIPE, say: Callable[[str], None] = print
+) -> Tally:
+    """Kill runs until there were that many kills and the last run is complete; compare each with an undisturbed one."""
+    rng, tally = random.Random(seed), Tally()
+    path = directory / "recipe.toml"
+    path.write_text(recipe, encoding="utf-8")
+
+    def command(name: str) -> list[str]:
+        return ["train", str(path), f"run.output_dir={directory}", f"run.name={name}"]
+
+    first = live(command("undisturbed"), directory / "undisturbed.log", Crash())
+    if first.status != 0:
+        raise RuntimeError((directory / "undisturbed.log").read_text())
+    expected = outcome(directory / "undisturbed")
+    calls = json.loads((directory / "undisturbed.calls").read_text())
+    tally.candidates = first.generated
+    ends = _crashes(rng, calls, first.seconds)
+    while tally.kills < kills:
+        name = f"run-{tally.runs}"
+        generated, again = 0, False
+        while True:
+            where, crash, patience = next(ends) if tally.kills < kills else ("", Crash(kind="none"), None)
+            started = (directory / name / "config.toml").exists()
+            life = live([*command(name), *["--resume"] * started], directory / f"{name}.log", crash, patience)
+            generated += life.generated
+            tally.resumes += again
+            again = True
+            if life.status == 0:
+                break
+            if life.status is not None:
+                tally.differing.append(f"{name} failed: " + (directory / f"{name}.log").read_text()[-1500:])
+                return tally
+            tally.kills += 1
+            tally.wheres[where] += 1
+        tally.runs += 1
+        found = outcome(directory / name)
+        differing = [key for key in expected if found[key] != expected[key]]
+        tally.identical += not differing
+        tally.differing += [f"{name} differs in {', '.join(differing)}"] * bool(differing)
+        tally.redone += generated - first.generated
+        say(f"{name}: {tally.kills} kills so far, {'identical' if not differing else tally.differing[-1]}")
+        shutil.rmtree(directory / name)
+    return tally
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="work here and leave everything")
+    options = parser.parse_args()
+    place = contextlib.nullcontext(str(options.keep)) if options.keep else tempfile.TemporaryDirectory()
+    with place as directory:
+        tally = chaos(Path(directory), options.kills, options.seed)
+    print("\n".join(tally.lines()))
+    raise SystemExit(tally.identical != tally.runs or bool(tally.differing))
+
+
+if __name__ == "__main__":
+    main()
