@@ -83,6 +83,8 @@ METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """A row's overlay and overrides. 'late': the entropy of the whole response judges it (`e3rl.diagnose`)."""
 
+_SMOKE_METHODS = ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL, late+contrast")
+
 BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
 
 
@@ -104,6 +106,7 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
         )
         for family in families(scale)
         for name, (overlay, overrides) in METHODS.items()
+        if scale.name != "smoke" or name in _SMOKE_METHODS
     )
 
 
@@ -113,9 +116,10 @@ def _measures(scale: Scale) -> tuple[Measure, ...]:
 
 
 def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:
-    """The row's measurements by seed."""
+    """The row's measurements by seed; none where the scale leaves the row out."""
     measure = _measures(results.scale)[0]
-    found = {seed: results.measurement(row, seed, measure) for seed in results.scale.seeds}
+    there = [seed for seed in results.scale.seeds if (row, seed) in results.cells]
+    found = {seed: results.measurement(row, seed, measure) for seed in there}
     return {seed: item for seed, item in found.items() if item is not None}
 
 
