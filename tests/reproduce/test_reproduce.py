@@ -1,0 +1,133 @@
+"""`e3rl reproduce` at smoke scale: real trainings, real exams, pages; resumed, shared, and honest about what failed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from e3rl.cli import main
+from e3rl.config import load_config
+from e3rl.files import write_json
+from e3rl.reproduce.cells import ERROR, Cell, Measure
+from e3rl.reproduce.exam import NAME
+from e3rl.reproduce.worker import main as worker_main
+from e3rl.reproduce.worker import run_cell
+
+WHERE = ["--scale", "smoke", "--out"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table 1, and figure 1 of the ERPO paper, made from scratch."""
+    out = tmp_path_factory.mktemp("smoke")
+    assert main(["reproduce", "table1", "erpo-fig1", *WHERE, str(out)]) == 0
+    return out
+
+
+def _values(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def test_every_method_is_measured_with_every_seed_at_both_points(done: Path):
+    rows = _values(done / "table1-values.csv")
+    methods = {"Vanilla", "GRPO", "DAPO", "GSPO", "SAPO", "ERPO", "E3RL"}
+    assert {(r["row"], r["seed"], r["at"]) for r in rows} == {
+        (m, s, at) for m in methods for s in "01" for at in ("steps", "tokens")
+    }
+    assert {(r["row"], r["decoding"]) for r in rows if r["decoding"] == "erasable"} == {("E3RL", "erasable")}
+    trained = [r for r in rows if r["row"] != "Vanilla"]
+    assert {r["step"] for r in trained if r["at"] == "steps"} == {"2"}
+    assert all(int(r["tokens"]) > 0 for r in trained)
+
+
+def test_the_page_shows_ours_beside_the_papers(done: Path):
+    page = (done / "table1.md").read_text(encoding="utf-8")
+    for words in (
+        "equal generated tokens",
+        "paper, Qwen3-8B | best baseline | DAPO",
+        "+4.286 %",
+        "+6.514 %",
+        "95 % interval",
+    ):
+        assert words in page
+    assert "Missing" not in page
+
+
+def test_a_finished_study_runs_nothing_again(done: Path, capsys: pytest.CaptureFixture[str]):
+    before = {path: path.stat().st_mtime_ns for path in (done / "cells").rglob("measures/*.json")}
+    assert main(["reproduce", "table1", *WHERE, str(done)]) == 0
+    assert "14 cells, 14 done before" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (done / "cells").rglob("measures/*.json")}
+
+
+def test_a_lost_measure_is_taken_again_with_the_same_result_and_without_training(done: Path):
+    cells = [path.parent for path in (done / "cells").glob("*/run")]
+    path = next(iter((cells[0] / "measures").iterdir()))
+    before, trained = (
+        json.loads(path.read_text(encoding="utf-8")),
+        (cells[0] / "run" / "metrics.jsonl").stat().st_mtime_ns,
+    )
+    path.unlink()
+    run_cell(cells[0])
+    assert json.loads(path.read_text(encoding="utf-8"))["values"] == before["values"]
+    assert (cells[0] / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
+
+
+def test_perturbing_names_its_test_and_its_places(done: Path):
+    page = (done / "erpo-fig1.md").read_text(encoding="utf-8")
+    assert "| replacement | most uncertain | least uncertain | random |" in page
+    assert "35.2 %" in page
+    rows = _values(done / "erpo-fig1-entropy-of-tokens.csv")
+    assert sum(float(r["y"]) for r in rows) == pytest.approx(1.0)
+
+
+def test_figures_are_drawn_and_their_data_written(done: Path):
+    pytest.importorskip("matplotlib")
+    for suffix in ("png", "svg"):
+        assert (done / f"erpo-fig1-entropy-of-tokens.{suffix}").stat().st_size > 1000
+
+
+def test_a_cell_that_dies_is_named_with_its_last_words(tmp_path: Path):
+    launcher = "bash -c 'echo out of luck; exit 3' --"
+    assert main(["reproduce", "erpo-fig2", *WHERE, str(tmp_path), "--launcher", launcher]) == 0
+    page = (tmp_path / "erpo-fig2.md").read_text(encoding="utf-8")
+    assert "**Missing (lab model):** GRPO, seed 0; ERPO, seed 0" in page
+    assert "exit code 3, out of luck" in page
+
+
+def test_a_cell_that_can_not_run_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cell = Cell(
+        load_config(overrides=[f"model.path={tmp_path}/none", "objective.name=vanilla"]), (Measure(NAME, "start"),)
+    )
+    write_json(tmp_path / "cell.json", cell.to_table())
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
+    assert worker_main() == 2
+    assert "can't be loaded" in (tmp_path / ERROR).read_text(encoding="utf-8")
+
+
+def test_the_papers_scale_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["reproduce", "table1", "--scale", "paper", "--out", str(tmp_path), "model.device=cpu"]
+    assert main([*arguments, "--plan", "--model", "Qwen3-4B"]) == 0
+    plan = capsys.readouterr().out
+    for words in ("7 cells, 0 done; 6 to train", "40.1 Gtokens", "missing: the model Qwen/Qwen3-4B", "DeepMath-103K"):
+        assert words in plan
+    assert main(arguments) == 2
+    assert "missing are\n  the model Qwen/Qwen3-4B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tabel1"], "Did you mean 'table1'?"),
+        (["table1", "--jobs", "0"], "--jobs must be at least 1"),
+        (["table1", "--scale", "paper", "--model", "Qwen3-8", "--plan"], "Did you mean 'Qwen3-8B'?"),
+        (["erpo-fig1", "--launcher", "no-such-program"], "no-such-program can't be run"),
+    ],
+)
+def test_bad_input_is_a_sentence(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["reproduce", *arguments, "--out", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
