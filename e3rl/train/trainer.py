@@ -298,6 +298,7 @@ class Trainer:
         self._entropy_moments = moments and Moments.from_table(moments)
         self._rollouts.load_weights(self._step * self._learner.updates_per_step())
         self.directory.drop_after(self._step)
+        self._journal.drop_through(self._step)
 
     def _finish(self) -> dict[str, Any]:
         """The last evaluation, the model as an ordinary directory, and the summary."""
