@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from typing import Any
 
 from e3rl.config import Config
@@ -14,6 +15,8 @@ from e3rl.errors import UserError
 SECONDS_TO_START = 300.0
 """How long a worker may take to be placed and to load its model."""
 
+_SECONDS_TO_REACH = 10.0
+
 
 class RayConnection:
     """One actor. Its calls are waited for no longer than ``timeout``."""
@@ -22,6 +25,7 @@ class RayConnection:
         import ray
 
         self._ray, self._timeout = ray, config.rollout.worker_timeout
+        _check_head(ray)
         actor = ray.remote(RolloutWorker).options(
             num_cpus=1, num_gpus=config.rollout.worker_gpus, max_restarts=0, max_concurrency=2
         )
@@ -67,6 +71,24 @@ class RayConnection:
             self._ray.kill(self._actor)
         except Exception:  # it is gone already, or Ray is
             return
+
+
+def _check_head(ray: Any) -> None:
+    """Say that the cluster is gone while there is time: a minute later Ray ends this process without a word of ours."""
+    if (
+        ray.util.client.ray.is_connected()
+    ):  # ray://: the head is reached through its proxy, whose errors are ordinary ones
+        return
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_REACH).close()
+    except OSError as error:
+        raise UserError(
+            f"the head node of the Ray cluster at {address} is gone ({error}). The run's state is in its newest checkpoint: "
+            "when there is a cluster again, go on with the same command and --resume (rollout.address and rollout.workers "
+            "may differ)"
+        ) from None
 
 
 def _last_line(error: BaseException) -> str:

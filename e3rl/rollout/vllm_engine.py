@@ -107,6 +107,10 @@ class VllmEngine:
         state.open_request(tokens, draw, sampling, self._max_length)
         state.key = self._core.submit(state.ids, state.open)
 
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Continue the row by tokens that were generated before; they run with the row's next request."""
+        find_row(self._rows, row).append(ids, self._vocabulary, self._max_length)
+
     def poll(self) -> list[tuple[Row, Candidate]]:
         """Let vLLM generate until at least one request is complete; return all that are."""
         asked = {state.key: handle for handle, state in self._rows.items() if state.key is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e3rl.config import Config
+from e3rl.config import Config, to_toml
 from e3rl.distributed.ray_workers import RayConnection, ray_places
 from e3rl.errors import UserError
 from e3rl.train.trainer import Trainer
@@ -94,3 +95,51 @@ def test_no_cluster_at_the_address_is_a_sentence(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "UserError: Ray can't be reached at ray://127.0.0.1:1 (rollout.address)" in done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_when_the_head_node_is_gone_the_run_ends_with_a_sentence_and_can_be_resumed(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    start = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        f"--port={port}",
+        "--num-cpus=2",
+        "--block",
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    head = subprocess.Popen([*start, "--include-dashboard=false"], start_new_session=True, **quiet)
+    recipe = tmp_path / "recipe.toml"
+    address = f"rollout.address=127.0.0.1:{port}"
+    recipe.write_text(
+        to_toml(lab_config(tmp_path, "train.steps=200", "train.save_steps=1", "rollout.workers=1", address))
+    )
+    command = [sys.executable, "-m", "e3rl", "train", str(recipe)]
+    try:
+        with (tmp_path / "log").open("w") as log:
+            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            metrics, began = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+            while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+                assert run.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() - began < 200
+                time.sleep(0.2)
+            os.killpg(head.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            code = run.wait(90)
+            print(f"\nthe run ended {time.monotonic() - killed:.1f} s after its head node")
+    finally:
+        head.kill()
+        head.wait()
+    assert code == 2
+    said = (tmp_path / "log").read_text()
+    assert "the head node of the Ray cluster" in said
+    assert "Traceback" not in said
+    done = metrics.read_text().count("\n")
+    rest = ["--resume", "rollout.workers=0", "rollout.address=", f"train.steps={done + 1}"]
+    subprocess.run([*command, *rest], check=True, capture_output=True, timeout=120)
+    assert metrics.read_text().count("\n") == done + 1
