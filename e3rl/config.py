@@ -100,6 +100,7 @@ class RolloutConfig:
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)
     max_rows: int = setting(64, "sequences decoded together", min=1)
     cache_rows: int = setting(0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0)
+    ahead: int = setting(0, "steps that rollouts are ahead: 1 generates the next while this one trains", min=0, max=1)
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
     workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)
     worker_gpus: float = setting(0.0, "GPUs that Ray gives one rollout worker", min=0)
@@ -208,6 +209,9 @@ class TrainConfig:
         )
     )
     importance_cap: float = setting(2.0, "largest importance weight", above=0)
+    parallel: Literal["none", "ddp", "zero1"] = setting(
+        "none", "how the processes that torchrun starts train together: whole copies, or with a divided state"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
@@ -252,6 +256,11 @@ class Config:
             )
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")
+        if self.rollout.ahead and self.train.importance_correction == "none":
+            raise UserError(
+                "rollout.ahead = 1 trains on rollouts of the weights before the last update: choose how to correct for it, "
+                "for example train.importance_correction=token_truncate"
+            )
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from e3rl.config import Config
+from e3rl.distributed.ranks import Ranks
 from e3rl.errors import UserError
 from e3rl.models import Policy, ReferencePolicy, unwrapped
 from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
 from e3rl.train.metrics import Means
-from e3rl.train.optimizer import MasterOptimizer, learning_rate
+from e3rl.train.optimizer import learning_rate
 from e3rl.train.packing import PackedRow, packed_size, plan_rows
+from e3rl.train.ranked_optimizer import build_optimizer
 from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_sequences
 from e3rl.train.sequences import TrainSequence, group_sequences, pad
 from e3rl.types import RewardedGroup
@@ -86,9 +88,12 @@ def has_dropout(model: Any) -> bool:
 class Learner:
     """Owns the objective, the optimizer and the reference policy of one run."""
 
-    def __init__(self, policy: Policy, objective: Objective, config: Config, updates: int) -> None:
+    def __init__(
+        self, policy: Policy, objective: Objective, config: Config, updates: int, ranks: Ranks | None = None
+    ) -> None:
         self._policy, self._objective, self._config, self._updates = policy, objective, config, updates
-        self.optimizer = MasterOptimizer(policy.trainable(), config.train)
+        self._ranks = ranks or Ranks()
+        self.optimizer = build_optimizer(policy.trainable(), config.train, self._ranks)
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._attribution = None
         if "shares" in objective.needs:
@@ -119,17 +124,29 @@ class Learner:
             return lessons, self.update(lessons, update)
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
         totals = totals_of(itertools.chain(*by_group), self._config.rollout.completion_limit)
-        means, lessons, loss = Means(), [], 0.0
-        for indices in plan_rows(by_group, self._config.train.micro_batch_tokens):
-            part = [s for i in indices for s in by_group[i]]
+        means, lessons, loss, mine = Means(), [], 0.0, self._ranks.share(by_group)
+        for indices in plan_rows(mine, self._config.train.micro_batch_tokens):
+            part = [s for i in indices for s in mine[i]]
             learnt, value = self._learn_together(part, rewarded, totals, means)
             lessons += learnt
             loss += value
+        lessons = self._of_all_ranks(lessons)
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
             return [], Update({}, 0.0, rate)
-        means.add({"loss": (loss, 1.0)})
-        return lessons, Update(means.values(), self._step(rate, update), rate)
+        means.add({"loss": (loss, float(self._ranks.first))})
+        return lessons, Update(self._ranks_means(means), self._step(rate, update), rate)
+
+    def _of_all_ranks(self, lessons: list[Lesson]) -> list[Lesson]:
+        """Every rank's lessons, group by group as one process would have them."""
+        together = itertools.chain(*self._ranks.gather(lessons))
+        return sorted(together, key=lambda lesson: lesson.sequence.group)
+
+    def _ranks_means(self, means: Means) -> dict[str, float]:
+        together = Means()
+        for pairs in self._ranks.gather(means.pairs()):
+            together.add(pairs)
+        return together.values()
 
     def _learn_together(
         self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup], totals: Totals, means: Means
@@ -172,7 +189,8 @@ class Learner:
 
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
-        return self._scored_lessons(self._sequences(rewarded), rewarded)
+        by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
+        return self._of_all_ranks(self._scored_lessons([*itertools.chain(*self._ranks.share(by_group))], rewarded))
 
     def _scored_lessons(self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         scores = score_sequences(
@@ -229,7 +247,7 @@ class Learner:
                     self._accumulate(minibatch, means)
                     norms.append(self._step(rate, update))
                 update += 1
-        return Update(means.values(), max(norms), rate)
+        return Update(self._ranks_means(means), max(norms), rate)
 
     def _step(self, rate: float, update: int) -> float:
         """One optimizer update with the gathered gradients; returns their norm."""
@@ -244,7 +262,9 @@ class Learner:
     def _accumulate(self, lessons: Sequence[Lesson], means: Means) -> None:
         """Gradients of one optimizer step."""
         totals = totals_of((lesson.sequence for lesson in lessons), self._config.rollout.completion_limit)
-        means.add({"loss": (self._gradients(lessons, totals, means), 1.0)})
+        groups = set(self._ranks.share(sorted({lesson.sequence.group for lesson in lessons})))
+        mine = [lesson for lesson in lessons if lesson.sequence.group in groups]
+        means.add({"loss": (self._gradients(mine, totals, means), float(self._ranks.first))})
 
     def _gradients(self, lessons: Sequence[Lesson], totals: Totals, means: Means) -> float:
         """Gradients of scored lessons, row by row; returns their part of the loss."""

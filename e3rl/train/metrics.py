@@ -77,6 +77,10 @@ class Means:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0.0) + count
 
+    def pairs(self) -> dict[str, tuple[float, float]]:
+        """What has been added: sums and counts."""
+        return {name: (self._sums[name], count) for name, count in self._counts.items()}
+
     def values(self) -> dict[str, float]:
         """The means of everything that was counted at least once."""
         return {name: self._sums[name] / count for name, count in self._counts.items() if count}

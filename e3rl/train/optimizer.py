@@ -47,7 +47,7 @@ class MasterOptimizer:
         for parameter, master in zip(self._model, self._masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_norm))
+        norm = self._clip()
         if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = rate
@@ -56,6 +56,10 @@ class MasterOptimizer:
         for tensor in (*self._model, *self._masters):
             tensor.grad = None
         return norm
+
+    def _clip(self) -> float:
+        """Scale gradients down to the largest norm that is allowed; returns what it was."""
+        return float(nn.utils.clip_grad_norm_(self._masters, self._max_norm))
 
     @torch.no_grad()
     def _publish(self) -> None:

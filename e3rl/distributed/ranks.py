@@ -1,0 +1,114 @@
+"""The processes that train one model together, as torchrun starts them. One process is a rank of one.
+
+Every rank runs the same trainer and comes to the same decisions: what differs between ranks (a share of the groups, of the
+rows, of the optimizer's state) is exchanged here, and all waits end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from e3rl.config import Config, to_toml
+from e3rl.errors import UserError
+
+_T = TypeVar("_T")
+SECONDS_TO_WAIT = 3600
+"""How long a rank waits for the others; the longest wait is for the first rank's evaluations."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among ``world``."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The one that writes, evaluates and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[_T]) -> list[_T]:
+        """Every ``world``-th item: this rank's part of the work."""
+        return list(items[self.rank :: self.world])
+
+    def gather(self, value: _T) -> list[_T]:
+        """The value of every rank, in every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def merge(self, mine: Sequence[_T]) -> list[_T]:
+        """The items that every rank made of its `share`, in the order of the whole."""
+        parts = self.gather(list(mine))
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes its sum over all ranks, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any rank."""
+        return any(self.gather(flag))
+
+
+def join_ranks(config: Config) -> Ranks:
+    """Join the processes that torchrun started, if it did. UserError where they are not what the recipe asks for."""
+    world, parallel = _number("WORLD_SIZE", 1), config.train.parallel
+    if world == 1:
+        return Ranks()
+    if parallel == "none":
+        raise UserError(
+            f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
+            "train.parallel to ddp or zero1, or start one process"
+        )
+    if config.train.prompts_per_step < world:
+        raise UserError(
+            f"{world} processes were started, and a step has only train.prompts_per_step = {config.train.prompts_per_step} "
+            "groups: raise it or start fewer processes"
+        )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE = {world} is set and {', '.join(missing)} is not: start the processes with torchrun"
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() and config.model.device != "cpu" else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(_number("LOCAL_RANK", 0))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS_TO_WAIT))
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {error}") from None
+    ranks = Ranks(dist.get_rank(), world)
+    _agree(ranks, config)
+    return ranks
+
+
+def _agree(ranks: Ranks, config: Config) -> None:
+    """Refuse ranks that were started with different settings: they would train different models together."""
+    said = ranks.gather(hashlib.blake2b(to_toml(config).encode(), digest_size=8).hexdigest())
+    others = [rank for rank, digest in enumerate(said) if digest != said[0]]
+    if others:
+        raise UserError(f"ranks {others} were started with other settings than rank 0: start all with the same command")
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} = '{text}' is no number")
+    return int(text)
