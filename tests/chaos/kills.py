@@ -17,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -196,6 +197,8 @@ def _be(command: list[str], log: Path, counted: Path, crash: Crash) -> None:
         if crash.nth == 0 and not crash.kind:
             log.with_suffix(".calls").write_text(json.dumps(crash.calls))
         os._exit(status)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(70)
 
@@ -281,7 +284,7 @@ def chaos(
             if life.status == 0:
                 break
             if life.status is not None:
-                tally.differing.append(f"{name} failed: " + (directory / f"{name}.log").read_text()[-1500:])
+                tally.differing.append(f"{name} failed: " + (directory / f"{name}.log").read_text()[-3000:])
                 return tally
             tally.kills += 1
             tally.wheres[where] += 1
