@@ -7,26 +7,37 @@ import threading
 from types import FrameType
 from typing import Any
 
+from e3rl.distributed.ranks import Ranks
+
 
 class Interrupted(Exception):
     """Raised at a safe place after the user asked the run to stop."""
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM asks the run to stop; a second one stops it at once."""
+    """While active, the first SIGINT or SIGTERM asks the run to stop; a second one stops it at once.
 
-    def __init__(self) -> None:
+    Of several ranks none may stop alone: they stop together, at the end of a step, however often they are asked.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._asked = False
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked and self._ranks.world == 1:
             raise KeyboardInterrupt
         self._asked = True
 
     def check(self) -> None:
         """Raise `Interrupted` if a stop was asked for. Called where nothing is half done."""
-        if self._asked:
+        if self._asked and self._ranks.world == 1:
+            raise Interrupted
+
+    def check_together(self) -> None:
+        """`check` at the end of a step: every rank stops where any was asked to."""
+        if self._ranks.any(self._asked):
             raise Interrupted
 
     def __enter__(self) -> StopRequest:
