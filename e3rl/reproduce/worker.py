@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,15 @@ def main() -> int:
     for directory in map(Path, sys.argv[1:]):
         try:
             run_cell(directory)
-        except UserError as error:
-            failed = True
-            (directory / ERROR).write_text(f"{error}\n", encoding="utf-8")
         except RunStopped as stop:
             print(f"e3rl: {stop}", file=sys.stderr)
             return 130
+        except Exception as error:  # a cell may fail in any way; the others of this process go on
+            failed = True
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            (directory / ERROR).write_text(f"{kind}{error}\n", encoding="utf-8")
+            if kind:
+                traceback.print_exc()
     return 2 if failed else 0
 
 

@@ -99,14 +99,22 @@ def test_a_cell_that_dies_is_named_with_its_last_words(tmp_path: Path):
     assert "exit code 3, out of luck" in page
 
 
-def test_a_cell_that_can_not_run_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    cell = Cell(
-        load_config(overrides=[f"model.path={tmp_path}/none", "objective.name=vanilla"]), (Measure(NAME, "start"),)
-    )
-    write_json(tmp_path / "cell.json", cell.to_table())
-    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
+def test_a_cell_that_can_not_run_leaves_its_reason_and_lets_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    without_model = [f"model.path={tmp_path}/none", "objective.name=vanilla"]
+    wrong_option = Measure(NAME, "start", {"pupils": 3})
+    for name, settings, measure in (
+        ("a", without_model, Measure(NAME)),
+        ("b", ["objective.name=vanilla"], wrong_option),
+    ):
+        write_json(tmp_path / name / "cell.json", Cell(load_config(overrides=settings), (measure,)).to_table())
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "a"), str(tmp_path / "b")])
     assert worker_main() == 2
-    assert "can't be loaded" in (tmp_path / ERROR).read_text(encoding="utf-8")
+    assert "can't be loaded" in (tmp_path / "a" / ERROR).read_text(encoding="utf-8")
+    said = (tmp_path / "b" / ERROR).read_text(encoding="utf-8")
+    assert said.startswith("TypeError: ")
+    assert "pupils" in said
 
 
 def test_the_papers_scale_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
