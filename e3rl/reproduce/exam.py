@@ -52,15 +52,17 @@ def exam(
         for name, prompts in loaded.items():
             done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, reference=reference)
             record = done.record()
-            kept = {key: record[key] for key in ("tokens", "finish_ratio", "length", "r", "missing")}
+            kept = {key: record[key] for key in ("tokens", "finish_ratio", "boxed", "length", "r", "missing")}
             results[name] = {"right": done.correct_PK.sum(axis=1).tolist(), "samples": samples, **kept}
     return results
 
 
 def score(result: Mapping[str, Any], metric: str, k: int) -> float:
-    """``avg`` or ``pass`` at k of one benchmark of an exam."""
+    """``avg`` or ``pass`` at k of one benchmark of an exam, or ``boxed``, its share of responses with a boxed answer."""
     from e3rl.evaluate.metrics import pass_at_k
 
+    if metric == "boxed":
+        return float(result["boxed"])
     right: Sequence[int] = result["right"]
     if metric == "avg":
         return sum(right) / len(right) / result["samples"]

@@ -172,10 +172,17 @@ def _erpo_paper(
 
 
 def _erpo_studies() -> list[Study]:
-    show = Accuracy("avg", "erpo-table1", "avg@16")
+    show, boxed = Accuracy("avg", "erpo-table1", "avg@16"), Accuracy("boxed", "erpo-table1", "boxed@16")
     rows = (_BASE, *(METHODS[name] for name in ("SFT", "GRPO", "ERPO")))
     pair = tuple(METHODS[name] for name in ("GRPO", "ERPO"))
-    methods = (accuracy(show), margins(show, "ERPO", ("Base", "SFT", "GRPO"), "GRPO"), rates_table, paper_numbers(show))
+    methods = (
+        accuracy(show),
+        margins(show, "ERPO", ("Base", "SFT", "GRPO"), "GRPO"),
+        accuracy(boxed),
+        rates_table,
+        paper_numbers(show),
+        paper_numbers(boxed),
+    )
     dynamics = {"reward": "reward", "entropy": "entropy", "grad_norm": "gradient norm", "kl": "KL"}
     cost = {"length": "length, tokens", "seconds_train": "seconds of learning, a step"}
     return [

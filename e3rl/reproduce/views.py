@@ -23,7 +23,7 @@ def text(found: Estimate | None, digits: int = 3, sign: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What an accuracy view shows: ``metric`` ('avg' or 'pass') at k, and where the paper has it."""
+    """What an accuracy view shows: ``metric`` ('avg', 'pass' or 'boxed') at k, and where the paper has it."""
 
     metric: str
     paper_table: str
