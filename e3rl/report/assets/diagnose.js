@@ -109,12 +109,12 @@ function decodingPicture(title, help, figure) {
   return new Picture(title, help, 360, diagnosis.decodings.filter((d) => d[figure]).map((d) => `${d.name}: ${interval(d[figure])} at ${number(d.tokens)} tokens. `).join(""),
     () => KINDS.filter(([kind]) => of(kind).length).map(([kind, name, paint, symbol]) =>
       estimates(name, () => colour(paint), of(kind).map((d) => d.tokens), of(kind).map((d) => d[figure]), { symbol, labels: of(kind).map((d) => d.name) })),
-    () => ({ xaxis: { type: "log", dtick: "D1", title: { text: "tokens for an answer", standoff: 6 } }, yaxis: { rangemode: "tozero" } }),
+    () => ({ xaxis: { type: "log", dtick: "D2", title: { text: "tokens for an answer", standoff: 6 } }, yaxis: { rangemode: "tozero" } }),
     tableOf(["decoding", "tokens", "value"], diagnosis.decodings.filter((d) => d[figure]).map((d) => [d.name, number(d.tokens), interval(d[figure])])));
 }
 
 function decodingTable() {
-  return el("div", { class: "table-scroll" }, tableOf(["decoding", `Avg@${diagnosis.samples}`, `Pass@${diagnosis.samples}`, "tokens for an answer"],
+  return el("div", { style: "overflow-x: auto" }, tableOf(["decoding", `Avg@${diagnosis.samples}`, `Pass@${diagnosis.samples}`, "tokens for an answer"],
     diagnosis.decodings.map((d) => [d.name, interval(d.avg), interval(d.passed), number(d.tokens, 1)])));
 }
 
@@ -125,7 +125,7 @@ fill(document.getElementById("page"),
   el("main", { id: "main", class: "narrow", tabindex: "-1" },
     el("h1", {}, "Does erasing help ", el("code", {}, diagnosis.model), " on ", el("code", {}, diagnosis.data), "?"), el("p", { class: "lede" }, facts),
     el("section", {}, el("ul", { class: "health" }, diagnosis.findings.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
-    signalPicture().node, responsePicture().node, retryPicture().node,
+    el("div", { style: "display: grid; gap: 20px; margin: 24px 0" }, signalPicture().node, responsePicture().node, retryPicture().node,
     decodingPicture(`Avg@${diagnosis.samples} against tokens`, "Up and to the left is better. Erased tokens and all votes are charged.", "avg").node,
-    decodingPicture(`Pass@${diagnosis.samples} against tokens`, "The share of problems with at least one right answer: what a lower temperature loses first.", "passed").node,
+    decodingPicture(`Pass@${diagnosis.samples} against tokens`, "The share of problems with at least one right answer: what a lower temperature loses first.", "passed").node),
     el("section", {}, el("h2", {}, "All ways to decode"), decodingTable())));
