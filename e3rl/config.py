@@ -212,6 +212,17 @@ class TrainConfig:
     parallel: Literal["none", "ddp", "zero1"] = setting(
         "none", "how the processes that torchrun starts train together: whole copies, or with a divided state"
     )
+    max_skipped_steps: int = setting(
+        3,
+        "steps in a row that may be skipped because of NaN, infinite or exploding numbers; one more stops the run",
+        min=0,
+    )
+    max_log_ratio: float = setting(
+        40.0, "largest |log| of a token's probability ratio to the old policy; beyond it the step is skipped", above=0
+    )
+    max_kl: float = setting(
+        1000.0, "largest mean KL (k3) of a response to the reference policy; beyond it the step is skipped", above=0
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)

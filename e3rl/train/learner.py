@@ -6,6 +6,7 @@ The learner is blind to the algorithm: it asks the objective what it needs, give
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from e3rl.config import Config
 from e3rl.distributed.ranks import Ranks
-from e3rl.errors import UserError
 from e3rl.models import Policy, ReferencePolicy, unwrapped
 from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.attribution import attribution_layers, packed_attention
@@ -26,6 +26,7 @@ from e3rl.train.packing import PackedRow, packed_size, plan_rows
 from e3rl.train.ranked_optimizer import build_optimizer
 from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_sequences
 from e3rl.train.sequences import TrainSequence, group_sequences, pad
+from e3rl.train.sick import Finding, SickNumbers, find_sick
 from e3rl.types import RewardedGroup
 
 Scored = tuple[TrainSequence, Scores, Tensor | None]
@@ -93,6 +94,7 @@ class Learner:
     ) -> None:
         self._policy, self._objective, self._config, self._updates = policy, objective, config, updates
         self._ranks = ranks or Ranks()
+        self._sick: Finding | None = None
         self.optimizer = build_optimizer(policy.trainable(), config.train, self._ranks)
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._attribution = None
@@ -251,12 +253,11 @@ class Learner:
 
     def _step(self, rate: float, update: int) -> float:
         """One optimizer update with the gathered gradients; returns their norm."""
+        sick, self._sick = self._sick, None
         norm = self.optimizer.step(rate)
-        if not norm < float("inf"):
-            raise UserError(
-                f"the gradient is {norm} at optimizer update {update}; the weights were left as they were. "
-                "Look at this step's rollouts, lower train.learning_rate or use float32."
-            )
+        if not math.isfinite(norm):
+            located = [f for f in self._ranks.gather(sick) if f is not None]
+            raise SickNumbers((located or [Finding("gradient", norm, parameters=self.optimizer.sick)])[0], update)
         return norm
 
     def _accumulate(self, lessons: Sequence[Lesson], means: Means) -> None:
@@ -280,8 +281,11 @@ class Learner:
 
     def _backward(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals, means: Means) -> float:
         """Gradients of one micro-batch, whose lessons are the rows of ``logprobs_ST``; returns its part of the loss."""
-        loss = self._objective.loss(self._train_batch(lessons, logprobs_ST, totals))
-        loss.value.backward()
+        batch = self._train_batch(lessons, logprobs_ST, totals)
+        loss = self._objective.loss(batch)
+        sick = find_sick([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
+        self._sick = self._sick or sick
+        (loss.value if sick is None else loss.value * math.nan).backward()  # NaN reaches every rank's `_step`
         means.add(loss.metrics)
         return float(loss.value.detach())
 

@@ -30,6 +30,8 @@ class MasterOptimizer:
         self._model = [p for _, p in parameters]
         self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._model]
         self._max_norm = config.max_grad_norm
+        self.sick: tuple[str, ...] = ()
+        """Parameters whose gradients were NaN or infinite in the last step."""
         self._adamw = torch.optim.AdamW(
             [
                 {"params": [m for m in self._masters if m.ndim >= 2], "weight_decay": config.weight_decay},
@@ -48,6 +50,7 @@ class MasterOptimizer:
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
         norm = self._clip()
+        self.sick = () if math.isfinite(norm) else self._sick_gradients()
         if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = rate
@@ -59,7 +62,14 @@ class MasterOptimizer:
 
     def _clip(self) -> float:
         """Scale gradients down to the largest norm that is allowed; returns what it was."""
-        return float(nn.utils.clip_grad_norm_(self._masters, self._max_norm))
+        norm = nn.utils.get_total_norm([m.grad for m in self._masters if m.grad is not None])
+        if bool(norm.isfinite()):
+            nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, norm)
+        return float(norm)
+
+    def _sick_gradients(self) -> tuple[str, ...]:
+        named = zip(self._names, self._masters, strict=True)
+        return tuple(name for name, m in named if m.grad is not None and not bool(m.grad.isfinite().all()))
 
     @torch.no_grad()
     def _publish(self) -> None:

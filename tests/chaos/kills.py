@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -254,9 +255,15 @@ def _crashes(rng: random.Random, calls: dict[str, int], seconds: float) -> Itera
 
 
 def chaos(
-    directory: Path, kills: int, seed: int = 0, recipe: str = RECIPE, say: Callable[[str], None] = print
+    directory: Path,
+    kills: int,
+    seed: int = 0,
+    recipe: str = RECIPE,
+    seconds: float = math.inf,
+    say: Callable[[str], None] = print,
 ) -> Tally:
-    """Kill runs until there were that many kills and the last run is complete; compare each with an undisturbed one."""
+    """Kill runs that many times, or for so many seconds; each is then completed and compared with an undisturbed one."""
+    end = time.monotonic() + seconds
     rng, tally = random.Random(seed), Tally()
     path = directory / "recipe.toml"
     path.write_text(recipe, encoding="utf-8")
@@ -271,11 +278,12 @@ def chaos(
     calls = json.loads((directory / "undisturbed.calls").read_text())
     tally.candidates = first.generated
     ends = _crashes(rng, calls, first.seconds)
-    while tally.kills < kills:
+    while tally.kills < kills and time.monotonic() < end:
         name = f"run-{tally.runs}"
         generated, again = 0, False
         while True:
-            where, crash, patience = next(ends) if tally.kills < kills else ("", Crash(kind="none"), None)
+            more = tally.kills < kills and time.monotonic() < end
+            where, crash, patience = next(ends) if more else ("", Crash(kind="none"), None)
             started = (directory / name / "config.toml").exists()
             life = live([*command(name), *["--resume"] * started], directory / f"{name}.log", crash, patience)
             generated += life.generated
@@ -303,12 +311,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no kill after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="work here and leave everything")
     options = parser.parse_args()
     place = contextlib.nullcontext(str(options.keep)) if options.keep else tempfile.TemporaryDirectory()
     with place as directory:
-        tally = chaos(Path(directory), options.kills, options.seed)
+        tally = chaos(Path(directory), options.kills, options.seed, seconds=options.seconds)
     print("\n".join(tally.lines()))
     raise SystemExit(tally.identical != tally.runs or bool(tally.differing))
 

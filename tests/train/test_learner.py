@@ -12,7 +12,7 @@ import torch
 
 from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
 from e3rl.errors import UserError
-from e3rl.models import Policy, _add_lora
+from e3rl.models import Policy, add_lora
 from e3rl.objectives import build
 from e3rl.train.learner import Learner
 from e3rl.train.metrics import Means
@@ -31,7 +31,7 @@ def _learner(
 ) -> Learner:
     model = copy.deepcopy(tiny("Qwen3"))
     if lora:
-        model = _add_lora(model, ModelConfig(lora_r=2))
+        model = add_lora(model, ModelConfig(lora_r=2))
     config = Config(
         objective=ObjectiveConfig(objective, options),
         rollout=RolloutConfig(segment_length=4, max_segments=3),
@@ -147,7 +147,7 @@ def test_a_sick_gradient_stops_the_run_with_the_weights_untouched():
     lessons = learner.prepare(GROUPS)
     sick = [replace(lessons[0], advantages_T=torch.full_like(lessons[0].advantages_T, float("nan")))]
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
-    with pytest.raises(UserError, match="the gradient is nan at optimizer update 7"):
+    with pytest.raises(UserError, match="the advantage is nan at group 0, sibling 0, segment 0, response token 0, at optimizer update 7"):
         learner.update(sick, 7)
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
 

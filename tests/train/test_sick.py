@@ -1,0 +1,155 @@
+"""NaN, infinite and exploding numbers are found, located and kept from the weights, and their batch can be replayed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from e3rl.config import TrainConfig
+from e3rl.errors import UserError
+from e3rl.objectives.base import Loss, TrainBatch
+from e3rl.train.learner import Learner, Lesson
+from e3rl.train.sick import Finding, SickNumbers
+from e3rl.train.sick_steps import KEPT, SickBook, SickStep, read_sick, sick_steps, write_sick
+from tests.train.test_learner import GROUPS, _learner
+
+
+def _changed(lessons: list[Lesson], index: int, position: int, **field: float) -> list[Lesson]:
+    """The lessons with one number of one of them changed."""
+    lesson = lessons[index]
+    [(name, value)] = field.items()
+    if name == "logprobs_T":
+        numbers = lesson.scores.logprobs_T.clone()
+        numbers[position] = value
+        lesson = replace(lesson, scores=replace(lesson.scores, logprobs_T=numbers))
+    else:
+        numbers = getattr(lesson, name).clone()
+        numbers[position] = value
+        lesson = replace(lesson, **{name: numbers})
+    return [*lessons[:index], lesson, *lessons[index + 1 :]]
+
+
+def _caught(learner: Learner, lessons: list[Lesson]) -> Finding:
+    """What the learner finds; its weights must be as before."""
+    before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
+    with pytest.raises(SickNumbers) as caught:
+        learner.update(lessons, 7)
+    assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
+    assert not any(k.endswith("/step") for k in learner.optimizer.state())
+    return caught.value.finding
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("advantages_T", float("nan"), "advantage"),
+        ("advantages_T", float("inf"), "advantage"),
+        ("logprobs_T", float("-inf"), "old log-probability"),
+        ("reference_logprobs_T", float("nan"), "reference log-probability"),
+        ("logprobs_T", -90.0, "log of a token's probability ratio"),
+        ("reference_logprobs_T", 20.0, "mean KL to the reference policy"),
+    ],
+)
+def test_a_sick_number_is_located(field: str, value: float, what: str):
+    learner = _learner(kl_coef=0.1)
+    lessons = learner.prepare(GROUPS)
+    index = next(i for i, x in enumerate(lessons) if (x.sequence.group, x.sequence.sibling) == (1, 1))
+    position = 5  # in its second segment
+    finding = _caught(learner, _changed(lessons, index, position, **{field: value}))
+    assert (finding.what, finding.group, finding.sibling) == (what, 1, 1)
+    if "KL" not in what:
+        assert (finding.segment, finding.token) == (1, 5)
+        assert finding.sentence("first").endswith("at prompt 'first', sibling 1, segment 1, response token 5")
+    after = learner.update(lessons, 7)  # and the next step is as if nothing had been
+    assert after.grad_norm > 0
+
+
+def test_padding_may_hold_anything():
+    learner = _learner(kl_coef=0.1)
+    learner.update(learner.prepare(GROUPS), 0)  # rows of different length: what is masked is not looked at
+
+
+class _RootLoss:
+    """An objective whose loss is finite and whose gradient is not: the square root at 0."""
+
+    needs: frozenset[str] = frozenset()
+
+    def advantages(self, signals: object) -> torch.Tensor:
+        return torch.zeros_like(signals.mask_GT, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def erased_advantage(self, reward: float) -> float:
+        return 0.0
+
+    def loss(self, batch: TrainBatch) -> Loss:
+        return Loss((batch.logprobs_ST.sum() * 0).sqrt(), {})
+
+
+def test_parameters_with_a_sick_gradient_are_named():
+    learner = _learner()
+    learner._objective = _RootLoss()  # type: ignore[assignment]
+    finding = _caught(learner, learner.prepare(GROUPS))
+    assert finding.what == "gradient"
+    assert "model.layers.0.mlp.up_proj.weight" in finding.parameters
+    assert "parameters (" in finding.sentence()
+
+
+def test_the_limits_are_settings():
+    tight = TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_log_ratio=1e-9)
+    learner = _learner(train=tight, kl_coef=0.0)
+    lessons = learner.prepare(GROUPS)
+    shifted = _changed(lessons, 0, 0, logprobs_T=float(lessons[0].scores.logprobs_T[0]) + 1e-3)
+    assert _caught(learner, shifted).what == "log of a token's probability ratio"
+    close = _learner(train=replace(tight, max_log_ratio=40.0, max_kl=1e-9), kl_coef=0.1)
+    lessons = close.prepare(GROUPS)
+    assert lessons[0].reference_logprobs_T is not None
+    moved = _changed(lessons, 0, 0, reference_logprobs_T=float(lessons[0].reference_logprobs_T[0]) + 0.1)
+    assert _caught(close, moved).what == "mean KL to the reference policy"
+
+
+def _sick(step: int) -> SickStep:
+    finding = Finding("advantage", float("inf"), 1, 0, 2, 9)
+    return SickStep(step, step - 1, "text", finding, tuple(GROUPS), {"w": torch.tensor([float(step)])})
+
+
+def test_a_skipped_step_comes_back_whole(tmp_path: Path):
+    write_sick(tmp_path, _sick(7))
+    back = read_sick(tmp_path, 7)
+    assert (back.finding, back.text, back.update) == (_sick(7).finding, "text", 6)
+    assert [g.rewards for g in back.batch] == [tuple(g.rewards) for g in GROUPS]
+    for found, made in zip(back.batch, GROUPS, strict=True):
+        assert found.group.prompt.ids == made.group.prompt.ids
+        assert [t.segments for t in found.group.trajectories] == [t.segments for t in made.group.trajectories]
+        assert [t.erasures for t in found.group.trajectories] == [t.erasures for t in made.group.trajectories]
+    assert torch.equal(back.weights["w"], torch.tensor([7.0]))
+    path = tmp_path / "sick" / "step-000007" / "batch.json"
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(UserError, match=r"step-000007 is damaged: batch\.json does not match"):
+        read_sick(tmp_path, 7)
+
+
+def test_only_the_newest_skipped_steps_are_kept(tmp_path: Path):
+    for step in (1, 2, 5, 9):
+        write_sick(tmp_path, _sick(step))
+    assert sick_steps(tmp_path) == [9, 5, 2]
+    assert KEPT == 3
+
+
+def test_steps_are_skipped_within_the_limit_and_only_in_a_row(tmp_path: Path):
+    book = SickBook(tmp_path, 2)
+    sick = SickNumbers(Finding("loss", float("nan"), group=1), 3)
+
+    def record(*skipped: int) -> None:
+        lines = [f'{{"step": {i}, "skipped": {s}}}\n' for i, s in enumerate(skipped)]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+
+    record(1, 1, 0, 1)
+    said = book.skip(sick, 5, GROUPS, {})
+    assert said.startswith("the loss is nan at prompt 'second', in step 5: the step is skipped")
+    record(0, 1, 1)
+    with pytest.raises(UserError, match=r"the 2 steps before were skipped already \(train\.max_skipped_steps = 2\)"):
+        book.skip(sick, 6, GROUPS, {})
+    with pytest.raises(UserError, match=r"in step 7 \(train\.max_skipped_steps = 0\).*e3rl replay"):
+        SickBook(tmp_path / "other", 0).skip(sick, 7, GROUPS, {})
