@@ -20,7 +20,8 @@ from e3rl.evaluate.metrics import (
     pass_at_k_by_problem,
 )
 from e3rl.evaluate.samples import Sample
-from e3rl.rewards.answers import normalize
+from e3rl.rewards.answers import vote
+from e3rl.rewards.grading import LONGEST_ANSWER
 
 Table = Sequence[Sequence[Sample]]
 """Samples by problem, equally many of each."""
@@ -43,10 +44,12 @@ def reported_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
 
 
 def majority(samples_PK: Table, k: int) -> np.ndarray:
-    """Maj@k of every problem, [P]; answers that differ in typography alone are one answer."""
+    """Maj@k of every problem, [P]; a number is one answer however it is written."""
     return np.array(
         [
-            maj_at_k([s.answer and normalize(s.answer) for s in row], [s.correct is True for s in row], k, seed=p)
+            maj_at_k(
+                [s.answer and vote(s.answer[:LONGEST_ANSWER]) for s in row], [s.correct is True for s in row], k, seed=p
+            )
             for p, row in enumerate(samples_PK)
         ]
     )

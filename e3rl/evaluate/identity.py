@@ -40,6 +40,18 @@ def problems_digest(prompts: Sequence[Prompt]) -> str:
     return _digest(json.dumps([p.problem.id, p.problem.answer]) for p in prompts)
 
 
+def round_sizes(config: Config) -> list[int]:
+    """Samples of a problem that are drawn together, round by round: as many as there are rows, evenly."""
+    rows, samples = config.rollout.cache_rows or 2 * config.rollout.max_rows, config.eval.num_samples
+    return even_sizes(samples, rows)
+
+
+def even_sizes(samples: int, rows: int) -> list[int]:
+    """``samples`` in as few groups of at most ``rows`` as possible, sizes differing by one at most."""
+    count = -(-samples // rows)
+    return [samples // count + (i < samples % count) for i in range(count)]
+
+
 def decoding(config: Config) -> dict[str, Any]:
     """The settings that decide what a plain sample is."""
     rollout = {
@@ -49,7 +61,7 @@ def decoding(config: Config) -> dict[str, Any]:
     return {
         "seed": config.run.seed,
         "dtype": config.model.dtype,
-        "rows": config.rollout.cache_rows or 2 * config.rollout.max_rows,
+        "rounds": round_sizes(config),
         **rollout,
         **sampling,
     }

@@ -12,6 +12,7 @@ from typing import Any
 from e3rl.config import Config
 from e3rl.evaluate.evaluation import SEED_OFFSET, evaluation_settings
 from e3rl.evaluate.figures import equal_budget, equal_samples, figures, samples_for
+from e3rl.evaluate.identity import even_sizes
 from e3rl.evaluate.samples import Sample, by_problem, graded
 from e3rl.evaluate.store import FIGURES, SampleStore, Shard, Unit
 from e3rl.files import write_json
@@ -42,8 +43,7 @@ class Plan:
 
     def units(self, mode: str, samples: int, *, round: int = 0, first: int = 0) -> list[Unit]:
         """Groups of nearly equal size that make ``samples`` of every problem, from round and sample number on."""
-        count = math.ceil(samples / self.rows)
-        sizes = [samples // count + (i < samples % count) for i in range(count)]
+        sizes = even_sizes(samples, self.rows)
         starts = itertools.accumulate([first, *sizes[:-1]])
         return [
             Unit(mode, round + i, problem, start, size)

@@ -7,9 +7,9 @@ from typing import Any
 
 from e3rl.errors import UserError
 from e3rl.rewards.adapters import RewardFunction
-from e3rl.rewards.answers import extract_answer, last_box, textual_verdict, without_count_noun
+from e3rl.rewards.answers import last_box
 from e3rl.rewards.batch import Batch, BatchReward, Part
-from e3rl.rewards.pool import Task
+from e3rl.rewards.grading import Grade, grade_all
 
 REWARDS = {
     "math": "e3rl.rewards.builtin:MathReward",
@@ -18,40 +18,20 @@ REWARDS = {
     "lab": "e3rl.lab.reward:lab_reward",
 }
 
-LONGEST_ANSWER = 2000
-"""Characters beyond which an answer is wrong without a look: no reference answer comes near, hanging inputs do."""
-
-_CHECK_MEMORY = 2 * 2**30
-
 
 class MathReward(BatchReward):
     """1 if the response's final answer equals the problem's, else 0; missing where the check takes too long."""
 
     def score(self, batch: Batch) -> list[Part]:
-        golds = [p.answer and without_count_noun(p.answer) for p in batch.problems]
-        pairs = [(gold, extract_answer(text)) for gold, text in zip(golds, batch.texts, strict=True)]
-        parts = [self._without_algebra(gold, answer) for gold, answer in pairs]
-        hard = list(dict.fromkeys(pair for pair, part in zip(pairs, parts, strict=True) if part is None))
-        tasks = [
-            Task("e3rl.rewards.math_check:equivalent", {"gold": gold, "answer": answer}, _CHECK_MEMORY)
-            for gold, answer in hard
-        ]
-        checked = dict(zip(hard, self.pool.map(tasks), strict=True))
-        return [
-            part or Part(None if checked[pair].error else float(checked[pair].value), checked[pair].error)
-            for pair, part in zip(pairs, parts, strict=True)
-        ]
+        golds = [problem.answer for problem in batch.problems]
+        grades = grade_all(list(zip(golds, batch.texts, strict=True)), self.pool)
+        return [self._part(gold, grade) for gold, grade in zip(golds, grades, strict=True)]
 
     @staticmethod
-    def _without_algebra(gold: str | None, answer: str | None) -> Part | None:
+    def _part(gold: str | None, grade: Grade) -> Part:
         if gold is None:
             return Part(error="the problem has no answer to compare with (data.answer_column)")
-        if answer is None:
-            return Part(0.0)
-        verdict = textual_verdict(gold, answer)
-        if verdict is None and len(answer) > LONGEST_ANSWER:
-            return Part(0.0)
-        return None if verdict is None else Part(float(verdict))
+        return Part(error=grade.reason) if grade.correct is None else Part(float(grade.correct))
 
 
 def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
