@@ -18,6 +18,8 @@ from e3rl.errors import RunStopped, UserError
 _COMMANDS = {
     "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
+    "compare": ("e3rl.cli.compare", "compare two evaluations on the same problems, with p-values"),
+    "grade": ("e3rl.cli.grade", "check answers: a file of references and responses, graded"),
     "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
     "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its reference statistics"),
     "diagnose": ("e3rl.cli.diagnose", "find out whether erasing can help a model on given problems"),
