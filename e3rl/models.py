@@ -77,7 +77,8 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _add_lora(model: Any, config: ModelConfig) -> Any:
+def add_lora(model: Any, config: ModelConfig) -> Any:
+    """The model with new adapters around it, as the config describes them."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -110,7 +111,7 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
         raise UserError(f"model '{config.path}' can't be loaded: {reason[0] if reason else error!r}") from None
     model.to(resolve_device(config.device))
     if config.lora_r:
-        model = _add_lora(model, config)
+        model = add_lora(model, config)
     return Policy.of(model, tokenizer, source=config.path)
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
-from e3rl.config import load_config
+from e3rl.config import Config, load_config
 from e3rl.train.run_directory import continue_or_put_aside
 
 
@@ -17,12 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--again", action="store_true", help="go on with an unfinished run; put a finished one aside and start anew"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="only say what it needs and whether it fits; loads no weights"
+    )
+    parser.add_argument(
+        "--device-memory", type=float, metavar="GIB", help="with --plan: memory of the device (default: of this one)"
+    )
     add_setting_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
+    if options.plan:
+        return _plan(config, options.device_memory)
 
     resume = continue_or_put_aside(config) if options.again else options.resume
 
@@ -45,4 +53,15 @@ def run(options: argparse.Namespace) -> int:
     finally:
         display.close()
     console.print(closing(trainer.run_path, summary))
+    return 0
+
+
+def _plan(config: Config, gib: float | None) -> int:
+    from e3rl.cli.plan_text import plan_text
+    from e3rl.cli.quiet import quiet_libraries
+    from e3rl.train.plan import GIB, device_bytes, make_plan
+
+    quiet_libraries()
+    available = device_bytes(config.model) if gib is None else int(gib * GIB)
+    print(plan_text(config, make_plan(config), available))
     return 0

@@ -18,8 +18,17 @@ _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 _SMALLEST_CHUNK = 16  # tokens; fewer waste the matrix product
 
 
+def _chunk_size(vocabulary: int) -> int:
+    return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
+
+
+def chunk_bytes(tokens: int, vocabulary: int) -> int:
+    """Memory of the two chunks that exist at once."""
+    return 2 * 4 * min(tokens, _chunk_size(vocabulary)) * vocabulary
+
+
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
+    size = _chunk_size(vocabulary)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 

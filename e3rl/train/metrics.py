@@ -52,6 +52,7 @@ METRICS: dict[str, str] = {
     "mismatch_mean": "mean |log-probability by the engine - by the trainer| of a sampled token",
     "mismatch_max": "largest such difference",
     "mismatch_ess": "effective sample size, as a share, of trajectories reweighted from engine to trainer",
+    "staleness": "optimizer updates between the weights that made the rollouts and those that learn from them",
     "importance_weight": "mean importance weight of a token, engine to trainer; absent without a correction",
     "importance_limited": "share of tokens whose importance weight was above the cap",
     "tokens": "tokens generated in this step, erased and dropped ones included; 0 for demonstrations",

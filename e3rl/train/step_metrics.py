@@ -177,6 +177,11 @@ def step_record(
     }
 
 
+def staleness(rewarded: Sequence[RewardedGroup], version: int) -> float:
+    """Optimizer updates between the weights that made the groups and those that learn from them."""
+    return mean(version - item.group.policy_version for item in rewarded if item.group.policy_version is not None)
+
+
 def peak_memory_mb() -> float:
     """Peak memory of the GPU where there is one, else of this process, MiB."""
     if torch.cuda.is_available():

@@ -6,9 +6,11 @@ engine's, and the algorithm is the objective's.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,16 @@ from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
 from e3rl.rewards.checks import check_rewards_run
-from e3rl.rewards.scorer import Scorer, require_some
+from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.engines import build_engine
-from e3rl.rollout.filters import Collected, build_filter, collect
+from e3rl.rollout.filters import build_filter
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
+from e3rl.rollout.weights import copy_weights
 from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
+from e3rl.train.collector import Ahead, Collector, Hooks
 from e3rl.train.demonstrations import answers_as_responses, demonstrations
 from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
@@ -45,9 +49,9 @@ from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
-from e3rl.train.step_metrics import StepTimes, step_record
+from e3rl.train.step_metrics import StepTimes, staleness, step_record
 from e3rl.train.summary import run_summary
-from e3rl.types import Group, Prompt, RewardedGroup
+from e3rl.types import Prompt, RewardedGroup
 
 RewardFunction = Callable[..., Any]
 
@@ -70,7 +74,6 @@ class Trainer:
                 f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
                 "it needs at least 2 samples of each"
             )
-        self._keep = build_filter(config.filter)
         self.policy = load_policy(config.model)
         require_scorable(self.policy.model)
         self._train_prompts, self._eval_prompts = self._load_prompts()
@@ -87,10 +90,14 @@ class Trainer:
         self._learner = Learner(
             self.policy, objective, config, self.steps * config.train.num_iterations * config.train.minibatches
         )
-        self._engine = build_engine(config.rollout, self.policy.model, self.policy.eos_ids, self._longest_prompt())
-        self._journal = Journal(run_path(config), lambda: fingerprint(self.policy.model), self._note)
+        self._generating = self.policy
+        if config.rollout.ahead:  # generates by weights that training does not touch meanwhile
+            self._generating = replace(self.policy, model=copy.deepcopy(self.policy.model))
+        model = self._generating.model
+        self._engine = build_engine(config.rollout, model, self.policy.eos_ids, self._longest_prompt())
+        self._journal = Journal(run_path(config), lambda: fingerprint(model), self._note)
         self._rollouts = journaled_rollouts(
-            config, self.policy, self._engine, self._longest_prompt(), self._journal, self._note
+            config, self._generating, self._engine, self._longest_prompt(), self._journal, self._note
         )
         self._scorer = Scorer(
             config.rewards,
@@ -101,6 +108,18 @@ class Trainer:
         answers = answers_as_responses(self._train_prompts[:2], self.policy)
         check_rewards_run(config.rewards, reward_functions, *answers, config.rollout.completion_limit)
         self._stream = PromptStream(self._train_prompts, seed=config.run.seed)
+        self._collector = Collector(
+            config,
+            self.policy.tokenizer,
+            self._stream,
+            self._rollouts,
+            self._scorer,
+            build_filter(config.filter),
+            demonstrations=self._demonstrations,
+            prompts={prompt.problem.id: prompt for prompt in self._train_prompts},
+            hooks=Hooks(lambda: self._stop.check(), self._tell),
+        )
+        self._ahead = Ahead(self._collector)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
         self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
         self._entropy_moments: Moments | None = None
@@ -146,6 +165,7 @@ class Trainer:
                 "Go on with the same command and --resume."
             ) from None
         finally:
+            self._ahead.close()
             self._rollouts.close()
             self.directory.release()
 
@@ -153,17 +173,22 @@ class Trainer:
         """Prompts to a better policy. Nothing of the run's state changes before the optimizer has."""
         position, restarts = self._stream.state(), self._scorer.worker_restarts
         try:
-            collected, times = self._collect()
+            harvest = self._ahead.take() or self._collector.collect(self._assignment(self._step + 1))
         except Interrupted:
             self._stream.restore(position)
             raise
+        collected, epochs, version = harvest.collected, self._stream.epochs, self._version
+        if self.config.rollout.ahead and self._step + 1 < self.steps:
+            self._ahead.start(self._assignment(self._step + 2))
         began = time.perf_counter()
-        lessons, update = self._learner.learn(collected.kept, self._step * self._learner.updates_per_step())
+        lessons, update = self._learner.learn(collected.kept, version)
         self._step += 1
-        seconds = StepTimes(*times, time.perf_counter() - began)
-        self._rollouts.load_weights(self._step * self._learner.updates_per_step())
-        record = step_record(self._step, self._stream.epochs, collected, lessons, update, seconds, self._tokens)
+        seconds = StepTimes(harvest.rollout_seconds, harvest.reward_seconds, time.perf_counter() - began)
+        self._ahead.wait()
+        self._publish_weights()
+        record = step_record(self._step, epochs, collected, lessons, update, seconds, self._tokens)
         record["reward_restarts"] = self._scorer.worker_restarts - restarts
+        record["staleness"] = staleness(collected.all, version)
         self._record(collected.all, lessons, record)
         if self._due(self.config.train.eval_steps) and not self._done():
             self._evaluate()
@@ -171,63 +196,28 @@ class Trainer:
             self._save()
         self._stop.check()
 
-    def _collect(self) -> tuple[Collected, tuple[float, float]]:
-        """The step's groups with their rewards, and the seconds that rollouts and rewards took."""
-        wanted, seconds = self.config.train.prompts_per_step, [0.0, 0.0]
-
-        def make(prompts: Sequence[Prompt]) -> list[RewardedGroup]:
-            if self._demonstrations:
-                return [self._demonstrations[prompt.problem.id] for prompt in prompts]
-            began = time.perf_counter()
-            groups = self._roll_out(prompts)
-            rolled = time.perf_counter()
-            rewarded = self._reward(groups)
-            seconds[0] += rolled - began
-            seconds[1] += time.perf_counter() - rolled
-            return rewarded
-
-        collected = collect(
-            wanted,
-            self._stream.take,
-            make,
-            self._keep,
-            max_refills=self.config.filter.max_refills,
-            available=len(self._train_prompts),
-        )
-        if len(collected.kept) < wanted:
-            self._tell(
-                "noted",
-                f"step {self._step + 1} trains on {len(collected.kept)} of {wanted} groups: filter "
-                f"'{self.config.filter.name}' dropped {len(collected.dropped)}, after {collected.refills} refills",
-            )
-        return collected, (seconds[0], seconds[1])
-
-    def _roll_out(self, prompts: Sequence[Prompt]) -> list[Group]:
-        config = self.config
-        assignment = Assignment(
-            config.rollout,
-            config.erasure,
-            config.run.seed,
-            step=self._step + 1,
-            policy_version=self._step * self._learner.updates_per_step(),
+    def _assignment(self, step: int) -> Assignment:
+        """What the rollouts for a step depend on beside their prompts, as things are now."""
+        return Assignment(
+            self.config.rollout,
+            self.config.erasure,
+            self.config.run.seed,
+            step=step,
+            policy_version=self._version,
             reference=self._reference,
             entropy_moments=self._entropy_moments,
         )
-        order = {prompt.problem.id: i for i, prompt in enumerate(prompts)}
-        groups = []
-        for group in self._rollouts.run(prompts, assignment, tick=self._stop.check):
-            groups.append(group)
-            self._tell("progressed", "rollout", len(groups), len(prompts))
-        groups.sort(key=lambda g: order[g.prompt.problem.id])
-        return groups
 
-    def _reward(self, groups: Sequence[Group]) -> list[RewardedGroup]:
-        trajectories = [t for g in groups for t in g.trajectories]
-        texts = [self.policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
-        rewards = self._scorer.score(trajectories, texts)
-        require_some(rewards)
-        following = iter(rewards)
-        return [RewardedGroup(g, tuple(next(following) for _ in g.trajectories)) for g in groups]
+    @property
+    def _version(self) -> int:
+        """Optimizer updates before this step."""
+        return self._step * self._learner.updates_per_step()
+
+    def _publish_weights(self) -> None:
+        """Whoever generates takes the weights that are trained."""
+        if self._generating is not self.policy:
+            copy_weights(self._generating.model, self.policy.model.state_dict())
+        self._rollouts.load_weights(self._version)
 
     def _record(self, rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson], record: dict[str, Any]) -> None:
         """Put a step that is done on disk and tell the listeners."""
@@ -276,6 +266,7 @@ class Trainer:
             "seconds": self._seconds,
             "reference": self._reference.to_tables(),
             "entropy_moments": self._entropy_moments and self._entropy_moments.to_table(),
+            "ahead": self._ahead.harvest and self._collector.to_table(self._ahead.harvest),
         }
         optimizer = self._learner.optimizer
         checkpoint = Checkpoint(self._step, optimizer.weights(), optimizer.state(), torch.get_rng_state(), facts)
@@ -296,7 +287,9 @@ class Trainer:
         self._reference = ReferenceStatistics.from_tables(facts["reference"])
         moments = facts["entropy_moments"]
         self._entropy_moments = moments and Moments.from_table(moments)
-        self._rollouts.load_weights(self._step * self._learner.updates_per_step())
+        if facts.get("ahead"):
+            self._ahead.harvest = self._collector.from_table(facts["ahead"])
+        self._publish_weights()
         self.directory.drop_after(self._step)
         self._journal.drop_through(self._step)
 

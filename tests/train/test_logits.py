@@ -8,7 +8,7 @@ from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
-from e3rl.models import _add_lora
+from e3rl.models import add_lora
 from e3rl.train import logits
 from e3rl.train.logits import head_scores, output_matrix
 from tests.rollout.models import build
@@ -66,6 +66,6 @@ def test_certain_and_impossible_tokens_stay_finite():
 
 
 def test_an_adapted_output_matrix_is_refused():
-    model = _add_lora(build("Llama"), ModelConfig(lora_r=2, lora_target_modules="lm_head"))
+    model = add_lora(build("Llama"), ModelConfig(lora_r=2, lora_target_modules="lm_head"))
     with pytest.raises(UserError, match="is a Linear: e3rl trains through a plain one"):
         output_matrix(model.get_base_model())

@@ -219,3 +219,41 @@ def test_learning_raises_the_reward_on_what_it_trains_on(tmp_path: Path):
     trainer.train()
     rewards = [r["reward"] for r in read_lines(trainer.run_path / "metrics.jsonl")]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 2
+
+
+AHEAD = ("rollout.ahead=1", "train.importance_correction=token_truncate")
+
+
+@pytest.fixture(scope="module")
+def finished_ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("ahead")
+    trainer = Trainer(_config(tmp_path, *AHEAD))
+    trainer.train()
+    return trainer.run_path
+
+
+def test_ahead_rollouts_are_of_the_weights_one_update_before(finished: Path, finished_ahead: Path):
+    """The first step's are fresh; the second's are by the first weights, so they differ from those of a run that waits."""
+    ahead, waiting = (read_lines(run / "metrics.jsonl") for run in (finished_ahead, finished))
+    assert [r["staleness"] for r in ahead] == [0, 1, 1, 1]
+    assert [r["staleness"] for r in waiting] == [0, 0, 0, 0]
+    assert ahead[0]["mismatch_max"] < 1e-3 < ahead[2]["mismatch_max"]
+    assert all(r["importance_weight"] == pytest.approx(1, abs=0.1) for r in ahead)
+    tables = [pq.read_table(run / "rollouts" / "step-000001.parquet").to_pylist() for run in (finished, finished_ahead)]
+    assert [r["response"] for r in tables[0]] == [r["response"] for r in tables[1]]
+
+
+@pytest.mark.parametrize(("event", "nth"), [("progressed", 2), ("stepped", 1), ("evaluated", 3)])
+def test_a_stopped_run_that_is_ahead_goes_on_to_the_very_same_end(
+    finished_ahead: Path, tmp_path: Path, event: str, nth: int
+):
+    with pytest.raises(RunStopped):
+        Trainer(_config(tmp_path, *AHEAD), listeners=[_StopAt(event, nth)]).train()
+    trainer = Trainer(_config(tmp_path, *AHEAD), resume=True)
+    trainer.train()
+    assert _outcome(trainer.run_path) == _outcome(finished_ahead)
+
+
+def test_being_ahead_without_a_correction_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="choose how to correct for it"):
+        _config(tmp_path, "rollout.ahead=1")
