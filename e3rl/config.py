@@ -100,6 +100,9 @@ class RolloutConfig:
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)
     max_rows: int = setting(64, "sequences decoded together", min=1)
     cache_rows: int = setting(0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0)
+    kv_budget: int = setting(
+        0, "most MiB that the torch engine's KV cache may take; rows beyond wait for room; 0: no bound", min=0
+    )
     ahead: int = setting(0, "steps that rollouts are ahead: 1 generates the next while this one trains", min=0, max=1)
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
     workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)

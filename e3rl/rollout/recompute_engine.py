@@ -13,7 +13,7 @@ from e3rl.errors import SickLogits
 from e3rl.rollout.engine import Row, Sampling
 from e3rl.rollout.requests import RowState, check_prompt, check_siblings, find_row
 from e3rl.rollout.sampling import SICK, SamplingRows, sample
-from e3rl.rollout.serving import evaluating
+from e3rl.rollout.slot_cache import evaluating
 from e3rl.types import Candidate, Draw
 
 

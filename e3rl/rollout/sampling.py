@@ -100,8 +100,7 @@ def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples
     Everything measured belongs to the distribution before truncation, unless the row asks for the truncated entropy.
     A row with NaN or infinite logits gets the id `SICK`.
     """
-    logp_SV = logits_SV.float() / rows.temperature_S1
-    logp_SV -= logp_SV.logsumexp(-1, keepdim=True)
+    logp_SV = (logits_SV.float() / rows.temperature_S1).log_softmax(-1)
     p_SV = logp_SV.exp()
     entropies_S = -(p_SV * logp_SV).sum(-1)
     sick_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
@@ -122,7 +121,7 @@ def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples
         entropies_S=entropies_S.clamp(min=0.0),
         perturbations_S=logp_SV.amax(-1) - logprobs_S,
         kept_mass_S=kept_mass_S,
-        ranks_S=(logp_SV > logprobs_S1).sum(-1) + 1,
+        ranks_S=(logp_SV > logprobs_S1).view(torch.int8).sum(-1, dtype=torch.int32) + 1,
     )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from e3rl.errors import UserError
-from e3rl.rollout.slot_cache import SlotModel
+from e3rl.rollout.slot_cache import evaluating
+from e3rl.rollout.slot_model import SlotModel, slot_model
+from e3rl.rollout.slot_storage import StepRows, bucketed, physical_slots
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -58,21 +59,8 @@ def _rope_types(config: Any) -> list[str]:
     return sorted({str(r.get("rope_type", r.get("type", "default"))) for r in (nested or [rope])})
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off; every module's training flag is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def check_exactness(model: Any) -> None:
-    """Raise UserError where cached decoding and full forward passes disagree on two ragged rows.
+def check_exactness(model: Any) -> int:
+    """Bytes of KV cache per position; raises UserError where decoding and full passes disagree on two ragged rows.
 
     The rows are prefilled and decoded together; one is rolled back and decoded again with another token.
     """
@@ -83,11 +71,12 @@ def check_exactness(model: Any) -> None:
     with torch.inference_mode(), evaluating(model):
         expected = torch.stack([_full_logits(model, ids) for ids in (long, short, long, redrawn)])
         try:
-            served = _served_logits(model, long, short, redrawn)
+            served = slot_model(model, slots=2, max_length=len(long))
+            logits = _served_logits(served, long, short, redrawn)
         except Exception as error:  # a model may choke on what it is given in any way
             raise _refusal(model, f"decoding with a slot cache fails: {type(error).__name__}: {error}") from error
     scale = expected.abs().max().item()
-    difference = (served - expected).abs().max().item()
+    difference = (logits - expected).abs().max().item()
     allowed = scale * _TOLERANCE.get(model.dtype, _TOLERANCE[torch.bfloat16])
     if not difference <= allowed:  # NaN too
         raise _refusal(
@@ -95,18 +84,17 @@ def check_exactness(model: Any) -> None:
             f"with a slot cache its logits differ by up to {difference:.3g} from a full forward pass (allowed "
             f"{allowed:.3g}, largest logit {scale:.3g})",
         )
+    return served.storage.bytes // (physical_slots(2) * bucketed(len(long)))
 
 
-def _served_logits(model: Any, long: Sequence[int], short: Sequence[int], redrawn: Sequence[int]) -> Tensor:
+def _served_logits(served: SlotModel, long: Sequence[int], short: Sequence[int], redrawn: Sequence[int]) -> Tensor:
     """Logits after ``long`` and ``short``, whose last two tokens are decoded, then after ``long`` and ``redrawn``."""
-    slot_model = SlotModel(model, slots=2, max_length=len(long))
-    slot_model.prefill(long[:-2], slot=0)
-    slot_model.prefill(short[:-2], slot=1)
+    served.prefill(long[:-2], slot=0)
+    served.prefill(short[:-2], slot=1)
 
     def decode(back: int, long_id: int, short_id: int) -> Tensor:
-        ids_S = torch.tensor([long_id, short_id], device=slot_model.device)
-        positions_S = torch.tensor([len(long) - back, len(short) - back], device=slot_model.device)
-        return slot_model.decode(ids_S, positions_S, last=len(long) - back).float()
+        positions = (len(long) - back, len(short) - back)
+        return served.decode(StepRows((long_id, short_id), positions, served.storage, served.device))[:2].float()
 
     decode(2, long[-2], short[-2])
     first = decode(1, long[-1], short[-1])

@@ -201,14 +201,13 @@ def test_rollback_to_elsewhere_feeds_one_token_again():
 def test_memory_is_fixed_whatever_is_erased():
     engine = torch_engine(tiny("Qwen3"), cache_rows=4, max_length=40)
     [row] = engine.prefill([4, 5, 6], 1)
-    expected = (
-        2 * 2 * 4 * 2 * 64 * 8 * 4
-    )  # keys and values, layers, slots, heads, positions (a multiple of 32), dim, bytes
+    # keys and values, layers, slots with the scratch slot, heads, positions (a multiple of 32), dim, bytes
+    expected = 2 * 2 * (4 + 1) * 2 * 64 * 8 * 4
     assert engine.stats.kv_bytes == expected
     for attempt in range(6):
         generate(engine, row, 10, attempt)
         engine.rollback(row, 0)
-    assert engine.stats.kv_bytes == engine._slot_model.cache.bytes == expected
+    assert engine.stats.kv_bytes == engine._slot_model.storage.bytes == expected
 
 
 def test_rows_that_go_on_are_not_moved():

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from e3rl.errors import UserError
+from e3rl.rollout.fused_model import FusedSlotModel
 from e3rl.rollout.serving import check_exactness, require_servable
-from e3rl.rollout.slot_cache import SlotModel
 from e3rl.rollout.torch_engine import TorchEngine
 from tests.rollout.models import ARCHITECTURES, build, tiny
 
@@ -78,7 +78,7 @@ def test_a_model_that_ignores_what_it_is_given_is_refused_with_numbers(ignored, 
 
 
 def test_a_model_that_chokes_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(SlotModel, "decode", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(FusedSlotModel, "decode", lambda *args: 1 / 0)
     with pytest.raises(UserError, match="ZeroDivisionError"):
         check_exactness(tiny("Llama"))
 

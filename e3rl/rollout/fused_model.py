@@ -1,0 +1,204 @@
+"""The forward pass of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2), written out for decoding.
+
+What `e3rl.rollout.slot_cache` does for any model, with a fraction of the operations: queries, keys and values in one
+product, one rotation, keys written where they stay, attention that reads grouped heads without repeating them. A decode
+step reads its input buffers and the cache and nothing else, so that a GPU can record it once and play it back
+(`e3rl.rollout.recorded`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
+
+from e3rl.rollout.projections import Projection, fingerprint, project
+from e3rl.rollout.slot_storage import SlotStorage, StepRows, bucketed
+from e3rl.rollout.step_attention import step_attention
+
+_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""From a layer's number, queries [R, heads, dim], keys and values [R, kv_heads, dim] to what is read, [R, heads * dim]."""
+
+
+def fusable(model: Any) -> bool:
+    """Whether ``model`` computes what is written out here: the very class, plain linear layers, nothing hooked in."""
+    known = type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
+    if not known or model.config._attn_implementation != "sdpa":
+        return False
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    at_home = (model.device, model.dtype)
+    plain = all(type(p) is nn.Parameter and (p.device, p.dtype) == at_home for p in model.parameters())
+    return plain and not hooked and all(type(linear) is nn.Linear for linear in _linear_layers(model))
+
+
+def _linear_layers(model: Any) -> list[nn.Module]:
+    found = [model.lm_head]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm_D: Tensor
+    queries_keys_values: Projection
+    head_norms: tuple[Tensor, Tensor] | None  # of queries and keys (Qwen3)
+    output: Projection
+    post_norm_D: Tensor
+    gate_up: Projection
+    activation: nn.Module
+    down: Projection
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        has_norms = hasattr(attention, "q_norm")
+        return cls(
+            layer.input_layernorm.weight,
+            project([attention.q_proj, attention.k_proj, attention.v_proj]),
+            (attention.q_norm.weight, attention.k_norm.weight) if has_norms else None,
+            project([attention.o_proj]),
+            layer.post_attention_layernorm.weight,
+            project([mlp.gate_proj, mlp.up_proj]),
+            mlp.act_fn,
+            project([mlp.down_proj]),
+        )
+
+
+class FusedWeights:
+    """A model's weights as the written-out forward pass wants them. All engines of a model share them."""
+
+    _known: ClassVar[weakref.WeakKeyDictionary[nn.Module, FusedWeights]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: Any) -> None:
+        config, attention = model.config, model.model.layers[0].self_attn
+        self._model = weakref.ref(model)
+        self.device, self.dtype = model.device, model.dtype
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
+        self.take(model)
+
+    @classmethod
+    def of(cls, model: Any) -> FusedWeights:
+        """The model's weights as they are now."""
+        if model not in cls._known:
+            cls._known[model] = cls(model)
+        cls._known[model].refresh()
+        return cls._known[model]
+
+    @torch.no_grad()
+    def take(self, model: Any) -> None:
+        """Take the weights again, changed or not."""
+        self.embedding_VD, self.norm_D = model.model.embed_tokens.weight, model.model.norm.weight
+        self.layers = [_Layer.of(layer) for layer in model.model.layers]
+        self.head = project([model.lm_head])
+        self._fingerprint = fingerprint(model)
+
+    def refresh(self) -> None:
+        """Take the model's weights again where they have changed."""
+        if fingerprint(self.model) != self._fingerprint:
+            self.take(self.model)
+
+    @property
+    def model(self) -> Any:
+        """The model itself, which whoever made an engine for it holds."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    @torch.no_grad()
+    def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary embedding, [positions, dim]; the sine's sign is that of the half rotated in."""
+        cos_1TD, sin_1TD = self.model.model.rotary_emb(
+            self.norm_D, torch.arange(positions, device=self.device).unsqueeze(0)
+        )
+        half = self.dim // 2
+        return cos_1TD[0], torch.cat([-sin_1TD[0, :, :half], sin_1TD[0, :, half:]], -1)
+
+
+class FusedSlotModel:
+    """`e3rl.rollout.slot_model.SlotModel` for a model of the Llama family."""
+
+    def __init__(self, weights: FusedWeights, slots: int, max_length: int) -> None:
+        self._weights = weights
+        self.device = weights.device
+        self.storage = SlotStorage(slots, bucketed(max_length))
+        self._cos_TD, self._sin_TD = weights.rotations(self.storage.capacity)
+        for _ in weights.layers:
+            self.storage.add_layer(weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
+        self._columns = torch.arange(self.storage.capacity, device=self.device)
+        self._attention = step_attention(self.device)
+
+    def refresh(self) -> None:
+        """Take the model's weights again where they have changed."""
+        self._weights.refresh()
+
+    def take_weights(self) -> None:
+        """Take the model's weights again."""
+        self._weights.take(self._weights.model)
+
+    def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
+        """Run a prompt into a slot; logits of the token after it, [V]."""
+        length = len(ids)
+
+        def attend(layer: int, q_TKD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+            q_KTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q_TKD, k_TKD, v_TKD))
+            self.storage.keys[layer][slot, :, :length] = k_KTD
+            self.storage.values[layer][slot, :, :length] = v_KTD
+            seen_1KTD = scaled_dot_product_attention(
+                q_KTD[None], k_KTD[None], v_KTD[None], is_causal=True, scale=self._weights.scale, enable_gqa=True
+            )
+            return seen_1KTD[0].transpose(0, 1).flatten(1)
+
+        hidden_TD = self._forward(torch.tensor(ids, device=self.device), self._columns[:length], attend)
+        return self._weights.head(hidden_TD[-1:])[0]
+
+    def decode(self, rows: StepRows) -> Tensor:
+        """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
+        return self.step(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1))
+
+    def step(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int) -> Tensor:
+        """`decode` of tensors alone: the same operations whatever they hold. Row i reads slot i and writes ``slots_R[i]``."""
+        storage, rows = self.storage, len(ids_R)
+        unseen_RW = self._columns[:width] > positions_R.unsqueeze(1)
+        mask_RW = torch.zeros_like(unseen_RW, dtype=self._cos_TD.dtype).masked_fill_(unseen_RW, -torch.inf)
+
+        def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
+            keys, values = storage.keys[layer], storage.values[layer]
+            keys[slots_R, :, positions_R] = k_RKD
+            values[slots_R, :, positions_R] = v_RKD
+            return self._attention(
+                q_RHD, keys[:rows, :, :width], values[:rows, :, :width], mask_RW, self._weights.scale
+            )
+
+        return self._weights.head(self._forward(ids_R, positions_R, attend))
+
+    def _forward(self, ids_R: Tensor, positions_R: Tensor, attend: Attend) -> Tensor:
+        """The last hidden states of R tokens, normalised."""
+        weights = self._weights
+        cos_R1D, sin_R1D = (table[positions_R].unsqueeze(1) for table in (self._cos_TD, self._sin_TD))
+        x_RD = embedding(ids_R, weights.embedding_VD)
+        hidden = x_RD.shape[-1:]
+        for number, layer in enumerate(weights.layers):
+            qkv_RD = layer.queries_keys_values(rms_norm(x_RD, hidden, layer.input_norm_D, weights.eps))
+            qk_RKD, v_RKD = qkv_RD.unflatten(-1, (-1, weights.dim)).tensor_split([-weights.kv_heads], 1)
+            if layer.head_norms is not None:
+                qk_RKD = rms_norm(qk_RKD, (weights.dim,), None, weights.eps) * self._by_head(*layer.head_norms)
+            qk_RKD = torch.addcmul(qk_RKD * cos_R1D, qk_RKD.roll(weights.dim // 2, -1), sin_R1D)
+            x_RD = x_RD + layer.output(attend(number, *qk_RKD.split([weights.heads, weights.kv_heads], 1), v_RKD))
+            gate_RD, up_RD = layer.gate_up(rms_norm(x_RD, hidden, layer.post_norm_D, weights.eps)).chunk(2, -1)
+            x_RD = x_RD + layer.down(layer.activation(gate_RD) * up_RD)
+        return rms_norm(x_RD, hidden, weights.norm_D, weights.eps)
+
+    def _by_head(self, query_norm_D: Tensor, key_norm_D: Tensor) -> Tensor:
+        shapes = ((query_norm_D, self._weights.heads), (key_norm_D, self._weights.kv_heads))
+        return torch.cat([norm_D.expand(heads, -1) for norm_D, heads in shapes])

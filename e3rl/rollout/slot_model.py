@@ -1,0 +1,40 @@
+"""A model over slots, in the way that is fastest for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from e3rl.rollout.fused_model import FusedSlotModel, FusedWeights, fusable
+from e3rl.rollout.slot_cache import GenericSlotModel, unwrapped
+from e3rl.rollout.slot_storage import SlotStorage, StepRows
+
+
+class SlotModel(Protocol):
+    """Runs prompts and decode steps over a `SlotStorage` and returns next-token logits."""
+
+    storage: SlotStorage
+    device: torch.device
+
+    def refresh(self) -> None:
+        """Take the model's weights again where they can be seen to have changed. No row may hold keys of others."""
+
+    def take_weights(self) -> None:
+        """Take the model's weights again, however they were changed. No row may hold keys of others."""
+
+    def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
+        """Run a prompt into a slot; logits of the token after it, [V]."""
+
+    def decode(self, rows: StepRows) -> Tensor:
+        """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
+
+
+def slot_model(model: Any, slots: int, max_length: int) -> SlotModel:
+    """The forward pass written out where ``model`` is one of its family, else the model's own."""
+    model = unwrapped(model)
+    if fusable(model):
+        return FusedSlotModel(FusedWeights.of(model), slots, max_length)
+    return GenericSlotModel(model, slots, max_length)
