@@ -93,12 +93,29 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
     return get_peft_model(model, lora)
 
 
+_OTHER_HEADS = ("Classification", "QuestionAnswering", "MaskedLM", "MultipleChoice", "RewardModel")
+
+
+def _require_causal(config: ModelConfig, source: str) -> None:
+    """UserError for a checkpoint whose weights are no causal language model: transformers would add an untrained head."""
+    from transformers import AutoConfig
+
+    found: Any = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    other = [name for name in found.architectures or [] if any(head in name for head in _OTHER_HEADS)]
+    if other or found.is_encoder_decoder:
+        kind = other[0] if other else f"{found.model_type}, an encoder-decoder"
+        raise UserError(
+            f"model '{config.path}' is no causal language model but {kind}: e3rl samples from and trains decoder-only models"
+        )
+
+
 def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy:
     """The policy that ``config`` names, its weights taken from ``directory`` where one is given."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(directory) if directory else resolve_model_path(config.path)
     try:
+        _require_causal(config, source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from e3rl.rewards.intervals import Interval, read_intervals
-from e3rl.rewards.notation import clean, matching, split_list, squeezed, unwrapped
+from e3rl.rewards.notation import clean, matching, split_at, split_list, squeezed, unwrapped
 from e3rl.rewards.quantities import read_quantity
 from e3rl.rewards.rules import RULES
 from e3rl.rewards.units import read_unit, units_conflict
@@ -137,7 +137,7 @@ _ARITHMETIC = re.compile(r"(?:[\d\s+*/().,^{}¤-]|\\times|\\cdot|\\frac|\\sqrt)+
 def _sides(text: str) -> list[str]:
     if split_list(text) != [text] or re.search(r"[<>]|\\le|\\ge|\\ne|\\begin", text):
         return [text]
-    return [side.strip() for side in _EQUALS.split(text)]
+    return split_at(text, _EQUALS)
 
 
 def _value(sides: Sequence[str]) -> str | None:

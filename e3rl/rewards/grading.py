@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ LONGEST_ANSWER = 2000
 CHECK_MEMORY = 2 * 2**30
 
 _SHOWN = 80
+_OPEN_BOX = re.compile(r"\\+(?:boxed|fbox)\s*\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Grade:
 def reference_answer(gold: str) -> str | None:
     """The answer that a reference holds: the whole of it, unless it is running text."""
     if "\\boxed" in gold or "\\fbox" in gold or after_marker(gold) is not None or is_prose(gold):
-        return extract_answer(gold)
+        return extract_answer(gold) or _OPEN_BOX.sub("", gold).strip() or None  # a box that was cut off
     return gold.strip() or None
 
 

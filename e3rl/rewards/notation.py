@@ -117,16 +117,20 @@ _SEPARATOR = re.compile(
 )
 
 
+_SEMICOLON = re.compile(";")
+
+
 def split_list(text: str) -> list[str]:
     """The elements of a list: what commas, semicolons, 'and' and 'or' divide outside brackets. One element is no list.
 
     Where there are both semicolons and commas, the semicolons divide.
     """
-    groups = _split(text, re.compile(";"))
-    return groups if len(groups) > 1 else _split(text, _SEPARATOR)
+    groups = split_at(text, _SEMICOLON)
+    return groups if len(groups) > 1 else split_at(text, _SEPARATOR)
 
 
-def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+def split_at(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The parts of a text between separators that stand outside brackets; empty parts are left out."""
     parts, depth, start = [], 0, 0
     position = 0
     while position < len(text):
