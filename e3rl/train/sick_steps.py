@@ -7,8 +7,9 @@ before it, with checksums. The newest `KEPT` are kept.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from e3rl.distributed.messages import Finished, Response
 from e3rl.distributed.wire import from_plain, to_plain
 from e3rl.errors import UserError
 from e3rl.files import atomic_directory, damage, write_json
+from e3rl.train.learner import Learner, Lesson, Update
 from e3rl.train.run_directory import read_lines
 from e3rl.train.sick import Finding, SickNumbers
 from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
@@ -96,18 +98,28 @@ def _rewarded(plain: Mapping[str, Any]) -> RewardedGroup:
 
 
 class SickBook:
-    """Counts the steps that a run skips in a row."""
+    """Counts the steps that a run skips in a row. ``log``: its metrics.jsonl, where a resumed run finds the last ones."""
 
-    def __init__(self, run: Path, limit: int) -> None:
-        self._run, self._limit = run, limit
+    def __init__(self, run: Path, log: Path, limit: int, say: Callable[[str], None]) -> None:
+        self._run, self._log, self._limit, self._say = run, log, limit, say
+
+    def learn(
+        self, learner: Learner, groups: Sequence[RewardedGroup], update: int, step: int
+    ) -> tuple[list[Lesson], Update]:
+        """`Learner.learn`, or nothing learnt where numbers are sick: said aloud, and UserError beyond the limit."""
+        try:
+            return learner.learn(groups, update)
+        except SickNumbers as sick:
+            self.skip(sick, step, groups, learner.optimizer.weights())
+            return [], Update({}, math.nan, 0.0)
 
     def in_a_row(self) -> int:
-        """Steps that were skipped last; what a resumed run left counts."""
-        records = read_lines(self._run / "metrics.jsonl")
+        """Steps that were skipped last."""
+        records = read_lines(self._log)
         return next((n for n, r in enumerate(reversed(records)) if not r.get("skipped")), len(records))
 
-    def skip(self, sick: SickNumbers, step: int, batch: Sequence[RewardedGroup], weights: Mapping[str, Tensor]) -> str:
-        """Keep the step for replay; what to say of it. UserError where the limit is reached."""
+    def skip(self, sick: SickNumbers, step: int, batch: Sequence[RewardedGroup], weights: Mapping[str, Tensor]) -> None:
+        """Keep the step for replay and say so."""
         group = sick.finding.group
         prompt_id = None if group is None else batch[group].group.prompt.problem.id
         text = f"{sick.finding.sentence(prompt_id)}, in step {step}"
@@ -120,4 +132,4 @@ class SickBook:
                 f"{text}{before} (train.max_skipped_steps = {self._limit}). The weights are those before it; {replay}. "
                 "Lower train.learning_rate, or use model.dtype=float32."
             ) from sick
-        return f"{text}: the step is skipped, the weights stay as they were; {replay}"
+        self._say(f"{text}: the step is skipped, the weights stay as they were; {replay}")

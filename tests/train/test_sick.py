@@ -138,18 +138,33 @@ def test_only_the_newest_skipped_steps_are_kept(tmp_path: Path):
 
 
 def test_steps_are_skipped_within_the_limit_and_only_in_a_row(tmp_path: Path):
-    book = SickBook(tmp_path, 2)
+    log, said = tmp_path / "metrics.jsonl", []
+    book = SickBook(tmp_path, log, 2, said.append)
     sick = SickNumbers(Finding("loss", float("nan"), group=1), 3)
 
     def record(*skipped: int) -> None:
-        lines = [f'{{"step": {i}, "skipped": {s}}}\n' for i, s in enumerate(skipped)]
-        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+        log.write_text("".join(f'{{"step": {i}, "skipped": {s}}}\n' for i, s in enumerate(skipped)))
 
     record(1, 1, 0, 1)
-    said = book.skip(sick, 5, GROUPS, {})
-    assert said.startswith("the loss is nan at prompt 'second', in step 5: the step is skipped")
+    book.skip(sick, 5, GROUPS, {})
+    assert said[0].startswith("the loss is nan at prompt 'second', in step 5: the step is skipped")
     record(0, 1, 1)
     with pytest.raises(UserError, match=r"the 2 steps before were skipped already \(train\.max_skipped_steps = 2\)"):
         book.skip(sick, 6, GROUPS, {})
     with pytest.raises(UserError, match=r"in step 7 \(train\.max_skipped_steps = 0\).*e3rl replay"):
-        SickBook(tmp_path / "other", 0).skip(sick, 7, GROUPS, {})
+        SickBook(tmp_path, tmp_path / "none", 0, said.append).skip(sick, 7, GROUPS, {})
+
+
+def test_a_skipped_step_teaches_nothing_and_the_next_one_does(tmp_path: Path):
+    learner = _learner(kl_coef=0.0, train=TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_log_ratio=1e-12))
+    book = SickBook(tmp_path, tmp_path / "metrics.jsonl", 1, lambda _: None)
+    before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
+    learner._objective = _RootLoss()  # type: ignore[assignment]
+    lessons, update = book.learn(learner, GROUPS, 0, 1)
+    assert lessons == []
+    assert update.means == {}
+    assert update.grad_norm != update.grad_norm
+    assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
+    assert all(torch.equal(before[k], v) for k, v in read_sick(tmp_path, 1).weights.items())
+    learner._objective = _learner(kl_coef=0.0)._objective
+    assert book.learn(learner, GROUPS, 1, 2)[1].grad_norm > 0
