@@ -53,7 +53,12 @@ def run_one(name: str, seed: int, tokens: int, limit: int, directory: Path) -> d
     steps = {"vanilla": 1, "sft": tokens // SFT_TOKENS_PER_STEP}.get(name, 100_000)
     command = [sys.executable, "-m", "e3rl", "train", "demo", *VARIANTS[name], f"train.steps={steps}", "--again"]
     command += [f"run.name={name}-{seed}", f"run.output_dir={directory}", f"run.seed={seed}"]
-    command += [f"train.max_tokens={tokens}", f"eval.limit={limit}", "train.save_steps=0", "train.warmup_ratio=0"]
+    command += [
+        f"train.max_tokens={0 if name == 'sft' else tokens}",
+        f"eval.limit={limit}",
+        "train.save_steps=0",
+        "train.warmup_ratio=0",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return dict(json.loads(summary_file.read_text(encoding="utf-8")))
 

@@ -34,6 +34,11 @@ def _check_settings(config: Config) -> None:
                 f"{name} = '{value}' is about rollouts, and objective '{config.objective.name}' trains on the data's "
                 f"solutions: set it to 'none'"
             )
+    if config.train.max_tokens:
+        raise UserError(
+            f"train.max_tokens counts generated tokens, and objective '{config.objective.name}' generates none, so it "
+            "would never end the run: set it to 0, and train.steps or train.epochs to what you want"
+        )
 
 
 def solution(problem: Problem, config: Config) -> str:

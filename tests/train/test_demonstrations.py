@@ -92,6 +92,7 @@ def test_a_solution_that_does_not_fit_is_refused(tmp_path: Path):
     [
         ("data.solution_column=proof", "has no solution to learn from.*column 'proof'"),
         ("filter.name=nonzero_spread", "filter.name = 'nonzero_spread' is about rollouts"),
+        ("train.max_tokens=1000", "train.max_tokens counts generated tokens, and objective 'sft' generates none"),
         ("train.importance_correction=token_mask", "train.importance_correction = 'token_mask' is about rollouts"),
     ],
 )
