@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class Measure:
     at: Point = "steps"
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def address(self) -> str:
         return _address([FORMAT, self.function, self.at, self.options])
 
@@ -66,7 +67,7 @@ class Cell:
     def trained(self) -> bool:
         return self.config.objective.name != "vanilla"
 
-    @property
+    @cached_property
     def address(self) -> str:
         """Of the training alone: measures are added to a cell that is there. Settings at their defaults don't count,
         so that a new setting leaves old cells valid."""

@@ -142,7 +142,7 @@ def margins(show: Accuracy, ours: str, baselines: Sequence[str], rival: str) -> 
         rows += _paper_margins(show, ours, baselines, rival)
         columns = ("numbers", "against", "baseline", f"difference in {show.metric}", "relative", "seeds")
         note = "Differences are paired by seed; ± is a 95 % interval over seeds. The best baseline is chosen after the fact."
-        return [Table(f"Margin of {ours}", columns, tuple(rows), note)]
+        return [Table(f"Margin of {ours} in {show.title(results)}", columns, tuple(rows), note)]
 
     return view
 

@@ -78,8 +78,9 @@ def test_every_row_of_every_study_is_a_valid_cell_of_its_own(name: str, scale: s
 
 
 def test_rows_of_a_table_differ_in_nothing_but_what_they_are_named_for(tmp_path: Path):
+    cells = study_cells(STUDIES["table3"], LAB, "lab model", tmp_path)
+
     def told(row: str) -> dict[str, object]:
-        cells = study_cells(STUDIES["table3"], LAB, "lab model", tmp_path)
         config = cells[row, 0].config
         return {"eta": config.erasure.eta, "baseline": config.erasure.baseline, **config.objective.options}
 
