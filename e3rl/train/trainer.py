@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from e3rl.config import Config
-from e3rl.data.loading import load_problems
-from e3rl.data.prompts import render_prompts
+from e3rl.data.contamination import overlap_notes
 from e3rl.data.stream import PromptStream
 from e3rl.distributed.messages import Assignment
 from e3rl.errors import RunStopped, UserError
-from e3rl.evaluate.evaluation import evaluate, spread
+from e3rl.evaluate.evaluation import evaluate
 from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
@@ -47,11 +46,13 @@ from e3rl.train.learner import Learner, Lesson
 from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
+from e3rl.train.prompts import load_prompts
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
 from e3rl.train.step_metrics import StepTimes, staleness, step_record
 from e3rl.train.summary import run_summary
-from e3rl.types import Prompt, RewardedGroup
+from e3rl.train.together import SharedRollouts, SharedScorer, Together
+from e3rl.types import RewardedGroup
 
 RewardFunction = Callable[..., Any]
 
@@ -67,7 +68,10 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         resume: bool = False,
     ) -> None:
-        self.config, self._listeners = config, list(listeners)
+        self._together = Together.of(config)
+        self._ranks = self._together.ranks
+        config = self._together.own_config(config)
+        self.config, self._listeners = config, list(listeners) if self._ranks.first else []
         objective = build_objective(config.objective)
         if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
             raise UserError(
@@ -76,7 +80,7 @@ class Trainer:
             )
         self.policy = load_policy(config.model)
         require_scorable(self.policy.model)
-        self._train_prompts, self._eval_prompts = self._load_prompts()
+        self._train_prompts, self._eval_prompts = load_prompts(config, self.policy)
         self._demonstrations: dict[str, RewardedGroup] = {}
         if "demonstrations" in objective.needs:
             self._demonstrations = demonstrations(self._train_prompts, self.policy, config)
@@ -88,7 +92,11 @@ class Trainer:
             )
         self.steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
         self._learner = Learner(
-            self.policy, objective, config, self.steps * config.train.num_iterations * config.train.minibatches
+            self.policy,
+            objective,
+            config,
+            self.steps * config.train.num_iterations * config.train.minibatches,
+            self._ranks,
         )
         self._generating = self.policy
         if config.rollout.ahead:  # generates by weights that training does not touch meanwhile
@@ -96,9 +104,10 @@ class Trainer:
         model = self._generating.model
         self._engine = build_engine(config.rollout, model, self.policy.eos_ids, self._longest_prompt())
         self._journal = Journal(run_path(config), lambda: fingerprint(model), self._note)
-        self._rollouts = journaled_rollouts(
+        rollouts = journaled_rollouts(
             config, self._generating, self._engine, self._longest_prompt(), self._journal, self._note
         )
+        self._rollouts = SharedRollouts(rollouts, self._together)
         self._scorer = Scorer(
             config.rewards,
             functions=reward_functions,
@@ -113,7 +122,7 @@ class Trainer:
             self.policy.tokenizer,
             self._stream,
             self._rollouts,
-            self._scorer,
+            SharedScorer(self._scorer, self._ranks),
             build_filter(config.filter),
             demonstrations=self._demonstrations,
             prompts={prompt.problem.id: prompt for prompt in self._train_prompts},
@@ -123,23 +132,14 @@ class Trainer:
         self._step, self._tokens, self._seconds = 0, 0, 0.0
         self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
         self._entropy_moments: Moments | None = None
-        self._stop = StopRequest()
-        self.directory = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+        self._stop = StopRequest(self._ranks)
+        self.directory = RunDirectory.resume(config) if resume and self._ranks.first else RunDirectory.create(config)
         if resume:
             self._restore()
 
     @property
     def run_path(self) -> Path:
         return self.directory.path
-
-    def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        config, tokenizer = self.config, self.policy.tokenizer
-        limits = {"context_limit": self.policy.context_length, "completion_limit": config.rollout.completion_limit}
-        train = load_problems(config.data.train, config=config.data, split="train")
-        held_out = config.data.eval or (config.data.train if config.data.train.startswith("lab:") else "")
-        evaluation = load_problems(held_out, config=config.data, split="eval") if held_out else []
-        evaluation = spread(evaluation, config.eval.limit)
-        return tuple(render_prompts(p, tokenizer, config.data, **limits) for p in (train, evaluation))  # type: ignore[return-value]
 
     def _longest_prompt(self) -> int:
         return max(len(p.ids) for p in (*self._train_prompts, *self._eval_prompts))
@@ -149,6 +149,8 @@ class Trainer:
         first = self._step + 1
         write_json(self.run_path / "environment.json", environment())
         self._tell("started", self.run_path, self.config, method_name(self.config), first, self.steps)
+        for text in overlap_notes(self.config.data, self._train_prompts, self._eval_prompts):
+            self._note(text)
         try:
             with self._stop, self._scorer:
                 if self._step == 0 or self._due(self.config.train.eval_steps):
@@ -194,7 +196,7 @@ class Trainer:
             self._evaluate()
         if self._due(self.config.train.save_steps) or self._done():
             self._save()
-        self._stop.check()
+        self._stop.check_together()
 
     def _assignment(self, step: int) -> Assignment:
         """What the rollouts for a step depend on beside their prompts, as things are now."""
@@ -240,7 +242,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept."""
-        if not self._eval_prompts:
+        if not self._eval_prompts or not self._ranks.first:
             return
         done = {r["mode"] for r in read_lines(self.run_path / "evaluations.jsonl") if r["step"] == self._step}
         modes = {"plain": False, "erasable": True} if self.config.eval.erasable else {"plain": False}
@@ -270,14 +272,15 @@ class Trainer:
         }
         optimizer = self._learner.optimizer
         checkpoint = Checkpoint(self._step, optimizer.weights(), optimizer.state(), torch.get_rng_state(), facts)
-        save_checkpoint(self.run_path, checkpoint, self.config.train.save_total_limit)
+        if self._ranks.first:
+            save_checkpoint(self.run_path, checkpoint, self.config.train.save_total_limit)
         self._journal.drop_through(self._step)
 
     def _restore(self) -> None:
-        if not list_checkpoints(self.run_path):  # stopped before the first one: all is still to be done
+        if not list_checkpoints(self._together.path):  # stopped before the first one: all is still to be done
             self.directory.drop_after(0)
             return
-        checkpoint = newest_checkpoint(self.run_path, self._note)
+        checkpoint = newest_checkpoint(self._together.path, self._note)
         self._step = checkpoint.step
         self._learner.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)
@@ -295,6 +298,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """The last evaluation, the model as an ordinary directory, and the summary."""
+        if not self._ranks.first:
+            return {}
         self._evaluate()
         summary = run_summary(self.run_path, self.config, step=self._step, seconds=self._seconds, tokens=self._tokens)
         with atomic_directory(self.run_path / "model") as temporary:
