@@ -189,8 +189,8 @@ def _phases(config: Config, model: Any, tokens: int, needs: frozenset[str]) -> d
 def make_plan(config: Config) -> Plan:
     """Count everything; loads no weights."""
     needs = frozenset(build_objective(config.objective).needs)
-    prompt, assumed, problems = _data(config)
     model = shape_of(config.model)
+    prompt, assumed, problems = _data(config)
     rollout, train = config.rollout, config.train
     step_tokens = train.prompts_per_step * rollout.num_generations * rollout.completion_limit
     row_tokens = min(train.micro_batch_tokens, step_tokens + train.prompts_per_step * prompt)

@@ -1,0 +1,151 @@
+"""The memory plan: counted from shapes alone, against what a real model has, saves and trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from e3rl.cli.main import main
+from e3rl.cli.plan_text import plan_text
+from e3rl.config import Config, ModelConfig
+from e3rl.errors import UserError
+from e3rl.models import load_policy
+from e3rl.train import plan as planning
+from e3rl.train.attribution import packed_attention
+from e3rl.train.packing import PackedRow
+from e3rl.train.plan import GIB, make_plan, saved_bytes, shape_of
+from e3rl.train.scoring import score_row
+from tests.train.packs import sequence
+from tests.train.random_lab import lab_config
+
+
+def _config(tmp_path: Path, *overrides: str) -> Config:
+    return lab_config(tmp_path, *overrides)
+
+
+def test_parameters_are_those_of_the_model_and_none_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = _config(tmp_path)
+    model = load_policy(config.model).model
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    plan = make_plan(config)
+    assert plan.parameters == plan.trainable == sum(p.numel() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert plan.held["weights"] == plan.held["reference weights"] == weights
+    assert plan.held["optimizer"] == 2 * weights
+    assert plan.phases["training"]["gradients"] == weights
+
+
+def test_what_autograd_keeps_is_counted_as_it_keeps_it(tmp_path: Path):
+    """Against the bytes of a real forward pass over one sequence of the same length, attention included."""
+    config = _config(tmp_path)
+    model = load_policy(config.model).model
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    row = PackedRow.of([sequence([3] * 100, list(range(3, 93)))], torch.device("cpu"))
+    with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        score_row(model, row, 1.0)
+    real = sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert saved_bytes(shape_of(config.model), len(row.ids_N)) == pytest.approx(real, rel=0.1)
+
+
+def test_activations_grow_with_the_tokens_of_a_micro_batch_and_shrink_when_recomputed(tmp_path: Path):
+    def activations(*overrides: str) -> int:
+        return make_plan(_config(tmp_path, "train.prompts_per_step=8", *overrides)).phases["training"]["activations"]
+
+    small, large = activations("train.micro_batch_tokens=30"), activations("train.micro_batch_tokens=60")
+    assert large == pytest.approx(2 * small, rel=0.01)
+    assert activations("train.micro_batch_tokens=60", "train.gradient_checkpointing=true") < large / 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "absent"),
+    [
+        (("objective.kl_coef=0",), "reference weights"),
+        (("model.lora_r=2",), "reference weights"),
+        (("objective.name=sft",), "KV cache"),
+        (("objective.name=vanilla",), "optimizer"),
+    ],
+)
+def test_what_a_run_does_not_need_takes_nothing(tmp_path: Path, overrides: tuple[str, ...], absent: str):
+    assert make_plan(_config(tmp_path)).held[absent] > 0
+    assert make_plan(_config(tmp_path, *overrides)).held[absent] == 0
+
+
+def test_adapters_alone_are_trained(tmp_path: Path):
+    plan = make_plan(_config(tmp_path, "model.lora_r=2"))
+    assert plan.trainable < plan.parameters / 10
+    assert plan.held["optimizer"] == 8 * plan.trainable
+
+
+def test_bfloat16_weights_have_a_float32_copy(tmp_path: Path):
+    plan = make_plan(_config(tmp_path, "model.dtype=bfloat16"))
+    assert plan.held["float32 copy of the weights"] == 2 * plan.held["weights"] == 4 * plan.parameters
+
+
+def test_being_ahead_takes_the_weights_once_more(tmp_path: Path):
+    plan = make_plan(_config(tmp_path, "rollout.ahead=1", "train.importance_correction=token_mask"))
+    assert plan.held["weights the engine generates with"] == plan.held["weights"]
+
+
+def test_the_kv_cache_is_the_engines(tmp_path: Path):
+    from e3rl.rollout.engines import build_engine
+
+    config = _config(tmp_path)
+    plan, policy = make_plan(config), load_policy(config.model)
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, plan.prompt)
+    engine.prefill([3, 4], 1)
+    assert engine.stats.kv_bytes == pytest.approx(plan.held["KV cache"], rel=0.1)  # it may hold a slot to spare
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [("Qwen/Qwen3-4B", 4_022_468_096), ("Qwen/Qwen3-8B", 8_190_735_360), ("Qwen/Qwen2.5-7B", 7_615_616_512)],
+)
+def test_known_shapes_have_as_many_parameters_as_their_models(path: str, parameters: int):
+    assert sum(p.numel() for p in shape_of(ModelConfig(path=path)).parameters()) == parameters
+
+
+def test_steps_are_those_of_the_run(tmp_path: Path):
+    plan = make_plan(_config(tmp_path, "train.steps=0", "train.epochs=2.0"))
+    assert (plan.problems, plan.steps, plan.step_tokens) == (8, 8, 2 * 2 * 8)
+    assert not plan.prompt_is_assumed
+
+
+@pytest.mark.parametrize("recipe", ["qwen3-4b", "qwen3-8b"])
+def test_the_papers_recipes_are_planned_without_a_hub(recipe: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", recipe, "--plan", "--device-memory", "80"]) == 0
+    told = capsys.readouterr().out
+    assert "does not fit" in told
+    assert "KV cache: 153.00 GiB; lower rollout.max_rows and rollout.cache_rows" in told
+    assert "512 tokens, assumed: set data.max_prompt_length" in told
+    assert "796, at most" in told
+
+
+def test_it_says_whether_it_fits(tmp_path: Path):
+    config = _config(tmp_path)
+    plan = make_plan(config)
+    assert "\nfits: " in plan_text(config, plan, plan.largest)
+    assert "\ndoes not fit: " in plan_text(config, plan, plan.largest - 1)
+    assert plan.largest == max(plan.peak(p) for p in plan.phases) < GIB
+
+
+def test_a_model_that_is_not_there_is_a_sentence(tmp_path: Path):
+    with pytest.raises(UserError, match="the shape of model '/nowhere' can't be read"):
+        make_plan(_config(tmp_path, "model.path=/nowhere"))
+
+
+def test_a_device_has_memory():
+    assert planning.device_bytes(ModelConfig()) > GIB
