@@ -46,7 +46,7 @@ def draw(plot: Plot, stem: Path) -> bool:
 
 
 def _panel(axis, panel: Panel) -> None:  # type: ignore[no-untyped-def]
-    """Lines with shaded intervals, or grouped bars with whiskers."""
+    """Lines with shaded intervals, a histogram, or grouped bars with whiskers."""
     for number, line in enumerate(panel.lines):
         if panel.kind == "lines":
             (drawn,) = axis.plot(
@@ -54,6 +54,8 @@ def _panel(axis, panel: Panel) -> None:  # type: ignore[no-untyped-def]
             )
             if line.low:
                 axis.fill_between(line.x, line.low, line.high, alpha=0.15, color=drawn.get_color(), linewidth=0)
+        elif panel.kind == "steps":
+            axis.fill_between(line.x, line.y, step="mid", label=line.label, alpha=0.7)
         else:
             width = 0.8 / len(panel.lines)
             places = [x + (number - (len(panel.lines) - 1) / 2) * width for x in line.x]
@@ -64,6 +66,8 @@ def _panel(axis, panel: Panel) -> None:  # type: ignore[no-untyped-def]
         axis.set_xticks(range(len(panel.categories)), panel.categories, rotation=30, ha="right")
     if panel.log_x:
         axis.set_xscale("log", base=2)
+    if panel.log_y:
+        axis.set_yscale("log")
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.x_label, fontsize=9)
     axis.set_ylabel(panel.y_label, fontsize=9)

@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes. ``kind``: lines, or bars over the categories ``x`` counts through."""
+    """One set of axes. ``kind``: lines, steps (a histogram), or bars over the categories that ``x`` counts through."""
 
     title: str
     x_label: str
@@ -52,6 +52,7 @@ class Panel:
     lines: tuple[Line, ...]
     kind: str = "lines"
     log_x: bool = False
+    log_y: bool = False
     categories: tuple[str, ...] = ()
 
 

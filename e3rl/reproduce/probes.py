@@ -36,7 +36,8 @@ def entropy_histogram(results: Results) -> list[Table | Plot]:
     share = tuple(count / sum(histogram["counts"]) for count in histogram["counts"])
     certain = histogram["below_0.01"]
     note = f"{100 * certain:.1f} % of the tokens have an entropy below 0.01 nats."
-    return [Plot("Entropy of tokens", (Panel("tokens", "entropy, nats", "share", (Line(row, middles, share),)),), note)]
+    panel = Panel("tokens", "entropy, nats", "share", (Line(row, middles, share),), "steps", log_y=True)
+    return [Plot("Entropy of tokens", (panel,), note)]
 
 
 def _perturbed(results: Results, kind: str, key: str, where: str | None = None) -> list[float]:
