@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,18 @@ def test_a_stale_reference_is_noticed(tmp_path, capsys: pytest.CaptureFixture[st
     assert "stale (config.md)" in capsys.readouterr().err
 
 
-def test_the_traced_row_is_fresh():
-    assert runpy.run_path(str(ROOT / "tools" / "trace_row.py"))["main"](["--check"]) == 0
+@pytest.fixture
+def trace_row(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return runpy.run_path(str(ROOT / "tools" / "trace_row.py"))
 
 
-def test_traces_are_the_same_up_to_the_last_digit():
-    same = runpy.run_path(str(ROOT / "tools" / "trace_row.py"))["same"]
+def test_the_traced_row_is_fresh(trace_row: dict[str, Any]):
+    assert trace_row["main"](["--check"]) == 0
+
+
+def test_traces_are_the_same_up_to_the_last_digit(trace_row: dict[str, Any]):
+    same = trace_row["same"]
     assert same("U 0.257 > 0.132", "U 0.258 > 0.131")
     assert not same("U 0.257 > 0.132", "U 0.267 > 0.132")
     assert not same("U 0.257: erased", "U 0.257: committed")
