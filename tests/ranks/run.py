@@ -1,0 +1,61 @@
+"""Several runs, one after the other, by all ranks that torchrun started; the tests compare what they leave behind.
+
+    torchrun --nproc_per_node 2 -m tests.ranks.run MODEL DIRECTORY ddp zero1 …
+
+A name with a plus is a run to take up again: ``zero1+`` goes on with the run ``zero1`` to the last step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from e3rl.train.trainer import Trainer
+from tests.train.random_lab import lab_config
+
+SETTINGS = (
+    "rollout.num_generations=4",
+    "rollout.max_segments=3",
+    "erasure.kappa0=0.8",
+    "objective.kl_coef=0.0",
+    "train.prompts_per_step=5",
+    "train.learning_rate=3e-4",
+    "train.micro_batch_tokens=200",
+    "train.save_steps=2",
+    "data.train_limit=10",
+    'rewards.functions=["tests.ranks.run:evenness"]',
+)
+STEPS = 4
+
+
+def evenness(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+    """A reward that a random model gets some of."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def settings(name: str) -> tuple[str, ...]:
+    """The overrides of the run with this name."""
+    parallel, _, variant = name.rstrip("+").partition("-")
+    several = ("train.num_iterations=2", "train.minibatches=2") if variant == "several" else ()
+    steps = STEPS // 2 if variant == "half" and not name.endswith("+") else STEPS
+    return (*SETTINGS, *several, f"train.parallel={parallel}", f"run.name={name.rstrip('+')}", f"train.steps={steps}")
+
+
+def main(model: str, directory: Path, names: list[str]) -> None:
+    for name in names:
+        own = Path(tempfile.mkdtemp())  # for the recipe's text
+        overrides = [f"model.path={model}", f"run.output_dir={directory}", *settings(name)]
+        if "different" in names:
+            overrides.append(f"run.seed={os.environ['RANK']}")
+        Trainer(lab_config(own, *overrides), resume=name.endswith("+")).train()
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
