@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3rl.evaluate.evaluation import spread
-from e3rl.evaluate.metrics import avg_at_k, bootstrap_interval, pass_at_k, pass_at_k_by_problem
+from e3rl.evaluate.metrics import (
+    avg_at_k,
+    bootstrap_interval,
+    maj_at_k,
+    paired_difference,
+    pass_at_k,
+    pass_at_k_by_problem,
+)
 from e3rl.types import Problem
 
 TABLE = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=bool)
@@ -52,3 +59,48 @@ def test_a_limited_evaluation_sees_all_of_the_data():
     assert [p.id for p in spread(problems, 4)] == ["0", "2", "5", "7"]
     assert spread(problems, 0) == spread(problems, 10) == spread(problems, 99) == problems
     assert spread([], 3) == []
+
+
+def test_maj_by_hand():
+    answers, correct = ["4", "4", "5", None], [True, True, False, False]
+    assert maj_at_k(answers, correct, 4) == 1.0
+    assert maj_at_k(answers, correct, 1) == 0.5
+    assert maj_at_k(["4", "5"], [True, False], 2) == 0.5  # a tie is shared
+    assert maj_at_k([None, None], [False, False], 2) == 0.0
+    assert maj_at_k(["5", "5", "4"], [False, False, True], 3) == 0.0
+    with pytest.raises(ValueError, match="Maj@3 needs at least 3 samples"):
+        maj_at_k(["4", "5"], [True, False], 3)
+
+
+def test_maj_at_k_is_the_mean_over_draws():
+    answers, correct = ["4", "4", "4", "5", "5", "6"], [True, True, True, False, False, False]
+    draws = list(itertools.combinations(range(6), 3))
+
+    def vote(chosen: tuple[int, ...]) -> float:
+        counts = {a: sum(answers[i] == a for i in chosen) for a in {answers[i] for i in chosen}}
+        winners = [a for a, n in counts.items() if n == max(counts.values())]
+        return sum(a == "4" for a in winners) / len(winners)
+
+    assert maj_at_k(answers, correct, 3) == pytest.approx(sum(map(vote, draws)) / len(draws), abs=0.05)
+
+
+def test_the_sign_test_by_hand():
+    # three problems better by the same: all 8 changes of sign, two of them (+++ and ---) as far from 0
+    difference = paired_difference(np.array([1.0, 1.0, 1.0]), np.array([0.0, 0.0, 0.0]))
+    assert (difference.mean, difference.p, difference.problems) == (1.0, 0.25, 3)
+    assert paired_difference(np.ones(4), np.ones(4)).p == 1.0
+    assert paired_difference(np.array([1.0, 0.0]), np.array([0.0, 1.0])).p == 1.0
+
+
+def test_many_problems_are_tested_by_random_signs():
+    rng = np.random.default_rng(0)
+    same = paired_difference(rng.random(60), rng.random(60))
+    better = paired_difference(rng.random(60) + 0.5, rng.random(60))
+    assert same.p > 0.05
+    assert 0 < better.p < 0.001
+    assert better.interval[0] > 0.3
+
+
+def test_a_comparison_of_different_problems_is_refused():
+    with pytest.raises(ValueError, match="the same problems on both sides"):
+        paired_difference(np.ones(3), np.ones(4))
