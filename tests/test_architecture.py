@@ -17,7 +17,7 @@ FLOORS = [
     {"equations"},
     {"objectives", "rollout", "rewards", "data", "lab", "models", "distributed"},
     {"train", "evaluate", "testing"},
-    {"report", "generation", "calibrate", "diagnose", "serve", "integrations", "reproduce"},
+    {"report", "generation", "calibrate", "doctor", "diagnose", "serve", "integrations", "reproduce"},
     {"cli", "__main__"},
 ]
 """A module may import from its own floor and from those above it in this list."""

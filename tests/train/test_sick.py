@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from e3rl.cli.main import main
 from e3rl.config import TrainConfig
 from e3rl.errors import UserError
+from e3rl.models import load_policy
+from e3rl.objectives import build as build_objective
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.train.learner import Learner, Lesson
+from e3rl.train.prompts import load_prompts
+from e3rl.train.run_directory import RunDirectory
 from e3rl.train.sick import Finding, SickNumbers
 from e3rl.train.sick_steps import KEPT, SickBook, SickStep, read_sick, sick_steps, write_sick
+from tests.train.random_lab import lab_config
+from tests.train.rollouts import rewarded_group
 from tests.train.test_learner import GROUPS, _learner
 
 
@@ -168,3 +175,36 @@ def test_a_skipped_step_teaches_nothing_and_the_next_one_does(tmp_path: Path):
     assert all(torch.equal(before[k], v) for k, v in read_sick(tmp_path, 1).weights.items())
     learner._objective = _learner(kl_coef=0.0)._objective
     assert book.learn(learner, GROUPS, 1, 2)[1].grad_norm > 0
+
+
+def _skipped_run(tmp_path: Path, harm: str) -> Path:
+    """A run directory with a skipped step of the lab's model, in which one weight is ``harm``."""
+    config = lab_config(tmp_path, "objective.kl_coef=0.0")
+    run = RunDirectory.create(config).path
+    policy = load_policy(config.model)
+    rendered = load_prompts(config, policy)[0][:2]
+    learner = Learner(policy, build_objective(config.objective), config, updates=1)
+    with torch.no_grad():
+        weight = policy.model.model.layers[1].mlp.down_proj.weight
+        weight[3, 4] = float(harm)
+    trajectories = [rewarded_group(p.problem.id, [1.0, 0.0], [[3], [4]]) for p in rendered]
+    SickBook(run, run / "metrics.jsonl", 1, lambda _: None).learn(learner, trajectories, 0, 1)
+    return run
+
+
+def test_replay_names_the_module_in_which_the_numbers_go_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = _skipped_run(tmp_path, "nan")
+    assert main(["replay", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("step 1 was skipped: the log-probability is nan at prompt ")
+    assert "first in the output of model.layers.1.mlp.down_proj" in said[1]
+    assert len(said) == 4
+    assert all("rewards 1, 0; tokens 3, 4: the log-probability is nan" in line for line in said[2:])
+
+
+def test_replay_without_a_skipped_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "has skipped no step" in capsys.readouterr().err
+    write_sick(tmp_path, _sick(7))
+    assert main(["replay", str(tmp_path), "--step", "6"]) == 2
+    assert "keeps no skipped step 6; it keeps 7" in capsys.readouterr().err

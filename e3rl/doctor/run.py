@@ -1,0 +1,150 @@
+"""Checks of a run directory: what is whole, what is damaged, how to go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from e3rl.doctor.finding import Finding
+from e3rl.errors import UserError
+from e3rl.files import MANIFEST, damage, is_litter, write_text
+from e3rl.train.checkpoint import list_checkpoints
+from e3rl.train.journal import records
+from e3rl.train.ledger import FORMAT as LEDGER_FORMAT
+from e3rl.train.run_directory import RunDirectory, read_config, read_lines
+from e3rl.train.sick_steps import sick_steps
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl")
+
+
+def _put_aside(path: Path) -> Callable[[], None]:
+    def repair() -> None:
+        path.rename(path.with_name(f"damaged-{path.name}"))
+
+    return repair
+
+
+def _cut(path: Path, whole: str) -> Callable[[], None]:
+    def repair() -> None:
+        write_text(path, whole)
+
+    return repair
+
+
+def check_config(run: Path) -> Iterator[Finding]:
+    """The resolved recipe reads back."""
+    try:
+        config = read_config(run)
+    except UserError as error:
+        yield Finding("problem", "config.toml", f"{error}. Restore it from the recipe that started the run")
+        return
+    yield Finding("ok", "config.toml", f"{config.objective.name} on {config.data.train}, model {config.model.path}")
+
+
+def check_logs(run: Path) -> Iterator[Finding]:
+    """The line-a-step logs: every line reads, and steps follow each other."""
+    for name in LOGS:
+        path = run / name
+        if not path.exists():
+            continue
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = read_lines(path)
+        if len(kept) < len(lines):
+            text = f"line {len(kept) + 1} of {len(lines)} can't be read: cut short by a crash, or damaged"
+            yield Finding("problem", name, text, _cut(path, b"".join(lines[: len(kept)]).decode("utf-8")))
+        else:
+            yield Finding("ok", name, f"{len(kept)} lines")
+    steps = [r.get("step") for r in read_lines(run / "metrics.jsonl")]
+    if steps != list(range(1, len(steps) + 1)):
+        yield Finding("problem", "metrics.jsonl", "its steps do not follow each other from 1")
+
+
+def _ledger_problem(path: Path) -> str | None:
+    try:
+        found = (pq.read_schema(path).metadata or {}).get(b"format", b"none").decode("utf-8", "replace")
+        if found != str(LEDGER_FORMAT):
+            return f"has format {found}; this version reads {LEDGER_FORMAT}"
+        pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        return f"can't be read: {str(error).splitlines()[0]}"
+    return None
+
+
+def check_rollouts(run: Path) -> Iterator[Finding]:
+    """Every step of the log has its rollouts, and they can be read."""
+    paths = sorted((run / "rollouts").glob("step-*.parquet"))
+    for path in paths:
+        problem = _ledger_problem(path)
+        if problem:
+            yield Finding("problem", f"rollouts/{path.name}", problem, _put_aside(path))
+    logged = {r.get("step") for r in read_lines(run / "metrics.jsonl")}
+    missing = sorted(s for s in logged - {int(p.stem.removeprefix("step-")) for p in paths} if isinstance(s, int))
+    if missing:
+        yield Finding("problem", "rollouts", f"the rollouts of steps {', '.join(map(str, missing))} are missing")
+    yield Finding("ok", "rollouts", f"{len(paths)} files")
+
+
+def check_checkpoints(run: Path) -> Iterator[Finding]:
+    """Checkpoints by their checksums, and the finished model."""
+    checkpoints = list_checkpoints(run)
+    for directory in checkpoints:
+        problem = damage(directory)
+        name = f"checkpoints/{directory.name}"
+        if problem:
+            yield Finding("problem", name, f"{problem}; the one before will be used", _put_aside(directory))
+        else:
+            yield Finding("ok", name, "intact")
+    if (run / "model" / MANIFEST).exists() and (problem := damage(run / "model")):
+        yield Finding("problem", "model", f"{problem}; write it again with --resume after deleting summary.json")
+
+
+def check_journal(run: Path) -> Iterator[Finding]:
+    """Journals of rollouts that no checkpoint holds."""
+    for path in sorted((run / "journal").glob("step-*.journal")):
+        content = path.read_bytes()
+        ends = [end for end, _ in records(content)]
+        torn = len(content) - (ends[-1] if ends else 0)
+        text = f"{max(0, len(ends) - 1)} candidates" + (f", and {torn} bytes that a kill cut short" if torn else "")
+        yield Finding("note" if torn else "ok", f"journal/{path.name}", text)
+
+
+def check_state(run: Path) -> Iterator[Finding]:
+    """What was skipped, what was left half written, and how to go on."""
+    if kept := sick_steps(run):
+        yield Finding("note", "sick", f"steps {', '.join(map(str, kept))} were skipped; see 'e3rl replay {run}'")
+    litter = [p for p in run.rglob(".*.tmp") if is_litter(p)]
+    if litter:
+        text = f"{len(litter)} half-written files of a killed process; the next start removes them"
+        yield Finding("note", "litter", text)
+    done = read_lines(run / "metrics.jsonl")
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        yield Finding("ok", "state", f"finished after {summary['steps']} steps")
+    except FileNotFoundError:
+        intact = next((d.name for d in list_checkpoints(run) if not damage(d)), None)
+        start = f"from {intact}" if intact else "from the beginning"
+        yield Finding("note", "state", f"unfinished, {len(done)} steps logged; --resume goes on {start}")
+    except (ValueError, KeyError, TypeError) as error:
+        yield Finding("problem", "summary.json", f"is damaged: {error}", _put_aside(run / "summary.json"))
+
+
+def check_run(run: Path) -> Iterator[Finding]:
+    """Everything about a run directory."""
+    for check in (check_config, check_logs, check_rollouts, check_checkpoints, check_journal, check_state):
+        yield from check(run)
+
+
+def repair_run(run: Path, findings: list[Finding]) -> int:
+    """Put right what can be; how many. Refused while a process trains in the directory."""
+    held = RunDirectory(run)  # clears half-written files
+    try:
+        repairs = [f.repair for f in findings if f.repair is not None]
+        for repair in repairs:
+            repair()
+        return len(repairs)
+    finally:
+        held.release()
