@@ -22,7 +22,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}.")
 
 
-class SickLogits(Exception):
+class SickLogits(UserError):
     """The model's output is NaN or infinite, so there is nothing to sample from. ``draw`` names the row."""
 
     def __init__(self, draw: Draw) -> None:

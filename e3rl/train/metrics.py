@@ -47,6 +47,7 @@ METRICS: dict[str, str] = {
     "over_kl_limit": "DisCO: share of responses beyond kl_limit",
     "kl_old": "DisCO: mean per-token KL from the policy that made the rollout",
     "logprob": "SFT: mean log-probability of a solution's token",
+    "skipped": "1 where the step was left out because of NaN, infinite or exploding numbers: nothing was learnt; else 0",
     "grad_norm": "gradient norm before clipping",
     "learning_rate": "learning rate of the step",
     "mismatch_mean": "mean |log-probability by the engine - by the trainer| of a sampled token",

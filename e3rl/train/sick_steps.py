@@ -98,10 +98,10 @@ def _rewarded(plain: Mapping[str, Any]) -> RewardedGroup:
 
 
 class SickBook:
-    """Counts the steps that a run skips in a row. ``log``: its metrics.jsonl, where a resumed run finds the last ones."""
+    """Counts the steps that a run skips in a row. ``run`` is where this rank writes, ``shared`` where the first one does."""
 
-    def __init__(self, run: Path, log: Path, limit: int, say: Callable[[str], None]) -> None:
-        self._run, self._log, self._limit, self._say = run, log, limit, say
+    def __init__(self, run: Path, shared: Path, limit: int, say: Callable[[str], None]) -> None:
+        self._run, self._log, self._limit, self._say = run, shared / "metrics.jsonl", limit, say
 
     def learn(
         self, learner: Learner, groups: Sequence[RewardedGroup], update: int, step: int

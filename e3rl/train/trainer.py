@@ -49,6 +49,7 @@ from e3rl.train.model_card import model_card
 from e3rl.train.prompts import load_prompts
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
+from e3rl.train.sick_steps import SickBook
 from e3rl.train.step_metrics import StepTimes, staleness, step_record
 from e3rl.train.summary import run_summary
 from e3rl.train.together import SharedRollouts, SharedScorer, Together
@@ -134,6 +135,7 @@ class Trainer:
         self._entropy_moments: Moments | None = None
         self._stop = StopRequest(self._ranks)
         self.directory = RunDirectory.resume(config) if resume and self._ranks.first else RunDirectory.create(config)
+        self._sick_book = SickBook(self.run_path, self._together.path, config.train.max_skipped_steps, self._note)
         if resume:
             self._restore()
 
@@ -183,13 +185,14 @@ class Trainer:
         if self.config.rollout.ahead and self._step + 1 < self.steps:
             self._ahead.start(self._assignment(self._step + 2))
         began = time.perf_counter()
-        lessons, update = self._learner.learn(collected.kept, version)
+        lessons, update = self._sick_book.learn(self._learner, collected.kept, version, self._step + 1)
         self._step += 1
         seconds = StepTimes(harvest.rollout_seconds, harvest.reward_seconds, time.perf_counter() - began)
         self._ahead.wait()
         self._publish_weights()
         record = step_record(self._step, epochs, collected, lessons, update, seconds, self._tokens)
         record["reward_restarts"] = self._scorer.worker_restarts - restarts
+        record["skipped"] = int(math.isnan(update.grad_norm))
         record["staleness"] = staleness(collected.all, version)
         self._record(collected.all, lessons, record)
         if self._due(self.config.train.eval_steps) and not self._done():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.train.learner import Learner, Lesson
+from e3rl.train.listeners import Silent
 from e3rl.train.prompts import load_prompts
-from e3rl.train.run_directory import RunDirectory
+from e3rl.train.run_directory import RunDirectory, read_lines
 from e3rl.train.sick import Finding, SickNumbers
 from e3rl.train.sick_steps import KEPT, SickBook, SickStep, read_sick, sick_steps, write_sick
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 from tests.train.rollouts import rewarded_group
 from tests.train.test_learner import GROUPS, _learner
@@ -146,7 +150,7 @@ def test_only_the_newest_skipped_steps_are_kept(tmp_path: Path):
 
 def test_steps_are_skipped_within_the_limit_and_only_in_a_row(tmp_path: Path):
     log, said = tmp_path / "metrics.jsonl", []
-    book = SickBook(tmp_path, log, 2, said.append)
+    book = SickBook(tmp_path, tmp_path, 2, said.append)
     sick = SickNumbers(Finding("loss", float("nan"), group=1), 3)
 
     def record(*skipped: int) -> None:
@@ -164,7 +168,7 @@ def test_steps_are_skipped_within_the_limit_and_only_in_a_row(tmp_path: Path):
 
 def test_a_skipped_step_teaches_nothing_and_the_next_one_does(tmp_path: Path):
     learner = _learner(kl_coef=0.0, train=TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_log_ratio=1e-12))
-    book = SickBook(tmp_path, tmp_path / "metrics.jsonl", 1, lambda _: None)
+    book = SickBook(tmp_path, tmp_path, 1, lambda _: None)
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
     learner._objective = _RootLoss()  # type: ignore[assignment]
     lessons, update = book.learn(learner, GROUPS, 0, 1)
@@ -188,7 +192,7 @@ def _skipped_run(tmp_path: Path, harm: str) -> Path:
         weight = policy.model.model.layers[1].mlp.down_proj.weight
         weight[3, 4] = float(harm)
     trajectories = [rewarded_group(p.problem.id, [1.0, 0.0], [[3], [4]]) for p in rendered]
-    SickBook(run, run / "metrics.jsonl", 1, lambda _: None).learn(learner, trajectories, 0, 1)
+    SickBook(run, run, 1, lambda _: None).learn(learner, trajectories, 0, 1)
     return run
 
 
@@ -208,3 +212,43 @@ def test_replay_without_a_skipped_step_is_refused(tmp_path: Path, capsys: pytest
     write_sick(tmp_path, _sick(7))
     assert main(["replay", str(tmp_path), "--step", "6"]) == 2
     assert "keeps no skipped step 6; it keeps 7" in capsys.readouterr().err
+
+
+class _Sick(Silent):
+    """Makes a weight infinite before the second step, and well again before the third."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.notes: list[str] = []
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        assert self.trainer is not None
+        learner = self.trainer._learner
+        if record["step"] == 1:
+            self._well, learner._objective = learner._objective, _RootLoss()  # type: ignore[assignment]
+        elif record["step"] == 2:
+            learner._objective = self._well
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_run_skips_a_sick_step_and_goes_on(tmp_path: Path):
+    listener = _Sick()
+    trainer = listener.trainer = Trainer(lab_config(tmp_path, "train.steps=3"), listeners=[listener])
+    trainer.train()
+    records = read_lines(trainer.run_path / "metrics.jsonl")
+    assert [r["skipped"] for r in records] == [0, 1, 0]
+    assert records[1]["grad_norm"] is None, "never a silent zero"
+    assert "loss" not in records[1]
+    assert records[2]["grad_norm"] is not None
+    assert [n for n in listener.notes if "in step 2: the step is skipped" in n]
+    assert sick_steps(trainer.run_path) == [2]
+
+
+def test_a_run_stops_where_the_limit_is_reached(tmp_path: Path):
+    listener = _Sick()
+    trainer = Trainer(lab_config(tmp_path, "train.steps=3", "train.max_skipped_steps=0"), listeners=[listener])
+    listener.trainer = trainer
+    with pytest.raises(UserError, match=r"the gradient is nan.*in step 2 \(train\.max_skipped_steps = 0\)"):
+        trainer.train()
