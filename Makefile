@@ -31,7 +31,7 @@ demo: setup
 	@.venv/bin/e3rl train demo --again
 
 test: python
-	@"$(PYTHON)" tools/setup.py test peers
+	@"$(PYTHON)" tools/setup.py test peers docs
 	.venv/bin/python -m pytest -n 2
 
 test-peers: python

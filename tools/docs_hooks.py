@@ -1,4 +1,4 @@
-"""Lets mkdocs build pages that also read well in the repository: links to files outside docs/ become plain text."""
+"""Lets mkdocs build pages that also read well in the repository, and lists the pages of results by itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from typing import Any
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
+def on_config(config: Any) -> Any:
+    """Every page of docs/results stands in the navigation, under its own title."""
+    pages = sorted(p.name for p in (Path(config["docs_dir"]) / "results").glob("*.md"))
+    config["nav"].append({"Results": [f"results/{name}" for name in pages]})
+    return config
+
+
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """The page, with nothing that leads out of the site by a relative path."""
+    """The page, with plain text where a relative link would lead out of the site."""
     docs = Path(config["docs_dir"]).resolve()
     here = Path(page.file.abs_src_path).resolve().parent
 
