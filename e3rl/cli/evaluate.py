@@ -89,6 +89,7 @@ def _evaluate(
 ) -> Policy | None:
     """One set of problems, to the end or to a stop; the policy, where it had to be loaded."""
     from e3rl.evaluate.evaluation import spread
+    from e3rl.evaluate.identity import settings_of
     from e3rl.evaluate.store import SampleStore
     from e3rl.evaluate.study import Plan, conclude, missing
     from e3rl.models import load_policy
@@ -96,6 +97,7 @@ def _evaluate(
     problems = spread(_problems(source, config, console), config.eval.limit)
     plan = Plan.of([p.id for p in problems], config, erase=options.erase)
     store = SampleStore(_directory(source, options, config))
+    store.claim(settings_of(config))
     began = time.monotonic()
     try:
         if options.workers > 1:

@@ -73,6 +73,11 @@ def settings_digest(config: Config) -> str:
     return _digest([json.dumps(tables, sort_keys=True)])[:8]
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """The part of an identity that is known before the model is loaded."""
+    return {"decoding": decoding(config), "rewards": {"functions": list(config.rewards.functions)}}
+
+
 def identity(
     model: Any,
     source: str,
@@ -91,8 +96,7 @@ def identity(
             "prompts": prompts_digest(prompts),
             "answers": problems_digest(prompts),
         },
-        "decoding": decoding(config),
-        "rewards": {"functions": list(config.rewards.functions)},
+        **settings_of(config),
     }
     if erase:
         tables = json.dumps(reference.to_tables(), sort_keys=True) if reference else ""
