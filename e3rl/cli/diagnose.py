@@ -9,7 +9,9 @@ from pathlib import Path
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes
 from e3rl.config import Config, RewardsConfig, load_config
-from e3rl.errors import UserError
+from e3rl.errors import UserError, unknown
+
+SETTINGS = "paper-1, paper-2, paper+eps, eps-0.5, eps-1, half, whole-mild, whole"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="problems like those it will be used on: a file, a hub id or lab:FAMILY[:LEVEL]")
     parser.add_argument("--problems", type=int, default=48, metavar="N", help="problems to look at (default 48)")
     parser.add_argument("--retries", type=int, default=4, metavar="N", help="retries from each prefix (default 4)")
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="T", help="for plain decoding (default 1, 0.6 and 0.3)"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", metavar="NAME", help=f"erasure settings to try, of: {SETTINGS} (default all)"
+    )
     parser.add_argument("--output", type=Path, default=Path("diagnosis"), metavar="DIR", help="where page and JSON go")
     parser.add_argument(
         "--recipe", help="take the other settings from this recipe; default: those saved beside the model"
@@ -37,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from e3rl.cli.quiet import quiet_libraries
+    from e3rl.diagnose import decoding
     from e3rl.diagnose.advice import advise
     from e3rl.diagnose.diagnosis import diagnose
     from e3rl.diagnose.page import write_diagnosis
@@ -44,6 +53,13 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.models import load_policy, resolve_model_path
     from e3rl.rollout.companions import find_companions
 
+    temperatures = options.temperatures or decoding.TEMPERATURES
+    settings = tuple(decoding.SETTINGS) if options.settings is None else tuple(options.settings)
+    for name in settings:
+        if name not in decoding.SETTINGS:
+            raise unknown("erasure setting", name, decoding.SETTINGS)
+    if not all(0 < t < float("inf") for t in temperatures):
+        raise UserError("--temperatures must be above 0")
     quiet_libraries()
     companions = find_companions(resolve_model_path(options.model))
     recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
@@ -57,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
         config,
         problems=options.problems,
         retries=options.retries,
+        temperatures=temperatures,
+        settings=settings,
         own_settings=recipe is not None,
         report=lambda text: console.print(f"{text} …", highlight=False),
     )

@@ -20,9 +20,7 @@ from e3rl.types import Prompt
 
 Kind = Literal["plain", "majority", "erasable"]
 
-TEMPERATURES = (1.0, 0.8, 0.6, 0.3)
-VOTED = (1.0, 0.6)
-"""Temperatures at which samples also vote."""
+TEMPERATURES = (1.0, 0.6, 0.3)
 _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_weight")
 
 
@@ -30,6 +28,7 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 class Setting:
     """A way to erase: weights of U's terms and kappa_0; ``segments``: cut a response into so many, None: as configured."""
 
+    title: str
     weights: tuple[float, float, float, float]
     kappa0: float
     segments: int | None = None
@@ -51,16 +50,16 @@ class Setting:
 _PAPER = (1.0, 0.5, 0.1, 0.0)
 _ENTROPY = (1.0, 0.0, 0.0, 0.0)
 _EPS = (0.0, 0.0, 0.0, 1.0)
-LATE = "entropy of the whole response, κ₀ = −0.5"
+LATE = "whole"
 SETTINGS: Mapping[str, Setting] = {
-    "U, paper, κ₀ = 1": Setting(_PAPER, 1.0),
-    "U, paper, κ₀ = 2": Setting(_PAPER, 2.0),
-    "U + ε, κ₀ = 1": Setting((1.0, 0.5, 0.1, 1.0), 1.0),
-    "ε, κ₀ = 0.5": Setting(_EPS, 0.5),
-    "ε, κ₀ = 1": Setting(_EPS, 1.0),
-    "entropy of half a response, κ₀ = −0.5": Setting(_ENTROPY, -0.5, segments=2),
-    "entropy of the whole response, κ₀ = 0.5": Setting(_ENTROPY, 0.5, segments=1),
-    LATE: Setting(_ENTROPY, -0.5, segments=1),
+    "paper-1": Setting("U, paper, κ₀ = 1", _PAPER, 1.0),
+    "paper-2": Setting("U, paper, κ₀ = 2", _PAPER, 2.0),
+    "paper+eps": Setting("U + ε, κ₀ = 1", (1.0, 0.5, 0.1, 1.0), 1.0),
+    "eps-0.5": Setting("ε, κ₀ = 0.5", _EPS, 0.5),
+    "eps-1": Setting("ε, κ₀ = 1", _EPS, 1.0),
+    "half": Setting("entropy of half a response, κ₀ = −0.5", _ENTROPY, -0.5, segments=2),
+    "whole-mild": Setting("entropy of the whole response, κ₀ = 0.5", _ENTROPY, 0.5, segments=1),
+    LATE: Setting("entropy of the whole response, κ₀ = −0.5", _ENTROPY, -0.5, segments=1),
 }
 """Erasure settings that are compared, beside the model's own. The late ones see what follows from a mistake."""
 
@@ -115,30 +114,45 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
 
 
 def compare(
-    engine: Engine, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, own: bool
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    tokenizer: Any,
+    config: Config,
+    *,
+    temperatures: Sequence[float],
+    settings: Sequence[str],
+    own: bool,
 ) -> list[Decoding]:
-    """Every way to decode on the same problems. ``own``: the config's erasure settings are one of them."""
+    """Every way to decode on the same problems: plainly at each temperature, with erasure at the highest in each of the named
+    `SETTINGS`, and in the most accurate of these at the best temperature. ``own``: the config's own settings are one of them.
+    """
 
     def measured(name: str, kind: Kind, temperature: float, config: Config) -> tuple[Decoding, Evaluation]:
         sampling = replace(config.eval, temperature=temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k)
         settings = replace(config, eval=sampling)
         result = evaluate(engine, prompts, scorer, tokenizer, settings, erase=kind == "erasable")
         tokens = result.record()["tokens"] / result.correct_PK.size
-        return _of(name, kind, temperature, tokens, result.correct_PK), result
+        return _of(f"{name}, T = {temperature:g}", kind, temperature, tokens, result.correct_PK), result
 
     found: list[Decoding] = []
-    for temperature in TEMPERATURES:
-        decoding, evaluation = measured(f"plain, T = {temperature:g}", "plain", temperature, config)
-        found.append(decoding)
-        if temperature in VOTED:
-            found += _votes(evaluation, tokenizer, temperature, decoding.tokens)
-    settings = {name: setting.applied(config) for name, setting in SETTINGS.items()}
-    if own and config not in settings.values():
-        settings["the model's own settings"] = config
-    found += [measured(name, "erasable", 1.0, chosen)[0] for name, chosen in settings.items()]
-    for name in ("ε, κ₀ = 1", LATE):
-        found.append(measured(f"{name}, T = 0.6", "erasable", 0.6, settings[name])[0])
+    for temperature in temperatures:
+        decoding, evaluation = measured("plain", "plain", temperature, config)
+        found += [decoding, *_votes(evaluation, tokenizer, temperature, decoding.tokens)]
+    chosen = {SETTINGS[key].title: SETTINGS[key].applied(config) for key in settings}
+    if own and config not in chosen.values():
+        chosen["the model's own settings"] = config
+    highest, best = max(temperatures), max((d for d in found if d.kind == "plain"), key=_accuracy).temperature
+    erasable = {name: measured(name, "erasable", highest, settings)[0] for name, settings in chosen.items()}
+    found += erasable.values()
+    if erasable and best != highest:
+        name = max(erasable, key=lambda name: _accuracy(erasable[name]))
+        found.append(measured(name, "erasable", best, chosen[name])[0])
     return found
+
+
+def _accuracy(decoding: Decoding) -> float:
+    return decoding.avg.value or 0.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.diagnose.decoding import Contest, Decoding, compare, contest
+from e3rl.diagnose.decoding import SETTINGS, TEMPERATURES, Contest, Decoding, compare, contest
 from e3rl.diagnose.labels import knows_steps, require_rewards
 from e3rl.diagnose.sampling import First, Fork, Observation, choose_forks, firsts, retry, roll_out
 from e3rl.diagnose.signals import LATE, RESPONSE_SIGNALS, SIGNALS
@@ -143,6 +143,8 @@ def diagnose(
     *,
     problems: int,
     retries: int,
+    temperatures: Sequence[float] = TEMPERATURES,
+    settings: Sequence[str] = tuple(SETTINGS),
     own_settings: bool,
     report: Callable[[str], None] = lambda text: None,
 ) -> Diagnosis:
@@ -167,7 +169,8 @@ def diagnose(
             engine, scorer, policy.tokenizer, config, choose_forks(samples, config.run.seed), retries, by_steps
         )
         report("decoding: plain, votes, erasable")
-        decodings = compare(engine, prompts, scorer, policy.tokenizer, config, own_settings)
+        ways = {"temperatures": temperatures, "settings": settings, "own": own_settings}
+        decodings = compare(engine, prompts, scorer, policy.tokenizer, config, **ways)  # type: ignore[arg-type]
     every, starts = observations_of(samples)
     right = np.array([f.right for f in samples], dtype=float)
     names = [f.trajectory.prompt.problem.id for f in samples]

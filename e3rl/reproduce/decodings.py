@@ -37,14 +37,15 @@ class Way:
 
     @property
     def name(self) -> str:
-        return f"{self.setting or 'plain'}, T = {self.temperature:g}"
+        title = SETTINGS[self.setting].title if self.setting else "plain"
+        return f"{title}, T = {self.temperature:g}"
 
 
 WAYS = (
     Way(1.0),
     Way(0.6),
     Way(0.3),
-    Way(1.0, "ε, κ₀ = 1"),
+    Way(1.0, "eps-1"),
     Way(1.0, LATE),
     Way(0.6, LATE),
 )

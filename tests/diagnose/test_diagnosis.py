@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
 from e3rl.config import load_config
 from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
@@ -37,7 +38,7 @@ def test_everything_is_measured(written: Path):
     assert [s["name"] for s in found["signals"]] == list(SIGNALS)
     assert all(0 <= s["overall"]["value"] <= 1 for s in found["signals"])
     kinds = [d["kind"] for d in found["decodings"]]
-    assert kinds.count("plain") == 4
+    assert kinds.count("plain") == 3
     assert {"majority", "erasable"} <= set(kinds)
     assert sum(e["count"] for e in found["gains"][0]["gains"]) == 8 * 4  # one fork a sample
     plain = {d["temperature"]: d for d in found["decodings"] if d["kind"] == "plain"}
@@ -59,6 +60,8 @@ def test_the_page_holds_its_figures_and_loads_nothing(written: Path):
     [
         (["--problems", "3"], "--problems must be at least 4"),
         (["--retries", "0"], "--retries at least 1"),
+        (["--settings", "hole"], "unknown erasure setting 'hole'. Did you mean 'whole'?"),
+        (["--temperatures", "0"], "--temperatures must be above 0"),
         (["rollout.num_generations=1"], "rollout.num_generations must be at least 2"),
     ],
 )
@@ -132,9 +135,13 @@ def test_late_settings_cut_the_response_anew():
     late = SETTINGS[LATE].applied(config)
     assert (late.rollout.segment_length, late.rollout.max_segments, late.rollout.completion_limit) == (40, 1, 40)
     assert (late.erasure.smoothing_window, late.erasure.rho, late.erasure.base_weight) == (0, 0.0, 1.0)
-    half = SETTINGS["entropy of half a response, κ₀ = −0.5"].applied(config)
+    half = SETTINGS["half"].applied(config)
     assert (half.rollout.segment_length, half.rollout.max_segments) == (20, 2)
-    assert SETTINGS["ε, κ₀ = 1"].applied(config).rollout == config.rollout
+    assert SETTINGS["eps-1"].applied(config).rollout == config.rollout
+
+
+def test_the_help_names_every_setting():
+    assert ", ".join(SETTINGS) == NAMED
 
 
 def test_groups_without_a_signal_are_pointed_out():
