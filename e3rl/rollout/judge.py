@@ -7,9 +7,11 @@ candidates arrive changes no digit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +60,7 @@ class _History:
     """What the judge was told about one sibling, by segment index."""
 
     firsts: list[Candidate] = field(default_factory=list)
+    measured: list[Uncertainty] = field(default_factory=list)  # of the firsts, where the baseline needed it
     committed: list[Candidate] = field(default_factory=list)
     attempts: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
@@ -122,7 +125,8 @@ class GroupJudge:
         if segment == len(self._statistics):
             self._statistics.append(self._freeze(segment))
         statistics = self._statistics[segment]
-        u = self._uncertainty(history, candidate, statistics.entropies)
+        known = segment < len(history.measured) and candidate is history.firsts[segment]
+        u = history.measured[segment] if known else self._uncertainty(history, candidate, statistics.entropies)
         theta = self._threshold(history, statistics.baseline, attempt)
         verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
         return Judgement(u, theta, attempt, verdict)
@@ -158,7 +162,9 @@ class GroupJudge:
         present = [h for h in self._histories if len(h.firsts) > segment]
         if len(present) < self._config.min_siblings:
             return self._statistics[-1].baseline
-        totals = [self._uncertainty(h, h.firsts[segment], entropies).total for h in present]
+        for history in present:
+            history.measured.append(self._uncertainty(history, history.firsts[segment], entropies))
+        totals = [h.measured[segment].total for h in present]
         return self._macro_baseline(*threshold.group_moments(_tensor(totals)))
 
     def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
@@ -172,7 +178,7 @@ class GroupJudge:
 
     def _threshold(self, history: _History, baseline: float, attempt: int) -> Threshold:
         """Eq 17-18. Theta_n(e); phi looks at the sibling's own committed segments (D6 at the first)."""
-        penalty = float(threshold.attempt_penalty(attempt, self._config.eta, self._config.delta))
+        penalty = _attempt_penalty(attempt, self._config.eta, self._config.delta)
         phi = self._config.first_modulation
         if history.smoothed:
             baselines_N = _tensor([s.baseline for s in self._statistics[: len(history.smoothed)]])
@@ -180,5 +186,10 @@ class GroupJudge:
         return Threshold(float(threshold.threshold(baseline, penalty, phi)), baseline, penalty, phi)
 
 
+@functools.cache
+def _attempt_penalty(attempt: int, eta: float, delta: float) -> float:
+    return float(threshold.attempt_penalty(attempt, eta, delta))
+
+
 def _tensor(values: float | Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.from_numpy(np.array(values, dtype=np.float64))  # twice as fast as torch.tensor
