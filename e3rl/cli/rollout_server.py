@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
 from e3rl.config import load_config
+from e3rl.distributed import TOKEN_VARIABLE
 from e3rl.errors import UserError
 
 
@@ -14,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"the run's own: a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     parser.add_argument("--port", type=int, default=8100, help="default: 8100; 0 takes any free one")
-    parser.add_argument("--token", help="asked of the trainer, which has it in E3RL_ROLLOUT_TOKEN; needed with --host")
+    parser.add_argument("--token", help=f"asked of the trainer; default: ${TOKEN_VARIABLE}; needed with --host")
     parser.add_argument(
         "--longest-prompt", type=int, default=1024, metavar="TOKENS", help="longest prompt that rows have room for"
     )
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from e3rl.serve.access import Access
 
-    access = Access(options.host, options.token)
+    access = Access(options.host, options.token or os.environ.get(TOKEN_VARIABLE))
     if options.longest_prompt < 1:
         raise UserError("--longest-prompt must be at least 1")
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)

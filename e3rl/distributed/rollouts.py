@@ -9,6 +9,7 @@ from typing import Protocol
 from safetensors.torch import save as save_safetensors
 
 from e3rl.config import Config
+from e3rl.distributed import TOKEN_VARIABLE
 from e3rl.distributed.client import server_place
 from e3rl.distributed.messages import Assignment
 from e3rl.distributed.pool import Place, Terms, WorkerPool
@@ -18,9 +19,6 @@ from e3rl.rollout.engine import Engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.rollout.weights import architecture
 from e3rl.types import Group, Prompt
-
-TOKEN_VARIABLE = "E3RL_ROLLOUT_TOKEN"
-"""The environment variable with the token of the rollout servers; a token in a recipe would be in every run directory."""
 
 
 class Rollouts(Protocol):

@@ -1,0 +1,234 @@
+"""Where the time of a step goes on any number of GPUs: rollouts simulated event by event, training and weights by formula.
+
+The rollouts follow the rules of the real ones: groups are handed to whichever worker has room, a segment is judged when all
+siblings that are still going have drawn it, an erased candidate is drawn again while the others go on. What things cost
+is measured, or worked out from a GPU's data sheet; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from dataclasses import dataclass, field
+
+from e3rl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a worker's engine and a trainer need, in seconds. A decode step of b rows takes step + row * b."""
+
+    step: float
+    row: float
+    prompt: float  # for one group's prompt
+    train_token: float  # scoring and gradients, one GPU
+    sync: float  # new weights to all workers
+    reward: float = 0.0  # of a whole step
+    start: float = 0.0  # of a worker's part in a batch: connection, first exchange
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step generates. ``erase`` is the chance that a candidate is erased, ``end`` that a segment is the last."""
+
+    groups: int
+    siblings: int
+    segment_length: int
+    segments: int
+    erase: float
+    end: float
+    max_erasures: int = 5
+    prompt_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if min(self.groups, self.siblings, self.segment_length, self.segments) < 1:
+            raise UserError("groups, siblings, segments and their length must all be at least 1")
+        if not (0 <= self.erase <= 1 and 0 <= self.end <= 1):
+            raise UserError("the chances of erasing and of ending must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RolloutTime:
+    """One simulated batch. ``waiting``: share of the rows' time in flight spent at a barrier, not decoding."""
+
+    seconds: float
+    tokens: int
+    erased_tokens: int
+    waiting: float
+    idle: float  # share of the workers' time after their last group, while others still work
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A whole step: with rollouts, training and weights one after the other, or rollouts beside the training."""
+
+    rollout: RolloutTime
+    train: float
+    sync: float
+    reward: float
+    ahead: bool
+
+    @property
+    def seconds(self) -> float:
+        """From the step's beginning to the next one's."""
+        rollout = self.rollout.seconds + self.reward
+        return (max(rollout, self.train) if self.ahead else rollout + self.train) + self.sync
+
+    @property
+    def bottleneck(self) -> str:
+        """What takes longest."""
+        parts = {"rollout": self.rollout.seconds, "training": self.train, "weights": self.sync, "rewards": self.reward}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(slots=True)
+class _Sibling:
+    segment: int = 0
+    drawn: bool = False  # its first candidate of this segment is there, and waits for the others
+    attempt: int = 0
+    finished: bool = False
+    since: float = 0.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    rows: int
+    clock: float = 0.0
+    steps: int = 0  # tokens that a row would have had decoded if it had been there all the time
+    active: list[tuple[int, int, _Group, int]] = field(default_factory=list)
+    groups: int = 0
+
+
+class _Group:
+    """A group on its way; the same rules as `e3rl.rollout.group`, with chance in the place of the judge."""
+
+    def __init__(self, work: Work, chance: random.Random) -> None:
+        self.siblings = [_Sibling() for _ in range(work.siblings)]
+        self._work, self._chance = work, chance
+        self.tokens = self.erased = 0
+        self.waited = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return all(s.finished for s in self.siblings)
+
+    def deliver(self, number: int, now: float) -> list[int]:
+        """A candidate is there: the siblings that draw next."""
+        sibling = self.siblings[number]
+        self.tokens += self._work.segment_length
+        if sibling.attempt == 0:
+            sibling.drawn, sibling.since = True, now
+            return self._judge_waiting(now)
+        return [*self._decide(number), *self._judge_waiting(now)]
+
+    def _judge_waiting(self, now: float) -> list[int]:
+        going: list[int] = []
+        while ready := [i for i, s in enumerate(self.siblings) if s.drawn and self._open(s.segment)]:
+            for number in ready:
+                sibling = self.siblings[number]
+                sibling.drawn = False
+                self.waited += now - sibling.since
+                going += self._decide(number)
+        return going
+
+    def _open(self, segment: int) -> bool:
+        """Whether every sibling that is still going has drawn a first candidate of this segment."""
+        return all(
+            s.finished or s.segment > segment or (s.segment == segment and (s.drawn or s.attempt > 0))
+            for s in self.siblings
+        )
+
+    def _decide(self, number: int) -> list[int]:
+        sibling, work = self.siblings[number], self._work
+        if sibling.attempt < work.max_erasures and self._chance.random() < work.erase:
+            sibling.attempt += 1
+            self.erased += work.segment_length
+            return [number]
+        sibling.segment, sibling.attempt = sibling.segment + 1, 0
+        sibling.finished = sibling.segment == work.segments or self._chance.random() < work.end
+        return [] if sibling.finished else [number]
+
+
+def simulate_rollouts(work: Work, costs: Costs, workers: int, rows: int, seed: int = 0) -> RolloutTime:
+    """One batch on ``workers`` engines of ``rows`` rows each."""
+    if workers < 1 or rows < work.siblings:
+        raise UserError(f"{workers} workers of {rows} rows: at least 1 worker with room for a group of {work.siblings}")
+    chance = random.Random(seed)
+    waiting = [_Group(work, chance) for _ in range(work.groups)]
+    groups, engines = list(waiting), [_Worker(rows, costs.start) for _ in range(workers)]
+    order = [(engine.clock, index) for index, engine in enumerate(engines)]
+    heapq.heapify(order)
+    serial = 0
+    while order:
+        _, index = heapq.heappop(order)
+        engine = engines[index]
+        while waiting and (engine.groups + 1) * work.siblings <= rows and engine.groups < -(-work.groups // workers):
+            group = waiting.pop(0)
+            engine.groups += 1
+            engine.clock += costs.prompt
+            for number in range(work.siblings):
+                serial += 1
+                heapq.heappush(engine.active, (engine.steps + work.segment_length, serial, group, number))
+        if not engine.active:
+            continue
+        end, _, group, number = engine.active[0]
+        engine.clock += (end - engine.steps) * (costs.step + costs.row * len(engine.active))
+        engine.steps = end
+        heapq.heappop(engine.active)
+        for following in group.deliver(number, engine.clock):
+            serial += 1
+            heapq.heappush(engine.active, (engine.steps + work.segment_length, serial, group, following))
+        engine.groups -= group.finished
+        heapq.heappush(order, (engine.clock, index))
+    return _summary(groups, engines, work)
+
+
+def _summary(groups: list[_Group], engines: list[_Worker], work: Work) -> RolloutTime:
+    seconds = max(engine.clock for engine in engines)
+    in_flight = sum(engine.clock for engine in engines) / len(engines)
+    held = in_flight * min(work.groups, sum(engine.rows // work.siblings for engine in engines)) * work.siblings
+    return RolloutTime(
+        seconds=seconds,
+        tokens=sum(g.tokens for g in groups),
+        erased_tokens=sum(g.erased for g in groups),
+        waiting=min(1.0, sum(g.waited for g in groups) / held) if held else 0.0,
+        idle=1 - in_flight / seconds if seconds else 0.0,
+    )
+
+
+def simulate_step(
+    work: Work, costs: Costs, *, workers: int, rows: int, trainers: int, ahead: bool = False, seed: int = 0
+) -> StepTime:
+    """A step with ``workers`` engines and ``trainers`` GPUs that train."""
+    rollout = simulate_rollouts(work, costs, workers, rows, seed)
+    tokens = rollout.tokens - rollout.erased_tokens + work.groups * work.siblings * work.prompt_tokens
+    return StepTime(rollout, tokens * costs.train_token / trainers, costs.sync, costs.reward, ahead)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a data sheet says, and how much of it programs reach. The defaults are those of an H100 SXM."""
+
+    bandwidth: float = 3.35e12  # bytes/s of its memory
+    flops: float = 989e12  # dense bfloat16
+    link: float = 50e9  # bytes/s between machines
+    bandwidth_share: float = 0.7
+    decode_share: float = 0.4
+    train_share: float = 0.4
+
+
+def roofline(parameters: float, kv_bytes: float, context: float, gpu: Gpu | None = None) -> Costs:
+    """Costs of a bfloat16 model on a GPU: decoding by memory and arithmetic, training by arithmetic, weights by the link.
+
+    ``kv_bytes``: of one token's keys and values; ``context``: tokens that a row holds on average. Training counts 2 passes
+    forward and 1 backward: 8 operations a parameter and token.
+    """
+    gpu = gpu or Gpu()
+    memory = gpu.bandwidth * gpu.bandwidth_share
+    return Costs(
+        step=2 * parameters / memory,
+        row=kv_bytes * context / memory + 2 * parameters / (gpu.flops * gpu.decode_share),
+        prompt=2 * parameters * 256 / (gpu.flops * gpu.decode_share),
+        train_token=8 * parameters / (gpu.flops * gpu.train_share),
+        sync=2 * parameters / gpu.link,
+    )
