@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
 
 from e3rl.rollout.projections import Projection, fingerprint, project
+from e3rl.rollout.recorded import RecordedSteps, TensorStep, cuda_graph
 from e3rl.rollout.slot_storage import SlotStorage, StepRows, bucketed
 from e3rl.rollout.step_attention import step_attention
 
@@ -137,6 +138,10 @@ class FusedSlotModel:
             self.storage.add_layer(weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
         self._columns = torch.arange(self.storage.capacity, device=self.device)
         self._attention = step_attention(self.device)
+        self._run: TensorStep = self.step
+        if self.device.type == "cuda":
+            slots = self.storage.scratch + 1
+            self._run = RecordedSteps(self.step, cuda_graph, slots, self.storage.capacity, self.device)
 
     def refresh(self) -> None:
         """Take the model's weights again where they have changed."""
@@ -164,7 +169,7 @@ class FusedSlotModel:
 
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
-        return self.step(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1))
+        return self._run(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1))
 
     def step(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int) -> Tensor:
         """`decode` of tensors alone: the same operations whatever they hold. Row i reads slot i and writes ``slots_R[i]``."""
@@ -194,7 +199,8 @@ class FusedSlotModel:
             if layer.head_norms is not None:
                 qk_RKD = rms_norm(qk_RKD, (weights.dim,), None, weights.eps) * self._by_head(*layer.head_norms)
             qk_RKD = torch.addcmul(qk_RKD * cos_R1D, qk_RKD.roll(weights.dim // 2, -1), sin_R1D)
-            x_RD = x_RD + layer.output(attend(number, *qk_RKD.split([weights.heads, weights.kv_heads], 1), v_RKD))
+            q_RHD, k_RKD = qk_RKD.split([weights.heads, weights.kv_heads], 1)
+            x_RD = x_RD + layer.output(attend(number, q_RHD, k_RKD, v_RKD))
             gate_RD, up_RD = layer.gate_up(rms_norm(x_RD, hidden, layer.post_norm_D, weights.eps)).chunk(2, -1)
             x_RD = x_RD + layer.down(layer.activation(gate_RD) * up_RD)
         return rms_norm(x_RD, hidden, weights.norm_D, weights.eps)
