@@ -11,6 +11,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.report.embed import (
     content_security_policy,
@@ -53,7 +54,10 @@ def write_report(run: Path) -> Path:
 
 def describe_run(run: Path) -> tuple[dict[str, Any], Selection]:
     """A run as the page's data has it, and the rollouts that there is room for beside it."""
-    overview = read_overview(run)
+    try:
+        overview = read_overview(run)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # logs that parse and are no logs of ours
+        raise UserError(f"the logs of {run} are damaged ({error!r}): 'e3rl doctor {run}' says where") from error
     room = DATA_BUDGET - len(to_json(overview).encode())
     selection = select(run, room // 1_000_000 * 1_000_000)  # whole megabytes, so that what was read stays valid
     described = {

@@ -55,8 +55,6 @@ class Selection:
 
 def select(run: Path, budget: int) -> Selection:
     """The newest steps whose rollouts together fit into ``budget`` bytes."""
-    import pyarrow.parquet as pq
-
     paths = sorted((run / "rollouts").glob("step-*.parquet"), reverse=True)
     chosen: list[StepRollouts] = []
     room = budget
@@ -73,8 +71,18 @@ def select(run: Path, budget: int) -> Selection:
         _read_before[key] = step
     for key in [k for k in _read_before if k[0].parent == run / "rollouts" and k not in used]:
         _read_before.pop(key, None)
-    total = sum(pq.read_metadata(path).num_rows for path in paths)
+    total = sum(_rows_in(path) for path in paths)
     return Selection(tuple(reversed(chosen)), total, len(paths))
+
+
+def _rows_in(path: Path) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is no whole rollout ledger ({error}); move it elsewhere to see the others") from None
 
 
 _read_before: dict[tuple[Path, int, int, int], StepRollouts] = {}
@@ -99,7 +107,13 @@ def read_step(path: Path, budget: int) -> StepRollouts:
                     break
                 packer = longer
                 index += index_rows(step, rows)
-    except (pa.ArrowInvalid, KeyError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # a damaged file may fail in any of these
         raise UserError(f"{path} is no whole rollout ledger ({error}); move it elsewhere to see the others") from None
     return StepRollouts(step, tuple(index), packer.closed_by("]}"), total)
 
