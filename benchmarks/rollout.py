@@ -1,0 +1,251 @@
+"""Rollouts against transformers' generate and continuous batching, against the machine, and what erasing costs.
+
+python benchmarks/rollout.py --json out.json                                (a quarter of an hour on two cores)
+python benchmarks/rollout.py --json out.json --only erase_cost --model lab   (one part; what is in the file stays)
+
+Wall-clock medians, measured in turns. A figure above 1 in `vs_…` means that we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads disturb each other
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+import torch
+from rollout_workloads import (
+    LIMIT,
+    PROMPT,
+    SIBLINGS,
+    Workload,
+    by_continuous_batching,
+    by_engine,
+    by_generate,
+    engine_for,
+    load,
+    qwen3_3m,
+    random_prompts,
+)
+
+from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.rollout import step_draws
+from e3rl.rollout.sampling import Samples, SamplingRows, inverse_cdf
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.stats import RolloutStats, summarise
+from e3rl.rollout.torch_engine import TorchEngine
+from e3rl.train.environment import environment
+
+MODELS = ("lab", "qwen3-3m", "smollm2")
+GROUPS = 16
+ROLLOUT = RolloutConfig(num_generations=SIBLINGS, segment_length=16, max_segments=8, max_rows=64)
+Values = dict[str, Any]
+
+
+def in_turns(repeats: int, *tasks: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each task, run ``repeats`` times in turn; a first round is left out where there are three or more."""
+    seconds: list[list[float]] = [[] for _ in tasks]
+    for _ in range(repeats):
+        for task, taken in zip(tasks, seconds, strict=True):
+            began = time.perf_counter()
+            task()
+            taken.append(time.perf_counter() - began)
+    return [taken[1:] if repeats > 2 else taken for taken in seconds]
+
+
+def against_peers(name: str, batch: int, ragged: bool, repeats: int) -> Values:
+    """Useful tokens per second of generate, of continuous batching where lengths are ragged, and ours."""
+    model = load(name)
+    work, engine = Workload.of(model.config.vocab_size, batch, ragged), engine_for(model, batch)
+    peers: dict[str, Callable[[], object]] = {"generate": lambda: by_generate(model, work)}
+    if ragged:
+        peers["continuous_batching"] = lambda: by_continuous_batching(model, work)
+    seconds = in_turns(repeats, lambda: by_engine(engine, work), *peers.values())
+    rates = {key: work.useful_tokens / median(s) for key, s in zip(("e3rl", *peers), seconds, strict=True)}
+    kind = f"{'ragged' if ragged else 'full'}_{batch}"
+    values = {f"vs_generate_{kind}": rates["e3rl"] / rates["generate"], f"tokens_per_second_{kind}": rates}
+    if ragged:
+        values[f"vs_continuous_batching_{batch}"] = rates["e3rl"] / rates["continuous_batching"]
+    return values
+
+
+def roofline(name: str, repeats: int) -> Values:
+    """Tokens per second times 2 FLOPs per weight, over the rate of a large matrix product in the same run."""
+    model, batch, limit, size = load(name), 32, 64, 2048
+    work, engine = (
+        Workload.of(model.config.vocab_size, batch, ragged=False, limit=limit),
+        engine_for(model, batch, limit),
+    )
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    ours, product = in_turns(repeats, lambda: by_engine(engine, work), lambda: [a @ b for _ in range(8)])
+    weights = sum(p.numel() for p in model.parameters())
+    reached, possible = 2 * weights * work.useful_tokens / median(ours), 8 * 2 * size**3 / median(product)
+    return {"roofline_fraction": reached / possible, "gemm_gflops": possible / 1e9}
+
+
+def _roll(engine: TorchEngine, rollout: RolloutConfig, erasure: ErasureConfig, vocabulary: int) -> RolloutStats:
+    prompts = random_prompts(vocabulary, GROUPS)
+    return summarise(Scheduler(engine, rollout, erasure, seed=0).run(prompts, 1, 0))
+
+
+def _rollout_engine(model: Any, eos_ids: Sequence[int]) -> TorchEngine:
+    rows, length = ROLLOUT.max_rows, PROMPT + ROLLOUT.completion_limit
+    return TorchEngine(model, eos_ids=eos_ids, max_rows=rows, cache_rows=2 * rows, max_length=length)
+
+
+def _ending(vocabulary: int) -> range:
+    """Tokens that end a response: as many as end one in a hundred under a flat distribution."""
+    return range(vocabulary - max(1, vocabulary // 100), vocabulary)
+
+
+def erasing(name: str, repeats: int) -> Values:
+    """What erasable rollouts of 16 groups of 8 cost beside plain ones, at an erase rate of 10 to 30 %."""
+    model = load(name)
+    vocabulary = model.config.vocab_size
+    blind = replace(ROLLOUT, erase=False)
+    for kappa in (1.0, 0.5, 1.5, 2.0, 0.0):
+        erasure, measured = ErasureConfig(kappa0=kappa, max_erasures=5), _rollout_engine(model, _ending(vocabulary))
+        stats = _roll(measured, ROLLOUT, erasure, vocabulary)
+        if 0.1 <= stats.erase_rate <= 0.3:
+            break
+    work = measured.stats
+    engine, unbudgeted = (_rollout_engine(model, _ending(vocabulary)) for _ in range(2))
+    _roll(unbudgeted, replace(ROLLOUT, max_segments=1), replace(erasure, max_erasures=0), vocabulary)
+    plain = _roll(engine, blind, erasure, vocabulary)
+    erased_s, plain_s = in_turns(
+        repeats, lambda: _roll(engine, ROLLOUT, erasure, vocabulary), lambda: _roll(engine, blind, erasure, vocabulary)
+    )
+    each, each_plain = median(erased_s) / stats.committed_tokens, median(plain_s) / plain.committed_tokens
+    return {
+        "erase_cost": each / ((1 + stats.r) * each_plain),
+        "erase_rate": stats.erase_rate,
+        "r": stats.r,
+        "kappa0": erasure.kappa0,
+        "seconds_erasable_plain": [median(erased_s), median(plain_s)],
+        "prefix_tokens_recomputed": work.refed_tokens,
+        "kv_bytes_ratio": work.kv_bytes / unbudgeted.stats.kv_bytes,
+        "prompt_tokens_prefilled": work.prompt_tokens / (GROUPS * PROMPT),
+        "slot_occupancy": work.decode_row_steps / (work.decode_row_steps + work.filling_row_steps),
+        "rows_decoded_together": work.decode_row_steps / work.decode_steps,
+    }
+
+
+def _without_measures(logits_SV: torch.Tensor, rows: SamplingRows, uniforms_S: torch.Tensor) -> Samples:
+    """A token and its log-probability, which any RL rollout needs; nothing of what erasing looks at."""
+    logp_SV = (logits_SV.float() / rows.temperature_S1).log_softmax(-1)
+    ids_S = inverse_cdf(logp_SV.exp(), uniforms_S)
+    logprobs_S = logp_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    zeros_S = torch.zeros_like(logprobs_S)
+    return Samples(ids_S, logprobs_S, zeros_S, zeros_S, zeros_S, torch.ones_like(ids_S))
+
+
+def monitoring(name: str, repeats: int) -> Values:
+    """Plain rollouts in which every token's entropy and every segment's U are taken, over those without either."""
+    model = load(name)
+    vocabulary = model.config.vocab_size
+    engine = _rollout_engine(model, ())
+    watching = ErasureConfig(baseline="static", static_baseline=1e9)  # U of every segment, and nothing above it
+    blind = replace(ROLLOUT, erase=False)
+
+    def without() -> None:
+        with mock.patch.object(step_draws, "sample", _without_measures):
+            _roll(engine, blind, watching, vocabulary)
+
+    watched, unwatched = in_turns(repeats, lambda: _roll(engine, ROLLOUT, watching, vocabulary), without)
+    return {"monitor_overhead": median(watched) / median(unwatched)}
+
+
+def _peak(tokens: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    rows = SIBLINGS
+    engine = TorchEngine(qwen3_3m(), eos_ids=(), max_rows=rows, cache_rows=rows, max_length=PROMPT + tokens)
+    by_engine(engine, Workload([list(range(PROMPT))] * rows, [tokens] * rows, rows))
+    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory() -> Values:
+    """R² of a straight line through the peak memory of a process that generates T tokens in 8 rows."""
+    lengths, peaks = (256, 512, 1024, 2048, 4096), []
+    context = multiprocessing.get_context("spawn")
+    for tokens in lengths:
+        results = context.Queue()
+        process = context.Process(target=_peak, args=(tokens, results))
+        process.start()
+        peaks.append(results.get(timeout=240))
+        process.join()
+    return {
+        "linear_memory": float(np.corrcoef(lengths, peaks)[0, 1] ** 2),
+        "peak_bytes_by_length": dict(zip(lengths, peaks, strict=True)),
+    }
+
+
+def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Values]]]:
+    """(key, model, measurement) of everything that is asked for, the quick ones first."""
+    found: list[tuple[str, str, Callable[[], Values]]] = [("linear_memory", "qwen3-3m", memory)]
+    for name in ("lab", "qwen3-3m"):
+        found += [
+            ("erase_cost", name, lambda name=name: erasing(name, 4)),
+            ("monitor_overhead", name, lambda name=name: monitoring(name, 6)),
+        ]
+        found += [
+            (f"{kind}_{batch}", name, lambda name=name, b=batch, r=kind == "ragged": against_peers(name, b, r, 4))
+            for batch in (16, 64)
+            for kind in ("full", "ragged")
+        ]
+    found += [
+        ("full_16", "smollm2", lambda: against_peers("smollm2", 16, False, 2)),
+        ("ragged_16", "smollm2", lambda: against_peers("smollm2", 16, True, 2)),
+        ("roofline_fraction", "smollm2", lambda: roofline("smollm2", 2)),
+    ]
+    return [part for part in found if _wanted(part[0], options.only) and _wanted(part[1], options.model)]
+
+
+def _wanted(name: str, chosen: Sequence[str] | None) -> bool:
+    return not chosen or name in chosen
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row a key, one column a model."""
+    keys = sorted({key for values in results.values() for key in values if not isinstance(values[key], dict | list)})
+    lines = ["| | " + " | ".join(results) + " |", "| --- " * (len(results) + 1) + "|"]
+    for key in keys:
+        cells = [f"{values[key]:.3g}" if key in values else "" for values in results.values()]
+        lines.append(f"| `{key}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", metavar="KEY", help="linear_memory, erase_cost, full_16, ragged_64, …")
+    parser.add_argument("--model", nargs="+", choices=MODELS)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: dict[str, Values] = {}
+    if options.json.is_file():
+        results = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+    for key, name, measure in parts(options):
+        began = time.perf_counter()
+        values = measure()
+        results.setdefault(name, {}).update(values)
+        print(f"{name} {key} ({time.perf_counter() - began:.0f} s): {values}", flush=True)
+        together = {"environment": environment(), "tokens": {"prompt": PROMPT, "new": LIMIT}, "results": results}
+        options.json.write_text(json.dumps(together, indent=2), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
