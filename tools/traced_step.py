@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ def logprobs_of(learner: Learner, rewarded: RewardedGroup) -> list[float]:
     return [float(x.scores.logprobs_T.sum()) for x in learner.prepare([rewarded]) if not x.sequence.erased]
 
 
+@functools.cache
 def trace() -> Trace:
     """The first problem whose group shows something, through a whole step."""
     config = load_config(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,3 +40,14 @@ def test_traces_are_the_same_up_to_the_last_digit(trace_row: dict[str, Any]):
     assert same("U 0.257 > 0.132", "U 0.258 > 0.131")
     assert not same("U 0.257 > 0.132", "U 0.267 > 0.132")
     assert not same("U 0.257: erased", "U 0.257: committed")
+
+
+def test_the_figures_of_the_concepts_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    drawn = runpy.run_path(str(ROOT / "tools" / "concept_figures.py"))["main"](tmp_path)
+    assert [p.name for p in drawn] == sorted(p.name for p in (ROOT / "docs" / "img").glob("concepts-*.svg"))
+    erasure = drawn[0].read_text(encoding="utf-8")
+    example = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    erased = re.search(r"^drawn +(\S+) .*: erased$", example, re.M)
+    assert erased
+    assert f"erased: {erased[1]}" in erasure
