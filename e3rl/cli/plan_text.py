@@ -24,10 +24,10 @@ def _size(size: int) -> str:
 
 def _memory(plan: Plan) -> Iterator[str]:
     yield "held all the time"
-    yield from (f"  {name:34}{_size(size)}" for name, size in plan.held.items() if size)
+    yield from (f"  {name:38}{_size(size)}" for name, size in plan.held.items() if size)
     for phase, items in plan.phases.items():
-        yield f"during {phase:29}{_size(plan.peak(phase))}   with what is held"
-        yield from (f"  {name:34}{_size(size)}" for name, size in items.items() if size)
+        yield f"during {phase:33}{_size(plan.peak(phase))}   with what is held"
+        yield from (f"  {name:38}{_size(size)}" for name, size in items.items() if size)
 
 
 def _steps(config: Config, plan: Plan) -> Iterator[str]:

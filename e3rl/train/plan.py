@@ -178,6 +178,7 @@ def _phases(config: Config, model: Any, tokens: int, needs: frozenset[str]) -> d
     phases["training"] = {
         "gradients": gradients,
         "activations": activations,
+        "gradients of one layer's activations": saved // layers,
         "logits": chunk_bytes(tokens, vocabulary) + (matrix.nbytes if matrix.requires_grad else 0),
     }
     copies = sum(4 * p.numel() for p in trainable if p.dtype != torch.float32)
