@@ -1,0 +1,34 @@
+"""The finding that the recommended recipe rests on, small: on graphs, whole responses judged by entropy alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from e3rl.cli.recipes import find_recipe
+from e3rl.config import load_config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.evaluate.evaluation import evaluate
+from e3rl.models import load_policy
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engines import build_engine
+
+
+def test_late_erasing_buys_accuracy_and_keeps_pass_on_graphs():
+    """Measured on these problems: Avg@8 0.229 plain, 0.409 erasable; the margin asked for leaves room for other processors."""
+    config = load_config(find_recipe("recommended"))
+    config = replace(config, eval=replace(config.eval, num_samples=8))
+    policy = load_policy(config.model)
+    problems = load_problems("lab:path:2", config=config.data, split="eval")[:48]
+    limit = config.rollout.completion_limit
+    prompts = render_prompts(
+        problems, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
+    )
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+    with Scorer(config.rewards, max_completion_length=limit) as scorer:
+        plain, erasable = (
+            evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase).record() for erase in (False, True)
+        )
+    assert erasable["avg@8"] > plain["avg@8"] + 0.06
+    assert erasable["pass@8"] >= plain["pass@8"]
+    assert erasable["r"] < 1.5
