@@ -6,8 +6,9 @@
 # make test-ranks    training on two ranks: DDP, FSDP2, ZeRO (own environment for DeepSpeed)
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
 # make docs     the documentation as a site in site/
-# make check    style, types, tests
-.PHONY: help setup demo test check lint docs test-peers test-browser test-vllm test-ranks test-ray
+# make check    style, types, tests: what a change must pass to land
+# make dist     wheel and source distribution in dist/
+.PHONY: help setup demo test check lint docs test-peers test-browser test-vllm test-ranks test-ray dist
 
 # the first of these that is new enough; or say make PYTHON=/path/to/python …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -60,5 +61,9 @@ lint: python
 docs: python
 	@"$(PYTHON)" tools/setup.py docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+dist: python
+	@"$(PYTHON)" tools/setup.py dev
+	.venv/bin/python -m build
 
 check: lint test

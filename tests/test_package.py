@@ -1,0 +1,25 @@
+"""What the wheel must carry: every file of the package that is no Python is named in pyproject.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import e3rl
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_no_file_of_the_package_is_left_behind():
+    package = ROOT / "e3rl"
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["e3rl"]
+    carried = {path for pattern in patterns for path in package.glob(pattern)}
+    there = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert there - carried == set()
+    assert package / "py.typed" in carried
+
+
+def test_the_version_is_told_in_one_way():
+    assert PROJECT["project"]["version"] == e3rl.__version__
+    assert f"## {e3rl.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
