@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes
 from e3rl.config import load_config
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     recipe = find_recipe(options.recipe) if options.recipe else None
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
+    announce_foreign_code(config)
     policy = load_policy(replace(config.model, path=options.model))
     result = calibrate(policy, options.data, config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS)
     console = Console()

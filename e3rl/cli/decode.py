@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipes
 from e3rl.config import load_config
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     recipe = find_companions(resolve_model_path(options.model)).recipe
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
+    announce_foreign_code(config)
     prompt = _prompt(options.prompt)
     policy = load_policy(replace(config.model, path=options.model))
     text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes
 from e3rl.config import Config, load_config
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     companions = find_companions(resolve_model_path(options.model))
     recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
+    announce_foreign_code(config)
     if options.data_dir:
         config = replace(config, data=replace(config.data, directory=options.data_dir))
     reported_ks(config.eval.num_samples, options.k)

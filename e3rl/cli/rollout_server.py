@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
 from e3rl.config import load_config
@@ -30,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     if options.longest_prompt < 1:
         raise UserError("--longest-prompt must be at least 1")
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)
+    announce_foreign_code(config)
 
     from e3rl.cli.quiet import quiet_libraries
     from e3rl.distributed.server import make_server

@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipes
 from e3rl.config import load_config
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     companions = find_companions(resolve_model_path(options.model))
     config = load_config(companions.recipe, find_recipes(options.overlay), options.overrides)
+    announce_foreign_code(config)
     policy = load_policy(replace(config.model, path=options.model))
     service = Service(
         policy,

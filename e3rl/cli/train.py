@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
 from e3rl.config import Config, load_config
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
+    announce_foreign_code(config)
     if options.plan:
         return _plan(config, options.device_memory)
 
