@@ -49,7 +49,7 @@ from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.train.environment import environment
 
 MODELS = ("lab", "qwen3-3m", "smollm2")
-GROUPS = 16
+GROUPS = 32  # the last ones decode in thin batches, which is no property of erasing
 ROLLOUT = RolloutConfig(num_generations=SIBLINGS, segment_length=16, max_segments=8, max_rows=64)
 Values = dict[str, Any]
 
@@ -95,8 +95,10 @@ def roofline(name: str, repeats: int) -> Values:
     return {"roofline_fraction": reached / possible, "gemm_gflops": possible / 1e9}
 
 
-def _roll(engine: TorchEngine, rollout: RolloutConfig, erasure: ErasureConfig, vocabulary: int) -> RolloutStats:
-    prompts = random_prompts(vocabulary, GROUPS)
+def _roll(
+    engine: TorchEngine, rollout: RolloutConfig, erasure: ErasureConfig, vocabulary: int, groups: int = GROUPS
+) -> RolloutStats:
+    prompts = random_prompts(vocabulary, groups)
     return summarise(Scheduler(engine, rollout, erasure, seed=0).run(prompts, 1, 0))
 
 
@@ -111,7 +113,7 @@ def _ending(vocabulary: int) -> range:
 
 
 def erasing(name: str, repeats: int) -> Values:
-    """What erasable rollouts of 16 groups of 8 cost beside plain ones, at an erase rate of 10 to 30 %."""
+    """What erasable rollouts of 32 groups of 8 cost beside plain ones, at an erase rate of 10 to 30 %."""
     model = load(name)
     vocabulary = model.config.vocab_size
     blind = replace(ROLLOUT, erase=False)
@@ -161,9 +163,9 @@ def monitoring(name: str, repeats: int) -> Values:
 
     def without() -> None:
         with mock.patch.object(step_draws, "sample", _without_measures):
-            _roll(engine, blind, watching, vocabulary)
+            _roll(engine, blind, watching, vocabulary, 8)
 
-    watched, unwatched = in_turns(repeats, lambda: _roll(engine, ROLLOUT, watching, vocabulary), without)
+    watched, unwatched = in_turns(repeats, lambda: _roll(engine, ROLLOUT, watching, vocabulary, 8), without)
     return {"monitor_overhead": median(watched) / median(unwatched)}
 
 
@@ -191,12 +193,36 @@ def memory() -> Values:
     }
 
 
+_OPERATIONS = {
+    "matrix products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
+    "attention": ("aten::baddbmm", "aten::bmm", "aten::_softmax"),
+    "keys and values written": ("aten::_index_put_impl_", "aten::copy_"),
+    "softmax over the vocabulary": ("aten::_log_softmax", "aten::exp"),
+}
+
+
+def profile(name: str, batch: int) -> Values:
+    """Where the time of a full-length batch goes: shares of the wall clock by kind of operation."""
+    model = load(name)
+    work, engine = Workload.of(model.config.vocab_size, batch, ragged=False, limit=32), engine_for(model, batch)
+    by_engine(engine, work)
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as taken:
+        by_engine(engine, work)
+        seconds = time.perf_counter() - began
+    own = {event.key: event.self_cpu_time_total / 1e6 / seconds for event in taken.key_averages()}
+    shares = {kind: sum(own.get(key, 0.0) for key in keys) for kind, keys in _OPERATIONS.items()}
+    shares["other operations"] = sum(own.values()) - sum(shares.values())
+    shares["Python between them"] = 1 - sum(own.values())
+    return {f"profile_{batch}": shares}
+
+
 def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Values]]]:
     """(key, model, measurement) of everything that is asked for, the quick ones first."""
     found: list[tuple[str, str, Callable[[], Values]]] = [("linear_memory", "qwen3-3m", memory)]
     for name in ("lab", "qwen3-3m"):
         found += [
-            ("erase_cost", name, lambda name=name: erasing(name, 4)),
+            ("erase_cost", name, lambda name=name: erasing(name, 3)),
             ("monitor_overhead", name, lambda name=name: monitoring(name, 6)),
         ]
         found += [
@@ -208,6 +234,9 @@ def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Valu
         ("full_16", "smollm2", lambda: against_peers("smollm2", 16, False, 2)),
         ("ragged_16", "smollm2", lambda: against_peers("smollm2", 16, True, 2)),
         ("roofline_fraction", "smollm2", lambda: roofline("smollm2", 2)),
+    ]
+    found += [
+        ("profile", name, lambda name=name, b=b: profile(name, b)) for name, b in (("qwen3-3m", 64), ("smollm2", 16))
     ]
     return [part for part in found if _wanted(part[0], options.only) and _wanted(part[1], options.model)]
 
