@@ -9,7 +9,6 @@ Needs TRL: pip install 'e3rl[peers]', and gguf for SmolLM2: pip install 'e3rl[sm
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -27,7 +26,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch import Tensor, nn
+from train_step_memory import PeakMemory, logits_of, touch
 from train_step_work import LIMIT, SIBLINGS, Work, fixed_work, model_directory, text_work
 
 from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
@@ -38,7 +37,6 @@ from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.attribution import attribution_layers
 from e3rl.train.environment import environment
 from e3rl.train.learner import Learner
-from e3rl.train.logits import head_scores
 from e3rl.train.packing import packed_size, plan_rows
 from e3rl.train.plan import make_plan
 from e3rl.train.scoring import AttributionSettings, score_sequences
@@ -162,30 +160,6 @@ def against_trl(
     return {**found, "prompts": len(work.texts)}
 
 
-def _resident(field: str) -> float:
-    """A line of /proc/self/status, MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
-
-
-class PeakMemory:
-    """Peak resident memory above what it was when everything was loaded, MiB."""
-
-    def start(self) -> None:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
-        self._base = _resident("VmRSS")
-
-    def above(self) -> float:
-        return _resident("VmHWM") - self._base
-
-
-def touch(model: nn.Module) -> None:
-    """Read every weight: a memory-mapped file is not resident until then."""
-    for parameter in model.parameters():
-        parameter.detach().sum()
-
-
 def memory_of(side: str, directory: Path, work: Work) -> dict[str, float]:
     """Peak of two steps of one side, in this process; run it in one of its own."""
     memory, recompute = PeakMemory(), side.endswith("-recompute")
@@ -250,35 +224,6 @@ def attribution(directory: Path, work: Work, rounds: int) -> dict[str, Any]:
             seconds[name].append(timed(run))
     medians = {name: median(values[1:]) for name, values in seconds.items()}
     return {"attribution_overhead": medians["shares"] / medians["plain"], "seconds": seconds}
-
-
-def naive_scores(head: nn.Linear, hidden_KD: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:
-    """The textbook version: both from the whole log-softmax."""
-    logp_KV = head(hidden_KD).log_softmax(-1)
-    entropies_K = -(logp_KV.exp() * logp_KV).sum(-1)
-    return logp_KV.gather(-1, ids_K[:, None]).squeeze(-1), entropies_K
-
-
-def logits_of(how: str, tokens: int, gradient: bool, vocabulary: int = 151_936, width: int = 1024) -> dict[str, float]:
-    """Peak memory and seconds of log-probabilities and entropies, in a process of its own."""
-    torch.manual_seed(0)
-    head = nn.Linear(width, vocabulary, bias=False).requires_grad_(gradient)
-    hidden_KD = torch.randn(tokens, width, requires_grad=gradient)
-    ids_K = torch.randint(vocabulary, (tokens,))
-    memory = PeakMemory()
-    memory.start()
-    began = time.perf_counter()
-    with torch.set_grad_enabled(gradient):
-        logprobs_K, entropies_K = (
-            naive_scores(head, hidden_KD, ids_K) if how == "naive" else head_scores(head, hidden_KD, ids_K, 1.0)
-        )
-        if gradient:
-            logprobs_K.sum().backward()
-    return {
-        "above_mib": memory.above(),
-        "seconds": time.perf_counter() - began,
-        "sum": float((logprobs_K + entropies_K).sum()),
-    }
 
 
 def logits() -> dict[str, Any]:
