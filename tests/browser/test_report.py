@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import pytest
 from e3rl.report import write_report, write_token_view
 from e3rl.report.server import make_server
 from e3rl.serve.access import Access
+from e3rl.train.run_directory import read_lines
 from e3rl.types import Problem, Prompt
 from tests.report.builder import (
     HOSTILE,
@@ -81,6 +83,15 @@ def test_the_overview_is_drawn(page: Any, run: SyntheticRun) -> None:
     chart.get_by_text("Table").click()
     chart.locator("tbody tr").first.wait_for()
     assert chart.locator("tbody tr").count() == 12
+
+
+def test_speed_is_told_for_the_whole_step_and_by_part(page: Any, run: SyntheticRun) -> None:
+    page.goto(report(run))
+    label = page.locator("#chart-tokens_per_second [role=img]").get_attribute("aria-label")
+    last = read_lines(run.path / "metrics.jsonl")[-1]
+    assert [part.split(":")[0] for part in label.split(". ")[1:4]] == ["whole step", "rollout alone", "training alone"]
+    told = float(re.search(r"rollout alone: .*?, ([\d.]+) at 12", label)[1])
+    assert told == pytest.approx(last["tokens"] / last["seconds_rollout"], rel=0.01)
 
 
 def test_curves_can_be_drawn_over_tokens(page: Any, run: SyntheticRun) -> None:

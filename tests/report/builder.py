@@ -156,6 +156,7 @@ def metrics_record(draw: random.Random, step: int, steps: int, config: Config) -
         "mismatch_ess": 1.0,
         "loss": near(-0.01),
         "tokens": 4000,
+        "committed_tokens": 3500,
         "tokens_total": 4000 * step,
         "tokens_per_second": near(700.0),
         "seconds_rollout": near(4.0),

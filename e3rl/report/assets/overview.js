@@ -16,9 +16,21 @@ function curve(run, name, axis) {
   return { x: run.metrics[AXES[axis][0]] ?? [], y: run.metrics[name] ?? [] };
 }
 
+const PARTS = [["rollout", "rollout", "tokens"], ["reward", "reward", "committed_tokens"], ["train", "training", "committed_tokens"]];
+
+// Tokens that a part of the step handles, over the seconds that it takes; null where it takes none.
+function rate(run, tokens, part) {
+  const seconds = run.metrics["seconds_" + part] ?? [];
+  return (run.metrics[tokens] ?? []).map((count, i) => (seconds[i] ? count / seconds[i] : null));
+}
+
 function curvesOf(run, name, axis) {
-  if (name !== "seconds") return [{ name: "", colour: () => colour(0), legend: false, ...curve(run, name, axis) }];
-  return ["rollout", "reward", "train"].map((part, i) => ({ name: part === "train" ? "training" : part, colour: () => colour(i), stack: true, ...curve(run, "seconds_" + part, axis) }));
+  const alone = { name: "", colour: () => colour(0), legend: false, ...curve(run, name, axis) };
+  const x = run.metrics[AXES[axis][0]] ?? [];
+  if (name === "seconds") return PARTS.map(([part, title], i) => ({ name: title, colour: () => colour(i), stack: true, ...curve(run, "seconds_" + part, axis) }));
+  if (name !== "tokens_per_second") return [alone];
+  const parts = PARTS.filter(([part]) => part !== "reward").map(([part, title, tokens], i) => ({ name: title + " alone", colour: () => colour(i + 1), x, y: rate(run, tokens, part) }));
+  return [{ ...alone, name: "whole step", legend: true }, ...parts];
 }
 
 // Held-out figures with their 95 % intervals; ``figure`` is "avg" or "pass".
