@@ -111,6 +111,14 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
     )
 
 
+def _reranking(diagnosis: Diagnosis) -> str:
+    """The same evidence without erasing, where it was measured."""
+    reranked = [d.avg.value for d in diagnosis.decodings if d.kind == "rerank" and d.avg.value is not None]
+    if not reranked:
+        return ""
+    return f" Drawing twice as many and keeping the half of least entropy is right {max(reranked):.2f} of the time."
+
+
 def _either(names: Sequence[str]) -> str:
     return " or ".join(dict.fromkeys(names))
 

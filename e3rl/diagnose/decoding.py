@@ -18,7 +18,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engine import Engine
 from e3rl.types import Prompt
 
-Kind = Literal["plain", "majority", "erasable"]
+Kind = Literal["plain", "majority", "rerank", "erasable"]
 
 TEMPERATURES = (1.0, 0.6, 0.3)
 _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_weight")
@@ -73,7 +73,7 @@ class Decoding:
     temperature: float
     tokens: float
     avg: Estimate
-    passed: Estimate | None  # a vote gives one answer: nothing to pass with
+    passed: Estimate | None  # None where fewer answers are left than others have: votes and reranking
     correct_P: tuple[float, ...]
     passed_P: tuple[float, ...]
 
@@ -88,7 +88,7 @@ def _of(name: str, kind: Kind, temperature: float, tokens: float, correct_PK: np
         temperature,
         tokens,
         mean_by_problem(avg_P, problems),
-        None if kind == "majority" else mean_by_problem(pass_P, problems),
+        mean_by_problem(pass_P, problems) if kind in ("plain", "erasable") else None,
         tuple(avg_P),
         tuple(pass_P),
     )
@@ -111,6 +111,20 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
         if votes > 2:
             right = majority([row[:votes] for row in answers_PK], evaluation.correct_PK)
             yield _of(f"majority of {votes}, T = {temperature:g}", "majority", temperature, votes * tokens, right)
+
+
+def calmest_half(entropies_PK: np.ndarray, correct_PK: np.ndarray) -> np.ndarray:
+    """Whether the half of each problem's samples with the least entropy is right, [P, K/2]: late erasing's evidence, used
+    without erasing."""
+    kept = max(1, entropies_PK.shape[1] // 2)
+    order_PK = entropies_PK.argsort(axis=1, kind="stable")[:, :kept]
+    return np.take_along_axis(correct_PK, order_PK, axis=1)
+
+
+def _reranked(evaluation: Evaluation, temperature: float, tokens: float) -> Decoding:
+    entropies_PK = np.array([[np.mean(t.entropies) for t in g.trajectories] for g in evaluation.groups])
+    kept = calmest_half(entropies_PK, evaluation.correct_PK)
+    return _of(f"calmer half of the samples, T = {temperature:g}", "rerank", temperature, 2 * tokens, kept)
 
 
 def compare(
@@ -138,7 +152,8 @@ def compare(
     found: list[Decoding] = []
     for temperature in temperatures:
         decoding, evaluation = measured("plain", "plain", temperature, config)
-        found += [decoding, *_votes(evaluation, tokenizer, temperature, decoding.tokens)]
+        reranked = _reranked(evaluation, temperature, decoding.tokens)
+        found += [decoding, reranked, *_votes(evaluation, tokenizer, temperature, decoding.tokens)]
     chosen = {SETTINGS[key].title: SETTINGS[key].applied(config) for key in settings}
     if own and config not in chosen.values():
         chosen["the model's own settings"] = config

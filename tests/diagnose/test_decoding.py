@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from e3rl.diagnose.decoding import Decoding, contest, majority
+from e3rl.diagnose.decoding import Decoding, calmest_half, contest, majority
 from e3rl.diagnose.statistics import UNKNOWN
 
 
@@ -15,6 +15,12 @@ def test_the_commonest_answer_wins_and_of_equals_the_first():
     answers = [["4", "7", "7"], ["1", "2", "1"], ["5", "6", "8"]]
     correct = np.array([[True, False, False], [True, False, True], [False, True, False]])
     assert majority(answers, correct).tolist() == [[False], [True], [False]]
+
+
+def test_the_calmer_half_is_the_one_of_least_entropy():
+    entropies = np.array([[0.1, 0.9, 0.4, 0.0], [0.9, 0.9, 0.1, 0.1]])
+    correct = np.array([[True, False, False, False], [False, True, True, False]])
+    assert calmest_half(entropies, correct).tolist() == [[False, True], [True, False]]
 
 
 def test_the_contest_chooses_on_the_other_half():

@@ -102,7 +102,7 @@ function retryPicture() {
     tableOf(["signal", ...quarters], gains.map((g) => [g.signal, ...g.gains.map((e) => interval(e, points))])));
 }
 
-const KINDS = [["plain", "plain, by temperature", 7, "circle-open"], ["majority", "majority vote", 4, "diamond"], ["erasable", "erasable", 0, "circle"]];
+const KINDS = [["plain", "plain, by temperature", 7, "circle-open"], ["majority", "majority vote", 4, "diamond"], ["rerank", "calmer half of the samples", 2, "square"], ["erasable", "erasable", 0, "circle"]];
 
 function decodingPicture(title, help, figure) {
   const of = (kind) => diagnosis.decodings.filter((d) => d.kind === kind && d[figure]);
