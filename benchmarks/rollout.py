@@ -42,11 +42,13 @@ from rollout_workloads import (
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.rollout import step_draws
+from e3rl.rollout.engine import Sampling
 from e3rl.rollout.sampling import Samples, SamplingRows, inverse_cdf
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.rollout.stats import RolloutStats, summarise
 from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.train.environment import environment
+from e3rl.types import Draw
 
 MODELS = ("lab", "qwen3-3m", "smollm2")
 GROUPS = 32  # the last ones decode in thin batches, which is no property of erasing
@@ -171,14 +173,15 @@ def monitoring(name: str, repeats: int) -> Values:
 
 def _peak(tokens: int, results: Any) -> None:
     torch.set_num_threads(1)
-    rows = SIBLINGS
-    engine = TorchEngine(qwen3_3m(), eos_ids=(), max_rows=rows, cache_rows=rows, max_length=PROMPT + tokens)
-    by_engine(engine, Workload([list(range(PROMPT))] * rows, [tokens] * rows, rows))
+    engine = TorchEngine(qwen3_3m(), eos_ids=(), max_rows=4, cache_rows=4, max_length=PROMPT + tokens)
+    for sibling, row in enumerate(engine.prefill(range(3, 3 + PROMPT), 4)):
+        engine.extend(row, tokens, Draw(0, 0, "benchmark", sibling, 0, 0), Sampling())
+    engine.poll()
     results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def memory() -> Values:
-    """R² of a straight line through the peak memory of a process that generates T tokens in 8 rows."""
+    """R² of a straight line through the peak memory of a process that generates T tokens in 4 rows."""
     lengths, peaks = (256, 512, 1024, 2048, 4096), []
     context = multiprocessing.get_context("spawn")
     for tokens in lengths:
