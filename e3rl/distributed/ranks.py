@@ -73,7 +73,7 @@ def join_ranks(config: Config) -> Ranks:
     if parallel == "none":
         raise UserError(
             f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
-            "train.parallel to ddp or zero1, or start one process"
+            "train.parallel to ddp, zero1, zero2 or fsdp2, or start one process"
         )
     if config.train.prompts_per_step < world:
         raise UserError(

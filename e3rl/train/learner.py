@@ -26,6 +26,7 @@ from e3rl.train.packing import PackedRow, packed_size, plan_rows
 from e3rl.train.ranked_optimizer import build_optimizer
 from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_sequences
 from e3rl.train.sequences import TrainSequence, group_sequences, pad
+from e3rl.train.sharding import idle_passes, is_sharded, shard_layers
 from e3rl.train.sick import Finding, SickNumbers, find_sick
 from e3rl.types import RewardedGroup
 
@@ -95,8 +96,11 @@ class Learner:
         self._policy, self._objective, self._config, self._updates = policy, objective, config, updates
         self._ranks = ranks or Ranks()
         self._sick: Finding | None = None
-        self.optimizer = build_optimizer(policy.trainable(), config.train, self._ranks)
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
+        self._sharded = is_sharded(config.train, self._ranks)
+        if self._sharded:
+            shard_layers(policy.model, config.train, self._ranks)
+        self.optimizer = build_optimizer(policy.trainable(), config.train, self._ranks)
         self._attribution = None
         if "shares" in objective.needs:
             options = cast(AttributionOptions, objective)
@@ -108,6 +112,7 @@ class Learner:
             and train.importance_correction == "none"
             and "frozen" not in objective.needs
             and not has_dropout(policy.model)
+            and not self._sharded  # its ranks run the same passes, which whole groups of all sizes do not make
         )
         if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
@@ -137,18 +142,12 @@ class Learner:
         if not lessons:
             return [], Update({}, 0.0, rate)
         means.add({"loss": (loss, float(self._ranks.first))})
-        return lessons, Update(self._ranks_means(means), self._step(rate, update), rate)
+        return lessons, Update(means.of_ranks(self._ranks.gather).values(), self._step(rate, update), rate)
 
     def _of_all_ranks(self, lessons: list[Lesson]) -> list[Lesson]:
         """Every rank's lessons, group by group as one process would have them."""
         together = itertools.chain(*self._ranks.gather(lessons))
         return sorted(together, key=lambda lesson: lesson.sequence.group)
-
-    def _ranks_means(self, means: Means) -> dict[str, float]:
-        together = Means()
-        for pairs in self._ranks.gather(means.pairs()):
-            together.add(pairs)
-        return together.values()
 
     def _learn_together(
         self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup], totals: Totals, means: Means
@@ -192,7 +191,16 @@ class Learner:
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
-        return self._of_all_ranks(self._scored_lessons([*itertools.chain(*self._ranks.share(by_group))], rewarded))
+        mine = [*itertools.chain(*self._ranks.share(by_group))]
+        lessons = self._scored_lessons(mine, rewarded)
+        self._keep_pace([[s] for s in mine], backward=False)
+        return self._of_all_ranks(lessons)
+
+    def _keep_pace(self, parts: Sequence[Sequence[TrainSequence]], *, backward: bool) -> None:
+        """Where weights are divided, run as many passes as the busiest rank."""
+        if self._sharded:
+            passes = len(plan_rows(parts, self._config.train.micro_batch_tokens))
+            idle_passes(self._policy.model, passes, self._ranks, backward=backward)
 
     def _scored_lessons(self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         scores = score_sequences(
@@ -249,7 +257,7 @@ class Learner:
                     self._accumulate(minibatch, means)
                     norms.append(self._step(rate, update))
                 update += 1
-        return Update(self._ranks_means(means), max(norms), rate)
+        return Update(means.of_ranks(self._ranks.gather).values(), max(norms), rate)
 
     def _step(self, rate: float, update: int) -> float:
         """One optimizer update with the gathered gradients; returns their norm."""
@@ -266,6 +274,7 @@ class Learner:
         groups = set(self._ranks.share(sorted({lesson.sequence.group for lesson in lessons})))
         mine = [lesson for lesson in lessons if lesson.sequence.group in groups]
         means.add({"loss": (self._gradients(mine, totals, means), float(self._ranks.first))})
+        self._keep_pace([[lesson.sequence] for lesson in mine], backward=True)
 
     def _gradients(self, lessons: Sequence[Lesson], totals: Totals, means: Means) -> float:
         """Gradients of scored lessons, row by row; returns their part of the loss."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 METRICS: dict[str, str] = {
     "step": "training step, from 1",
@@ -79,9 +80,12 @@ class Means:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def pairs(self) -> dict[str, tuple[float, float]]:
-        """What has been added: sums and counts."""
-        return {name: (self._sums[name], count) for name, count in self._counts.items()}
+    def of_ranks(self, gather: Callable[[Any], Iterable[Any]]) -> Means:
+        """What all ranks have added; ``gather`` gives every rank the values of all."""
+        together = Means()
+        for pairs in gather({name: (self._sums[name], count) for name, count in self._counts.items()}):
+            together.add(pairs)
+        return together
 
     def values(self) -> dict[str, float]:
         """The means of everything that was counted at least once."""

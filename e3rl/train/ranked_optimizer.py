@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from e3rl.config import TrainConfig
 from e3rl.distributed.ranks import Ranks
 from e3rl.train.optimizer import MasterOptimizer
+from e3rl.train.sharding import ShardedOptimizer
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -24,7 +25,13 @@ def build_optimizer(parameters: Named, config: TrainConfig, ranks: Ranks) -> Mas
     """The optimizer that ``train.parallel`` asks for; of one rank, the ordinary one."""
     if ranks.world == 1:
         return MasterOptimizer(parameters, config)
-    return {"ddp": DataParallelOptimizer, "zero1": Zero1Optimizer}[config.parallel](parameters, config, ranks)
+    kinds = {
+        "ddp": DataParallelOptimizer,
+        "zero1": Zero1Optimizer,
+        "zero2": ShardedOptimizer,
+        "fsdp2": ShardedOptimizer,
+    }
+    return kinds[config.parallel](parameters, config, ranks)
 
 
 class DataParallelOptimizer(MasterOptimizer):

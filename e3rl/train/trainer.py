@@ -49,6 +49,7 @@ from e3rl.train.model_card import model_card
 from e3rl.train.prompts import load_prompts
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
+from e3rl.train.sharding import is_sharded
 from e3rl.train.sick_steps import SickBook
 from e3rl.train.step_metrics import StepTimes, staleness, step_record
 from e3rl.train.summary import run_summary
@@ -70,8 +71,7 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self._together = Together.of(config)
-        self._ranks = self._together.ranks
-        config = self._together.own_config(config)
+        self._ranks, config = self._together.ranks, self._together.own_config(config)
         self.config, self._listeners = config, list(listeners) if self._ranks.first else []
         objective = build_objective(config.objective)
         if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
@@ -92,6 +92,9 @@ class Trainer:
                 f"{len(self._train_prompts)} problems: lower it"
             )
         self.steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+        self._generating = self.policy
+        if config.rollout.ahead or is_sharded(config.train, self._ranks):  # weights that training does not touch or divide
+            self._generating = replace(self.policy, model=copy.deepcopy(self.policy.model))
         self._learner = Learner(
             self.policy,
             objective,
@@ -99,9 +102,6 @@ class Trainer:
             self.steps * config.train.num_iterations * config.train.minibatches,
             self._ranks,
         )
-        self._generating = self.policy
-        if config.rollout.ahead:  # generates by weights that training does not touch meanwhile
-            self._generating = replace(self.policy, model=copy.deepcopy(self.policy.model))
         model = self._generating.model
         self._engine = build_engine(config.rollout, model, self.policy.eos_ids, self._longest_prompt())
         self._journal = Journal(run_path(config), lambda: fingerprint(model), self._note)
@@ -221,7 +221,7 @@ class Trainer:
     def _publish_weights(self) -> None:
         """Whoever generates takes the weights that are trained."""
         if self._generating is not self.policy:
-            copy_weights(self._generating.model, self.policy.model.state_dict())
+            copy_weights(self._generating.model, self._learner.optimizer.weights())
         self._rollouts.load_weights(self._version)
 
     def _record(self, rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson], record: dict[str, Any]) -> None:
@@ -306,7 +306,7 @@ class Trainer:
         self._evaluate()
         summary = run_summary(self.run_path, self.config, step=self._step, seconds=self._seconds, tokens=self._tokens)
         with atomic_directory(self.run_path / "model") as temporary:
-            save_pretrained(self.policy, temporary, model_card(self.config, summary))
+            save_pretrained(self._generating, temporary, model_card(self.config, summary))
             save_companions(temporary, self.config, self._reference)
         write_json(self.run_path / "summary.json", summary)
         self._tell("finished", summary)

@@ -18,7 +18,7 @@ from e3rl.train.trainer import Trainer
 from tests.ranks.run import STEPS, settings
 from tests.train.random_lab import lab_config, random_lab
 
-MODES = ("ddp", "zero1")
+MODES = ("ddp", "zero1", "zero2", "fsdp2")
 TOLERANCE = 1e-4
 
 
