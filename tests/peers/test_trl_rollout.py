@@ -18,7 +18,8 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 
-from e3rl.config import Config, ErasureConfig, RolloutConfig
+from e3rl.cli.recipes import find_recipe
+from e3rl.config import Config, ErasureConfig, RolloutConfig, load_config
 from e3rl.errors import UserError
 from e3rl.integrations import trl_recipe
 from e3rl.integrations.trl import erasable_rollout
@@ -26,7 +27,10 @@ from e3rl.integrations.trl_arguments import Arguments
 from e3rl.integrations.trl_losses import reason_for
 from e3rl.integrations.trl_recipe import translate
 from e3rl.lab.pretrain import build_model
+from e3rl.lab.problems import generate
+from e3rl.lab.reward import lab_reward
 from e3rl.lab.tokenizer import build_tokenizer
+from e3rl.models import resolve_model_path
 from e3rl.rollout.scheduler import Event, Finished
 from e3rl.types import Trajectory
 
@@ -120,6 +124,31 @@ def test_trl_trains_on_what_the_scheduler_committed(tmp_path: Path, conversation
         else tokenizer(p)["input_ids"] for p in prompts
     ]  # fmt: skip
     assert {tuple(prompt) for prompt, _ in recorder.trained} <= {tuple(e) for e in expected}
+
+
+def test_the_embedded_model_trains_in_trls_trainer(tmp_path: Path):
+    """Its weights, its calibrated judge, the lab's problems and reward as they stand."""
+    recorder = Recorder()
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", max_steps=3,
+        num_generations=8, per_device_train_batch_size=16, max_completion_length=60, learning_rate=1e-5,
+        temperature=1.0, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [
+        {"prompt": [{"role": "user", "content": p.prompt}], "answer": p.answer, **p.columns}
+        for p in generate("chain", 3, "train", 8)
+    ]
+    trainer = GRPOTrainer(
+        model=resolve_model_path("lab"), reward_funcs=[lab_reward, recorder.reward], args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        rollout_func=erasable_rollout(load_config(find_recipe("demo")), observe=recorder.observe),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert len(logged) == trainer.state.global_step == 3
+    assert 0.3 < sum(logged) / 3 <= 1  # it solves half of them without erasing
+    assert sum(row["erasures"] for row in recorder.rewarded) > 0
+    assert len(recorder.committed) == 3 * 16
 
 
 def test_log_probabilities_are_the_policys_own(tmp_path: Path):
