@@ -3,7 +3,7 @@
 # make test-peers    agreement with TRL by value, with a table of the largest differences
 # make test-browser  the report in a real browser
 # make test-vllm     the vLLM engine against the oracle, with a table (own environment, several GB)
-# make test-ranks    training on two ranks: DDP, FSDP2, ZeRO (own environment for DeepSpeed)
+# make test-ranks    training on two ranks: DDP, ZeRO-1, ZeRO-2, FSDP2, their losses beside one process's
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
 # make docs     the documentation as a site in site/
 # make check    style, types, tests: what a change must pass to land
@@ -47,6 +47,10 @@ test-browser: python
 test-vllm: python
 	@E3RL_VENV=.venv-vllm "$(PYTHON)" tools/setup_vllm.py
 	.venv-vllm/bin/python -m pytest -s tests/vllm
+
+test-ranks: python
+	@"$(PYTHON)" tools/setup.py test
+	.venv/bin/python -m pytest -s tests/ranks
 
 test-ray: python
 	@E3RL_VENV=.venv-ray "$(PYTHON)" tools/setup.py test ray
