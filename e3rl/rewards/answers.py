@@ -31,9 +31,9 @@ _RUN = re.compile(
     rf"{_SPAN}(?:(?:\s*[,;]\s*(?:and|or)?\s*|\s+(?:and|or)\s+){_SPAN})*(?:\s*(?:\\?%|percent\b|pct\b))?", re.DOTALL
 )
 _NUMBER = re.compile(
-    r"-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|(?<![A-Za-z0-9_.])(?:(?<!\d)[-+−])?\s?[$€£]?(?:\d+(?:,\d+)*|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?(?![A-Za-z_]{1}\w*\d)"
+    r"(?<!\S)[-+\w(^.*/]{0,40}\\(?:[dt]?frac|sqrt|pi|infty)(?:[^\s$.,;]|[.,](?=\d)){0,200}|-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|(?<![A-Za-z0-9_.])(?:(?<!\d)[-+−])?\s?[$€£]?(?:\d+(?:,\d+)*|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?(?![A-Za-z_]{1}\w*\d)"
 )
-_WORD = re.compile(r"(?<![\\{A-Za-z_^+*/=(|-])(?:[A-Za-z]{3,}|so|is|of|to|it|he|we|by|an|as|be|I)(?![A-Za-z(_^+*/=}|])")
+_WORD = re.compile(r"(?<![\\{A-Za-z_^+*/=(|-])(?:[A-Za-z]{3,}|so|is|of|to|it|he|we|by|an|as|be)(?![A-Za-z(_^+*/=}|])")
 _FOREIGN = re.compile(r"[\u0590-\u08ff\u0900-\u0dff\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]")
 _MATH_WORDS = frozenset(
     [
@@ -198,7 +198,7 @@ def is_prose(text: str) -> bool:
 def _last_mathematics(text: str) -> str | None:
     """The last formula or the last number, whichever comes later."""
     text = text[-_LOOK_AHEAD:]
-    spans = list(_RUN.finditer(text))
+    spans = [m for m in _RUN.finditer(text) if "\\" in m[0] or not is_prose(m[0].strip("$ "))]
     numbers = [m for m in _NUMBER.finditer(text) if re.search(r"\d", m[0])]
     if spans and (not numbers or numbers[-1].start() < spans[-1].end()):
         return spans[-1][0].strip()

@@ -55,6 +55,7 @@ def choice_in(text: str) -> Choice | None:
 
 def last_choice_in(text: str) -> Choice | None:
     """The choice that running text ends with."""
+    text = text.replace("**", " ")
     head = text.strip().splitlines()[0] if text.strip() else ""
     if begins := re.match(rf"\(?([{_LETTER}])(?:[.):]\s|[^\x00-\x7f])", head):
         return Choice(begins[1])

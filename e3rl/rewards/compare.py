@@ -27,6 +27,7 @@ def same_answer(gold: str, answer: str, algebra: Algebra) -> bool:
 
 def _bare(text: str) -> str:
     """Without wrappers around the whole, and without ``x ∈`` before a set."""
+    text = re.sub(r"(?<=\d)\s*\([a-z -]{3,}\)$", "", text)  # 5 (five)
     return unwrapped(re.sub(r"^[A-Za-z]\s*\\in\s*(?=[\[({\\A-Z])", "", unwrapped(text)))
 
 
@@ -167,7 +168,9 @@ def _by_equation(gold: str, answer: str, algebra: Algebra, depth: int) -> bool |
         squeezed(left[0]) == squeezed(right[0]) or (not _value(left) and squeezed(left[1]) == squeezed(right[1]))
     ):
         other = 1 if squeezed(left[0]) == squeezed(right[0]) else 0
-        return _same(left[other], right[other], algebra, depth + 1) or (False if _value(left) else None)
+        same = _same(left[other], right[other], algebra, depth + 1)
+        scalable = squeezed(left[1 - other]) == "0"  # 2x - 4 = 0 is x - 2 = 0; of other equations one side decides
+        return same or (None if scalable else False)
     left_value, right_value = _value(left), _value(right)
     if len(left) > 1 and len(right) > 1:
         if left_value and right_value and len(left) + len(right) > 4:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from typing import Any
 
-from math_verify import parse, verify
+import sympy
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from e3rl.rewards.compare import same_answer
 from e3rl.rewards.notation import CURRENCY
@@ -19,18 +21,35 @@ for _module in (
     logging.getLogger(_module).setLevel(logging.ERROR)
 
 _RELATIVE = 1e-6
+_SYMBOLS = 8
+_STEPS = (sympy.floor, sympy.ceiling, sympy.Abs, sympy.sign, sympy.Mod, sympy.Min, sympy.Max, sympy.Piecewise)
+"""Functions that agree on whole stretches without being equal."""
+
+_POINTS = (sympy.Rational(7, 5), sympy.Rational(-3, 7), sympy.Rational(1, 9))
+_DERIVATIVE = re.compile(r"\\frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)")
 
 DEEPEST = 40
 """Brackets in brackets beyond which an answer is equal to its copy alone."""
 
 
+_LATEX, _PLAIN = (LatexExtractionConfig(),), (ExprExtractionConfig(),)
+
+
 @functools.lru_cache(maxsize=4096)
 def _parsed(answer: str) -> list[Any]:
-    return parse(f"${answer}$", parsing_timeout=None)  # type: ignore[arg-type]
+    """The expression that the whole answer is, never a part: where LaTeX fails, math-verify would take any number inside."""
+    found = parse(f"${answer}$", extraction_config=_LATEX, parsing_timeout=None)  # type: ignore[arg-type]
+    if any(not isinstance(e, str) for e in found) or "\\" in answer:
+        return found
+    plain = parse(answer, extraction_config=_PLAIN, parsing_timeout=None)  # type: ignore[arg-type]
+    whole = any(isinstance(e, str) and e.strip() == answer.strip() for e in plain)
+    return plain if whole else found
 
 
 def algebra(gold: str, answer: str) -> bool:
     """math-verify's word on two expressions. An inequality may answer an interval; a set has no order."""
+    if _DERIVATIVE.search(gold + answer):  # it takes the derivative of a symbol, which is 0
+        return False
     return _verified(gold, answer) or (
         _DECIMAL.search(gold + answer) is not None
         and _verified(_DECIMAL.sub(_exact, gold), _DECIMAL.sub(_exact, answer))
@@ -47,7 +66,32 @@ def _exact(found: re.Match[str]) -> str:
 
 def _verified(gold: str, answer: str) -> bool:
     left, right = (_parsed(text.replace(CURRENCY, "")) for text in (gold, answer))
-    return verify(left, right, allow_set_relation_comp=True, timeout_seconds=None) and not _far_apart(left, right)
+    if verify(left, right, allow_set_relation_comp=True, timeout_seconds=None):
+        return not _far_apart(left, right)
+    pair = [next((e for e in side if isinstance(e, sympy.Expr)), None) for side in (left, right)]
+    return pair[0] is not None and pair[1] is not None and _equal_at_points(pair[0], pair[1])
+
+
+def _equal_at_points(left: sympy.Expr, right: sympy.Expr) -> bool:
+    """Whether two expressions agree wherever they are tried, ``i`` being the imaginary unit and ``e`` Euler's number.
+
+    It finds what simplification misses, (1 + i)^2 = 2i or n!/(n - 1)! = n; expressions that differ somewhere do not pass.
+    """
+    names = sorted({str(symbol) for side in (left, right) for symbol in side.free_symbols})
+    if len(names) > _SYMBOLS or any(side.has(*_STEPS) for side in (left, right)):
+        return False
+    for k, scale in enumerate(_POINTS):
+        values = {name: scale * sympy.sqrt(2 + 3 * i + k) for i, name in enumerate(names)}
+        values |= {"i": sympy.I, "e": sympy.E}
+        found = [side.subs({s: values[str(s)] for s in side.free_symbols}).evalf(20) for side in (left, right)]
+        try:
+            one, two = map(complex, found)
+        except (TypeError, ValueError):  # it has no value there
+            return False
+        size = max(abs(one), abs(two))
+        if not (math.isfinite(size) and abs(one - two) <= _RELATIVE**2 * size):
+            return False
+    return True
 
 
 def _far_apart(left: list[Any], right: list[Any]) -> bool:
