@@ -40,6 +40,12 @@ def on_uncertainty(diagnosis: Diagnosis) -> Finding:
     seen = f"AUROC {_share(u.overall)} over all segments" if u.overall.value is not None else "no segment is wrong"
     if _above(u.within, 0.5):
         return Finding("good", f"The paper's U tells a bad draw from its siblings: {_share(u.within)} ({seen}).")
+    if u.within.high is not None and u.within.high < 0.5:
+        return Finding(
+            "warn",
+            f"The paper's U points the wrong way among siblings: {_share(u.within)}, 0.5 is chance ({seen}). Erasing by it "
+            "drops the better draws.",
+        )
     return Finding(
         "warn",
         f"The paper's U can't tell a bad draw from its siblings: {_share(u.within)}, 0.5 is chance ({seen}). What it sees "

@@ -120,6 +120,8 @@ def test_a_blind_uncertainty_is_called_blind():
     blind, seeing = Estimate(0.55, 0.45, 0.65, 30), Estimate(0.8, 0.7, 0.9, 30)
     assert on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=blind)).level == "warn"
     assert on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=seeing)).level == "good"
+    backwards = Estimate(0.3, 0.2, 0.4, 30)
+    assert "points the wrong way" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=backwards)).text
     assert "nothing can be said" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)).text
 
 
