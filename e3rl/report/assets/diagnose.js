@@ -102,6 +102,7 @@ function retryPicture() {
     tableOf(["signal", ...quarters], gains.map((g) => [g.signal, ...g.gains.map((e) => interval(e, points))])));
 }
 
+const TICKS = [0, 1, 2, 3, 4].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
 const KINDS = [["plain", "plain, by temperature", 7, "circle-open"], ["majority", "majority vote", 4, "diamond"], ["rerank", "calmer half of the samples", 2, "square"], ["erasable", "erasable", 0, "circle"]];
 
 function decodingPicture(title, help, figure) {
@@ -109,7 +110,7 @@ function decodingPicture(title, help, figure) {
   return new Picture(title, help, 360, diagnosis.decodings.filter((d) => d[figure]).map((d) => `${d.name}: ${interval(d[figure])} at ${number(d.tokens)} tokens. `).join(""),
     () => KINDS.filter(([kind]) => of(kind).length).map(([kind, name, paint, symbol]) =>
       estimates(name, () => colour(paint), of(kind).map((d) => d.tokens), of(kind).map((d) => d[figure]), { symbol, labels: of(kind).map((d) => d.name) })),
-    () => ({ xaxis: { type: "log", dtick: "D2", title: { text: "tokens for an answer", standoff: 6 } }, yaxis: { rangemode: "tozero" } }),
+    () => ({ xaxis: { type: "log", tickvals: TICKS, ticktext: TICKS.map(String), title: { text: "tokens for an answer", standoff: 6 } }, yaxis: { rangemode: "tozero" } }),
     tableOf(["decoding", "tokens", "value"], diagnosis.decodings.filter((d) => d[figure]).map((d) => [d.name, number(d.tokens), interval(d[figure])])));
 }
 
