@@ -14,6 +14,7 @@ from e3rl.train.run_directory import continue_or_put_aside
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--objective", metavar="NAME", help="short for objective.name=NAME")
+    parser.add_argument("--address", metavar="RAY", help="short for rollout.address=RAY: the Ray cluster to generate on")
     parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
     parser.add_argument(
         "--again", action="store_true", help="go on with an unfinished run; put a finished one aside and start anew"
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
+    named += [f"rollout.address={options.address}"] if options.address else []
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
     announce_foreign_code(config)
     if options.plan:

@@ -104,7 +104,7 @@ def test_wrong_commands_are_noticed():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_named_in_the_text_exist(page: Path):
-    assert set(re.findall(r"`e3rl ([a-z]\w*)", prose(page))) <= _COMMANDS.keys()
+    assert set(re.findall(r"`e3rl ([a-z][\w-]*)", prose(page))) <= _COMMANDS.keys()
 
 
 @pytest.mark.parametrize("block", TOML, ids=lambda b: b.name)
