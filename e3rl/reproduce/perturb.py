@@ -1,8 +1,9 @@
 """The measure behind ERPO's figure 1: where is a model uncertain, and what does a change there do to its answers?
 
 A right response is cut at a token, that token is replaced, and the model goes on from there. The tokens are the 5 % that
-the model was most uncertain at, the 5 % that it was least uncertain at, and as many at random. Two kinds of replacement:
-'uniform', any token of the vocabulary, and 'model', the model's own draw among all others: what else it could have said.
+the model was most uncertain at, the 5 % that it was least uncertain at, and as many at random. Three kinds of replacement:
+'uniform', any other token of the vocabulary; 'model', the model's own draw among all others: what else it could have
+said; and 'none', the token itself, so that only what follows is drawn anew: the control.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from e3rl.types import Prompt, Trajectory
 
 NAME = "e3rl.reproduce.perturb:perturb"
 WHERE = ("most uncertain", "least uncertain", "random")
-KINDS = ("uniform", "model")
+KINDS = ("none", "uniform", "model")
 _BINS = 40
 
 
@@ -75,7 +76,7 @@ def _changes(policy: Policy, right: Sequence[Trajectory], share: float, rng: Ran
             for place in places:
                 drawn = rng.choices(range(others_TV.shape[1]), others_TV[place].tolist())[0]
                 anything = rng.choice([i for i in ordinary if i != trajectory.ids[place]])
-                for kind, token in zip(KINDS, (anything, drawn), strict=True):
+                for kind, token in zip(KINDS, (trajectory.ids[place], anything, drawn), strict=True):
                     problem = trajectory.prompt.problem
                     name = f"{problem.id}/{source}/{where}/{kind}/{place}"
                     prefix = (*trajectory.ids[:place], token)
