@@ -70,17 +70,25 @@ def test_a_server_killed_in_the_middle_of_a_segment_changes_no_group(
     world: World, address: str, started: tuple[str, subprocess.Popen]
 ):
     doomed, process = started
-    connection = ServerConnection("127.0.0.1", int(doomed.rpartition(":")[2]), None, 20)
+    connection, asked = ServerConnection("127.0.0.1", int(doomed.rpartition(":")[2]), None, 20), threading.Event()
 
     class Killing:
         hello, load_weights, close = connection.hello, connection.load_weights, connection.close
 
         def exchange(self, body: bytes) -> bytes:
+            asked.set()
             threading.Timer(0.02, process.kill).start()
             return connection.exchange(body)
 
+    class Patient(ServerConnection):  # leaves the other some groups, however slowly it starts
+        def exchange(self, body: bytes) -> bytes:
+            asked.wait(60)
+            return super().exchange(body)
+
     notes: list[str] = []
-    pool = WorkerPool([server_place(address, TOKEN, 20), Place("doomed", Killing)], world.terms(), notes.append)
+    port = int(address.rpartition(":")[2])
+    good = Place("good", lambda: Patient("127.0.0.1", port, TOKEN, 20))
+    pool = WorkerPool([good, Place("doomed", Killing)], world.terms(timeout=90.0), notes.append)
     pool.load_weights(0, world.weights)
     assert ids(world.run(pool)) == ids(world.local())
     assert process.wait(10) == -signal.SIGKILL
