@@ -166,8 +166,9 @@ def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    arguments = ["calibrate", "lab", "lab:chain", "--prompts", "4", "--output", str(tmp_path), "--recipe", "demo"]
-    assert main(arguments) == 0
+    """Without a recipe, by the settings that lie beside the model."""
+    assert main(["calibrate", "lab", "lab:chain", "--prompts", "4", "--output", str(tmp_path)]) == 0
+    assert "segment_length = 12" in (tmp_path / "e3rl_recipe.toml").read_text(encoding="utf-8")
     assert {p.name for p in tmp_path.iterdir()} == {"e3rl_reference.json", "e3rl_recipe.toml"}
     assert "Recommended: erasure.kappa0" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", type=float, default=0.1, metavar="SHARE", help="share of segments to erase (default 0.1)"
     )
-    parser.add_argument("--recipe", help="take the other settings from this recipe")
+    parser.add_argument("--recipe", help="take the other settings from this recipe; default: those beside the model")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to save; default: beside the model")
     add_setting_arguments(parser)
 
@@ -34,10 +34,12 @@ def run(options: argparse.Namespace) -> int:
 
     from e3rl.calibrate import calibrate, calibration_table, save_calibration
     from e3rl.cli.quiet import quiet_libraries
-    from e3rl.models import load_policy
+    from e3rl.models import load_policy, resolve_model_path
+    from e3rl.rollout.companions import find_companions
 
     quiet_libraries()
-    recipe = find_recipe(options.recipe) if options.recipe else None
+    own = find_companions(resolve_model_path(options.model)).recipe
+    recipe = find_recipe(options.recipe) if options.recipe else own
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
     announce_foreign_code(config)
     policy = load_policy(replace(config.model, path=options.model))

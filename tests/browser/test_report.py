@@ -1,35 +1,19 @@
-"""The page in a browser: it can be read, filtered, unfolded, compared, kept alive, and not be taken over."""
+"""The page in a browser: it can be read, filtered, unfolded, kept alive, and not be taken over."""
 
 from __future__ import annotations
 
 import random
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from e3rl.report import write_report, write_token_view
-from e3rl.report.server import make_server
-from e3rl.serve.access import Access
 from e3rl.train.run_directory import read_lines
 from e3rl.types import Problem, Prompt
-from tests.report.builder import (
-    HOSTILE,
-    SyntheticRun,
-    Words,
-    hostile_run,
-    many_rollouts,
-    rewarded_group,
-    trajectory,
-    write_rollouts,
-)
-
-RESPONSE_TOKEN = ".segment > .tokens .token"
+from tests.browser.pages import RESPONSE_TOKEN, choose, open_view, report, rows_of, serving
+from tests.report.builder import HOSTILE, SyntheticRun, Words, hostile_run, many_rollouts, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -37,37 +21,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
     made = SyntheticRun(tmp_path_factory.mktemp("runs") / "demo").go(12, evaluate_every=6)
     write_report(made.path)
     return made
-
-
-@contextmanager
-def serving(*runs: Path) -> Iterator[str]:
-    server = make_server(runs, Access("127.0.0.1"), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def rows_of(run: SyntheticRun, step: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(run.path / "rollouts" / f"step-{step:06d}.parquet").to_pylist()
-    return rows
-
-
-def open_view(page: Any, address: str, view: str) -> None:
-    page.goto(address)
-    page.get_by_role("button", name=view, exact=True).click()
-
-
-def choose(page: Any, control: str, value: str) -> None:
-    page.get_by_role("combobox", name=control, exact=True).select_option(value)
-
-
-def report(run: SyntheticRun) -> str:
-    return (run.path / "report.html").as_uri()
 
 
 def test_the_overview_is_drawn(page: Any, run: SyntheticRun) -> None:
@@ -231,82 +184,9 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any, run: SyntheticRun) -> No
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_two_runs_are_compared(page: Any, run: SyntheticRun, tmp_path: Path) -> None:
-    plain = SyntheticRun(tmp_path / "grpo", rollout={"erase": False}, objective={"name": "grpo"}).go(8)
-    with serving(run.path, plain.path) as address:
-        open_view(page, address, "Compare")
-        page.locator("#compare-reward").scroll_into_view_if_needed()
-        page.wait_for_selector("#compare-reward svg .scatterlayer .trace >> nth=1")
-        assert [r.split("\t")[:2] for r in page.locator(".summary tbody tr").all_inner_texts()] == [
-            ["demo", "E³RL"],
-            ["grpo", "GRPO"],
-        ]
-        page.get_by_role("checkbox", name="grpo").uncheck()
-        page.wait_for_function("document.querySelectorAll('#compare-reward .scatterlayer .trace').length === 1")
-
-
-def heading_and_response(group: Any) -> tuple[str, list[str]]:
-    return group.locator("> h2").inner_text(), group.locator(RESPONSE_TOKEN).all_text_contents()
-
-
-def responses_of(run: SyntheticRun, step: int, problem: str) -> list[str]:
-    """The first sibling's tokens, as the page shows them."""
-    row = next(r for r in rows_of(run, step) if r["problem_id"] == problem)
-    return [piece.replace("\n", "↵\n") for segment in row["segments"] for piece in segment["pieces"]]
-
-
-def test_two_runs_on_the_same_problem(page: Any, tmp_path: Path) -> None:
-    runs = [SyntheticRun(tmp_path / name).go(1) for name in ("first", "second")]
-    shared, alone = rows_of(runs[0], 1)[0]["problem_id"], rows_of(runs[0], 1)[-1]["problem_id"]
-    group = rewarded_group(random.Random(1), runs[1].tokenizer, shared, runs[1].config, 0.5)
-    write_rollouts(runs[1].path, 1, [group], runs[1].tokenizer)
-    with serving(*(run.path for run in runs)) as address:
-        open_view(page, address, "Compare")
-        page.locator(".pair .group").nth(1).wait_for()
-        assert page.get_by_role("combobox", name="Problem to compare").inner_text().split() == [shared]
-        assert alone != shared
-        shown = [heading_and_response(page.locator(".pair .group").nth(i)) for i in (0, 1)]
-        assert [words for _, words in shown] == [responses_of(run, 1, shared) for run in runs]
-        assert [heading.rpartition(",")[2] for heading, _ in shown] == [" step 1", " step 1"]
-
-
-def test_two_checkpoints_on_the_same_problem(page: Any, tmp_path: Path) -> None:
-    made = SyntheticRun(tmp_path / "again").go(3)
-    early = rewarded_group(random.Random(1), made.tokenizer, "again", made.config, 0.5)
-    late = rewarded_group(random.Random(2), made.tokenizer, "again", made.config, 0.5)
-    write_rollouts(made.path, 1, [early], made.tokenizer)
-    write_rollouts(made.path, 3, [late], made.tokenizer)
-    open_view(page, write_report(made.path).as_uri(), "Compare")
-    page.locator(".pair .group").nth(1).wait_for()
-    shown = [heading_and_response(page.locator(".pair .group").nth(i)) for i in (0, 1)]
-    assert shown == [(f"again, step {step}", responses_of(made, step, "again")) for step in (1, 3)]
-    choose(page, "Right", "0/1")
-    page.wait_for_function("document.querySelectorAll('.pair .group > h2')[1].textContent.endsWith('step 1')")
-    assert not page.locator("#compare-reward").is_visible()
-
-
-def test_a_run_without_a_problem_met_twice_has_nothing_to_compare(page: Any, tmp_path: Path) -> None:
-    page.goto(write_report(SyntheticRun(tmp_path / "once").go(1).path).as_uri())
-    assert page.get_by_role("button", name="Rollouts", exact=True).is_visible()
-    assert page.get_by_role("button", name="Compare", exact=True).count() == 0
-
-
-def test_seeds_become_one_line_with_a_band(page: Any, tmp_path: Path) -> None:
-    runs = [
-        SyntheticRun(tmp_path / f"demo-s{seed}", run={"seed": seed, "name": f"demo-s{seed}"}).go(4).path
-        for seed in (1, 2)
-    ]
-    with serving(*runs) as address:
-        open_view(page, address, "Compare")
-        label = "document.querySelector('#compare-reward [role=img]').getAttribute('aria-label')"
-        assert page.evaluate(label).count("demo (E³RL), 2 seeds:") == 1
-        page.get_by_role("checkbox", name="Seeds as bands").uncheck()
-        assert page.evaluate(label).count("demo-s") == 2
-
-
 def test_the_page_follows_a_run(page: Any, tmp_path: Path) -> None:
     made = SyntheticRun(tmp_path / "live").go(2)
-    with serving(made.path) as address:
+    with serving(page, made.path) as address:
         page.goto(address)
         page.get_by_text("step 2 of 40").wait_for()
         made.go(3)
