@@ -20,7 +20,7 @@ _BARE = re.compile(r"[^\s${}\\.,]+")
 _MARKERS = re.compile(
     r"(?i:\banswer(?:\s+is|\s+would\s+be|\s+must\s+be)?\s*[:=]|\banswer\s+(?:is|would\s+be|must\s+be|equals)\b|\banswer\b\s*(?=\$|\\\(|\\\[)"
     r"|\br[ée]ponse(?:\s+est\b|\s*:)|\brespuesta(?:\s+es\b|\s*:)|\bantwort(?:\s+ist\b|\s*:))|答案\s*(?:是|为|[:：])?"
-    r"|####|(?:^|(?<=[;\n]))\s*A:",
+    r"|####|(?:^|(?<=[;\n]))[ \t]{0,20}A:",
     re.MULTILINE,
 )
 _SPAN = (

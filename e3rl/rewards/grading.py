@@ -112,7 +112,7 @@ def _choice(response: str) -> Choice | None:
         return None
     boxed = boxed_answer(said)
     if boxed is not None:
-        return read_choice(clean(boxed))
+        return read_choice(clean(boxed)) if len(boxed) <= LONGEST_ANSWER else None
     marked = after_marker(said)
     if marked is not None:
         return choice_in(marked.split("\n\n")[0])
