@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         return _plan(config, options.device_memory)
 
-    resume = continue_or_put_aside(config) if options.again else options.resume
+    decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
+    resume = continue_or_put_aside(config) if options.again and decides else options.resume
 
     from rich.console import Console
 
@@ -56,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
         summary = trainer.train()
     finally:
         display.close()
-    console.print(closing(trainer.run_path, summary))
+    if summary:  # of several ranks the first has one
+        console.print(closing(trainer.run_path, summary))
     return 0
 
 

@@ -36,13 +36,17 @@ class Together:
             )
         return cls(ranks, run_path(config), bool(config.rollout.workers or config.rollout.servers))
 
-    def own_config(self, config: Config) -> Config:
-        """The config for this rank: ranks but the first write elsewhere and start no workers."""
+    def own(self, config: Config, resume: bool) -> tuple[Config, bool]:
+        """The config for this rank, and whether the first rank goes on with a run: then all do.
+
+        Ranks but the first write elsewhere and start no workers.
+        """
+        resume = self.ranks.gather(resume)[0]
         if self.ranks.first:
-            return config
+            return config, resume
         aside = tempfile.mkdtemp(prefix=f"e3rl-rank-{self.ranks.rank}-")
         run, rollout = replace(config.run, output_dir=aside), replace(config.rollout, workers=0, servers=())
-        return replace(config, run=run, rollout=rollout)
+        return replace(config, run=run, rollout=rollout), resume
 
 
 class SharedRollouts:

@@ -71,7 +71,8 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self._together = Together.of(config)
-        self._ranks, config = self._together.ranks, self._together.own_config(config)
+        self._ranks = self._together.ranks
+        config, resume = self._together.own(config, resume)
         self.config, self._listeners = config, list(listeners) if self._ranks.first else []
         objective = build_objective(config.objective)
         if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
@@ -95,13 +96,8 @@ class Trainer:
         self._generating = self.policy
         if config.rollout.ahead or is_sharded(config.train, self._ranks):  # weights that training does not touch or divide
             self._generating = replace(self.policy, model=copy.deepcopy(self.policy.model))
-        self._learner = Learner(
-            self.policy,
-            objective,
-            config,
-            self.steps * config.train.num_iterations * config.train.minibatches,
-            self._ranks,
-        )
+        updates = self.steps * config.train.num_iterations * config.train.minibatches
+        self._learner = Learner(self.policy, objective, config, updates, self._ranks)
         model = self._generating.model
         self._engine = build_engine(config.rollout, model, self.policy.eos_ids, self._longest_prompt())
         self._journal = Journal(run_path(config), lambda: fingerprint(model), self._note)
