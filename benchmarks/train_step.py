@@ -271,7 +271,7 @@ def parts(where: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "attribution-3m": lambda: attribution(directory("3m"), fixed("3m", 8), 9),
         "memory-3m": lambda: sides("3m", sides_3m),
         "memory-135m": lambda: sides("135m", ("trl", "e3rl", "e3rl-recompute")),
-        "train-135m": lambda: compared("135m", fixed("135m", 4), 1, whole=False, warm=0, objectives=("e3rl",)),
+        "train-135m": lambda: compared("135m", fixed("135m", 2), 1, whole=False, warm=0, objectives=("e3rl",)),
         "step-135m": lambda: compared(
             "135m", text_work(directory("135m"), 2), 1, whole=True, warm=0, objectives=("e3rl",)
         ),
