@@ -4,6 +4,7 @@
 # make test-browser  the report in a real browser
 # make test-vllm     the vLLM engine against the oracle, with a table (own environment, several GB)
 # make test-ranks    training on two ranks: DDP, ZeRO-1, ZeRO-2, FSDP2, their losses beside one process's
+# make test-chaos    kills, full disks, hostile answers, fuzz, a soak, with their figures (below 20 minutes on two idle cores)
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
 # make docs     the documentation as a site in site/
 # make check    style, types, tests: what a change must pass to land
@@ -50,7 +51,12 @@ test-vllm: python
 
 test-ranks: python
 	@"$(PYTHON)" tools/setup.py test
-	.venv/bin/python -m pytest -s tests/ranks
+	E3RL_RANKS=all .venv/bin/python -m pytest -s tests/ranks
+
+.PHONY: test-chaos
+test-chaos: python
+	@"$(PYTHON)" tools/setup.py test
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.chaos
 
 test-ray: python
 	@E3RL_VENV=.venv-ray "$(PYTHON)" tools/setup.py test ray

@@ -18,18 +18,27 @@ from e3rl.errors import UserError
 MANIFEST = "MANIFEST.json"
 
 
+def _error_number(error: Exception) -> int | None:
+    """The system's number for what went wrong. Libraries written in Rust, as safetensors is, have it in their words."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
 @contextlib.contextmanager
 def disk_full_is_a_sentence(path: Path) -> Iterator[None]:
     """Turn 'no space left' and 'not permitted' while writing ``path`` into an error for people."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"no space left on the disk while writing {path}; free some and continue the run"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path} can't be written: {error.strerror}") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{path} can't be written: {os.strerror(number)}") from error
         raise
 
 

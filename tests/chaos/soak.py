@@ -21,6 +21,9 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.config import load_config
 from e3rl.train.listeners import Silent
 
+LARGEST_SLOPE = 1.0
+"""MB of resident memory per 100 steps."""
+
 WARM_UP = 0.2
 """Share of the steps in which caches, pools and the allocator fill."""
 
@@ -109,13 +112,15 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--quiet", action="store_true", help="say only what came of it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result = soak(options.recipe, options.steps, options.overrides, say_every=10)
+    result = soak(options.recipe, options.steps, options.overrides, say_every=0 if options.quiet else 10)
     if options.json:
         options.json.write_text(json.dumps(result), encoding="utf-8")
     del result["seen"]
     print(json.dumps(result))
+    raise SystemExit(result["slope_mb_per_100"] >= LARGEST_SLOPE or any(result["growth"].values()))
 
 
 if __name__ == "__main__":

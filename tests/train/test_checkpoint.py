@@ -82,3 +82,14 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path: Path):
 def test_a_full_disk_is_a_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="no space left on the disk while writing"), atomic_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_safetensors_finds_full_is_a_sentence_too(tmp_path: Path):
+    class RustError(Exception):
+        """safetensors' own error is no OSError."""
+
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(UserError, match="no space left on the disk while writing"), atomic_file(tmp_path / "file"):
+        raise RustError(message)
+    with pytest.raises(RustError), atomic_file(tmp_path / "file"):
+        raise RustError("something else (os error 5)")
