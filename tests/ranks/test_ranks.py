@@ -20,6 +20,9 @@ from tests.train.random_lab import lab_config, random_lab
 
 MODES = ("ddp", "zero1", "zero2", "fsdp2")
 TOLERANCE = 1e-4
+ANOTHER_LAUNCH = pytest.mark.skipif(
+    os.environ.get("E3RL_RANKS") != "all", reason="starts ranks once more, which takes its time: make test-ranks"
+)
 
 
 def torchrun(directory: Path, *names: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -90,6 +93,7 @@ def test_what_two_ranks_saved_one_process_takes_up(runs: Path, mode: str, tmp_pa
     assert_same_run(tmp_path / "none-half", runs / "none")
 
 
+@ANOTHER_LAUNCH
 def test_what_one_process_saved_two_ranks_take_up(runs: Path, tmp_path: Path):
     shutil.copytree(runs / "none-half", tmp_path / "zero1-half")
     recipe = tmp_path / "zero1-half" / "config.toml"
@@ -113,6 +117,7 @@ def test_processes_that_would_train_apart_are_refused(monkeypatch: pytest.Monkey
         Trainer(lab_config(tmp_path, "train.parallel=ddp"))
 
 
+@ANOTHER_LAUNCH
 def test_ranks_with_other_settings_are_refused(tmp_path: Path):
     done = torchrun(tmp_path, "ddp", "different")
     assert "were started with other settings than rank 0" in done.stdout + done.stderr
