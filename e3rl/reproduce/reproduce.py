@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from e3rl.reproduce.runner import Failure, run_cells
 from e3rl.reproduce.scales import Scale
 from e3rl.reproduce.studies import find_studies
 from e3rl.reproduce.study import Study, models_of, tuning_cells
-from e3rl.train.environment import environment
 
 Say = Callable[[str], None]
 Task = tuple[Study, Scale]
@@ -99,16 +98,19 @@ def reproduce(
 def report(study: Study, scale: Scale, out: Path, failures: Sequence[Failure] = ()) -> Path:
     """The study's page and files from what is there; what is missing is named in it."""
     parts: list[Table | Plot] = []
-    notes = [_made_with(scale), *(["", study.notes] if study.notes else [])]
+    notes: list[str] = []
+    environments: list[Mapping[str, str]] = []
     models = models_of(study, scale)
     for model in models:
         results = Results.read(study, scale, model, out)
         notes += _named_missing(results, failures)
+        environments += results.environments()
         made = [part for view in study.views for part in view(results)]
         parts += made if len(models) == 1 else [_named(part, model) for part in made]
         name = study.name if len(models) == 1 else f"{study.name}-{slug(model)}"
         write_text(out / f"{name}-values.csv", values_csv(results))
-    return write_report(study.name, study.title, parts, notes, out)
+    heading = [_made_with(scale, environments), *(["", study.notes] if study.notes else [])]
+    return write_report(study.name, study.title, parts, [*heading, *notes], out)
 
 
 def _named_missing(results: Results, failures: Sequence[Failure]) -> list[str]:
@@ -124,13 +126,18 @@ def _named(part: Table | Plot, model: str) -> Table | Plot:
     return replace(part, title=f"{model}: {part.title}")
 
 
-def _made_with(scale: Scale) -> str:
-    facts = environment()
-    machine = f"{facts['cores']} cores of {facts['processor']}" + (f", {facts['gpu']}" if "gpu" in facts else "")
-    versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
+def _made_with(scale: Scale, environments: Sequence[Mapping[str, str]]) -> str:
+    """The commits, machines and versions that the measurements were taken with."""
+
+    def distinct(say: Callable[[Mapping[str, str]], str]) -> str:
+        return "; ".join(dict.fromkeys(say(facts) for facts in environments)) or "none"
+
+    commits = distinct(lambda facts: facts.get("commit", "unknown"))
+    machines = distinct(lambda f: f"{f['cores']} cores of {f['processor']}" + (f", {f['gpu']}" if "gpu" in f else ""))
+    versions = distinct(lambda facts: f"torch {facts['torch']}, transformers {facts['transformers']}")
     return (
-        f"Scale `{scale.name}`, commit {facts.get('commit', 'unknown')}, {machine}, {versions}. "
-        f"Seeds {', '.join(map(str, scale.seeds))}; ± is a 95 % interval over seeds (Student's t)."
+        f"Scale `{scale.name}`. Measured at commit {commits}; {machines}; {versions}. Seeds "
+        f"{', '.join(map(str, scale.seeds))}; ± is a 95 % interval over seeds (Student's t)."
     )
 
 

@@ -90,6 +90,11 @@ class Results:
         """The lines of the run's metrics.jsonl; none where it was not trained."""
         return read_lines(self.cells[row, seed].directory(self.out) / "run" / "metrics.jsonl")
 
+    def environments(self) -> list[dict[str, str]]:
+        """What each measurement was taken with."""
+        found = [self.measurement(row, seed, m) for (row, seed), cell in self.cells.items() for m in cell.measures]
+        return [item["environment"] for item in found if item is not None]
+
     def absent(self) -> list[str]:
         """The rows and seeds of which something is not measured, in words."""
         return [

@@ -22,13 +22,16 @@ RIGHT = {"Vanilla": 1, "GRPO": 4, "DAPO": 3, "GSPO": 4, "SAPO": 3, "ERPO": 2, "E
 """Of eight samples of each problem with seed 0; E3RL has one more with each further seed."""
 
 
+ENVIRONMENT = {"commit": "abc", "cores": "2", "processor": "CPU", "torch": "2.13", "transformers": "5.23"}
+
+
 def _write(cell: Cell, measure: Measure, right: int, out: Path) -> None:
     values = {
         name: {"right": [right, right], "samples": 8, "finish_ratio": 1.0, "boxed": 0.0, "length": 9.0, "r": 0.0}
         for name in measure.options["benchmarks"]
     }
     path = cell.directory(out) / "measures" / f"{measure.address}.json"
-    write_json(path, {**measure.to_table(), "step": 24, "tokens": 1000, "values": values})
+    write_json(path, {**measure.to_table(), "step": 24, "tokens": 1000, "values": values, "environment": ENVIRONMENT})
 
 
 @pytest.fixture
@@ -92,5 +95,6 @@ def test_what_has_not_run_is_named_and_the_rest_is_reported(out: Path):
         (cells["GSPO", 2].directory(out) / "measures" / f"{measure.address}.json").unlink()
     page = report(TABLE1, LAB, out).read_text(encoding="utf-8")
     assert "**Missing (lab model):** GSPO, seed 2." in page
+    assert "Measured at commit abc; 2 cores of CPU; torch 2.13, transformers 5.23." in page
     line = next(x for x in page.splitlines() if x.startswith("| GSPO | 0.5"))
     assert line.endswith("| 2 |")
