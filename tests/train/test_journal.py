@@ -114,7 +114,7 @@ def _killed_then_resumed(path: Path, kind: str, polls: list[int], append: bool =
         engine = _Dying(_torch() if kind == "torch" else _oracle(), left, append)
         journal = StepJournal(path, HEADER, lambda _: None)
         try:
-            groups = _groups(JournaledEngine(engine, lambda _: journal))
+            groups = _groups(JournaledEngine(engine, lambda _, journal=journal: journal))
         except _Killed:
             pass
         finally:
@@ -155,7 +155,7 @@ def test_a_torn_file_gives_what_is_whole_and_is_written_on(tmp_path: Path):
         said: list[str] = []
         engine = _Dying(_torch(), None)
         journal = StepJournal(path, HEADER, said.append)
-        assert _groups(JournaledEngine(engine, lambda _: journal)) == expected
+        assert _groups(JournaledEngine(engine, lambda _, journal=journal: journal)) == expected
         journal.close()
         whole = max(0, sum(end <= cut for end in ends) - 1)
         assert engine.generated == count - whole
