@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -228,11 +227,11 @@ def pass_curves(paper_table: str) -> Callable[[Results], list[Table | Plot]]:
 
 
 def banded(label: str, points: Sequence[tuple[float, Estimate]]) -> Line:
-    """A line with its 95 % band; one seed has no band."""
+    """A line with its 95 % band. Fewer than three seeds have none: Student's interval of two is wider than any axis."""
     y = tuple(found.mean for _, found in points)
     widths = [found.half_width for _, found in points]
     x = tuple(place for place, _ in points)
-    if any(math.isnan(width) for width in widths):
+    if any(found.seeds < 3 for _, found in points):
         return Line(label, x, y)
     low, high = (tuple(a + sign * w for a, w in zip(y, widths, strict=True)) for sign in (-1, 1))
     return Line(label, x, y, low, high)
