@@ -213,7 +213,8 @@ class TrainConfig:
     )
     importance_cap: float = setting(2.0, "largest importance weight", above=0)
     parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2"] = setting(
-        "none", "how torchrun's processes train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too"
+        "none",
+        "how torchrun's processes train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too",
     )
     max_skipped_steps: int = setting(
         3,

@@ -15,7 +15,9 @@ from e3rl.train.run_directory import continue_or_put_aside
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--objective", metavar="NAME", help="short for objective.name=NAME")
-    parser.add_argument("--address", metavar="RAY", help="short for rollout.address=RAY: the Ray cluster to generate on")
+    parser.add_argument(
+        "--address", metavar="RAY", help="short for rollout.address=RAY: the Ray cluster to generate on"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
     parser.add_argument(
         "--again", action="store_true", help="go on with an unfinished run; put a finished one aside and start anew"

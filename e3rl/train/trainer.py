@@ -94,7 +94,8 @@ class Trainer:
             )
         self.steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
         self._generating = self.policy
-        if config.rollout.ahead or is_sharded(config.train, self._ranks):  # weights that training does not touch or divide
+        # rollouts need weights that training does not touch or divide
+        if config.rollout.ahead or is_sharded(config.train, self._ranks):
             self._generating = replace(self.policy, model=copy.deepcopy(self.policy.model))
         updates = self.steps * config.train.num_iterations * config.train.minibatches
         self._learner = Learner(self.policy, objective, config, updates, self._ranks)
