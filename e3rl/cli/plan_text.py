@@ -9,7 +9,7 @@ from e3rl.train.plan import ASSUMED_PROMPT, GIB, Plan
 
 _LORA = "model.lora_r trains adapters instead of all weights"
 _REMEDIES = {
-    "KV cache": "lower rollout.max_rows and rollout.cache_rows",
+    "KV cache": "set rollout.kv_budget, or lower rollout.max_rows and rollout.cache_rows",
     "activations": "lower train.micro_batch_tokens, or set train.gradient_checkpointing=true",
     "reference weights": "kl_coef = 0 needs none, nor does model.lora_r",
     "float32 copy of the weights": _LORA,

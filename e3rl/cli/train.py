@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", action="store_true", help="only say what it needs and whether it fits; loads no weights"
     )
     parser.add_argument(
-        "--device-memory", type=float, metavar="GIB", help="with --plan: memory of the device (default: of this one)"
+        "--device-memory",
+        type=float,
+        metavar="GIB",
+        help="with --plan: memory of another device, a GPU (default: this one)",
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="with --plan: devices that train together (train.parallel)"
     )
     add_setting_arguments(parser)
 
@@ -37,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
     announce_foreign_code(config)
     if options.plan:
-        return _plan(config, options.device_memory)
+        return _plan(config, options.device_memory, options.ranks)
 
     decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
     resume = continue_or_put_aside(config) if options.again and decides else options.resume
@@ -65,12 +71,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(config: Config, gib: float | None) -> int:
+def _plan(config: Config, gib: float | None, ranks: int) -> int:
     from e3rl.cli.plan_text import plan_text
     from e3rl.cli.quiet import quiet_libraries
+    from e3rl.models import resolve_device
     from e3rl.train.plan import GIB, device_bytes, make_plan
 
     quiet_libraries()
     available = device_bytes(config.model) if gib is None else int(gib * GIB)
-    print(plan_text(config, make_plan(config), available))
+    elsewhere = gib is not None and config.model.device == "auto"
+    on_cpu = not elsewhere and resolve_device(config.model.device).type == "cpu"
+    print(plan_text(config, make_plan(config, ranks, on_cpu=on_cpu), available))
     return 0

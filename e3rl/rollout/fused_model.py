@@ -28,10 +28,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """From a layer's number, queries [R, heads, dim], keys and values [R, kv_heads, dim] to what is read, [R, heads * dim]."""
 
 
+def _of_the_family(model: Any) -> bool:
+    return type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
+
+
 def fusable(model: Any) -> bool:
     """Whether ``model`` computes what is written out here: the very class, plain linear layers, nothing hooked in."""
-    known = type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
-    if not known or model.config._attn_implementation != "sdpa":
+    if not _of_the_family(model) or model.config._attn_implementation != "sdpa":
         return False
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     at_home = (model.device, model.dtype)
@@ -46,6 +49,12 @@ def _linear_layers(model: Any) -> list[nn.Module]:
         found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return found
+
+
+def decoding_copy_bytes(model: Any) -> int:
+    """Bytes of the linear layers' weights, which decoding on a CPU copies (`e3rl.rollout.projections`); 0 for other models."""
+    layers = _linear_layers(model) if _of_the_family(model) else []
+    return sum(p.nbytes for layer in layers for p in layer.parameters())
 
 
 @dataclass(frozen=True, slots=True)

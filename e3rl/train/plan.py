@@ -21,6 +21,10 @@ from e3rl.data.prompts import render_prompts
 from e3rl.errors import UserError
 from e3rl.models import add_lora, resolve_device, resolve_model_path
 from e3rl.objectives import build as build_objective
+from e3rl.rollout.fused_model import decoding_copy_bytes
+from e3rl.rollout.kv_budget import MIB, rows_within
+from e3rl.rollout.slot_storage import bucketed, physical_slots
+from e3rl.train.division import Division
 from e3rl.train.logits import chunk_bytes
 from e3rl.train.shapes import known_config
 
@@ -139,28 +143,40 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
     return limit or ASSUMED_PROMPT, not limit, config.data.train_limit or None
 
 
-def _held(config: Config, model: Any, needs: frozenset[str], capacity: int) -> dict[str, int]:
-    total = sum(p.nbytes for p in model.parameters())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    frozen = "frozen" in needs
+def _kv_cache(config: Config, model: Any, capacity: int) -> int:
     shape = model.config.get_text_config(decoder=True)
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     width = 2 * shape.num_key_value_heads * head * getattr(torch, config.model.dtype).itemsize
-    rows = config.rollout.cache_rows or 2 * config.rollout.max_rows
+    rollout, row_bytes = config.rollout, shape.num_hidden_layers * capacity * width
+    rows = rollout.cache_rows or 2 * rollout.max_rows
+    rows = rows_within(rollout.kv_budget * MIB, row_bytes, rows, rollout.num_generations, capacity)
+    return physical_slots(rows) * row_bytes
+
+
+def _held(
+    config: Config, model: Any, needs: frozenset[str], capacity: int, division: Division, on_cpu: bool
+) -> dict[str, int]:
+    total = sum(p.nbytes for p in model.parameters())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = "frozen" in needs
     own = config.rollout.engine == "torch" and "demonstrations" not in needs
+    apart = config.rollout.ahead or division.of_weights > 1
     return {
-        "weights": total,
+        "weights": division.weights(model.parameters()),
         "reference weights": total if "reference" in needs and not config.model.lora_r else 0,
-        "weights the engine generates with": total if config.rollout.ahead else 0,
+        "weights the engine generates with": total if apart else 0,
+        "weights laid out for decoding": decoding_copy_bytes(model) if own and on_cpu else 0,
         "float32 copy of the weights": 0
         if frozen
-        else sum(4 * p.numel() for p in trainable if p.dtype != torch.float32),
-        "optimizer": 0 if frozen else sum(8 * p.numel() for p in trainable),
-        "KV cache": shape.num_hidden_layers * rows * capacity * width if own else 0,
+        else division.state((p for p in trainable if p.dtype != torch.float32), 4),
+        "optimizer": 0 if frozen else division.state(trainable, 8),
+        "KV cache": _kv_cache(config, model, capacity) if own else 0,
     }
 
 
-def _phases(config: Config, model: Any, tokens: int, needs: frozenset[str]) -> dict[str, dict[str, int]]:
+def _phases(
+    config: Config, model: Any, tokens: int, needs: frozenset[str], division: Division
+) -> dict[str, dict[str, int]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     shape = model.config.get_text_config(decoder=True)
     vocabulary, layers = base.get_output_embeddings().weight.shape[0], shape.num_hidden_layers
@@ -168,7 +184,7 @@ def _phases(config: Config, model: Any, tokens: int, needs: frozenset[str]) -> d
     if "frozen" in needs:
         return phases
     trainable = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trainable)
+    gradients = division.gradients(trainable)
     # what grows with tokens does so in proportion: counting few is exact, and quick for long contexts
     sample = min(tokens, 256)
     saved = math.ceil(saved_bytes(model, sample) / sample * tokens)
@@ -176,33 +192,35 @@ def _phases(config: Config, model: Any, tokens: int, needs: frozenset[str]) -> d
     activations = layers * hidden + saved // layers if config.train.gradient_checkpointing else saved
     matrix = base.get_output_embeddings().weight
     phases["training"] = {
+        "weights brought together": division.gathered(model.parameters(), layers),
         "gradients": gradients,
         "activations": activations,
         "gradients of one layer's activations": saved // layers,
         "logits": chunk_bytes(tokens, vocabulary) + (matrix.nbytes if matrix.requires_grad else 0),
     }
-    copies = sum(4 * p.numel() for p in trainable if p.dtype != torch.float32)
+    copies = division.state((p for p in trainable if p.dtype != torch.float32), 4)
     largest = max(4 * p.numel() for p in trainable)
     phases["optimizer"] = {"gradients": gradients + copies, "temporary": 2 * largest}
     return phases
 
 
-def make_plan(config: Config) -> Plan:
-    """Count everything; loads no weights."""
+def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
+    """Count everything on one of ``ranks`` devices that train together; loads no weights."""
     needs = frozenset(build_objective(config.objective).needs)
     model = shape_of(config.model)
+    division = Division.of(model, config.train.parallel, ranks)
     prompt, assumed, problems = _data(config)
     rollout, train = config.rollout, config.train
     step_tokens = train.prompts_per_step * rollout.num_generations * rollout.completion_limit
     row_tokens = min(train.micro_batch_tokens, step_tokens + train.prompts_per_step * prompt)
     row_tokens = max(row_tokens, prompt + rollout.completion_limit)  # a sequence is never divided
     steps = train.steps or (math.ceil(train.epochs * (problems // train.prompts_per_step)) if problems else None)
-    capacity = -(-(prompt + rollout.completion_limit) // 32) * 32
+    capacity = bucketed(prompt + rollout.completion_limit)
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        held=_held(config, model, needs, capacity),
-        phases=_phases(config, model, row_tokens, needs),
+        held=_held(config, model, needs, capacity, division, on_cpu),
+        phases=_phases(config, model, row_tokens, needs, division),
         prompt=prompt,
         prompt_is_assumed=assumed,
         problems=problems,

@@ -124,14 +124,66 @@ def test_steps_are_those_of_the_run(tmp_path: Path):
     assert not plan.prompt_is_assumed
 
 
-@pytest.mark.parametrize("recipe", ["qwen3-4b", "qwen3-8b"])
-def test_the_papers_recipes_are_planned_without_a_hub(recipe: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", recipe, "--plan", "--device-memory", "80"]) == 0
-    told = capsys.readouterr().out
-    assert "does not fit" in told
-    assert "KV cache: 153.00 GiB; lower rollout.max_rows and rollout.cache_rows" in told
-    assert "512 tokens, assumed: set data.max_prompt_length" in told
-    assert "796, at most" in told
+@pytest.mark.parametrize(("recipe", "ranks"), [("qwen3-4b", "1"), ("qwen3-8b", "8")])
+def test_the_papers_recipes_are_planned_without_a_hub(recipe: str, ranks: str, capsys: pytest.CaptureFixture[str]):
+    def told(*overrides: str) -> str:
+        arguments = ["train", recipe, *overrides, "--plan", "--device-memory", "139", "--ranks", ranks]
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    plan = told()
+    assert "\nfits: " in plan
+    assert "512 tokens, assumed: set data.max_prompt_length" in plan
+    assert "796, at most" in plan
+    unbounded = told("rollout.kv_budget=0")
+    assert "does not fit" in unbounded
+    assert "KV cache: 154.20 GiB; set rollout.kv_budget, or lower" in unbounded
+
+
+def test_decoding_on_a_cpu_copies_the_linear_layers(tmp_path: Path):
+    config = _config(tmp_path)
+    model = load_policy(config.model).model  # its output matrix is the embeddings', and is copied all the same
+    assert make_plan(config).held["weights laid out for decoding"] == sum(
+        p.nbytes for p in model.parameters() if p.dim() == 2
+    )
+    assert make_plan(config, on_cpu=False).held["weights laid out for decoding"] == 0
+
+
+def test_a_bound_on_the_cache_is_kept(tmp_path: Path):
+    bounded = _config(tmp_path, "rollout.kv_budget=1", "rollout.max_rows=4096")
+    assert (
+        make_plan(bounded).held["KV cache"]
+        <= 2**20
+        < make_plan(_config(tmp_path, "rollout.max_rows=4096")).held["KV cache"]
+    )
+
+
+def _parts(tmp_path: Path, parallel: str, ranks: int) -> dict[str, int]:
+    plan = make_plan(_config(tmp_path, f"train.parallel={parallel}", "model.dtype=bfloat16"), ranks)
+    return {**plan.held, **plan.phases["training"]}
+
+
+def test_ranks_divide_what_their_setting_divides(tmp_path: Path):
+    alone, ddp, zero1, zero2, fsdp2 = (
+        _parts(tmp_path, parallel, ranks)
+        for parallel, ranks in [("none", 1), ("ddp", 4), ("zero1", 4), ("zero2", 4), ("fsdp2", 4)]
+    )
+    assert alone == ddp
+    for name in ("optimizer", "float32 copy of the weights"):
+        assert zero1[name] == pytest.approx(alone[name] / 4, rel=0.01)
+        assert alone[name] / 4 < zero2[name] == fsdp2[name] < alone[name]  # embeddings stay whole
+    assert zero1["gradients"] == alone["gradients"] > zero2["gradients"] == fsdp2["gradients"]
+    assert zero1["weights"] == alone["weights"] > zero2["weights"] == fsdp2["weights"]
+    assert zero2["weights"] + zero2["weights brought together"] == alone["weights"]
+    assert 0 < fsdp2["weights brought together"] < zero2["weights brought together"]
+    assert (
+        zero2["weights the engine generates with"] == alone["weights"] > zero1["weights the engine generates with"] == 0
+    )
+
+
+def test_ranks_without_a_way_to_train_together_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"set train\.parallel=ddp, zero1, zero2 or fsdp2"):
+        make_plan(_config(tmp_path), ranks=2)
 
 
 def test_it_says_whether_it_fits(tmp_path: Path):
