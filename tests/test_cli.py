@@ -30,9 +30,10 @@ def _recipe(tmp_path: Path, text: str = "") -> str:
 def _fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("e3rl: ")
+    notices, sentence, error = captured.err.partition("e3rl: ")
+    assert not notices or notices.startswith("This config runs code that is not e3rl's:\n  ")
     assert "Traceback" not in captured.err + captured.out
-    return captured.err
+    return sentence + error
 
 
 def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture[str]):
