@@ -125,7 +125,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         after = f" after row {number}" if number else ""
         raise UserError(f"{path}: not a readable Parquet file (damaged or cut off?){after}: {error}") from None
 

@@ -40,8 +40,13 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write it whole or not at all, then drop the oldest beyond ``keep`` (0 keeps all)."""
+    """Write it whole or not at all, then drop the oldest beyond ``keep`` (0 keeps all).
+
+    An intact one of the same step stays: a resumed run comes to the same state, and it may be the only one there is.
+    """
     directory = checkpoint_directory(run, checkpoint.step)
+    if damage(directory) is None:
+        return directory
     with atomic_directory(directory) as temporary:
         save_file(_plain(checkpoint.weights), temporary / "weights.safetensors")
         save_file(_plain(checkpoint.optimizer), temporary / "optimizer.safetensors")

@@ -276,6 +276,14 @@ def test_damage_inside_a_parquet_file(tmp_path: Path) -> None:
     assert "not a readable Parquet file" in error(str(file))
 
 
+def test_text_in_a_parquet_file_that_is_no_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"prompt": ["question"]}), file, use_dictionary=False, compression="none")
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"question", b"quest\x80on", 1))
+    assert "not a readable Parquet file" in error(str(file))
+
+
 def test_sources_that_are_nothing(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", *ROWS)
     assert f"Did you mean '{tmp_path / 'train.jsonl'}'?" in error(str(tmp_path / "trian.jsonl"))

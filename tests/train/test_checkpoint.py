@@ -36,6 +36,17 @@ def test_only_the_newest_are_kept(tmp_path: Path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000030", "step-000002"]
 
 
+def test_an_intact_checkpoint_of_the_same_step_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A kill while it is replaced would leave none; found by killing runs at random moments."""
+    first = save_checkpoint(tmp_path, _checkpoint(0), keep=3)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *a, **k: pytest.fail("an intact checkpoint is deleted"))
+        assert save_checkpoint(tmp_path, _checkpoint(0), keep=3) == first
+    (first / "state.json").unlink()
+    save_checkpoint(tmp_path, _checkpoint(0), keep=3)
+    assert damage(first) is None
+
+
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"])
 @pytest.mark.parametrize("harm", ["truncate", "delete", "flip"])
 def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path: Path, file: str, harm: str):
