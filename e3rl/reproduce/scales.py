@@ -85,7 +85,7 @@ LAB = Scale(
     pass_samples=64,
     pass_ks=(1, 2, 4, 8, 16, 32, 64),
     seeds=(0, 1, 2),
-    learning_rates=(7.5e-5, 1.5e-4, 3e-4, 6e-4),
+    learning_rates=(1.875e-5, 3.75e-5, 7.5e-5, 1.5e-4),
     tuning_overrides=("train.steps=12",),
     segments=((32, 2), (16, 4), (8, 8), (4, 16), (2, 32)),
     token_budget=40_000,
