@@ -136,8 +136,13 @@ class ErasureConfig:
     smoothing_window: int = setting(1, "W of eq 11; D2: causal, so W earlier segments", min=0)
     smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
     entropy_reference: Literal["group", "batch"] = setting("group", "D3: where mu_E and sigma_E of eq 13 come from")
-    baseline: Literal["group", "reference", "static"] = setting(
-        "group", "D4: B_n from the siblings' first candidates, from saved reference statistics, or static_baseline"
+    baseline: Literal["group", "quantile", "reference", "static"] = setting(
+        "group",
+        "D4: B_n from mean and spread of the siblings' first candidates, from their quantile, from saved reference "
+        "statistics, or static_baseline",
+    )
+    quantile: float = setting(
+        0.5, "share of the first candidates that stay below B_n where baseline = 'quantile'", min=0, max=1
     )
     static_baseline: float = setting(1.0, "B_n where baseline = 'static' (the paper's 'w/o group dynamics')", above=0)
     min_siblings: int = setting(2, "D5: with fewer siblings at a segment the group's last B stays in force", min=2)

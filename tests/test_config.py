@@ -54,7 +54,7 @@ def test_sections_can_be_written_alone():
         ("rollout.top_p=1.5", ["rollout.top_p = 1.5", "above 0 and at most 1"]),
         ("rollout.top_p=0", ["rollout.top_p", "above 0"]),
         ("rollout.temperature=nan", ["rollout.temperature = nan is out of range"]),
-        ("erasure.baseline=groop", ["erasure.baseline", "'group', 'reference', 'static'"]),
+        ("erasure.baseline=groop", ["erasure.baseline", "'group', 'quantile', 'reference', 'static'"]),
         ("train.report_to=['tensorboard', 3]", ["train.report_to", "expected a string, got 3"]),
         ("rewards.weights=[1.0, 2.0]", ["rewards.weights has 2 values for 1 rewards.functions"]),
         ("rewards.functions=[]", ["rewards.functions is empty"]),

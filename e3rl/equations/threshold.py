@@ -23,6 +23,14 @@ def macro_baseline(mean: Number, std: Number, offset: Number) -> Tensor:
     return as_tensor(mean + offset * std)
 
 
+def quantile_baseline(values_G: Tensor, share: float) -> Tensor:
+    """In place of eq 14-16: the value that ``share`` of the siblings lie below, between neighbours where it falls between.
+
+    U is heavy-tailed: how many siblings lie above mean + kappa * std depends on the tail, how many above a quantile does not.
+    """
+    return values_G.quantile(share)
+
+
 def attempt_penalty(attempt: int, eta: float, delta: float) -> Tensor:
     """Eq 17. Gamma(e) = exp(eta e^delta): 1 for the first candidate, rising with every erasure."""
     return as_tensor(eta * attempt**delta).exp()

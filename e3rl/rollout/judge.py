@@ -23,13 +23,16 @@ from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
 
+_FROM_SIBLINGS = ("group", "quantile")
+"""The baselines that are taken from the group's own first candidates."""
+
 ROUNDING = 1e-9
 """Share by which a computed baseline is raised, so that siblings that are all alike are not erased over rounding."""
 
 
 def needs_reference(siblings: int, config: ErasureConfig) -> bool:
     """Whether B_n has to come from reference statistics: asked for, or no group is large enough for its own."""
-    too_few = config.baseline == "group" and siblings < config.min_siblings
+    too_few = config.baseline in _FROM_SIBLINGS and siblings < config.min_siblings
     return config.baseline == "reference" or too_few
 
 
@@ -133,7 +136,7 @@ class GroupJudge:
 
     @property
     def _has_group_baseline(self) -> bool:
-        return self._reference is None and self._config.baseline == "group"
+        return self._reference is None and self._config.baseline in _FROM_SIBLINGS
 
     def _freeze(self, segment: int) -> _Statistics:
         entropies = self._fixed_entropies
@@ -164,13 +167,14 @@ class GroupJudge:
             return self._statistics[-1].baseline
         for history in present:
             history.measured.append(self._uncertainty(history, history.firsts[segment], entropies))
-        totals = [h.measured[segment].total for h in present]
-        return self._macro_baseline(*threshold.group_moments(_tensor(totals)))
+        totals = _tensor([h.measured[segment].total for h in present])
+        if self._config.baseline == "quantile":
+            return _raised(float(threshold.quantile_baseline(totals, self._config.quantile)))
+        return self._macro_baseline(*threshold.group_moments(totals))
 
     def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
         kappa = threshold.offset(std, self._config.kappa0, self._config.kappa1, self._config.sigma0)
-        baseline = float(threshold.macro_baseline(mean, std, kappa))
-        return baseline + ROUNDING * abs(baseline)
+        return _raised(float(threshold.macro_baseline(mean, std, kappa)))
 
     def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
         """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), by the named metric."""
@@ -184,6 +188,10 @@ class GroupJudge:
             baselines_N = _tensor([s.baseline for s in self._statistics[: len(history.smoothed)]])
             phi = float(threshold.modulation(_tensor(history.smoothed), baselines_N, self._config.rho))
         return Threshold(float(threshold.threshold(baseline, penalty, phi)), baseline, penalty, phi)
+
+
+def _raised(baseline: float) -> float:
+    return baseline + ROUNDING * abs(baseline)
 
 
 @functools.cache

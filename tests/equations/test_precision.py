@@ -36,6 +36,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "extremum_deviation": lambda x, s: uncertainty.extremum_deviation(x[0, 0], x[0].mean(), x[0].std()),
     "uncertainty": lambda x, s: uncertainty.uncertainty(*x[0, :4], **WEIGHTS),
     "group_moments": lambda x, s: torch.stack(threshold.group_moments(x[0])),
+    "quantile_baseline": lambda x, s: threshold.quantile_baseline(x[0], 0.3),
     "offset": lambda x, s: threshold.offset(x[0, 0], 1.0, 0.5, 0.1),
     "macro_baseline": lambda x, s: threshold.macro_baseline(x[0, 0], x[0, 1], x[0, 2]),
     "modulation": lambda x, s: threshold.modulation(x[0], x[1].abs(), 0.1),

@@ -44,6 +44,15 @@ def test_group_moments_agree_with_the_reference(values: list[float], random: obj
     close(again[1], float(std), tolerance=1e-7)
 
 
+def test_quantile_baseline() -> None:
+    """Of 1, 2, 3 and 90 half lie below 2.5, however large the largest is; shares 0 and 1 are the extremes."""
+    values = f64([90.0, 1.0, 3.0, 2.0])
+    close(th.quantile_baseline(values, 0.5), 2.5)
+    close(th.quantile_baseline(values, 0.1), 1.3)
+    close(th.quantile_baseline(values, 0.0), 1.0)
+    close(th.quantile_baseline(values, 1.0), 90.0)
+
+
 def test_offset() -> None:
     """Eq 16. At sigma_0 it is kappa_0; tanh(ln 2) = (2 - 1/2) / (2 + 1/2) = 0.6, so 1 + 0.5 * 0.6 = 1.3."""
     close(th.offset(f64(0.1), 1.0, 0.5, 0.1), 1.0)

@@ -45,7 +45,7 @@ def uncertainty_of(
     deviation = (max(h) - statistics.fmean(pool)) / (statistics.pstdev(pool) + EPS)
     base = config.base_weight * smoothed
     gradient = config.gradient_weight * (statistics.fmean(steps) if steps else 0.0)
-    extremum = config.extremum_weight / (1 + math.exp(-deviation))
+    extremum = config.extremum_weight / (1 + math.exp(min(-deviation, 700.0)))  # e^710 is no float
     perturbation = config.perturbation_weight * statistics.fmean(candidate.perturbations)
     return Uncertainty(base + gradient + extremum + perturbation, base, gradient, extremum, perturbation, smoothed)
 
@@ -64,6 +64,11 @@ def baselines_of(group: Group, config: ErasureConfig) -> list[float]:
             baselines.append(config.static_baseline)
         elif len(totals) < config.min_siblings:
             baselines.append(baselines[-1])
+        elif config.baseline == "quantile":
+            ordered, place = sorted(totals), config.quantile * (len(totals) - 1)
+            low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+            baseline = low + (high - low) * (place - math.floor(place))
+            baselines.append(baseline + 1e-9 * abs(baseline))
         else:
             spread = statistics.pstdev(totals)
             kappa = config.kappa0 + config.kappa1 * math.tanh((spread - config.sigma0) / (config.sigma0 + EPS))

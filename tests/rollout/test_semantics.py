@@ -324,6 +324,16 @@ def test_penalty():
     assert verdicts(trajectory)[0] == (2, Verdict.COMMIT)
 
 
+def test_quantile_baseline():
+    """A quantile baseline keeps its share of the first candidates, whatever the largest is; it is frozen as well (D4)."""
+    table = {("p", i, 0, 0): u for i, u in enumerate([0.1, 0.2, 0.3, 50.0])} | {("p", 3, 0, 1): 0.1}
+    config = replace(PLAIN_GROUP, baseline="quantile", quantile=0.5)
+    groups, _ = roll(levels(table), config, rollout(num_generations=4))
+    first = [t.segments[0].judgement for t in groups["p"].trajectories]
+    assert [j.threshold.baseline for j in first] == pytest.approx([0.25] * 4)
+    assert [bool(t.erasures) for t in groups["p"].trajectories] == [False, False, True, True]
+
+
 def test_static_baseline():
     """22. A static baseline is the same at every segment, whatever the siblings do."""
     table = {("p", 1, n, 0): 0.1 * n for n in range(3)}
