@@ -26,23 +26,29 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to erase: weights of U's terms and kappa_0; ``segments``: cut a response into so many, None: as configured."""
+    """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates; ``segments``: cut a response
+    into so many, None: as configured."""
 
     title: str
     weights: tuple[float, float, float, float]
-    kappa0: float
+    kappa0: float | None = None
+    quantile: float | None = None
     segments: int | None = None
 
     def applied(self, config: Config) -> Config:
         """The config with this setting; whole responses and halves look at nothing but themselves."""
         changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True))
+        if self.kappa0 is not None:
+            changed |= {"baseline": "group", "kappa0": self.kappa0}
+        if self.quantile is not None:
+            changed |= {"baseline": "quantile", "quantile": self.quantile}
         if self.segments is None:
-            return replace(config, erasure=replace(config.erasure, kappa0=self.kappa0, **changed))
+            return replace(config, erasure=replace(config.erasure, **changed))
         alone: dict[str, Any] = {"smoothing_window": 0, "rho": 0.0}
         length = -(-config.rollout.completion_limit // self.segments)
         return replace(
             config,
-            erasure=replace(config.erasure, kappa0=self.kappa0, **changed, **alone),
+            erasure=replace(config.erasure, **changed, **alone),
             rollout=replace(config.rollout, segment_length=length, max_segments=self.segments),
         )
 
@@ -50,7 +56,8 @@ class Setting:
 _PAPER = (1.0, 0.5, 0.1, 0.0)
 _ENTROPY = (1.0, 0.0, 0.0, 0.0)
 _EPS = (0.0, 0.0, 0.0, 1.0)
-LATE = "whole"
+_BOTH = (1.0, 0.0, 0.0, 0.3)
+LATE, LATE_EPS = "whole", "whole+eps"
 SETTINGS: Mapping[str, Setting] = {
     "paper-1": Setting("U, paper, κ₀ = 1", _PAPER, 1.0),
     "paper-2": Setting("U, paper, κ₀ = 2", _PAPER, 2.0),
@@ -60,6 +67,9 @@ SETTINGS: Mapping[str, Setting] = {
     "half": Setting("entropy of half a response, κ₀ = −0.5", _ENTROPY, -0.5, segments=2),
     "whole-mild": Setting("entropy of the whole response, κ₀ = 0.5", _ENTROPY, 0.5, segments=1),
     LATE: Setting("entropy of the whole response, κ₀ = −0.5", _ENTROPY, -0.5, segments=1),
+    LATE_EPS: Setting(
+        "entropy + 0.3 ε of the whole response, the calmest fifth stays", _BOTH, quantile=0.2, segments=1
+    ),
 }
 """Erasure settings that are compared, beside the model's own. The late ones see what follows from a mistake."""
 

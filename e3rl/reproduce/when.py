@@ -20,9 +20,7 @@ from e3rl.reproduce.results import Results
 from e3rl.reproduce.scales import LAB, SMOKE, Scale
 from e3rl.reproduce.statistics import estimate
 from e3rl.reproduce.study import Row, Study
-
-FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
-"""What is trained on, by scale. At other scales it is the recipe's own data."""
+from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods
 
 _LAB = replace(
     LAB,
@@ -33,7 +31,7 @@ _LAB = replace(
     validation={},
     overrides=(
         "train.steps=100000",
-        "train.max_tokens=6000",
+        "train.max_tokens=16000",
         "train.prompts_per_step=16",
         "train.learning_rate=1e-4",
         "train.minibatches=2",
@@ -43,70 +41,24 @@ _LAB = replace(
         "rollout.max_segments=4",
     ),
 )
-"""Equal generated tokens, one learning rate."""
+"""Equal generated tokens, one learning rate; GRPO makes most of its way on these graphs within them."""
 
 _SMOKE = replace(SMOKE, seeds=(0,))
 
 _TUNING = 32
 """Training problems that temperatures and settings are chosen on, at most."""
 
-_EPS = (
-    "erasure.base_weight=0.0",
-    "erasure.gradient_weight=0.0",
-    "erasure.extremum_weight=0.0",
-    "erasure.perturbation_weight=1.0",
-    "erasure.kappa0=0.5",
-)
-_LATE = (
-    "rollout.segment_length=8",
-    "rollout.max_segments=1",
-    "erasure.gradient_weight=0.0",
-    "erasure.extremum_weight=0.0",
-    "erasure.smoothing_window=0",
-    "erasure.rho=0.0",
-    "erasure.kappa0=-0.5",
-)
-_CONTRAST = "objective.erased=contrast"
-
-METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "Vanilla": ("vanilla", ()),
-    "GRPO": ("grpo", ()),
-    "GRPO, rollouts at T = 0.6": ("grpo", ("rollout.temperature=0.6",)),
-    "DAPO": ("dapo", ()),
-    "GSPO": ("gspo", ()),
-    "SAPO": ("sapo", ()),
-    "ERPO": ("erpo", ()),
-    "E³RL": ("e3rl", ()),
-    "E³RL+ε": ("e3rl", _EPS),
-    "E³RL+ε+contrast": ("e3rl", (*_EPS, _CONTRAST)),
-    "E³RL, late+contrast": ("e3rl", (*_LATE, _CONTRAST)),
-}
-"""A row's overlay and overrides. 'late': the entropy of the whole response judges it (`e3rl.diagnose`)."""
-
-_SMOKE_METHODS = ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL, late+contrast")
-
-BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
-
-
-def families(scale: Scale) -> tuple[str, ...]:
-    return FAMILIES.get(scale.name, ("",))
-
-
-def label(family: str, method: str) -> str:
-    return f"{family}: {method}" if family else method
-
 
 def _rows(scale: Scale) -> tuple[Row, ...]:
     return tuple(
         Row(
             label(family, name),
-            (f"methods/{overlay}",),
-            (*((f"data.train={family}",) if family else ()), *overrides),
+            (f"methods/{METHODS[name][0]}",),
+            (*((f"data.train={family}",) if family else ()), *METHODS[name][1]),
             tuned_as="Vanilla",
         )
         for family in families(scale)
-        for name, (overlay, overrides) in METHODS.items()
-        if scale.name != "smoke" or name in _SMOKE_METHODS
+        for name in methods(scale, family)
     )
 
 

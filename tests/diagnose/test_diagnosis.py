@@ -13,7 +13,7 @@ from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
 from e3rl.config import load_config
 from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
-from e3rl.diagnose.decoding import LATE, SETTINGS, Contest
+from e3rl.diagnose.decoding import LATE, LATE_EPS, SETTINGS, Contest
 from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
 from e3rl.diagnose.signals import PAPER, SIGNALS, measure
@@ -140,6 +140,10 @@ def test_late_settings_cut_the_response_anew():
     half = SETTINGS["half"].applied(config)
     assert (half.rollout.segment_length, half.rollout.max_segments) == (20, 2)
     assert SETTINGS["eps-1"].applied(config).rollout == config.rollout
+    static = load_config(None, (), ["erasure.baseline=static"])
+    assert SETTINGS["paper-1"].applied(static).erasure.baseline == "group"
+    calm = SETTINGS[LATE_EPS].applied(config).erasure
+    assert (calm.baseline, calm.quantile, calm.perturbation_weight) == ("quantile", 0.2, 0.3)
 
 
 def test_the_help_names_every_setting():

@@ -11,7 +11,8 @@ from e3rl.diagnose.decoding import SETTINGS
 from e3rl.reproduce.decodings import WAYS
 from e3rl.reproduce.scales import LAB, PAPER, SMOKE
 from e3rl.reproduce.study import row_config
-from e3rl.reproduce.when import BASELINES, METHODS, WHEN, chosen, families, figures, label
+from e3rl.reproduce.when import WHEN, chosen, figures
+from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods
 
 
 def values(train: dict[str, list[int]], held_out: dict[str, list[int]]) -> dict[str, dict[str, dict[str, object]]]:
@@ -41,21 +42,20 @@ def test_avg_and_pass_by_problem() -> None:
 def test_every_row_is_a_recipe_and_they_differ_by_their_method_alone() -> None:
     scale = WHEN.at("lab")
     rows = {row.label: row for row in WHEN.rows(scale)}
-    assert list(rows) == [label(family, method) for family in families(scale) for method in METHODS]
+    assert list(rows) == [label(family, method) for family in families(scale) for method in methods(scale, family)]
     configs = {name: row_config(scale, "lab model", row, seed=1, learning_rate=None) for name, row in rows.items()}
-    assert {config.train.max_tokens for config in configs.values()} == {6000}
+    assert {config.train.max_tokens for config in configs.values()} == {16000}
     assert {config.train.learning_rate for config in configs.values()} == {1e-4}
     for family in families(scale):
-        assert all(configs[label(family, m)].data.train == family for m in METHODS)
-        assert all(not configs[label(family, m)].rollout.erase for m in BASELINES)
-        assert all(configs[label(family, m)].rollout.erase for m in METHODS if m not in BASELINES)
-    late = configs[label("lab:path:2", "E³RL, late+contrast")]
+        here = methods(scale, family)
+        assert all(configs[label(family, m)].data.train == family for m in here)
+        assert all(configs[label(family, m)].rollout.erase != (m in BASELINES) for m in here)
+    late = configs[label("lab:path:2", "E³RL late+contrast")]
     assert late.rollout.segment_length * late.rollout.max_segments == late.rollout.completion_limit == 8
-    assert (late.erasure.gradient_weight, late.erasure.kappa0, late.objective.options["erased"]) == (
-        0,
-        -0.5,
-        "contrast",
-    )
+    assert (late.erasure.gradient_weight, late.erasure.kappa0) == (0, -0.5)
+    assert late.objective.options["erased"] == "contrast"
+    anchored = configs[label("lab:path:2", "E³RL+ε, anchored")]
+    assert (anchored.objective.options["allocation"], anchored.erasure.perturbation_weight) == ("anchored", 1.0)
 
 
 def test_ways_name_settings_that_exist_and_hold_both_kinds() -> None:
@@ -77,5 +77,5 @@ def test_the_smoke_scale_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "Missing" not in page
     for part in ("The claim", "lab:path:1: methods at equal generated tokens", "decoding the model as it is"):
         assert part in page
-    assert "E³RL, late+contrast" in page
+    assert "E³RL late+ε+contrast" in page
     assert len(list((tmp_path / "cells").iterdir())) == 4

@@ -1,0 +1,84 @@
+"""What `e3rl reproduce when` compares: families of problems, baselines, and every way to train with erasure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from e3rl.reproduce.scales import Scale
+
+FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
+"""What is trained on, by scale. At other scales it is the recipe's own data."""
+
+_EPS = (
+    "erasure.base_weight=0.0",
+    "erasure.gradient_weight=0.0",
+    "erasure.extremum_weight=0.0",
+    "erasure.perturbation_weight=1.0",
+    "erasure.kappa0=0.5",
+)
+_LATE = (
+    "rollout.segment_length=8",
+    "rollout.max_segments=1",
+    "erasure.gradient_weight=0.0",
+    "erasure.extremum_weight=0.0",
+    "erasure.smoothing_window=0",
+    "erasure.rho=0.0",
+    "erasure.kappa0=-0.5",
+)
+_LATE_EPS = (*_LATE, "erasure.perturbation_weight=0.3", "erasure.baseline=quantile", "erasure.quantile=0.2")
+_CONTRAST = "objective.erased=contrast"
+_ALLOCATIONS = ("causal", "sequence", "anchored")
+
+
+def _erasing(
+    name: str, overrides: tuple[str, ...], allocations: Sequence[str]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """A way to erase under every allocation, with erased candidates dropped and as contrast."""
+    found = {}
+    for allocation in allocations:
+        title = name if allocation == "causal" else f"{name}, {allocation}"
+        allocated = (*overrides, f"objective.allocation={allocation}")
+        found[title] = ("e3rl", allocated)
+        found[f"{title}+contrast"] = ("e3rl", (*allocated, _CONTRAST))
+    return found
+
+
+METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "Vanilla": ("vanilla", ()),
+    "GRPO": ("grpo", ()),
+    "GRPO, rollouts at T = 0.6": ("grpo", ("rollout.temperature=0.6",)),
+    "DAPO": ("dapo", ()),
+    "GSPO": ("gspo", ()),
+    "SAPO": ("sapo", ()),
+    "ERPO": ("erpo", ()),
+    **_erasing("E³RL", (), _ALLOCATIONS),
+    **_erasing("E³RL+ε", _EPS, _ALLOCATIONS),
+    **_erasing("E³RL late", _LATE, ("causal",)),
+    **_erasing("E³RL late+ε", _LATE_EPS, ("causal",)),
+}
+"""A row's overlay and overrides. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one segment, so
+allocations don't differ."""
+
+_SMOKE_METHODS = ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL late+ε+contrast")
+_SECOND = (
+    *("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "E³RL", "E³RL+ε", "E³RL+ε+contrast"),
+    *("E³RL late", "E³RL late+contrast", "E³RL late+ε+contrast"),
+)
+"""What the second family is trained with: every kind of method once, to keep the study within an hour or two of a core."""
+
+BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
+
+
+def families(scale: Scale) -> tuple[str, ...]:
+    return FAMILIES.get(scale.name, ("",))
+
+
+def methods(scale: Scale, family: str) -> tuple[str, ...]:
+    """The methods that a family is trained with at a scale."""
+    if scale.name == "smoke":
+        return _SMOKE_METHODS
+    return _SECOND if family in FAMILIES["lab"][1:] else tuple(METHODS)
+
+
+def label(family: str, method: str) -> str:
+    return f"{family}: {method}" if family else method
