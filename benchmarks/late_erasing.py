@@ -1,98 +1,111 @@
-"""Does erasing beat plain decoding at its best temperature, at equal tokens? The shipped model on graphs and chains.
+"""Does erasing beat plain decoding at its best temperature, at equal tokens? On graphs and chains, or on SmolLM2's arithmetic.
 
     python benchmarks/late_erasing.py --json out.json          (ten minutes on one quiet core)
+    python benchmarks/late_erasing.py --json out.json --models RUN0/model RUN1/model --families lab:path:2
+    python benchmarks/late_erasing.py --json out.json --models smollm2 --families lab:arith:1-3 --settings whole whole+eps
 
-Erasable decoding as in the recipe 'recommended': the whole response is one segment, judged by its entropy alone. Temperatures
-are chosen on problems of the training half and reported on the held-out half. Plain decoding gets as many samples more as the
-erased tokens would have paid for; Pass counts them. 'rerank' spends them otherwise: it draws them all and keeps the 8 of least
-entropy, which is the same evidence without a decision on the way.
+Erasable decoding judges the whole response as one segment. Temperature and setting are chosen on problems of the training half
+and reported on the held-out half. Plain decoding gets as many samples more as the erased tokens would have paid for; Pass
+counts them. 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U, which is the same evidence without a
+decision on the way. Several models are seeds of one training: what is shown is each problem's mean over them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
-from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.evaluate.evaluation import evaluate, spread
+from e3rl.diagnose.decoding import LATE_EPS, SETTINGS
+from e3rl.evaluate.evaluation import evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
+from e3rl.lab.problems import Split, load
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engines import build_engine
 from e3rl.train.environment import environment
+from e3rl.types import Trajectory
 
 FAMILIES = ("lab:path:2", "lab:path:3", "lab:ways:2", "lab:ways:3", "lab:chain:3")
 TEMPERATURES = (1.0, 0.6, 0.3)
-ERASABLE, PLAIN = 8, 24
+LIMITS = {"arith": 24, "chain": 64}
+"""Most tokens of a response; of the others 8."""
+
+ERASABLE, PLAIN = 8, 18
 """Samples of a problem. Plain ones are more, so that Pass at the tokens of the erasable ones can be computed."""
 
-Half = Literal["train", "eval"]
+Choice = tuple[str, float]
+"""A setting of `e3rl.diagnose.decoding.SETTINGS` (empty: plain) and a temperature."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Which samples of each problem are right, their mean entropies, and the tokens that one answer cost."""
+    """Which samples of each problem are right, how suspicious they are, and the tokens that one answer cost."""
 
     correct_PK: np.ndarray
-    entropies_PK: np.ndarray
+    suspicion_PK: np.ndarray
     tokens: float
-
-    @property
-    def samples(self) -> int:
-        return int(self.correct_PK.shape[1])
 
     @property
     def avg_P(self) -> np.ndarray:
         return self.correct_PK.mean(axis=1)
 
-    @property
-    def right_P(self) -> np.ndarray:
-        return self.correct_PK.sum(axis=1)
-
     def calmest(self, drawn: int, kept: int) -> Counts:
-        """The ``kept`` of the first ``drawn`` samples with the least entropy."""
-        order_PK = self.entropies_PK[:, :drawn].argsort(axis=1, kind="stable")[:, :kept]
-        chosen = (np.take_along_axis(values, order_PK, axis=1) for values in (self.correct_PK, self.entropies_PK))
+        """The ``kept`` of the first ``drawn`` samples that are least suspicious."""
+        order_PK = self.suspicion_PK[:, :drawn].argsort(axis=1, kind="stable")[:, :kept]
+        chosen = (np.take_along_axis(values, order_PK, axis=1) for values in (self.correct_PK, self.suspicion_PK))
         return Counts(*chosen, tokens=self.tokens * drawn / kept)
 
     def pass_P(self, k: float) -> np.ndarray:
         """Pass at a fractional k, between its neighbours."""
-        low = min(int(k), self.samples)
-        high = min(low + 1, self.samples)
-        below, above = (np.array([pass_at_k(int(c), self.samples, n) for c in self.right_P]) for n in (low, high))
+        samples = int(self.correct_PK.shape[1])
+        low = min(int(k), samples)
+        high = min(low + 1, samples)
+        right_P = self.correct_PK.sum(axis=1)
+        below, above = (np.array([pass_at_k(int(c), samples, n) for c in right_P]) for n in (low, high))
         return below + (k - int(k)) * (above - below)
 
 
-def configured(family: str, temperature: float, samples: int) -> Config:
-    length = ["rollout.segment_length=64"] if family.startswith("lab:chain") else []
-    config = load_config(find_recipe("recommended"), [], [f"data.train={family}", *length])
-    sampling = replace(config.eval, num_samples=samples, temperature=temperature)
-    return replace(config, eval=sampling)
+def configured(family: str, choice: Choice) -> Config:
+    name = family.split(":")[1]
+    limit = [f"rollout.segment_length={LIMITS[name]}", "rollout.max_segments=1"] if name in LIMITS else []
+    config = load_config(find_recipe("recommended"), [], [f"data.train={family}", "rollout.max_rows=64", *limit])
+    setting, temperature = choice
+    sampling = replace(config.eval, num_samples=ERASABLE if setting else PLAIN, temperature=temperature)
+    return replace(SETTINGS[setting].applied(config) if setting else config, eval=sampling)
 
 
-def measured(policy: Policy, family: str, half: Half, problems: int, temperature: float, erase: bool) -> Counts:
+def suspicion(trajectory: Trajectory, weights: Sequence[float]) -> float:
+    """The U by which late settings judge: mean entropy and mean perturbation of the response."""
+    perturbations = [x for s in trajectory.segments for x in s.candidate.perturbations]
+    return float(weights[0] * np.mean(trajectory.entropies) + weights[3] * np.mean(perturbations))
+
+
+def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice, judged_by: str) -> Counts:
     """One way to decode, on one half of a family."""
-    config = configured(family, temperature, ERASABLE if erase else PLAIN)
-    chosen = spread(load_problems(family, config=config.data, split=half), problems)
-    limit = config.rollout.completion_limit
+    config = configured(family, choice)
     prompts = render_prompts(
-        chosen, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
+        load(family, split, problems),
+        policy.tokenizer,
+        config.data,
+        context_limit=policy.context_length,
+        completion_limit=config.rollout.completion_limit,
     )
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
-    with Scorer(config.rewards, max_completion_length=limit) as scorer:
-        done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase)
-    entropies_PK = np.array([[np.mean(t.entropies) for t in g.trajectories] for g in done.groups])
-    return Counts(done.correct_PK, entropies_PK, done.record()["tokens"] / done.correct_PK.size)
+    with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
+        done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=bool(choice[0]))
+    weights = SETTINGS[judged_by].weights
+    suspicion_PK = np.array([[suspicion(t, weights) for t in g.trajectories] for g in done.groups])
+    return Counts(done.correct_PK, suspicion_PK, done.record()["tokens"] / done.correct_PK.size)
 
 
 def interval(values_P: np.ndarray) -> dict[str, float]:
@@ -100,29 +113,56 @@ def interval(values_P: np.ndarray) -> dict[str, float]:
     return {"mean": float(values_P.mean()), "low": low, "high": high}
 
 
-def compare(policy: Policy, family: str, tuning: int, problems: int) -> dict[str, Any]:
-    """The best plain against the best erasable decoding of a family, each temperature chosen on the training half."""
-    tuned = {
-        erase: {t: measured(policy, family, "train", tuning, t, erase) for t in TEMPERATURES} for erase in (False, True)
-    }
-    best = {erase: max(found, key=lambda t: float(found[t].avg_P.mean())) for erase, found in tuned.items()}
-    plain = measured(policy, family, "eval", problems, best[False], erase=False)
-    erasable = measured(policy, family, "eval", problems, best[True], erase=True)
-    k = min(ERASABLE * erasable.tokens / plain.tokens, PLAIN)
-    drawn = round(k)
-    calm = max(TEMPERATURES, key=lambda t: float(tuned[False][t].calmest(drawn, ERASABLE).avg_P.mean()))
-    rerank = measured(policy, family, "eval", problems, calm, erase=False).calmest(drawn, ERASABLE)
+def tuned(policy: Policy, family: str, settings: Sequence[str], problems: int) -> dict[str, Choice]:
+    """The most accurate choice of each kind on the training half; reranking at the tokens of erasing."""
+
+    def best(found: Mapping[Choice, Counts]) -> Choice:
+        return max(found, key=lambda choice: float(found[choice].avg_P.mean()))
+
+    def all_of(names: Sequence[str], judged_by: str = LATE_EPS) -> dict[Choice, Counts]:
+        choices = [(name, t) for name in names for t in TEMPERATURES]
+        return {c: measured(policy, family, "train", problems, c, judged_by) for c in choices}
+
+    erasable = all_of(settings)
+    chosen = best(erasable)
+    plain = all_of([""], judged_by=chosen[0])
+    k = min(ERASABLE * erasable[chosen].tokens / plain[best(plain)].tokens, PLAIN)
+    calm = best({c: counts.calmest(round(k), ERASABLE) for c, counts in plain.items()})
+    return {"plain": best(plain), "erasable": chosen, "rerank": calm}
+
+
+def compare(
+    policies: Sequence[Policy], family: str, settings: Sequence[str], tuning: int, problems: int
+) -> dict[str, Any]:
+    """The best plain against the best erasable decoding of a family, chosen with the first model on the training half."""
+    choices = tuned(policies[0], family, settings, tuning)
+    judged_by = choices["erasable"][0]
+    avg: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
+    passed: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
+    tokens: dict[str, list[float]] = {"plain": [], "erasable": []}
+    for policy in policies:
+        found = {c: measured(policy, family, "heldout", problems, c, judged_by) for c in set(choices.values())}
+        plain, erasable = found[choices["plain"]], found[choices["erasable"]]
+        k = min(ERASABLE * erasable.tokens / plain.tokens, PLAIN)
+        rerank = found[choices["rerank"]].calmest(round(k), ERASABLE)
+        for kind, counts, at in (("plain", plain, k), ("erasable", erasable, ERASABLE), ("rerank", rerank, ERASABLE)):
+            avg[kind].append(counts.avg_P)
+            passed[kind].append(counts.pass_P(at))
+        tokens["plain"].append(plain.tokens)
+        tokens["erasable"].append(erasable.tokens)
+    avg_P, pass_P = ({kind: np.mean(rows, axis=0) for kind, rows in table.items()} for table in (avg, passed))
+    cost = {kind: float(np.mean(values)) for kind, values in tokens.items()}
     return {
-        "temperatures": {"plain": best[False], "erasable": best[True], "rerank": calm},
-        "tokens": {"plain": plain.tokens, "erasable": erasable.tokens},
-        "avg": {name: interval(c.avg_P) for name, c in (("plain", plain), ("erasable", erasable), ("rerank", rerank))},
-        "pass": {"plain": interval(plain.pass_P(k)), "erasable": interval(erasable.pass_P(ERASABLE)), "plain_k": k}
-        | {"rerank": interval(rerank.pass_P(ERASABLE))},
+        "choices": choices,
+        "tokens": cost,
+        "plain_k": min(ERASABLE * cost["erasable"] / cost["plain"], PLAIN),
+        "avg": {kind: interval(values) for kind, values in avg_P.items()},
+        "pass": {kind: interval(values) for kind, values in pass_P.items()},
+        "by_model": {kind: [float(row.mean()) for row in rows] for kind, rows in avg.items()},
         "difference": {
-            "avg": interval(erasable.avg_P - plain.avg_P),
-            "pass": interval(erasable.pass_P(ERASABLE) - plain.pass_P(k)),
-            "avg_rerank": interval(erasable.avg_P - rerank.avg_P),
-            "pass_rerank": interval(erasable.pass_P(ERASABLE) - rerank.pass_P(ERASABLE)),
+            f"{name}_{other}": interval(values["erasable"] - values[other])
+            for name, values in (("avg", avg_P), ("pass", pass_P))
+            for other in ("plain", "rerank")
         },
     }
 
@@ -134,25 +174,23 @@ def shown(value: Mapping[str, float], sign: str = "") -> str:
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a table."""
     lines = [
-        "| problems | T plain / erasable | tokens × | Avg, plain | Avg, erasable | Avg, difference | relative | Pass, plain | "
-        f"Pass@{ERASABLE}, erasable | Pass, difference | rerank: T, Avg / Pass@{ERASABLE} |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| problems | plain T; erasable; rerank T | tokens × | Avg: plain, erasable, rerank | erasable − plain | relative | "
+        f"Pass at equal tokens, Pass@{ERASABLE} erasable, rerank | erasable − plain | Avg, Pass: erasable − rerank |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family, row in rows.items():
-        t, avg, passed, gap = row["temperatures"], row["avg"], row["pass"], row["difference"]
-        relative = avg["erasable"]["mean"] / avg["plain"]["mean"] - 1
+        choices, avg, passed, gap = row["choices"], row["avg"], row["pass"], row["difference"]
+        setting, temperature = choices["erasable"]
         cells = [
             f"`{family}`",
-            f"{t['plain']:g} / {t['erasable']:g}",
+            f"{choices['plain'][1]:g}; {setting} at {temperature:g}; {choices['rerank'][1]:g}",
             f"{row['tokens']['erasable'] / row['tokens']['plain']:.2f}",
-            shown(avg["plain"]),
-            shown(avg["erasable"]),
-            shown(gap["avg"], "+"),
-            f"{100 * relative:+.0f} %",
-            f"{shown(passed['plain'])} at k = {passed['plain_k']:.1f}",
-            shown(passed["erasable"]),
-            shown(gap["pass"], "+"),
-            f"{t['rerank']:g}, {avg['rerank']['mean']:.3f} / {passed['rerank']['mean']:.3f}",
+            ", ".join(shown(avg[kind]) for kind in ("plain", "erasable", "rerank")),
+            shown(gap["avg_plain"], "+"),
+            f"{100 * (avg['erasable']['mean'] / max(avg['plain']['mean'], 1e-9) - 1):+.0f} %",
+            ", ".join(shown(passed[kind]) for kind in ("plain", "erasable", "rerank")) + f"; k = {row['plain_k']:.1f}",
+            shown(gap["pass_plain"], "+"),
+            f"{shown(gap['avg_rerank'], '+')}, {shown(gap['pass_rerank'], '+')}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -161,22 +199,24 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", default="lab")
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--models", nargs="+", default=["lab"])
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument(
-        "--tuning", type=int, default=64, help="problems of the training half to choose temperatures on"
+        "--settings", nargs="+", default=[LATE_EPS], help="late settings of `e3rl diagnose` to choose from"
     )
+    parser.add_argument("--tuning", type=int, default=64, help="problems of the training half to choose on")
     parser.add_argument("--problems", type=int, default=192, help="held-out problems")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    policy = load_policy(replace(load_config(find_recipe("recommended")).model, path=options.model))
+    model = load_config(find_recipe("recommended")).model
+    policies = [load_policy(replace(model, path=path)) for path in options.models]
     rows: dict[str, Any] = {}
     for family in options.families:
-        rows[family] = compare(policy, family, options.tuning, options.problems)
-        result = {"environment": environment(), "model": options.model, "problems": options.problems, "rows": rows}
+        rows[family] = compare(policies, family, options.settings, options.tuning, options.problems)
+        told = {"models": options.models, "tuning": options.tuning, "problems": options.problems}
+        result = {"environment": environment(), **told, "rows": rows}
         options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
         print(markdown({family: rows[family]}), flush=True)
-    print(markdown(rows))
 
 
 if __name__ == "__main__":
