@@ -26,6 +26,7 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import LATE_EPS, SETTINGS
+from e3rl.diagnose.signals import RESPONSE_SIGNALS
 from e3rl.evaluate.evaluation import evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.lab.problems import Split, load
@@ -33,7 +34,6 @@ from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engines import build_engine
 from e3rl.train.environment import environment
-from e3rl.types import Trajectory
 
 FAMILIES = ("lab:path:2", "lab:path:3", "lab:ways:2", "lab:ways:3", "lab:chain:3")
 TEMPERATURES = (1.0, 0.6, 0.3)
@@ -84,12 +84,6 @@ def configured(family: str, choice: Choice) -> Config:
     return replace(SETTINGS[setting].applied(config) if setting else config, eval=sampling)
 
 
-def suspicion(trajectory: Trajectory, weights: Sequence[float]) -> float:
-    """The U by which late settings judge: mean entropy and mean perturbation of the response."""
-    perturbations = [x for s in trajectory.segments for x in s.candidate.perturbations]
-    return float(weights[0] * np.mean(trajectory.entropies) + weights[3] * np.mean(perturbations))
-
-
 def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice, judged_by: str) -> Counts:
     """One way to decode, on one half of a family."""
     config = configured(family, choice)
@@ -103,8 +97,8 @@ def measured(policy: Policy, family: str, split: Split, problems: int, choice: C
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=bool(choice[0]))
-    weights = SETTINGS[judged_by].weights
-    suspicion_PK = np.array([[suspicion(t, weights) for t in g.trajectories] for g in done.groups])
+    judge = RESPONSE_SIGNALS["entropy + 0.3 ε" if judged_by == LATE_EPS else "entropy of the response"][1]
+    suspicion_PK = np.array([[judge(t) for t in g.trajectories] for g in done.groups])
     return Counts(done.correct_PK, suspicion_PK, done.record()["tokens"] / done.correct_PK.size)
 
 

@@ -38,6 +38,11 @@ def calibrate(
     """Compare settings on plain rollouts, then roll out once with the recommended one and measure it."""
     if config.rollout.num_generations < config.erasure.min_siblings:
         raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
+    if config.erasure.baseline == "quantile":
+        raise UserError(
+            "calibration compares values of erasure.kappa0, and with erasure.baseline = 'quantile' there is none: "
+            "erasure.quantile says itself how many first candidates stay. Set erasure.baseline=group to compare"
+        )
     problems = load_problems(data, config=config.data, split="train")[:prompts]
     limit = config.rollout.completion_limit
     rendered = render_prompts(

@@ -166,6 +166,12 @@ def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "erasable" in capsys.readouterr().out
 
 
+def test_calibrate_has_nothing_to_compare_for_a_quantile(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    quantile = ["calibrate", "lab", "lab:chain", "--output", str(tmp_path), "erasure.baseline=quantile"]
+    assert main(quantile) == 2
+    assert "Set erasure.baseline=group" in capsys.readouterr().err
+
+
 def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Without a recipe, by the settings that lie beside the model."""
     assert main(["calibrate", "lab", "lab:chain", "--prompts", "4", "--output", str(tmp_path)]) == 0

@@ -74,7 +74,7 @@ def on_late_evidence(diagnosis: Diagnosis) -> Finding | None:
         return Finding(
             "note",
             f"Mistakes show in what follows them: among answers to one problem, the whole response's entropy tells wrong from "
-            f"right ({_share(entropy)}). Judge long segments, by entropy alone; that evidence no lower temperature has.",
+            f"right ({_share(entropy)}). Judge long segments, by entropy and a little ε: evidence that no lower temperature has.",
         )
     return Finding(
         "note",
@@ -102,7 +102,9 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
     cost = f"{fight.tokens - 1:+.0%} tokens"
     if _above(fight.avg, 0.0):
         return Finding(
-            "good", f"Decode with {erasable}: {_points(fight.avg)} over {plain} on held-back problems, {cost}."
+            "good",
+            f"Decode with {erasable}: {_points(fight.avg)} over {plain} on held-back problems, {cost}."
+            f"{_reranking(diagnosis)}",
         )
     if _above(fight.passed, 0.0):
         return Finding(
@@ -122,7 +124,7 @@ def _reranking(diagnosis: Diagnosis) -> str:
     reranked = [d.avg.value for d in diagnosis.decodings if d.kind == "rerank" and d.avg.value is not None]
     if not reranked:
         return ""
-    return f" Drawing twice as many and keeping the half of least entropy is right {max(reranked):.2f} of the time."
+    return f" Drawing twice as many and keeping the calmer half is right {max(reranked):.2f} of the time."
 
 
 def _either(names: Sequence[str]) -> str:

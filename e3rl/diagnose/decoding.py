@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from e3rl.config import Config
+from e3rl.diagnose.signals import LATE_EPS_WEIGHT, late_suspicion
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
 from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import avg_at_k, pass_at_k_by_problem
@@ -56,7 +57,7 @@ class Setting:
 _PAPER = (1.0, 0.5, 0.1, 0.0)
 _ENTROPY = (1.0, 0.0, 0.0, 0.0)
 _EPS = (0.0, 0.0, 0.0, 1.0)
-_BOTH = (1.0, 0.0, 0.0, 0.3)
+_BOTH = (1.0, 0.0, 0.0, LATE_EPS_WEIGHT)
 LATE, LATE_EPS = "whole", "whole+eps"
 SETTINGS: Mapping[str, Setting] = {
     "paper-1": Setting("U, paper, κ₀ = 1", _PAPER, 1.0),
@@ -123,17 +124,17 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
             yield _of(f"majority of {votes}, T = {temperature:g}", "majority", temperature, votes * tokens, right)
 
 
-def calmest_half(entropies_PK: np.ndarray, correct_PK: np.ndarray) -> np.ndarray:
-    """Whether the half of each problem's samples with the least entropy is right, [P, K/2]: late erasing's evidence, used
-    without erasing."""
-    kept = max(1, entropies_PK.shape[1] // 2)
-    order_PK = entropies_PK.argsort(axis=1, kind="stable")[:, :kept]
+def calmest_half(suspicion_PK: np.ndarray, correct_PK: np.ndarray) -> np.ndarray:
+    """Whether the least suspicious half of each problem's samples is right, [P, K/2]: late erasing's evidence, used without
+    erasing."""
+    kept = max(1, suspicion_PK.shape[1] // 2)
+    order_PK = suspicion_PK.argsort(axis=1, kind="stable")[:, :kept]
     return np.take_along_axis(correct_PK, order_PK, axis=1)
 
 
 def _reranked(evaluation: Evaluation, temperature: float, tokens: float) -> Decoding:
-    entropies_PK = np.array([[np.mean(t.entropies) for t in g.trajectories] for g in evaluation.groups])
-    kept = calmest_half(entropies_PK, evaluation.correct_PK)
+    suspicion_PK = np.array([[late_suspicion(t) for t in g.trajectories] for g in evaluation.groups])
+    kept = calmest_half(suspicion_PK, evaluation.correct_PK)
     return _of(f"calmer half of the samples, T = {temperature:g}", "rerank", temperature, 2 * tokens, kept)
 
 

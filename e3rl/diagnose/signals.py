@@ -32,15 +32,25 @@ SIGNALS: Mapping[str, str] = {
 }
 LATE = frozenset({"entropy after", "ε after"})
 
+LATE_EPS_WEIGHT = 0.3
+"""Weight of ε beside entropy where a whole response is judged: best of 0, 0.1, … 1 on training problems of two graph families."""
+
 RESPONSE_SIGNALS: Mapping[str, tuple[str, Callable[[Trajectory], float]]] = {
     "entropy of the response": ("mean entropy over all its tokens", lambda t: _mean(t.entropies)),
-    "ε of the response": (
-        "mean perturbation over all its tokens",
-        lambda t: _mean([x for s in t.segments for x in s.candidate.perturbations]),
-    ),
+    "ε of the response": ("mean perturbation over all its tokens", lambda t: _mean_perturbation(t)),
+    "entropy + 0.3 ε": ("both, as the setting whole+eps weighs them", lambda t: late_suspicion(t)),
     "cross-entropy of the response": ("mean of −log p over all its tokens", lambda t: -_mean(t.logprobs)),
 }
 """What can be said of a whole response."""
+
+
+def late_suspicion(trajectory: Trajectory) -> float:
+    """What whole responses are best judged by: their mean entropy with some of their mean perturbation."""
+    return _mean(trajectory.entropies) + LATE_EPS_WEIGHT * _mean_perturbation(trajectory)
+
+
+def _mean_perturbation(trajectory: Trajectory) -> float:
+    return _mean([x for s in trajectory.segments for x in s.candidate.perturbations])
 
 
 def measure(

@@ -31,7 +31,7 @@ def decoding_table(diagnosis: Diagnosis) -> Table:
     """Accuracy and tokens of every way to decode."""
     k = diagnosis.samples
     table = Table(title="Decoding, erased tokens and votes charged", title_justify="left")
-    table.add_column("decoding", no_wrap=True)
+    table.add_column("decoding", overflow="fold", min_width=16)
     for column in (f"Avg@{k}", f"Pass@{k}", "tokens/answer"):
         table.add_column(column, justify="right", no_wrap=True)
     for decoding in diagnosis.decodings:

@@ -1,4 +1,4 @@
-"""The finding that the recommended recipe rests on, small: on graphs, whole responses judged by entropy alone."""
+"""The finding that the recommended recipe rests on, small: on graphs, whole responses judged by entropy and ε."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from e3rl.rollout.engines import build_engine
 
 
 def test_late_erasing_buys_accuracy_and_keeps_pass_on_graphs():
-    """Measured on these problems: Avg@8 0.229 plain, 0.409 erasable; the margin asked for leaves room for other processors."""
+    """Measured on these problems: Avg@8 0.229 plain, 0.500 erasable; the margin asked for leaves room for other processors."""
     config = load_config(find_recipe("recommended"))
     config = replace(config, eval=replace(config.eval, num_samples=8))
     policy = load_policy(config.model)
@@ -29,6 +29,6 @@ def test_late_erasing_buys_accuracy_and_keeps_pass_on_graphs():
         plain, erasable = (
             evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase).record() for erase in (False, True)
         )
-    assert erasable["avg@8"] > plain["avg@8"] + 0.06
+    assert erasable["avg@8"] > plain["avg@8"] + 0.1
     assert erasable["pass@8"] >= plain["pass@8"]
-    assert erasable["r"] < 1.5
+    assert erasable["r"] < 1.6

@@ -102,7 +102,7 @@ function retryPicture() {
     tableOf(["signal", ...quarters], gains.map((g) => [g.signal, ...g.gains.map((e) => interval(e, points))])));
 }
 
-const TICKS = [0, 1, 2, 3, 4].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
+const TICKS = [0, 1, 2, 3, 4].flatMap((power) => [1, 2, 3, 5, 7].map((digit) => digit * 10 ** power));
 const KINDS = [["plain", "plain, by temperature", 7, "circle-open"], ["majority", "majority vote", 4, "diamond"], ["rerank", "calmer half of the samples", 2, "square"], ["erasable", "erasable", 0, "circle"]];
 
 function decodingPicture(title, help, figure) {
