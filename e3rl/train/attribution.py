@@ -8,7 +8,9 @@ are computed for the last L' response positions of each trajectory alone: no T x
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,52 +22,113 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from e3rl.equations.attribution import attention_shares
 from e3rl.models import unwrapped
 from e3rl.train.packing import Branch, PackedRow
+from e3rl.train.sequences import pad
 
 ATTENTION_NAME = "e3rl_packed"
+_PAIRS = 2**19  # of queries and keys that shares are computed of at once: 64 MiB with 32 heads
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The last L' response tokens (Q) of trajectories that are looked at together, and all that they attend to (K)."""
+
+    members: tuple[int, ...]  # which sequences of the row
+    queries_SQ: Tensor  # row positions, from the last token backwards
+    keys_SK: Tensor  # row positions
+    bias_SQK: Tensor  # 0 where a query sees a key, -inf where it does not
+    weights_SQ: Tensor  # 1 / number of queries; 0 where a response has fewer
+    response_SK: Tensor  # which keys are response tokens
+
+    @classmethod
+    def of(cls, row: PackedRow, members: Sequence[int], window: int) -> _Ends:
+        keys_SK = pad([row.paths[i] for i in members], 0, row.ids_N.device)
+        lengths_S1 = torch.tensor([[len(row.paths[i])] for i in members], device=keys_SK.device)
+        prompts_S1 = torch.tensor([[row.prompt_lengths[i]] for i in members], device=keys_SK.device)
+        sizes_S1 = (lengths_S1 - prompts_S1).clamp(max=window)
+        back_Q = torch.arange(int(sizes_S1.max()), device=keys_SK.device)
+        places_SQ = (lengths_S1 - 1 - back_Q).clamp(min=0)
+        place_K = torch.arange(keys_SK.shape[1], device=keys_SK.device)
+        unseen_SQK = place_K > places_SQ[..., None]
+        return cls(
+            tuple(members),
+            keys_SK.gather(1, places_SQ),
+            keys_SK,
+            torch.zeros(unseen_SQK.shape, device=keys_SK.device).masked_fill_(unseen_SQK, -torch.inf),
+            (back_Q < sizes_S1) / sizes_S1,
+            (place_K >= prompts_S1) & (place_K < lengths_S1),
+        )
+
+    def attention(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """[S, K]: what each token receives in one layer, a mean over queries and heads."""
+        heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+        (size, queries), keys = self.queries_SQ.shape, self.keys_SK.shape[1]
+        rows = query[0].transpose(0, 1).index_select(0, self.queries_SQ.flatten()).float() * scaling
+        rows = rows.view(size, queries, kv_heads, -1, width).permute(0, 2, 3, 1, 4).reshape(size, kv_heads, -1, width)
+        seen = key[0].transpose(0, 1).index_select(0, self.keys_SK.flatten()).float()
+        scores = rows @ seen.view(size, keys, kv_heads, width).permute(0, 2, 3, 1)
+        scores = scores.view(size, heads, queries, keys).add_(self.bias_SQK[:, None])
+        weights = (self.weights_SQ / heads).repeat(1, heads)
+        return (weights[:, None] @ scores.softmax(-1).view(size, -1, keys))[:, 0]
+
+
+def _together(row: PackedRow, window: int) -> list[list[int]]:
+    """The row's trajectories in batches of at most _PAIRS queries times keys, in which all are as long as the longest."""
+    batches: list[list[int]] = []
+    queries = keys = 0
+    for index in (i for i, erased in enumerate(row.erased) if not erased):
+        length = len(row.paths[index])
+        wider = max(queries, min(window, length - row.prompt_lengths[index])), max(keys, length)
+        if batches and (len(batches[-1]) + 1) * math.prod(wider) <= _PAIRS:
+            batches[-1].append(index)
+            queries, keys = wider
+        else:
+            batches.append([index])
+            queries, keys = min(window, length - row.prompt_lengths[index]), length
+    return batches
 
 
 class AttributionTap:
     """Collects eq 19's a_t of a row's trajectories during one forward pass. ``window`` is L'."""
 
     def __init__(self, row: PackedRow, window: int, layers: frozenset[int]) -> None:
-        self._row, self._window, self._layers = row, window, layers
-        self._sums: dict[int, Tensor] = {}
+        self._row, self._layers = row, layers
+        self._ends = [_Ends.of(row, members, window) for members in _together(row, window)]
+        self._sums: list[Tensor] = [ends.response_SK.float() * 0.0 for ends in self._ends]
 
     @torch.no_grad()
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Add one layer: ``query`` [1, heads, N, d], ``key`` [1, kv heads, N, d], both already rotated."""
-        if layer not in self._layers:
-            return
-        kv_heads, width = key.shape[1], query.shape[-1]
-        for index, (path_L, prompt) in enumerate(zip(self._row.paths, self._row.prompt_lengths, strict=True)):
-            if self._row.erased[index]:
-                continue
-            length = len(path_L)
-            size = min(self._window, length - prompt)
-            rows = query[0].index_select(1, path_L[-size:]).view(kv_heads, -1, size, width)
-            keys = key[0].index_select(1, path_L)[:, None]
-            scores = (rows.float() @ keys.float().transpose(-1, -2)) * scaling
-            query_Q1 = torch.arange(length - size, length, device=key.device)[:, None]
-            scores.masked_fill_(torch.arange(length, device=key.device) > query_Q1, float("-inf"))
-            total_T = scores.softmax(-1).mean((0, 1, 2))[prompt:]
-            self._sums[index] = self._sums[index] + total_T if index in self._sums else total_T
+        if layer in self._layers:
+            for ends, sum_SK in zip(self._ends, self._sums, strict=True):
+                sum_SK += ends.attention(query, key, scaling)
 
     def attribution(self) -> list[Tensor | None]:
         """a_t of every response token, a mean over queries, heads and layers; None for erased candidates."""
-        return [self._sums[i] / len(self._layers) if i in self._sums else None for i in range(len(self._row.paths))]
+        return self._by_sequence([sum_SK / len(self._layers) for sum_SK in self._sums])
 
     def shares(self) -> list[Tensor | None]:
         """a_t of each trajectory, made to add up to 1."""
-        return [None if a_T is None else attention_shares(a_T, torch.ones_like(a_T) > 0) for a_T in self.attribution()]
+        return self._by_sequence(
+            [attention_shares(s, e.response_SK) for s, e in zip(self._sums, self._ends, strict=True)]
+        )
+
+    def _by_sequence(self, values: Sequence[Tensor]) -> list[Tensor | None]:
+        found: dict[int, Tensor] = {}
+        for ends, values_SK in zip(self._ends, values, strict=True):
+            found |= zip(ends.members, values_SK, strict=True)
+        ranges = zip(self._row.prompt_lengths, self._row.paths, strict=True)
+        return [found[i][start : len(path)] if i in found else None for i, (start, path) in enumerate(ranges)]
 
 
-def _mask(branch: Branch, before: int, window: int | None, device: torch.device) -> Any:
-    """Which of ``before`` context tokens and its own a branch's tokens see."""
-    if window is None or before + branch.size <= window:
-        return causal_lower_right(branch.size, before + branch.size)
-    query_Q1 = torch.arange(before, before + branch.size, device=device)[:, None]
-    key_K = torch.arange(before + branch.size, device=device)
-    return (key_K <= query_Q1) & (key_K > query_Q1 - window)
+def _mask(row: PackedRow, branch: Branch, before: int, window: int | None, query: Tensor) -> Any:
+    """Which of ``before`` context tokens and its own a branch's tokens see: part of a matrix that the row's branches share.
+
+    None is made for attention to all that came before where kernels can do without: on a GPU, or without context.
+    """
+    total = before + branch.size
+    if (window is None or total <= window) and (before == 0 or query.is_cuda):
+        return causal_lower_right(branch.size, total)
+    return row.causal_mask(window, query.dtype)[before:total, :total]
 
 
 def _attention(
@@ -103,7 +166,7 @@ def _attention(
                 queries[index],
                 seen_keys,
                 seen_values,
-                attn_mask=_mask(branch, before, sliding_window, query.device),
+                attn_mask=_mask(packed_row, branch, before, sliding_window, query),
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],

@@ -22,9 +22,9 @@ from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
 from e3rl.train.metrics import Means
 from e3rl.train.optimizer import learning_rate
-from e3rl.train.packing import PackedRow, packed_size, plan_rows
+from e3rl.train.packing import PackedRow, packed_rows, plan_rows
 from e3rl.train.ranked_optimizer import build_optimizer
-from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_sequences
+from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_rows
 from e3rl.train.sequences import TrainSequence, group_sequences, pad
 from e3rl.train.sharding import idle_passes, is_sharded, shard_layers
 from e3rl.train.sick import Finding, SickNumbers, find_sick
@@ -153,27 +153,22 @@ class Learner:
         self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup], totals: Totals, means: Means
     ) -> tuple[list[Lesson], float]:
         """Lessons and gradients of whole groups; a group too large for one forward pass is scored first, in parts."""
-        if packed_size(sequences) > self._config.train.micro_batch_tokens:
+        model, row = self._policy.model, PackedRow.of(sequences, self._policy.device)
+        if len(row.ids_N) > self._config.train.micro_batch_tokens:
             lessons = self._scored_lessons(sequences, rewarded)
             return lessons, self._gradients(lessons, totals, means)
-        model, row = self._policy.model, PackedRow.of(sequences, self._policy.device)
-        references = self._reference_logprobs(sequences)
+        references = self._reference_logprobs([row])
         model.train()
         with packed_attention(model):
             found = score_row(model, row, self._config.rollout.temperature, self._attribution)
             lessons = self._lessons(zip(sequences, found.by_sequence(), references, strict=True), rewarded)
             return lessons, self._backward(lessons, found.logprobs_ST(), totals, means)
 
-    def _reference_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Tensor] | list[None]:
+    def _reference_logprobs(self, rows: Sequence[PackedRow]) -> list[Tensor] | list[None]:
         if self.reference is None:
-            return [None] * len(sequences)
+            return [None] * sum(len(row.paths) for row in rows)
         with self.reference.model() as model:
-            scores = score_sequences(
-                model,
-                sequences,
-                temperature=self._config.rollout.temperature,
-                token_budget=self._config.train.micro_batch_tokens,
-            )
+            scores = score_rows(model, rows, self._config.rollout.temperature)
         return [s.logprobs_T for s in scores]
 
     def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
@@ -203,14 +198,9 @@ class Learner:
             idle_passes(self._policy.model, passes, self._ranks, backward=backward)
 
     def _scored_lessons(self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
-        scores = score_sequences(
-            self._policy.model,
-            sequences,
-            temperature=self._config.rollout.temperature,
-            token_budget=self._config.train.micro_batch_tokens,
-            attribution=self._attribution,
-        )
-        return self._lessons(zip(sequences, scores, self._reference_logprobs(sequences), strict=True), rewarded)
+        rows = packed_rows(sequences, self._config.train.micro_batch_tokens, self._policy.device)
+        scores = score_rows(self._policy.model, rows, self._config.rollout.temperature, self._attribution)
+        return self._lessons(zip(sequences, scores, self._reference_logprobs(rows), strict=True), rewarded)
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""

@@ -8,7 +8,7 @@ shares (its *context*), so every number is that of the sequence alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class PackedRow:
     paths: tuple[Tensor, ...]  # row positions of each sequence's tokens, prompt and response
     prompt_lengths: tuple[int, ...]
     erased: tuple[bool, ...]
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, sequences: Sequence[TrainSequence], device: torch.device) -> PackedRow:
@@ -96,6 +97,17 @@ class PackedRow:
             tuple(len(s.prompt_ids) for s in sequences),
             tuple(s.erased for s in sequences),
         )
+
+    def causal_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """To add to attention: 0 where a place of the longest sequence sees another, -inf elsewhere. Made once."""
+        key = (window, dtype)
+        if key not in self._masks:
+            place_L = torch.arange(max(map(len, self.paths)), device=self.ids_N.device)
+            back_LL = place_L[:, None] - place_L
+            unseen_LL = back_LL < 0 if window is None else (back_LL < 0) | (back_LL >= window)
+            zeros_LL = torch.zeros(unseen_LL.shape, dtype=dtype, device=self.ids_N.device)
+            self._masks[key] = zeros_LL.masked_fill_(unseen_LL, -torch.inf)
+        return self._masks[key]
 
     def response_paths(self) -> list[Tensor]:
         """Row positions of each sequence's response tokens."""
@@ -129,3 +141,9 @@ def plan_rows(parts: Sequence[Sequence[TrainSequence]], token_budget: int) -> li
             _insert_all(tree, part)
             rows.append([index])
     return rows
+
+
+def packed_rows(sequences: Sequence[TrainSequence], token_budget: int, device: torch.device) -> list[PackedRow]:
+    """Sequences, in their order, as rows of at most ``token_budget`` tokens."""
+    plan = plan_rows([[s] for s in sequences], token_budget)
+    return [PackedRow.of([sequences[i] for i in indices], device) for indices in plan]

@@ -175,7 +175,7 @@ def _held(
 
 
 def _phases(
-    config: Config, model: Any, tokens: int, needs: frozenset[str], division: Division
+    config: Config, model: Any, tokens: int, longest: int, needs: frozenset[str], division: Division, on_cpu: bool
 ) -> dict[str, dict[str, int]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     shape = model.config.get_text_config(decoder=True)
@@ -196,6 +196,7 @@ def _phases(
         "gradients": gradients,
         "activations": activations,
         "gradients of one layer's activations": saved // layers,
+        "attention mask": longest**2 * base.dtype.itemsize if on_cpu else 0,
         "logits": chunk_bytes(tokens, vocabulary) + (matrix.nbytes if matrix.requires_grad else 0),
     }
     copies = division.state((p for p in trainable if p.dtype != torch.float32), 4)
@@ -213,14 +214,15 @@ def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     rollout, train = config.rollout, config.train
     step_tokens = train.prompts_per_step * rollout.num_generations * rollout.completion_limit
     row_tokens = min(train.micro_batch_tokens, step_tokens + train.prompts_per_step * prompt)
-    row_tokens = max(row_tokens, prompt + rollout.completion_limit)  # a sequence is never divided
+    longest = prompt + rollout.completion_limit
+    row_tokens = max(row_tokens, longest)  # a sequence is never divided
     steps = train.steps or (math.ceil(train.epochs * (problems // train.prompts_per_step)) if problems else None)
-    capacity = bucketed(prompt + rollout.completion_limit)
+    capacity = bucketed(longest)
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         held=_held(config, model, needs, capacity, division, on_cpu),
-        phases=_phases(config, model, row_tokens, needs, division),
+        phases=_phases(config, model, row_tokens, longest, needs, division, on_cpu),
         prompt=prompt,
         prompt_is_assumed=assumed,
         problems=problems,

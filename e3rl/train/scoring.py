@@ -13,7 +13,7 @@ from e3rl.errors import UserError
 from e3rl.models import unwrapped
 from e3rl.train.attribution import AttributionTap, packed_attention
 from e3rl.train.logits import head_scores, output_matrix
-from e3rl.train.packing import PackedRow, plan_rows
+from e3rl.train.packing import PackedRow, packed_rows
 from e3rl.train.sequences import TrainSequence, pad
 
 
@@ -87,6 +87,15 @@ def score_row(
 
 
 @torch.no_grad()
+def score_rows(
+    model: Any, rows: Sequence[PackedRow], temperature: float, attribution: AttributionSettings | None = None
+) -> list[Scores]:
+    """Scores of every sequence of the rows, on the CPU; shares only where ``attribution`` is given."""
+    model.eval()
+    with packed_attention(model):
+        return [scores for row in rows for scores in score_row(model, row, temperature, attribution).by_sequence()]
+
+
 def score_sequences(
     model: Any,
     sequences: Sequence[TrainSequence],
@@ -96,14 +105,8 @@ def score_sequences(
     attribution: AttributionSettings | None = None,
 ) -> list[Scores]:
     """Scores of every sequence, in their order, on the CPU; shares only where ``attribution`` is given."""
-    device = next(model.parameters()).device
-    scores: list[Scores] = []
-    model.eval()
-    with packed_attention(model):
-        for indices in plan_rows([[s] for s in sequences], token_budget):
-            row = PackedRow.of([sequences[i] for i in indices], device)
-            scores += score_row(model, row, temperature, attribution).by_sequence()
-    return scores
+    rows = packed_rows(sequences, token_budget, next(model.parameters()).device)
+    return score_rows(model, rows, temperature, attribution)
 
 
 @torch.no_grad()

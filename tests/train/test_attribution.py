@@ -43,6 +43,24 @@ def test_attribution_equals_eager_attention_of_each_sequence_alone(name: str, wh
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pairs", [1, 60, 10_000])
+def test_shares_are_the_same_however_many_trajectories_are_looked_at_together(pairs: int, monkeypatch):
+    """Responses of 1 to 12 tokens, L' = 4, an erased candidate among them: alone, in twos and threes, and all at once."""
+    model, settings = tiny("Qwen3"), AttributionSettings(4, frozenset({0, 1}))
+    ids = torch.randint(2, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    texts = [sequence(ids[:5], ids[5 : 5 + size]) for size in (12, 1, 3, 4, 7)]
+    texts.insert(2, sequence(ids[:5], ids[5:9], masked=2, erased=True))
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("e3rl.train.attribution._PAIRS", pairs)
+    with packed_attention(model):
+        found = score_row(model, PackedRow.of(texts, cpu), 1.0, settings).shares
+        for text, shares_T in zip(texts, found, strict=True):
+            alone_T = score_row(model, PackedRow.of([text], cpu), 1.0, settings).shares[0]
+            assert (shares_T is None) == text.erased
+            torch.testing.assert_close(shares_T, alone_T, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
 def test_erased_candidates_get_no_attribution_and_leave_that_of_others_alone():
     model, settings = tiny("Llama"), AttributionSettings(8, frozenset({1}))
     kept, erased = sequence([2, 3], [4, 5, 6]), sequence([2, 3], [4, 7], masked=1, erased=True)
