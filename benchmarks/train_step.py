@@ -142,7 +142,8 @@ def against_trl(
     ours: dict[str, list[float]] = {name: [] for name in sides}
 
     def between() -> None:
-        for name, side in sides.items():
+        turn = [*sides.items()]
+        for name, side in turn if len(ours[turn[0][0]]) % 2 else reversed(turn):  # neither is always the first
             ours[name].append(timed(side.step if whole else side.train))
 
     trl = run_trl(directory, work, TrlSettings(rounds + warm, BATCH, KL, RATE), between)
@@ -267,11 +268,11 @@ def parts(where: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "padding": lambda: padding(fixed("3m", 8)),
         "logits": logits,
         "train-3m": lambda: compared("3m", fixed("3m", 8), 5, whole=False, warm=1, objectives=both),
-        "step-3m": lambda: compared("3m", text_work(directory("3m"), 8), 2, whole=True, warm=1, objectives=both),
+        "step-3m": lambda: compared("3m", text_work(directory("3m"), 8), 5, whole=True, warm=1, objectives=both),
         "attribution-3m": lambda: attribution(directory("3m"), fixed("3m", 8), 9),
         "memory-3m": lambda: sides("3m", sides_3m),
         "memory-135m": lambda: sides("135m", ("trl", "e3rl", "e3rl-recompute")),
-        "train-135m": lambda: compared("135m", fixed("135m", 2), 1, whole=False, warm=0, objectives=("e3rl",)),
+        "train-135m": lambda: compared("135m", fixed("135m", 8), 1, whole=False, warm=0, objectives=("e3rl",)),
         "step-135m": lambda: compared(
             "135m", text_work(directory("135m"), 2), 1, whole=True, warm=0, objectives=("e3rl",)
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -43,13 +44,17 @@ def reported_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
     return sorted(set(wanted)) or sorted({k for k in KS if k <= samples} | {samples})
 
 
+@functools.lru_cache(2**14)
+def _spelled(answer: str) -> str:
+    """The answer as it is counted."""
+    return vote(answer[:LONGEST_ANSWER])
+
+
 def majority(samples_PK: Table, k: int) -> np.ndarray:
     """Maj@k of every problem, [P]; a number is one answer however it is written."""
     return np.array(
         [
-            maj_at_k(
-                [s.answer and vote(s.answer[:LONGEST_ANSWER]) for s in row], [s.correct is True for s in row], k, seed=p
-            )
+            maj_at_k([s.answer and _spelled(s.answer) for s in row], [s.correct is True for s in row], k, seed=p)
             for p, row in enumerate(samples_PK)
         ]
     )

@@ -54,13 +54,16 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int, *, 
         return float((right_K * (code_K < len(names))).mean())
     rng = np.random.Generator(np.random.Philox(seed))
     draws = [np.arange(samples)] if k == samples else [rng.permutation(samples)[:k] for _ in range(_SUBSETS)]
-    return math.fsum(_vote(code_K[chosen], share_A) for chosen in draws) / len(draws)
+    return float(_votes(code_K[np.stack(draws)], share_A).mean())
 
 
-def _vote(code_K: np.ndarray, share_A: np.ndarray) -> float:
-    """How right the winners are; answers without a name are coded one past the last."""
-    counts_A = np.bincount(code_K, minlength=len(share_A) + 1)[: len(share_A)]
-    return float(share_A[counts_A == counts_A.max()].mean()) if counts_A.any() else 0.0
+def _votes(code_DK: np.ndarray, share_A: np.ndarray) -> np.ndarray:
+    """How right the winners of each draw are; answers without a name are coded one past the last."""
+    draws, names = len(code_DK), len(share_A)
+    places = code_DK + (names + 1) * np.arange(draws)[:, None]
+    counts_DA = np.bincount(places.ravel(), minlength=draws * (names + 1)).reshape(draws, -1)[:, :names]
+    winners_DA = (counts_DA == counts_DA.max(axis=1, keepdims=True)) & (counts_DA > 0)
+    return (winners_DA @ share_A) / np.maximum(winners_DA.sum(axis=1), 1)
 
 
 def between(below: np.ndarray, above: np.ndarray, fraction: float) -> np.ndarray:
