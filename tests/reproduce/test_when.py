@@ -75,7 +75,12 @@ def test_the_smoke_scale_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["reproduce", "when", "--scale", "smoke", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "when.md").read_text(encoding="utf-8")
     assert "Missing" not in page
-    for part in ("The claim", "lab:path:1: methods at equal generated tokens", "decoding the model as it is"):
+    for part in (
+        "The claim",
+        "Avg by method",
+        "lab:path:1: methods at equal generated tokens",
+        "decoding the model as it is",
+    ):
         assert part in page
     assert "E³RL late+ε+contrast" in page
     assert len(list((tmp_path / "cells").iterdir())) == 4
