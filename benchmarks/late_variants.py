@@ -1,0 +1,206 @@
+"""Which late judgement, which threshold? Variants of erasing whole responses, replayed over one pool of plain samples.
+
+    python benchmarks/late_variants.py --json out.json          (two minutes on one quiet core)
+
+A whole response that is erased is drawn again from its prompt, so erasing can be replayed exactly over independent samples of
+each prompt, drawn once. All problems are of the training half: this is where settings are chosen, not where they are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from e3rl.cli.recipes import find_recipe
+from e3rl.config import load_config
+from e3rl.data.prompts import render_prompts
+from e3rl.diagnose.statistics import within_prefix_auroc
+from e3rl.lab.problems import grade, load
+from e3rl.models import Policy, load_policy
+from e3rl.rollout.engines import build_engine
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.train.environment import environment
+from e3rl.types import Trajectory
+
+GROUP, POOL, REPEATS = 8, 48, 4
+ETA, DELTA = 0.05, 1.5
+"""The attempt penalty's defaults (eq 17)."""
+
+Baseline = Callable[[np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Independent samples of each problem: mean and largest entropy, mean and largest ε, whether right, tokens; [P, K] each."""
+
+    entropy: np.ndarray
+    peak: np.ndarray
+    eps: np.ndarray
+    largest_eps: np.ndarray
+    right: np.ndarray
+    tokens: np.ndarray
+
+    def late(self, weight: float = 0.3) -> np.ndarray:
+        return self.entropy + weight * self.eps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Avg and Pass of a group, and tokens of an answer over those of a plain one."""
+
+    avg: float
+    passed: float
+    cost: float
+
+    def __str__(self) -> str:
+        return f"{self.avg:.3f} / {self.passed:.3f}, × {self.cost:.2f}"
+
+
+def _numbers(trajectory: Trajectory, right: bool) -> tuple[float, ...]:
+    eps = [x for s in trajectory.segments for x in s.candidate.perturbations]
+    entropies = trajectory.entropies
+    return (np.mean(entropies), max(entropies), np.mean(eps), max(eps), right, len(entropies))
+
+
+def draw(policy: Policy, family: str, problems: int, temperature: float) -> Pool:
+    """The pool of a family's training half at a temperature."""
+    chosen = ["rollout.erase=false", f"rollout.num_generations={POOL}", f"rollout.temperature={temperature}"]
+    config = load_config(find_recipe("recommended"), [], [f"data.train={family}", *chosen])
+    limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
+    prompts = render_prompts(load(family, "train", problems), policy.tokenizer, config.data, **limits)
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+    scheduler = Scheduler(engine, config.rollout, config.erasure, seed=config.run.seed)
+    found = {}
+    for group in scheduler.run(prompts, step=0, policy_version=0):
+        texts = [policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in group.trajectories]
+        rights = [grade(group.prompt.problem, text) for text in texts]
+        found[group.prompt.problem.id] = [_numbers(t, r) for t, r in zip(group.trajectories, rights, strict=True)]
+    table = np.array([found[p.problem.id] for p in prompts]).transpose(2, 0, 1)
+    return Pool(*table[:4], right=table[4].astype(bool), tokens=table[5])
+
+
+def replay(
+    pool: Pool,
+    u_PK: np.ndarray,
+    baseline: Baseline,
+    *,
+    erasures: int = 5,
+    last: bool = False,
+    retries: tuple[Pool, np.ndarray] | None = None,
+) -> Outcome:
+    """Erase whole responses whose U is above the threshold that ``baseline`` takes from the first `GROUP` samples. ``last``:
+    a spent budget commits the last attempt, not the calmest. ``retries``: another pool that redrawn responses come from."""
+    other, other_u = retries or (pool, u_PK)
+    rng = np.random.default_rng(0)
+    avg, passed, tokens = [], [], 0.0
+    for p in np.tile(np.arange(len(u_PK)), REPEATS):
+        order, spare = rng.permutation(POOL), rng.permutation(POOL)
+        firsts, again = order[:GROUP], iter((order[GROUP:] if retries is None else spare).tolist() * GROUP)
+        level, good = baseline(u_PK[p, firsts]), 0
+        for first in firsts:
+            tries = [(u_PK[p, first], bool(pool.right[p, first]))]
+            tokens += pool.tokens[p, first]
+            while tries[-1][0] > level * np.exp(ETA * (len(tries) - 1) ** DELTA) and len(tries) <= erasures:
+                i = next(again)
+                tries.append((other_u[p, i], bool(other.right[p, i])))
+                tokens += other.tokens[p, i]
+            spent = tries[-1][0] > level * np.exp(ETA * (len(tries) - 1) ** DELTA)
+            good += min(tries)[1] if spent and not last else tries[-1][1]
+        avg.append(good / GROUP)
+        passed.append(good > 0)
+    return Outcome(float(np.mean(avg)), float(np.mean(passed)), tokens / (len(avg) * GROUP) / float(pool.tokens.mean()))
+
+
+def rerank(pool: Pool, u_PK: np.ndarray, drawn: int) -> Outcome:
+    """Draw so many and keep the `GROUP` calmest."""
+    rng = np.random.default_rng(0)
+    rows = np.tile(np.arange(len(u_PK)), REPEATS)
+    kept = [(p, (seen := rng.permutation(POOL)[:drawn])[u_PK[p, seen].argsort(kind="stable")[:GROUP]]) for p in rows]
+    right = np.array([pool.right[p, index] for p, index in kept])
+    return Outcome(float(right.mean()), float(right.any(axis=1).mean()), drawn / GROUP)
+
+
+def quantile(share: float) -> Baseline:
+    return lambda u: float(np.quantile(u, share))
+
+
+def kappa(kappa0: float) -> Baseline:
+    return lambda u: float(u.mean() + kappa0 * u.std())
+
+
+def where_unlikely(pool: Pool) -> np.ndarray:
+    """Forks told from errors: suspicious only where some draw was unlikely for its problem (ε above the group's median)."""
+    unlikely = pool.largest_eps > np.median(pool.largest_eps, axis=1, keepdims=True)
+    return np.where(unlikely, pool.late(), pool.late().min())
+
+
+def variants(pools: Mapping[float, Pool]) -> dict[str, Outcome]:
+    """Every variant at temperature 1, and retries at lower ones."""
+    hot, u = pools[1.0], pools[1.0].late()
+    found = {"plain, T = 1": Outcome(float(hot.right.mean()), _pass(hot), 1.0)}
+    found |= {f"plain, T = {t:g}": Outcome(float(p.right.mean()), _pass(p), 1.0) for t, p in pools.items() if t != 1.0}
+    found |= {f"κ₀ = {k:g}": replay(hot, u, kappa(k)) for k in (0.0, -0.5, -1.0, -1.5)}
+    found |= {f"quantile {q:g}": replay(hot, u, quantile(q)) for q in (0.5, 0.3, 0.2, 0.1)}
+    found["quantile 0.2, last attempt committed"] = replay(hot, u, quantile(0.2), last=True)
+    found |= {f"quantile 0.2, E_max = {e}": replay(hot, u, quantile(0.2), erasures=e) for e in (1, 3, 8)}
+    found["one threshold for all problems: mean of U"] = replay(hot, u, lambda _: float(u.mean()))
+    found["one threshold for all problems: mean − ½ std"] = replay(hot, u, lambda _: float(u.mean() - u.std() / 2))
+    for t in (0.6, 0.3):
+        found[f"quantile 0.2, retries at T = {t}"] = replay(hot, u, quantile(0.2), retries=(pools[t], pools[t].late()))
+        found[f"quantile 0.2, all at T = {t}"] = replay(pools[t], pools[t].late(), quantile(0.2))
+    found["only where ε was high"] = replay(hot, where_unlikely(hot), quantile(0.2))
+    found |= {f"rerank, calmest 8 of {n}": rerank(hot, u, n) for n in (16, 20, 24)}
+    return found
+
+
+def _pass(pool: Pool) -> float:
+    groups = pool.right[:, : POOL // GROUP * GROUP].reshape(len(pool.right), -1, GROUP)
+    return float(groups.any(axis=2).mean())
+
+
+def weights(pool: Pool) -> dict[str, tuple[float, Outcome]]:
+    """AUROC among answers to one problem and the outcome at the fifth, by the weight of ε beside the entropy."""
+    candidates = {f"entropy + {w:g} ε": pool.late(w) for w in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)}
+    candidates |= {"ε alone": pool.eps, "largest entropy": pool.peak}
+    problem = np.repeat(np.arange(len(pool.right)), POOL).astype(str)
+    found = {}
+    for name, u in candidates.items():
+        auroc = within_prefix_auroc(u.ravel(), ~pool.right.ravel(), problem, problem).value
+        found[name] = (auroc or float("nan"), replay(pool, u, quantile(0.2)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", default="lab")
+    parser.add_argument("--families", nargs="+", default=["lab:path:2", "lab:ways:2"])
+    parser.add_argument("--problems", type=int, default=128)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    policy = load_policy(replace(load_config(find_recipe("recommended")).model, path=options.model))
+    result: dict[str, Any] = {"environment": environment(), "problems": options.problems}
+    for family in options.families:
+        pools = {t: draw(policy, family, options.problems, t) for t in (1.0, 0.6, 0.3)}
+        by_weight, by_variant = weights(pools[1.0]), variants(pools)
+        print(f"\n{family}: AUROC within a problem; Avg@{GROUP} / Pass@{GROUP}, tokens")
+        for name, (auroc, outcome) in by_weight.items():
+            print(f"| {name} | {auroc:.2f} | {outcome} |")
+        for name, outcome in by_variant.items():
+            print(f"| {name} | {outcome} |", flush=True)
+        result[family] = {
+            "weights": {name: [auroc, str(outcome)] for name, (auroc, outcome) in by_weight.items()},
+            "variants": {name: str(outcome) for name, outcome in by_variant.items()},
+        }
+        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
