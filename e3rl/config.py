@@ -205,7 +205,13 @@ class TrainConfig:
     minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
     micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
     learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0)
-    warmup_ratio: float = setting(0.05, "share of the steps that the learning rate rises", source=PAPER, min=0, max=1)
+    warmup_ratio: float = setting(
+        0.05,
+        "share of `steps` that the learning rate rises, also where max_tokens ends the run sooner",
+        source=PAPER,
+        min=0,
+        max=1,
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")
     weight_decay: float = setting(0.0, "AdamW weight decay", min=0)
     adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
