@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
+from e3rl.rollout.norms import Norm, head_norm, norm
 from e3rl.rollout.projections import Projection, fingerprint, project
 from e3rl.rollout.recorded import RecordedSteps, TensorStep, cuda_graph
 from e3rl.rollout.slot_storage import SlotStorage, StepRows, bucketed
 from e3rl.rollout.step_attention import step_attention
+from e3rl.rollout.step_parts import Division, division
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -59,25 +61,27 @@ def decoding_copy_bytes(model: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    input_norm_D: Tensor
+    input_norm: Norm
     queries_keys_values: Projection
-    head_norms: tuple[Tensor, Tensor] | None  # of queries and keys (Qwen3)
+    head_norm: Norm | None  # of queries and keys (Qwen3)
     output: Projection
-    post_norm_D: Tensor
+    post_norm: Norm
     gate_up: Projection
     activation: nn.Module
     down: Projection
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, heads: int, kv_heads: int, eps: float) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        has_norms = hasattr(attention, "q_norm")
+        by_head = None
+        if hasattr(attention, "q_norm"):
+            by_head = head_norm(attention.q_norm.weight, attention.k_norm.weight, heads, kv_heads, eps)
         return cls(
-            layer.input_layernorm.weight,
+            norm(layer.input_layernorm.weight, eps),
             project([attention.q_proj, attention.k_proj, attention.v_proj]),
-            (attention.q_norm.weight, attention.k_norm.weight) if has_norms else None,
+            by_head,
             project([attention.o_proj]),
-            layer.post_attention_layernorm.weight,
+            norm(layer.post_attention_layernorm.weight, eps),
             project([mlp.gate_proj, mlp.up_proj]),
             mlp.act_fn,
             project([mlp.down_proj]),
@@ -95,6 +99,8 @@ class FusedWeights:
         self.device, self.dtype = model.device, model.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
+        linear = _linear_layers(model)
+        self.mean_entries = sum(layer.weight.numel() for layer in linear) // len(linear)
         self.take(model)
 
     @classmethod
@@ -108,8 +114,9 @@ class FusedWeights:
     @torch.no_grad()
     def take(self, model: Any) -> None:
         """Take the weights again, changed or not."""
-        self.embedding_VD, self.norm_D = model.model.embed_tokens.weight, model.model.norm.weight
-        self.layers = [_Layer.of(layer) for layer in model.model.layers]
+        self.embedding_VD = model.model.embed_tokens.weight
+        self.layers = [_Layer.of(layer, self.heads, self.kv_heads, self.eps) for layer in model.model.layers]
+        self.norm = norm(model.model.norm.weight, self.eps)
         self.head = project([model.lm_head])
         self._fingerprint = fingerprint(model)
 
@@ -129,7 +136,7 @@ class FusedWeights:
     def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotary embedding, [positions, dim]; the sine's sign is that of the half rotated in."""
         cos_1TD, sin_1TD = self.model.model.rotary_emb(
-            self.norm_D, torch.arange(positions, device=self.device).unsqueeze(0)
+            self.embedding_VD, torch.arange(positions, device=self.device).unsqueeze(0)
         )
         half = self.dim // 2
         return cos_1TD[0], torch.cat([-sin_1TD[0, :, :half], sin_1TD[0, :, half:]], -1)
@@ -176,23 +183,30 @@ class FusedSlotModel:
         hidden_TD = self._forward(torch.tensor(ids, device=self.device), self._columns[:length], attend)
         return self._weights.head(hidden_TD[-1:])[0]
 
+    def division(self, rows: int) -> Division:
+        """How a decode step is divided among threads; a GPU has one queue, and there is nothing to divide."""
+        threads = torch.get_num_threads()
+        return division(rows, self._weights.mean_entries, threads) if self.device.type == "cpu" else Division(1, threads)
+
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
-        return self._run(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1))
+        return self._run(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1), rows.first)
 
-    def step(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int) -> Tensor:
-        """`decode` of tensors alone: the same operations whatever they hold. Row i reads slot i and writes ``slots_R[i]``."""
-        storage, rows = self.storage, len(ids_R)
+    def step(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int, first: int = 0) -> Tensor:
+        """`decode` of tensors alone: the same operations whatever they hold.
+
+        Row i reads slot ``first`` + i and writes ``slots_R[i]``.
+        """
+        storage, read = self.storage, slice(first, first + len(ids_R))
         unseen_RW = self._columns[:width] > positions_R.unsqueeze(1)
         mask_RW = torch.zeros_like(unseen_RW, dtype=self._cos_TD.dtype).masked_fill_(unseen_RW, -torch.inf)
+        attention = self._attention(mask_RW, self._weights.heads, self._weights.kv_heads, self._weights.scale)
 
         def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
             keys, values = storage.keys[layer], storage.values[layer]
             keys[slots_R, :, positions_R] = k_RKD
             values[slots_R, :, positions_R] = v_RKD
-            return self._attention(
-                q_RHD, keys[:rows, :, :width], values[:rows, :, :width], mask_RW, self._weights.scale
-            )
+            return attention(q_RHD, keys[read, :, :width], values[read, :, :width])
 
         return self._weights.head(self._forward(ids_R, positions_R, attend))
 
@@ -201,19 +215,14 @@ class FusedSlotModel:
         weights = self._weights
         cos_R1D, sin_R1D = (table[positions_R].unsqueeze(1) for table in (self._cos_TD, self._sin_TD))
         x_RD = embedding(ids_R, weights.embedding_VD)
-        hidden = x_RD.shape[-1:]
         for number, layer in enumerate(weights.layers):
-            qkv_RD = layer.queries_keys_values(rms_norm(x_RD, hidden, layer.input_norm_D, weights.eps))
+            qkv_RD = layer.queries_keys_values(layer.input_norm(x_RD))
             qk_RKD, v_RKD = qkv_RD.unflatten(-1, (-1, weights.dim)).tensor_split([-weights.kv_heads], 1)
-            if layer.head_norms is not None:
-                qk_RKD = rms_norm(qk_RKD, (weights.dim,), None, weights.eps) * self._by_head(*layer.head_norms)
+            if layer.head_norm is not None:
+                qk_RKD = layer.head_norm(qk_RKD)
             qk_RKD = torch.addcmul(qk_RKD * cos_R1D, qk_RKD.roll(weights.dim // 2, -1), sin_R1D)
             q_RHD, k_RKD = qk_RKD.split([weights.heads, weights.kv_heads], 1)
             x_RD = x_RD + layer.output(attend(number, q_RHD, k_RKD, v_RKD))
-            gate_RD, up_RD = layer.gate_up(rms_norm(x_RD, hidden, layer.post_norm_D, weights.eps)).chunk(2, -1)
+            gate_RD, up_RD = layer.gate_up(layer.post_norm(x_RD)).chunk(2, -1)
             x_RD = x_RD + layer.down(layer.activation(gate_RD) * up_RD)
-        return rms_norm(x_RD, hidden, weights.norm_D, weights.eps)
-
-    def _by_head(self, query_norm_D: Tensor, key_norm_D: Tensor) -> Tensor:
-        shapes = ((query_norm_D, self._weights.heads), (key_norm_D, self._weights.kv_heads))
-        return torch.cat([norm_D.expand(heads, -1) for norm_D, heads in shapes])
+        return weights.norm(x_RD)

@@ -15,7 +15,7 @@ Projection = Callable[[Tensor], Tensor]
 """From the layers' common input to their outputs side by side."""
 
 
-_LARGE = 2**18
+_LARGE = 2**17
 """Entries of a weight from which oneDNN's kernels save more than the 12 microseconds that a call of them costs."""
 
 

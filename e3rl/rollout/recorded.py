@@ -24,7 +24,7 @@ Recorder = Callable[[Step], Step]
 class TensorStep(Protocol):
     """A decode step of tensors alone (`e3rl.rollout.fused_model.FusedSlotModel.step`)."""
 
-    def __call__(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int) -> Tensor: ...
+    def __call__(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int, first: int = 0) -> Tensor: ...
 
 
 def cuda_graph(step: Step) -> Step:
@@ -62,18 +62,18 @@ class RecordedSteps:
         self._ids, self._positions, self._targets = (
             torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3)
         )
-        self._recordings: dict[tuple[int, int], Step] = {}
+        self._recordings: dict[tuple[int, int, int], Step] = {}
 
-    def __call__(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int) -> Tensor:
+    def __call__(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int, first: int = 0) -> Tensor:
         """Logits [R, V] of the step."""
         live = len(ids_R)
-        shape = (_rounded(live, ROWS, self._slots), _rounded(width, WIDTH, self._capacity))
+        shape = (_rounded(live, ROWS, self._slots - first), _rounded(width, WIDTH, self._capacity), first)
         self._ids[:live], self._positions[:live], self._targets[:live] = ids_R, positions_R, slots_R
         self._targets[live:] = self._slots - 1  # the scratch slot
         if shape not in self._recordings:
             self._recordings[shape] = self._recording(*shape)
         return self._recordings[shape]()[:live]
 
-    def _recording(self, rows: int, width: int) -> Step:
+    def _recording(self, rows: int, width: int, first: int) -> Step:
         ids_R, positions_R, slots_R = self._ids[:rows], self._positions[:rows], self._targets[:rows]
-        return self._record(lambda: self._step(ids_R, positions_R, slots_R, width))
+        return self._record(lambda: self._step(ids_R, positions_R, slots_R, width, first))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from e3rl.rollout.slot_storage import SlotStorage, StepRows, bucketed
+from e3rl.rollout.step_parts import Division
 
 
 class _View(Protocol):
@@ -126,6 +127,10 @@ class GenericSlotModel:
 
     def take_weights(self) -> None:
         """As `refresh`."""
+
+    def division(self, rows: int) -> Division:
+        """One part: the cache that the model writes to is in one place at a time."""
+        return Division(1, torch.get_num_threads())
 
     def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
         """Run a prompt into a slot; logits of the token after it, [V]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from e3rl.rollout.fused_model import FusedSlotModel, FusedWeights, fusable
 from e3rl.rollout.slot_cache import GenericSlotModel, unwrapped
 from e3rl.rollout.slot_storage import SlotStorage, StepRows
+from e3rl.rollout.step_parts import Division
 
 
 class SlotModel(Protocol):
@@ -24,6 +25,9 @@ class SlotModel(Protocol):
 
     def take_weights(self) -> None:
         """Take the model's weights again, however they were changed. No row may hold keys of others."""
+
+    def division(self, rows: int) -> Division:
+        """How a decode step of ``rows`` rows is best divided among threads."""
 
     def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
         """Run a prompt into a slot; logits of the token after it, [V]."""

@@ -81,19 +81,20 @@ class SlotStorage:
 
 
 class StepRows:
-    """The rows of a decode step as tensors: those of the first slots, and what fills them up to a multiple of `PACK`.
+    """The rows of a decode step as tensors: those of the slots from ``first`` on, filled up to a multiple of `PACK`.
 
     A row that fills up reads what is there and writes to the scratch slot; what comes out of it is for nobody.
     """
 
     def __init__(
-        self, ids: Sequence[int], positions: Sequence[int], storage: SlotStorage, device: torch.device
+        self, ids: Sequence[int], positions: Sequence[int], storage: SlotStorage, device: torch.device, first: int = 0
     ) -> None:
+        self.first = first
         self.spare = packed(len(ids)) - len(ids)
         self.last = max(positions)  # the largest position, known without asking the device
         filled = ([*values, *[values[0]] * self.spare] for values in (ids, positions))
         self.ids_R, self.positions_R = (torch.tensor(values, device=device) for values in filled)
-        self.slots_R = torch.tensor([*range(len(ids)), *[storage.scratch] * self.spare], device=device)
+        self.slots_R = torch.tensor([*range(first, first + len(ids)), *[storage.scratch] * self.spare], device=device)
 
     def advance(self, ids_R: Tensor) -> None:
         """On to the next position with these tokens; what a filling row drew may be no token at all."""

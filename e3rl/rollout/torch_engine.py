@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -20,12 +21,14 @@ from e3rl.config import RolloutConfig
 from e3rl.errors import SickLogits, UserError
 from e3rl.rollout.engine import Row, Sampling
 from e3rl.rollout.kv_budget import MIB, rows_within
-from e3rl.rollout.requests import RowState, check_prompt, check_siblings, find_row
+from e3rl.rollout.requests import check_prompt, check_siblings, find_row
 from e3rl.rollout.serving import check_exactness, require_servable
 from e3rl.rollout.slot_model import slot_model
 from e3rl.rollout.slot_storage import StepRows, bucketed, packed
 from e3rl.rollout.slots import SlotMap
 from e3rl.rollout.step_draws import StepDraws
+from e3rl.rollout.step_part import Marks, SlotRow, StepPart
+from e3rl.rollout.step_parts import Crew, Pace, divided, operation_threads
 from e3rl.rollout.weights import copy_weights
 from e3rl.types import Candidate, Draw
 
@@ -44,24 +47,6 @@ class EngineStats:
     moved_tokens: int = 0  # cache positions copied to pack rows
     peak_tokens: int = 0  # most tokens held at once
     kv_bytes: int = 0  # memory of the cache: fixed from the first prompt on, within rollout.kv_budget
-
-
-@dataclass(slots=True, eq=False)
-class _SlotRow(RowState):
-    number: int = -1  # among the rows held: where its mark is kept
-    cached: int = 0  # leading tokens whose keys are in the slot
-    marked: int = (
-        -1
-    )  # which token the mark draws: stale after a rollback below it, but replaced before the row is that long
-
-    @property
-    def total(self) -> int:
-        """All tokens, those of an open request included."""
-        return len(self.ids) + (len(self.request.ids) if self.request else 0)
-
-    @property
-    def last_id(self) -> int:
-        return self.request.ids[-1] if self.request and self.request.ids else self.ids[-1]
 
 
 class TorchEngine:
@@ -94,10 +79,11 @@ class TorchEngine:
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._eos_ids = frozenset(eos_ids)
         self._max_rows, self._cache_rows, self._max_length = min(max_rows, cache_rows), cache_rows, max_length
-        self._rows: dict[Row, _SlotRow] = {}
-        self._open: dict[Row, _SlotRow] = {}  # rows with an open request, oldest first
-        self._slots: SlotMap[_SlotRow] = SlotMap(cache_rows)
-        self._marks_SV: Tensor | None = None  # logits at the start of each row's latest candidate
+        self._rows: dict[Row, SlotRow] = {}
+        self._open: dict[Row, SlotRow] = {}  # rows with an open request, oldest first
+        self._slots: SlotMap[SlotRow] = SlotMap(cache_rows)
+        self._marks = Marks(cache_rows)
+        self._crew = Crew()
         self._numbers = list(range(cache_rows))  # that no row has
         self._handles = count()
         self._sick = False  # some slot may hold NaN
@@ -117,7 +103,7 @@ class TorchEngine:
         check_prompt(prompt_ids, self._vocabulary, self._max_length)
         check_siblings(siblings, self._cache_rows, self.free_rows())
         length = len(prompt_ids)
-        rows = [_SlotRow(length, list(prompt_ids), cached=length, marked=length) for _ in range(siblings)]
+        rows = [SlotRow(length, list(prompt_ids), cached=length) for _ in range(siblings)]
         first, *others = [self._slots.take(row) for row in rows]
         try:
             if not self._rows:
@@ -130,7 +116,7 @@ class TorchEngine:
         self._slot_model.storage.copy(first, others, length)
         for row in rows:
             row.number = self._numbers.pop()
-        self._mark(rows, logits_V.expand(siblings, -1))
+        self._marks.keep(rows, logits_V.expand(siblings, -1))
         handles = [Row(next(self._handles)) for _ in rows]
         self._rows.update(zip(handles, rows, strict=True))
         self.stats.prompt_tokens += length
@@ -199,10 +185,10 @@ class TorchEngine:
         self.policy_version = version
         self._sick = False
 
-    def _row(self, row: Row) -> _SlotRow:
+    def _row(self, row: Row) -> SlotRow:
         return find_row(self._rows, row)
 
-    def _pack(self, rows: list[_SlotRow]) -> list[_SlotRow]:
+    def _pack(self, rows: list[SlotRow]) -> list[SlotRow]:
         """Bring the rows into the first slots, so that a decode step reads a slice of the cache; in slot order."""
         for row, source, target, evicted in self._slots.pack(rows):
             if evicted is None:
@@ -213,7 +199,7 @@ class TorchEngine:
                 self.stats.moved_tokens += row.cached + evicted.cached
         return sorted(rows, key=self._slots.slot)
 
-    def _catch_up(self, behind: list[_SlotRow]) -> None:
+    def _catch_up(self, behind: list[SlotRow]) -> None:
         """Decode appended tokens into the cache, one at a time as when they were drawn, all but each row's last."""
         while rows := [row for row in behind if row.cached < len(row.ids) - 1]:
             rows = self._pack(rows)
@@ -227,53 +213,34 @@ class TorchEngine:
     def _step_rows(self, ids: list[int], positions: list[int]) -> StepRows:
         return StepRows(ids, positions, self._slot_model.storage, self._slot_model.device)
 
-    def _draw_first_tokens(self, rows: list[_SlotRow]) -> None:
+    def _draw_first_tokens(self, rows: list[SlotRow]) -> None:
         """The first token of candidates whose mark still stands: no forward pass."""
         marked = [row for row in rows if row.marked == row.total]
-        if not marked or self._marks_SV is None:
+        if not marked:
             return
         spare = packed(len(marked)) - len(marked)
-        draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
-        draws.sample(self._marks_SV[[row.number for row in marked + marked[:1] * spare]])
-        self.stats.sampled_tokens += draws.deliver()
+        with operation_threads(self._slot_model.division(len(marked)).threads):
+            draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
+            draws.sample(self._marks.of(marked + marked[:1] * spare))
+            self.stats.sampled_tokens += draws.deliver()
 
-    def _decode(self, rows: list[_SlotRow]) -> None:
+    def _decode(self, rows: list[SlotRow]) -> None:
         """Step all rows, which lie in the slots 0..len(rows)-1, until at least one request is complete."""
-        steps, fed, starts = min(row.open.remaining for row in rows), 0, [row.total - 1 for row in rows]
-        step_rows = self._step_rows([row.last_id for row in rows], starts)
-        draws = StepDraws([row.open for row in rows], steps, step_rows.spare, self._slot_model.device)
+        steps, (parts, threads) = min(row.open.remaining for row in rows), self._slot_model.division(len(rows))
+        work = [
+            StepPart(rows[part], part.start, self._slot_model, self._marks, self._eos_ids, steps)
+            for part in divided(len(rows), parts)
+        ]
+        pace = Pace(len(work), steps)
         self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
         try:
-            while True:
-                logits_RV = self._slot_model.decode(step_rows)
-                fed += 1
-                if fed == 1:
-                    self._mark_first(rows, logits_RV)
-                ids = draws.sample(logits_RV)
-                if fed == steps or not self._eos_ids.isdisjoint(ids):
-                    return
-                step_rows.advance(draws.ids_R)
+            self._crew.run([partial(pace.run, partial(part.run, pace)) for part in work], threads)
         finally:
-            for row, start in zip(rows, starts, strict=True):
-                row.cached = start + fed
-            self.stats.sampled_tokens += draws.deliver()
-            self.stats.decode_steps += fed
-            self.stats.decode_row_steps += fed * len(rows)
-            self.stats.filling_row_steps += fed * step_rows.spare
-
-    def _mark_first(self, rows: list[_SlotRow], logits_RV: Tensor) -> None:
-        """Keep the logits of rows that are about to draw the first token of a candidate."""
-        chosen = [index for index, row in enumerate(rows) if not row.open.ids]
-        if chosen:
-            marked = [rows[index] for index in chosen]
-            for row in marked:
-                row.marked = row.total
-            self._mark(marked, logits_RV[chosen])
-
-    def _mark(self, rows: list[_SlotRow], logits_SV: Tensor) -> None:
-        if self._marks_SV is None:
-            self._marks_SV = logits_SV.new_empty((self._cache_rows, logits_SV.shape[1]))
-        self._marks_SV[[row.number for row in rows]] = logits_SV
+            for part in work:
+                self.stats.sampled_tokens += part.close()
+                self.stats.decode_row_steps += part.fed * len(part.rows)
+                self.stats.filling_row_steps += part.fed * part.spare
+            self.stats.decode_steps += max(part.fed for part in work)
 
     def _count_held_tokens(self) -> None:
         self.stats.peak_tokens = max(self.stats.peak_tokens, sum(row.total for row in self._rows.values()))

@@ -117,8 +117,9 @@ def test_attention_by_products_is_that_of_the_kernel(heads, kv_heads):
     q, keys, values = torch.randn(5, heads, 16), torch.randn(5, kv_heads, 64, 16), torch.randn(5, kv_heads, 64, 16)
     seen = torch.arange(32) <= torch.tensor([[0], [3], [31], [9], [20]])
     mask = torch.zeros(5, 32).masked_fill_(~seen, -torch.inf)
-    given = (q, keys[:, :, :32], values[:, :, :32], mask, 0.25)
-    assert torch.allclose(_by_products(*given), _by_kernel(*given), atol=1e-6)
+    given = (q, keys[:, :, :32], values[:, :, :32])
+    by_products, by_kernel = (attention(mask, heads, kv_heads, 0.25) for attention in (_by_products, _by_kernel))
+    assert torch.allclose(by_products(*given), by_kernel(*given), atol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [8, 64])
@@ -129,7 +130,7 @@ def test_attention_has_the_same_bits_however_far_is_read_and_whoever_is_beside(d
 
     def attend(rows: int, width: int) -> torch.Tensor:
         mask = torch.zeros(rows, width).masked_fill_(torch.arange(width) > positions[:rows, None], -torch.inf)
-        return _by_products(q[:rows], keys[:rows, :, :width], values[:rows, :, :width], mask, 0.3)
+        return _by_products(mask, 4, 2, 0.3)(q[:rows], keys[:rows, :, :width], values[:rows, :, :width])
 
     expected = attend(16, 32)
     for width in range(32, 257, 32):
