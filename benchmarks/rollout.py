@@ -3,7 +3,9 @@
 python benchmarks/rollout.py --json out.json                                (a quarter of an hour on two cores)
 python benchmarks/rollout.py --json out.json --only erase_cost --model lab   (one part; what is in the file stays)
 
-Wall-clock medians, measured in turns. A figure above 1 in `vs_…` means that we are faster.
+Wall-clock medians, measured in turns. A figure above 1 in `vs_…` means that we are faster. Each peer runs with those of its
+settings that a trial found to be its fastest: `generate` and continuous batching with one thread or with all, continuous
+batching with pages of 16 to 256 tokens and forward passes of one or four tokens a request.
 """
 
 from __future__ import annotations
@@ -21,19 +23,18 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads disturb each other
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.pop("OMP_WAIT_POLICY", None)  # as PyTorch comes: generate with two threads is slower otherwise
+os.environ.pop("GOMP_SPINCOUNT", None)
 
 import numpy as np
 import torch
+from rollout_peers import Values, against_peers, in_turns
 from rollout_workloads import (
     LIMIT,
     PROMPT,
     SIBLINGS,
     Workload,
-    by_continuous_batching,
     by_engine,
-    by_generate,
     engine_for,
     load,
     qwen3_3m,
@@ -53,34 +54,6 @@ from e3rl.types import Draw
 MODELS = ("lab", "qwen3-3m", "smollm2")
 GROUPS = 32  # the last ones decode in thin batches, which is no property of erasing
 ROLLOUT = RolloutConfig(num_generations=SIBLINGS, segment_length=16, max_segments=8, max_rows=64)
-Values = dict[str, Any]
-
-
-def in_turns(repeats: int, *tasks: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each task, run ``repeats`` times in turn; a first round is left out where there are three or more."""
-    seconds: list[list[float]] = [[] for _ in tasks]
-    for _ in range(repeats):
-        for task, taken in zip(tasks, seconds, strict=True):
-            began = time.perf_counter()
-            task()
-            taken.append(time.perf_counter() - began)
-    return [taken[1:] if repeats > 2 else taken for taken in seconds]
-
-
-def against_peers(name: str, batch: int, ragged: bool, repeats: int) -> Values:
-    """Useful tokens per second of generate, of continuous batching where lengths are ragged, and ours."""
-    model = load(name)
-    work, engine = Workload.of(model.config.vocab_size, batch, ragged), engine_for(model, batch)
-    peers: dict[str, Callable[[], object]] = {"generate": lambda: by_generate(model, work)}
-    if ragged:
-        peers["continuous_batching"] = lambda: by_continuous_batching(model, work)
-    seconds = in_turns(repeats, lambda: by_engine(engine, work), *peers.values())
-    rates = {key: work.useful_tokens / median(s) for key, s in zip(("e3rl", *peers), seconds, strict=True)}
-    kind = f"{'ragged' if ragged else 'full'}_{batch}"
-    values = {f"vs_generate_{kind}": rates["e3rl"] / rates["generate"], f"tokens_per_second_{kind}": rates}
-    if ragged:
-        values[f"vs_continuous_batching_{batch}"] = rates["e3rl"] / rates["continuous_batching"]
-    return values
 
 
 def roofline(name: str, repeats: int) -> Values:
@@ -229,13 +202,13 @@ def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Valu
             ("monitor_overhead", name, lambda name=name: monitoring(name, 6)),
         ]
         found += [
-            (f"{kind}_{batch}", name, lambda name=name, b=batch, r=kind == "ragged": against_peers(name, b, r, 4))
+            (f"{kind}_{batch}", name, lambda name=name, b=batch, r=kind == "ragged": against_peers(name, b, r, 4, 32))
             for batch in (16, 64)
             for kind in ("full", "ragged")
         ]
     found += [
-        ("full_16", "smollm2", lambda: against_peers("smollm2", 16, False, 2)),
-        ("ragged_16", "smollm2", lambda: against_peers("smollm2", 16, True, 2)),
+        ("full_16", "smollm2", lambda: against_peers("smollm2", 16, False, 2, 16)),
+        ("ragged_16", "smollm2", lambda: against_peers("smollm2", 16, True, 2, 16)),
         ("roofline_fraction", "smollm2", lambda: roofline("smollm2", 2)),
     ]
     found += [

@@ -99,13 +99,27 @@ def by_generate(model: Any, work: Workload) -> None:
             )
 
 
-def by_continuous_batching(model: Any, work: Workload) -> None:
+@dataclass(frozen=True)
+class Batching:
+    """Settings of continuous batching: tokens in a page of its cache, and tokens of a forward pass over the batch."""
+
+    page_size: int
+    tokens_per_request: int
+
+
+BATCHINGS = tuple(Batching(page, tokens) for page in (16, 64, 256) for tokens in (1, 4))
+
+
+def by_continuous_batching(model: Any, work: Workload, batching: Batching) -> None:
     """What ``model.generate_batch`` does, with a length for each request; started and stopped by the caller's clock."""
     generation = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LIMIT, eos_token_id=-1, pad_token_id=0
     )
     settings = ContinuousBatchingConfig(
-        page_size=16, num_blocks=16 * work.batch, max_batch_tokens=4 * work.batch, max_requests_per_batch=work.batch
+        page_size=batching.page_size,
+        num_blocks=2 * work.batch * -(-(PROMPT + LIMIT) // batching.page_size),
+        max_batch_tokens=batching.tokens_per_request * work.batch,
+        max_requests_per_batch=work.batch,
     )
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings, timeout=5, warmup=False

@@ -150,8 +150,7 @@ class FusedSlotModel:
         self.device = weights.device
         self.storage = SlotStorage(slots, bucketed(max_length))
         self._cos_TD, self._sin_TD = weights.rotations(self.storage.capacity)
-        for _ in weights.layers:
-            self.storage.add_layer(weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
+        self.storage.add_layers(len(weights.layers), weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
         self._columns = torch.arange(self.storage.capacity, device=self.device)
         self._attention = step_attention(self.device)
         self._run: TensorStep = self.step
@@ -186,7 +185,9 @@ class FusedSlotModel:
     def division(self, rows: int) -> Division:
         """How a decode step is divided among threads; a GPU has one queue, and there is nothing to divide."""
         threads = torch.get_num_threads()
-        return division(rows, self._weights.mean_entries, threads) if self.device.type == "cpu" else Division(1, threads)
+        return (
+            division(rows, self._weights.mean_entries, threads) if self.device.type == "cpu" else Division(1, threads)
+        )
 
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""

@@ -5,6 +5,7 @@ Pure: the only randomness is one uniform number per row. Shapes: S rows, V vocab
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,22 +77,27 @@ class SamplingRows:
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | str) -> SamplingRows:
         """The settings of each row; what later decides about work (``depth``) is settled here, without the device."""
-        truncates = [r.top_k > 0 or r.top_p < 1 for r in rows]
-        top_k = [r.top_k or _NO_TOP_K for r in rows]
-        truncated_entropy = [r.entropy_distribution == "truncated" for r in rows]
+        return _settings(tuple(rows), torch.device(device))
 
-        def column(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
-        return cls(
-            temperature_S1=column([r.temperature for r in rows], torch.float32),
-            top_k_S1=column(top_k, torch.long),
-            top_p_S1=column([r.top_p for r in rows], torch.float32),
-            truncates_S1=column(truncates, torch.bool),
-            truncated_entropy_S=column(truncated_entropy, torch.bool).squeeze(1),
-            depth=max((k for k, t in zip(top_k, truncates, strict=True) if t), default=0),
-            any_truncated_entropy=any(truncated_entropy),
-        )
+@functools.lru_cache(maxsize=64)  # the same few batches of settings come again at every poll
+def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
+    truncates = [r.top_k > 0 or r.top_p < 1 for r in rows]
+    top_k = [r.top_k or _NO_TOP_K for r in rows]
+    truncated_entropy = [r.entropy_distribution == "truncated" for r in rows]
+
+    def column(values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+
+    return SamplingRows(
+        temperature_S1=column([r.temperature for r in rows], torch.float32),
+        top_k_S1=column(top_k, torch.long),
+        top_p_S1=column([r.top_p for r in rows], torch.float32),
+        truncates_S1=column(truncates, torch.bool),
+        truncated_entropy_S=column(truncated_entropy, torch.bool).squeeze(1),
+        depth=max((k for k, t in zip(top_k, truncates, strict=True) if t), default=0),
+        any_truncated_entropy=any(truncated_entropy),
+    )
 
 
 def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:

@@ -57,7 +57,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Layers meet their first keys in order, from the first to the last."""
         _, kv_heads, _, key_dim = key_states.shape
-        self._cache.storage.add_layer(kv_heads, key_dim, value_states.shape[3], key_states)
+        self._cache.storage.add_layers(1, kv_heads, key_dim, value_states.shape[3], key_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ class SlotStorage:
         self.slots, self.capacity = slots, capacity
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._blocks: list[Tensor] = []  # [layers, slots, ...]: the memory behind both
 
     @property
     def scratch(self) -> int:
@@ -51,33 +52,32 @@ class SlotStorage:
     @property
     def bytes(self) -> int:
         """Memory of all keys and values, used or not. It never changes once every layer is there."""
-        return sum(storage.nbytes for storage in self._all())
+        return sum(block.nbytes for block in self._blocks)
 
-    def add_layer(self, kv_heads: int, key_dim: int, value_dim: int, like: Tensor) -> None:
-        """Allocate a layer, of the type and on the device of ``like``. Zeros: what is masked out must still be finite."""
+    def add_layers(self, layers: int, kv_heads: int, key_dim: int, value_dim: int, like: Tensor) -> None:
+        """Allocate layers, of the type and on the device of ``like``. Zeros: what is masked out must still be finite."""
         for storages, dim in ((self.keys, key_dim), (self.values, value_dim)):
-            storages.append(like.new_zeros((physical_slots(self.slots), kv_heads, self.capacity, dim)))
+            block = like.new_zeros((layers, physical_slots(self.slots), kv_heads, self.capacity, dim))
+            self._blocks.append(block)
+            storages += block.unbind(0)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """The first ``length`` positions of one slot, copied to others."""
-        for storage in self._all():
+        for block in self._blocks:
             for target in targets:
-                storage[target, :, :length] = storage[source, :, :length]
+                block[:, target, :, :length] = block[:, source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` positions of two slots."""
-        for storage in self._all():
-            kept = storage[one, :, :length].clone()
-            storage[one, :, :length] = storage[other, :, :length]
-            storage[other, :, :length] = kept
+        for block in self._blocks:
+            kept = block[:, one, :, :length].clone()
+            block[:, one, :, :length] = block[:, other, :, :length]
+            block[:, other, :, :length] = kept
 
     def scrub(self, slot: int) -> None:
         """Zero a slot that may hold NaN, which a mask does not stop (0 * NaN)."""
-        for storage in self._all():
-            storage[slot].zero_()
-
-    def _all(self) -> list[Tensor]:
-        return self.keys + self.values
+        for block in self._blocks:
+            block[:, slot].zero_()
 
 
 class StepRows:
