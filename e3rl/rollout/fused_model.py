@@ -216,13 +216,14 @@ class FusedSlotModel:
         weights = self._weights
         cos_R1D, sin_R1D = (table[positions_R].unsqueeze(1) for table in (self._cos_TD, self._sin_TD))
         x_RD = embedding(ids_R, weights.embedding_VD)
+        joint, apart = (weights.heads + weights.kv_heads, weights.kv_heads), (weights.heads, weights.kv_heads)
         for number, layer in enumerate(weights.layers):
             qkv_RD = layer.queries_keys_values(layer.input_norm(x_RD))
-            qk_RKD, v_RKD = qkv_RD.unflatten(-1, (-1, weights.dim)).tensor_split([-weights.kv_heads], 1)
+            qk_RKD, v_RKD = qkv_RD.view(len(qkv_RD), -1, weights.dim).split_with_sizes(joint, 1)
             if layer.head_norm is not None:
                 qk_RKD = layer.head_norm(qk_RKD)
             qk_RKD = torch.addcmul(qk_RKD * cos_R1D, qk_RKD.roll(weights.dim // 2, -1), sin_R1D)
-            q_RHD, k_RKD = qk_RKD.split([weights.heads, weights.kv_heads], 1)
+            q_RHD, k_RKD = qk_RKD.split_with_sizes(apart, 1)
             x_RD = x_RD + layer.output(attend(number, q_RHD, k_RKD, v_RKD))
             gate_RD, up_RD = layer.gate_up(layer.post_norm(x_RD)).chunk(2, -1)
             x_RD = x_RD + layer.down(layer.activation(gate_RD) * up_RD)

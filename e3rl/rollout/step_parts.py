@@ -1,13 +1,16 @@
 """A decode step whose rows are divided among threads.
 
-A product of a small model is too short to be divided: on a CPU a second thread takes about 80 microseconds to wake, longer
-than the product of 16 rows with a weight of 256 by 256. So the rows are divided instead, each part runs its own
-operations in a thread of its own, and the parts meet once a step. A row's numbers are the same in any part.
+PyTorch divides each operation, which pays where its threads wait awake. Where they sleep (``OMP_WAIT_POLICY=PASSIVE``, or more
+threads than cores) one takes 80 microseconds or so to wake, longer than most operations of a small model. There the
+rows are divided instead: each part runs its own operations in one thread, and the parts meet once a step. How long
+waking takes is measured once. A row's numbers are the same to the last bit either way.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,8 +26,11 @@ PART_ROWS = 12
 MOST_PARTS = 8
 """More threads only wait for Python's lock."""
 
-_LONG_PRODUCT = 2**23
-"""Multiplications in a matrix product from which a second thread for that product pays for being woken."""
+_ASLEEP = 2e-5
+"""Seconds to wake a thread from which the rows are divided in place of the operations."""
+
+_PRODUCTS_PER_SECOND = 5e10
+"""Multiplications of one thread, roughly."""
 
 
 class Division(NamedTuple):
@@ -34,11 +40,26 @@ class Division(NamedTuple):
     threads: int
 
 
-def division(rows: int, weight_entries: int, threads: int) -> Division:
-    """The fastest division of ``rows`` among ``threads``, for weights of ``weight_entries`` on average."""
-    parts = max(1, min(threads, rows // PART_ROWS, MOST_PARTS))
-    long = rows * weight_entries >= parts * _LONG_PRODUCT
-    return Division(parts, threads // parts if long else 1)
+def division(rows: int, weight_entries: int, threads: int, wake_s: float) -> Division:
+    """The fastest division of ``rows`` among ``threads`` that take ``wake_s`` to wake, for weights of that many entries."""
+    parts = max(1, min(threads, rows // PART_ROWS, MOST_PARTS)) if wake_s > _ASLEEP else 1
+    saved_s = rows * weight_entries / parts / _PRODUCTS_PER_SECOND / 2
+    return Division(parts, threads // parts if saved_s > wake_s else 1)
+
+
+@functools.cache
+def wake_seconds(threads: int) -> float:
+    """What it costs this process to divide an operation among ``threads``, in the median."""
+    if threads == 1:
+        return 0.0
+    taken = []
+    with torch.inference_mode(), operation_threads(threads):
+        x = torch.zeros(threads * 2**15)  # the least that PyTorch divides
+        for _ in range(51):
+            began = time.perf_counter()
+            x.neg_()
+            taken.append(time.perf_counter() - began)
+    return sorted(taken)[25]
 
 
 def divided(rows: int, parts: int) -> list[slice]:

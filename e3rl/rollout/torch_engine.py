@@ -28,7 +28,7 @@ from e3rl.rollout.slot_storage import StepRows, bucketed, packed
 from e3rl.rollout.slots import SlotMap
 from e3rl.rollout.step_draws import StepDraws
 from e3rl.rollout.step_part import Marks, SlotRow, StepPart
-from e3rl.rollout.step_parts import Crew, Pace, divided, operation_threads
+from e3rl.rollout.step_parts import Crew, Division, Pace, divided, operation_threads
 from e3rl.rollout.weights import copy_weights
 from e3rl.types import Candidate, Draw
 
@@ -143,13 +143,14 @@ class TorchEngine:
         active = dict(list(self._open.items())[: self._max_rows])
         if not active:
             return []
-        with torch.inference_mode():
+        division = self._slot_model.division(len(active))
+        with torch.inference_mode(), operation_threads(division.threads):
             self._catch_up([row for row in active.values() if row.cached < len(row.ids) - 1])
             front = self._pack(list(active.values()))
             try:
                 self._draw_first_tokens(front)
                 if not any(row.open.complete(self._eos_ids) for row in front):
-                    self._decode(front)
+                    self._decode(front, division)
             except SickLogits:
                 self._sick = True
                 raise
@@ -219,22 +220,21 @@ class TorchEngine:
         if not marked:
             return
         spare = packed(len(marked)) - len(marked)
-        with operation_threads(self._slot_model.division(len(marked)).threads):
-            draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
-            draws.sample(self._marks.of(marked + marked[:1] * spare))
-            self.stats.sampled_tokens += draws.deliver()
+        draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
+        draws.sample(self._marks.of(marked + marked[:1] * spare))
+        self.stats.sampled_tokens += draws.deliver()
 
-    def _decode(self, rows: list[SlotRow]) -> None:
+    def _decode(self, rows: list[SlotRow], division: Division) -> None:
         """Step all rows, which lie in the slots 0..len(rows)-1, until at least one request is complete."""
-        steps, (parts, threads) = min(row.open.remaining for row in rows), self._slot_model.division(len(rows))
+        steps = min(row.open.remaining for row in rows)
         work = [
             StepPart(rows[part], part.start, self._slot_model, self._marks, self._eos_ids, steps)
-            for part in divided(len(rows), parts)
+            for part in divided(len(rows), division.parts)
         ]
         pace = Pace(len(work), steps)
         self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
         try:
-            self._crew.run([partial(pace.run, partial(part.run, pace)) for part in work], threads)
+            self._crew.run([partial(pace.run, partial(part.run, pace)) for part in work], division.threads)
         finally:
             for part in work:
                 self.stats.sampled_tokens += part.close()

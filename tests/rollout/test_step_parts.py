@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
 from e3rl.errors import SickLogits
+from e3rl.rollout import fused_model
 from e3rl.rollout.engine import Sampling
 from e3rl.rollout.norms import _by_head, head_norm, norm
 from e3rl.rollout.step_parts import Crew, Division, Pace, divided, division, operation_threads
@@ -20,8 +22,8 @@ ROWS = 29
 
 
 def generate(name: str, threads: int, rows: int = ROWS) -> tuple[list[list[Candidate]], TorchEngine]:
-    """Two segments of each row, some retried, some ended by an end of sequence."""
-    with operation_threads(threads):
+    """Three candidates of each row, of lengths of their own, some ended by an end of sequence; threads sleep."""
+    with operation_threads(threads), mock.patch.object(fused_model, "wake_seconds", return_value=8e-5):
         engine = TorchEngine(tiny(name), eos_ids=EOS, max_rows=rows, cache_rows=ROWS, max_length=64)
         numbers = {engine.prefill([5 + i, 9, 2], 1)[0]: i for i in range(ROWS)}
         found: list[list[Candidate]] = [[] for _ in range(ROWS)]
@@ -51,20 +53,23 @@ def test_what_is_done_does_not_depend_on_the_threads():
 
 
 @pytest.mark.parametrize(
-    ("rows", "entries", "threads", "expected"),
+    ("rows", "entries", "threads", "wake_s", "expected"),
     [
-        (16, 170_000, 1, Division(1, 1)),
-        (16, 170_000, 2, Division(1, 1)),  # too few rows for two parts, products too short for two threads
-        (16, 1_000_000, 2, Division(1, 2)),
-        (24, 170_000, 2, Division(2, 1)),
-        (64, 170_000, 2, Division(2, 1)),
-        (64, 170_000, 64, Division(5, 1)),
-        (1000, 170_000, 64, Division(8, 8)),
-        (64, 1_000_000, 16, Division(5, 3)),
+        (16, 170_000, 1, 0.0, Division(1, 1)),
+        (16, 170_000, 2, 8e-5, Division(1, 1)),  # too few rows for two parts, products too short for two threads
+        (16, 170_000, 2, 5e-6, Division(1, 2)),  # unless the second one is awake
+        (4, 10_000, 2, 5e-6, Division(1, 1)),
+        (16, 1_000_000, 2, 8e-5, Division(1, 2)),
+        (24, 170_000, 2, 8e-5, Division(2, 1)),
+        (64, 170_000, 2, 8e-5, Division(2, 1)),
+        (64, 170_000, 2, 5e-6, Division(1, 2)),
+        (64, 170_000, 64, 8e-5, Division(5, 1)),
+        (1000, 170_000, 64, 8e-5, Division(8, 8)),
+        (64, 1_000_000, 16, 8e-5, Division(5, 3)),
     ],
 )
-def test_how_a_step_is_divided(rows, entries, threads, expected):
-    assert division(rows, entries, threads) == expected
+def test_how_a_step_is_divided(rows, entries, threads, wake_s, expected):
+    assert division(rows, entries, threads, wake_s) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 4, 23, 24, 25, 29, 64, 97])
