@@ -185,9 +185,9 @@ class FusedSlotModel:
     def division(self, rows: int) -> Division:
         """How a decode step is divided among threads; a GPU has one queue, and there is nothing to divide."""
         threads = torch.get_num_threads()
-        return (
-            division(rows, self._weights.mean_entries, threads) if self.device.type == "cpu" else Division(1, threads)
-        )
+        if self.device.type != "cpu":
+            return Division(1, threads)
+        return division(rows, self._weights.mean_entries, threads, wake_seconds(threads))
 
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
