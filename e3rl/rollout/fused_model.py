@@ -22,7 +22,7 @@ from e3rl.rollout.projections import Projection, fingerprint, project
 from e3rl.rollout.recorded import RecordedSteps, TensorStep, cuda_graph
 from e3rl.rollout.slot_storage import SlotStorage, StepRows, bucketed
 from e3rl.rollout.step_attention import step_attention
-from e3rl.rollout.step_parts import Division, division
+from e3rl.rollout.step_parts import Division, division, wake_seconds
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -100,7 +100,7 @@ class FusedWeights:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
         linear = _linear_layers(model)
-        self.mean_entries = sum(layer.weight.numel() for layer in linear) // len(linear)
+        self.mean_entries = sum(p.numel() for layer in linear for p in layer.parameters()) // len(linear)
         self.take(model)
 
     @classmethod
