@@ -3,7 +3,7 @@
 # make test-peers    agreement with TRL by value, with a table of the largest differences
 # make test-browser  the report in a real browser
 # make test-vllm     the vLLM engine against the oracle, with a table (own environment, several GB)
-# make test-ranks    training on two ranks: DDP, ZeRO-1, ZeRO-2, FSDP2, their losses beside one process's
+# make test-ranks    training on two ranks: DDP, ZeRO-1, FSDP2, DeepSpeed; their losses beside one process's (own environment)
 # make test-chaos    kills, full disks, hostile answers, fuzz, a soak, with their figures (below 20 minutes on two idle cores)
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
 # make docs     the documentation as a site in site/
@@ -49,9 +49,11 @@ test-vllm: python
 	@E3RL_VENV=.venv-vllm "$(PYTHON)" tools/setup_vllm.py
 	.venv-vllm/bin/python -m pytest -s tests/vllm
 
+# DeepSpeed compiles an operation of its own on first use: a minute or two, kept in .venv-ranks
 test-ranks: python
-	@"$(PYTHON)" tools/setup.py test
-	E3RL_RANKS=all .venv/bin/python -m pytest -s tests/ranks
+	@E3RL_VENV=.venv-ranks "$(PYTHON)" tools/setup_deepspeed.py
+	PATH="$(CURDIR)/.venv-ranks/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv-ranks/torch_extensions" \
+		E3RL_RANKS=all .venv-ranks/bin/python -m pytest -s tests/ranks
 
 .PHONY: test-chaos
 test-chaos: python

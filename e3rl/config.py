@@ -223,9 +223,15 @@ class TrainConfig:
         )
     )
     importance_cap: float = setting(2.0, "largest importance weight", above=0)
-    parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2"] = setting(
+    parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = setting(
         "none",
-        "how torchrun's processes train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too",
+        "how torchrun's processes train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too; "
+        "DeepSpeed's own",
+    )
+    rank_timeout: int = setting(
+        3600,
+        "seconds that one of torchrun's processes waits for another; it must cover the first one's evaluations",
+        min=1,
     )
     max_skipped_steps: int = setting(
         3,

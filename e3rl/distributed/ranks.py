@@ -6,23 +6,28 @@ rows, of the optimizer's state) is exchanged here, and all waits end.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from e3rl import __version__
 from e3rl.config import Config, to_toml
 from e3rl.errors import UserError
 
 _T = TypeVar("_T")
-SECONDS_TO_WAIT = 3600
-"""How long a rank waits for the others; the longest wait is for the first rank's evaluations."""
+
+_LOST = re.compile(r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe", re.IGNORECASE)
+"""What PyTorch says where another rank is gone or silent."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with self.guard():
+            dist.all_gather_object(values, value)
         return values
 
     def merge(self, mine: Sequence[_T]) -> list[_T]:
@@ -64,6 +70,31 @@ class Ranks:
         """Whether it is so in any rank."""
         return any(self.gather(flag))
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside the ``with`` block, what PyTorch says of a rank that is gone or silent becomes a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"rank {self.rank} waited for another rank that is gone or silent ({reason}): what that one wrote says why. "
+                "Start all again with --resume: the run goes on from its newest checkpoint"
+            ) from error
+
+    def attempt(self, action: Callable[[], _T]) -> _T:
+        """The result of ``action``, which every rank tries; what goes wrong for people in one, goes wrong in all."""
+        try:
+            done, problem = action(), None
+        except UserError as error:
+            done, problem = None, str(error)
+        problems = [text for text in self.gather(problem) if text is not None]
+        if problems:
+            raise UserError(problems[0])
+        return cast(_T, done)
+
 
 def join_ranks(config: Config) -> Ranks:
     """Join the processes that torchrun started, if it did. UserError where they are not what the recipe asks for."""
@@ -73,7 +104,7 @@ def join_ranks(config: Config) -> Ranks:
     if parallel == "none":
         raise UserError(
             f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
-            "train.parallel to ddp, zero1, zero2 or fsdp2, or start one process"
+            "train.parallel to ddp, zero1, zero2, fsdp2, deepspeed-zero2 or deepspeed-zero3, or start one process"
         )
     if config.train.prompts_per_step < world:
         raise UserError(
@@ -90,7 +121,7 @@ def join_ranks(config: Config) -> Ranks:
         if backend == "nccl":
             torch.cuda.set_device(_number("LOCAL_RANK", 0))
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS_TO_WAIT))
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.train.rank_timeout))
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {error}") from None
@@ -100,11 +131,21 @@ def join_ranks(config: Config) -> Ranks:
 
 
 def _agree(ranks: Ranks, config: Config) -> None:
-    """Refuse ranks that were started with different settings: they would train different models together."""
-    said = ranks.gather(hashlib.blake2b(to_toml(config).encode(), digest_size=8).hexdigest())
-    others = [rank for rank, digest in enumerate(said) if digest != said[0]]
-    if others:
-        raise UserError(f"ranks {others} were started with other settings than rank 0: start all with the same command")
+    """Refuse ranks that were started differently: they would train different models together."""
+    mine = {
+        "settings": hashlib.blake2b(to_toml(config).encode(), digest_size=8).hexdigest(),
+        "a version of e3rl": __version__,
+        "a version of PyTorch": torch.__version__,
+        "a version of Python": platform.python_version(),
+    }
+    said = ranks.gather(mine)
+    for what in mine:
+        others = [rank for rank, facts in enumerate(said) if facts[what] != said[0][what]]
+        if others:
+            raise UserError(
+                f"ranks {others} were started with {what} other than rank 0's ({said[others[0]][what]}, {said[0][what]}): "
+                "start all with the same command, in the same environment"
+            )
 
 
 def _number(name: str, default: int) -> int:

@@ -38,6 +38,14 @@ def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
+@torch.no_grad()
+def take_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a model of the same kind, each looked up once: they may come from far."""
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
+
+
 def write_model(model: Any, directory: Path) -> None:
     """The model as a directory that any engine can load: adapters merged, config and safetensors, no tokenizer."""
     if hasattr(model, "merge_and_unload"):

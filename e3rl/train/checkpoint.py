@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from e3rl.distributed.ranks import Ranks
 from e3rl.errors import UserError
-from e3rl.files import atomic_directory, damage, write_json
+from e3rl.files import atomic_directory, damage, disk_full_is_a_sentence, write_json
+from e3rl.train.lazy_tensors import LazyTensors
 
 FORMAT = 1
 _PREFIX = "step-"
@@ -35,26 +39,66 @@ def checkpoint_directory(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"{_PREFIX}{step:06d}"
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+def _share(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """This rank's part of tensors that all ranks look up together: each goes to whoever has least so far."""
+    load, mine = [0] * ranks.world, {}
+    for name, tensor in tensors.items():
+        owner = load.index(min(load))
+        load[owner] += tensor.nbytes
+        if owner == ranks.rank:
+            mine[name] = tensor.detach().cpu().contiguous().clone()
+    return mine
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def _file(kind: str, ranks: Ranks) -> str:
+    return (
+        f"{kind}.safetensors" if ranks.world == 1 else f"{kind}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+    )
+
+
+def _write_share(tensors: Mapping[str, Tensor], temporary: Path, kind: str, ranks: Ranks) -> None:
+    mine = _share(tensors, ranks)
+
+    def write() -> None:
+        if not temporary.is_dir():
+            raise UserError(
+                f"rank {ranks.rank} can't see {temporary.parent}, where each rank writes its part of a checkpoint: "
+                "put run.output_dir on a file system that all machines share"
+            )
+        with disk_full_is_a_sentence(temporary):
+            save_file(mine, temporary / _file(kind, ranks))
+
+    ranks.attempt(write)
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, ranks: Ranks | None = None) -> Path:
     """Write it whole or not at all, then drop the oldest beyond ``keep`` (0 keeps all).
 
-    An intact one of the same step stays: a resumed run comes to the same state, and it may be the only one there is.
+    All ranks write, each some of the tensors. An intact one of the same step stays: a resumed run comes to the same state,
+    and it may be the only one there is.
     """
+    ranks = ranks or Ranks()
     directory = checkpoint_directory(run, checkpoint.step)
-    if damage(directory) is None:
+    if ranks.gather(ranks.first and damage(directory) is None)[0]:
         return directory
-    with atomic_directory(directory) as temporary:
-        save_file(_plain(checkpoint.weights), temporary / "weights.safetensors")
-        save_file(_plain(checkpoint.optimizer), temporary / "optimizer.safetensors")
-        save_file({"cpu": checkpoint.rng}, temporary / "rng.safetensors")
-        write_json(temporary / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts})
-    for old in list_checkpoints(run)[keep:] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        begin = (lambda: stack.enter_context(atomic_directory(directory))) if ranks.first else lambda: None
+        temporary = ranks.gather(ranks.attempt(begin))[0]
+        assert temporary is not None
+        _write_share(checkpoint.weights, temporary, "weights", ranks)
+        _write_share(checkpoint.optimizer, temporary, "optimizer", ranks)
+        ranks.attempt((lambda: _finish(checkpoint, temporary, stack)) if ranks.first else lambda: None)
+    if ranks.first:
+        for old in list_checkpoints(run)[keep:] if keep else []:
+            shutil.rmtree(old, ignore_errors=True)
     return directory
+
+
+def _finish(checkpoint: Checkpoint, temporary: Path, stack: contextlib.ExitStack) -> None:
+    """Write what is no tensor of the model's; ``stack`` then puts the directory into its place."""
+    save_file({"cpu": checkpoint.rng}, temporary / "rng.safetensors")
+    write_json(temporary / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts})
+    stack.close()
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -62,31 +106,51 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob(f"{_PREFIX}[0-9]*"), reverse=True)
 
 
+def _stored(directory: Path, kind: str) -> Mapping[str, Tensor]:
+    """The tensors in one file or several, each read when it is looked up."""
+    files = [safe_open(path, "pt") for path in sorted(directory.glob(f"{kind}*.safetensors"))]
+    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    return LazyTensors(where, lambda name: where[name].get_tensor(name))
+
+
 def read_checkpoint(directory: Path) -> Checkpoint:
     """A checkpoint whose checksums have been verified."""
     problem = damage(directory)
     if problem:
         raise UserError(f"checkpoint {directory} is damaged: {problem}")
+    return _read(directory)
+
+
+def _read(directory: Path) -> Checkpoint:
     facts = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     if facts.pop("format") != FORMAT:
         raise UserError(f"checkpoint {directory} has another format than this version reads ({FORMAT})")
     return Checkpoint(
         step=facts.pop("step"),
-        weights=load_file(directory / "weights.safetensors"),
-        optimizer=load_file(directory / "optimizer.safetensors"),
+        weights=_stored(directory, "weights"),
+        optimizer=_stored(directory, "optimizer"),
         rng=load_file(directory / "rng.safetensors")["cpu"],
         facts=facts,
     )
 
 
-def newest_checkpoint(run: Path, say: Any = print) -> Checkpoint:
-    """The newest intact checkpoint; every damaged one that is passed over is named aloud."""
+def _newest_intact(run: Path, say: Any) -> Path:
     for directory in list_checkpoints(run):
         try:
-            return read_checkpoint(directory)
+            read_checkpoint(directory)
         except UserError as error:
             say(f"{error}; trying the one before")
+        else:
+            return directory
     raise UserError(f"{run} holds no intact checkpoint to resume from; start the run under another name")
+
+
+def newest_checkpoint(run: Path, say: Any = print, ranks: Ranks | None = None) -> Checkpoint:
+    """The newest intact checkpoint, which the first rank finds; every damaged one that is passed over is named aloud."""
+    ranks = ranks or Ranks()
+    found = ranks.gather(ranks.attempt(lambda: _newest_intact(run, say) if ranks.first else None))[0]
+    assert found is not None
+    return _read(found)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,25 @@ from torch import nn
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
 
+LAYERS, ALL = "layers", "all"
+_DIVIDES: dict[str, dict[str, str]] = {  # what is divided, and of which parameters
+    "ddp": {},
+    "zero1": {"state": ALL},
+    "zero2": {"weights": LAYERS, "gradients": LAYERS, "state": LAYERS},
+    "fsdp2": {"weights": LAYERS, "gradients": LAYERS, "state": LAYERS},
+    "deepspeed-zero2": {"gradients": ALL, "state": ALL},
+    "deepspeed-zero3": {"weights": ALL, "gradients": ALL, "state": ALL},
+}
+
 
 @dataclass(frozen=True)
 class Division:
-    """Into how many parts a decoder's layers are divided, for each thing that is kept of them."""
+    """Into how many parts what is kept of a model is divided."""
 
-    layers: frozenset[int]  # ids of the parameters that zero2 and fsdp2 divide
-    of_weights: int  # zero2, fsdp2
-    of_gradients: int  # zero2, fsdp2
-    of_state: int  # zero1 divides the state of all parameters, zero2 and fsdp2 that of the layers
-    state_of_all: bool
+    ranks: int
+    divides: Mapping[str, str]
+    layers: frozenset[int]  # ids of the parameters of the decoder's layers
+    copies_float32: bool  # DeepSpeed keeps its own float32 weights even of a float32 model
     keeps_gathered: bool  # zero2 keeps a layer's whole weights from its forward to its backward pass
 
     @classmethod
@@ -28,41 +37,44 @@ class Division:
         """The division of ``model``; that of a single rank divides nothing."""
         if ranks > 1 and parallel == "none":
             raise UserError(
-                f"{ranks} ranks train together in one of several ways: set train.parallel=ddp, zero1, zero2 or fsdp2"
+                f"{ranks} ranks train together in one of several ways: set train.parallel={', '.join(_DIVIDES)}"
             )
         base = unwrapped(model)
         layers = getattr(getattr(base, base.base_model_prefix), "layers", None) or ()
-        sharded = ranks if parallel in ("zero2", "fsdp2") else 1
         return cls(
+            ranks=ranks,
+            divides=_DIVIDES[parallel] if ranks > 1 else {},
             layers=frozenset(id(p) for layer in layers for p in layer.parameters()),
-            of_weights=sharded,
-            of_gradients=sharded,
-            of_state=ranks if parallel == "zero1" else sharded,
-            state_of_all=parallel == "zero1",
+            copies_float32=ranks > 1 and parallel.startswith("deepspeed"),
             keeps_gathered=parallel == "zero2",
         )
 
+    @property
+    def divides_weights(self) -> bool:
+        """Whether no rank holds all weights between passes."""
+        return "weights" in self.divides
+
     def weights(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the weights between passes."""
-        return sum(p.nbytes // self._parts(p, self.of_weights) for p in parameters)
+        return sum(p.nbytes // self._parts(p, "weights") for p in parameters)
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the gradients, in the weights' own type."""
-        return sum(p.nbytes // self._parts(p, self.of_gradients) for p in parameters)
+        return sum(p.nbytes // self._parts(p, "gradients") for p in parameters)
 
     def state(self, parameters: Iterable[nn.Parameter], width: int) -> int:
         """Bytes of what the optimizer keeps, ``width`` of it for each entry of a parameter."""
-        return sum(
-            width * p.numel() // (self.of_state if self.state_of_all else self._parts(p, self.of_state))
-            for p in parameters
-        )
+        return sum(width * p.numel() // self._parts(p, "state") for p in parameters)
 
     def gathered(self, parameters: Iterable[nn.Parameter], layers: int) -> int:
         """Bytes of whole layers beside a rank's own parts at the worst moment: of all layers, or of two, one on its way."""
-        if self.of_weights == 1:
+        if not self.divides_weights:
             return 0
-        missing = sum(p.nbytes - p.nbytes // self.of_weights for p in parameters if id(p) in self.layers)
-        return missing if self.keeps_gathered else min(missing, 2 * missing // layers)
+        missing = {p: p.nbytes - p.nbytes // self._parts(p, "weights") for p in parameters}
+        of_layers = sum(size for p, size in missing.items() if id(p) in self.layers)
+        beside = sum(missing.values()) - of_layers  # the output matrix is held through the whole pass
+        return beside + (of_layers if self.keeps_gathered else min(of_layers, 2 * of_layers // layers))
 
-    def _parts(self, parameter: nn.Parameter, ranks: int) -> int:
-        return ranks if id(parameter) in self.layers else 1
+    def _parts(self, parameter: nn.Parameter, what: str) -> int:
+        divided = self.divides.get(what)
+        return self.ranks if divided == ALL or (divided == LAYERS and id(parameter) in self.layers) else 1

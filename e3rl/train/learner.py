@@ -23,10 +23,9 @@ from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_g
 from e3rl.train.metrics import Means
 from e3rl.train.optimizer import learning_rate
 from e3rl.train.packing import PackedRow, packed_rows, plan_rows
-from e3rl.train.ranked_optimizer import build_optimizer
-from e3rl.train.scoring import AttributionSettings, Scores, score_row, score_rows
+from e3rl.train.parallel import idle_passes, in_lockstep, make_ready
+from e3rl.train.scoring import AttributionSettings, Scores, score_rows
 from e3rl.train.sequences import TrainSequence, group_sequences, pad
-from e3rl.train.sharding import idle_passes, is_sharded, shard_layers
 from e3rl.train.sick import Finding, SickNumbers, find_sick
 from e3rl.types import RewardedGroup
 
@@ -97,10 +96,9 @@ class Learner:
         self._ranks = ranks or Ranks()
         self._sick: Finding | None = None
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
-        self._sharded = is_sharded(config.train, self._ranks)
-        if self._sharded:
-            shard_layers(policy.model, config.train, self._ranks)
-        self.optimizer = build_optimizer(policy.trainable(), config.train, self._ranks)
+        self._lockstep = in_lockstep(config.train, self._ranks)
+        way = make_ready(policy, config.train, self._ranks)
+        self.optimizer, self._passes = way.optimizer, way.passes
         self._attribution = None
         if "shares" in objective.needs:
             options = cast(AttributionOptions, objective)
@@ -112,7 +110,7 @@ class Learner:
             and train.importance_correction == "none"
             and "frozen" not in objective.needs
             and not has_dropout(policy.model)
-            and not self._sharded  # its ranks run the same passes, which whole groups of all sizes do not make
+            and not self._lockstep  # its ranks run the same passes, which whole groups of all sizes do not make
         )
         if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
@@ -160,7 +158,7 @@ class Learner:
         references = self._reference_logprobs([row])
         model.train()
         with packed_attention(model):
-            found = score_row(model, row, self._config.rollout.temperature, self._attribution)
+            found = self._passes.score_row(model, row, self._config.rollout.temperature, self._attribution)
             lessons = self._lessons(zip(sequences, found.by_sequence(), references, strict=True), rewarded)
             return lessons, self._backward(lessons, found.logprobs_ST(), totals, means)
 
@@ -168,8 +166,16 @@ class Learner:
         if self.reference is None:
             return [None] * sum(len(row.paths) for row in rows)
         with self.reference.model() as model:
-            scores = score_rows(model, rows, self._config.rollout.temperature)
-        return [s.logprobs_T for s in scores]
+            return [s.logprobs_T for s in self._scores(model, rows)]
+
+    def _scores(
+        self, model: Any, rows: Sequence[PackedRow], attribution: AttributionSettings | None = None
+    ) -> list[Scores]:
+        """`score_rows`, at the pace of the busiest rank where the model is the one that is trained."""
+        found = score_rows(self._passes, model, rows, self._config.rollout.temperature, attribution)
+        if model is self._policy.model:
+            self._keep_pace(len(rows), backward=False)
+        return found
 
     def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
         """What is learnt from, group by group. Trajectories without a reward teach nothing.
@@ -187,19 +193,16 @@ class Learner:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
         mine = [*itertools.chain(*self._ranks.share(by_group))]
-        lessons = self._scored_lessons(mine, rewarded)
-        self._keep_pace([[s] for s in mine], backward=False)
-        return self._of_all_ranks(lessons)
+        return self._of_all_ranks(self._scored_lessons(mine, rewarded))
 
-    def _keep_pace(self, parts: Sequence[Sequence[TrainSequence]], *, backward: bool) -> None:
-        """Where weights are divided, run as many passes as the busiest rank."""
-        if self._sharded:
-            passes = len(plan_rows(parts, self._config.train.micro_batch_tokens))
-            idle_passes(self._policy.model, passes, self._ranks, backward=backward)
+    def _keep_pace(self, mine: int, *, backward: bool) -> None:
+        """Where tensors are exchanged in passes, of which this rank ran ``mine``, run as many as the busiest rank."""
+        if self._lockstep:
+            idle_passes(self._passes, self._policy.model, mine, self._ranks, backward=backward)
 
     def _scored_lessons(self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         rows = packed_rows(sequences, self._config.train.micro_batch_tokens, self._policy.device)
-        scores = score_rows(self._policy.model, rows, self._config.rollout.temperature, self._attribution)
+        scores = self._scores(self._policy.model, rows, self._attribution)
         return self._lessons(zip(sequences, scores, self._reference_logprobs(rows), strict=True), rewarded)
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
@@ -264,18 +267,19 @@ class Learner:
         groups = set(self._ranks.share(sorted({lesson.sequence.group for lesson in lessons})))
         mine = [lesson for lesson in lessons if lesson.sequence.group in groups]
         means.add({"loss": (self._gradients(mine, totals, means), float(self._ranks.first))})
-        self._keep_pace([[lesson.sequence] for lesson in mine], backward=True)
 
     def _gradients(self, lessons: Sequence[Lesson], totals: Totals, means: Means) -> float:
         """Gradients of scored lessons, row by row; returns their part of the loss."""
         model, total = self._policy.model, 0.0
         model.train()
-        for indices in plan_rows([[lesson.sequence] for lesson in lessons], self._config.train.micro_batch_tokens):
+        rows = plan_rows([[lesson.sequence] for lesson in lessons], self._config.train.micro_batch_tokens)
+        for indices in rows:
             part = [lessons[i] for i in indices]
             row = PackedRow.of([lesson.sequence for lesson in part], self._policy.device)
             with packed_attention(model):
-                found = score_row(model, row, self._config.rollout.temperature)
+                found = self._passes.score_row(model, row, self._config.rollout.temperature)
                 total += self._backward(part, found.logprobs_ST(), totals, means)
+        self._keep_pace(len(rows), backward=True)
         return total
 
     def _backward(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals, means: Means) -> float:
@@ -284,7 +288,7 @@ class Learner:
         loss = self._objective.loss(batch)
         sick = find_sick([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
         self._sick = self._sick or sick
-        (loss.value if sick is None else loss.value * math.nan).backward()  # NaN reaches every rank's `_step`
+        self._passes.backward(loss.value if sick is None else loss.value * math.nan)  # NaN reaches every rank's `_step`
         means.add(loss.metrics)
         return float(loss.value.detach())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from e3rl.config import TrainConfig
+from e3rl.errors import UserError
 from e3rl.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 
 
@@ -22,24 +23,47 @@ def learning_rate(config: TrainConfig, update: int, updates: int) -> float:
     return config.learning_rate * share[config.lr_scheduler_type]
 
 
+def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW as the settings describe it: matrices decay; norms and biases don't."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+
+
+def fitting(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """Saved weights by name, in the order of ``shapes``. UserError where they are not those of a model with these."""
+    strange = sorted(weights.keys() ^ shapes.keys())
+    if strange:
+        raise UserError(
+            f"the checkpoint is of another model: {len(strange)} weights are in one of the two alone, {strange[0]} for one"
+        )
+    for name, shape in shapes.items():
+        tensor = weights[name]
+        if tensor.shape != shape:
+            raise UserError(
+                f"the checkpoint is of another model: {name} has shape {tuple(tensor.shape)} there and {tuple(shape)} here"
+            )
+        yield name, tensor
+
+
 class MasterOptimizer:
     """Steps float32 weights and copies them into the model: an update of 1e-6 is lost on a bfloat16 weight."""
 
     def __init__(self, parameters: list[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
         self._names = [name for name, _ in parameters]
+        self._shapes = {name: p.shape for name, p in parameters}
         self._model = [p for _, p in parameters]
         self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._model]
         self._max_norm = config.max_grad_norm
         self.sick: tuple[str, ...] = ()
         """Parameters whose gradients were NaN or infinite in the last step."""
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": [m for m in self._masters if m.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [m for m in self._masters if m.ndim < 2], "weight_decay": 0.0},  # norms and biases
-            ],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-        )
+        self._adamw = adamw(self._masters, config)
         # AdamW numbers its state by position in its groups, not by position in the model
         self._state_names = [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim >= 2]
         self._state_names += [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim < 2]
@@ -77,18 +101,20 @@ class MasterOptimizer:
             if master is not parameter:
                 parameter.copy_(master)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """The float32 weights by name."""
         return dict(zip(self._names, self._masters, strict=True))
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """AdamW's moments and step counts, flat, by parameter name."""
         return optimizer_tensors(self._adamw, self._state_names)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Put back what `weights` and `state` gave."""
-        for name, master in zip(self._names, self._masters, strict=True):
-            master.copy_(weights[name])
+        masters = dict(zip(self._names, self._masters, strict=True))
+        for name, tensor in fitting(weights, self._shapes):
+            if name in masters:
+                masters[name].copy_(tensor)
         self._publish()
         load_optimizer_tensors(self._adamw, self._state_names, state)

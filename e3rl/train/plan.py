@@ -160,7 +160,7 @@ def _held(
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = "frozen" in needs
     own = config.rollout.engine == "torch" and "demonstrations" not in needs
-    apart = config.rollout.ahead or division.of_weights > 1
+    apart = config.rollout.ahead or division.divides_weights
     return {
         "weights": division.weights(model.parameters()),
         "reference weights": total if "reference" in needs and not config.model.lora_r else 0,
@@ -168,7 +168,7 @@ def _held(
         "weights laid out for decoding": decoding_copy_bytes(model) if own and on_cpu else 0,
         "float32 copy of the weights": 0
         if frozen
-        else division.state((p for p in trainable if p.dtype != torch.float32), 4),
+        else division.state((p for p in trainable if p.dtype != torch.float32 or division.copies_float32), 4),
         "optimizer": 0 if frozen else division.state(trainable, 8),
         "KV cache": _kv_cache(config, model, capacity) if own else 0,
     }

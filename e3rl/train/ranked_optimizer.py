@@ -15,23 +15,10 @@ from torch import Tensor, nn
 
 from e3rl.config import TrainConfig
 from e3rl.distributed.ranks import Ranks
+from e3rl.train.lazy_tensors import LazyTensors
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.sharding import ShardedOptimizer
 
 Named = list[tuple[str, nn.Parameter]]
-
-
-def build_optimizer(parameters: Named, config: TrainConfig, ranks: Ranks) -> MasterOptimizer:
-    """The optimizer that ``train.parallel`` asks for; of one rank, the ordinary one."""
-    if ranks.world == 1:
-        return MasterOptimizer(parameters, config)
-    kinds = {
-        "ddp": DataParallelOptimizer,
-        "zero1": Zero1Optimizer,
-        "zero2": ShardedOptimizer,
-        "fsdp2": ShardedOptimizer,
-    }
-    return kinds[config.parallel](parameters, config, ranks)
 
 
 class DataParallelOptimizer(MasterOptimizer):
@@ -60,6 +47,7 @@ class Zero1Optimizer(MasterOptimizer):
         self._ranks, self._all = ranks, parameters
         self._owner = _owners(parameters, ranks.world)
         super().__init__([(name, p) for name, p in parameters if self._owner[name] == ranks.rank], config)
+        self._shapes = {name: p.shape for name, p in parameters}
 
     def step(self, rate: float) -> float:
         """Send gradients to their owners, then update what is owned and publish it."""
@@ -88,21 +76,30 @@ class Zero1Optimizer(MasterOptimizer):
         for name, parameter in self._all:
             dist.broadcast(parameter.data, src=self._owner[name])
 
-    def weights(self) -> dict[str, Tensor]:
-        """The float32 weights of all ranks: what one process would hold."""
-        return self._joined(super().weights())
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 weights, each from the rank that owns it when it is looked up."""
+        mine = super().weights()
+        return LazyTensors(self._shapes, lambda name: self._from_owner(mine, name, name))
 
-    def state(self) -> dict[str, Tensor]:
-        """AdamW's moments of all ranks: what one process would hold."""
-        return self._joined(super().state())
+    def state(self) -> Mapping[str, Tensor]:
+        """AdamW's moments, in the same way."""
+        mine = super().state()
+        keys = ("step", "exp_avg", "exp_avg_sq") if self._ranks.any(bool(mine)) else ()
+        names = (f"{name}/{key}" for name in self._shapes for key in keys)
+        return LazyTensors(names, lambda name: self._from_owner(mine, name, name.rpartition("/")[0]))
 
-    def _joined(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parts = self._ranks.gather({name: tensor.detach().cpu() for name, tensor in mine.items()})
-        return {name: tensor for part in parts for name, tensor in part.items()}
+    def _from_owner(self, mine: Mapping[str, Tensor], name: str, parameter: str) -> Tensor:
+        """What the owner of ``parameter`` holds under ``name``, in every rank."""
+        shape = torch.Size() if name.endswith("/step") else self._shapes[parameter]
+        found = torch.empty(shape, device=self._all[0][1].device)
+        if self._owner[parameter] == self._ranks.rank:
+            found.copy_(mine[name].detach())
+        dist.broadcast(found, src=self._owner[parameter])
+        return found
 
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Take this rank's part of what any number of ranks saved."""
-        own = {key: value for key, value in state.items() if self._owner[key.rpartition("/")[0]] == self._ranks.rank}
+        own = {key: state[key] for key in state if self._owner[key.rpartition("/")[0]] == self._ranks.rank}
         super().load(weights, own)
         self._spread()
 

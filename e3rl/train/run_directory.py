@@ -21,7 +21,7 @@ from e3rl.train.metrics import finite_or_none
 
 MAY_CHANGE = {
     *("train.parallel", "train.steps", "train.eval_steps", "train.save_steps"),
-    *("train.save_total_limit", "train.report_to"),
+    *("train.save_total_limit", "train.report_to", "train.rank_timeout"),
     *("train.max_skipped_steps", "train.max_log_ratio", "train.max_kl"),
     *("rollout.workers", "rollout.worker_gpus", "rollout.worker_timeout", "rollout.address", "rollout.servers"),
 }

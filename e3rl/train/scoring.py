@@ -86,14 +86,33 @@ def score_row(
     )
 
 
+class Passes:
+    """Forward and backward passes through a model, as PyTorch runs them."""
+
+    def score_row(
+        self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
+    ) -> RowScores:
+        """See `score_row`."""
+        return score_row(model, row, temperature, attribution)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradients to those gathered so far."""
+        loss.backward()
+
+
 @torch.no_grad()
 def score_rows(
-    model: Any, rows: Sequence[PackedRow], temperature: float, attribution: AttributionSettings | None = None
+    passes: Passes,
+    model: Any,
+    rows: Sequence[PackedRow],
+    temperature: float,
+    attribution: AttributionSettings | None = None,
 ) -> list[Scores]:
     """Scores of every sequence of the rows, on the CPU; shares only where ``attribution`` is given."""
     model.eval()
     with packed_attention(model):
-        return [scores for row in rows for scores in score_row(model, row, temperature, attribution).by_sequence()]
+        found = [passes.score_row(model, row, temperature, attribution).by_sequence() for row in rows]
+    return [scores for of_row in found for scores in of_row]
 
 
 def score_sequences(
@@ -106,7 +125,7 @@ def score_sequences(
 ) -> list[Scores]:
     """Scores of every sequence, in their order, on the CPU; shares only where ``attribution`` is given."""
     rows = packed_rows(sequences, token_budget, next(model.parameters()).device)
-    return score_rows(model, rows, temperature, attribution)
+    return score_rows(Passes(), model, rows, temperature, attribution)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 The decoder's layers are divided; embeddings, last norm and output matrix stay whole in every rank, since scoring uses the
 output matrix outside the model's forward. A layer's weights are brought together when it runs: in ZeRO-3 (fsdp2) they are
-let go after it, in ZeRO-2 kept until its backward pass. So all ranks must run the same passes, which `idle_passes` sees to.
+let go after it, in ZeRO-2 kept until its backward pass. So all ranks must run the same passes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,8 @@ from e3rl.config import TrainConfig
 from e3rl.distributed.ranks import Ranks
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
-from e3rl.train.attribution import packed_attention
+from e3rl.train.lazy_tensors import LazyTensors
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.packing import PackedRow
-from e3rl.train.scoring import score_row
-from e3rl.train.sequences import TrainSequence
-
-SHARDED = ("zero2", "fsdp2")
-"""Values of ``train.parallel`` under which no rank holds all weights while it trains."""
-
-
-def is_sharded(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether the model that is trained is divided among ranks."""
-    return ranks.world > 1 and config.parallel in SHARDED
 
 
 def shard_layers(model: Any, config: TrainConfig, ranks: Ranks) -> None:
@@ -83,19 +72,21 @@ class ShardedOptimizer(MasterOptimizer):
                 (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
-        """The float32 weights, whole, in every rank."""
-        return {name: _whole(tensor) for name, tensor in super().weights().items()}
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 weights, each brought together when it is looked up."""
+        shards = super().weights()
+        return LazyTensors(shards, lambda name: _whole(shards[name]))
 
-    def state(self) -> dict[str, Tensor]:
-        """AdamW's moments, whole, in every rank."""
-        return {name: _whole(tensor) for name, tensor in super().state().items()}
+    def state(self) -> Mapping[str, Tensor]:
+        """AdamW's moments, in the same way."""
+        shards = super().state()
+        return LazyTensors(shards, lambda name: _whole(shards[name]))
 
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Take this rank's shards of what any number of ranks saved."""
         like = dict(zip(self._names, self._masters, strict=True))
         super().load(
-            {name: _as(tensor, like[name]) for name, tensor in weights.items()},
+            LazyTensors(weights, lambda name: _as(weights[name], like[name]) if name in like else weights[name]),
             {key: _as(tensor, like[key.rpartition("/")[0]]) for key, tensor in state.items()},
         )
 
@@ -109,15 +100,3 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def idle_passes(model: Any, mine: int, ranks: Ranks, *, backward: bool) -> None:
-    """After ``mine`` passes of a phase, run what brings this rank to the number of the busiest: passes that change nothing."""
-    zeros_T = torch.zeros(1)
-    nothing = TrainSequence((0, 0), (0,), zeros_T.long(), zeros_T == 0, zeros_T, 0, 0, False)
-    for _ in range(max(ranks.gather(mine)) - mine):
-        row = PackedRow.of([nothing], next(model.parameters()).device)
-        with packed_attention(model), torch.set_grad_enabled(backward):
-            found = score_row(model, row, 1.0)
-        if backward:
-            (found.logprobs_N.sum() * 0.0).backward()

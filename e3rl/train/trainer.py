@@ -34,7 +34,7 @@ from e3rl.rollout.filters import build_filter
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
-from e3rl.rollout.weights import copy_weights
+from e3rl.rollout.weights import take_weights
 from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
 from e3rl.train.collector import Ahead, Collector, Hooks
 from e3rl.train.demonstrations import answers_as_responses, demonstrations
@@ -46,10 +46,10 @@ from e3rl.train.learner import Learner, Lesson
 from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
+from e3rl.train.parallel import divides_weights
 from e3rl.train.prompts import load_prompts
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
-from e3rl.train.sharding import is_sharded
 from e3rl.train.sick_steps import SickBook
 from e3rl.train.step_metrics import StepTimes, staleness, step_record
 from e3rl.train.summary import run_summary
@@ -95,7 +95,7 @@ class Trainer:
         self.steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
         self._generating = self.policy
         # rollouts need weights that training does not touch or divide
-        if config.rollout.ahead or is_sharded(config.train, self._ranks):
+        if config.rollout.ahead or divides_weights(config.train, self._ranks):
             self._generating = replace(self.policy, model=copy.deepcopy(self.policy.model))
         updates = self.steps * config.train.num_iterations * config.train.minibatches
         self._learner = Learner(self.policy, objective, config, updates, self._ranks)
@@ -151,7 +151,7 @@ class Trainer:
         for text in overlap_notes(self.config.data, self._train_prompts, self._eval_prompts):
             self._note(text)
         try:
-            with self._stop, self._scorer:
+            with self._ranks.guard(), self._stop, self._scorer:
                 if self._step == 0 or self._due(self.config.train.eval_steps):
                     self._evaluate()
                 if self._step == 0:
@@ -218,7 +218,7 @@ class Trainer:
     def _publish_weights(self) -> None:
         """Whoever generates takes the weights that are trained."""
         if self._generating is not self.policy:
-            copy_weights(self._generating.model, self._learner.optimizer.weights())
+            take_weights(self._generating.model, self._learner.optimizer.weights())
         self._rollouts.load_weights(self._version)
 
     def _record(self, rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson], record: dict[str, Any]) -> None:
@@ -272,15 +272,14 @@ class Trainer:
         }
         optimizer = self._learner.optimizer
         checkpoint = Checkpoint(self._step, optimizer.weights(), optimizer.state(), torch.get_rng_state(), facts)
-        if self._ranks.first:
-            save_checkpoint(self.run_path, checkpoint, self.config.train.save_total_limit)
+        save_checkpoint(self._together.path, checkpoint, self.config.train.save_total_limit, self._ranks)
         self._journal.drop_through(self._step)
 
     def _restore(self) -> None:
         if not list_checkpoints(self._together.path):  # stopped before the first one: all is still to be done
             self.directory.drop_after(0)
             return
-        checkpoint = newest_checkpoint(self._together.path, self._note)
+        checkpoint = newest_checkpoint(self._together.path, self._note, self._ranks)
         self._step = checkpoint.step
         self._learner.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)

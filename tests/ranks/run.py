@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 -m tests.ranks.run MODEL DIRECTORY ddp zero1 …
 
-A name with a plus is a run to take up again: ``zero1+`` goes on with the run ``zero1`` to the last step.
+A name is a value of ``train.parallel`` and a variant: ``zero1_half`` ends in the middle. With a plus it is a run to take up
+again: ``zero1_half+`` goes on with the run ``zero1_half`` to the last step.
 """
 
 from __future__ import annotations
@@ -28,10 +29,20 @@ SETTINGS = (
     "train.learning_rate=3e-4",
     "train.micro_batch_tokens=200",
     "train.save_steps=2",
+    "train.rank_timeout=120",
     "data.train_limit=10",
     'rewards.functions=["tests.ranks.run:evenness"]',
 )
 STEPS = 4
+VARIANTS = {
+    "": (),
+    "half": (),
+    "several": (
+        *("train.num_iterations=2", "train.minibatches=2"),
+        *("train.warmup_ratio=0.3", "train.lr_scheduler_type=cosine"),
+    ),
+    "adapters": ("model.lora_r=4", "objective.kl_coef=0.1"),  # their reference is the same model without them
+}
 
 
 def evenness(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
@@ -41,10 +52,10 @@ def evenness(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[fl
 
 def settings(name: str) -> tuple[str, ...]:
     """The overrides of the run with this name."""
-    parallel, _, variant = name.rstrip("+").partition("-")
-    several = ("train.num_iterations=2", "train.minibatches=2") if variant == "several" else ()
-    steps = STEPS // 2 if variant == "half" and not name.endswith("+") else STEPS
-    return (*SETTINGS, *several, f"train.parallel={parallel}", f"run.name={name.rstrip('+')}", f"train.steps={steps}")
+    parallel, _, variant = name.rstrip("+").partition("_")
+    ended = variant == "half" and not name.endswith("+")
+    own = (*VARIANTS[variant], f"train.parallel={parallel}", f"run.name={name.rstrip('+')}")
+    return (*SETTINGS, *own, f"train.steps={STEPS // 2 if ended else STEPS}")
 
 
 def main(model: str, directory: Path, names: list[str]) -> None:
@@ -58,4 +69,4 @@ def main(model: str, directory: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), [name for name in sys.argv[3:] if name != "different"])

@@ -181,8 +181,24 @@ def test_ranks_divide_what_their_setting_divides(tmp_path: Path):
     )
 
 
+def test_deepspeed_divides_embeddings_too(tmp_path: Path):
+    alone, zero2, zero3 = (
+        _parts(tmp_path, parallel, ranks)
+        for parallel, ranks in [("none", 1), ("deepspeed-zero2", 4), ("deepspeed-zero3", 4)]
+    )
+    for name in ("optimizer", "float32 copy of the weights", "gradients"):
+        assert zero2[name] == zero3[name] == pytest.approx(alone[name] / 4, rel=0.01)
+    assert zero2["weights"] == alone["weights"] == pytest.approx(4 * zero3["weights"], rel=0.01)
+    assert zero2["weights brought together"] == 0 < zero3["weights brought together"] < alone["weights"]
+    assert zero2["weights the engine generates with"] == 0 < zero3["weights the engine generates with"]
+    float32 = make_plan(_config(tmp_path, "train.parallel=deepspeed-zero2"), 4).held
+    assert float32["float32 copy of the weights"] == pytest.approx(float32["weights"] / 4, rel=0.01)
+
+
 def test_ranks_without_a_way_to_train_together_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"set train\.parallel=ddp, zero1, zero2 or fsdp2"):
+    with pytest.raises(
+        UserError, match=r"set train\.parallel=ddp, zero1, zero2, fsdp2, deepspeed-zero2, deepspeed-zero3"
+    ):
         make_plan(_config(tmp_path), ranks=2)
 
 
