@@ -80,6 +80,7 @@ class Trainer:
                 f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
                 "it needs at least 2 samples of each"
             )
+        torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
         self.policy = load_policy(config.model)
         require_scorable(self.policy.model)
         self._train_prompts, self._eval_prompts = load_prompts(config, self.policy)

@@ -26,11 +26,11 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def torchrun(directory: Path, *names: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """The runs with these names, by several ranks; stopped with all its children where it takes too long."""
+def torchrun(directory: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The runs with these names, by two ranks."""
     return subprocess.run(
-        [*TORCHRUN, str(ranks), "-m", "tests.ranks.run", random_lab(), str(directory), *names],
-        env=ENVIRONMENT,
+        [*TORCHRUN, "2", "-m", "tests.ranks.run", random_lab(), str(directory), *names],
+        env={**ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
         timeout=800,

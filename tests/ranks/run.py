@@ -62,11 +62,11 @@ def main(model: str, directory: Path, names: list[str]) -> None:
     for name in names:
         own = Path(tempfile.mkdtemp())  # for the recipe's text
         overrides = [f"model.path={model}", f"run.output_dir={directory}", *settings(name)]
-        if "different" in names:
+        if "E3RL_DIFFERENT_SEEDS" in os.environ:
             overrides.append(f"run.seed={os.environ['RANK']}")
         Trainer(lab_config(own, *overrides), resume=name.endswith("+")).train()
         dist.barrier()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), [name for name in sys.argv[3:] if name != "different"])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -56,7 +56,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
 
 @ANOTHER_LAUNCH
 def test_ranks_with_other_settings_are_refused(tmp_path: Path):
-    done = torchrun(tmp_path, "ddp", "different")
+    done = torchrun(tmp_path, "ddp", E3RL_DIFFERENT_SEEDS="1")
     assert "were started with settings other than rank 0's" in done.stdout + done.stderr
     assert done.returncode != 0
 
