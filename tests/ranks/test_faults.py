@@ -50,7 +50,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     name = next(n for n, w in fitting.items() if w.ndim == 2)
     with pytest.raises(UserError, match=rf"of another model: {name} has shape \(1, 2\) there and \("):
         optimizer.load({**fitting, name: torch.zeros(1, 2)}, {})
-    with pytest.raises(UserError, match=r"of another model: 1 weights are in one of the two alone, more\.weight for one"):
+    with pytest.raises(
+        UserError, match=r"of another model: 1 weights are in one of the two alone, more\.weight for one"
+    ):
         optimizer.load({**fitting, "more.weight": torch.zeros(1)}, {})
 
 
@@ -103,7 +105,9 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_sentence_and_the_run_goes_on(
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     alone(undisturbed, "none")
-    assert [x for x, _ in curve(tmp_path / "run")] == pytest.approx([x for x, _ in curve(undisturbed / "none")], abs=1e-4)
+    assert [x for x, _ in curve(tmp_path / "run")] == pytest.approx(
+        [x for x, _ in curve(undisturbed / "none")], abs=1e-4
+    )
     ours, theirs = weights(tmp_path / "run"), weights(undisturbed / "none")
     assert max((ours[n] - theirs[n]).abs().mean().item() for n in theirs) < 1e-4
 

@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("mode", ("none", *MODES))
+@pytest.mark.parametrize("mode", ["none", *MODES])
 def test_two_ranks_train_what_one_process_trains(runs: Path, mode: str):
     assert_same_run(runs / mode, runs / "none", "1, none" if mode == "none" else f"2, {mode}")
 
@@ -98,8 +98,8 @@ def test_a_run_that_is_taken_up_by_as_many_ranks_is_the_same_to_the_bit(runs: Pa
 
 
 @ANOTHER_LAUNCH
-@pytest.mark.parametrize("mode", ("fsdp2", *DEEPSPEED))
-@pytest.mark.parametrize("kind", ("several", "adapters"))
+@pytest.mark.parametrize("mode", ["fsdp2", *DEEPSPEED])
+@pytest.mark.parametrize("kind", ["several", "adapters"])
 def test_harder_cases_where_ranks_run_in_lockstep(more: Path, mode: str, kind: str):
     """Several updates a step; adapters, whose reference policy is the divided model with the adapters switched off."""
     assert_same_run(more / f"{mode}_{kind}", more / f"none_{kind}", f"2, {mode}, {kind}")
