@@ -38,7 +38,7 @@ VARIANTS = {
     "": (),
     "half": (),
     "several": (
-        *("train.num_iterations=2", "train.minibatches=2"),
+        *("train.num_iterations=2", "train.minibatches=2", "train.learning_rate=5e-5"),
         *("train.warmup_ratio=0.3", "train.lr_scheduler_type=cosine"),
     ),
     "adapters": ("model.lora_r=4", "objective.kl_coef=0.1"),  # their reference is the same model without them

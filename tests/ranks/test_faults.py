@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from e3rl.errors import UserError
-from e3rl.train.deepspeed_zero import _import_deepspeed
+from e3rl.models import load_policy
+from e3rl.train.deepspeed_zero import _import_deepspeed, start_engine
 from e3rl.train.trainer import Trainer
 from tests.ranks.launch import ANOTHER_LAUNCH, ENVIRONMENT, TORCHRUN, alone, curve, torchrun, weights
 from tests.ranks.run import settings
@@ -41,6 +43,19 @@ def test_deepspeed_that_is_not_installed_is_a_sentence(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"needs DeepSpeed: pip install 'e3rl\[deepspeed\]'; or take zero2 or fsdp2"):
         _import_deepspeed(torch.device("cpu"))
+
+
+def test_deepspeed_that_is_too_old_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    old = SimpleNamespace(DeepSpeedEngine=object, __version__="0.15.0")
+    monkeypatch.setitem(sys.modules, "deepspeed", old)
+    config = lab_config(tmp_path, "train.parallel=deepspeed-zero2")
+    with pytest.raises(UserError, match=r"DeepSpeed 0\.15\.0 is too old.*pip install --upgrade 'e3rl\[deepspeed\]'"):
+        start_engine(load_policy(config.model), config.train)
+
+
+def test_deepspeed_is_not_imported_where_nobody_asks_for_it():
+    code = "import sys, e3rl.train.trainer; sys.exit('e3rl.train.deepspeed_zero' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False).returncode == 0
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
