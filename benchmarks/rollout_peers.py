@@ -81,6 +81,8 @@ def against_peers(name: str, batch: int, ragged: bool, repeats: int, trial_limit
     seconds = in_turns(repeats, lambda: by_engine(engine, work), *tasks)
     rates = {key: work.useful_tokens / median(s) for key, s in zip(("e3rl", *peers), seconds, strict=True)}
     kind = f"{'ragged' if ragged else 'full'}_{batch}"
-    values = {f"vs_{peer}_{kind}": rates["e3rl"] / rates[peer] for peer in peers}
+    values: Values = {f"vs_generate_{kind}": rates["e3rl"] / rates["generate"]}
+    if ragged:
+        values[f"vs_continuous_batching_{batch}"] = rates["e3rl"] / rates["continuous_batching"]
     values |= {f"tokens_per_second_{kind}": rates, f"peer_settings_{kind}": {p: n for p, (n, _) in peers.items()}}
     return values
