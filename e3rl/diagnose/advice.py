@@ -65,6 +65,10 @@ def on_best_signal(diagnosis: Diagnosis) -> Finding | None:
     return Finding("note", f"What tells siblings apart best is {best.name}: {_share(best.within)}.{late}")
 
 
+_STILL_OPEN = 0.7
+"""An AUROC that would be worth having: where an interval from chance reaches it, nothing is decided."""
+
+
 def on_late_evidence(diagnosis: Diagnosis) -> Finding | None:
     """Do mistakes show in what follows them?"""
     entropy = diagnosis.responses[0].within
@@ -75,6 +79,12 @@ def on_late_evidence(diagnosis: Diagnosis) -> Finding | None:
             "note",
             f"Mistakes show in what follows them: among answers to one problem, the whole response's entropy tells wrong from "
             f"right ({_share(entropy)}). Judge long segments, by entropy and a little ε: evidence that no lower temperature has.",
+        )
+    if entropy.high is None or entropy.high > _STILL_OPEN:
+        return Finding(
+            "note",
+            f"Whether mistakes show in what follows them can't be said from so few problems: among answers to one problem, the "
+            f"whole response's entropy tells wrong from right with {_share(entropy)}, 0.5 is chance. Give it more (--problems).",
         )
     return Finding(
         "note",

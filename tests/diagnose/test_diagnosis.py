@@ -129,6 +129,8 @@ def test_silent_mistakes_are_told_from_those_that_show():
     blind, seeing = Estimate(0.55, 0.45, 0.65, 30), Estimate(0.8, 0.7, 0.9, 30)
     assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=blind)).text.startswith("Mistakes are silent")
     assert "Judge long segments" in on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=seeing)).text
+    wide = Estimate(0.75, 0.44, 1.0, 6)
+    assert "can't be said from so few" in on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=wide)).text
     assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)) is None
 
 
