@@ -63,7 +63,9 @@ def _panel(axis, panel: Panel) -> None:  # type: ignore[no-untyped-def]
             above = [high - y for y, high in zip(line.y, line.high, strict=True)] if line.low else None
             axis.bar(places, line.y, width, label=line.label, yerr=[below, above] if line.low else None, capsize=2)
     if panel.categories:
-        axis.set_xticks(range(len(panel.categories)), panel.categories, rotation=30, ha="right")
+        crowded = len(panel.categories) > 8
+        turned = {"rotation": 90, "fontsize": 7} if crowded else {"rotation": 30, "ha": "right"}
+        axis.set_xticks(range(len(panel.categories)), panel.categories, **turned)
     if panel.log_x:
         axis.set_xscale("log", base=2)
     if panel.log_y:
