@@ -37,13 +37,13 @@ def attempt_penalty(attempt: int, eta: float, delta: float) -> Tensor:
 
 
 def modulation(smoothed_N: Tensor, baselines_N: Tensor, rho: float, eps: float = 1e-6) -> Tensor:
-    """Eq 18. phi = 1 + rho tanh(mean_m (H~_m - B_m) / (B_m + eps)) over the trajectory's earlier segments.
+    """Eq 18. phi = 1 + rho tanh(mean_m (H~_m - B_m) / (B_m + eps)) over a trajectory's earlier segments, [..., N].
 
     The first segment has none, and its phi is a setting (D6): calling this without history is an error.
     """
-    if len(smoothed_N) == 0:
+    if smoothed_N.shape[-1] == 0:
         raise ValueError("eq 18 is defined for n > 1: there is no earlier segment to modulate with")
-    return 1 + rho * torch.tanh(((smoothed_N - baselines_N) / (baselines_N + eps)).mean())
+    return 1 + rho * torch.tanh(((smoothed_N - baselines_N) / (baselines_N + eps)).mean(-1))
 
 
 def threshold(baseline: Number, penalty: Number, modulation: Number) -> Tensor:

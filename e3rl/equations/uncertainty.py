@@ -24,11 +24,11 @@ def segment_entropy(entropies_T: Tensor) -> Tensor:
 
 
 def smooth_causal(means_N: Tensor, decay: float, window: int) -> Tensor:
-    """Eq 11. H~ of the last of the segments so far: w runs over -W..0, as later segments do not exist yet (D2)."""
-    recent_W = means_N[-(window + 1) :]
-    distance_W = torch.arange(len(recent_W) - 1, -1, -1, dtype=means_N.dtype, device=means_N.device)
+    """Eq 11. H~ of the last of the segments so far, [..., N]: w runs over -W..0, as later segments do not exist yet (D2)."""
+    recent_W = means_N[..., -(window + 1) :]
+    distance_W = torch.arange(recent_W.shape[-1] - 1, -1, -1, dtype=means_N.dtype, device=means_N.device)
     weights_W = decay**distance_W
-    return (weights_W * recent_W).sum() / weights_W.sum()
+    return (weights_W * recent_W).sum(-1) / weights_W.sum()
 
 
 def smooth_centered(means_N: Tensor, decay: float, window: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from e3rl.config import ErasureConfig
 from e3rl.equations import erasure, threshold, uncertainty
 from e3rl.errors import UserError
-from e3rl.rollout.metric import load_metric
+from e3rl.rollout.metric import siblings_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
@@ -68,7 +68,12 @@ class _History:
     attempts: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
     smoothed: list[float] = field(default_factory=list)
+    modulations: list[float] = field(default_factory=list)  # phi, of the segments judged so far
     finished: bool = False
+
+    def present(self, segment: int) -> bool:
+        """Whether it has a first candidate of the segment."""
+        return len(self.firsts) > segment
 
 
 class GroupJudge:
@@ -89,7 +94,7 @@ class GroupJudge:
     ) -> None:
         require_reference(siblings, config, reference)
         self._config = config
-        self._metric = load_metric(config.metric)
+        self._metric = siblings_metric(config.metric)
         self._reference = reference if needs_reference(siblings, config) else None
         self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
         if self._fixed_entropies is None and self._reference is not None:
@@ -117,7 +122,7 @@ class GroupJudge:
     def ready(self, segment: int) -> bool:
         """Whether candidates of ``segment`` can be judged; with statistics from outside the group they always can."""
         independent = self._fixed_entropies is not None and not self._has_group_baseline
-        return independent or all(h.finished or len(h.firsts) > segment for h in self._histories)
+        return independent or all(h.finished or h.present(segment) for h in self._histories)
 
     def judge(self, sibling: int, candidate: Candidate, attempt: int) -> Judgement:
         """U, Theta and verdict of a candidate for the sibling's next segment."""
@@ -127,10 +132,13 @@ class GroupJudge:
             raise RuntimeError(f"segment {segment} can't be judged yet: a sibling's first candidate is still missing")
         if segment == len(self._statistics):
             self._statistics.append(self._freeze(segment))
+            self._modulate([h for h in self._histories if h.present(segment) and len(h.committed) == segment])
+        if segment == len(history.modulations):
+            self._modulate([history])
         statistics = self._statistics[segment]
         known = segment < len(history.measured) and candidate is history.firsts[segment]
         u = history.measured[segment] if known else self._uncertainty(history, candidate, statistics.entropies)
-        theta = self._threshold(history, statistics.baseline, attempt)
+        theta = self._threshold(history.modulations[segment], statistics.baseline, attempt)
         verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
         return Judgement(u, theta, attempt, verdict)
 
@@ -151,7 +159,7 @@ class GroupJudge:
             if segment > 0 and len(history.attempts) > last and history.attempts[last] > 0:
                 pooled = pooled.merged(Moments.of(history.committed[last].entropies))
         for history in self._histories:
-            if len(history.firsts) > segment:
+            if history.present(segment):
                 pooled = pooled.merged(Moments.of(history.firsts[segment].entropies))
         return pooled
 
@@ -162,11 +170,13 @@ class GroupJudge:
             return self._macro_baseline(_tensor(usual.mean), _tensor(usual.std))
         if self._config.baseline == "static":
             return self._config.static_baseline
-        present = [h for h in self._histories if len(h.firsts) > segment]
+        present = [h for h in self._histories if h.present(segment)]
         if len(present) < self._config.min_siblings:
             return self._statistics[-1].baseline
-        for history in present:
-            history.measured.append(self._uncertainty(history, history.firsts[segment], entropies))
+        firsts = [h.firsts[segment] for h in present]
+        measured = self._metric(firsts, [h.means for h in present], entropies, self._config)
+        for history, u in zip(present, measured, strict=True):
+            history.measured.append(u)
         totals = _tensor([h.measured[segment].total for h in present])
         if self._config.baseline == "quantile":
             return _raised(float(threshold.quantile_baseline(totals, self._config.quantile)))
@@ -178,15 +188,22 @@ class GroupJudge:
 
     def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
         """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), by the named metric."""
-        return self._metric(candidate, tuple(history.means), entropies, self._config)
+        return self._metric([candidate], [history.means], entropies, self._config)[0]
 
-    def _threshold(self, history: _History, baseline: float, attempt: int) -> Threshold:
-        """Eq 17-18. Theta_n(e); phi looks at the sibling's own committed segments (D6 at the first)."""
+    def _modulate(self, histories: Sequence[_History]) -> None:
+        """Eq 18. phi of siblings that are at the same segment, each by its own committed segments (D6 at the first)."""
+        committed = len(histories[0].committed)
+        phis = [self._config.first_modulation] * len(histories)
+        if committed:
+            smoothed_GN = _tensor([h.smoothed for h in histories])
+            baselines_N = _tensor([s.baseline for s in self._statistics[:committed]])
+            phis = threshold.modulation(smoothed_GN, baselines_N, self._config.rho).tolist()
+        for history, phi in zip(histories, phis, strict=True):
+            history.modulations.append(phi)
+
+    def _threshold(self, phi: float, baseline: float, attempt: int) -> Threshold:
+        """Eq 17. Theta_n(e)."""
         penalty = _attempt_penalty(attempt, self._config.eta, self._config.delta)
-        phi = self._config.first_modulation
-        if history.smoothed:
-            baselines_N = _tensor([s.baseline for s in self._statistics[: len(history.smoothed)]])
-            phi = float(threshold.modulation(_tensor(history.smoothed), baselines_N, self._config.rho))
         return Threshold(float(threshold.threshold(baseline, penalty, phi)), baseline, penalty, phi)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -43,24 +43,60 @@ def e3rl_uncertainty(
     candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig
 ) -> Uncertainty:
     """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), with the term of D14."""
-    entropies_T = _tensor(candidate.entropies)
-    means_N = _tensor([*history, float(uncertainty.segment_entropy(entropies_T))])
-    smoothed = uncertainty.smooth_causal(means_N, config.smoothing_decay, config.smoothing_window)
-    largest = uncertainty.largest_entropy(entropies_T)
+    return _e3rl_uncertainties([candidate], [history], reference, config)[0]
+
+
+SiblingsMetric = Callable[
+    [Sequence[Candidate], Sequence[Sequence[float]], Moments, ErasureConfig], Sequence[Uncertainty]
+]
+"""An `UncertaintyMetric` of several siblings' candidates, each behind its own history."""
+
+
+def siblings_metric(name: str) -> SiblingsMetric:
+    """The metric that ``name`` stands for, of a whole barrier at once: many candidates cost hardly more than one."""
+    metric = load_metric(name)
+    if metric is e3rl_uncertainty:
+        return _e3rl_uncertainties
+    return lambda candidates, histories, reference, config: [
+        metric(candidate, history, reference, config) for candidate, history in zip(candidates, histories, strict=True)
+    ]
+
+
+def _e3rl_uncertainties(
+    candidates: Sequence[Candidate], histories: Sequence[Sequence[float]], reference: Moments, config: ErasureConfig
+) -> list[Uncertainty]:
+    """`e3rl_uncertainty` of each; those of one shape together."""
+    shapes = [(len(c.entropies), len(h)) for c, h in zip(candidates, histories, strict=True)]
+    found: dict[int, Uncertainty] = {}
+    for shape in dict.fromkeys(shapes):
+        here = [number for number, its_shape in enumerate(shapes) if its_shape == shape]
+        alike = _of_one_shape([candidates[i] for i in here], [histories[i] for i in here], reference, config)
+        found |= dict(zip(here, alike, strict=True))
+    return [found[number] for number in range(len(candidates))]
+
+
+def _of_one_shape(
+    candidates: Sequence[Candidate], histories: Sequence[Sequence[float]], reference: Moments, config: ErasureConfig
+) -> list[Uncertainty]:
+    entropies_GT = _tensor([candidate.entropies for candidate in candidates])
+    latest_G1 = uncertainty.segment_entropy(entropies_GT).unsqueeze(1)
+    means_GN = torch.cat([_tensor(histories), latest_G1], 1)
+    smoothed_G = uncertainty.smooth_causal(means_GN, config.smoothing_decay, config.smoothing_window)
+    largest_G = uncertainty.largest_entropy(entropies_GT)
     terms = uncertainty.uncertainty_terms(
-        smoothed,
-        uncertainty.entropy_variation(entropies_T),
-        uncertainty.extremum_deviation(largest, reference.mean, reference.std),
-        _tensor(candidate.perturbations).mean(),
+        smoothed_G,
+        uncertainty.entropy_variation(entropies_GT),
+        uncertainty.extremum_deviation(largest_G, reference.mean, reference.std),
+        _tensor([candidate.perturbations for candidate in candidates]).mean(-1),
         base_weight=config.base_weight,
         gradient_weight=config.gradient_weight,
         extremum_weight=config.extremum_weight,
         perturbation_weight=config.perturbation_weight,
     )
-    base, gradient, extremum, perturbation = (float(t) for t in terms)
-    return Uncertainty(
-        base + gradient + extremum + perturbation, base, gradient, extremum, perturbation, float(smoothed)
-    )
+    each = torch.stack([*terms, smoothed_G], 1).tolist()
+    return [
+        Uncertainty(base + step + peak + eps, base, step, peak, eps, smooth) for base, step, peak, eps, smooth in each
+    ]
 
 
 @functools.cache
@@ -117,5 +153,5 @@ def measure(
     return u
 
 
-def _tensor(values: float | Sequence[float]) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.float64))  # twice as fast as torch.tensor
+def _tensor(rows: Sequence[Sequence[float]]) -> Tensor:
+    return torch.from_numpy(np.array(rows, dtype=np.float64))  # twice as fast as torch.tensor
