@@ -216,5 +216,5 @@ def _attempt_penalty(attempt: int, eta: float, delta: float) -> float:
     return float(threshold.attempt_penalty(attempt, eta, delta))
 
 
-def _tensor(values: float | Sequence[float]) -> Tensor:
+def _tensor(values: float | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float64))  # twice as fast as torch.tensor

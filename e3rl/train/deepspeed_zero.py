@@ -181,7 +181,7 @@ class DeepSpeedOptimizer:
     def _put(self, parameter: nn.Parameter, whole: Tensor, key: str | None) -> None:
         """Take this rank's part of a float32 weight, or of one of its moments."""
         if not hasattr(parameter, "ds_tensor"):  # ZeRO-2
-            parameter.set_full_hp_param(whole, key)  # type: ignore[operator]
+            parameter.set_full_hp_param(whole, key)  # type: ignore[attr-defined]
             return
         size = parameter.ds_tensor.numel()  # type: ignore[operator]
         padded = whole.flatten().new_zeros(size * self._ranks.world)

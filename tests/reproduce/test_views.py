@@ -38,7 +38,7 @@ def _write(cell: Cell, measure: Measure, right: int, out: Path) -> None:
 def out(tmp_path: Path) -> Path:
     """Table 1 at lab scale, as if it had run: at equal tokens every method has one more right than at equal steps."""
     for (name, rate), cell in tuning_cells(TABLE1, LAB, "lab model").items():
-        _write(cell, cell.measures[0], 5 if rate == (3e-4 if name == "GRPO" else 1.5e-4) else 2, tmp_path)
+        _write(cell, cell.measures[0], 5 if rate == (7.5e-5 if name == "GRPO" else 1.5e-4) else 2, tmp_path)
     for (row, seed), cell in study_cells(TABLE1, LAB, "lab model", tmp_path).items():
         for measure in cell.measures:
             more = (seed if row == "E3RL" else 0) + (measure.at == "tokens")
@@ -56,10 +56,10 @@ def _part(study: str, title: str, out: Path) -> Any:
 
 def test_each_method_gets_the_best_rate_of_its_sweep_and_ablations_get_that_of_the_full_method(out: Path):
     rates = chosen_rates(TABLE1, LAB, "lab model", out)
-    assert (rates["GRPO"], rates["E3RL"], rates["Vanilla"]) == (3e-4, 1.5e-4, None)
+    assert (rates["GRPO"], rates["E3RL"], rates["Vanilla"]) == (7.5e-5, 1.5e-4, None)
     assert set(chosen_rates(STUDIES["table2"], LAB, "lab model", out).values()) == {1.5e-4}
     row = next(r for r in _part("table1", "Learning rates", out).rows if r[0] == "GRPO")
-    assert row == ("GRPO", "0.250", "0.250", "0.625", "0.250", "0.0003")
+    assert row == ("GRPO", "0.250", "0.250", "0.625", "0.250", "7.5e-05")
 
 
 def test_the_table_has_means_and_intervals_over_seeds(out: Path):
