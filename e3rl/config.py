@@ -225,14 +225,16 @@ class TrainConfig:
     importance_cap: float = setting(2.0, "largest importance weight", above=0)
     parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = setting(
         "none",
-        "how torchrun's processes train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too; "
+        "how several ranks train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too; "
         "DeepSpeed's own",
     )
     rank_timeout: int = setting(
         3600,
-        "seconds that one of torchrun's processes waits for another; it must cover the first one's evaluations",
+        "seconds that a rank waits for another; it must cover the first one's evaluations",
         min=1,
     )
+    workers: int = setting(0, "training workers on Ray, each one rank; 0: this process or torchrun's", min=0)
+    worker_gpus: float = setting(0.0, "GPUs that Ray gives one training worker", min=0)
     max_skipped_steps: int = setting(
         3,
         "steps in a row that may be skipped because of NaN, infinite or exploding numbers; one more stops the run",

@@ -10,8 +10,10 @@ import sys
 import textwrap
 import typing
 from collections.abc import Sequence
+from functools import partial
 
 from e3rl import __version__
+from e3rl.cli.guard import Post, guarded
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
 
@@ -84,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next((a for a in given if not a.startswith("-")), None)
     options = _parser(command).parse_args(given)
     options.overrides = [a for a in everything if _OVERRIDE.match(a)]
+    post = Post()
+    options.guard = None if post.guarded else partial(guarded, everything)
+    return post.left(_exit_code(options))
+
+
+def _exit_code(options: argparse.Namespace) -> int:
+    """Run the command that was chosen; what a person can put right is said here."""
     try:
         return int(importlib.import_module(_COMMANDS[options.command][0]).run(options))
     except UserError as error:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
@@ -11,12 +15,16 @@ from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
 from e3rl.config import Config, load_config
 from e3rl.train.run_directory import continue_or_put_aside
 
+if TYPE_CHECKING:
+    from e3rl.train.listeners import Listener
+    from e3rl.train.ray_ranks import Begin
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--objective", metavar="NAME", help="short for objective.name=NAME")
     parser.add_argument(
-        "--address", metavar="RAY", help="short for rollout.address=RAY: the Ray cluster to generate on"
+        "--address", metavar="RAY", help="short for rollout.address=RAY: the Ray cluster of the workers"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
     parser.add_argument(
@@ -32,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --plan: memory of another device, a GPU (default: this one)",
     )
     parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="with --plan: devices that train together (train.parallel)"
+        "--ranks", type=int, metavar="N", help="with --plan: devices that train together (default: train.workers, or 1)"
     )
     add_setting_arguments(parser)
 
@@ -41,34 +49,50 @@ def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
     named += [f"rollout.address={options.address}"] if options.address else []
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
+    on_ray = bool(config.rollout.workers or config.train.workers)
+    if on_ray and options.guard and not options.plan:
+        return int(options.guard())
     announce_foreign_code(config)
     if options.plan:
-        return _plan(config, options.device_memory, options.ranks)
-
-    decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
-    resume = continue_or_put_aside(config) if options.again and decides else options.resume
+        return _plan(config, options.device_memory, options.ranks or max(1, config.train.workers))
 
     from rich.console import Console
 
     from e3rl.cli.quiet import quiet_libraries
-    from e3rl.report.listener import ReportListener
     from e3rl.train.closing import closing
     from e3rl.train.display import build_display
-    from e3rl.train.trackers import build_trackers
-    from e3rl.train.trainer import Trainer
+    from e3rl.train.ray_ranks import Begin, train_on_ray
 
     quiet_libraries()
     console = Console()
     display = build_display(console)
-    listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
-    trainer = Trainer(config, listeners=listeners, resume=resume)
+    begin, job = Begin(options.resume, options.again), partial(train_rank, config)
     try:
-        summary = trainer.train()
+        path, summary = train_on_ray(config, job, begin, display) if config.train.workers else job(begin, display)
     finally:
         display.close()
     if summary:  # of several ranks the first has one
-        console.print(closing(trainer.run_path, summary))
+        console.print(closing(path, summary))
     return 0
+
+
+def train_rank(
+    config: Config, begin: Begin, display: Listener, on_stop: Callable[[Callable[[], None]], None] = lambda _: None
+) -> tuple[Path, Mapping[str, Any]]:
+    """Train as the rank that this process is, whoever started it. ``on_stop`` is given what a stop has to call."""
+    decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
+    resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
+
+    from e3rl.cli.quiet import quiet_libraries
+    from e3rl.report.listener import ReportListener
+    from e3rl.train.trackers import build_trackers
+    from e3rl.train.trainer import Trainer
+
+    quiet_libraries()
+    listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
+    trainer = Trainer(config, listeners=listeners, resume=resume)
+    on_stop(trainer.stop_request.ask)
+    return trainer.run_path, trainer.train()
 
 
 def _plan(config: Config, gib: float | None, ranks: int) -> int:

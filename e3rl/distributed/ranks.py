@@ -99,6 +99,11 @@ class Ranks:
 def join_ranks(config: Config) -> Ranks:
     """Join the processes that torchrun started, if it did. UserError where they are not what the recipe asks for."""
     world, parallel = _number("WORLD_SIZE", 1), config.train.parallel
+    if config.train.workers not in (0, world):
+        raise UserError(
+            f"train.workers = {config.train.workers} asks for as many ranks, and there are {world}: e3rl train starts them "
+            "on Ray; under torchrun leave train.workers at 0"
+        )
     if world == 1:
         return Ranks()
     if parallel == "none":

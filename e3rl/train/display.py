@@ -100,6 +100,7 @@ class LiveDisplay(PlainDisplay):
     _live: Live | None = None
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
+        self.close()  # of a run that begins again
         super().started(run, config, method, first_step, steps)
         self._rewards: list[float] = []
         self._record: Mapping[str, Any] = {}

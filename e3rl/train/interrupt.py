@@ -25,10 +25,14 @@ class StopRequest:
         self._asked = False
         self._before: dict[int, Any] = {}
 
+    def ask(self) -> None:
+        """Ask the run to stop, as a signal does."""
+        self._asked = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked and self._ranks.world == 1:
             raise KeyboardInterrupt
-        self._asked = True
+        self.ask()
 
     def check(self) -> None:
         """Raise `Interrupted` if a stop was asked for. Called where nothing is half done."""

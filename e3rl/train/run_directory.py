@@ -20,7 +20,8 @@ from e3rl.files import clear_litter, disk_full_is_a_sentence, is_litter, write_t
 from e3rl.train.metrics import finite_or_none
 
 MAY_CHANGE = {
-    *("train.parallel", "train.steps", "train.eval_steps", "train.save_steps"),
+    *("train.parallel", "train.workers", "train.worker_gpus"),
+    *("train.steps", "train.eval_steps", "train.save_steps"),
     *("train.save_total_limit", "train.report_to", "train.rank_timeout"),
     *("train.max_skipped_steps", "train.max_log_ratio", "train.max_kl"),
     *("rollout.workers", "rollout.worker_gpus", "rollout.worker_timeout", "rollout.address", "rollout.servers"),

@@ -125,13 +125,13 @@ class Trainer:
             build_filter(config.filter),
             demonstrations=self._demonstrations,
             prompts={prompt.problem.id: prompt for prompt in self._train_prompts},
-            hooks=Hooks(lambda: self._stop.check(), self._tell),
+            hooks=Hooks(lambda: self.stop_request.check(), self._tell),
         )
         self._ahead = Ahead(self._collector)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
         self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
         self._entropy_moments: Moments | None = None
-        self._stop = StopRequest(self._ranks)
+        self.stop_request = StopRequest(self._ranks)
         self.directory = RunDirectory.resume(config) if resume and self._ranks.first else RunDirectory.create(config)
         self._sick_book = SickBook(self.run_path, self._together.path, config.train.max_skipped_steps, self._note)
         if resume:
@@ -152,7 +152,7 @@ class Trainer:
         for text in overlap_notes(self.config.data, self._train_prompts, self._eval_prompts):
             self._note(text)
         try:
-            with self._ranks.guard(), self._stop, self._scorer:
+            with self._ranks.guard(), self.stop_request, self._scorer:
                 if self._step == 0 or self._due(self.config.train.eval_steps):
                     self._evaluate()
                 if self._step == 0:
@@ -197,7 +197,7 @@ class Trainer:
             self._evaluate()
         if self._due(self.config.train.save_steps) or self._done():
             self._save()
-        self._stop.check_together()
+        self.stop_request.check_together()
 
     def _assignment(self, step: int) -> Assignment:
         """What the rollouts for a step depend on beside their prompts, as things are now."""
@@ -260,7 +260,7 @@ class Trainer:
             record = {"step": self._step, **result.record()}
             self.directory.append("evaluations.jsonl", record)
             self._tell("evaluated", record)
-            self._stop.check()
+            self.stop_request.check()
 
     def _save(self) -> None:
         facts = {

@@ -98,7 +98,8 @@ def test_no_cluster_at_the_address_is_a_sentence(tmp_path: Path):
 
 
 @pytest.mark.timeout(400)
-def test_when_the_head_node_is_gone_the_run_ends_with_a_sentence_and_can_be_resumed(tmp_path: Path):
+@pytest.mark.parametrize("workers", ["rollout.workers=1", "train.workers=1"])
+def test_when_the_head_node_is_gone_the_run_ends_with_a_sentence_and_can_be_resumed(tmp_path: Path, workers: str):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -116,9 +117,7 @@ def test_when_the_head_node_is_gone_the_run_ends_with_a_sentence_and_can_be_resu
     head = subprocess.Popen([*start, "--include-dashboard=false"], start_new_session=True, **quiet)
     recipe = tmp_path / "recipe.toml"
     address = f"rollout.address=127.0.0.1:{port}"
-    recipe.write_text(
-        to_toml(lab_config(tmp_path, "train.steps=200", "train.save_steps=1", "rollout.workers=1", address))
-    )
+    recipe.write_text(to_toml(lab_config(tmp_path, "train.steps=200", "train.save_steps=1", workers, address)))
     command = [sys.executable, "-m", "e3rl", "train", str(recipe)]
     try:
         with (tmp_path / "log").open("w") as log:
@@ -131,15 +130,15 @@ def test_when_the_head_node_is_gone_the_run_ends_with_a_sentence_and_can_be_resu
             os.killpg(head.pid, signal.SIGKILL)
             killed = time.monotonic()
             code = run.wait(90)
-            print(f"\nthe run ended {time.monotonic() - killed:.1f} s after its head node")
+            print(f"\n{workers}: the run ended {time.monotonic() - killed:.1f} s after its head node")
     finally:
         head.kill()
         head.wait()
     assert code == 2
     said = (tmp_path / "log").read_text()
-    assert "the head node of the Ray cluster" in said
+    assert "the head node of" in said
     assert "Traceback" not in said
     done = metrics.read_text().count("\n")
-    rest = ["--resume", "rollout.workers=0", "rollout.address=", f"train.steps={done + 1}"]
+    rest = ["--resume", "rollout.workers=0", "train.workers=0", "rollout.address=", f"train.steps={done + 1}"]
     subprocess.run([*command, *rest], check=True, capture_output=True, timeout=120)
     assert metrics.read_text().count("\n") == done + 1

@@ -1,0 +1,84 @@
+"""A command in a process of its own, where a library may end that process without a word; this one has the word then.
+
+Ray does so: a process that is connected to a cluster exits at once, with code 1 and silently, when it touches the object
+store of a node whose Ray is gone. No handler runs and no error can be caught.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from e3rl.errors import UserError
+
+_POST = "E3RL_GUARDED"
+_SECONDS_TO_END = 60.0  # after the command has come to its end, for what libraries do at theirs
+_PR_SET_PDEATHSIG = 1
+
+
+def guarded(arguments: Sequence[str]) -> int:
+    """The exit code of ``e3rl arguments``, run in a child; UserError where it ended without coming to one."""
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "e3rl", *arguments]
+    environment = {**os.environ, _POST: str(write)}
+    child = subprocess.Popen(command, env=environment, pass_fds=(write,), process_group=0)
+    os.close(write)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while child.poll() is None and not _readable(read, 1.0):
+            pass
+        code = os.read(read, 8).decode() if _readable(read, 0.0) else ""
+        ended = _end(child)
+    finally:
+        os.close(read)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        return int(code)
+    how = f"exit code {ended}" if ended >= 0 else f"signal {-ended}"
+    raise UserError(
+        f"the run's process ended without a word ({how}). Ray ends it so when the head node of its cluster, or Ray's own "
+        "process on this machine, is gone. The run's state is in its newest checkpoint: when there is a cluster again, go on "
+        "with the same command and --resume (rollout.address and the numbers of workers may differ)"
+    )
+
+
+def _readable(descriptor: int, seconds: float) -> bool:
+    return bool(select.select([descriptor], [], [], seconds)[0])
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    try:
+        return child.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+class Post:
+    """The child's end: says which code the command came to."""
+
+    def __init__(self) -> None:
+        number = os.environ.pop(_POST, "")
+        self.guarded = bool(number)
+        self._descriptor = int(number or -1)
+        if self.guarded:
+            os.set_inheritable(self._descriptor, False)
+            if sys.platform == "linux":  # who kills the guard means the run
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def left(self, code: int) -> int:
+        """The code, which the guard has heard now."""
+        if self.guarded:
+            os.write(self._descriptor, f"{code}\n".encode())
+        return code
