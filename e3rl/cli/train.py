@@ -17,7 +17,7 @@ from e3rl.train.run_directory import continue_or_put_aside
 
 if TYPE_CHECKING:
     from e3rl.train.listeners import Listener
-    from e3rl.train.ray_ranks import Begin
+    from e3rl.train.training_worker import Begin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.cli.quiet import quiet_libraries
     from e3rl.train.closing import closing
     from e3rl.train.display import build_display
-    from e3rl.train.ray_ranks import Begin, train_on_ray
+    from e3rl.train.ray_ranks import train_on_ray
+    from e3rl.train.training_worker import Begin
 
     quiet_libraries()
     console = Console()

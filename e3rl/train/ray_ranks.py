@@ -1,4 +1,4 @@
-"""Training workers: Ray actors, each a rank. They run what torchrun's processes run; here they are started, watched, replaced.
+"""Training workers on Ray: started, watched, replaced. Each is a rank and runs what torchrun's processes run.
 
 A rank that is lost takes the others with it, since they wait for it; so all of them begin again from the newest checkpoint.
 """
@@ -6,20 +6,18 @@ A rank that is lost takes the others with it, since they wait for it; so all of 
 from __future__ import annotations
 
 import os
-import queue
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from e3rl import __version__
 from e3rl.config import Config
 from e3rl.distributed.ray_cluster import SECONDS_TO_START, Head, join_cluster, last_line, resources, wait_for
 from e3rl.errors import RunStopped, UserError
 from e3rl.train.interrupt import Interrupted, StopRequest
-from e3rl.train.listeners import Listener, Silent
+from e3rl.train.listeners import Listener
+from e3rl.train.training_worker import Begin, Job, News, Outcome, TrainingWorker
 
 LOSSES = 3
 """Losses in a row, with no new step between them, after which the run ends."""
@@ -29,22 +27,6 @@ _SECONDS_TO_ANSWER = 60.0  # for a rank's threads beside its training; loading a
 _SECONDS_TO_FALL = 10.0  # after a rank is lost, for the others to notice and say why
 _SECONDS_TO_END = 10.0
 
-Outcome = tuple[Path, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Begin:
-    """How a run begins: ``resume`` goes on with one, ``again`` with an unfinished one alone."""
-
-    resume: bool = False
-    again: bool = False
-
-
-class Job(Protocol):
-    """What a rank does: the run's directory and summary."""
-
-    def __call__(self, begin: Begin, listener: Listener, on_stop: Callable[[Callable[[], None]], None]) -> Outcome: ...
-
 
 class RankLost(Exception):
     """Something broke in a rank that another start may not meet again."""
@@ -52,87 +34,6 @@ class RankLost(Exception):
 
 class RankDied(RankLost):
     """A rank's process is gone."""
-
-
-class Relay(Silent):
-    """Keeps what a rank's trainer tells, until whoever started it asks."""
-
-    def __init__(self) -> None:
-        self._told: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
-
-    def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
-        self._told.put(("started", (run.resolve(), config, method, first_step, steps)))
-
-    def progressed(self, activity: str, done: int, of: int) -> None:
-        self._told.put(("progressed", (activity, done, of)))
-
-    def stepped(self, record: Mapping[str, Any]) -> None:
-        self._told.put(("stepped", (record,)))
-
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        self._told.put(("evaluated", (record,)))
-
-    def noted(self, text: str) -> None:
-        self._told.put(("noted", (text,)))
-
-    def finished(self, summary: Mapping[str, Any]) -> None:
-        self._told.put(("finished", (summary,)))
-
-    def take(self, seconds: float) -> list[tuple[str, tuple[Any, ...]]]:
-        """All that was told; waits a little where nothing was."""
-        try:
-            told = [self._told.get(timeout=seconds)] if seconds else []
-            while True:
-                told.append(self._told.get_nowait())
-        except queue.Empty:
-            return told
-
-
-class TrainingWorker:
-    """A rank's process, as an actor."""
-
-    def __init__(self) -> None:
-        self._relay = Relay()
-        self._stops: list[Callable[[], None]] = []
-        self._asked = False
-
-    def hello(self) -> tuple[str, str, int]:
-        """This version, this machine's address, and a port that is free here."""
-        import ray
-
-        with socket.create_server(("", 0)) as free:
-            return __version__, ray.util.get_node_ip_address(), free.getsockname()[1]
-
-    def train(self, job: Job, begin: Begin, environment: Mapping[str, str], directory: str) -> Outcome:
-        """Do the job as the rank that ``environment`` names, where the run was started."""
-        os.environ.update(environment)
-        if Path(directory).is_dir():
-            os.chdir(directory)
-        else:
-            self._relay.noted(
-                f"{directory} is not on the machine of rank {environment['RANK']}: relative paths start at {os.getcwd()} there"
-            )
-        path, summary = job(begin, self._relay, self._on_stop)
-        return path.resolve(), summary
-
-    def _on_stop(self, act: Callable[[], None]) -> None:
-        self._stops.append(act)
-        if self._asked:
-            act()
-
-    def told(self, seconds: float) -> list[tuple[str, tuple[Any, ...]]]:
-        """See `Relay.take`."""
-        return self._relay.take(seconds)
-
-    def stop(self) -> None:
-        """Ask the trainer to stop where the run's state is whole."""
-        self._asked = True
-        for act in self._stops:
-            act()
-
-    def end(self) -> None:
-        """End this process, with all that it holds: a run's directory, a port."""
-        os._exit(0)
 
 
 def train_on_ray(config: Config, job: Job, begin: Begin, listener: Listener) -> Outcome:
@@ -170,7 +71,7 @@ class _Progress:
         self.run: Path | None = None
         self.step = 0
 
-    def hear(self, told: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+    def hear(self, told: Sequence[News]) -> None:
         for event, values in told:
             if event == "started":
                 self.run = values[0]
@@ -239,7 +140,7 @@ class _Crew:
             kind = RankDied if isinstance(error, self._ray.exceptions.RayActorError) else RankLost
             raise kind(f"training worker {rank} is lost: {last_line(error)}") from None
 
-    def _told(self, seconds: float) -> list[tuple[str, tuple[Any, ...]]]:
+    def _told(self, seconds: float) -> list[News]:
         """News of the first rank; none where it is gone, which its training's end says better."""
         try:
             told: list[Any] = self._call(0, self._actors[0].told.remote(seconds), _SECONDS_TO_ANSWER)

@@ -18,7 +18,8 @@ from e3rl.cli.train import train_rank
 from e3rl.config import Config, to_toml
 from e3rl.errors import UserError
 from e3rl.train.listeners import Silent
-from e3rl.train.ray_ranks import Begin, train_on_ray
+from e3rl.train.ray_ranks import train_on_ray
+from e3rl.train.training_worker import Begin
 from tests.ranks.run import SETTINGS as RANKS_SETTINGS
 from tests.ranks.run import STEPS
 from tests.ranks.test_ranks import alone, assert_same_run

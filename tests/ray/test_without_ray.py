@@ -11,8 +11,9 @@ import pytest
 from e3rl.cli.train import train_rank
 from e3rl.errors import UserError
 from e3rl.train.listeners import Silent
-from e3rl.train.ray_ranks import Begin, train_on_ray
+from e3rl.train.ray_ranks import train_on_ray
 from e3rl.train.trainer import Trainer
+from e3rl.train.training_worker import Begin
 from tests.train.random_lab import lab_config
 
 
