@@ -61,8 +61,9 @@ class Relay(Silent):
 
     def take(self, seconds: float) -> list[News]:
         """All that was told; waits a little where nothing was."""
+        told: list[News] = []
         try:
-            told = [self._told.get(timeout=seconds)] if seconds else []
+            told.append(self._told.get(timeout=seconds))
             while True:
                 told.append(self._told.get_nowait())
         except queue.Empty:

@@ -26,6 +26,7 @@ from tests.ranks.test_ranks import alone, assert_same_run
 from tests.ray import jobs
 from tests.train.random_lab import lab_config
 
+pytestmark = pytest.mark.timeout(600)  # several processes start, each with PyTorch, on as few cores as there are
 WORKERS = ("train.workers=2", "train.parallel=ddp")
 
 
@@ -139,7 +140,6 @@ def test_room_is_needed_for_both_kinds_of_workers(ray: Any, tmp_path: Path):
         train_on_ray(config, jobs.die, Begin(), Listening())
 
 
-@pytest.mark.timeout(300)
 def test_a_stop_is_passed_on_and_the_run_can_be_resumed(tmp_path: Path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(to_toml(config_of(tmp_path, "train.steps=200")))
