@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ WAITING = """
 import os, time
 from pathlib import Path
 Path({place!r}).write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -66,15 +67,20 @@ def test_what_ends_the_guard_ends_the_command(tmp_path: Path, number: signal.Sig
     (tmp_path / "waits.py").write_text(WAITING.format(place=str(place)))
     arguments = ["train", recipe(tmp_path), f"erasure.metric={tmp_path}/waits.py:metric"]
     code = f"import sys; from e3rl.cli.guard import guarded; sys.exit(guarded({arguments!r}))"
-    guard = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as guard:
+        try:
+            wait_until(lambda: place.exists() and bool(place.read_text()))
+            guard.send_signal(number)
+            assert guard.wait(60) == (130 if number == signal.SIGINT else -number)
+            wait_until(lambda: not running(int(place.read_text())))
+        finally:
+            guard.kill()
+
+
+def wait_until(so: Callable[[], bool]) -> None:
     began = time.monotonic()
-    while not (place.exists() and place.read_text()):
-        assert time.monotonic() - began < 60
-        time.sleep(0.1)
-    guard.send_signal(number)
-    assert guard.wait(30) == (130 if number == signal.SIGINT else -number)
-    while running(int(place.read_text())):
-        assert time.monotonic() - began < 90
+    while not so():
+        assert time.monotonic() - began < 200
         time.sleep(0.1)
 
 
