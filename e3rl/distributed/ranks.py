@@ -30,6 +30,10 @@ _LOST = re.compile(r"connection (was )?(closed|reset|refused)|timed out|timeout|
 """What PyTorch says where another rank is gone or silent."""
 
 
+class OtherRankGone(UserError):
+    """What a rank says that waited in vain for another."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's number among ``world``."""
@@ -79,7 +83,7 @@ class Ranks:
             if self.world == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise UserError(
+            raise OtherRankGone(
                 f"rank {self.rank} waited for another rank that is gone or silent ({reason}): what that one wrote says why. "
                 "Start all again with --resume: the run goes on from its newest checkpoint"
             ) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 from e3rl import __version__
 from e3rl.config import Config
+from e3rl.distributed.ranks import OtherRankGone
 from e3rl.distributed.ray_cluster import SECONDS_TO_START, Head, join_cluster, last_line, resources, wait_for
 from e3rl.errors import RunStopped, UserError
 from e3rl.train.interrupt import Interrupted, StopRequest
@@ -135,7 +136,7 @@ class _Crew:
             ) from None
         except (self._ray.exceptions.RayError, ConnectionError) as error:
             cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError | RunStopped):
+            if isinstance(cause, UserError | RunStopped) and not isinstance(cause, OtherRankGone):
                 raise cause from None
             kind = RankDied if isinstance(error, self._ray.exceptions.RayActorError) else RankLost
             raise kind(f"training worker {rank} is lost: {last_line(error)}") from None

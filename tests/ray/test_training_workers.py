@@ -20,9 +20,10 @@ from e3rl.errors import UserError
 from e3rl.train.listeners import Silent
 from e3rl.train.ray_ranks import train_on_ray
 from e3rl.train.training_worker import Begin
+from tests.ranks.launch import alone
 from tests.ranks.run import SETTINGS as RANKS_SETTINGS
 from tests.ranks.run import STEPS
-from tests.ranks.test_ranks import alone, assert_same_run
+from tests.ranks.test_ranks import assert_same_run
 from tests.ray import jobs
 from tests.train.random_lab import lab_config
 
@@ -76,7 +77,7 @@ def test_two_training_workers_train_what_one_process_trains(
     path, summary = train_on_ray(config, partial(train_rank, config), Begin(), listener)
     assert summary["steps"] == STEPS
     assert listener.steps == list(range(1, STEPS + 1))
-    assert_same_run(path, expected)
+    assert_same_run(path, expected, f"2, ddp, rollouts: {more or 'the ranks'}")
 
 
 def test_what_training_workers_saved_one_process_takes_up(ray: Any, tmp_path: Path, expected: Path):
@@ -84,7 +85,7 @@ def test_what_training_workers_saved_one_process_takes_up(ray: Any, tmp_path: Pa
     path, _ = train_on_ray(half, partial(train_rank, half), Begin(), Listening())
     whole = lab_config(tmp_path, *RANKS_SETTINGS, f"train.steps={STEPS}")
     train_rank(whole, Begin(resume=True), Listening())
-    assert_same_run(path, expected)
+    assert_same_run(path, expected, "2, then 1, fsdp2")
 
 
 def test_a_killed_training_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(
@@ -103,7 +104,7 @@ def test_a_killed_training_worker_is_replaced_and_the_run_goes_on_from_its_check
     assert killed
     [note] = [text for text in listener.notes if "begin again" in text]
     assert note.startswith("training worker 1 is lost")
-    assert_same_run(path, expected)
+    assert_same_run(path, expected, "2, ddp, rank 1 killed")
     print(f"\nkilled {killed[0]}; steps told: {listener.steps}; {note}")
 
 
