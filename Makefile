@@ -49,11 +49,9 @@ test-vllm: python
 	@E3RL_VENV=.venv-vllm "$(PYTHON)" tools/setup_vllm.py
 	.venv-vllm/bin/python -m pytest -s tests/vllm
 
-# DeepSpeed compiles an operation of its own on first use: a minute or two, kept in .venv-ranks
 test-ranks: python
 	@E3RL_VENV=.venv-ranks "$(PYTHON)" tools/setup_deepspeed.py
-	PATH="$(CURDIR)/.venv-ranks/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv-ranks/torch_extensions" \
-		E3RL_RANKS=all .venv-ranks/bin/python -m pytest -s tests/ranks
+	E3RL_RANKS=all .venv-ranks/bin/python -m pytest -s tests/ranks
 
 .PHONY: test-chaos
 test-chaos: python

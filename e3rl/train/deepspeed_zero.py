@@ -48,7 +48,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.WARNING)
     try:
-        return importlib.import_module("deepspeed")
+        deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
         if error.name != "deepspeed":
             raise UserError(f"DeepSpeed is installed and can't be imported: {error}") from error
@@ -56,6 +56,10 @@ def _import_deepspeed(device: torch.device) -> Any:
             "train.parallel = 'deepspeed-…' needs DeepSpeed: pip install 'e3rl[deepspeed]'; or take zero2 or fsdp2, which are "
             "PyTorch's own"
         ) from None
+    if device.type == "cpu":
+        # an operation for inference that nothing here calls: compiling it takes minutes, and fails in a folder with a space
+        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    return deepspeed
 
 
 def _settings(policy: Policy, config: TrainConfig) -> dict[str, Any]:
