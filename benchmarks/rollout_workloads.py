@@ -107,7 +107,7 @@ class Batching:
     tokens_per_request: int
 
 
-BATCHINGS = tuple(Batching(page, tokens) for page in (16, 64, 256) for tokens in (1, 4))
+BATCHINGS = tuple(Batching(page, tokens) for page in (16, 64) for tokens in (1, 4))
 
 
 def by_continuous_batching(model: Any, work: Workload, batching: Batching) -> None:

@@ -63,7 +63,9 @@ class _History:
     """What the judge was told about one sibling, by segment index."""
 
     firsts: list[Candidate] = field(default_factory=list)
-    measured: list[Uncertainty] = field(default_factory=list)  # of the firsts, where the baseline needed it
+    measured: dict[int, Uncertainty] = field(
+        default_factory=dict
+    )  # of the firsts that were there when the segment opened
     committed: list[Candidate] = field(default_factory=list)
     attempts: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
@@ -131,12 +133,11 @@ class GroupJudge:
         if not self.ready(segment):
             raise RuntimeError(f"segment {segment} can't be judged yet: a sibling's first candidate is still missing")
         if segment == len(self._statistics):
-            self._statistics.append(self._freeze(segment))
-            self._modulate([h for h in self._histories if h.present(segment) and len(h.committed) == segment])
+            self._open(segment)
         if segment == len(history.modulations):
             self._modulate([history])
         statistics = self._statistics[segment]
-        known = segment < len(history.measured) and candidate is history.firsts[segment]
+        known = segment in history.measured and candidate is history.firsts[segment]
         u = history.measured[segment] if known else self._uncertainty(history, candidate, statistics.entropies)
         theta = self._threshold(history.modulations[segment], statistics.baseline, attempt)
         verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
@@ -146,11 +147,19 @@ class GroupJudge:
     def _has_group_baseline(self) -> bool:
         return self._reference is None and self._config.baseline in _FROM_SIBLINGS
 
-    def _freeze(self, segment: int) -> _Statistics:
+    def _open(self, segment: int) -> None:
+        """Fix what the segment's candidates are judged against, and measure the siblings that are there, all at once."""
         entropies = self._fixed_entropies
         if entropies is None:
             entropies = self._pooled_entropies = self._pool(segment)
-        return _Statistics(entropies, self._baseline(segment, entropies))
+        here = [h for h in self._histories if h.present(segment) and len(h.committed) == segment]
+        firsts = [h.firsts[segment] for h in here]
+        for history, u in zip(
+            here, self._metric(firsts, [h.means for h in here], entropies, self._config), strict=True
+        ):
+            history.measured[segment] = u
+        self._statistics.append(_Statistics(entropies, self._baseline(segment, here)))
+        self._modulate(here)
 
     def _pool(self, segment: int) -> Moments:
         """D3 'group'. First candidates of segments m <= n, and committed retries of segments m < n."""
@@ -163,21 +172,16 @@ class GroupJudge:
                 pooled = pooled.merged(Moments.of(history.firsts[segment].entropies))
         return pooled
 
-    def _baseline(self, segment: int, entropies: Moments) -> float:
+    def _baseline(self, segment: int, here: Sequence[_History]) -> float:
         """Eq 14-16. B_n from where the settings say (D4, D5)."""
         if self._reference is not None:
             usual = self._reference.at(segment)
             return self._macro_baseline(_tensor(usual.mean), _tensor(usual.std))
         if self._config.baseline == "static":
             return self._config.static_baseline
-        present = [h for h in self._histories if h.present(segment)]
-        if len(present) < self._config.min_siblings:
+        if len(here) < self._config.min_siblings:
             return self._statistics[-1].baseline
-        firsts = [h.firsts[segment] for h in present]
-        measured = self._metric(firsts, [h.means for h in present], entropies, self._config)
-        for history, u in zip(present, measured, strict=True):
-            history.measured.append(u)
-        totals = _tensor([h.measured[segment].total for h in present])
+        totals = _tensor([h.measured[segment].total for h in here])
         if self._config.baseline == "quantile":
             return _raised(float(threshold.quantile_baseline(totals, self._config.quantile)))
         return self._macro_baseline(*threshold.group_moments(totals))
