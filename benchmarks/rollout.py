@@ -198,7 +198,7 @@ def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Valu
     found: list[tuple[str, str, Callable[[], Values]]] = [("linear_memory", "qwen3-3m", memory)]
     for name in ("lab", "qwen3-3m"):
         found += [
-            ("erase_cost", name, lambda name=name: erasing(name, 3)),
+            ("erase_cost", name, lambda name=name: erasing(name, 5)),
             ("monitor_overhead", name, lambda name=name: monitoring(name, 6)),
         ]
         found += [
