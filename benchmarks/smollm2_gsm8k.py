@@ -1,7 +1,7 @@
 """SmolLM2-135M on 100 problems of GSM8K × 4, plain and with erasable decoding at an equal budget of tokens.
 
-``python benchmarks/smollm2_gsm8k.py DIRECTORY`` runs (or goes on with) the evaluation into DIRECTORY; it takes a quarter of an hour
-on two cores. GSM8K comes from the hub, or with ``--data-dir``. At the end it prints the page docs/results/smollm2-gsm8k.md.
+``python benchmarks/smollm2_gsm8k.py DIRECTORY`` runs (or goes on with) the evaluation into DIRECTORY, a quarter of an hour on
+two cores. GSM8K comes from the hub, or with ``--data-dir``. At the end it prints the page docs/results/smollm2-gsm8k.md.
 """
 
 from __future__ import annotations
