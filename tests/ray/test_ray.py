@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -97,26 +96,24 @@ def test_no_cluster_at_the_address_is_a_sentence(tmp_path: Path):
     assert "UserError: Ray can't be reached at ray://127.0.0.1:1 (rollout.address)" in done.stderr
 
 
+_HEAD = """
+import ray, time
+print(ray.init("local", num_cpus=2, include_dashboard=False).address_info["gcs_address"], flush=True)
+time.sleep(600)
+"""
+"""A head node. (`ray start --head --block` ends at once where the environment lies in a folder with a space.)"""
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("workers", ["rollout.workers=1", "train.workers=1"])
 def test_when_the_head_node_is_gone_the_run_ends_with_a_sentence_and_can_be_resumed(tmp_path: Path, workers: str):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    start = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        f"--port={port}",
-        "--num-cpus=2",
-        "--block",
-    ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    head = subprocess.Popen([*start, "--include-dashboard=false"], start_new_session=True, **quiet)
+    head = subprocess.Popen(
+        [sys.executable, "-c", _HEAD], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    assert head.stdout is not None
+    address = f"rollout.address={head.stdout.readline().strip()}"
     recipe = tmp_path / "recipe.toml"
-    address = f"rollout.address=127.0.0.1:{port}"
     recipe.write_text(to_toml(lab_config(tmp_path, "train.steps=200", "train.save_steps=1", workers, address)))
     command = [sys.executable, "-m", "e3rl", "train", str(recipe)]
     try:
