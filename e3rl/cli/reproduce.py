@@ -15,8 +15,9 @@ NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", help=NAMES)
     parser.add_argument(
-        "--scale", choices=("smoke", "lab", "paper"), default="smoke",
-        help="smoke: under a minute; lab: the embedded model, hours on two cores; paper: the paper's recipe",
+        "--scale", choices=("smoke", "lab", "smollm2", "paper"), default="smoke",
+        help="smoke: under a minute; lab: the embedded model, hours on two cores; smollm2: a small real model on arithmetic, "
+        "hours on two cores; paper: the paper's recipe",
     )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="only this one of the scale's models, such as Qwen3-4B")
     parser.add_argument("--plan", action="store_true", help="say what it would need, and stop")

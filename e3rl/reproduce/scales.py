@@ -1,4 +1,4 @@
-"""How large a reproduction is: smoke (a test), lab (the embedded model), paper (the papers' own recipes)."""
+"""How large a reproduction is: smoke (a test), lab (the embedded model), smollm2 (a small real model), paper (its recipes)."""
 
 from __future__ import annotations
 
@@ -94,6 +94,20 @@ LAB = Scale(
     together=2,
 )
 
+SMOLLM2 = Scale(
+    name="smollm2",
+    models={"SmolLM2-135M": "smollm2-arithmetic"},
+    benchmarks={f"arith {n}": f"lab:arith:{n}" for n in (1, 2, 3)},
+    problems=24,
+    samples=8,
+    pass_samples=32,
+    pass_ks=(1, 2, 4, 8, 16, 32),
+    seeds=(0,),
+    learning_rates=(),
+    segments=((8, 4), (4, 8), (2, 16)),
+    overrides=("eval.limit=6", "eval.num_samples=2"),
+)
+
 PAPER = Scale(
     name="paper",
     models={
@@ -130,4 +144,4 @@ ERPO_PAPER = replace(
 )
 """What the ERPO paper reports on."""
 
-SCALES = {scale.name: scale for scale in (SMOKE, LAB, PAPER)}
+SCALES = {scale.name: scale for scale in (SMOKE, LAB, SMOLLM2, PAPER)}

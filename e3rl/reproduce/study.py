@@ -23,8 +23,8 @@ class Row:
     """A line of a table: overlays and overrides on the scale's recipe.
 
     ``tuned_as``: the row whose learning-rate sweep decides this row's; empty: its own. ``erasable``: also examined with
-    erasable decoding, at its own settings. ``measures`` are taken beside the study's. ``paper``: the row's name in the
-    paper, where that is another one.
+    erasable decoding, at its own settings. ``whole``: a response is one segment, as long as the recipe lets it
+    become. ``measures`` are taken beside the study's. ``paper``: the row's name in the paper, where that is another one.
     """
 
     label: str
@@ -32,6 +32,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     tuned_as: str = ""
     erasable: bool = False
+    whole: bool = False
     measures: tuple[Measure, ...] = ()
     paper: str = ""
 
@@ -103,7 +104,11 @@ def row_config(scale: Scale, model: str, row: Row, *, seed: int, learning_rate: 
     overlays = [RECIPES / f"{name}.toml" for name in row.overlays]
     rate = [] if learning_rate is None else [f"train.learning_rate={learning_rate!r}"]
     settings = [*scale.overrides, *row.overrides, *rate, f"run.seed={seed}"]
-    return load_config(scale.recipe(model), overlays, settings)
+    config = load_config(scale.recipe(model), overlays, settings)
+    if not row.whole:
+        return config
+    one = replace(config.rollout, segment_length=config.rollout.completion_limit, max_segments=1)
+    return replace(config, rollout=one)
 
 
 def row_cell(study: Study, scale: Scale, model: str, row: Row, *, seed: int, learning_rate: float | None) -> Cell:

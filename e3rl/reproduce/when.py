@@ -17,10 +17,10 @@ from e3rl.reproduce.cells import Measure
 from e3rl.reproduce.decodings import NAME, WAYS, Kind
 from e3rl.reproduce.output import Line, Panel, Plot, Table
 from e3rl.reproduce.results import Results
-from e3rl.reproduce.scales import LAB, SMOKE, Scale
+from e3rl.reproduce.scales import LAB, SMOKE, SMOLLM2, Scale
 from e3rl.reproduce.statistics import estimate
 from e3rl.reproduce.study import Row, Study, View
-from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods
+from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods, whole
 
 _LAB = replace(
     LAB,
@@ -45,6 +45,21 @@ _LAB = replace(
 
 _SMOKE = replace(SMOKE, seeds=(0,))
 
+_SMOLLM2 = replace(
+    SMOLLM2,
+    problems=96,
+    seeds=(0, 1, 2),
+    overrides=(
+        *SMOLLM2.overrides,
+        "train.steps=100000",
+        "train.max_tokens=20000",
+        "train.learning_rate=2e-5",
+        "rollout.max_rows=64",
+        "rollout.cache_rows=64",
+    ),
+)
+"""A real model, with as many tokens as an hour of two cores affords it."""
+
 _TUNING = 32
 """Training problems that temperatures and settings are chosen on, at most."""
 
@@ -56,6 +71,7 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
             (f"methods/{METHODS[name][0]}",),
             (*((f"data.train={family}",) if family else ()), *METHODS[name][1]),
             tuned_as="Vanilla",
+            whole=whole(name),
         )
         for family in families(scale)
         for name in methods(scale, family)
@@ -260,6 +276,6 @@ WHEN = Study(
     views=_VIEWS,
     models=("Qwen3-4B",),
     methods={"Vanilla": Row("Vanilla", ("methods/vanilla",))},
-    scales={"smoke": _SMOKE, "lab": _LAB},
-    notes="Every method at the same learning rate, 1e-4, chosen for GRPO on training problems.",
+    scales={"smoke": _SMOKE, "lab": _LAB, "smollm2": _SMOLLM2},
+    notes="Every method at the same learning rate, chosen for GRPO on training problems.",
 )

@@ -17,8 +17,6 @@ _EPS = (
     "erasure.kappa0=0.5",
 )
 _LATE = (
-    "rollout.segment_length=8",
-    "rollout.max_segments=1",
     "erasure.gradient_weight=0.0",
     "erasure.extremum_weight=0.0",
     "erasure.smoothing_window=0",
@@ -59,12 +57,17 @@ METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """A row's overlay and overrides. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one segment, so
 allocations don't differ."""
 
-_SMOKE_METHODS = ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL late+ε+contrast")
 _SECOND = (
     *("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "E³RL", "E³RL+ε", "E³RL+ε+contrast"),
     *("E³RL late", "E³RL late+contrast", "E³RL late+ε+contrast"),
 )
 """What the second family is trained with: every kind of method once, to keep the study within an hour or two of a core."""
+
+_FEWER = {
+    "smoke": ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL late+ε+contrast"),
+    "smollm2": ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "E³RL", "E³RL+ε+contrast", "E³RL late+ε+contrast"),
+}
+"""Scales that do with fewer methods: a training of the real model takes minutes where the embedded one takes seconds."""
 
 BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
 
@@ -75,9 +78,14 @@ def families(scale: Scale) -> tuple[str, ...]:
 
 def methods(scale: Scale, family: str) -> tuple[str, ...]:
     """The methods that a family is trained with at a scale."""
-    if scale.name == "smoke":
-        return _SMOKE_METHODS
+    if scale.name in _FEWER:
+        return _FEWER[scale.name]
     return _SECOND if family in FAMILIES["lab"][1:] else tuple(METHODS)
+
+
+def whole(method: str) -> bool:
+    """Whether the method judges whole responses."""
+    return method.startswith("E³RL late")
 
 
 def label(family: str, method: str) -> str:

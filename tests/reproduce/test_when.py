@@ -64,6 +64,17 @@ def test_ways_name_settings_that_exist_and_hold_both_kinds() -> None:
     assert len({way.name for way in WAYS}) == len(WAYS)
 
 
+def test_late_methods_judge_a_response_as_one_segment_as_long_as_the_recipe_s() -> None:
+    scale = WHEN.at("smollm2")
+    rows = {row.label: row for row in WHEN.rows(scale)}
+    late, segmented = (
+        row_config(scale, "SmolLM2-135M", rows[name], seed=0, learning_rate=None).rollout
+        for name in ("E³RL late+ε+contrast", "E³RL+ε+contrast")
+    )
+    assert (late.segment_length, late.max_segments) == (32, 1)
+    assert (segmented.segment_length, segmented.max_segments) == (8, 4)
+
+
 def test_other_scales_keep_the_recipe_s_own_data() -> None:
     assert families(PAPER) == ("",)
     assert [row.label for row in WHEN.rows(PAPER)] == list(METHODS)
