@@ -6,6 +6,7 @@ rows, of the optimizer's state) is exchanged here, and all waits end.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -134,9 +135,16 @@ def join_ranks(config: Config) -> Ranks:
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {error}") from None
+        atexit.register(_leave)
     ranks = Ranks(dist.get_rank(), world)
     _agree(ranks, config)
     return ranks
+
+
+def _leave() -> None:
+    """End the group's threads while Python still runs: one that lets go of a tensor while it ends aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _agree(ranks: Ranks, config: Config) -> None:

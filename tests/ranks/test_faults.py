@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,20 @@ def test_ranks_with_other_settings_are_refused(tmp_path: Path):
     done = torchrun(tmp_path, "ddp", E3RL_DIFFERENT_SEEDS="1")
     assert "were started with settings other than rank 0's" in done.stdout + done.stderr
     assert done.returncode != 0
+
+
+@ANOTHER_LAUNCH
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_leave_each_at_its_own_time_and_all_end_well(tmp_path: Path, late: int):
+    """Also when the first one, at which they met, is gone before the other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    lab_config(tmp_path)  # writes the recipe
+    command = [sys.executable, "-m", "tests.ranks.leaving", str(tmp_path / "recipe.toml"), str(late)]
+    environments = [{**ENVIRONMENT, **meeting, "RANK": rank} for rank in ("0", "1")]
+    for process in [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said[-3000:]
 
 
 def _start(directory: Path, parallel: str, *more: str) -> subprocess.Popen[str]:
