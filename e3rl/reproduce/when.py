@@ -54,6 +54,7 @@ _SMOLLM2 = replace(
         "train.steps=100000",
         "train.max_tokens=20000",
         "train.learning_rate=2e-5",
+        "train.warmup_ratio=0.0",
         "rollout.max_rows=64",
         "rollout.cache_rows=64",
     ),
