@@ -50,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
     largest: int
     timeout = _SECONDS_TO_ASK
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or whatever follows the headers waits 40 ms for their acknowledgement
     _loading = threading.Lock()
 
     def do_GET(self) -> None:

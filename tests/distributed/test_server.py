@@ -53,6 +53,16 @@ def test_a_server_gives_the_groups_of_one_process(world: World, address: str):
     assert ids(world.run(world.pool(server_place(address, TOKEN, 20)))) == ids(world.local())
 
 
+def test_an_answer_is_not_held_back_by_the_socket(address: str):
+    """Headers and body are two writes; with Nagle's algorithm each call on a connection that is kept takes 40 ms and more."""
+    connection, seconds = connect(address), []
+    for _ in range(20):
+        began = time.perf_counter()
+        connection.hello()
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds[10:]) < 0.02
+
+
 @pytest.fixture
 def started(world: World, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     recipe = tmp_path / "recipe.toml"
