@@ -1,11 +1,11 @@
 """Rollouts against transformers' generate and continuous batching, against the machine, and what erasing costs.
 
-python benchmarks/rollout.py --json out.json                                (a quarter of an hour on two cores)
+python benchmarks/rollout.py --json out.json                                (twelve minutes on two cores)
 python benchmarks/rollout.py --json out.json --only erase_cost --model lab   (one part; what is in the file stays)
 
 Wall-clock medians, measured in turns. A figure above 1 in `vs_…` means that we are faster. Each peer runs with those of its
 settings that a trial found to be its fastest: `generate` and continuous batching with one thread or with all, continuous
-batching with pages of 16 to 256 tokens and forward passes of one or four tokens a request.
+batching with pages of 16 or 64 tokens and forward passes of one or four tokens a request.
 """
 
 from __future__ import annotations
@@ -155,13 +155,14 @@ def _peak(tokens: int, results: Any) -> None:
 
 def memory() -> Values:
     """R² of a straight line through the peak memory of a process that generates T tokens in 4 rows."""
-    lengths, peaks = (256, 512, 1024, 2048, 4096), []
+    lengths = (256, 512, 1024, 2048, 4096)
     context = multiprocessing.get_context("spawn")
-    for tokens in lengths:
-        results = context.Queue()
-        process = context.Process(target=_peak, args=(tokens, results))
+    results = [context.Queue() for _ in lengths]
+    processes = [context.Process(target=_peak, args=each) for each in zip(lengths, results, strict=True)]
+    for process in processes:
         process.start()
-        peaks.append(results.get(timeout=240))
+    peaks = [result.get(timeout=240) for result in results]
+    for process in processes:
         process.join()
     return {
         "linear_memory": float(np.corrcoef(lengths, peaks)[0, 1] ** 2),
@@ -202,14 +203,18 @@ def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Valu
             ("monitor_overhead", name, lambda name=name: monitoring(name, 6)),
         ]
         found += [
-            (f"{kind}_{batch}", name, lambda name=name, b=batch, r=kind == "ragged": against_peers(name, b, r, 4, 32))
+            (
+                f"{kind}_{batch}",
+                name,
+                lambda name=name, b=batch, r=kind == "ragged": against_peers(name, b, r, 4 if r else 6, 32),
+            )
             for batch in (16, 64)
             for kind in ("full", "ragged")
         ]
     found += [
         ("full_16", "smollm2", lambda: against_peers("smollm2", 16, False, 2, 16)),
         ("ragged_16", "smollm2", lambda: against_peers("smollm2", 16, True, 2, 16)),
-        ("roofline_fraction", "smollm2", lambda: roofline("smollm2", 2)),
+        ("roofline_fraction", "smollm2", lambda: roofline("smollm2", 4)),
     ]
     found += [
         ("profile", name, lambda name=name, b=b: profile(name, b)) for name, b in (("qwen3-3m", 64), ("smollm2", 16))

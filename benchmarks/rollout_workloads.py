@@ -57,13 +57,13 @@ class Workload:
 
     @classmethod
     def of(cls, vocabulary: int, batch: int, ragged: bool, limit: int = LIMIT) -> Workload:
-        """Twice as many sequences as go together, of the full length or of any length from limit / 16 on."""
+        """As many sequences as go together, of the full length; or twice as many, of any length from limit / 16 on."""
         generator = torch.Generator().manual_seed(1)
-        groups = 2 * batch // SIBLINGS
-        prompts = torch.randint(3, vocabulary, (groups, PROMPT), generator=generator).tolist()
-        lengths = [limit] * (2 * batch)
+        sequences = 2 * batch if ragged else batch
+        prompts = torch.randint(3, vocabulary, (sequences // SIBLINGS, PROMPT), generator=generator).tolist()
+        lengths = [limit] * sequences
         if ragged:
-            lengths = torch.randint(limit // 16, limit + 1, (2 * batch,), generator=generator).tolist()
+            lengths = torch.randint(limit // 16, limit + 1, (sequences,), generator=generator).tolist()
         return cls([prompt for prompt in prompts for _ in range(SIBLINGS)], lengths, batch)
 
     @property

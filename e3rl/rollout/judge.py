@@ -8,15 +8,17 @@ candidates arrive changes no digit.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from e3rl.config import ErasureConfig
-from e3rl.equations import erasure, threshold, uncertainty
+from e3rl.equations import erasure, threshold
 from e3rl.errors import UserError
 from e3rl.rollout.metric import siblings_metric
 from e3rl.rollout.moments import Moments
@@ -71,7 +73,6 @@ class _History:
     means: list[float] = field(default_factory=list)
     smoothed: list[float] = field(default_factory=list)
     modulations: list[float] = field(default_factory=list)  # phi, of the segments judged so far
-    finished: bool = False
 
     def present(self, segment: int) -> bool:
         """Whether it has a first candidate of the segment."""
@@ -103,28 +104,30 @@ class GroupJudge:
             self._fixed_entropies = self._reference.entropies
         self._pooled_entropies = Moments()
         self._histories = [_History() for _ in range(siblings)]
+        self._reached: list[float] = [0] * siblings  # segments whose first candidate no longer has to be waited for
         self._statistics: list[_Statistics] = []
 
     def deliver(self, sibling: int, candidate: Candidate) -> None:
         """The first candidate of the sibling's next segment was generated."""
         self._histories[sibling].firsts.append(candidate)
+        self._reached[sibling] += 1
 
     def commit(self, sibling: int, candidate: Candidate, judgement: Judgement) -> None:
         """The candidate became the sibling's next segment."""
         history = self._histories[sibling]
         history.committed.append(candidate)
         history.attempts.append(judgement.attempt)
-        history.means.append(float(uncertainty.segment_entropy(_tensor(candidate.entropies))))
+        history.means.append(fmean(candidate.entropies))
         history.smoothed.append(judgement.uncertainty.smoothed)
 
     def finish(self, sibling: int) -> None:
         """The sibling's response is complete: no barrier waits for it any more."""
-        self._histories[sibling].finished = True
+        self._reached[sibling] = math.inf
 
     def ready(self, segment: int) -> bool:
         """Whether candidates of ``segment`` can be judged; with statistics from outside the group they always can."""
         independent = self._fixed_entropies is not None and not self._has_group_baseline
-        return independent or all(h.finished or h.present(segment) for h in self._histories)
+        return independent or segment < min(self._reached)
 
     def judge(self, sibling: int, candidate: Candidate, attempt: int) -> Judgement:
         """U, Theta and verdict of a candidate for the sibling's next segment."""

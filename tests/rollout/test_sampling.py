@@ -193,6 +193,17 @@ def test_search_across_blocks_agrees_with_numpy():
     assert inverse_cdf(weights, numbers).tolist() == expected
 
 
+def test_rows_worked_on_in_parts_come_out_as_all_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(10, 1000, generator=generator)
+    numbers = torch.rand(10, generator=generator).tolist()
+    settings = [Sampling(temperature=0.5 + i / 10, top_k=5 * i, top_p=1 - i / 20) for i in range(10)]
+    whole = run(logits, settings, numbers)
+    monkeypatch.setattr("e3rl.rollout.sampling._CPU_ENTRIES", 4 * 1000)
+    parts = run(logits, settings, numbers)
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3, top_p=0.9)])
 def test_a_sick_row_gets_no_token_and_spoils_no_other(poison, sampling):
