@@ -1,6 +1,6 @@
 """Rollouts against transformers' generate and continuous batching, against the machine, and what erasing costs.
 
-python benchmarks/rollout.py --json out.json                                (twelve minutes on two cores)
+python benchmarks/rollout.py --json out.json                                (less than a quarter of an hour on two cores)
 python benchmarks/rollout.py --json out.json --only erase_cost --model lab   (one part; what is in the file stays)
 
 Wall-clock medians, measured in turns. A figure above 1 in `vs_…` means that we are faster. Each peer runs with those of its
