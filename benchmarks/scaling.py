@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py [--groups 32] [--rounds 3]
 
-Costs are measured on one worker alone, with no erasing: a decode step by its rows. Every server is a process with one
-thread; more servers than cores share them, which the simulation is told as slower steps.
+Costs are measured on one engine in this process: a decode step by its rows, a prompt, and, with segments of two tokens,
+what a candidate costs beside its steps. Every server is a process with one thread; more servers than cores share them,
+which the simulation is told as slower steps.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from e3rl.distributed.simulation import Costs, Work, simulate_rollouts
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.engine import Sampling
 from e3rl.rollout.engines import build_engine
-from e3rl.rollout.scheduler import summarise
+from e3rl.rollout.scheduler import Scheduler, summarise
 from e3rl.rollout.weights import architecture
 from e3rl.types import Draw, Prompt
 
@@ -60,6 +61,21 @@ def measured_step(policy: Policy, config: Config, prompt: Prompt, rows: int, tok
     return (time.perf_counter() - began) / tokens
 
 
+def measured_candidate(policy: Policy, config: Config, prompts: Sequence[Prompt], costs: Costs) -> float:
+    """Seconds of a candidate beside its decode steps and prompts: the scheduler's run with segments of two tokens."""
+    short = replace(config.rollout, segment_length=2)
+    engine = build_engine(short, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+    scheduler = Scheduler(engine, short, config.erasure, seed=1)
+    list(scheduler.run(prompts[:4], 1, 0))  # warms up
+    began = time.perf_counter()
+    groups = list(scheduler.run(prompts, 2, 0))
+    seconds = time.perf_counter() - began
+    free = replace(work_of(config, groups, prompts), segment_length=2)
+    expected = [simulate_rollouts(free, costs, 1, short.cache_rows, seed) for seed in range(5)]
+    candidates = statistics.median(found.tokens / 2 for found in expected)
+    return max(0.0, seconds - statistics.median(found.seconds for found in expected)) / candidates
+
+
 def fitted(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> Costs:
     """A step's fixed part and its part by rows, from 1 row and from as many as there are; and a prompt's time."""
     most = config.rollout.max_rows
@@ -72,7 +88,9 @@ def fitted(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> Costs:
     for _ in range(10):
         for handle in engine.prefill(prompts[0].ids, config.rollout.num_generations):
             engine.release(handle)
-    return Costs(step=one - row, row=row, prompt=(time.perf_counter() - began) / 10, train_token=0.0, sync=0.0)
+    prompt = (time.perf_counter() - began) / 10
+    costs = Costs(step=one - row, row=row, prompt=prompt, train_token=0.0, sync=0.0)
+    return replace(costs, candidate=measured_candidate(policy, config, prompts, costs))
 
 
 def servers(config: Config, number: int, directory: Path) -> list[tuple[str, subprocess.Popen]]:
@@ -113,7 +131,8 @@ def main() -> None:
     prompts = render_prompts(problems, policy.tokenizer, config.data, **limits)
     costs = fitted(policy, config, prompts)
     print(
-        f"measured: step {1e3 * costs.step:.2f} ms + {1e3 * costs.row:.3f} ms a row; prompt {1e3 * costs.prompt:.1f} ms"
+        f"measured: step {1e3 * costs.step:.2f} ms + {1e3 * costs.row:.3f} ms a row; prompt {1e3 * costs.prompt:.1f} ms; "
+        f"candidate {1e3 * costs.candidate:.2f} ms"
     )
     terms = Terms(
         architecture(policy.model),
@@ -154,7 +173,8 @@ def report(
         taken.append(time.perf_counter() - began)
     workers, cores = len(addresses), os.cpu_count() or 1
     slower = max(1.0, workers / cores)
-    here = replace(costs, step=costs.step * slower, row=costs.row * slower, prompt=costs.prompt * slower)
+    times = {name: slower * getattr(costs, name) for name in ("step", "row", "prompt", "candidate")}
+    here = replace(costs, **times)
     work = work_of(config, groups, prompts)
     simulated = [simulate_rollouts(work, here, workers, config.rollout.cache_rows, seed).seconds for seed in range(5)]
     measured, expected = statistics.median(taken), statistics.median(simulated)

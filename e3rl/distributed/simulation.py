@@ -25,6 +25,7 @@ class Costs:
     sync: float  # new weights to all workers
     reward: float = 0.0  # of a whole step
     start: float = 0.0  # of a worker's part in a batch: connection, first exchange
+    candidate: float = 0.0  # beside its decode steps: judging it, starting the next
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def simulate_rollouts(work: Work, costs: Costs, workers: int, rows: int, seed: i
         end, _, group, number = engine.active[0]
         engine.clock += (end - engine.steps) * (costs.step + costs.row * len(engine.active))
         engine.steps = end
+        engine.clock += costs.candidate
         heapq.heappop(engine.active)
         for following in group.deliver(number, engine.clock):
             serial += 1

@@ -21,6 +21,11 @@ def test_one_worker_without_erasing_takes_what_arithmetic_says():
     assert (found.tokens, found.erased_tokens, found.idle) == (4 * 2 * 30, 0, 0.0)
 
 
+def test_a_candidate_has_a_cost_of_its_own():
+    found = simulate_rollouts(WORK, replace(COSTS, candidate=0.5), workers=1, rows=8)
+    assert found.seconds == pytest.approx(4 * 2.0 + 30 * (1.0 + 0.25 * 8) + 4 * 2 * 3 * 0.5)
+
+
 def test_groups_that_find_no_room_come_after():
     found = simulate_rollouts(WORK, COSTS, workers=1, rows=4)
     assert found.seconds == pytest.approx(2 * (2 * 2.0 + 30 * (1.0 + 0.25 * 4)))
