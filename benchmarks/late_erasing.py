@@ -37,7 +37,7 @@ from e3rl.train.environment import environment
 
 FAMILIES = ("lab:path:2", "lab:path:3", "lab:ways:2", "lab:ways:3", "lab:chain:3")
 TEMPERATURES = (1.0, 0.6, 0.3)
-LIMITS = {"arith": 24, "chain": 64}
+LIMITS = {"arith": 32, "chain": 64}
 """Most tokens of a response; of the others 8."""
 
 ERASABLE, PLAIN = 8, 18
