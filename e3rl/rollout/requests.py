@@ -31,6 +31,10 @@ class Request:
         """Tokens that may still be generated."""
         return self.tokens - len(self.ids)
 
+    def turns(self, tokens: int) -> int:
+        """Turns of so many tokens that it has had."""
+        return len(self.ids) // tokens
+
     def complete(self, eos_ids: Collection[int]) -> bool:
         """It has all its tokens, or its last one ends the sequence."""
         return self.remaining == 0 or (bool(self.ids) and self.ids[-1] in eos_ids)

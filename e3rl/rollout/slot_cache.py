@@ -34,15 +34,16 @@ class PromptView:
 
 @dataclass(frozen=True, slots=True)
 class DecodeView:
-    """One token for each of some slots, at a position of its own; the queries of the first slots see ``width`` positions."""
+    """One token for each of some slots, at a position of its own; the queries see ``width`` positions of ``read``."""
 
+    read: slice
     slots_R: Tensor
     positions_R: Tensor
     width: int
 
     def write(self, storage: Tensor, states: Tensor) -> Tensor:
         storage[self.slots_R, :, self.positions_R] = states[:, :, 0]
-        return storage[: len(states), :, : self.width]
+        return storage[self.read, :, : self.width]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -141,7 +142,7 @@ class GenericSlotModel:
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
         width = bucketed(rows.last + 1)
-        self._cache.view = DecodeView(rows.slots_R, rows.positions_R, width)
+        self._cache.view = DecodeView(rows.read, rows.slots_R, rows.positions_R, width)
         positions_R1 = rows.positions_R.unsqueeze(1)
         mask_R11W = (self._columns[:width] <= positions_R1)[:, None, None, :]
         if self._additive_mask:

@@ -94,6 +94,7 @@ class StepRows:
         self.last = max(positions)  # the largest position, known without asking the device
         filled = ([*values, *[values[0]] * self.spare] for values in (ids, positions))
         self.ids_R, self.positions_R = (torch.tensor(values, device=device) for values in filled)
+        self.read = slice(first, first + packed(len(ids)))
         self.slots_R = torch.tensor([*range(first, first + len(ids)), *[storage.scratch] * self.spare], device=device)
 
     def advance(self, ids_R: Tensor) -> None:

@@ -18,7 +18,7 @@ class Move(NamedTuple, Generic[K]):
 
 
 class SlotMap(Generic[K]):
-    """A one-to-one map of rows to slots in which chosen rows can be packed at the front."""
+    """A one-to-one map of rows to slots in which chosen rows can be packed side by side."""
 
     def __init__(self, slots: int) -> None:
         self._row_at: list[K | None] = [None] * slots
@@ -45,14 +45,19 @@ class SlotMap(Generic[K]):
         self._row_at[slot] = None
         return slot
 
-    def pack(self, rows: Sequence[K]) -> list[Move[K]]:
-        """Bring ``rows`` into the slots 0..len(rows)-1, in any order, with as few moves as possible.
+    def fullest(self, rows: Sequence[K], starts: Sequence[int]) -> int:
+        """The one of ``starts`` from which on as many slots as there are ``rows`` hold the most of them already."""
+        slots = [self._slot_of[row] for row in rows]
+        return max(starts, key=lambda start: sum(start <= slot < start + len(rows) for slot in slots))
+
+    def pack(self, rows: Sequence[K], first: int = 0) -> list[Move[K]]:
+        """Bring ``rows`` into the slots from ``first`` on, in any order, with as few moves as possible.
 
         The moves are already made in the map; the caller makes them in the cache, in the order given.
         """
-        front, wanted = len(rows), set(rows)
-        open_slots = [slot for slot in range(front) if self._row_at[slot] not in wanted]
-        strays = [row for row in rows if self._slot_of[row] >= front]
+        window, wanted = range(first, first + len(rows)), set(rows)
+        open_slots = [slot for slot in window if self._row_at[slot] not in wanted]
+        strays = [row for row in rows if self._slot_of[row] not in window]
         return [self._move(row, target) for row, target in zip(strays, open_slots, strict=True)]
 
     def _move(self, row: K, target: int) -> Move[K]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ from e3rl.rollout.step_part import Marks, SlotRow, StepPart
 from e3rl.rollout.step_parts import Crew, Division, Pace, divided, operation_threads
 from e3rl.rollout.weights import copy_weights
 from e3rl.types import Candidate, Draw
+
+TURN = 24
+"""Tokens after which a request lets others have its place, where more are open than are decoded together. All get on alike,
+so that few are left over at the end to be decoded in thin batches, whichever of them turn out to be long."""
 
 
 @dataclass(slots=True)
@@ -80,7 +84,7 @@ class TorchEngine:
         self._eos_ids = frozenset(eos_ids)
         self._max_rows, self._cache_rows, self._max_length = min(max_rows, cache_rows), cache_rows, max_length
         self._rows: dict[Row, SlotRow] = {}
-        self._open: dict[Row, SlotRow] = {}  # rows with an open request, oldest first
+        self._open: dict[Row, SlotRow] = {}  # rows with an open request, the next turn's first
         self._slots: SlotMap[SlotRow] = SlotMap(cache_rows)
         self._marks = Marks(cache_rows)
         self._crew = Crew()
@@ -139,23 +143,12 @@ class TorchEngine:
         self._row(row).append(ids, self._vocabulary, self._max_length)
 
     def poll(self) -> list[tuple[Row, Candidate]]:
-        """Decode the oldest requests together, up to max_rows, until at least one is complete; return all that are."""
-        active = dict(list(self._open.items())[: self._max_rows])
-        if not active:
-            return []
-        division = self._slot_model.division(len(active))
-        with torch.inference_mode(), operation_threads(division.threads):
-            self._catch_up([row for row in active.values() if row.cached < len(row.ids) - 1])
-            front = self._pack(list(active.values()))
-            try:
-                self._draw_first_tokens(front)
-                if not any(row.open.complete(self._eos_ids) for row in front):
-                    self._decode(front, division)
-            except SickLogits:
-                self._sick = True
-                raise
-        self._count_held_tokens()
-        done = [handle for handle, row in active.items() if row.open.complete(self._eos_ids)]
+        """Decode requests in turns, up to max_rows together, until at least one is complete; return all that are."""
+        done: list[Row] = []
+        while self._open and not done:
+            with torch.inference_mode():
+                self._take_turns()
+            done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
         return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
 
     def rollback(self, row: Row, length: int) -> None:
@@ -186,12 +179,34 @@ class TorchEngine:
         self.policy_version = version
         self._sick = False
 
+    def _take_turns(self) -> None:
+        """Draw what needs no forward pass; if that completes no request, decode those whose turn it is for some steps."""
+        active = dict(islice(self._open.items(), self._max_rows))
+        rows = list(active.values())
+        division = self._slot_model.division(len(rows))
+        with operation_threads(division.threads):
+            try:
+                if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
+                    return
+                begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
+                self._catch_up([row for row in rows if row.cached < len(row.ids) - 1])
+                self._decode(self._pack(rows), division)
+            except SickLogits:
+                self._sick = True
+                raise
+            finally:
+                self._count_held_tokens()
+        for handle, row in active.items():
+            if row.open.turns(TURN) > begun[handle]:
+                self._open[handle] = self._open.pop(handle)  # the next turn is behind all that wait
+
     def _row(self, row: Row) -> SlotRow:
         return find_row(self._rows, row)
 
     def _pack(self, rows: list[SlotRow]) -> list[SlotRow]:
-        """Bring the rows into the first slots, so that a decode step reads a slice of the cache; in slot order."""
-        for row, source, target, evicted in self._slots.pack(rows):
+        """Bring the rows into neighbouring slots, so that a decode step reads a slice of the cache; in slot order."""
+        starts = range(0, self._cache_rows - len(rows) + 1, packed(self._max_rows))
+        for row, source, target, evicted in self._slots.pack(rows, self._slots.fullest(rows, starts)):
             if evicted is None:
                 self._slot_model.storage.copy(source, [target], row.cached)
                 self.stats.moved_tokens += row.cached
@@ -204,31 +219,32 @@ class TorchEngine:
         """Decode appended tokens into the cache, one at a time as when they were drawn, all but each row's last."""
         while rows := [row for row in behind if row.cached < len(row.ids) - 1]:
             rows = self._pack(rows)
-            self._slot_model.decode(
-                self._step_rows([row.ids[row.cached] for row in rows], [row.cached for row in rows])
-            )
+            ids, positions = [row.ids[row.cached] for row in rows], [row.cached for row in rows]
+            model, first = self._slot_model, self._slots.slot(rows[0])
+            model.decode(StepRows(ids, positions, model.storage, model.device, first))
             for row in rows:
                 row.cached += 1
             self.stats.appended_tokens += len(rows)
 
-    def _step_rows(self, ids: list[int], positions: list[int]) -> StepRows:
-        return StepRows(ids, positions, self._slot_model.storage, self._slot_model.device)
-
-    def _draw_first_tokens(self, rows: list[SlotRow]) -> None:
-        """The first token of candidates whose mark still stands: no forward pass."""
-        marked = [row for row in rows if row.marked == row.total]
+    def _draw_first_tokens(self) -> list[SlotRow]:
+        """The first token of candidates whose mark still stands, waiting ones too: no forward pass. The rows it was drawn for."""
+        marked = [row for row in self._open.values() if row.marked == row.total]
         if not marked:
-            return
+            return marked
         spare = packed(len(marked)) - len(marked)
         draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
         draws.sample(self._marks.of(marked + marked[:1] * spare))
         self.stats.sampled_tokens += draws.deliver()
+        return marked
 
     def _decode(self, rows: list[SlotRow], division: Division) -> None:
-        """Step all rows, which lie in the slots 0..len(rows)-1, until at least one request is complete."""
+        """Step all rows, in neighbouring slots, until a request is complete, or for a turn where others wait."""
+        first = self._slots.slot(rows[0])
         steps = min(row.open.remaining for row in rows)
+        if len(self._open) > len(rows):
+            steps = min(steps, TURN)
         work = [
-            StepPart(rows[part], part.start, self._slot_model, self._marks, self._eos_ids, steps)
+            StepPart(rows[part], first + part.start, self._slot_model, self._marks, self._eos_ids, steps)
             for part in divided(len(rows), division.parts)
         ]
         pace = Pace(len(work), steps)

@@ -1,4 +1,4 @@
-"""Slot bookkeeping: moves that really bring the right rows to the front, and no more of them than needed."""
+"""Slot bookkeeping: moves that really bring the right rows side by side, and no more of them than needed."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def test_pack_moves_only_strays():
     assert slots.pack(["d", "a"]) == []
 
 
+def test_pack_from_the_fullest_start_moves_least():
+    slots = filled(6, "abcdef")
+    assert slots.fullest(["a", "e", "f"], [0, 3]) == 3
+    assert slots.fullest(["a", "d"], [0, 3]) == 0
+    assert slots.pack(["a", "e", "f"], 3) == [Move("a", 0, 3, "d")]
+    assert slots.pack(["d", "b"], 0) == []
+
+
 def test_pack_into_an_empty_slot_evicts_nobody():
     slots = filled(3, "abc")
     slots.give_back("a")
@@ -54,15 +62,16 @@ def test_moves_carried_out_in_a_cache_keep_every_row_whole(data):
             slots.give_back(row)
         wanted = data.draw(st.permutations(sorted(held)))[: data.draw(st.integers(0, len(held)))]
         before = [slots.slot(row) for row in wanted]
-        moves = slots.pack(wanted)
+        first = data.draw(st.integers(0, 6 - len(wanted)))
+        moves = slots.pack(wanted, first)
         for _, source, target, evicted in moves:
             stale = cache[target]
             cache[target] = cache[source]
             cache[source] = stale if evicted is not None else None
-        assert sorted(slots.slot(row) for row in wanted) == list(range(len(wanted)))
+        assert sorted(slots.slot(row) for row in wanted) == list(range(first, first + len(wanted)))
         assert all(cache[slots.slot(row)] == row for row in held)
         assert slots.free == 6 - len(held)
-        assert len(moves) == sum(slot >= len(wanted) for slot in before)
+        assert len(moves) == sum(not first <= slot < first + len(wanted) for slot in before)
 
 
 def test_a_row_that_is_not_there_is_an_error():
