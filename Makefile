@@ -1,4 +1,4 @@
-# make demo     train the embedded model with E³RL, a few minutes on two cores
+# make demo     train the embedded model with E³RL, about a minute on two cores
 # make test     the whole test suite
 # make test-peers    agreement with TRL by value, with a table of the largest differences
 # make test-browser  the report in a real browser
