@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,15 @@ def segment_entropy(entropies_T: Tensor) -> Tensor:
 def smooth_causal(means_N: Tensor, decay: float, window: int) -> Tensor:
     """Eq 11. H~ of the last of the segments so far, [..., N]: w runs over -W..0, as later segments do not exist yet (D2)."""
     recent_W = means_N[..., -(window + 1) :]
-    distance_W = torch.arange(recent_W.shape[-1] - 1, -1, -1, dtype=means_N.dtype, device=means_N.device)
-    weights_W = decay**distance_W
-    return (weights_W * recent_W).sum(-1) / weights_W.sum()
+    weights_W, total = _smoothing_weights(recent_W.shape[-1], decay, means_N.dtype, means_N.device)
+    return (weights_W * recent_W).sum(-1) / total
+
+
+@functools.cache
+def _smoothing_weights(count: int, decay: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Eq 11's weights of so many segments, the last one's 1, and their sum."""
+    weights_W = decay ** torch.arange(count - 1, -1, -1, dtype=dtype, device=device)
+    return weights_W, weights_W.sum()
 
 
 def smooth_centered(means_N: Tensor, decay: float, window: int) -> Tensor:

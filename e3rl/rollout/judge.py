@@ -65,9 +65,8 @@ class _History:
     """What the judge was told about one sibling, by segment index."""
 
     firsts: list[Candidate] = field(default_factory=list)
-    measured: dict[int, Uncertainty] = field(
-        default_factory=dict
-    )  # of the firsts that were there when the segment opened
+    opened: dict[int, tuple[Uncertainty, Threshold]] = field(default_factory=dict)
+    """U and Theta(0) of the firsts that were there when their segment opened."""
     committed: list[Candidate] = field(default_factory=list)
     attempts: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
@@ -140,9 +139,11 @@ class GroupJudge:
         if segment == len(history.modulations):
             self._modulate([history])
         statistics = self._statistics[segment]
-        known = segment in history.measured and candidate is history.firsts[segment]
-        u = history.measured[segment] if known else self._uncertainty(history, candidate, statistics.entropies)
-        theta = self._threshold(history.modulations[segment], statistics.baseline, attempt)
+        if attempt == 0 and segment in history.opened and candidate is history.firsts[segment]:
+            u, theta = history.opened[segment]
+        else:
+            u = self._uncertainty(history, candidate, statistics.entropies)
+            theta = self._thresholds([history.modulations[segment]], statistics.baseline, attempt)[0]
         verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
         return Judgement(u, theta, attempt, verdict)
 
@@ -157,12 +158,13 @@ class GroupJudge:
             entropies = self._pooled_entropies = self._pool(segment)
         here = [h for h in self._histories if h.present(segment) and len(h.committed) == segment]
         firsts = [h.firsts[segment] for h in here]
-        for history, u in zip(
-            here, self._metric(firsts, [h.means for h in here], entropies, self._config), strict=True
-        ):
-            history.measured[segment] = u
-        self._statistics.append(_Statistics(entropies, self._baseline(segment, here)))
+        uncertainties = self._metric(firsts, [h.means for h in here], entropies, self._config)
+        baseline = self._baseline([u.total for u in uncertainties], segment)
         self._modulate(here)
+        thresholds = self._thresholds([h.modulations[segment] for h in here], baseline, 0)
+        for history, u, theta in zip(here, uncertainties, thresholds, strict=True):
+            history.opened[segment] = u, theta
+        self._statistics.append(_Statistics(entropies, baseline))
 
     def _pool(self, segment: int) -> Moments:
         """D3 'group'. First candidates of segments m <= n, and committed retries of segments m < n."""
@@ -175,19 +177,18 @@ class GroupJudge:
                 pooled = pooled.merged(Moments.of(history.firsts[segment].entropies))
         return pooled
 
-    def _baseline(self, segment: int, here: Sequence[_History]) -> float:
-        """Eq 14-16. B_n from where the settings say (D4, D5)."""
+    def _baseline(self, totals: Sequence[float], segment: int) -> float:
+        """Eq 14-16. B_n from where the settings say (D4, D5); ``totals``: U of the siblings that are there."""
         if self._reference is not None:
             usual = self._reference.at(segment)
             return self._macro_baseline(_tensor(usual.mean), _tensor(usual.std))
         if self._config.baseline == "static":
             return self._config.static_baseline
-        if len(here) < self._config.min_siblings:
+        if len(totals) < self._config.min_siblings:
             return self._statistics[-1].baseline
-        totals = _tensor([h.measured[segment].total for h in here])
         if self._config.baseline == "quantile":
-            return _raised(float(threshold.quantile_baseline(totals, self._config.quantile)))
-        return self._macro_baseline(*threshold.group_moments(totals))
+            return _raised(float(threshold.quantile_baseline(_tensor(totals), self._config.quantile)))
+        return self._macro_baseline(*threshold.group_moments(_tensor(totals)))
 
     def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
         kappa = threshold.offset(std, self._config.kappa0, self._config.kappa1, self._config.sigma0)
@@ -208,10 +209,11 @@ class GroupJudge:
         for history, phi in zip(histories, phis, strict=True):
             history.modulations.append(phi)
 
-    def _threshold(self, phi: float, baseline: float, attempt: int) -> Threshold:
-        """Eq 17. Theta_n(e)."""
+    def _thresholds(self, phis: Sequence[float], baseline: float, attempt: int) -> list[Threshold]:
+        """Eq 17. Theta_n(e) of siblings that are at the same segment and attempt."""
         penalty = _attempt_penalty(attempt, self._config.eta, self._config.delta)
-        return Threshold(float(threshold.threshold(baseline, penalty, phi)), baseline, penalty, phi)
+        totals = threshold.threshold(baseline, penalty, _tensor(phis)).tolist()
+        return [Threshold(total, baseline, penalty, phi) for total, phi in zip(totals, phis, strict=True)]
 
 
 def _raised(baseline: float) -> float:
