@@ -20,7 +20,7 @@ from e3rl.reproduce.results import Results
 from e3rl.reproduce.scales import LAB, SMOKE, SMOLLM2, Scale
 from e3rl.reproduce.statistics import estimate
 from e3rl.reproduce.study import Row, Study, View
-from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods, whole
+from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods
 
 _LAB = replace(
     LAB,
@@ -69,10 +69,10 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
     return tuple(
         Row(
             label(family, name),
-            (f"methods/{METHODS[name][0]}",),
-            (*((f"data.train={family}",) if family else ()), *METHODS[name][1]),
+            (f"methods/{METHODS[name].overlay}",),
+            (*((f"data.train={family}",) if family else ()), *METHODS[name].overrides),
             tuned_as="Vanilla",
-            whole=whole(name),
+            whole=METHODS[name].whole,
         )
         for family in families(scale)
         for name in methods(scale, family)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from e3rl.reproduce.scales import Scale
 
 FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
 """What is trained on, by scale. At other scales it is the recipe's own data."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row's overlay of the recipe and its overrides. ``whole``: it judges whole responses, as one segment."""
+
+    overlay: str
+    overrides: tuple[str, ...] = ()
+    whole: bool = False
+
 
 _EPS = (
     "erasure.base_weight=0.0",
@@ -29,33 +40,33 @@ _ALLOCATIONS = ("causal", "sequence", "anchored")
 
 
 def _erasing(
-    name: str, overrides: tuple[str, ...], allocations: Sequence[str]
-) -> dict[str, tuple[str, tuple[str, ...]]]:
+    name: str, overrides: tuple[str, ...], allocations: Sequence[str] = _ALLOCATIONS, *, whole: bool = False
+) -> dict[str, Method]:
     """A way to erase under every allocation, with erased candidates dropped and as contrast."""
     found = {}
     for allocation in allocations:
         title = name if allocation == "causal" else f"{name}, {allocation}"
         allocated = (*overrides, f"objective.allocation={allocation}")
-        found[title] = ("e3rl", allocated)
-        found[f"{title}+contrast"] = ("e3rl", (*allocated, _CONTRAST))
+        found[title] = Method("e3rl", allocated, whole)
+        found[f"{title}+contrast"] = Method("e3rl", (*allocated, _CONTRAST), whole)
     return found
 
 
-METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "Vanilla": ("vanilla", ()),
-    "GRPO": ("grpo", ()),
-    "GRPO, rollouts at T = 0.6": ("grpo", ("rollout.temperature=0.6",)),
-    "DAPO": ("dapo", ()),
-    "GSPO": ("gspo", ()),
-    "SAPO": ("sapo", ()),
-    "ERPO": ("erpo", ()),
-    **_erasing("E³RL", (), _ALLOCATIONS),
-    **_erasing("E³RL+ε", _EPS, _ALLOCATIONS),
-    **_erasing("E³RL late", _LATE, ("causal",)),
-    **_erasing("E³RL late+ε", _LATE_EPS, ("causal",)),
+METHODS: Mapping[str, Method] = {
+    "Vanilla": Method("vanilla"),
+    "GRPO": Method("grpo"),
+    "GRPO, rollouts at T = 0.6": Method("grpo", ("rollout.temperature=0.6",)),
+    "DAPO": Method("dapo"),
+    "GSPO": Method("gspo"),
+    "SAPO": Method("sapo"),
+    "ERPO": Method("erpo"),
+    **_erasing("E³RL", ()),
+    **_erasing("E³RL+ε", _EPS),
+    **_erasing("E³RL late", _LATE, ("causal",), whole=True),
+    **_erasing("E³RL late+ε", _LATE_EPS, ("causal",), whole=True),
 }
-"""A row's overlay and overrides. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one segment, so
-allocations don't differ."""
+"""Every way to train that is compared. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one
+segment, so allocations don't differ."""
 
 _SECOND = (
     *("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "E³RL", "E³RL+ε", "E³RL+ε+contrast"),
@@ -81,11 +92,6 @@ def methods(scale: Scale, family: str) -> tuple[str, ...]:
     if scale.name in _FEWER:
         return _FEWER[scale.name]
     return _SECOND if family in FAMILIES["lab"][1:] else tuple(METHODS)
-
-
-def whole(method: str) -> bool:
-    """Whether the method judges whole responses."""
-    return method.startswith("E³RL late")
 
 
 def label(family: str, method: str) -> str:
