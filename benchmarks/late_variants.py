@@ -1,9 +1,12 @@
 """Which late judgement, which threshold? Variants of erasing whole responses, replayed over one pool of plain samples.
 
     python benchmarks/late_variants.py --json out.json          (two minutes on one quiet core)
+    python benchmarks/late_variants.py --json out.json --model smollm2 --families lab:arith:1 --problems 48 --samples 16 \
+        --temperatures 0.6 0.3          (fifteen minutes on one quiet core)
 
 A whole response that is erased is drawn again from its prompt, so erasing can be replayed exactly over independent samples of
-each prompt, drawn once. All problems are of the training half: this is where settings are chosen, not where they are reported.
+each prompt, drawn once. The first temperature is the one that everything is erased at. All problems are of the training half:
+this is where settings are chosen, not where they are reported.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from late_erasing import configured
 
-from e3rl.cli.recipes import find_recipe
-from e3rl.config import load_config
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.statistics import within_prefix_auroc
+from e3rl.evaluate.metrics import pass_at_k
 from e3rl.lab.problems import grade, load
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.engines import build_engine
@@ -29,7 +32,7 @@ from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.environment import environment
 from e3rl.types import Trajectory
 
-GROUP, POOL, REPEATS = 8, 48, 4
+GROUP, REPEATS = 8, 4
 ETA, DELTA = 0.05, 1.5
 """The attempt penalty's defaults (eq 17)."""
 
@@ -47,8 +50,16 @@ class Pool:
     right: np.ndarray
     tokens: np.ndarray
 
-    def late(self, weight: float = 0.3) -> np.ndarray:
-        return self.entropy + weight * self.eps
+    @property
+    def samples(self) -> int:
+        return int(self.right.shape[1])
+
+    def late(self, weight: float = 0.3, alpha: float = 1.0) -> np.ndarray:
+        """Entropy and ε summed over n tokens and divided by n to the ``alpha``: 1 for the mean."""
+        return (self.entropy + weight * self.eps) * self.tokens ** (1 - alpha)
+
+    def pass_at(self, k: int) -> float:
+        return float(np.mean([pass_at_k(int(right), self.samples, k) for right in self.right.sum(axis=1)]))
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,11 @@ def _numbers(trajectory: Trajectory, right: bool) -> tuple[float, ...]:
     return (np.mean(entropies), max(entropies), np.mean(eps), max(eps), right, len(entropies))
 
 
-def draw(policy: Policy, family: str, problems: int, temperature: float) -> Pool:
+def draw(policy: Policy, family: str, problems: int, samples: int, temperature: float) -> Pool:
     """The pool of a family's training half at a temperature."""
-    chosen = ["rollout.erase=false", f"rollout.num_generations={POOL}", f"rollout.temperature={temperature}"]
-    config = load_config(find_recipe("recommended"), [], [f"data.train={family}", *chosen])
+    config = configured(family, ("", temperature))
+    sampling = {"erase": False, "num_generations": samples, "temperature": temperature}
+    config = replace(config, rollout=replace(config.rollout, **sampling))
     limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
     prompts = render_prompts(load(family, "train", problems), policy.tokenizer, config.data, **limits)
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
@@ -101,7 +113,7 @@ def replay(
     rng = np.random.default_rng(0)
     avg, passed, tokens = [], [], 0.0
     for p in np.tile(np.arange(len(u_PK)), REPEATS):
-        order, spare = rng.permutation(POOL), rng.permutation(POOL)
+        order, spare = rng.permutation(pool.samples), rng.permutation(pool.samples)
         firsts, again = order[:GROUP], iter((order[GROUP:] if retries is None else spare).tolist() * GROUP)
         level, good = baseline(u_PK[p, firsts]), 0
         for first in firsts:
@@ -122,7 +134,9 @@ def rerank(pool: Pool, u_PK: np.ndarray, drawn: int) -> Outcome:
     """Draw so many and keep the `GROUP` calmest."""
     rng = np.random.default_rng(0)
     rows = np.tile(np.arange(len(u_PK)), REPEATS)
-    kept = [(p, (seen := rng.permutation(POOL)[:drawn])[u_PK[p, seen].argsort(kind="stable")[:GROUP]]) for p in rows]
+    kept = [
+        (p, (seen := rng.permutation(pool.samples)[:drawn])[u_PK[p, seen].argsort(kind="stable")[:GROUP]]) for p in rows
+    ]
     right = np.array([pool.right[p, index] for p, index in kept])
     return Outcome(float(right.mean()), float(right.any(axis=1).mean()), drawn / GROUP)
 
@@ -142,39 +156,66 @@ def where_unlikely(pool: Pool) -> np.ndarray:
 
 
 def variants(pools: Mapping[float, Pool]) -> dict[str, Outcome]:
-    """Every variant at temperature 1, and retries at lower ones."""
-    hot, u = pools[1.0], pools[1.0].late()
-    found = {"plain, T = 1": Outcome(float(hot.right.mean()), _pass(hot), 1.0)}
-    found |= {f"plain, T = {t:g}": Outcome(float(p.right.mean()), _pass(p), 1.0) for t, p in pools.items() if t != 1.0}
+    """Every variant at the first temperature, and retries at the others."""
+    (_, hot), *cooler = pools.items()
+    u = hot.late()
+    found = {f"plain, T = {t:g}": Outcome(float(p.right.mean()), p.pass_at(GROUP), 1.0) for t, p in pools.items()}
     found |= {f"κ₀ = {k:g}": replay(hot, u, kappa(k)) for k in (0.0, -0.5, -1.0, -1.5)}
     found |= {f"quantile {q:g}": replay(hot, u, quantile(q)) for q in (0.5, 0.3, 0.2, 0.1)}
     found["quantile 0.2, last attempt committed"] = replay(hot, u, quantile(0.2), last=True)
     found |= {f"quantile 0.2, E_max = {e}": replay(hot, u, quantile(0.2), erasures=e) for e in (1, 3, 8)}
     found["one threshold for all problems: mean of U"] = replay(hot, u, lambda _: float(u.mean()))
     found["one threshold for all problems: mean − ½ std"] = replay(hot, u, lambda _: float(u.mean() - u.std() / 2))
-    for t in (0.6, 0.3):
-        found[f"quantile 0.2, retries at T = {t}"] = replay(hot, u, quantile(0.2), retries=(pools[t], pools[t].late()))
-        found[f"quantile 0.2, all at T = {t}"] = replay(pools[t], pools[t].late(), quantile(0.2))
+    for t, pool in cooler:
+        found[f"quantile 0.2, retries at T = {t:g}"] = replay(hot, u, quantile(0.2), retries=(pool, pool.late()))
+        found[f"quantile 0.2, all at T = {t:g}"] = replay(pool, pool.late(), quantile(0.2))
     found["only where ε was high"] = replay(hot, where_unlikely(hot), quantile(0.2))
-    found |= {f"rerank, calmest 8 of {n}": rerank(hot, u, n) for n in (16, 20, 24)}
+    found |= {f"rerank, calmest 8 of {n}": rerank(hot, u, n) for n in (16, 20, 24) if n <= hot.samples}
     return found
 
 
-def _pass(pool: Pool) -> float:
-    groups = pool.right[:, : POOL // GROUP * GROUP].reshape(len(pool.right), -1, GROUP)
-    return float(groups.any(axis=2).mean())
+def spread(pools: Mapping[float, Pool]) -> dict[str, dict[str, float]]:
+    """How much there is to win: what many draws find, and the share of problems that are right or wrong in each of them."""
+    found = {}
+    for t, pool in pools.items():
+        solved = pool.right.mean(axis=1)
+        numbers = {f"Pass@{k}": pool.pass_at(k) for k in (GROUP, 16, pool.samples)}
+        numbers["all right or all wrong"] = float(((solved == 0) | (solved == 1)).mean())
+        found[f"T = {t:g}, {pool.samples} draws"] = {"Avg": float(solved.mean()), **numbers}
+    return found
 
 
-def weights(pool: Pool) -> dict[str, tuple[float, Outcome]]:
-    """AUROC among answers to one problem and the outcome at the fifth, by the weight of ε beside the entropy."""
+def judgements(pool: Pool) -> dict[str, tuple[float, Outcome]]:
+    """AUROC among answers to one problem and the outcome at the fifth, by the weight of ε and by what length counts."""
     candidates = {f"entropy + {w:g} ε": pool.late(w) for w in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)}
     candidates |= {"ε alone": pool.eps, "largest entropy": pool.peak}
-    problem = np.repeat(np.arange(len(pool.right)), POOL).astype(str)
+    candidates |= {f"entropy + 0.3 ε, sum / n^{alpha:g}": pool.late(alpha=alpha) for alpha in (0.5, 0.0)}
+    candidates |= {"entropy, sum": pool.late(0.0, alpha=0.0), "length": pool.tokens}
+    problem = np.repeat(np.arange(len(pool.right)), pool.samples).astype(str)
     found = {}
     for name, u in candidates.items():
         auroc = within_prefix_auroc(u.ravel(), ~pool.right.ravel(), problem, problem).value
         found[name] = (auroc or float("nan"), replay(pool, u, quantile(0.2)))
     return found
+
+
+def told_of(found: Mapping[str, tuple[float, Outcome]]) -> dict[str, tuple[str, str]]:
+    return {name: (f"{auroc:.2f}", str(outcome)) for name, (auroc, outcome) in found.items()}
+
+
+def show(family: str, found: Mapping[str, Any]) -> None:
+    for name, numbers in found["spread"].items():
+        print(f"\n{family}, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+    for temperature, rows in found["judgements"].items():
+        print(
+            f"\n| {family}, {temperature}, quantile 0.2 | AUROC within a problem | Avg@{GROUP} / Pass@{GROUP}, tokens |"
+        )
+        print("| --- | --- | --- |")
+        for name, (auroc, outcome) in rows.items():
+            print(f"| {name} | {auroc} | {outcome} |")
+    print(f"\n| {family}, variant | Avg@{GROUP} / Pass@{GROUP}, tokens |\n| --- | --- |")
+    for name, outcome in found["variants"].items():
+        print(f"| {name} | {outcome} |", flush=True)
 
 
 def main() -> None:
@@ -183,22 +224,21 @@ def main() -> None:
     parser.add_argument("--model", default="lab")
     parser.add_argument("--families", nargs="+", default=["lab:path:2", "lab:ways:2"])
     parser.add_argument("--problems", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=48, help="draws of each problem")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.6, 0.3])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    policy = load_policy(replace(load_config(find_recipe("recommended")).model, path=options.model))
-    result: dict[str, Any] = {"environment": environment(), "problems": options.problems}
+    policy = load_policy(replace(configured(options.families[0], ("", 1.0)).model, path=options.model))
+    told = {"model": options.model, "problems": options.problems, "samples": options.samples}
+    result: dict[str, Any] = {"environment": environment(), **told}
     for family in options.families:
-        pools = {t: draw(policy, family, options.problems, t) for t in (1.0, 0.6, 0.3)}
-        by_weight, by_variant = weights(pools[1.0]), variants(pools)
-        print(f"\n{family}: AUROC within a problem; Avg@{GROUP} / Pass@{GROUP}, tokens")
-        for name, (auroc, outcome) in by_weight.items():
-            print(f"| {name} | {auroc:.2f} | {outcome} |")
-        for name, outcome in by_variant.items():
-            print(f"| {name} | {outcome} |", flush=True)
+        pools = {t: draw(policy, family, options.problems, options.samples, t) for t in options.temperatures}
         result[family] = {
-            "weights": {name: [auroc, str(outcome)] for name, (auroc, outcome) in by_weight.items()},
-            "variants": {name: str(outcome) for name, outcome in by_variant.items()},
+            "spread": spread(pools),
+            "judgements": {f"T = {t:g}": told_of(judgements(pool)) for t, pool in pools.items()},
+            "variants": {name: str(outcome) for name, outcome in variants(pools).items()},
         }
+        show(family, result[family])
         options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 

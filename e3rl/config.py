@@ -133,6 +133,11 @@ class ErasureConfig:
     entropy_distribution: Literal["full", "truncated"] = setting(
         "full", "D1: entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
     )
+    temperature: float = setting(
+        0.0,
+        "temperature that entropies and perturbations are measured at, whatever is drawn with; 0: rollout.temperature (eq 2)",
+        min=0,
+    )
     smoothing_window: int = setting(1, "W of eq 11; D2: causal, so W earlier segments", min=0)
     smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
     entropy_reference: Literal["group", "batch"] = setting("group", "D3: where mu_E and sigma_E of eq 13 come from")
@@ -287,6 +292,11 @@ class Config:
         if self.rollout.workers and self.rollout.servers:
             raise UserError(
                 "rollout.workers and rollout.servers are both set: Ray starts workers, servers are there already"
+            )
+        if self.erasure.temperature and self.erasure.entropy_distribution == "truncated":
+            raise UserError(
+                "erasure.entropy_distribution = 'truncated' is the distribution that is drawn from, "
+                "so erasure.temperature must be 0"
             )
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")

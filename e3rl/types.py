@@ -54,8 +54,9 @@ class Draw:
 class Candidate:
     """A segment that was generated and is not yet judged.
 
-    ``logprobs`` and ``entropies`` (nats) belong to the temperature-scaled distribution over the full vocabulary, before
-    any truncation; ``perturbations`` are eq 5's log p(argmax) - log p(sampled) under it; ``kept_mass`` is the share of
+    ``logprobs`` belong to the temperature-scaled distribution over the full vocabulary, before any truncation, and so do
+    ``entropies`` (nats) and ``perturbations``, eq 5's log p(argmax) - log p(sampled), unless `ErasureConfig.temperature` names
+    another temperature for these two; ``kept_mass`` is the share of
     that distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more
     than the tokens that were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token.
     """

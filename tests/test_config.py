@@ -70,6 +70,11 @@ def test_what_is_wrong_with_a_setting_is_said_with_its_name(override: str, words
         assert word in str(caught.value)
 
 
+def test_a_truncated_entropy_has_no_temperature_of_its_own():
+    with pytest.raises(UserError, match=r"so erasure\.temperature must be 0"):
+        load_config(None, [], ["erasure.entropy_distribution=truncated", "erasure.temperature=1.0"])
+
+
 def test_errors_in_a_recipe_name_the_file_and_line(tmp_path: Path):
     broken = tmp_path / "broken.toml"
     broken.write_text("[train]\nsteps = \n")

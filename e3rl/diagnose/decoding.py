@@ -28,17 +28,18 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 @dataclass(frozen=True)
 class Setting:
     """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates; ``segments``: cut a response
-    into so many, None: as configured."""
+    into so many, None: as configured; ``measured_at``: temperature of the distribution that is judged, 0: as drawn."""
 
     title: str
     weights: tuple[float, float, float, float]
     kappa0: float | None = None
     quantile: float | None = None
     segments: int | None = None
+    measured_at: float = 0.0
 
     def applied(self, config: Config) -> Config:
         """The config with this setting; whole responses and halves look at nothing but themselves."""
-        changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True))
+        changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True)) | {"temperature": self.measured_at}
         if self.kappa0 is not None:
             changed |= {"baseline": "group", "kappa0": self.kappa0}
         if self.quantile is not None:
@@ -69,7 +70,11 @@ SETTINGS: Mapping[str, Setting] = {
     "whole-mild": Setting("entropy of the whole response, κ₀ = 0.5", _ENTROPY, 0.5, segments=1),
     LATE: Setting("entropy of the whole response, κ₀ = −0.5", _ENTROPY, -0.5, segments=1),
     LATE_EPS: Setting(
-        "entropy + 0.3 ε of the whole response, the calmest fifth stays", _BOTH, quantile=0.2, segments=1
+        "entropy + 0.3 ε of the whole response, the calmest fifth stays",
+        _BOTH,
+        quantile=0.2,
+        segments=1,
+        measured_at=1.0,
     ),
 }
 """Erasure settings that are compared, beside the model's own. The late ones see what follows from a mistake."""

@@ -23,6 +23,7 @@ FORMAT = 1
 MEASURED_BY = (
     "metric",
     "entropy_distribution",
+    "temperature",
     "base_weight",
     "gradient_weight",
     "extremum_weight",

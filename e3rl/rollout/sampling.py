@@ -64,6 +64,14 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError(f"top_k = {sampling.top_k} is out of range: it must be at least 0, which keeps all tokens")
     if sampling.entropy_distribution not in ("full", "truncated"):
         raise UserError(f"entropy_distribution = '{sampling.entropy_distribution}': it must be 'full' or 'truncated'")
+    if not 0 <= sampling.measured_at < float("inf"):
+        raise UserError(
+            f"measured_at = {sampling.measured_at} is out of range: it must be at least 0, which is as drawn"
+        )
+    if sampling.measured_at and sampling.entropy_distribution == "truncated":
+        raise UserError(
+            "entropy_distribution = 'truncated' is the distribution that is drawn from: measured_at must be 0"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +79,14 @@ class SamplingRows:
     """Sampling settings of several rows as tensors. ``depth``: likeliest tokens to look at for truncation; 0: none."""
 
     temperature_S1: Tensor
+    measured_at_S1: Tensor
     top_k_S1: Tensor
     top_p_S1: Tensor
     truncates_S1: Tensor
     truncated_entropy_S: Tensor
     depth: int
     any_truncated_entropy: bool
+    any_measured_apart: bool
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | str) -> SamplingRows:
@@ -88,6 +98,7 @@ class SamplingRows:
         return replace(
             self,
             temperature_S1=self.temperature_S1[rows],
+            measured_at_S1=self.measured_at_S1[rows],
             top_k_S1=self.top_k_S1[rows],
             top_p_S1=self.top_p_S1[rows],
             truncates_S1=self.truncates_S1[rows],
@@ -99,6 +110,7 @@ class SamplingRows:
 def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
     truncates = [r.top_k > 0 or r.top_p < 1 for r in rows]
     top_k = [r.top_k or _NO_TOP_K for r in rows]
+    measured_at = [r.measured_at or r.temperature for r in rows]
     truncated_entropy = [r.entropy_distribution == "truncated" for r in rows]
 
     def column(values: list, dtype: torch.dtype) -> Tensor:
@@ -106,19 +118,22 @@ def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
 
     return SamplingRows(
         temperature_S1=column([r.temperature for r in rows], torch.float32),
+        measured_at_S1=column(measured_at, torch.float32),
         top_k_S1=column(top_k, torch.long),
         top_p_S1=column([r.top_p for r in rows], torch.float32),
         truncates_S1=column(truncates, torch.bool),
         truncated_entropy_S=column(truncated_entropy, torch.bool).squeeze(1),
         depth=max((k for k, t in zip(top_k, truncates, strict=True) if t), default=0),
         any_truncated_entropy=any(truncated_entropy),
+        any_measured_apart=any(r.temperature != at for r, at in zip(rows, measured_at, strict=True)),
     )
 
 
 def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:
     """Eq 2, 5. One token per row from its temperature-scaled, truncated distribution, with entropy and perturbation.
 
-    Everything measured belongs to the distribution before truncation, unless the row asks for the truncated entropy.
+    Everything measured belongs to the distribution before truncation, unless the row asks for the truncated entropy; entropy
+    and perturbation to the temperature that the row is measured at.
     A row with NaN or infinite logits gets the id `SICK`.
     """
     parts = _parts(logits_SV)
@@ -138,7 +153,7 @@ def _parts(logits_SV: Tensor) -> list[slice]:
 def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:
     logp_SV = (logits_SV.float() / rows.temperature_S1).log_softmax(-1)
     p_SV = logp_SV.exp()
-    entropies_S = -(p_SV * logp_SV).sum(-1)
+    entropies_S = _entropies(p_SV, logp_SV)
     sick_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
     kept_mass_S = torch.ones_like(entropies_S)
     if rows.depth:
@@ -148,18 +163,29 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
         if rows.any_truncated_entropy:
             truncated_S = kept_mass_S.log() - (p_SV * logp_SV).sum(-1) / kept_mass_S
             entropies_S = torch.where(rows.truncated_entropy_S, truncated_S, entropies_S)
+    if rows.any_measured_apart:
+        apart_S = (rows.measured_at_S1 != rows.temperature_S1).squeeze(1)
+        measured_SV = (logits_SV.float() / rows.measured_at_S1).log_softmax(-1)
+        entropies_S = torch.where(apart_S, _entropies(measured_SV.exp(), measured_SV), entropies_S)
     ids_S = inverse_cdf(p_SV, uniforms_S)
     logprobs_S1 = logp_SV.gather(1, ids_S.unsqueeze(1))
     logprobs_S = logprobs_S1.squeeze(1)
+    perturbations_S = logp_SV.amax(-1) - logprobs_S  # a difference of logits over the temperature
+    if rows.any_measured_apart:
+        perturbations_S = perturbations_S * (rows.temperature_S1 / rows.measured_at_S1).squeeze(1)
     likelier_SV = torch.gt(logp_SV, logprobs_S1, out=p_SV)  # as floats: several times as fast as a comparison to bool
     return Samples(
         ids_S=ids_S.masked_fill(sick_S, SICK),
         logprobs_S=logprobs_S,
         entropies_S=entropies_S.clamp(min=0.0),
-        perturbations_S=logp_SV.amax(-1) - logprobs_S,
+        perturbations_S=perturbations_S,
         kept_mass_S=kept_mass_S,
         ranks_S=likelier_SV.sum(-1).int() + 1,  # exact: whole numbers below 2**24
     )
+
+
+def _entropies(p_SV: Tensor, logp_SV: Tensor) -> Tensor:
+    return -(p_SV * logp_SV).sum(-1)
 
 
 def truncation_thresholds(p_SV: Tensor, rows: SamplingRows) -> Tensor:

@@ -56,7 +56,9 @@ class Scheduler:
         self.reference = reference
         self.entropy_moments = entropy_moments
         self.observe = observe or _ignore
-        self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution)
+        self.sampling = Sampling(
+            rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution, erasure.temperature
+        )
 
     def run(self, prompts: Iterable[Prompt], step: int, policy_version: int) -> Iterator[Group]:
         """Yield each prompt's group as it finishes; prompts are taken as rows become free.

@@ -8,7 +8,7 @@ token. So the tokens, entropies and perturbations are those of every other engin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,7 @@ class TapRequest:
 
 def tap_arguments(key: str, numbers: np.ndarray, sampling: Sampling) -> dict[str, Any]:
     """What `TapRequest.of` reads, in types that survive the way to the worker."""
-    fields = [sampling.temperature, sampling.top_p, sampling.top_k, sampling.entropy_distribution]
-    return {ARGUMENT: {"key": key, "numbers": numbers.tobytes(), "sampling": fields}}
+    return {ARGUMENT: {"key": key, "numbers": numbers.tobytes(), "sampling": list(astuple(sampling))}}
 
 
 @dataclass(frozen=True)

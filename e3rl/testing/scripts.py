@@ -175,7 +175,11 @@ def play(engine: Engine, script: Sequence[Action], contract: EngineContract) -> 
 def random_script(seed: int, vocab_size: int, length: int = 14) -> list[Action]:
     """A script that mixes all actions."""
     rng = random.Random(seed)
-    settings = (Sampling(), Sampling(temperature=0.7, top_k=5), Sampling(top_p=0.8, entropy_distribution="truncated"))
+    settings = (
+        Sampling(),
+        Sampling(temperature=0.7, top_k=5, measured_at=1.0),
+        Sampling(top_p=0.8, entropy_distribution="truncated"),
+    )
 
     def start() -> Action:
         return Start(tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))), rng.randint(1, 3))

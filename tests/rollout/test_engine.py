@@ -75,7 +75,7 @@ SAMPLINGS = st.builds(
     top_p=st.sampled_from([0.6, 1.0]),
     top_k=st.sampled_from([0, 1, 7]),
     entropy_distribution=st.sampled_from(["full", "truncated"]),
-)
+) | st.builds(Sampling, temperature=st.sampled_from([0.5, 1.0]), measured_at=st.sampled_from([1.0, 2.0]))
 TOKENS = st.integers(0, VOCAB - 1)
 STARTS = st.builds(Start, st.lists(TOKENS, min_size=1, max_size=9).map(tuple), st.integers(1, 3))
 EXTENDS = st.builds(Extend, st.integers(0, 9), st.integers(1, 6), SAMPLINGS)

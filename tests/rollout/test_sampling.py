@@ -44,6 +44,15 @@ def test_temperature_scales_before_everything_else():
     assert measures == pytest.approx((math.log(4 / 22), entropy, math.log(4), 1.0, 2), abs=1e-6)
 
 
+def test_entropy_and_perturbation_can_be_those_of_another_temperature():
+    # drawn at 0.5 from 16, 4, 1, 1 of 22, measured at 1: 1.75 bits, token 1 one bit below the likeliest
+    [measures] = run(HALVES[None], [Sampling(temperature=0.5, measured_at=1.0)], [0.9]).measures()
+    assert measures == pytest.approx((math.log(4 / 22), 1.75 * math.log(2), math.log(2), 1.0, 2), abs=1e-6)
+    [own] = run(HALVES[None], [Sampling(temperature=0.5, measured_at=0.5)], [0.9]).measures()
+    [neighbour, _] = run(HALVES.repeat(2, 1), [Sampling(0.5), Sampling(0.5, measured_at=2.0)], [0.9, 0.9]).measures()
+    assert own == neighbour == run(HALVES[None], [Sampling(0.5)], [0.9]).measures()[0]
+
+
 def test_top_k_keeps_the_likeliest_and_measures_the_whole():
     sampling = Sampling(top_k=2)
     samples = run(HALVES.expand(3, 4), [sampling] * 3, [0.66, 0.67, 1 - 2**-53])
@@ -143,6 +152,7 @@ def cases(draw):
         draw(st.sampled_from([0.5, 1.0, 1.7])),
         draw(st.integers(0, size)),
         draw(st.sampled_from([0.137, 0.519, 0.873, 1.0])),
+        draw(st.sampled_from([0.0, 0.6, 1.0])),
         draw(st.floats(0, 1, exclude_max=True)),
     )
 
@@ -152,9 +162,10 @@ def cases(draw):
 def test_every_row_follows_the_plain_reference(rows):
     width = max(len(row[0]) for row in rows)
     logits = torch.tensor([row[0] + [-60.0 - i for i in range(width - len(row[0]))] for row in rows])
-    samplings = [Sampling(t, p, k) for _, t, k, p, _ in rows]
-    samples = run(logits, samplings, [row[4] for row in rows])
-    for i, (_, temperature, top_k, top_p, number) in enumerate(rows):
+    samplings = [Sampling(t, p, k, measured_at=m) for _, t, k, p, m, _ in rows]
+    samples = run(logits, samplings, [row[5] for row in rows])
+    for i, (_, temperature, top_k, top_p, measured_at, number) in enumerate(rows):
+        measured = reference_distribution(logits[i].tolist(), measured_at or temperature, 0, 1.0)
         full = reference_distribution(logits[i].tolist(), temperature, 0, 1.0)
         kept = reference_distribution(logits[i].tolist(), temperature, top_k, top_p)
         token = samples.ids_S[i].item()
@@ -162,9 +173,9 @@ def test_every_row_follows_the_plain_reference(rows):
         assert kept[token] > 0
         assert before - 1e-5 <= number <= before + kept[token] + 1e-5
         assert samples.logprobs_S[i].item() == pytest.approx(math.log(full[token]), abs=1e-4)
-        entropy = -sum(p * math.log(p) for p in full if p > 0)
+        entropy = -sum(p * math.log(p) for p in measured if p > 0)
         assert samples.entropies_S[i].item() == pytest.approx(entropy, abs=1e-5)
-        assert samples.perturbations_S[i].item() == pytest.approx(math.log(max(full) / full[token]), abs=1e-4)
+        assert samples.perturbations_S[i].item() == pytest.approx(math.log(max(measured) / measured[token]), abs=1e-4)
         likelier = [sum(p > full[token] * (1 + slack) for p in full) for slack in (-1e-4, 1e-4)]
         assert likelier[1] <= samples.ranks_S[i].item() - 1 <= likelier[0]
         mass = sum(p for p, k in zip(full, kept, strict=True) if k > 0)
@@ -243,6 +254,9 @@ def test_half_precision_logits_are_measured_in_single_precision():
         (Sampling(top_p=1.1), "top_p"),
         (Sampling(top_k=-1), "top_k"),
         (Sampling(entropy_distribution="half"), "entropy_distribution"),
+        (Sampling(measured_at=-0.1), "measured_at"),
+        (Sampling(measured_at=math.nan), "measured_at"),
+        (Sampling(measured_at=1.0, entropy_distribution="truncated"), "measured_at must be 0"),
     ],
 )
 def test_settings_out_of_range_are_named(sampling, name):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
+import torch
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.rollout.engine import Engine
@@ -66,3 +68,20 @@ def test_batching_changes_nothing(max_rows, cache_rows):
 def test_the_oracle_agrees():
     oracle = RecomputeEngine(tiny("Qwen3"), eos_ids=EOS, cache_rows=9, max_length=64)
     assert tokens_of(groups_of(oracle)) == tokens_of(groups_of(torch_engine()))
+
+
+def test_what_is_drawn_at_one_temperature_can_be_judged_at_another():
+    rollout = replace(ROLLOUT, temperature=0.5)
+    judged = Scheduler(torch_engine(), rollout, replace(ERASURE, temperature=1.0), seed=1).run(PROMPTS[:1], 1, 0)
+    own = Scheduler(torch_engine(), rollout, ERASURE, seed=1).run(PROMPTS[:1], 1, 0)
+    first, other = (next(iter(groups)).trajectories[0] for groups in (judged, own))
+    candidate = min((e for e in first.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate
+    same = min((e for e in other.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate
+    assert (candidate.ids, candidate.logprobs) == (same.ids, same.logprobs)
+    ids = torch.tensor([*PROMPTS[0].ids, *candidate.ids])
+    with torch.no_grad():
+        logits_TV = tiny("Qwen3")(ids[None]).logits[0, len(PROMPTS[0].ids) - 1 : -1]
+    exact_T = torch.distributions.Categorical(logits=logits_TV).entropy()
+    assert candidate.entropies == pytest.approx(exact_T.tolist(), abs=1e-5)
+    assert candidate.perturbations == pytest.approx([x / 2 for x in same.perturbations], abs=1e-6)
+    assert candidate.entropies != pytest.approx(same.entropies, abs=1e-2)
