@@ -41,10 +41,12 @@ Baseline = Callable[[np.ndarray], float]
 
 @dataclass(frozen=True)
 class Pool:
-    """Independent samples of each problem: mean and largest entropy, mean and largest ε, whether right, tokens; [P, K] each."""
+    """Independent samples of each problem, [P, K] each. ``later``: mean entropy of a response's later half."""
 
     entropy: np.ndarray
     peak: np.ndarray
+    median: np.ndarray
+    later: np.ndarray
     eps: np.ndarray
     largest_eps: np.ndarray
     right: np.ndarray
@@ -76,8 +78,9 @@ class Outcome:
 
 def _numbers(trajectory: Trajectory, right: bool) -> tuple[float, ...]:
     eps = [x for s in trajectory.segments for x in s.candidate.perturbations]
-    entropies = trajectory.entropies
-    return (np.mean(entropies), max(entropies), np.mean(eps), max(eps), right, len(entropies))
+    entropies = np.array(trajectory.entropies)
+    summaries = (entropies.mean(), entropies.max(), np.median(entropies), entropies[len(entropies) // 2 :].mean())
+    return (*summaries, np.mean(eps), max(eps), right, len(entropies))
 
 
 def draw(policy: Policy, family: str, problems: int, samples: int, temperature: float) -> Pool:
@@ -95,7 +98,7 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
         rights = [grade(group.prompt.problem, text) for text in texts]
         found[group.prompt.problem.id] = [_numbers(t, r) for t, r in zip(group.trajectories, rights, strict=True)]
     table = np.array([found[p.problem.id] for p in prompts]).transpose(2, 0, 1)
-    return Pool(*table[:4], right=table[4].astype(bool), tokens=table[5])
+    return Pool(*table[:6], right=table[6].astype(bool), tokens=table[7])
 
 
 def replay(
@@ -186,9 +189,10 @@ def spread(pools: Mapping[float, Pool]) -> dict[str, dict[str, float]]:
 
 
 def judgements(pool: Pool) -> dict[str, tuple[float, Outcome]]:
-    """AUROC among answers to one problem and the outcome at the fifth, by the weight of ε and by what length counts."""
+    """AUROC among answers to one problem and the outcome at the fifth, by the weight of ε and by how tokens are summed up."""
     candidates = {f"entropy + {w:g} ε": pool.late(w) for w in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)}
     candidates |= {"ε alone": pool.eps, "largest entropy": pool.peak}
+    candidates |= {"median entropy": pool.median, "entropy of the later half": pool.later}
     candidates |= {f"entropy + 0.3 ε, sum / n^{alpha:g}": pool.late(alpha=alpha) for alpha in (0.5, 0.0)}
     candidates |= {"entropy, sum": pool.late(0.0, alpha=0.0), "length": pool.tokens}
     problem = np.repeat(np.arange(len(pool.right)), pool.samples).astype(str)
