@@ -83,11 +83,11 @@ def _numbers(trajectory: Trajectory, right: bool) -> tuple[float, ...]:
     return (*summaries, np.mean(eps), max(eps), right, len(entropies))
 
 
-def draw(policy: Policy, family: str, problems: int, samples: int, temperature: float) -> Pool:
-    """The pool of a family's training half at a temperature."""
+def draw(policy: Policy, family: str, problems: int, samples: int, temperature: float, measured_at: float) -> Pool:
+    """The pool of a family's training half at a temperature, its entropies and ε measured at another (0: the same)."""
     config = configured(family, ("", temperature))
-    sampling = {"erase": False, "num_generations": samples, "temperature": temperature}
-    config = replace(config, rollout=replace(config.rollout, **sampling))
+    rollout = replace(config.rollout, erase=False, num_generations=samples, temperature=temperature)
+    config = replace(config, rollout=rollout, erasure=replace(config.erasure, temperature=measured_at))
     limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
     prompts = render_prompts(load(family, "train", problems), policy.tokenizer, config.data, **limits)
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
@@ -230,13 +230,21 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--samples", type=int, default=48, help="draws of each problem")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.6, 0.3])
+    parser.add_argument(
+        "--measured-at",
+        type=float,
+        default=1.0,
+        help="erasure.temperature, at which entropy and ε are measured; 0: as drawn",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     policy = load_policy(replace(configured(options.families[0], ("", 1.0)).model, path=options.model))
-    told = {"model": options.model, "problems": options.problems, "samples": options.samples}
+    names = ("model", "problems", "samples", "measured_at")
+    told = {name: getattr(options, name) for name in names}
     result: dict[str, Any] = {"environment": environment(), **told}
     for family in options.families:
-        pools = {t: draw(policy, family, options.problems, options.samples, t) for t in options.temperatures}
+        sizes = (options.problems, options.samples)
+        pools = {t: draw(policy, family, *sizes, t, options.measured_at) for t in options.temperatures}
         result[family] = {
             "spread": spread(pools),
             "judgements": {f"T = {t:g}": told_of(judgements(pool)) for t, pool in pools.items()},
