@@ -4,7 +4,7 @@
     python benchmarks/late_erasing.py --json out.json --models RUN0/model RUN1/model --families lab:path:2
     python benchmarks/late_erasing.py --json out.json --models smollm2 --families lab:arith:1-3 --settings whole whole+eps
 
-Erasable decoding judges the whole response as one segment. Temperature and setting are chosen on problems of the training half
+Erasable decoding judges whole responses, or halves. Temperature and setting are chosen on problems of the training half
 and reported on the held-out half. Plain decoding gets as many samples more as the erased tokens would have paid for; Pass
 counts them. 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U, which is the same evidence without a
 decision on the way. Several models are seeds of one training: what is shown is each problem's mean over them.
@@ -25,7 +25,7 @@ import torch
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
-from e3rl.diagnose.decoding import LATE_EPS, SETTINGS
+from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
 from e3rl.diagnose.signals import RESPONSE_SIGNALS
 from e3rl.evaluate.evaluation import evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
@@ -97,7 +97,8 @@ def measured(policy: Policy, family: str, split: Split, problems: int, choice: C
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=bool(choice[0]))
-    judge = RESPONSE_SIGNALS["entropy + 0.3 ε" if judged_by == LATE_EPS else "entropy of the response"][1]
+    signal = "entropy + 0.3 ε" if judged_by in (LATE_EPS, HALF_EPS) else "entropy of the response"
+    judge = RESPONSE_SIGNALS[signal][1]
     suspicion_PK = np.array([[judge(t) for t in g.trajectories] for g in done.groups])
     return Counts(done.correct_PK, suspicion_PK, done.record()["tokens"] / done.correct_PK.size)
 
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["lab"])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument(
-        "--settings", nargs="+", default=[LATE_EPS], help="late settings of `e3rl diagnose` to choose from"
+        "--settings", nargs="+", default=[LATE_EPS, HALF_EPS], help="late settings of `e3rl diagnose` to choose from"
     )
     parser.add_argument("--tuning", type=int, default=64, help="problems of the training half to choose on")
     parser.add_argument("--problems", type=int, default=192, help="held-out problems")

@@ -159,18 +159,19 @@ def late(back_to: Callable[[Answer], int], *, from_best: bool = False, share: fl
     return complete
 
 
-def by_step(following: int, *, share: float = 0.5, erasures: int = 3) -> Way:
-    """Judge each token, its entropies together with those of ``following`` tokens behind it (eq 11 on both sides)."""
+def by_segment(length: int, following: int = 0, *, share: float = 0.5, erasures: int = 3) -> Way:
+    """Judge segments, their entropies together with those of ``following`` tokens behind them (eq 11 on both sides)."""
 
     def complete(desk: Desk, groups: list[list[Answer]]) -> None:
-        for position in range(desk.limit):
+        for position in range(0, desk.limit, length):
             open_groups = [[a for a in g if len(a.ids) > position or not desk.ended(a)] for g in groups]
             open_groups = [group for group in open_groups if group]
-            stop = position + 1 + following
+            end = position + length
+            stop = end + following
             desk.extend([answer for group in open_groups for answer in group], stop)
 
-            def judged(answer: Answer, start: int = position, stop: int = stop) -> float:
-                return _mean(answer.entropies[start:stop]) + LATE_EPS_WEIGHT * answer.perturbations[start]
+            def judged(answer: Answer, start: int = position, end: int = end, stop: int = stop) -> float:
+                return _mean(answer.entropies[start:stop]) + LATE_EPS_WEIGHT * _mean(answer.perturbations[start:end])
 
             _again(desk, open_groups, lambda _, at=position: at, stop, judged, share, erasures, from_best=True)
 
@@ -191,10 +192,13 @@ def _start(_: Answer) -> int:
 
 WAYS: Mapping[str, Way] = {
     "never judged (plain)": plain,
-    "each step by itself": by_step(0),
-    "each step with the next": by_step(1),
-    "each step with the next, quantile 0.3, E_max = 5": by_step(1, share=0.3, erasures=5),
-    "each step with the next two": by_step(2),
+    "each step by itself": by_segment(1),
+    "each step with the next": by_segment(1, 1),
+    "each step with the next, quantile 0.3, E_max = 5": by_segment(1, 1, share=0.3, erasures=5),
+    "each step with the next two": by_segment(1, 2),
+    "segments of 3": by_segment(3, share=0.2, erasures=5),
+    "segments of 4": by_segment(4, share=0.2, erasures=5),
+    "segments of 5": by_segment(5, share=0.2, erasures=5),
     "the whole, back to its largest ε": late(_largest_eps),
     "the whole, back to its largest ε, from the best so far": late(_largest_eps, from_best=True),
     "the whole, back to before its largest entropy": late(_before_largest_entropy),

@@ -105,6 +105,10 @@ def on_retries(diagnosis: Diagnosis) -> Finding | None:
     return Finding("good" if _above(best, 0.0) else "warn", sentence)
 
 
+_WORTH_HAVING = 0.05
+"""A gain in Avg@k that would be worth having: where an interval around 0 reaches beyond it, nothing is decided."""
+
+
 def on_decoding(diagnosis: Diagnosis) -> Finding:
     """Does erasing beat plain decoding at its best temperature?"""
     fight = diagnosis.contest
@@ -122,11 +126,17 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
             f"Where you take several samples, decode with {erasable}: one of them is right more often, {_points(fight.passed)} "
             f"over {plain}, at equal average accuracy and {cost}.",
         )
-    return Finding(
-        "warn",
-        f"Decode plainly ({plain}): the best erasable setting ({erasable}) changes Avg@{diagnosis.samples} by "
-        f"{_points(fight.avg)} and Pass@{diagnosis.samples} by {_points(fight.passed)} at {cost}.",
+    changes = (
+        f"the best erasable setting ({erasable}) changes Avg@{diagnosis.samples} by {_points(fight.avg)} and "
+        f"Pass@{diagnosis.samples} by {_points(fight.passed)} at {cost}."
     )
+    if fight.avg.high is not None and fight.avg.high > _WORTH_HAVING:
+        return Finding(
+            "note",
+            f"Whether erasing beats {plain} can't be said from so few problems: {changes} Give it more (--problems), and decode "
+            "plainly until then.",
+        )
+    return Finding("warn", f"Decode plainly ({plain}): {changes}")
 
 
 def _reranking(diagnosis: Diagnosis) -> str:

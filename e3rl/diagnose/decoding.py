@@ -28,18 +28,19 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 @dataclass(frozen=True)
 class Setting:
     """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates; ``segments``: cut a response
-    into so many, None: as configured; ``measured_at``: temperature of the distribution that is judged, 0: as drawn."""
+    into so many, None: as configured; ``hot``: entropy and ε are those at temperature 1, whatever is drawn with."""
 
     title: str
     weights: tuple[float, float, float, float]
     kappa0: float | None = None
     quantile: float | None = None
     segments: int | None = None
-    measured_at: float = 0.0
+    hot: bool = False
 
     def applied(self, config: Config) -> Config:
         """The config with this setting; whole responses and halves look at nothing but themselves."""
-        changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True)) | {"temperature": self.measured_at}
+        config = measured_hot(config) if self.hot else config
+        changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True))
         if self.kappa0 is not None:
             changed |= {"baseline": "group", "kappa0": self.kappa0}
         if self.quantile is not None:
@@ -55,18 +56,22 @@ class Setting:
         )
 
 
+def measured_hot(config: Config) -> Config:
+    """The config with entropy and ε at temperature 1: a low temperature hides in the distribution what they look for."""
+    return replace(config, erasure=replace(config.erasure, temperature=1.0, entropy_distribution="full"))
+
+
 _PAPER = (1.0, 0.5, 0.1, 0.0)
 _ENTROPY = (1.0, 0.0, 0.0, 0.0)
 _EPS = (0.0, 0.0, 0.0, 1.0)
 _BOTH = (1.0, 0.0, 0.0, LATE_EPS_WEIGHT)
-LATE, LATE_EPS = "whole", "whole+eps"
+LATE, LATE_EPS, HALF_EPS = "whole", "whole+eps", "half+eps"
 SETTINGS: Mapping[str, Setting] = {
     "paper-1": Setting("U, paper, κ₀ = 1", _PAPER, 1.0),
     "paper-2": Setting("U, paper, κ₀ = 2", _PAPER, 2.0),
     "paper+eps": Setting("U + ε, κ₀ = 1", (1.0, 0.5, 0.1, 1.0), 1.0),
     "eps-0.5": Setting("ε, κ₀ = 0.5", _EPS, 0.5),
     "eps-1": Setting("ε, κ₀ = 1", _EPS, 1.0),
-    "half": Setting("entropy of half a response, κ₀ = −0.5", _ENTROPY, -0.5, segments=2),
     "whole-mild": Setting("entropy of the whole response, κ₀ = 0.5", _ENTROPY, 0.5, segments=1),
     LATE: Setting("entropy of the whole response, κ₀ = −0.5", _ENTROPY, -0.5, segments=1),
     LATE_EPS: Setting(
@@ -74,7 +79,10 @@ SETTINGS: Mapping[str, Setting] = {
         _BOTH,
         quantile=0.2,
         segments=1,
-        measured_at=1.0,
+        hot=True,
+    ),
+    HALF_EPS: Setting(
+        "entropy + 0.3 ε of each half, the calmest fifth stays", _BOTH, quantile=0.2, segments=2, hot=True
     ),
 }
 """Erasure settings that are compared, beside the model's own. The late ones see what follows from a mistake."""
@@ -155,7 +163,7 @@ def compare(
     own: bool,
 ) -> list[Decoding]:
     """Every way to decode on the same problems: plainly at each temperature, with erasure at the highest in each of the named
-    `SETTINGS`, and in the most accurate of these at the best temperature. ``own``: the config's own settings are one of them.
+    `SETTINGS`, and in the most accurate of these at the others. ``own``: the config's own settings are one of them.
     """
 
     def measured(name: str, kind: Kind, temperature: float, config: Config) -> tuple[Decoding, Evaluation]:
@@ -167,23 +175,19 @@ def compare(
 
     found: list[Decoding] = []
     for temperature in temperatures:
-        decoding, evaluation = measured("plain", "plain", temperature, config)
+        decoding, evaluation = measured("plain", "plain", temperature, measured_hot(config))
         reranked = _reranked(evaluation, temperature, decoding.tokens)
         found += [decoding, reranked, *_votes(evaluation, tokenizer, temperature, decoding.tokens)]
     chosen = {SETTINGS[key].title: SETTINGS[key].applied(config) for key in settings}
     if own and config not in chosen.values():
         chosen["the model's own settings"] = config
-    highest, best = max(temperatures), max((d for d in found if d.kind == "plain"), key=_accuracy).temperature
+    highest = max(temperatures)
     erasable = {name: measured(name, "erasable", highest, settings)[0] for name, settings in chosen.items()}
     found += erasable.values()
-    if erasable and best != highest:
-        name = max(erasable, key=lambda name: _accuracy(erasable[name]))
-        found.append(measured(name, "erasable", best, chosen[name])[0])
+    if erasable:
+        name = max(erasable, key=lambda name: erasable[name].avg.value or 0.0)
+        found += [measured(name, "erasable", t, chosen[name])[0] for t in temperatures if t != highest]
     return found
-
-
-def _accuracy(decoding: Decoding) -> float:
-    return decoding.avg.value or 0.0
 
 
 @dataclass(frozen=True)

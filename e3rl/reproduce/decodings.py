@@ -12,7 +12,7 @@ from typing import Any, Literal
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.diagnose.decoding import LATE_EPS, SETTINGS
+from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
 from e3rl.evaluate.evaluation import evaluate, spread
 from e3rl.models import Policy
 from e3rl.reproduce.exam import SEED
@@ -47,6 +47,8 @@ WAYS = (
     Way(0.3),
     Way(1.0, LATE_EPS),
     Way(0.6, LATE_EPS),
+    Way(1.0, HALF_EPS),
+    Way(0.6, HALF_EPS),
 )
 
 

@@ -34,6 +34,7 @@ _LATE = (
     "erasure.rho=0.0",
     "erasure.kappa0=-0.5",
 )
+_HALVES = ("rollout.segment_length=4", "rollout.max_segments=2")
 _LATE_EPS = (*_LATE, "erasure.perturbation_weight=0.3", "erasure.baseline=quantile", "erasure.quantile=0.2")
 _CONTRAST = "objective.erased=contrast"
 _ALLOCATIONS = ("causal", "sequence", "anchored")
@@ -64,13 +65,14 @@ METHODS: Mapping[str, Method] = {
     **_erasing("E³RL+ε", _EPS),
     **_erasing("E³RL late", _LATE, ("causal",), whole=True),
     **_erasing("E³RL late+ε", _LATE_EPS, ("causal",), whole=True),
+    **_erasing("E³RL halves+ε", (*_LATE_EPS, *_HALVES), ("causal",)),
 }
 """Every way to train that is compared. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one
-segment, so allocations don't differ."""
+segment, so allocations don't differ. 'halves': that of each half."""
 
 _SECOND = (
     *("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "E³RL", "E³RL+ε", "E³RL+ε+contrast"),
-    *("E³RL late", "E³RL late+contrast", "E³RL late+ε+contrast"),
+    *("E³RL late", "E³RL late+contrast", "E³RL late+ε+contrast", "E³RL halves+ε+contrast"),
 )
 """What the second family is trained with: every kind of method once, to keep the study within an hour or two of a core."""
 

@@ -13,7 +13,7 @@ from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
 from e3rl.config import load_config
 from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
-from e3rl.diagnose.decoding import LATE, LATE_EPS, SETTINGS, Contest
+from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, SETTINGS, Contest
 from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
 from e3rl.diagnose.signals import PAPER, SIGNALS, measure
@@ -110,6 +110,11 @@ ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
         (BETTER, ZERO, r"^Decode with ε, κ₀ = 1: \+10.0 points \(\+4.0 to \+16.0\) over plain, T = 0.6"),
         (ZERO, BETTER, r"^Where you take several samples, decode with ε, κ₀ = 1"),
         (ZERO, ZERO, r"^Decode plainly \(plain, T = 0.6\)"),
+        (
+            Estimate(0.03, -0.04, 0.1, 9),
+            ZERO,
+            r"^Whether erasing beats plain, T = 0.6 can't be said from so few problems",
+        ),
     ],
 )
 def test_the_recommendation_follows_the_intervals(avg, passed, words):
@@ -139,9 +144,11 @@ def test_late_settings_cut_the_response_anew():
     late = SETTINGS[LATE].applied(config)
     assert (late.rollout.segment_length, late.rollout.max_segments, late.rollout.completion_limit) == (40, 1, 40)
     assert (late.erasure.smoothing_window, late.erasure.rho, late.erasure.base_weight) == (0, 0.0, 1.0)
-    half = SETTINGS["half"].applied(config)
+    half = SETTINGS[HALF_EPS].applied(config)
     assert (half.rollout.segment_length, half.rollout.max_segments) == (20, 2)
     assert SETTINGS["eps-1"].applied(config).rollout == config.rollout
+    truncated = load_config(None, (), ["erasure.entropy_distribution=truncated"])
+    assert SETTINGS[LATE_EPS].applied(truncated).erasure.entropy_distribution == "full"  # else it is refused
     static = load_config(None, (), ["erasure.baseline=static"])
     assert SETTINGS["paper-1"].applied(static).erasure.baseline == "group"
     calm = SETTINGS[LATE_EPS].applied(config).erasure
