@@ -6,7 +6,8 @@
 
 Erasable decoding judges whole responses, or halves. Temperature and setting are chosen on problems of the training half
 and reported on the held-out half. Plain decoding gets as many samples more as the erased tokens would have paid for; Pass
-counts them. 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U, which is the same evidence without a
+counts them. A low temperature is right more often and solves fewer problems, so plain decoding at temperature 1 stands beside it
+('hot'). 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U, which is the same evidence without a
 decision on the way. Several models are seeds of one training: what is shown is each problem's mean over them.
 """
 
@@ -130,7 +131,7 @@ def compare(
     policies: Sequence[Policy], family: str, settings: Sequence[str], tuning: int, problems: int
 ) -> dict[str, Any]:
     """The best plain against the best erasable decoding of a family, chosen with the first model on the training half."""
-    choices = tuned(policies[0], family, settings, tuning)
+    choices = tuned(policies[0], family, settings, tuning) | {"hot": ("", 1.0)}
     judged_by = choices["erasable"][0]
     avg: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
     passed: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
@@ -140,7 +141,15 @@ def compare(
         plain, erasable = found[choices["plain"]], found[choices["erasable"]]
         k = min(ERASABLE * erasable.tokens / plain.tokens, PLAIN)
         rerank = found[choices["rerank"]].calmest(round(k), ERASABLE)
-        for kind, counts, at in (("plain", plain, k), ("erasable", erasable, ERASABLE), ("rerank", rerank, ERASABLE)):
+        hot = found[choices["hot"]]
+        hot_k = min(ERASABLE * erasable.tokens / hot.tokens, PLAIN)
+        shown_at = {
+            "plain": (plain, k),
+            "erasable": (erasable, ERASABLE),
+            "rerank": (rerank, ERASABLE),
+            "hot": (hot, hot_k),
+        }
+        for kind, (counts, at) in shown_at.items():
             avg[kind].append(counts.avg_P)
             passed[kind].append(counts.pass_P(at))
         tokens["plain"].append(plain.tokens)
@@ -157,7 +166,7 @@ def compare(
         "difference": {
             f"{name}_{other}": interval(values["erasable"] - values[other])
             for name, values in (("avg", avg_P), ("pass", pass_P))
-            for other in ("plain", "rerank")
+            for other in ("plain", "rerank", "hot")
         },
     }
 
@@ -170,8 +179,9 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a table."""
     lines = [
         f"| problems | plain T; erasable; rerank T | tokens × | Avg: plain, erasable, rerank | erasable − plain | relative | "
-        f"Pass at equal tokens, Pass@{ERASABLE} erasable, rerank | erasable − plain | Avg, Pass: erasable − rerank |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"Pass at equal tokens, Pass@{ERASABLE} erasable, rerank | erasable − plain | Avg, Pass: erasable − rerank | "
+        "plain at T = 1: Avg, Pass at equal tokens; Pass, erasable − it |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family, row in rows.items():
         choices, avg, passed, gap = row["choices"], row["avg"], row["pass"], row["difference"]
@@ -186,6 +196,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
             ", ".join(shown(passed[kind]) for kind in ("plain", "erasable", "rerank")) + f"; k = {row['plain_k']:.1f}",
             shown(gap["pass_plain"], "+"),
             f"{shown(gap['avg_rerank'], '+')}, {shown(gap['pass_rerank'], '+')}",
+            f"{shown(avg['hot'])}, {shown(passed['hot'])}; {shown(gap['pass_hot'], '+')}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
