@@ -110,21 +110,31 @@ def interval(values_P: np.ndarray) -> dict[str, float]:
 
 
 def tuned(policy: Policy, family: str, settings: Sequence[str], problems: int) -> dict[str, Choice]:
-    """The most accurate choice of each kind on the training half; reranking at the tokens of erasing."""
+    """The most accurate choice of each kind on the training half; of those that erase or rerank, where there are any, one
+    that solves as many problems as plain decoding does with the same tokens. Reranking spends the tokens of erasing."""
+
+    def all_of(names: Sequence[str]) -> dict[Choice, Counts]:
+        choices = [(name, t) for name in names for t in TEMPERATURES]
+        return {c: measured(policy, family, "train", problems, c, settings[0]) for c in choices}
 
     def best(found: Mapping[Choice, Counts]) -> Choice:
         return max(found, key=lambda choice: float(found[choice].avg_P.mean()))
 
-    def all_of(names: Sequence[str], judged_by: str = LATE_EPS) -> dict[Choice, Counts]:
-        choices = [(name, t) for name in names for t in TEMPERATURES]
-        return {c: measured(policy, family, "train", problems, c, judged_by) for c in choices}
+    plain = all_of([""])
+    reference = plain[best(plain)]
+
+    def keeps_pass(counts: Counts) -> bool:
+        k = min(ERASABLE * counts.tokens / reference.tokens, PLAIN)
+        return float((counts.pass_P(ERASABLE) - reference.pass_P(k)).mean()) >= 0
+
+    def chosen(found: Mapping[Choice, Counts]) -> Choice:
+        return best({c: counts for c, counts in found.items() if keeps_pass(counts)} or found)
 
     erasable = all_of(settings)
-    chosen = best(erasable)
-    plain = all_of([""], judged_by=chosen[0])
-    k = min(ERASABLE * erasable[chosen].tokens / plain[best(plain)].tokens, PLAIN)
-    calm = best({c: counts.calmest(round(k), ERASABLE) for c, counts in plain.items()})
-    return {"plain": best(plain), "erasable": chosen, "rerank": calm}
+    erased = chosen(erasable)
+    k = min(ERASABLE * erasable[erased].tokens / reference.tokens, PLAIN)
+    calm = chosen({c: counts.calmest(round(k), ERASABLE) for c, counts in plain.items()})
+    return {"plain": best(plain), "erasable": erased, "rerank": calm}
 
 
 def compare(
