@@ -28,6 +28,16 @@ def _share(estimate: Estimate) -> str:
     return f"{estimate.value:.2f}{bounds}"
 
 
+_WORTH_USING = 0.7
+"""An AUROC that would be worth having: an interval that ends below it is too little, one that reaches from chance to it decides
+nothing."""
+
+
+def _faint(estimate: Estimate) -> bool:
+    """Surely above chance, and surely too little to act on."""
+    return _above(estimate, 0.5) and estimate.high is not None and estimate.high < _WORTH_USING
+
+
 def _named(diagnosis: Diagnosis, name: str) -> Signal:
     return next(s for s in diagnosis.signals if s.name == name)
 
@@ -38,6 +48,8 @@ def on_uncertainty(diagnosis: Diagnosis) -> Finding:
     if u.within.value is None:
         return Finding("note", "No prefix had a right and a wrong draw, so nothing can be said of single draws.")
     seen = f"AUROC {_share(u.overall)} over all segments" if u.overall.value is not None else "no segment is wrong"
+    if _faint(u.within):
+        return Finding("warn", f"The paper's U hardly tells a bad draw from its siblings: {_share(u.within)} ({seen}).")
     if _above(u.within, 0.5):
         return Finding("good", f"The paper's U tells a bad draw from its siblings: {_share(u.within)} ({seen}).")
     if u.within.high is not None and u.within.high < 0.5:
@@ -65,22 +77,24 @@ def on_best_signal(diagnosis: Diagnosis) -> Finding | None:
     return Finding("note", f"What tells siblings apart best is {best.name}: {_share(best.within)}.{late}")
 
 
-_STILL_OPEN = 0.7
-"""An AUROC that would be worth having: where an interval from chance reaches it, nothing is decided."""
-
-
 def on_late_evidence(diagnosis: Diagnosis) -> Finding | None:
     """Do mistakes show in what follows them?"""
     entropy = diagnosis.responses[0].within
     if entropy.value is None:
         return None
+    if _faint(entropy):
+        return Finding(
+            "note",
+            f"Mistakes hardly show in what follows them: among answers to one problem, the whole response's entropy tells wrong "
+            f"from right with {_share(entropy)}, 0.5 is chance. That is too little to draw again by.",
+        )
     if _above(entropy, 0.5):
         return Finding(
             "note",
             f"Mistakes show in what follows them: among answers to one problem, the whole response's entropy tells wrong from "
             f"right ({_share(entropy)}). Judge long segments, by entropy and a little ε: evidence that no lower temperature has.",
         )
-    if entropy.high is None or entropy.high > _STILL_OPEN:
+    if entropy.high is None or entropy.high > _WORTH_USING:
         return Finding(
             "note",
             f"Whether mistakes show in what follows them can't be said from so few problems: among answers to one problem, the "
@@ -117,7 +131,8 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
     if _above(fight.avg, 0.0):
         return Finding(
             "good",
-            f"Decode with {erasable}: {_points(fight.avg)} over {plain} on held-back problems, {cost}."
+            f"Decode with {erasable}: {_points(fight.avg)} over {plain} on held-back problems (Pass@{diagnosis.samples} "
+            f"{_points(fight.passed)}), {cost}."
             f"{_reranking(diagnosis)}",
         )
     if _above(fight.passed, 0.0):
@@ -130,7 +145,8 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
         f"the best erasable setting ({erasable}) changes Avg@{diagnosis.samples} by {_points(fight.avg)} and "
         f"Pass@{diagnosis.samples} by {_points(fight.passed)} at {cost}."
     )
-    if fight.avg.high is not None and fight.avg.high > _WORTH_HAVING:
+    loses_pass = fight.passed.high is not None and fight.passed.high < 0
+    if fight.avg.high is not None and fight.avg.high > _WORTH_HAVING and not loses_pass:
         return Finding(
             "note",
             f"Whether erasing beats {plain} can't be said from so few problems: {changes} Give it more (--problems), and decode "
