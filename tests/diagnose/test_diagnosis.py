@@ -110,6 +110,7 @@ ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
         (BETTER, ZERO, r"^Decode with ε, κ₀ = 1: \+10.0 points \(\+4.0 to \+16.0\) over plain, T = 0.6"),
         (ZERO, BETTER, r"^Where you take several samples, decode with ε, κ₀ = 1"),
         (ZERO, ZERO, r"^Decode plainly \(plain, T = 0.6\)"),
+        (Estimate(0.03, -0.04, 0.1, 9), Estimate(-0.1, -0.2, -0.01, 9), r"^Decode plainly"),
         (
             Estimate(0.03, -0.04, 0.1, 9),
             ZERO,
@@ -125,6 +126,8 @@ def test_a_blind_uncertainty_is_called_blind():
     blind, seeing = Estimate(0.55, 0.45, 0.65, 30), Estimate(0.8, 0.7, 0.9, 30)
     assert on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=blind)).level == "warn"
     assert on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=seeing)).level == "good"
+    faint = Estimate(0.58, 0.55, 0.61, 30)
+    assert "hardly tells" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=faint)).text
     backwards = Estimate(0.3, 0.2, 0.4, 30)
     assert "points the wrong way" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=backwards)).text
     assert "nothing can be said" in on_uncertainty(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)).text
@@ -134,6 +137,8 @@ def test_silent_mistakes_are_told_from_those_that_show():
     blind, seeing = Estimate(0.55, 0.45, 0.65, 30), Estimate(0.8, 0.7, 0.9, 30)
     assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=blind)).text.startswith("Mistakes are silent")
     assert "Judge long segments" in on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=seeing)).text
+    faint = Estimate(0.58, 0.52, 0.66, 30)
+    assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=faint)).text.startswith("Mistakes hardly show")
     wide = Estimate(0.75, 0.44, 1.0, 6)
     assert "can't be said from so few" in on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=wide)).text
     assert on_late_evidence(diagnosis(avg=ZERO, passed=ZERO, within=UNKNOWN)) is None
