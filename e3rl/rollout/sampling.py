@@ -153,7 +153,7 @@ def _parts(logits_SV: Tensor) -> list[slice]:
 def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:
     logp_SV = (logits_SV.float() / rows.temperature_S1).log_softmax(-1)
     p_SV = logp_SV.exp()
-    entropies_S = _entropies(p_SV, logp_SV)
+    entropies_S = -(p_SV * logp_SV).sum(-1)
     sick_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
     kept_mass_S = torch.ones_like(entropies_S)
     if rows.depth:
@@ -163,16 +163,16 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
         if rows.any_truncated_entropy:
             truncated_S = kept_mass_S.log() - (p_SV * logp_SV).sum(-1) / kept_mass_S
             entropies_S = torch.where(rows.truncated_entropy_S, truncated_S, entropies_S)
-    if rows.any_measured_apart:
-        apart_S = (rows.measured_at_S1 != rows.temperature_S1).squeeze(1)
-        measured_SV = (logits_SV.float() / rows.measured_at_S1).log_softmax(-1)
-        entropies_S = torch.where(apart_S, _entropies(measured_SV.exp(), measured_SV), entropies_S)
     ids_S = inverse_cdf(p_SV, uniforms_S)
     logprobs_S1 = logp_SV.gather(1, ids_S.unsqueeze(1))
     logprobs_S = logprobs_S1.squeeze(1)
-    perturbations_S = logp_SV.amax(-1) - logprobs_S  # a difference of logits over the temperature
+    largest_S1 = logp_SV.amax(-1, keepdim=True)
+    perturbations_S = largest_S1.squeeze(1) - logprobs_S
     if rows.any_measured_apart:
-        perturbations_S = perturbations_S * (rows.temperature_S1 / rows.measured_at_S1).squeeze(1)
+        ratio_S1 = rows.temperature_S1 / rows.measured_at_S1
+        scaled_SV = torch.sub(logp_SV, largest_S1, out=p_SV).mul_(ratio_S1)  # the other logits, but for a constant
+        entropies_S = torch.where(ratio_S1.squeeze(1) == 1, entropies_S, _softmax_entropies(scaled_SV))
+        perturbations_S = perturbations_S * ratio_S1.squeeze(1)
     likelier_SV = torch.gt(logp_SV, logprobs_S1, out=p_SV)  # as floats: several times as fast as a comparison to bool
     return Samples(
         ids_S=ids_S.masked_fill(sick_S, SICK),
@@ -184,8 +184,11 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
     )
 
 
-def _entropies(p_SV: Tensor, logp_SV: Tensor) -> Tensor:
-    return -(p_SV * logp_SV).sum(-1)
+def _softmax_entropies(logits_SV: Tensor) -> Tensor:
+    """Entropy of the softmax of logits whose largest is 0: log Z - mean logit."""
+    weights_SV = logits_SV.exp()
+    total_S = weights_SV.sum(-1)
+    return total_S.log() - weights_SV.mul_(logits_SV).sum(-1) / total_S
 
 
 def truncation_thresholds(p_SV: Tensor, rows: SamplingRows) -> Tensor:
