@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from e3rl.config import Config
+from e3rl.config import Config, ErasureConfig
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.errors import UserError
@@ -38,11 +38,6 @@ def calibrate(
     """Compare settings on plain rollouts, then roll out once with the recommended one and measure it."""
     if config.rollout.num_generations < config.erasure.min_siblings:
         raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
-    if config.erasure.baseline == "quantile":
-        raise UserError(
-            "calibration compares values of erasure.kappa0, and with erasure.baseline = 'quantile' there is none: "
-            "erasure.quantile says itself how many first candidates stay. Set erasure.baseline=group to compare"
-        )
     problems = load_problems(data, config=config.data, split="train")[:prompts]
     limit = config.rollout.completion_limit
     rendered = render_prompts(
@@ -68,7 +63,7 @@ def calibrate(
 def calibration_table(result: Calibration) -> Table:
     """The grid with its estimates, the recommended row marked and followed by what it really did."""
     table = Table(title="Erasure settings, estimated from plain rollouts", title_justify="left")
-    for name in ("", "method", "kappa0", "perturbation_weight", "segments erased", "r at best", "r at worst"):
+    for name in ("", "method", "threshold", "perturbation_weight", "segments erased", "r at best", "r at worst"):
         table.add_column(name, justify="left" if name in ("", "method") else "right")
     for s in result.settings:
         chosen = s is result.recommended
@@ -76,7 +71,7 @@ def calibration_table(result: Calibration) -> Table:
         table.add_row(
             "→" if chosen else "",
             "E³RL+ε" if weight else "E³RL",
-            f"{s.erasure.kappa0:g}",
+            _threshold(s.erasure),
             f"{weight:g}",
             f"{s.erase_share:.3f}",
             f"{s.r_low:.3f}",
@@ -85,11 +80,17 @@ def calibration_table(result: Calibration) -> Table:
         )
     stats = result.measured
     table.caption = (
-        f"Recommended: erasure.kappa0 = {result.recommended.erasure.kappa0:g}. Rolled out for real it erased "
+        f"Recommended: erasure.{_threshold(result.recommended.erasure)}. Rolled out for real it erased "
         f"{stats.erase_rate:.3f} of all candidates, r = {stats.r:.3f}, forced accepts {stats.forced_rate:.3f}."
     )
     table.caption_justify = "left"
     return table
+
+
+def _threshold(erasure: ErasureConfig) -> str:
+    """The setting that says how much is erased."""
+    name = "quantile" if erasure.baseline == "quantile" else "kappa0"
+    return f"{name} = {getattr(erasure, name):g}"
 
 
 def save_calibration(result: Calibration, model_path: str, output: Path | None) -> Path:

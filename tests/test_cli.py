@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from e3rl.cli import main
 from e3rl.cli.decode import LAB_PROBLEM
 from e3rl.config import Config
+from e3rl.generation import generate as decode
+from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate, half
+from e3rl.rollout.reference import ReferenceStatistics
 
 TINY_RUN = [
     "data.train=lab:chain:1", "data.train_limit=4", "rollout.num_generations=2", "rollout.segment_length=6",
@@ -166,10 +171,17 @@ def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "erasable" in capsys.readouterr().out
 
 
-def test_calibrate_has_nothing_to_compare_for_a_quantile(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    quantile = ["calibrate", "lab", "lab:chain", "--output", str(tmp_path), "erasure.baseline=quantile"]
-    assert main(quantile) == 2
-    assert "Set erasure.baseline=group" in capsys.readouterr().err
+def test_single_samples_of_the_recommended_recipe_are_judged_by_calibrated_quantiles(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    model = str(shutil.copytree(lab_directory(), tmp_path / "model"))
+    assert main(["calibrate", model, "lab:path:2", "--prompts", "8", "--recipe", "recommended"]) == 0
+    assert "Recommended: erasure.quantile = 0.2" in capsys.readouterr().out
+    (usual, *_) = ReferenceStatistics.load(Path(model)).segments
+    assert len(usual.markers) == 64  # 8 prompts × 8 siblings
+    ((answer,),) = decode(model, "pb;jp;nt;ph;pn;ht;j>t:")
+    first = answer.trajectory.segments[0].judgement.threshold
+    assert first.baseline == pytest.approx(float(np.quantile(usual.markers, 0.2)))
 
 
 def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):

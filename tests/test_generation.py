@@ -15,7 +15,7 @@ from e3rl.generation import generate
 from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.rollout.companions import save_companions
-from e3rl.rollout.moments import Moments
+from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.reference import ReferenceStatistics, measured_by
 
 SETTINGS = ["rollout.segment_length=5", "rollout.max_segments=3", "erasure.max_erasures=2"]
@@ -34,8 +34,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     torch.manual_seed(0)
     build_model(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    usual = Moments.of([0.1, 0.1])
-    save_companions(path, config, ReferenceStatistics(measured_by(config.rollout, config.erasure), (usual,), usual))
+    usual = Distribution.of([0.1, 0.1])
+    measured = measured_by(config.rollout, config.erasure)
+    save_companions(path, config, ReferenceStatistics(measured, (usual,), usual.moments))
     return path
 
 

@@ -68,7 +68,10 @@ def assess(groups: Sequence[Group], erasure: ErasureConfig) -> Setting:
 
 
 def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
-    """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term."""
+    """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. A quantile says itself how
+    much is erased, so with one there is nothing to compare."""
+    if base.baseline == "quantile":
+        return [base]
     others = base.base_weight + base.gradient_weight + base.extremum_weight
     return [
         replace(base, kappa0=kappa0, perturbation_weight=weight)

@@ -40,7 +40,9 @@ def needs_reference(siblings: int, config: ErasureConfig) -> bool:
 
 def require_reference(siblings: int, config: ErasureConfig, reference: ReferenceStatistics | None) -> None:
     """Raise UserError where reference statistics are needed and there are none."""
-    if needs_reference(siblings, config) and (reference is None or not reference.segments):
+    if not needs_reference(siblings, config):
+        return
+    if reference is None or not reference.segments:
         why = (
             "erasure.baseline = 'reference'"
             if config.baseline == "reference"
@@ -49,6 +51,11 @@ def require_reference(siblings: int, config: ErasureConfig, reference: Reference
         raise UserError(
             f"{why}, so thresholds come from reference statistics, and the model has none: make them with "
             "'e3rl calibrate', sample more of each prompt, or set erasure.baseline = 'static'"
+        )
+    if config.baseline == "quantile" and not all(usual.markers for usual in reference.segments):
+        raise UserError(
+            "the model's reference statistics hold no quantiles of U, which erasure.baseline = 'quantile' needs: make them again "
+            "with 'e3rl calibrate'"
         )
 
 
@@ -181,14 +188,19 @@ class GroupJudge:
         """Eq 14-16. B_n from where the settings say (D4, D5); ``totals``: U of the siblings that are there."""
         if self._reference is not None:
             usual = self._reference.at(segment)
-            return self._macro_baseline(_tensor(usual.mean), _tensor(usual.std))
+            if self._config.baseline == "quantile":
+                return self._quantile_baseline(usual.markers)
+            return self._macro_baseline(_tensor(usual.moments.mean), _tensor(usual.moments.std))
         if self._config.baseline == "static":
             return self._config.static_baseline
         if len(totals) < self._config.min_siblings:
             return self._statistics[-1].baseline
         if self._config.baseline == "quantile":
-            return _raised(float(threshold.quantile_baseline(_tensor(totals), self._config.quantile)))
+            return self._quantile_baseline(totals)
         return self._macro_baseline(*threshold.group_moments(_tensor(totals)))
+
+    def _quantile_baseline(self, totals: Sequence[float]) -> float:
+        return _raised(float(threshold.quantile_baseline(_tensor(totals), self._config.quantile)))
 
     def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
         kappa = threshold.offset(std, self._config.kappa0, self._config.kappa1, self._config.sigma0)

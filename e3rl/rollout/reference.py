@@ -15,6 +15,7 @@ from typing import Any
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.files import write_json
+from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
 from e3rl.types import Erasure, Group, Segment, Trajectory
 
@@ -67,17 +68,17 @@ def entropy_moments(groups: Iterable[Group]) -> Moments:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Mean and spread of first candidates' U by segment index, and of their token entropies.
+    """How first candidates' U is distributed, by segment index, and mean and spread of their token entropies.
 
     ``settings`` are those of `measured_by` that U was measured with.
     """
 
     settings: Mapping[str, Any]
-    segments: tuple[Moments, ...] = ()
+    segments: tuple[Distribution, ...] = ()
     entropies: Moments = field(default_factory=Moments)
 
-    def at(self, index: int) -> Moments:
-        """Moments of U at a segment index; beyond the last known index, those of the last known."""
+    def at(self, index: int) -> Distribution:
+        """U at a segment index; beyond the last known index, at the last known."""
         if not self.segments:
             raise UserError(
                 f"the reference statistics hold no segments: gather them with 'e3rl calibrate' ({FILE_NAME})"
@@ -87,7 +88,7 @@ class ReferenceStatistics:
     def merged(self, other: ReferenceStatistics) -> ReferenceStatistics:
         """Both sets of observations together."""
         other.check(self.settings)
-        pairs = zip_longest(self.segments, other.segments, fillvalue=Moments())
+        pairs = zip_longest(self.segments, other.segments, fillvalue=Distribution())
         segments = tuple(a.merged(b) for a, b in pairs)
         return ReferenceStatistics(self.settings, segments, self.entropies.merged(other.entropies))
 
@@ -99,7 +100,7 @@ class ReferenceStatistics:
             if record.judgement is not None:
                 by_index.setdefault(record.index, []).append(record.judgement.uncertainty.total)
                 entropies = entropies.merged(Moments.of(record.candidate.entropies))
-        segments = tuple(Moments.of(by_index.get(n, [])) for n in range(max(by_index, default=-1) + 1))
+        segments = tuple(Distribution.of(by_index.get(n, [])) for n in range(max(by_index, default=-1) + 1))
         return self.merged(ReferenceStatistics(self.settings, segments, entropies))
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -115,7 +116,7 @@ class ReferenceStatistics:
         return {
             "format": FORMAT,
             "settings": dict(self.settings),
-            "segments": [moments.to_table() for moments in self.segments],
+            "segments": [distribution.to_table() for distribution in self.segments],
             "entropies": self.entropies.to_table(),
         }
 
@@ -124,7 +125,7 @@ class ReferenceStatistics:
         """What `to_tables` gave; KeyError, TypeError or ValueError where the tables can't have come from it."""
         if tables["format"] != FORMAT:
             raise ValueError(f"format {tables['format']!r}, and this version of e3rl reads format {FORMAT}")
-        segments = tuple(Moments.from_table(table) for table in tables["segments"])
+        segments = tuple(Distribution.from_table(table) for table in tables["segments"])
         return ReferenceStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]))
 
     def save(self, directory: Path) -> Path:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from e3rl.config import Config, ErasureConfig, RolloutConfig
 from e3rl.distributed.messages import Answer, Ask, Assignment, Fault, Finished, Response, Task
 from e3rl.distributed.wire import decode, encode
+from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.types import Candidate, Draw, Erasure, Judgement, Segment, Threshold, Uncertainty, Verdict
@@ -20,7 +21,9 @@ CANDIDATE = Candidate((3, 4), (-0.1, -1e-300), (0.1 + 0.2, 1.5), (0.0, 2.0), (1.
 JUDGEMENT = Judgement(Uncertainty(1.5, 1.0, 0.3, 0.2, 0.0, 0.9), Threshold(1.2, 1.0, 1.1, 1.09), 0, Verdict.ERASE)
 RESPONSE = Response(0, (Segment(0, CANDIDATE, None),), (Erasure(0, 0, CANDIDATE, JUDGEMENT),), "length")
 ANSWER = Answer("r", (Finished("p", 3, (RESPONSE,)),), 12, Fault("SickLogits", "NaN", Draw(1, 2, "p\ud800", 0, 0, 1)))
-REFERENCE = ReferenceStatistics({"erasure.metric": "e3rl"}, (Moments(3, 0.5, 0.1),), Moments(2, math.pi, 0.0))
+REFERENCE = ReferenceStatistics(
+    {"erasure.metric": "e3rl"}, (Distribution(Moments(3, 0.5, 0.1), (0.25, 0.75)),), Moments(2, math.pi, 0.0)
+)
 
 
 def test_an_answer_comes_back_as_it_was():

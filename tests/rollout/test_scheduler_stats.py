@@ -77,9 +77,9 @@ def gathered(config=TWO_BY_TWO) -> ReferenceStatistics:
 
 def test_only_first_candidates_feed_the_reference():
     reference = gathered()
-    assert [m.count for m in reference.segments] == [2, 2]
-    assert [m.mean for m in reference.segments] == pytest.approx([(2.0 + 0.5) / 2, (0.5 + 3.0) / 2])
-    assert [m.std for m in reference.segments] == pytest.approx([0.75, 1.25])
+    assert [m.moments.count for m in reference.segments] == [2, 2]
+    assert [m.moments.mean for m in reference.segments] == pytest.approx([(2.0 + 0.5) / 2, (0.5 + 3.0) / 2])
+    assert [m.moments.std for m in reference.segments] == pytest.approx([0.75, 1.25])
     assert reference.entropies == Moments.of([2.0, 2.0, 0.5, 0.5, 0.5, 0.5, 3.0, 3.0])
     assert reference.at(7) == reference.segments[1]
 
@@ -95,8 +95,8 @@ def test_batch_entropies_are_of_first_candidates_and_committed_segments():
 def test_merging_references():
     one, longer = gathered(), gathered(rollout(max_segments=3))
     merged = one.merged(longer)
-    assert [m.count for m in merged.segments] == [4, 4, 2]
-    assert merged.segments[0].mean == pytest.approx(one.segments[0].mean)
+    assert [m.moments.count for m in merged.segments] == [4, 4, 2]
+    assert merged.segments[0].moments.mean == pytest.approx(one.segments[0].moments.mean)
     with pytest.raises(UserError, match=r"rollout.segment_length: 2 then, 4 now"):
         gathered(rollout(segment_length=4)).merged(one)
 

@@ -13,6 +13,7 @@ import pytest
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
+from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.reference import ReferenceStatistics, measured_by
 from e3rl.rollout.scheduler import Committed, Erased, Finished, Scheduler, summarise
@@ -47,7 +48,7 @@ def ticks_of(engine: ScriptedEngine, kind: str, sibling: int, segment: int, atte
     return call.tick
 
 
-def reference_of(config: RolloutConfig, erasure: ErasureConfig, *segments: Moments) -> ReferenceStatistics:
+def reference_of(config: RolloutConfig, erasure: ErasureConfig, *segments: Distribution) -> ReferenceStatistics:
     return ReferenceStatistics(measured_by(config, erasure), segments, Moments.of([0.0, 2.0]))
 
 
@@ -342,13 +343,16 @@ def test_static_baseline():
 
 
 def test_single_sample():
-    """23. A single sample is judged by the reference statistics, beyond their last segment index by the last known."""
+    """23. A single sample is judged by reference statistics (spread or quantile), beyond their last index by the last known."""
     config = replace(PLAIN_GROUP, extremum_weight=1.0)
-    reference = reference_of(ALONE, config, Moments.of([1.0, 3.0]), Moments.of([4.0, 8.0]))
+    reference = reference_of(ALONE, config, Distribution.of([1.0, 3.0]), Distribution.of([4.0, 8.0]))
     groups, _ = roll(levels({}), config, ALONE, reference=reference)
     judgements = [s.judgement for s in only(groups).segments]
     assert [j.threshold.baseline for j in judgements] == pytest.approx([2 + 1, 6 + 2, 6 + 2])
     assert judgements[0].uncertainty.extremum == pytest.approx(sigmoid((0.5 - 1) / (1 + 1e-6)))
+    calmest = replace(config, baseline="quantile", quantile=0.25)
+    groups, _ = roll(levels({}), calmest, ALONE, reference=reference)
+    assert [s.judgement.threshold.baseline for s in only(groups).segments] == pytest.approx([1.5, 5.0, 5.0])
 
 
 def test_missing_reference():
@@ -360,9 +364,13 @@ def test_missing_reference():
         Scheduler(engine, rollout(), replace(PLAIN_GROUP, baseline="reference"), seed=0)
     with pytest.raises(UserError, match="e3rl calibrate"):
         Scheduler(engine, ALONE, PLAIN_GROUP, seed=0, reference=reference_of(ALONE, PLAIN_GROUP))
-    measured = reference_of(replace(ALONE, segment_length=9), PLAIN_GROUP, Moments.of([1.0]))
+    measured = reference_of(replace(ALONE, segment_length=9), PLAIN_GROUP, Distribution.of([1.0]))
     with pytest.raises(UserError, match=r"rollout.segment_length: 9 then, 2 now"):
         Scheduler(engine, ALONE, PLAIN_GROUP, seed=0, reference=measured)
+    calmest = replace(PLAIN_GROUP, baseline="quantile")
+    unmarked = reference_of(ALONE, calmest, Distribution(Moments.of([1.0])))
+    with pytest.raises(UserError, match=r"hold no quantiles of U.*e3rl calibrate"):
+        Scheduler(engine, ALONE, calmest, seed=0, reference=unmarked)
     Scheduler(engine, replace(ALONE, erase=False), PLAIN_GROUP, seed=0)
     assert engine.calls == []
 
@@ -414,7 +422,7 @@ def test_no_barrier(source):
     """28. Where no statistic comes from the siblings there is no barrier."""
     config = replace(MEAN_ONLY, baseline=source, entropy_reference="batch")
     outside = {
-        "reference": reference_of(rollout(), config, Moments.of([1.0])),
+        "reference": reference_of(rollout(), config, Distribution.of([1.0])),
         "entropy_moments": Moments.of([0.5, 1.0]),
     }
     _, engine = roll(levels({}), config, engine={"ticks": slow("p", 1, 50)}, **outside)
