@@ -87,7 +87,7 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
     """The pool of a family's training half at a temperature, its entropies and ε measured at another (0: the same)."""
     config = configured(family, ("", temperature))
     rollout = replace(config.rollout, erase=False, num_generations=samples, temperature=temperature)
-    config = replace(config, rollout=rollout, erasure=replace(config.erasure, temperature=measured_at))
+    config = replace(config, rollout=rollout, erasure=replace(config.erasure, entropy_temperature=measured_at))
     limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
     prompts = render_prompts(load(family, "train", problems), policy.tokenizer, config.data, **limits)
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
@@ -234,7 +234,7 @@ def main() -> None:
         "--measured-at",
         type=float,
         default=1.0,
-        help="erasure.temperature, at which entropy and ε are measured; 0: as drawn",
+        help="erasure.entropy_temperature, at which entropy and ε are measured; 0: as drawn",
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -133,7 +133,7 @@ class ErasureConfig:
     entropy_distribution: Literal["full", "truncated"] = setting(
         "full", "D1: entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
     )
-    temperature: float = setting(
+    entropy_temperature: float = setting(
         0.0,
         "temperature that entropies and perturbations are measured at, whatever is drawn with; 0: rollout.temperature (eq 2)",
         min=0,
@@ -161,6 +161,13 @@ class ErasureConfig:
     on_exhausted: Literal["last", "least_uncertain"] = setting(
         "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
     )
+
+    def __post_init__(self) -> None:
+        if self.entropy_temperature and self.entropy_distribution == "truncated":
+            raise UserError(
+                "erasure.entropy_distribution = 'truncated' is the distribution that is drawn from, "
+                "so erasure.entropy_temperature must be 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -292,11 +299,6 @@ class Config:
         if self.rollout.workers and self.rollout.servers:
             raise UserError(
                 "rollout.workers and rollout.servers are both set: Ray starts workers, servers are there already"
-            )
-        if self.erasure.temperature and self.erasure.entropy_distribution == "truncated":
-            raise UserError(
-                "erasure.entropy_distribution = 'truncated' is the distribution that is drawn from, "
-                "so erasure.temperature must be 0"
             )
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")

@@ -54,11 +54,11 @@ class Draw:
 class Candidate:
     """A segment that was generated and is not yet judged.
 
-    ``logprobs`` belong to the temperature-scaled distribution over the full vocabulary, before any truncation, and so do
-    ``entropies`` (nats) and ``perturbations``, eq 5's log p(argmax) - log p(sampled), unless `ErasureConfig.temperature` names
-    another temperature for these two; ``kept_mass`` is the share of
-    that distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more
-    than the tokens that were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token.
+    ``logprobs`` belong to the temperature-scaled distribution over the full vocabulary, before any truncation. So do
+    ``entropies`` (nats) and ``perturbations``, eq 5's log p(argmax) - log p(sampled), unless
+    `ErasureConfig.entropy_temperature` names another temperature for these two. ``kept_mass`` is the share of the
+    distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more than the tokens that
+    were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token.
     """
 
     ids: tuple[int, ...]

@@ -71,8 +71,8 @@ def test_what_is_wrong_with_a_setting_is_said_with_its_name(override: str, words
 
 
 def test_a_truncated_entropy_has_no_temperature_of_its_own():
-    with pytest.raises(UserError, match=r"so erasure\.temperature must be 0"):
-        load_config(None, [], ["erasure.entropy_distribution=truncated", "erasure.temperature=1.0"])
+    with pytest.raises(UserError, match=r"so erasure\.entropy_temperature must be 0"):
+        load_config(None, [], ["erasure.entropy_distribution=truncated", "erasure.entropy_temperature=1.0"])
 
 
 def test_errors_in_a_recipe_name_the_file_and_line(tmp_path: Path):

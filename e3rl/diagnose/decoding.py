@@ -58,7 +58,7 @@ class Setting:
 
 def measured_hot(config: Config) -> Config:
     """The config with entropy and ε at temperature 1: a low temperature hides in the distribution what they look for."""
-    return replace(config, erasure=replace(config.erasure, temperature=1.0, entropy_distribution="full"))
+    return replace(config, erasure=replace(config.erasure, entropy_temperature=1.0, entropy_distribution="full"))
 
 
 _PAPER = (1.0, 0.5, 0.1, 0.0)

@@ -24,7 +24,7 @@ FORMAT = 1
 MEASURED_BY = (
     "metric",
     "entropy_distribution",
-    "temperature",
+    "entropy_temperature",
     "base_weight",
     "gradient_weight",
     "extremum_weight",

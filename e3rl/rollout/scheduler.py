@@ -57,7 +57,7 @@ class Scheduler:
         self.entropy_moments = entropy_moments
         self.observe = observe or _ignore
         self.sampling = Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution, erasure.temperature
+            rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution, erasure.entropy_temperature
         )
 
     def run(self, prompts: Iterable[Prompt], step: int, policy_version: int) -> Iterator[Group]:

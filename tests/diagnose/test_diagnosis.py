@@ -157,7 +157,12 @@ def test_late_settings_cut_the_response_anew():
     static = load_config(None, (), ["erasure.baseline=static"])
     assert SETTINGS["paper-1"].applied(static).erasure.baseline == "group"
     calm = SETTINGS[LATE_EPS].applied(config).erasure
-    assert (calm.baseline, calm.quantile, calm.perturbation_weight, calm.temperature) == ("quantile", 0.2, 0.3, 1.0)
+    assert (calm.baseline, calm.quantile, calm.perturbation_weight, calm.entropy_temperature) == (
+        "quantile",
+        0.2,
+        0.3,
+        1.0,
+    )
 
 
 def test_the_help_names_every_setting():

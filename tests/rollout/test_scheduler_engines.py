@@ -72,7 +72,9 @@ def test_the_oracle_agrees():
 
 def test_what_is_drawn_at_one_temperature_can_be_judged_at_another():
     rollout = replace(ROLLOUT, temperature=0.5)
-    judged = Scheduler(torch_engine(), rollout, replace(ERASURE, temperature=1.0), seed=1).run(PROMPTS[:1], 1, 0)
+    judged = Scheduler(torch_engine(), rollout, replace(ERASURE, entropy_temperature=1.0), seed=1).run(
+        PROMPTS[:1], 1, 0
+    )
     own = Scheduler(torch_engine(), rollout, ERASURE, seed=1).run(PROMPTS[:1], 1, 0)
     first, other = (next(iter(groups)).trajectories[0] for groups in (judged, own))
     candidate = min((e for e in first.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate
