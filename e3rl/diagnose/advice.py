@@ -114,7 +114,7 @@ def on_retries(diagnosis: Diagnosis) -> Finding | None:
         return None
     name, best = max(known, key=lambda item: item[1].value or 0.0)
     sentence = (
-        f"Drawing the quarter of segments with the largest {name} again changes their accuracy by {_points(best)}."
+        f"Drawing the quarter of segments with the largest '{name}' again changes their accuracy by {_points(best)}."
     )
     return Finding("good" if _above(best, 0.0) else "warn", sentence)
 
