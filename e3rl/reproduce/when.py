@@ -75,7 +75,7 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
             whole=METHODS[name].whole,
         )
         for family in families(scale)
-        for name in methods(scale, family)
+        for name in methods(scale)
     )
 
 

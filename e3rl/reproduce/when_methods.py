@@ -70,12 +70,6 @@ METHODS: Mapping[str, Method] = {
 """Every way to train that is compared. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one
 segment, so allocations don't differ. 'halves': that of each half."""
 
-_SECOND = (
-    *("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "E³RL", "E³RL+ε", "E³RL+ε+contrast"),
-    *("E³RL late", "E³RL late+contrast", "E³RL late+ε+contrast", "E³RL halves+ε+contrast"),
-)
-"""What the second family is trained with: every kind of method once, to keep the study within an hour or two of a core."""
-
 _FEWER = {
     "smoke": ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL late+ε+contrast"),
     "smollm2": ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "E³RL", "E³RL+ε+contrast", "E³RL late+ε+contrast"),
@@ -89,11 +83,9 @@ def families(scale: Scale) -> tuple[str, ...]:
     return FAMILIES.get(scale.name, ("",))
 
 
-def methods(scale: Scale, family: str) -> tuple[str, ...]:
-    """The methods that a family is trained with at a scale."""
-    if scale.name in _FEWER:
-        return _FEWER[scale.name]
-    return _SECOND if family in FAMILIES["lab"][1:] else tuple(METHODS)
+def methods(scale: Scale) -> tuple[str, ...]:
+    """The methods that every family is trained with at a scale."""
+    return _FEWER.get(scale.name, tuple(METHODS))
 
 
 def label(family: str, method: str) -> str:

@@ -42,12 +42,12 @@ def test_avg_and_pass_by_problem() -> None:
 def test_every_row_is_a_recipe_and_they_differ_by_their_method_alone() -> None:
     scale = WHEN.at("lab")
     rows = {row.label: row for row in WHEN.rows(scale)}
-    assert list(rows) == [label(family, method) for family in families(scale) for method in methods(scale, family)]
+    assert list(rows) == [label(family, method) for family in families(scale) for method in methods(scale)]
     configs = {name: row_config(scale, "lab model", row, seed=1, learning_rate=None) for name, row in rows.items()}
     assert {config.train.max_tokens for config in configs.values()} == {16000}
     assert {config.train.learning_rate for config in configs.values()} == {1e-4}
     for family in families(scale):
-        here = methods(scale, family)
+        here = methods(scale)
         assert all(configs[label(family, m)].data.train == family for m in here)
         assert all(configs[label(family, m)].rollout.erase != (m in BASELINES) for m in here)
     late = configs[label("lab:path:2", "E³RL late+contrast")]
