@@ -6,9 +6,10 @@
 
 Erasable decoding judges whole responses, or halves. Temperature and setting are chosen on problems of the training half
 and reported on the held-out half. Plain decoding gets as many samples more as the erased tokens would have paid for; Pass
-counts them. A low temperature is right more often and solves fewer problems, so plain decoding at temperature 1 stands beside it
-('hot'). 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U, which is the same evidence without a
-decision on the way. Several models are seeds of one training: what is shown is each problem's mean over them.
+counts them. A low temperature is right more often and solves fewer problems, so plain decoding at temperature 1 stands
+beside it ('hot'). 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U (entropy + 0.3 ε), which is
+the same evidence without a decision on the way. Several models are seeds of one training: what is shown is each problem's
+mean over them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
-from e3rl.diagnose.signals import RESPONSE_SIGNALS
-from e3rl.evaluate.evaluation import evaluate
+from e3rl.diagnose.signals import late_suspicion
+from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.lab.problems import Split, load
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.engine import Engine
 from e3rl.rollout.engines import build_engine
+from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.train.environment import environment
+from e3rl.types import Prompt
 
 FAMILIES = ("lab:path:2", "lab:path:3", "lab:ways:2", "lab:ways:3", "lab:chain:3")
 TEMPERATURES = (1.0, 0.6, 0.3)
@@ -85,22 +89,33 @@ def configured(family: str, choice: Choice) -> Config:
     return replace(SETTINGS[setting].applied(config) if setting else config, eval=sampling)
 
 
-def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice, judged_by: str) -> Counts:
-    """One way to decode, on one half of a family."""
-    config = configured(family, choice)
-    prompts = render_prompts(
-        load(family, split, problems),
-        policy.tokenizer,
-        config.data,
-        context_limit=policy.context_length,
-        completion_limit=config.rollout.completion_limit,
-    )
-    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+def opened(policy: Policy, family: str, split: Split, problems: int, config: Config) -> tuple[list[Prompt], Engine]:
+    """A family's prompts and an engine with room for them."""
+    sizes = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
+    prompts = render_prompts(load(family, split, problems), policy.tokenizer, config.data, **sizes)
+    return prompts, build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+
+
+def evaluated(
+    policy: Policy,
+    family: str,
+    split: Split,
+    problems: int,
+    config: Config,
+    *,
+    erase: bool,
+    reference: ReferenceStatistics | None = None,
+) -> Evaluation:
+    """A family sampled and graded under ``config.eval``."""
+    prompts, engine = opened(policy, family, split, problems, config)
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
-        done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=bool(choice[0]))
-    signal = "entropy + 0.3 ε" if judged_by in (LATE_EPS, HALF_EPS) else "entropy of the response"
-    judge = RESPONSE_SIGNALS[signal][1]
-    suspicion_PK = np.array([[judge(t) for t in g.trajectories] for g in done.groups])
+        return evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, reference=reference)
+
+
+def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice) -> Counts:
+    """One way to decode, on one half of a family."""
+    done = evaluated(policy, family, split, problems, configured(family, choice), erase=bool(choice[0]))
+    suspicion_PK = np.array([[late_suspicion(t) for t in g.trajectories] for g in done.groups])
     return Counts(done.correct_PK, suspicion_PK, done.record()["tokens"] / done.correct_PK.size)
 
 
@@ -115,7 +130,7 @@ def tuned(policy: Policy, family: str, settings: Sequence[str], problems: int) -
 
     def all_of(names: Sequence[str]) -> dict[Choice, Counts]:
         choices = [(name, t) for name in names for t in TEMPERATURES]
-        return {c: measured(policy, family, "train", problems, c, settings[0]) for c in choices}
+        return {c: measured(policy, family, "train", problems, c) for c in choices}
 
     def best(found: Mapping[Choice, Counts]) -> Choice:
         return max(found, key=lambda choice: float(found[choice].avg_P.mean()))
@@ -142,12 +157,11 @@ def compare(
 ) -> dict[str, Any]:
     """The best plain against the best erasable decoding of a family, chosen with the first model on the training half."""
     choices = tuned(policies[0], family, settings, tuning) | {"hot": ("", 1.0)}
-    judged_by = choices["erasable"][0]
     avg: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
     passed: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
     tokens: dict[str, list[float]] = {"plain": [], "erasable": []}
     for policy in policies:
-        found = {c: measured(policy, family, "heldout", problems, c, judged_by) for c in set(choices.values())}
+        found = {c: measured(policy, family, "heldout", problems, c) for c in set(choices.values())}
         plain, erasable = found[choices["plain"]], found[choices["erasable"]]
         k = min(ERASABLE * erasable.tokens / plain.tokens, PLAIN)
         rerank = found[choices["rerank"]].calmest(round(k), ERASABLE)

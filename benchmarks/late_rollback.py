@@ -9,25 +9,21 @@ attempt penalty raises them.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from late_erasing import configured, interval, shown
-from late_variants import DELTA, ETA, GROUP
+from late_erasing import configured, interval, opened, shown
+from late_variants import DELTA, ETA, GROUP, arguments
 
-from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.signals import LATE_EPS_WEIGHT
-from e3rl.lab.problems import grade, load
+from e3rl.lab.problems import grade
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.engine import AppendingEngine, Row, Sampling
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.train.environment import environment
 from e3rl.types import Draw, Prompt
 
@@ -210,11 +206,7 @@ def generated(policy: Policy, family: str, problems: int, seed: int, way: Way) -
     """Which answers are right, [problems, GROUP], and the tokens that one of them cost."""
     config = configured(family, ("", 1.0))
     limit = config.rollout.completion_limit
-    sizes = {"context_limit": policy.context_length, "completion_limit": limit}
-    prompts = render_prompts(load(family, "train", problems), policy.tokenizer, config.data, **sizes)
-    longest = max(len(p.ids) for p in prompts) + limit
-    rows = TOGETHER * GROUP
-    engine = TorchEngine(policy.model, eos_ids=policy.eos_ids, max_rows=rows, cache_rows=rows, max_length=longest)
+    prompts, engine = opened(policy, family, "train", problems, config)
     desk = Desk(engine, limit, policy.eos_ids, seed)
     right = []
     for start in range(0, problems, TOGETHER):
@@ -246,11 +238,7 @@ def compared(policy: Policy, family: str, problems: int, seeds: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", default="lab")
-    parser.add_argument("--families", nargs="+", default=["lab:path:2", "lab:ways:2"])
-    parser.add_argument("--problems", type=int, default=128)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="times that everything is drawn anew")
     options = parser.parse_args()
     torch.set_num_threads(1)

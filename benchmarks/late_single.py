@@ -9,25 +9,20 @@ erased tokens would have paid for, and keeps the one of least U.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from late_erasing import PLAIN, TEMPERATURES, Counts, configured, interval, measured, shown
+from late_erasing import PLAIN, TEMPERATURES, Counts, configured, evaluated, interval, measured, shown
+from late_variants import arguments
 
 from e3rl.calibrate import calibrate
 from e3rl.config import Config
-from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
-from e3rl.evaluate.evaluation import evaluate
-from e3rl.lab.problems import Split, load
+from e3rl.lab.problems import Split
 from e3rl.models import Policy, load_policy
-from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.train.environment import environment
 
@@ -54,17 +49,12 @@ def answered(policy: Policy, family: str, split: Split, problems: int, way: Cali
     config = replace(
         way.config, eval=replace(way.config.eval, num_samples=1, temperature=way.config.rollout.temperature)
     )
-    sizes = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
-    prompts = render_prompts(load(family, split, problems), policy.tokenizer, config.data, **sizes)
-    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
-    columns, tokens = [], 0
-    with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
-        for seed in range(times):
-            seeded = replace(config, run=replace(config.run, seed=seed))
-            done = evaluate(engine, prompts, scorer, policy.tokenizer, seeded, erase=True, reference=way.reference)
-            columns.append(done.correct_PK[:, 0])
-            tokens += done.record()["tokens"]
-    correct_PK = np.stack(columns, axis=1)
+    runs = [
+        evaluated(policy, family, split, problems, seeded, erase=True, reference=way.reference)
+        for seeded in (replace(config, run=replace(config.run, seed=seed)) for seed in range(times))
+    ]
+    correct_PK = np.concatenate([run.correct_PK for run in runs], axis=1)
+    tokens = sum(run.record()["tokens"] for run in runs)
     return Counts(correct_PK, np.zeros_like(correct_PK, dtype=float), tokens / correct_PK.size)
 
 
@@ -73,20 +63,18 @@ def compared(policy: Policy, family: str, tuning: int, problems: int, times: int
     ways = {choice: calibrated(policy, family, *choice, tuning) for choice in ERASING}
     tried = {choice: answered(policy, family, "train", tuning, way, 2) for choice, way in ways.items()}
     erased = max(tried, key=lambda choice: float(tried[choice].avg_P.mean()))
-    plain = {t: measured(policy, family, "train", tuning, ("", t), LATE_EPS) for t in TEMPERATURES}
+    plain = {t: measured(policy, family, "train", tuning, ("", t)) for t in TEMPERATURES}
     best = max(plain, key=lambda t: float(plain[t].avg_P.mean()))
     drawn = min(round(tried[erased].tokens / plain[best].tokens), PLAIN)
     calm = max(plain, key=lambda t: float(plain[t].calmest(drawn, 1).avg_P.mean()))
 
     erasable = answered(policy, family, "heldout", problems, ways[erased], times)
-    held_out = {t: measured(policy, family, "heldout", problems, ("", t), LATE_EPS) for t in {best, calm}}
+    held_out = {t: measured(policy, family, "heldout", problems, ("", t)) for t in {best, calm}}
     n = min(round(erasable.tokens / held_out[best].tokens), PLAIN)
-    groups = [  # as many answers of n draws each as PLAIN draws allow
-        Counts(c.correct_PK[:, i : i + n], c.suspicion_PK[:, i : i + n], c.tokens).calmest(n, 1).avg_P
-        for c in (held_out[calm],)
-        for i in range(0, PLAIN - n + 1, n)
-    ]
-    reranked_P = np.mean(groups, axis=0)
+    c = held_out[calm]
+    parts = [slice(i, i + n) for i in range(0, PLAIN - n + 1, n)]  # as many answers of n draws as there are draws for
+    groups = [Counts(c.correct_PK[:, part], c.suspicion_PK[:, part], c.tokens) for part in parts]
+    reranked_P = np.mean([group.calmest(n, 1).avg_P for group in groups], axis=0)
     return {
         "chosen": {"plain": best, "erasable": erased, "rerank": calm},
         "drawn": n,
@@ -100,14 +88,11 @@ def compared(policy: Policy, family: str, tuning: int, problems: int, times: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", default="lab")
-    parser.add_argument("--families", nargs="+", default=["lab:path:2", "lab:ways:2"])
+    parser = arguments(__doc__)
+    parser.set_defaults(problems=256)  # held out
     parser.add_argument(
         "--tuning", type=int, default=96, help="problems of the training half to calibrate and choose on"
     )
-    parser.add_argument("--problems", type=int, default=256, help="held-out problems")
     parser.add_argument("--times", type=int, default=4, help="answers to each, one at a time")
     options = parser.parse_args()
     torch.set_num_threads(1)

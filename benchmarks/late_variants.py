@@ -20,14 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from late_erasing import configured
+from late_erasing import configured, opened
 
-from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.statistics import within_prefix_auroc
 from e3rl.evaluate.metrics import pass_at_k
-from e3rl.lab.problems import grade, load
+from e3rl.lab.problems import grade
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.environment import environment
 from e3rl.types import Trajectory
@@ -88,9 +86,7 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
     config = configured(family, ("", temperature))
     rollout = replace(config.rollout, erase=False, num_generations=samples, temperature=temperature)
     config = replace(config, rollout=rollout, erasure=replace(config.erasure, entropy_temperature=measured_at))
-    limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
-    prompts = render_prompts(load(family, "train", problems), policy.tokenizer, config.data, **limits)
-    engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
+    prompts, engine = opened(policy, family, "train", problems, config)
     scheduler = Scheduler(engine, config.rollout, config.erasure, seed=config.run.seed)
     found = {}
     for group in scheduler.run(prompts, step=0, policy_version=0):
@@ -222,12 +218,18 @@ def show(family: str, found: Mapping[str, Any]) -> None:
         print(f"| {name} | {outcome} |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What the benchmarks of one model have in common."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--model", default="lab")
     parser.add_argument("--families", nargs="+", default=["lab:path:2", "lab:ways:2"])
     parser.add_argument("--problems", type=int, default=128)
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--samples", type=int, default=48, help="draws of each problem")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.6, 0.3])
     parser.add_argument(
