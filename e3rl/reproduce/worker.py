@@ -6,6 +6,7 @@ Trains, or goes on with a training that was interrupted, then takes each measure
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from e3rl.files import atomic_directory, write_json
 from e3rl.models import Policy, load_policy, save_pretrained
 from e3rl.plugins import load
 from e3rl.reproduce.cells import ERROR, Cell, Point
+from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.environment import environment
 from e3rl.train.listeners import Silent
 from e3rl.train.run_directory import continue_or_put_aside, read_lines
@@ -41,13 +43,16 @@ class KeepWeights(Silent):
 
 
 def _train(cell: Cell, directory: Path) -> None:
-    if (directory / "run" / "summary.json").exists():
-        return
-    keep = KeepWeights(cell.token_budget, directory / SNAPSHOT)
-    resume = continue_or_put_aside(cell.config)
-    trainer = Trainer(cell.config, listeners=[keep], resume=resume)
-    keep.policy = trainer.policy
-    trainer.train()
+    """Train to the end. A finished training keeps its weights, not what it would go on from: that is several times as large."""
+    run = directory / "run"
+    if not (run / "summary.json").exists():
+        keep = KeepWeights(cell.token_budget, directory / SNAPSHOT)
+        resume = continue_or_put_aside(cell.config)
+        trainer = Trainer(cell.config, listeners=[keep], resume=resume)
+        keep.policy = trainer.policy
+        trainer.train()
+    for checkpoint in list_checkpoints(run):
+        shutil.rmtree(checkpoint)
 
 
 def _last(directory: Path) -> dict[str, int]:

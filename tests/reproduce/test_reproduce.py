@@ -77,6 +77,12 @@ def test_a_lost_measure_is_taken_again_with_the_same_result_and_without_training
     assert (cells[0] / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
 
 
+def test_a_finished_training_keeps_its_weights_and_not_what_it_would_go_on_from(done: Path):
+    runs = [path.parent.parent for path in (done / "cells").glob("*/run/model/model.safetensors")]
+    assert runs
+    assert not [path for run in runs for path in (run / "checkpoints").iterdir()]
+
+
 def test_perturbing_names_its_test_and_its_places(done: Path):
     page = (done / "erpo-fig1.md").read_text(encoding="utf-8")
     assert "| replacement | most uncertain | least uncertain | random |" in page
