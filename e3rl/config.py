@@ -138,6 +138,12 @@ class ErasureConfig:
         "temperature that entropies and perturbations are measured at, whatever is drawn with; 0: rollout.temperature (eq 2)",
         min=0,
     )
+    length_exponent: float = setting(
+        0.0,
+        "U is multiplied by this power of the segment's tokens: at 0 it is made of means (eq 13), at 1 of sums",
+        min=0,
+        max=1,
+    )
     smoothing_window: int = setting(1, "W of eq 11; D2: causal, so W earlier segments", min=0)
     smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
     entropy_reference: Literal["group", "batch"] = setting("group", "D3: where mu_E and sigma_E of eq 13 come from")

@@ -11,7 +11,7 @@ from e3rl.cli.recipes import find_recipe, find_recipes
 from e3rl.config import Config, RewardsConfig, load_config
 from e3rl.errors import UserError, unknown
 
-SETTINGS = "paper-1, paper-2, paper+eps, eps-0.5, eps-1, whole-mild, whole, whole+eps, half+eps"
+SETTINGS = "paper-1, paper-2, paper+eps, eps-0.5, eps-1, whole-mild, whole, whole+eps, whole+eps+length, half+eps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

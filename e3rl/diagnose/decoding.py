@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from e3rl.config import Config
-from e3rl.diagnose.signals import LATE_EPS_WEIGHT, late_suspicion
+from e3rl.diagnose.signals import LATE_EPS_WEIGHT, LENGTH_EXPONENT, late_suspicion
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
 from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import avg_at_k, pass_at_k_by_problem
@@ -28,7 +28,8 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 @dataclass(frozen=True)
 class Setting:
     """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates; ``segments``: cut a response
-    into so many, None: as configured; ``hot``: entropy and ε are those at temperature 1, whatever is drawn with."""
+    into so many, None: as configured; ``hot``: entropy and ε are those at temperature 1, whatever is drawn with;
+    ``length_exponent``: above 0 long segments are doubted."""
 
     title: str
     weights: tuple[float, float, float, float]
@@ -36,11 +37,13 @@ class Setting:
     quantile: float | None = None
     segments: int | None = None
     hot: bool = False
+    length_exponent: float = 0.0
 
     def applied(self, config: Config) -> Config:
         """The config with this setting; whole responses and halves look at nothing but themselves."""
         config = measured_hot(config) if self.hot else config
         changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True))
+        changed["length_exponent"] = self.length_exponent
         if self.kappa0 is not None:
             changed |= {"baseline": "group", "kappa0": self.kappa0}
         if self.quantile is not None:
@@ -65,7 +68,7 @@ _PAPER = (1.0, 0.5, 0.1, 0.0)
 _ENTROPY = (1.0, 0.0, 0.0, 0.0)
 _EPS = (0.0, 0.0, 0.0, 1.0)
 _BOTH = (1.0, 0.0, 0.0, LATE_EPS_WEIGHT)
-LATE, LATE_EPS, HALF_EPS = "whole", "whole+eps", "half+eps"
+LATE, LATE_EPS, LATE_EPS_LENGTH, HALF_EPS = "whole", "whole+eps", "whole+eps+length", "half+eps"
 SETTINGS: Mapping[str, Setting] = {
     "paper-1": Setting("U, paper, κ₀ = 1", _PAPER, 1.0),
     "paper-2": Setting("U, paper, κ₀ = 2", _PAPER, 2.0),
@@ -80,6 +83,14 @@ SETTINGS: Mapping[str, Setting] = {
         quantile=0.2,
         segments=1,
         hot=True,
+    ),
+    LATE_EPS_LENGTH: Setting(
+        "entropy + 0.3 ε of the whole response, times √length, the calmest fifth stays",
+        _BOTH,
+        quantile=0.2,
+        segments=1,
+        hot=True,
+        length_exponent=LENGTH_EXPONENT,
     ),
     HALF_EPS: Setting(
         "entropy + 0.3 ε of each half, the calmest fifth stays", _BOTH, quantile=0.2, segments=2, hot=True
@@ -145,10 +156,11 @@ def calmest_half(suspicion_PK: np.ndarray, correct_PK: np.ndarray) -> np.ndarray
     return np.take_along_axis(correct_PK, order_PK, axis=1)
 
 
-def _reranked(evaluation: Evaluation, temperature: float, tokens: float) -> Decoding:
-    suspicion_PK = np.array([[late_suspicion(t) for t in g.trajectories] for g in evaluation.groups])
+def _reranked(evaluation: Evaluation, temperature: float, tokens: float, length_exponent: float) -> Decoding:
+    suspicion_PK = np.array([[late_suspicion(t, length_exponent) for t in g.trajectories] for g in evaluation.groups])
     kept = calmest_half(suspicion_PK, evaluation.correct_PK)
-    return _of(f"calmer half of the samples, T = {temperature:g}", "rerank", temperature, 2 * tokens, kept)
+    name = "calmer half of the samples" + (", by length" if length_exponent else "")
+    return _of(f"{name}, T = {temperature:g}", "rerank", temperature, 2 * tokens, kept)
 
 
 def compare(
@@ -174,10 +186,11 @@ def compare(
         return _of(f"{name}, T = {temperature:g}", kind, temperature, tokens, result.correct_PK), result
 
     found: list[Decoding] = []
+    exponents = sorted({0.0} | {SETTINGS[key].length_exponent for key in settings})
     for temperature in temperatures:
         decoding, evaluation = measured("plain", "plain", temperature, measured_hot(config))
-        reranked = _reranked(evaluation, temperature, decoding.tokens)
-        found += [decoding, reranked, *_votes(evaluation, tokenizer, temperature, decoding.tokens)]
+        reranked = [_reranked(evaluation, temperature, decoding.tokens, exponent) for exponent in exponents]
+        found += [decoding, *reranked, *_votes(evaluation, tokenizer, temperature, decoding.tokens)]
     chosen = {SETTINGS[key].title: SETTINGS[key].applied(config) for key in settings}
     if own and config not in chosen.values():
         chosen["the model's own settings"] = config

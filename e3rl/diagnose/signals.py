@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from e3rl.config import ErasureConfig
+from e3rl.equations.uncertainty import length_weight
 from e3rl.rollout.metric import e3rl_uncertainty
 from e3rl.rollout.moments import Moments
 from e3rl.types import Candidate, Trajectory
@@ -35,18 +36,27 @@ LATE = frozenset({"entropy after", "ε after"})
 LATE_EPS_WEIGHT = 0.3
 """Weight of ε beside entropy where a whole response is judged: best of 0, 0.1, … 1 on training problems of two graph families."""
 
+LENGTH_EXPONENT = 0.5
+"""`erasure.length_exponent` where long answers are doubted: best of 0, ½ and 1 on training problems of a model that rambles."""
+
 RESPONSE_SIGNALS: Mapping[str, tuple[str, Callable[[Trajectory], float]]] = {
     "entropy of the response": ("mean entropy over all its tokens", lambda t: _mean(t.entropies)),
     "ε of the response": ("mean perturbation over all its tokens", lambda t: _mean_perturbation(t)),
     "entropy + 0.3 ε": ("both, as the setting whole+eps weighs them", lambda t: late_suspicion(t)),
+    "entropy + 0.3 ε, by length": (
+        "times the root of its tokens, as the setting whole+eps+length weighs them",
+        lambda t: late_suspicion(t, LENGTH_EXPONENT),
+    ),
     "cross-entropy of the response": ("mean of −log p over all its tokens", lambda t: -_mean(t.logprobs)),
 }
 """What can be said of a whole response."""
 
 
-def late_suspicion(trajectory: Trajectory) -> float:
-    """What whole responses are best judged by: their mean entropy with some of their mean perturbation."""
-    return _mean(trajectory.entropies) + LATE_EPS_WEIGHT * _mean_perturbation(trajectory)
+def late_suspicion(trajectory: Trajectory, length_exponent: float = 0.0) -> float:
+    """What whole responses are best judged by: their mean entropy with some of their mean perturbation; times a power of
+    their tokens where long answers are the worse ones."""
+    weight = length_weight(len(trajectory.ids), length_exponent)
+    return weight * (_mean(trajectory.entropies) + LATE_EPS_WEIGHT * _mean_perturbation(trajectory))
 
 
 def _mean_perturbation(trajectory: Trajectory) -> float:

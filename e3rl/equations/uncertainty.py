@@ -63,6 +63,12 @@ def extremum_deviation(largest: Number, mean_E: Number, std_E: Number, eps: floa
     return torch.sigmoid(as_tensor((largest - mean_E) / (std_E + eps)))
 
 
+def length_weight(tokens: int, exponent: float) -> float:
+    """What eq 13's terms are multiplied by, n^x for a candidate of n tokens: 1 in the paper (x = 0). A mean is blind to a long
+    answer that wanders calmly."""
+    return float(tokens**exponent)
+
+
 def uncertainty_terms(
     smoothed: Number,
     variation: Number,

@@ -83,5 +83,7 @@ def method_name(config: Config) -> str:
         name += "+" + metric.rpartition(":")[2]
     elif erase and config.erasure.perturbation_weight > 0:
         name += "+ε"
+    if erase and config.erasure.length_exponent > 0:
+        name += "+length"
     name += "+contrast" if objective.options.get("erased") == "contrast" else ""
     return name + (" (plain rollouts)" if is_paper_method and not erase else "")

@@ -42,7 +42,8 @@ def single_term(total: float) -> Uncertainty:
 def e3rl_uncertainty(
     candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig
 ) -> Uncertainty:
-    """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), with the term of D14."""
+    """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), with the term of D14 and its
+    weight by length."""
     return _e3rl_uncertainties([candidate], [history], reference, config)[0]
 
 
@@ -93,7 +94,8 @@ def _of_one_shape(
         extremum_weight=config.extremum_weight,
         perturbation_weight=config.perturbation_weight,
     )
-    each = torch.stack([*terms, smoothed_G], 1).tolist()
+    weight = uncertainty.length_weight(entropies_GT.shape[1], config.length_exponent)
+    each = (weight * torch.stack([*terms, smoothed_G], 1)).tolist()
     return [
         Uncertainty(base + step + peak + eps, base, step, peak, eps, smooth) for base, step, peak, eps, smooth in each
     ]

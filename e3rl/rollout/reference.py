@@ -29,6 +29,7 @@ MEASURED_BY = (
     "gradient_weight",
     "extremum_weight",
     "perturbation_weight",
+    "length_exponent",
     "smoothing_window",
     "smoothing_decay",
 )
@@ -104,11 +105,13 @@ class ReferenceStatistics:
         return self.merged(ReferenceStatistics(self.settings, segments, entropies))
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raise UserError where these statistics were measured with other settings."""
-        names = sorted({*settings, *self.settings})
-        differing = [n for n in names if settings.get(n) != self.settings.get(n)]
+        """Raise UserError where these statistics were measured with other settings. One that a file doesn't name is younger
+        than the file, and had its default."""
+        usual = measured_by(RolloutConfig(), ErasureConfig())
+        then, now = usual | self.settings, usual | settings
+        differing = [n for n in sorted(then | now) if then.get(n) != now.get(n)]
         if differing:
-            details = "; ".join(f"{n}: {self.settings.get(n)!r} then, {settings.get(n)!r} now" for n in differing)
+            details = "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in differing)
             raise UserError(f"the reference statistics were measured with other settings ({details}): calibrate again")
 
     def to_tables(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
 from e3rl.config import load_config
 from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
-from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, SETTINGS, Contest
+from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, LATE_EPS_LENGTH, SETTINGS, Contest
 from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
 from e3rl.diagnose.signals import PAPER, SIGNALS, measure
@@ -156,6 +156,9 @@ def test_late_settings_cut_the_response_anew():
     assert SETTINGS[LATE_EPS].applied(truncated).erasure.entropy_distribution == "full"  # else it is refused
     static = load_config(None, (), ["erasure.baseline=static"])
     assert SETTINGS["paper-1"].applied(static).erasure.baseline == "group"
+    doubted = load_config(None, (), ["erasure.length_exponent=1.0"])
+    weighed = [SETTINGS[name].applied(doubted).erasure.length_exponent for name in (LATE_EPS, LATE_EPS_LENGTH)]
+    assert weighed == [0.0, 0.5]  # a setting is the same whatever the recipe says
     calm = SETTINGS[LATE_EPS].applied(config).erasure
     assert (calm.baseline, calm.quantile, calm.perturbation_weight, calm.entropy_temperature) == (
         "quantile",

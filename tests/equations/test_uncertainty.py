@@ -141,6 +141,12 @@ def test_uncertainty_by_hand() -> None:
     close(u.uncertainty(f64(2.0), f64(1.5), f64(0.75), f64(0.5), **WEIGHTS | {"perturbation_weight": 0.2}), 2.925)
 
 
+def test_the_weight_of_a_length() -> None:
+    """Eq 13's terms times n^x: 1 whatever the length in the paper, the root of 16 tokens, and all 16 of them."""
+    assert [u.length_weight(16, x) for x in (0.0, 0.5, 1.0)] == [1.0, 4.0, 16.0]
+    assert u.length_weight(1, 0.7) == 1.0
+
+
 @pytest.mark.parametrize(
     ("name", "term"),
     [("base_weight", 2.0), ("gradient_weight", 1.5), ("extremum_weight", 0.75), ("perturbation_weight", 0.5)],

@@ -145,11 +145,11 @@ def test_importing_the_table_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def named(name: str, *, erase: bool = True, perturbation: float = 0.0, **given: Any) -> str:
+def named(name: str, *, erase: bool = True, perturbation: float = 0.0, length: float = 0.0, **given: Any) -> str:
     tables = {
         "objective": {"name": name, **given},
         "rollout": {"erase": erase},
-        "erasure": {"perturbation_weight": perturbation},
+        "erasure": {"perturbation_weight": perturbation, "length_exponent": length},
     }
     return method_name(build_config(tables))
 
@@ -160,6 +160,9 @@ def test_e3rl_is_the_name_of_the_paper_method_alone() -> None:
     assert named("e3rl", perturbation=0.5) == "E³RL+ε"
     assert named("e3rl", erased="contrast") == "E³RL+contrast"
     assert named("e3rl", perturbation=0.5, erased="contrast") == "E³RL+ε+contrast"
+    assert named("e3rl", length=0.5) == "E³RL+length"
+    assert named("e3rl", perturbation=0.5, length=1.0, erased="contrast") == "E³RL+ε+length+contrast"
+    assert named("e3rl", erase=False, length=0.5) == "E³RL (plain rollouts)"
     assert named("e3rl", erased="drop") == "E³RL"
     assert named("e3rl", erase=False) == "E³RL (plain rollouts)"
     assert named("e3rl", erase=False, perturbation=0.5) == "E³RL (plain rollouts)"

@@ -47,7 +47,8 @@ def uncertainty_of(
     gradient = config.gradient_weight * (statistics.fmean(steps) if steps else 0.0)
     extremum = config.extremum_weight / (1 + math.exp(min(-deviation, 700.0)))  # e^710 is no float
     perturbation = config.perturbation_weight * statistics.fmean(candidate.perturbations)
-    return Uncertainty(base + gradient + extremum + perturbation, base, gradient, extremum, perturbation, smoothed)
+    by_length = [x * len(h) ** config.length_exponent for x in (base, gradient, extremum, perturbation)]
+    return Uncertainty(sum(by_length), *by_length, smoothed * len(h) ** config.length_exponent)
 
 
 def baselines_of(group: Group, config: ErasureConfig) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 from hypothesis import given
@@ -19,14 +19,15 @@ _CONFIG = ErasureConfig(gradient_weight=0.4, extremum_weight=0.3, perturbation_w
 _REFERENCE = Moments.of((0.1, 0.9, 1.4))
 
 
-@given(st.lists(_SIBLING, min_size=1, max_size=6))
+@pytest.mark.parametrize("config", [_CONFIG, replace(_CONFIG, length_exponent=0.5)])
+@given(siblings=st.lists(_SIBLING, min_size=1, max_size=6))
 def test_siblings_of_any_lengths_are_measured_as_each_alone(
-    siblings: Sequence[tuple[list[float], float, list[float]]],
+    config: ErasureConfig, siblings: Sequence[tuple[list[float], float, list[float]]]
 ) -> None:
     candidates = [toy_candidate(entropies, perturbation) for entropies, perturbation, _ in siblings]
     histories = [history for _, _, history in siblings]
-    together = siblings_metric("e3rl")(candidates, histories, _REFERENCE, _CONFIG)
-    alone = [e3rl_uncertainty(c, h, _REFERENCE, _CONFIG) for c, h in zip(candidates, histories, strict=True)]
+    together = siblings_metric("e3rl")(candidates, histories, _REFERENCE, config)
+    alone = [e3rl_uncertainty(c, h, _REFERENCE, config) for c, h in zip(candidates, histories, strict=True)]
     assert [astuple(u) for u in together] == [pytest.approx(astuple(u), rel=1e-12, abs=1e-12) for u in alone]
 
 
@@ -37,3 +38,14 @@ def test_a_metric_from_outside_is_asked_for_each_sibling() -> None:
     assert [u.total for u in together] == [
         load_metric(name)(c, h, _REFERENCE, _CONFIG).total for c, h in zip(candidates, histories, strict=True)
     ]
+
+
+def test_a_long_candidate_counts_for_more_the_larger_the_exponent() -> None:
+    """Four calm tokens of mean 0.5 and ε 0.25 against one of 0.8: by means 0.55 and 0.85, by root 1.1, by sums 2.2."""
+    only_means = ErasureConfig(gradient_weight=0.0, extremum_weight=0.0, perturbation_weight=0.2)
+    long, short = toy_candidate((0.4, 0.6, 0.7, 0.3), 0.25), toy_candidate((0.8,), 0.25)
+    for exponent, totals in ((0.0, (0.55, 0.85)), (0.5, (1.1, 0.85)), (1.0, (2.2, 0.85))):
+        config = replace(only_means, length_exponent=exponent)
+        found = [e3rl_uncertainty(c, (), _REFERENCE, config) for c in (long, short)]
+        assert [u.total for u in found] == pytest.approx(totals)
+        assert found[0].smoothed == pytest.approx(0.5 * 4**exponent)  # what eq 18 holds against the baseline

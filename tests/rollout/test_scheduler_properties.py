@@ -60,6 +60,7 @@ def worlds(draw: st.DrawFn) -> World:
         gradient_weight=draw(st.sampled_from([0.0, 0.5])),
         extremum_weight=draw(st.sampled_from([0.1, 1.0])),
         perturbation_weight=draw(st.sampled_from([0.0, 1.0])),
+        length_exponent=draw(st.sampled_from([0.0, 0.5])),
         smoothing_window=draw(st.integers(0, 2)),
         baseline="static" if siblings == 1 else draw(st.sampled_from(["static", "group", "quantile"])),
         quantile=draw(st.sampled_from([0.0, 0.3, 1.0])),

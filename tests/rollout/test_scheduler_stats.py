@@ -101,6 +101,14 @@ def test_merging_references():
         gathered(rollout(segment_length=4)).merged(one)
 
 
+def test_a_setting_that_is_younger_than_the_statistics_had_its_default():
+    now = measured_by(rollout(), MEAN_ONLY)
+    old = ReferenceStatistics({name: value for name, value in now.items() if name != "erasure.length_exponent"})
+    old.check(now)
+    with pytest.raises(UserError, match=r"erasure.length_exponent: 0.0 then, 0.5 now"):
+        old.check(measured_by(rollout(), replace(MEAN_ONLY, length_exponent=0.5)))
+
+
 def test_plain_rollouts_have_no_uncertainty_to_learn():
     groups, _ = roll(lambda draw, tokens: Scripted((1.0,) * tokens), config=replace(rollout(), erase=False))
     empty = ReferenceStatistics(measured_by(rollout(), MEAN_ONLY))

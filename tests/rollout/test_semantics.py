@@ -529,7 +529,9 @@ def test_events():
 
 def test_complete_record():
     """37. The record is complete: U, its terms, Theta and its factors can all be recomputed from it."""
-    config = ErasureConfig(perturbation_weight=0.7, kappa0=0.2, kappa1=0.3, eta=0.02, first_modulation=0.9)
+    config = ErasureConfig(
+        perturbation_weight=0.7, length_exponent=0.5, kappa0=0.2, kappa1=0.3, eta=0.02, first_modulation=0.9
+    )
     table = {
         ("p", i, n, e): (0.3 * i + 0.2 * n, 0.9 - 0.4 * e * n) for i in range(4) for n in range(3) for e in range(6)
     }
