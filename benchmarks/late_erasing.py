@@ -7,9 +7,9 @@
 Erasable decoding judges whole responses, or halves. Temperature and setting are chosen on problems of the training half
 and reported on the held-out half. Plain decoding gets as many samples more as the erased tokens would have paid for; Pass
 counts them. A low temperature is right more often and solves fewer problems, so plain decoding at temperature 1 stands
-beside it ('hot'). 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U (entropy + 0.3 ε), which is
-the same evidence without a decision on the way. Several models are seeds of one training: what is shown is each problem's
-mean over them.
+beside it ('hot'). 'rerank' spends them otherwise: it draws them all and keeps the 8 of least U (entropy + 0.3 ε, weighed by
+length where one of the settings does), which is the same evidence without a decision on the way. Several models are seeds of
+one training: what is shown is each problem's mean over them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
-from e3rl.diagnose.signals import late_suspicion
+from e3rl.diagnose.signals import LENGTH_EXPONENT, late_suspicion
 from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.lab.problems import Split, load
@@ -54,21 +54,22 @@ Choice = tuple[str, float]
 
 @dataclass(frozen=True)
 class Counts:
-    """Which samples of each problem are right, how suspicious they are, and the tokens that one answer cost."""
+    """Which samples of each problem are right, how suspicious they are by each exponent of their length, and the tokens that
+    one answer cost."""
 
     correct_PK: np.ndarray
-    suspicion_PK: np.ndarray
+    suspicion_PK: Mapping[float, np.ndarray]
     tokens: float
 
     @property
     def avg_P(self) -> np.ndarray:
         return self.correct_PK.mean(axis=1)
 
-    def calmest(self, drawn: int, kept: int) -> Counts:
-        """The ``kept`` of the first ``drawn`` samples that are least suspicious."""
-        order_PK = self.suspicion_PK[:, :drawn].argsort(axis=1, kind="stable")[:, :kept]
-        chosen = (np.take_along_axis(values, order_PK, axis=1) for values in (self.correct_PK, self.suspicion_PK))
-        return Counts(*chosen, tokens=self.tokens * drawn / kept)
+    def calmest(self, drawn: int, kept: int, setting: str) -> Counts:
+        """The ``kept`` of the first ``drawn`` samples that are least suspicious by the length exponent of a setting."""
+        evidence_PK = self.suspicion_PK[SETTINGS[setting].length_exponent]
+        order_PK = evidence_PK[:, :drawn].argsort(axis=1, kind="stable")[:, :kept]
+        return Counts(np.take_along_axis(self.correct_PK, order_PK, axis=1), {}, self.tokens * drawn / kept)
 
     def pass_P(self, k: float) -> np.ndarray:
         """Pass at a fractional k, between its neighbours."""
@@ -115,7 +116,10 @@ def evaluated(
 def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice) -> Counts:
     """One way to decode, on one half of a family."""
     done = evaluated(policy, family, split, problems, configured(family, choice), erase=bool(choice[0]))
-    suspicion_PK = np.array([[late_suspicion(t) for t in g.trajectories] for g in done.groups])
+    suspicion_PK = {
+        x: np.array([[late_suspicion(t, x) for t in g.trajectories] for g in done.groups])
+        for x in (0.0, LENGTH_EXPONENT)
+    }
     return Counts(done.correct_PK, suspicion_PK, done.record()["tokens"] / done.correct_PK.size)
 
 
@@ -148,7 +152,10 @@ def tuned(policy: Policy, family: str, settings: Sequence[str], problems: int) -
     erasable = all_of(settings)
     erased = chosen(erasable)
     k = min(ERASABLE * erasable[erased].tokens / reference.tokens, PLAIN)
-    calm = chosen({c: counts.calmest(round(k), ERASABLE) for c, counts in plain.items()})
+    by_evidence = {SETTINGS[name].length_exponent: name for name in reversed(settings)}
+    calm = chosen(
+        {(name, t): c.calmest(round(k), ERASABLE, name) for name in by_evidence.values() for (_, t), c in plain.items()}
+    )
     return {"plain": best(plain), "erasable": erased, "rerank": calm}
 
 
@@ -161,10 +168,12 @@ def compare(
     passed: dict[str, list[np.ndarray]] = {kind: [] for kind in choices}
     tokens: dict[str, list[float]] = {"plain": [], "erasable": []}
     for policy in policies:
-        found = {c: measured(policy, family, "heldout", problems, c) for c in set(choices.values())}
+        evidence, rerank_T = choices["rerank"]
+        ways = {choices["plain"], choices["hot"], choices["erasable"], ("", rerank_T)}
+        found = {way: measured(policy, family, "heldout", problems, way) for way in ways}
         plain, erasable = found[choices["plain"]], found[choices["erasable"]]
         k = min(ERASABLE * erasable.tokens / plain.tokens, PLAIN)
-        rerank = found[choices["rerank"]].calmest(round(k), ERASABLE)
+        rerank = found[("", rerank_T)].calmest(round(k), ERASABLE, evidence)
         hot = found[choices["hot"]]
         hot_k = min(ERASABLE * erasable.tokens / hot.tokens, PLAIN)
         shown_at = {
@@ -202,7 +211,7 @@ def shown(value: Mapping[str, float], sign: str = "") -> str:
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a table."""
     lines = [
-        f"| problems | plain T; erasable; rerank T | tokens × | Avg: plain, erasable, rerank | erasable − plain | relative | "
+        f"| problems | plain T; erasable; rerank by | tokens × | Avg: plain, erasable, rerank | erasable − plain | relative | "
         f"Pass at equal tokens, Pass@{ERASABLE} erasable, rerank | erasable − plain | Avg, Pass: erasable − rerank | "
         "plain at T = 1: Avg, Pass at equal tokens; Pass, erasable − it |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -212,7 +221,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         setting, temperature = choices["erasable"]
         cells = [
             f"`{family}`",
-            f"{choices['plain'][1]:g}; {setting} at {temperature:g}; {choices['rerank'][1]:g}",
+            f"{choices['plain'][1]:g}; {setting} at {temperature:g}; {' at '.join(map(str, choices['rerank']))}",
             f"{row['tokens']['erasable'] / row['tokens']['plain']:.2f}",
             ", ".join(shown(avg[kind]) for kind in ("plain", "erasable", "rerank")),
             shown(gap["avg_plain"], "+"),

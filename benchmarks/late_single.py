@@ -66,15 +66,18 @@ def compared(policy: Policy, family: str, tuning: int, problems: int, times: int
     plain = {t: measured(policy, family, "train", tuning, ("", t)) for t in TEMPERATURES}
     best = max(plain, key=lambda t: float(plain[t].avg_P.mean()))
     drawn = min(round(tried[erased].tokens / plain[best].tokens), PLAIN)
-    calm = max(plain, key=lambda t: float(plain[t].calmest(drawn, 1).avg_P.mean()))
+    calm = max(plain, key=lambda t: float(plain[t].calmest(drawn, 1, LATE_EPS).avg_P.mean()))
 
     erasable = answered(policy, family, "heldout", problems, ways[erased], times)
     held_out = {t: measured(policy, family, "heldout", problems, ("", t)) for t in {best, calm}}
     n = min(round(erasable.tokens / held_out[best].tokens), PLAIN)
     c = held_out[calm]
     parts = [slice(i, i + n) for i in range(0, PLAIN - n + 1, n)]  # as many answers of n draws as there are draws for
-    groups = [Counts(c.correct_PK[:, part], c.suspicion_PK[:, part], c.tokens) for part in parts]
-    reranked_P = np.mean([group.calmest(n, 1).avg_P for group in groups], axis=0)
+    groups = [
+        Counts(c.correct_PK[:, part], {x: u_PK[:, part] for x, u_PK in c.suspicion_PK.items()}, c.tokens)
+        for part in parts
+    ]
+    reranked_P = np.mean([group.calmest(n, 1, LATE_EPS).avg_P for group in groups], axis=0)
     return {
         "chosen": {"plain": best, "erasable": erased, "rerank": calm},
         "drawn": n,

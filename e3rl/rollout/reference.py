@@ -108,7 +108,7 @@ class ReferenceStatistics:
         """Raise UserError where these statistics were measured with other settings. One that a file doesn't name is younger
         than the file, and had its default."""
         usual = measured_by(RolloutConfig(), ErasureConfig())
-        then, now = usual | self.settings, usual | settings
+        then, now = {**usual, **self.settings}, {**usual, **settings}
         differing = [n for n in sorted(then | now) if then.get(n) != now.get(n)]
         if differing:
             details = "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in differing)
