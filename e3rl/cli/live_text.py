@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from e3rl.rollout.scheduler import Committed, Erased, Event
+from e3rl.serve.text import TextStream
 
 if TYPE_CHECKING:
     from e3rl.generation import Generation
@@ -21,25 +23,24 @@ class LiveText:
     """On a terminal the text is drawn while it grows; elsewhere it is printed once, erasures as ~~text~~."""
 
     def __init__(self, console: Console, prompt: str, tokenizer: Any) -> None:
-        self._console, self._tokenizer = console, tokenizer
-        self._samples: dict[int, Text] = {}
+        self._console = console
+        self._samples: defaultdict[int, Text] = defaultdict(Text)
+        self._streams: defaultdict[int, TextStream] = defaultdict(lambda: TextStream(tokenizer, ()))
         console.print(Text(prompt, style="dim"))
         self._live = Live(Text(""), console=console, refresh_per_second=12) if console.is_terminal else None
         if self._live:
             self._live.start()
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
     def observe(self, event: Event) -> None:
-        """What to hand to the scheduler."""
+        """What to hand to the scheduler. A character that two segments share appears with its last token."""
         if isinstance(event, Committed):
-            text = self._samples.setdefault(event.sibling, Text())
-            text.append(self._decode(event.segment.candidate.ids))
+            candidate = event.segment.candidate
+            self._samples[event.sibling].append(self._streams[event.sibling].add(candidate.ids, last=candidate.ended))
         elif isinstance(event, Erased):
-            text = self._samples.setdefault(event.sibling, Text())
-            struck = self._decode(event.erasure.candidate.ids)
-            text.append(struck if self._console.is_terminal else f"~~{struck}~~", style=ERASED_STYLE)
+            struck = self._streams[event.sibling].would_add(event.erasure.candidate.ids)
+            self._samples[event.sibling].append(
+                struck if self._console.is_terminal else f"~~{struck}~~", style=ERASED_STYLE
+            )
         if self._live:
             self._live.update(self._page())
 
@@ -52,7 +53,10 @@ class LiveText:
 
     def close(self, generations: Sequence[Generation]) -> None:
         """Print what is final, and what the erasures cost."""
+        for sibling, stream in self._streams.items():
+            self._samples[sibling].append(stream.add((), last=True))
         if self._live:
+            self._live.update(self._page())
             self._live.stop()
         else:
             self._console.print(self._page(), soft_wrap=True)

@@ -33,6 +33,10 @@ class TextStream:
         self._sent += len(certain)
         return certain
 
+    def would_add(self, ids: Sequence[int]) -> str:
+        """The text that these tokens would stand for here, half characters included; nothing is kept of them."""
+        return str(self._tokenizer.decode([*self._ids, *ids], skip_special_tokens=True)[self._sent :])
+
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the first stop string begins."""
