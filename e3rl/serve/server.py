@@ -13,6 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -151,6 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _event(self, data: str) -> None:
         self.wfile.write(f"data: {data}\n\n".encode())
         self.wfile.flush()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What is refused before it is read (a method, a request line), in the same form as all else."""
+        self._send(code, ApiError(code, message or HTTPStatus(code).phrase).body())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: the terminal belongs to whoever started the server."""

@@ -102,6 +102,12 @@ def test_only_json_under_its_own_name(make_service: Callable[..., Service]):
         assert post(url, "/nothing", b"", method="GET")[0] == 404
 
 
+def test_a_method_that_is_not_offered_gets_an_error_object_too(make_service: Callable[..., Service]):
+    with serving(make_service()) as url:
+        status, answer = post(url, TEXT, HELLO, method="PUT")
+        assert (status, answer["error"]["message"]) == (501, "Unsupported method ('PUT')")
+
+
 @pytest.mark.parametrize(
     ("host", "token", "words"),
     [("0.0.0.0", None, "other machines"), ("127.0.0.1", "short", "at least 16"), ("::1", "a b" * 9, "at least 16")],
