@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from e3rl.config import Config
+from e3rl.config import Config, RolloutConfig
 from e3rl.diagnose.signals import LATE_EPS_WEIGHT, LENGTH_EXPONENT, late_suspicion
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
 from e3rl.evaluate.evaluation import Evaluation, evaluate
@@ -51,12 +51,19 @@ class Setting:
         if self.segments is None:
             return replace(config, erasure=replace(config.erasure, **changed))
         alone: dict[str, Any] = {"smoothing_window": 0, "rho": 0.0}
-        length = -(-config.rollout.completion_limit // self.segments)
         return replace(
             config,
             erasure=replace(config.erasure, **changed, **alone),
-            rollout=replace(config.rollout, segment_length=length, max_segments=self.segments),
+            rollout=_cut_into(config.rollout, self.segments),
         )
+
+
+def _cut_into(rollout: RolloutConfig, segments: int) -> RolloutConfig:
+    """So many segments of equal length; where they don't divide a response evenly, the last is shorter."""
+    limit = rollout.completion_limit
+    length = -(-limit // segments)
+    longest = limit if length * segments > limit else rollout.max_completion_length
+    return replace(rollout, segment_length=length, max_segments=segments, max_completion_length=longest)
 
 
 def measured_hot(config: Config) -> Config:

@@ -11,6 +11,7 @@ import pytest
 
 from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
+from e3rl.cli.recipes import find_recipe
 from e3rl.config import load_config
 from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
 from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, LATE_EPS_LENGTH, SETTINGS, Contest
@@ -152,6 +153,14 @@ def test_late_settings_cut_the_response_anew():
     half = SETTINGS[HALF_EPS].applied(config)
     assert (half.rollout.segment_length, half.rollout.max_segments) == (20, 2)
     assert SETTINGS["eps-1"].applied(config).rollout == config.rollout
+    odd = (
+        SETTINGS[HALF_EPS]
+        .applied(load_config(None, (), ["rollout.segment_length=7", "rollout.max_segments=1"]))
+        .rollout
+    )
+    assert (odd.segment_length, odd.max_segments, odd.completion_limit) == (4, 2, 7)
+    recommended = load_config(find_recipe("recommended"))
+    assert SETTINGS[HALF_EPS].applied(recommended) == recommended  # or it would be measured twice
     truncated = load_config(None, (), ["erasure.entropy_distribution=truncated"])
     assert SETTINGS[LATE_EPS].applied(truncated).erasure.entropy_distribution == "full"  # else it is refused
     static = load_config(None, (), ["erasure.baseline=static"])
