@@ -35,9 +35,6 @@ MEASURED_BY = (
 )
 """Fields of `ErasureConfig` that define U. Statistics of U mean nothing under other values."""
 
-_YOUNGER = {"erasure.entropy_temperature": 0.0}
-"""Settings that statistics of earlier versions don't name, with the values that they were measured with."""
-
 
 def measured_by(rollout: RolloutConfig, erasure: ErasureConfig) -> dict[str, Any]:
     """The settings that define U, by dotted name."""
@@ -132,8 +129,7 @@ class ReferenceStatistics:
         if tables["format"] != FORMAT:
             raise ValueError(f"format {tables['format']!r}, and this version of e3rl reads format {FORMAT}")
         segments = tuple(Distribution.from_table(table) for table in tables["segments"])
-        settings = {**_YOUNGER, **tables["settings"]}
-        return ReferenceStatistics(settings, segments, Moments.from_table(tables["entropies"]))
+        return ReferenceStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]))
 
     def save(self, directory: Path) -> Path:
         """Write them beside a model, atomically."""

@@ -124,16 +124,6 @@ def test_reference_survives_the_disk(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_reference_of_an_earlier_version_was_measured_at_the_temperature_drawn_with(tmp_path):
-    tables = gathered().to_tables()
-    del tables["settings"]["erasure.entropy_temperature"]
-    (tmp_path / FILE_NAME).write_text(json.dumps(tables), encoding="utf-8")
-    assert ReferenceStatistics.load(tmp_path) == gathered()
-    hot = measured_by(rollout(), replace(MEAN_ONLY, entropy_temperature=1.0))
-    with pytest.raises(UserError, match="entropy_temperature: 0.0 then, 1.0 now"):
-        ReferenceStatistics.load(tmp_path).check(hot)
-
-
 def test_missing_reference_file(tmp_path):
     with pytest.raises(UserError, match=rf"{FILE_NAME} does not exist: make it with 'e3rl calibrate'"):
         ReferenceStatistics.load(tmp_path)
