@@ -19,7 +19,7 @@ from e3rl.errors import SickLogits
 from e3rl.rollout.engine import Row, Sampling
 from e3rl.rollout.requests import RowState, check_prompt, check_siblings, find_row
 from e3rl.rollout.sampling import SICK, SamplingRows, sample
-from e3rl.rollout.serving import evaluating
+from e3rl.rollout.slot_cache import cache_argument, evaluating
 from e3rl.types import Candidate, Draw
 
 
@@ -65,7 +65,7 @@ class DynamicCacheEngine:
         cache.crop(min(0, len(ids) - 1 - cache.get_seq_length()))  # what was rolled back; the last token is fed again
         new_1T = torch.tensor([ids[cache.get_seq_length() :]], device=self._model.device)
         with evaluating(self._model):
-            return self._model(input_ids=new_1T, past_key_values=cache, use_cache=True).logits[:, -1]
+            return self._model(input_ids=new_1T, use_cache=True, **{cache_argument(self._model): cache}).logits[:, -1]
 
     def rollback(self, row: Row, length: int) -> None:
         find_row(self._rows, row)[0].truncate(length)

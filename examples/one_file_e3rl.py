@@ -112,7 +112,7 @@ def draw(model: Any, sibling: Sibling, uniforms: Floats, eos: frozenset[int], s:
         ids.append(token)
         entropies.append(float(-(logp.exp() * logp).sum()))
         perturbations.append(float(logp.max() - logp[token]))
-        logits = model(torch.tensor([[token]]), past_key_values=sibling.cache).logits[0, -1]
+        logits = model(torch.tensor([[token]]), None, None, sibling.cache).logits[0, -1]
         if token in eos:
             break
     return Candidate(ids, entropies, perturbations, logits, ids[-1] in eos)
@@ -163,8 +163,9 @@ def threshold(baselines: Floats, smoothed: Floats, attempt: int, s: Settings) ->
 @torch.no_grad()
 def roll_out(model: Any, prompt: list[int], eos: frozenset[int], draws: Draws, s: Settings) -> list[Sibling]:
     """All siblings of a prompt, segment by segment."""
-    starts = [model(torch.tensor([prompt]), past_key_values=DynamicCache()) for _ in range(s.siblings)]
-    siblings = [Sibling(i, start.past_key_values, start.logits[0, -1]) for i, start in enumerate(starts)]
+    caches = [DynamicCache() for _ in range(s.siblings)]  # given by place: its name depends on transformers' version
+    starts = [model(torch.tensor([prompt]), None, None, cache).logits[0, -1] for cache in caches]
+    siblings = [Sibling(i, cache, start) for i, (cache, start) in enumerate(zip(caches, starts, strict=True))]
     baselines: list[float] = []
     entropies: list[float] = []
     for n in range(s.max_segments):

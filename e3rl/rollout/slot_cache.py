@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,11 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def cache_argument(model: Any) -> str:
+    """What the model's forward pass calls its cache: the library renamed it; its older versions and others' models did not."""
+    return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Dropout off; every module's training flag is put back afterwards."""
@@ -120,6 +126,7 @@ class GenericSlotModel:
         self.device = self._model.device
         self._dtype = self._model.dtype
         self._cache = SlotCache(config.num_hidden_layers, self.storage)
+        self._given_cache = {cache_argument(model): self._cache}
         self._additive_mask = config._attn_implementation == "eager"  # eager attention adds its mask to the scores
         self._columns = torch.arange(self.storage.capacity, device=self.device)
 
@@ -157,8 +164,8 @@ class GenericSlotModel:
                 input_ids=ids_RT,
                 attention_mask=mask,
                 position_ids=positions_RT,
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **self._given_cache,
             )
         return output.logits[:, -1]

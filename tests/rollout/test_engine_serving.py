@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from e3rl.errors import UserError
 from e3rl.rollout.fused_model import FusedSlotModel
 from e3rl.rollout.serving import check_exactness, require_servable
+from e3rl.rollout.slot_cache import cache_argument
 from e3rl.rollout.torch_engine import TorchEngine
 from tests.rollout.models import ARCHITECTURES, build, tiny
 
@@ -65,10 +67,11 @@ def test_models_that_say_so_are_refused(make, reason):
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
 def test_a_model_that_ignores_what_it_is_given_is_refused_with_numbers(ignored, monkeypatch):
     model = build("Llama")
-    forward = model.forward
+    forward, cache = model.forward, cache_argument(model)
 
+    @functools.wraps(forward)
     def forgetful(**given: Any) -> Any:
-        if given.get("past_key_values") is not None and given["input_ids"].shape[1] == 1:
+        if given.get(cache) is not None and given["input_ids"].shape[1] == 1:
             given[ignored] = torch.ones_like(given[ignored]) if ignored == "attention_mask" else given[ignored] * 0
         return forward(**given)
 
