@@ -20,9 +20,7 @@ class SlotRow(RowState):
 
     number: int = -1  # among the rows held: where its mark is kept
     cached: int = 0  # leading tokens whose keys are in the slot
-    marked: int = (
-        -1
-    )  # which token the mark draws: stale after a rollback below it, but replaced before the row is that long
+    marked: int = -1  # which token the mark draws; -1: none
 
     @property
     def total(self) -> int:

@@ -156,6 +156,8 @@ class TorchEngine:
         state = self._row(row)
         state.truncate(length)
         state.cached = min(state.cached, state.total)
+        if state.marked > state.total:
+            state.marked = -1
 
     @torch.inference_mode()
     def release(self, row: Row) -> None:

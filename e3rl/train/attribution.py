@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,9 +35,10 @@ class _Ends:
     members: tuple[int, ...]  # which sequences of the row
     queries_SQ: Tensor  # row positions, from the last token backwards
     keys_SK: Tensor  # row positions
-    bias_SQK: Tensor  # 0 where a query sees a key, -inf where it does not
+    places_SQ: Tensor  # of the queries in their sequence
     weights_SQ: Tensor  # 1 / number of queries; 0 where a response has fewer
     response_SK: Tensor  # which keys are response tokens
+    _biases: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, row: PackedRow, members: Sequence[int], window: int) -> _Ends:
@@ -48,17 +49,25 @@ class _Ends:
         back_Q = torch.arange(int(sizes_S1.max()), device=keys_SK.device)
         places_SQ = (lengths_S1 - 1 - back_Q).clamp(min=0)
         place_K = torch.arange(keys_SK.shape[1], device=keys_SK.device)
-        unseen_SQK = place_K > places_SQ[..., None]
         return cls(
             tuple(members),
             keys_SK.gather(1, places_SQ),
             keys_SK,
-            torch.zeros(unseen_SQK.shape, device=keys_SK.device).masked_fill_(unseen_SQK, -torch.inf),
+            places_SQ,
             (back_Q < sizes_S1) / sizes_S1,
             (place_K >= prompts_S1) & (place_K < lengths_S1),
         )
 
-    def attention(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    def bias(self, window: int | None) -> Tensor:
+        """0 where a query sees a key, -inf where it does not, [S, Q, K]. Made once for each kind of layer."""
+        if window not in self._biases:
+            back_SQK = self.places_SQ[..., None] - torch.arange(self.keys_SK.shape[1], device=self.keys_SK.device)
+            unseen_SQK = back_SQK < 0 if window is None else (back_SQK < 0) | (back_SQK >= window)
+            zeros_SQK = torch.zeros(unseen_SQK.shape, device=self.keys_SK.device)
+            self._biases[window] = zeros_SQK.masked_fill_(unseen_SQK, -torch.inf)
+        return self._biases[window]
+
+    def attention(self, query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
         """[S, K]: what each token receives in one layer, a mean over queries and heads."""
         heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
         (size, queries), keys = self.queries_SQ.shape, self.keys_SK.shape[1]
@@ -66,7 +75,7 @@ class _Ends:
         rows = rows.view(size, queries, kv_heads, -1, width).permute(0, 2, 3, 1, 4).reshape(size, kv_heads, -1, width)
         seen = key[0].transpose(0, 1).index_select(0, self.keys_SK.flatten()).float()
         scores = rows @ seen.view(size, keys, kv_heads, width).permute(0, 2, 3, 1)
-        scores = scores.view(size, heads, queries, keys).add_(self.bias_SQK[:, None])
+        scores = scores.view(size, heads, queries, keys).add_(self.bias(window)[:, None])
         weights = (self.weights_SQ / heads).repeat(1, heads)
         return (weights[:, None] @ scores.softmax(-1).view(size, -1, keys))[:, 0]
 
@@ -96,11 +105,14 @@ class AttributionTap:
         self._sums: list[Tensor] = [ends.response_SK.float() * 0.0 for ends in self._ends]
 
     @torch.no_grad()
-    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Add one layer: ``query`` [1, heads, N, d], ``key`` [1, kv heads, N, d], both already rotated."""
+    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
+        """Add one layer: ``query`` [1, heads, N, d], ``key`` [1, kv heads, N, d], both already rotated.
+
+        A query sees so many tokens as ``window`` says, itself included; None: all up to itself.
+        """
         if layer in self._layers:
             for ends, sum_SK in zip(self._ends, self._sums, strict=True):
-                sum_SK += ends.attention(query, key, scaling)
+                sum_SK += ends.attention(query, key, scaling, window)
 
     def attribution(self) -> list[Tensor | None]:
         """a_t of every response token, a mean over queries, heads and layers; None for erased candidates."""
@@ -148,7 +160,7 @@ def _attention(
     """Attention of every branch. Split, not indexed: its gradient is a concatenation."""
     if attribution_tap is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attribution_tap.observe(module.layer_idx, query, key, scale)  # type: ignore[arg-type]
+        attribution_tap.observe(module.layer_idx, query, key, scale, sliding_window)  # type: ignore[arg-type]
     branches = packed_row.branches
     sizes = [branch.size for branch in branches]
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value))

@@ -72,6 +72,23 @@ def test_after_it_was_taken_up_a_row_can_be_rolled_back_and_redrawn():
     assert engine.poll() == [(row, whole[1])]
 
 
+def test_a_row_that_takes_up_other_tokens_forgets_what_stood_there_before():
+    """The rollback drops where the second candidate began, and the tokens taken up end in just that place."""
+    settings = {"eos_ids": (), "cache_rows": 1, "max_length": 32}
+    found = []
+    for engine in (TorchEngine(tiny("Qwen3"), max_rows=1, **settings), RecomputeEngine(tiny("Qwen3"), **settings)):
+        [row] = engine.prefill([3, 4], 1)
+        for segment in range(2):
+            engine.extend(row, 4, Draw(0, 0, "p", 0, segment, 0), SAMPLING)
+            engine.poll()
+        engine.rollback(row, 0)
+        engine.append(row, [9, 9, 9, 9])
+        engine.extend(row, 6, Draw(0, 0, "p", 0, 1, 1), SAMPLING)
+        found.append(engine.poll()[0][1])
+    assert found[0].ids == found[1].ids
+    assert found[0].entropies == pytest.approx(found[1].entropies, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["torch", "recompute"])
 def test_what_can_not_have_been_generated_is_refused(kind: str):
     model = tiny("Qwen3")

@@ -43,6 +43,22 @@ def test_attribution_equals_eager_attention_of_each_sequence_alone(name: str, wh
 
 
 @torch.no_grad()
+def test_a_token_behind_a_sliding_window_gets_no_attention():
+    """As the eager implementation masks it: queries see the window's tokens and no others."""
+    model, eager = build("Mistral", sliding_window=3), build("Mistral", "eager", sliding_window=3)
+    prompt, response = [2, 3, 4], [5, 6, 7, 8, 9, 10, 11]
+    row = PackedRow.of([sequence(prompt, response)], torch.device("cpu"))
+    with packed_attention(model):
+        tap = AttributionTap(row, 2, frozenset({0, 1}))
+        model.model(input_ids=row.ids_N[None], position_ids=row.positions_N[None], packed_row=row, attribution_tap=tap)
+    [found_T] = tap.attribution()
+    assert found_T is not None
+    assert found_T.tolist() == pytest.approx(_slow_attribution(eager, prompt, response, 2, [0, 1]), abs=1e-6)
+    assert found_T[:3].tolist() == [0.0] * 3
+    assert found_T[-4:].min() > 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pairs", [1, 60, 10_000])
 def test_shares_are_the_same_however_many_trajectories_are_looked_at_together(pairs: int, monkeypatch):
     """Responses of 1 to 12 tokens, L' = 4, an erased candidate among them: alone, in twos and threes, and all at once."""
