@@ -49,6 +49,7 @@ class First:
     right: bool
     wrong_N: tuple[bool, ...]  # may be shorter than the segments: what follows the first wrong one can't be judged
     signals_N: tuple[dict[str, float], ...]
+    entropies: Moments  # of its group: what a peak is compared with, here and in what is drawn again
 
 
 def roll_out(engine: Engine, prompts: Sequence[Prompt], config: Config) -> list[Group]:
@@ -101,7 +102,7 @@ def firsts(groups: Sequence[Group], scorer: Scorer, tokenizer: Any, by_steps: bo
         ends = segment_ends(trajectory.segments, tokenizer)
         wrong_N = labels(trajectory.prompt.problem, text, ends, right, by_steps)
         signals_N = tuple(segment_signals(trajectory.segments, (), reference))
-        found.append(First(trajectory, right, tuple(wrong_N), signals_N))
+        found.append(First(trajectory, right, tuple(wrong_N), signals_N, reference))
     return found, [right is not None for right in rights]
 
 
@@ -154,16 +155,13 @@ def _compare(
     prefix = [i for s in earlier for i in s.candidate.ids]
     texts = [tokenizer.decode([*prefix, *t.ids], skip_special_tokens=True) for t in group.trajectories]
     rights = [right or False for right in grade(scorer, group.trajectories, texts)]
-    reference = Moments()
-    for segment in original.segments:
-        reference = reference.merged(Moments.of(segment.candidate.entropies))
     key = group.prompt.problem.id
     seen = [Observation(problem.id, key, first.signals_N[n], first.wrong_N[n])]
     for trajectory, text, right in zip(group.trajectories, texts, rights, strict=True):
         ends = segment_ends([*earlier, *trajectory.segments], tokenizer)
         wrong_N = labels(problem, text, ends, right, by_steps)
         if len(wrong_N) > n:
-            signals = next(segment_signals(trajectory.segments, earlier, reference))
+            signals = next(segment_signals(trajectory.segments, earlier, first.entropies))
             seen.append(Observation(problem.id, key, signals, wrong_N[n]))
     fork = Fork(problem.id, first.signals_N[n], first.right, sum(rights) / len(rights))
     return fork, seen
