@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.rollout.distribution import Distribution
+from e3rl.rollout.moments import Moments
+from e3rl.rollout.reference import ReferenceStatistics, measured_by
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.testing.scripted import Script, Scripted, ScriptedEngine
-from e3rl.types import Draw, Group, Problem, Prompt
+from e3rl.types import Draw, Group, Problem, Prompt, Trajectory, Verdict
 
 Where = tuple[str, int, int, int]
 
@@ -67,3 +70,23 @@ def roll(
     runner = Scheduler(scripted, config or rollout(), erasure, seed=7, **scheduler)
     groups = list(runner.run([prompt(p) for p in prompts], step=3, policy_version=5))
     return {g.prompt.problem.id: g for g in groups}, scripted
+
+
+ALONE = rollout(num_generations=1)
+
+
+def only(groups: Mapping[str, Group], sibling: int = 0) -> Trajectory:
+    """A trajectory of the only group."""
+    (group,) = groups.values()
+    return group.trajectories[sibling]
+
+
+def verdicts(trajectory: Trajectory) -> list[tuple[int, Verdict]]:
+    """(attempt, verdict) of each committed segment."""
+    judgements = [s.judgement for s in trajectory.segments if s.judgement is not None]
+    return [(j.attempt, j.verdict) for j in judgements]
+
+
+def reference_of(config: RolloutConfig, erasure: ErasureConfig, *segments: Distribution) -> ReferenceStatistics:
+    """Reference statistics that fit the settings; token entropies have mean 1 and standard deviation 1."""
+    return ReferenceStatistics(measured_by(config, erasure), segments, Moments.of([0.0, 2.0]))
