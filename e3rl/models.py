@@ -160,6 +160,33 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _text_config(model: Any) -> Any:
+    return unwrapped(model).config.get_text_config(decoder=True)
+
+
+def sliding_window(model: Any) -> int | None:
+    """How many positions the queries of sliding layers see, their own included; None where every layer sees all."""
+    config = _text_config(model)
+    layer_types = getattr(config, "layer_types", None)
+    slides = layer_types is None or "sliding_attention" in layer_types
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+@contextlib.contextmanager
+def narrow_window(model: Any) -> Iterator[None]:
+    """Sliding layers see no more than 4 positions, so that a check of few tokens outgrows them."""
+    window = sliding_window(model)
+    holders = [_text_config(model), *unwrapped(model).modules()] if window is not None else []
+    holders = [holder for holder in holders if getattr(holder, "sliding_window", None) == window]
+    for holder in holders:
+        holder.sliding_window = min(window or 4, 4)
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.sliding_window = window
+
+
 def save_pretrained(policy: Policy, directory: Path, card: str) -> None:
     """An ordinary Hugging Face directory: adapters merged, tokenizer, generation config and model card with it."""
     model = policy.model

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
+from e3rl.models import sliding_window
 from e3rl.rollout.norms import Norm, head_norm, norm
 from e3rl.rollout.projections import Projection, fingerprint, project
 from e3rl.rollout.recorded import RecordedSteps, TensorStep, cuda_graph
@@ -31,7 +32,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def _of_the_family(model: Any) -> bool:
-    return type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
+    ours = type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
+    return ours and sliding_window(model) is None
 
 
 def fusable(model: Any) -> bool:

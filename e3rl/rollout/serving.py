@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from e3rl.errors import UserError
+from e3rl.models import narrow_window
 from e3rl.rollout.slot_cache import evaluating
 from e3rl.rollout.slot_model import SlotModel, slot_model
 from e3rl.rollout.slot_storage import StepRows, bucketed, physical_slots
@@ -26,15 +27,15 @@ def require_servable(model: Any) -> None:
 
 def _refusal(model: Any, reason: str) -> UserError:
     return UserError(
-        f"{type(model).__name__} can't be served by the torch engine: {reason}. It serves decoder-only models with "
-        "full attention in every layer."
+        f"{type(model).__name__} can't be served by the torch engine: {reason}. It serves decoder-only models whose layers "
+        "attend to the past, all of it or a sliding window."
     )
 
 
 def _obstacle(model: Any) -> str | None:
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None)
-    others = sorted(set(layer_types or ()) - {"full_attention"})
+    others = sorted(set(layer_types or ()) - {"full_attention", "sliding_attention"})
     attention = getattr(config, "_attn_implementation", "") or ""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
@@ -42,8 +43,6 @@ def _obstacle(model: Any) -> str | None:
         return f"it has layers of type {', '.join(others)}"
     if getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
         return "it keeps a recurrent state, which can't be rolled back token by token"
-    if layer_types is None and getattr(config, "sliding_window", None) is not None:
-        return f"its attention slides over a window of {config.sliding_window} tokens"
     if any(rope in _rope_types(config) for rope in _LENGTH_DEPENDENT_ROPE):
         return f"its rotary embedding ({', '.join(_rope_types(config))}) depends on the longest row of the batch"
     if "flash" in attention or "flex" in attention or "paged" in attention:
@@ -62,13 +61,14 @@ def _rope_types(config: Any) -> list[str]:
 def check_exactness(model: Any) -> int:
     """Bytes of KV cache per position; raises UserError where decoding and full passes disagree on two ragged rows.
 
-    The rows are prefilled and decoded together; one is rolled back and decoded again with another token.
+    The rows are prefilled and decoded together; one is rolled back and decoded again with another token. Windows are made
+    so small for this that the rows outgrow them.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     long, short = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 6))
     redrawn = [*short[:4], (short[4] + 1) % vocabulary]
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), evaluating(model), narrow_window(model):
         expected = torch.stack([_full_logits(model, ids) for ids in (long, short, long, redrawn)])
         try:
             served = slot_model(model, slots=2, max_length=len(long))

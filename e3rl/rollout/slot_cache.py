@@ -1,4 +1,4 @@
-"""A slot cache for any full-attention model of the transformers library, as that library's `Cache`."""
+"""A slot cache for any model of the transformers library that attends to keys and values, as that library's `Cache`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from e3rl.models import sliding_window, unwrapped
 from e3rl.rollout.slot_storage import SlotStorage, StepRows, bucketed
 from e3rl.rollout.step_parts import Division
 
@@ -93,11 +94,6 @@ class SlotCache(Cache):
         self.view: _View = PromptView(slot=0)
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model itself: PEFT adapters such as LoRA live inside its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def cache_argument(model: Any) -> str:
     """What the model's forward pass calls its cache: the library renamed it; its older versions and others' models did not."""
     return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
@@ -129,6 +125,7 @@ class GenericSlotModel:
         self._given_cache = {cache_argument(model): self._cache}
         self._additive_mask = config._attn_implementation == "eager"  # eager attention adds its mask to the scores
         self._columns = torch.arange(self.storage.capacity, device=self.device)
+        self._window, self._by_layer_type = sliding_window(model), getattr(config, "layer_types", None) is not None
 
     def refresh(self) -> None:
         """The model's own weights are used where they are."""
@@ -151,14 +148,26 @@ class GenericSlotModel:
         width = bucketed(rows.last + 1)
         self._cache.view = DecodeView(rows.read, rows.slots_R, rows.positions_R, width)
         positions_R1 = rows.positions_R.unsqueeze(1)
-        mask_R11W = (self._columns[:width] <= positions_R1)[:, None, None, :]
-        if self._additive_mask:
-            mask_R11W = torch.zeros_like(mask_R11W, dtype=self._dtype).masked_fill_(
-                ~mask_R11W, torch.finfo(self._dtype).min
-            )
-        return self._forward(rows.ids_R.unsqueeze(1), positions_R1, mask_R11W)
+        return self._forward(rows.ids_R.unsqueeze(1), positions_R1, self._masks(positions_R1, width))
 
-    def _forward(self, ids_RT: Tensor, positions_RT: Tensor, mask: Tensor | None) -> Tensor:
+    def _masks(self, positions_R1: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        """What each query sees; by type of layer where layers differ. Keys that slid out of a window stay where they are, so
+        that rolling back finds them."""
+        columns_W = self._columns[:width]
+        past_RW = columns_W <= positions_R1
+        if self._window is None:
+            return self._mask(past_RW)
+        near = self._mask(past_RW & (columns_W > positions_R1 - self._window))
+        return {"full_attention": self._mask(past_RW), "sliding_attention": near} if self._by_layer_type else near
+
+    def _mask(self, seen_RW: Tensor) -> Tensor:
+        seen_R11W = seen_RW[:, None, None, :]
+        if not self._additive_mask:
+            return seen_R11W
+        zeros_R11W = torch.zeros_like(seen_R11W, dtype=self._dtype)
+        return zeros_R11W.masked_fill_(~seen_R11W, torch.finfo(self._dtype).min)
+
+    def _forward(self, ids_RT: Tensor, positions_RT: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
         with evaluating(self._model):
             output = self._model(
                 input_ids=ids_RT,

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from e3rl.models import unwrapped
 from e3rl.rollout.fused_model import FusedSlotModel, FusedWeights, fusable
-from e3rl.rollout.slot_cache import GenericSlotModel, unwrapped
+from e3rl.rollout.slot_cache import GenericSlotModel
 from e3rl.rollout.slot_storage import SlotStorage, StepRows
 from e3rl.rollout.step_parts import Division
 

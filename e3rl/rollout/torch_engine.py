@@ -1,4 +1,4 @@
-"""The in-process engine: any full-attention transformers model over a slot cache (`e3rl.rollout.slot_cache`).
+"""The in-process engine: any transformers model that attends to keys and values over a slot cache (`e3rl.rollout.slot_cache`).
 
 A row's last token is in its ids but not yet in the cache: feeding it gives the next token's logits. The logits at the
 start of the row's latest candidate are kept (its *mark*), so that after an erasure the retry draws its first token from

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from e3rl.errors import UserError
-from e3rl.models import unwrapped
+from e3rl.models import narrow_window, unwrapped
 from e3rl.train.attribution import AttributionTap, packed_attention
 from e3rl.train.logits import head_scores, output_matrix
 from e3rl.train.packing import PackedRow, packed_rows
@@ -133,28 +133,37 @@ def require_scorable(model: Any) -> None:
     """Refuse models that a packed row gives other log-probabilities than a plain forward pass.
 
     That is: whose attention does not go through the attention registry of transformers, which keep a state beside it,
-    or whose logits are more than their output matrix times the hidden state.
+    or whose logits are more than their output matrix times the hidden state. Two responses part after two tokens, and tokens
+    follow on both sides; windows are made so small that these outgrow them.
     """
     base, device = unwrapped(model), next(model.parameters()).device
     vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
-    sequences = [_sequence(ids[:3], response) for response in (ids[3:], [*ids[3:6], (ids[6] + 1) % vocabulary])]
+    other = [*ids[3:5], (ids[5] + 1) % vocabulary, *ids[6:]]
+    sequences = [_sequence(ids[:3], response) for response in (ids[3:], other)]
     training = model.training
     model.eval()
-    try:
-        with packed_attention(model):
-            packed = score_row(model, PackedRow.of(sequences, device), 1.0).by_sequence()
-    except TypeError as error:
-        raise _refusal(base, f"its attention can't be told about packed sequences ({error})") from error
-    for sequence, found in zip(sequences, packed, strict=True):
-        whole = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device)
-        logprobs_TV = base(input_ids=whole, use_cache=False).logits[0, 2:-1].float().log_softmax(-1)
-        expected_T = logprobs_TV.gather(-1, whole[0, 3:, None]).squeeze(-1).cpu()
-        allowed = 1e-3 if base.dtype == torch.float32 else 0.1
+    with narrow_window(model):
+        try:
+            with packed_attention(model):
+                packed = score_row(model, PackedRow.of(sequences, device), 1.0).by_sequence()
+        except TypeError as error:
+            raise _refusal(base, f"its attention can't be told about packed sequences ({error})") from error
+        expected = [_plain_logprobs(base, sequence, device) for sequence in sequences]
+    model.train(training)
+    allowed = 1e-3 if base.dtype == torch.float32 else 0.1
+    for found, expected_T in zip(packed, expected, strict=True):
         difference = float((found.logprobs_T - expected_T).abs().max())
         if not difference <= allowed * float(expected_T.abs().max()):
             raise _refusal(base, f"packed sequences get log-probabilities that differ by {difference:.2g}")
-    model.train(training)
+
+
+def _plain_logprobs(base: Any, sequence: TrainSequence, device: torch.device) -> Tensor:
+    """Log-probabilities of the response's tokens by a forward pass of the sequence alone."""
+    whole_1T = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device)
+    first = len(sequence.prompt_ids)
+    logprobs_TV = base(input_ids=whole_1T, use_cache=False).logits[0, first - 1 : -1].float().log_softmax(-1)
+    return logprobs_TV.gather(-1, whole_1T[0, first:, None]).squeeze(-1).cpu()
 
 
 def _sequence(prompt: Sequence[int], response: Sequence[int]) -> TrainSequence:
@@ -166,5 +175,6 @@ def _sequence(prompt: Sequence[int], response: Sequence[int]) -> TrainSequence:
 def _refusal(model: Any, reason: str) -> UserError:
     return UserError(
         f"e3rl can't train {type(model).__name__}: {reason}. It trains decoder-only models whose attention goes through "
-        "transformers' attention registry and whose logits are their output matrix times the hidden state"
+        "transformers' attention registry, without a recurrent state, and whose logits are their output matrix times the "
+        "hidden state"
     )

@@ -32,10 +32,22 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 ARCHITECTURES = tuple(_OWN)
 
+_SOME_SLIDE = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+_SLIDING: dict[str, dict[str, Any]] = {
+    "Gemma3": {"head_dim": 8, **_SOME_SLIDE},
+    "Olmo3": _SOME_SLIDE,
+    "Qwen3": {"head_dim": 8, "use_sliding_window": True, **_SOME_SLIDE},
+    "Mistral": {"sliding_window": 5},
+    "Phi3": {"sliding_window": 5},
+}
+SLIDING = tuple(_SLIDING)
+"""Architectures with windows: those of which some layers slide, and those of which all do."""
+
 
 def build(name: str, attention: str | None = "sdpa", **settings: Any) -> Any:
     """A random model of an architecture, always the same for the same arguments, in eval mode."""
-    config = getattr(transformers, f"{name}Config")(**{**_SHAPE, **settings})
+    kind = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, kind)(**{**_SHAPE, **settings})
     config._attn_implementation = attention
     torch.manual_seed(7)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -45,3 +57,9 @@ def build(name: str, attention: str | None = "sdpa", **settings: Any) -> Any:
 def tiny(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     """A shared tiny model that the torch engine serves; tests must not change it."""
     return build(name, attention, **_OWN[name]).to(dtype)
+
+
+@functools.cache
+def sliding(name: str, attention: str = "sdpa") -> Any:
+    """A shared tiny model whose layers, or every other one, see 5 positions; tests must not change it."""
+    return build(name, attention, **_SLIDING[name])

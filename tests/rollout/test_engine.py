@@ -31,7 +31,7 @@ from e3rl.testing.scripts import (
     random_script,
 )
 from e3rl.types import Candidate, Draw
-from tests.rollout.models import ARCHITECTURES, EOS, VOCAB, build, tiny
+from tests.rollout.models import ARCHITECTURES, EOS, SLIDING, VOCAB, build, sliding, tiny
 
 ROWS, LENGTH = 6, 48
 TOLERANCE = 1e-5
@@ -96,6 +96,27 @@ def test_any_script_gives_the_oracles_candidates(name, script, max_rows, spare_r
     for key in got.keys() & expected.keys():
         assert got[key].ids == expected[key].ids
     assert_same_transcript(got, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+@settings(max_examples=10)
+@given(script=SCRIPTS)
+def test_windows_slide_as_the_oracles_do(name, script):
+    """Rolled back, a row sees again what had slid out of its window."""
+    model = sliding(name)
+    got = play(torch_engine(model), script, contract(model))
+    assert_same_transcript(got, play(oracle(model), script, contract(model)), TOLERANCE)
+
+
+def test_a_window_is_seen_in_what_is_generated():
+    model = sliding("Mistral")
+    wide = build("Mistral", sliding_window=None)
+    seen = []
+    for each in (model, wide):
+        engine = torch_engine(each, eos_ids=())
+        [row] = engine.prefill(list(range(2, 12)), 1)
+        seen.append(generate(engine, row, 12).entropies)
+    assert seen[0] != pytest.approx(seen[1], abs=1e-2)
 
 
 @pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)

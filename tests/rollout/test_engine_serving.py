@@ -14,18 +14,12 @@ from e3rl.rollout.fused_model import FusedSlotModel
 from e3rl.rollout.serving import check_exactness, require_servable
 from e3rl.rollout.slot_cache import cache_argument
 from e3rl.rollout.torch_engine import TorchEngine
-from tests.rollout.models import ARCHITECTURES, build, tiny
+from tests.rollout.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 
 
 def t5() -> Any:
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     return transformers.T5ForConditionalGeneration(config)
-
-
-def gemma3() -> Any:
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "head_dim": 8, "num_hidden_layers": 1}
-    config = transformers.Gemma3TextConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)
-    return transformers.Gemma3ForCausalLM(config)
 
 
 def flash() -> Any:
@@ -46,18 +40,33 @@ def test_full_attention_models_are_served(name, attention):
     check_exactness(tiny(name, attention))
 
 
+@pytest.mark.parametrize("name", SLIDING)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_models_with_windows_are_served(name, attention):
+    require_servable(sliding(name, attention))
+    check_exactness(sliding(name, attention))
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Mistral"])
+def test_a_window_that_is_wrongly_kept_is_refused_with_numbers(name, monkeypatch):
+    """However wide the model's own window is: the check narrows it, and puts it back."""
+    model = build(name, head_dim=8, sliding_window=100)
+    monkeypatch.setattr("e3rl.rollout.slot_cache.sliding_window", lambda model: 5)
+    with pytest.raises(UserError, match=r"differ by up to \d"):
+        check_exactness(model)
+    assert model.config.sliding_window == 100
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: build("Mistral", sliding_window=8), "window of 8"),
-        (gemma3, "sliding_attention"),
         (lambda: build("Mamba", None), "linear_attention|recurrent"),
         (t5, "encoder-decoder"),
         (flash, "sdpa"),
         (lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
         (prompt_tuned, "virtual tokens"),
     ],
-    ids=["window", "layer types", "recurrent", "encoder-decoder", "flash", "dynamic rope", "prompt tuning"],
+    ids=["recurrent", "encoder-decoder", "flash", "dynamic rope", "prompt tuning"],
 )
 def test_models_that_say_so_are_refused(make, reason):
     with pytest.raises(UserError, match=reason):

@@ -1,12 +1,15 @@
 """The attention hook against the attention matrices that the eager implementation returns."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from e3rl.train.attribution import AttributionTap, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow
 from e3rl.train.scoring import AttributionSettings, score_row
-from tests.rollout.models import ARCHITECTURES, VOCAB, build, tiny
+from tests.rollout.models import ARCHITECTURES, SLIDING, VOCAB, build, sliding, tiny
 from tests.train.packs import sequence
 
 
@@ -21,14 +24,14 @@ def _slow_attribution(model, prompt, response, window, layers):
     ]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("make", "name"), [*((tiny, name) for name in ARCHITECTURES), *((sliding, name) for name in SLIDING)]
+)
 @pytest.mark.parametrize("which", ["last", "all"])
 @torch.no_grad()
-def test_attribution_equals_eager_attention_of_each_sequence_alone(name: str, which: str):
+def test_attribution_equals_eager_attention_of_each_sequence_alone(make: Callable[..., Any], name: str, which: str):
     """Eq 19. Last L' response tokens, mean over heads and layers, prompt left out; siblings share a prompt and a word."""
-    settings = {"head_dim": 8} if name == "Qwen3" else {"sliding_window": None} if name == "Mistral" else {}
-    model, eager = tiny(name), build(name, "eager", **settings)
-    eager.load_state_dict(model.state_dict())
+    model, eager = make(name), make(name, "eager")
     ids = torch.randint(2, VOCAB, (30,), generator=torch.Generator().manual_seed(1)).tolist()
     texts = [(ids[:3], ids[3:11]), (ids[:3], ids[3:5] + ids[11:14]), (ids[14:19], ids[19:21])]
     row = PackedRow.of([sequence(p, r) for p, r in texts], torch.device("cpu"))

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from e3rl.errors import UserError
+from e3rl.train.packing import PackedRow
 from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
 from e3rl.train.sequences import TrainSequence
-from tests.rollout.models import ARCHITECTURES, build, tiny
+from tests.rollout.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 
 
 def _sequence(prompt: list[int], response: list[int], masked: int = 0) -> TrainSequence:
@@ -60,6 +61,27 @@ def test_a_model_that_transforms_its_logits_is_refused():
             require_scorable(model)
     finally:
         del model.forward
+
+
+def test_a_model_that_keeps_a_state_beside_its_attention_is_refused():
+    """A second branch would go on from the state that the first one left."""
+    with pytest.raises(UserError, match="packed sequences get log-probabilities that differ by"):
+        require_scorable(build("Qwen3Next", None))
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_models_with_windows_are_scored(name: str):
+    require_scorable(sliding(name))
+
+
+def test_a_window_that_is_not_respected_is_refused_however_wide_it_is(monkeypatch: pytest.MonkeyPatch):
+    model = build("Mistral", sliding_window=100)
+    require_scorable(model)
+    respected = PackedRow.causal_mask
+    monkeypatch.setattr(PackedRow, "causal_mask", lambda row, window, dtype: respected(row, None, dtype))
+    with pytest.raises(UserError, match="packed sequences get log-probabilities that differ by"):
+        require_scorable(model)
+    assert model.config.sliding_window == 100
 
 
 def test_a_model_that_keeps_settings_from_its_attention_is_refused():
