@@ -12,7 +12,7 @@ from typing import Any, Literal
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
+from e3rl.diagnose.decoding import SETTINGS
 from e3rl.evaluate.evaluation import evaluate, spread
 from e3rl.models import Policy
 from e3rl.reproduce.exam import SEED
@@ -41,19 +41,10 @@ class Way:
         return f"{title}, T = {self.temperature:g}"
 
 
-WAYS = (
-    Way(1.0),
-    Way(0.6),
-    Way(0.3),
-    Way(1.0, LATE_EPS),
-    Way(0.6, LATE_EPS),
-    Way(1.0, HALF_EPS),
-    Way(0.6, HALF_EPS),
-)
-
-
-def decodings(policy: Policy, config: Config, *, tuning: int, problems: int, samples: int) -> dict[str, Any]:
-    """Right answers by way, half and problem, and the tokens that an answer cost."""
+def decodings(
+    policy: Policy, config: Config, *, tuning: int, problems: int, samples: int, ways: Sequence[tuple[float, str]]
+) -> dict[str, Any]:
+    """By way, a `Way`'s fields each: its kind, and of each half the right answers by problem and the tokens that one cost."""
     limit = config.rollout.completion_limit
     prompts = {
         "train": _prompts(policy, config, "train", tuning),
@@ -64,15 +55,16 @@ def decodings(policy: Policy, config: Config, *, tuning: int, problems: int, sam
     )
     found: dict[str, Any] = {}
     with Scorer(config.rewards, max_completion_length=limit) as scorer:
-        for way in WAYS:
+        for way in (Way(*fields) for fields in ways):
             chosen = SETTINGS[way.setting].applied(config) if way.setting else config
             sampling = replace(config.eval, num_samples=samples, temperature=way.temperature)
             run = replace(config.run, seed=SEED)
             settings = replace(chosen, eval=sampling, run=run)
-            found[way.name] = {
+            halves = {
                 half: _examined(engine, asked, scorer, policy.tokenizer, settings, way)
                 for half, asked in prompts.items()
             }
+            found[way.name] = {"kind": way.kind, **halves}
     return found
 
 

@@ -1,7 +1,7 @@
 """`e3rl reproduce when`: does erasing buy accuracy that cheaper means don't? Rows and views of the study.
 
 Methods train from the same weights on the same problems until an equal number of generated tokens, erased ones charged;
-then each is decoded in every way of `decodings.WAYS`. What is chosen (temperature, setting) is chosen on training problems.
+then each is decoded in several ways. What is chosen (temperature, setting) is chosen on training problems.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.reproduce.cells import Measure
-from e3rl.reproduce.decodings import NAME, WAYS, Kind
+from e3rl.reproduce.decodings import NAME, Kind, Way
 from e3rl.reproduce.output import Line, Panel, Plot, Table
 from e3rl.reproduce.results import Results
 from e3rl.reproduce.scales import LAB, SMOKE, SMOLLM2, Scale
 from e3rl.reproduce.statistics import estimate
 from e3rl.reproduce.study import Row, Study, View
-from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods
+from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
 
 _LAB = replace(
     LAB,
@@ -81,7 +81,7 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
 
 def _measures(scale: Scale) -> tuple[Measure, ...]:
     sizes = {"tuning": min(_TUNING, scale.problems), "problems": scale.problems}
-    return (Measure(NAME, "steps", {**sizes, "samples": scale.samples}),)
+    return (Measure(NAME, "steps", {**sizes, "samples": scale.samples, "ways": [list(way) for way in ways(scale)]}),)
 
 
 def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:
@@ -94,7 +94,7 @@ def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:
 
 def chosen(values: Mapping[str, Any], kind: Kind) -> str:
     """The way of a kind that is most accurate on the training problems; of equals the first named."""
-    names = [way.name for way in WAYS if way.kind == kind]
+    names = [name for name, value in values.items() if value["kind"] == kind]
     return max(names, key=lambda name: sum(values[name]["train"]["right"]))
 
 
@@ -135,7 +135,7 @@ def methods_table(results: Results) -> list[Table]:
             found = _found(results, label(family, method))
             if not found:
                 continue
-            plain = [_score(item, WAYS[0].name) for item in found.values()]
+            plain = [_score(item, Way(1.0).name) for item in found.values()]
             tuned = [_score(item, chosen(item["values"], "plain")) for item in found.values()]
             erasable = [_score(item, chosen(item["values"], "erasable")) for item in found.values()]
             cost = [_cost(item["values"]) for item in found.values()]
@@ -258,9 +258,9 @@ def ways_table(results: Results) -> list[Table]:
             continue
         values = next(iter(found.values()))["values"]
         rows = []
-        for way in WAYS:
-            avg_P, pass_P = figures(values[way.name]["eval"])
-            rows.append((way.name, *_interval(avg_P), *_interval(pass_P), f"{values[way.name]['eval']['tokens']:.1f}"))
+        for name, value in values.items():
+            avg_P, pass_P = figures(value["eval"])
+            rows.append((name, *_interval(avg_P), *_interval(pass_P), f"{value['eval']['tokens']:.1f}"))
         k = results.scale.samples
         columns = ("decoding", f"Avg@{k}", f"Pass@{k}", "tokens/answer")
         tables.append(Table(f"{family or 'The recipe'}: decoding the model as it is", columns, tuple(rows)))

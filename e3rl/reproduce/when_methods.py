@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, LATE_EPS_LENGTH
 from e3rl.reproduce.scales import Scale
 
 FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
@@ -76,6 +77,13 @@ _FEWER = {
 }
 """Scales that do with fewer methods: a training of the real model takes minutes where the embedded one takes seconds."""
 
+_PLAIN = ((1.0, ""), (0.6, ""), (0.3, ""))
+_WAYS = (*_PLAIN, (1.0, LATE_EPS), (0.6, LATE_EPS), (1.0, HALF_EPS), (0.6, HALF_EPS))
+_OTHER_WAYS = {
+    "smollm2": (*_PLAIN, (0.6, LATE_EPS), (0.3, LATE_EPS), (0.6, LATE_EPS_LENGTH), (0.3, LATE_EPS_LENGTH)),
+}
+"""At scales where another temperature, or the length of answers, may count: each way costs minutes of the real model."""
+
 BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
 
 
@@ -86,6 +94,11 @@ def families(scale: Scale) -> tuple[str, ...]:
 def methods(scale: Scale) -> tuple[str, ...]:
     """The methods that every family is trained with at a scale."""
     return _FEWER.get(scale.name, tuple(METHODS))
+
+
+def ways(scale: Scale) -> tuple[tuple[float, str], ...]:
+    """Temperature and erasure setting (none: plain) of the ways that every model is decoded in; the first is plain at 1."""
+    return _OTHER_WAYS.get(scale.name, _WAYS)
 
 
 def label(family: str, method: str) -> str:

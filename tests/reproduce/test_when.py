@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from e3rl.cli.main import main
 from e3rl.diagnose.decoding import SETTINGS
-from e3rl.reproduce.decodings import WAYS
+from e3rl.reproduce.decodings import Way
 from e3rl.reproduce.scales import LAB, PAPER, SMOKE
 from e3rl.reproduce.study import row_config
 from e3rl.reproduce.when import WHEN, chosen, figures
-from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods
+from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
+
+WAYS = [Way(*fields) for fields in ways(LAB)]
 
 
 def values(train: dict[str, list[int]], held_out: dict[str, list[int]]) -> dict[str, dict[str, dict[str, object]]]:
@@ -21,7 +24,11 @@ def values(train: dict[str, list[int]], held_out: dict[str, list[int]]) -> dict[
 
     nothing = [0, 0]
     return {
-        way.name: {"train": half(train.get(way.name, nothing)), "eval": half(held_out.get(way.name, nothing))}
+        way.name: {
+            "kind": way.kind,
+            "train": half(train.get(way.name, nothing)),
+            "eval": half(held_out.get(way.name, nothing)),
+        }
         for way in WAYS
     }
 
@@ -58,10 +65,19 @@ def test_every_row_is_a_recipe_and_they_differ_by_their_method_alone() -> None:
     assert (anchored.objective.options["allocation"], anchored.erasure.perturbation_weight) == ("anchored", 1.0)
 
 
-def test_ways_name_settings_that_exist_and_hold_both_kinds() -> None:
-    assert all(way.setting in SETTINGS for way in WAYS if way.setting)
-    assert {way.kind for way in WAYS} == {"plain", "erasable"}
-    assert len({way.name for way in WAYS}) == len(WAYS)
+@pytest.mark.parametrize("scale", ["smoke", "lab", "smollm2", "paper"])
+def test_ways_name_settings_that_exist_and_hold_both_kinds(scale: str) -> None:
+    here = [Way(*fields) for fields in ways(WHEN.at(scale))]
+    assert here[0] == Way(1.0)
+    assert all(way.setting in SETTINGS for way in here if way.setting)
+    assert {way.kind for way in here} == {"plain", "erasable"}
+    assert len({way.name for way in here}) == len(here)
+
+
+def test_a_measure_in_other_ways_is_another_measure() -> None:
+    [one], [other] = (WHEN.measures(WHEN.at(scale)) for scale in ("lab", "smollm2"))
+    same_sizes = replace(other, options={**one.options, "ways": other.options["ways"]})
+    assert one.address != same_sizes.address
 
 
 def test_late_methods_judge_a_response_as_one_segment_as_long_as_the_recipe_s() -> None:
