@@ -437,11 +437,19 @@ def load_config(recipe: Path | None = None, overlays: Iterable[Path] = (), overr
     together: dict[str, Any] = {}
     for override in overrides:
         together = merge(together, parse_override(override))
-    tables = lay(tables, together)
     try:
-        return build_config(tables)
+        return build_config(lay(tables, together))
     except UserError as error:
-        raise UserError(f"{recipe}: {error}" if recipe else str(error)) from None
+        raise UserError(f"{recipe}: {error}" if recipe and not _is_sound(tables) else str(error)) from None
+
+
+def _is_sound(tables: Mapping[str, Any]) -> bool:
+    """Whether they are a config: then what is wrong came with the overrides."""
+    try:
+        build_config(tables)
+    except UserError:
+        return False
+    return True
 
 
 def _toml_value(value: Any) -> str:

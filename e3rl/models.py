@@ -44,6 +44,11 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids that the model can draw: many models have more than their tokenizer names."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that training changes, by name, in a stable order."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

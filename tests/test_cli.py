@@ -85,6 +85,33 @@ def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp
     assert not (tmp_path / "runs").exists()  # found before anything was written
 
 
+@pytest.mark.parametrize(
+    ("misspelt", "words"),
+    [
+        (["train.steps"], "'train.steps' is no override"),
+        (["train.steps", "=", "2"], "'train.steps' is no override"),
+        (["learning_rate=3"], "'learning_rate=3' is no override"),
+        (["Train.steps=2"], "Did you mean 'train'?"),
+        (["train.learning-rate=2"], "Did you mean 'learning_rate'?"),
+        (["overlay.toml"], "'overlay.toml' is no override"),
+    ],
+)
+def test_an_argument_that_is_no_setting_is_refused_and_not_passed_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, misspelt: list[str], words: str
+):
+    arguments = [*TINY_RUN, f"run.output_dir={tmp_path / 'runs'}", *misspelt]
+    assert words in _fails(capsys, ["train", _recipe(tmp_path), *arguments])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "run"], ["compare", "a", "b"], ["grade", "pairs.jsonl"]])
+def test_a_command_without_settings_refuses_them(capsys: pytest.CaptureFixture[str], arguments: list[str]):
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "train.steps=2"])
+    assert left.value.code == 2
+    assert "unrecognized arguments: train.steps=2" in capsys.readouterr().err
+
+
 def test_a_recipe_that_is_not_there_or_broken(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "no such recipe file: gone.toml" in _fails(capsys, ["train", "gone.toml"])
     assert "Did you mean 'demo'?" in _fails(capsys, ["train", "dmo"])

@@ -83,6 +83,11 @@ def test_errors_in_a_recipe_name_the_file_and_line(tmp_path: Path):
     broken.write_text("[train]\nstep = 3\n")
     with pytest.raises(UserError, match=r"broken\.toml: \[train\] unknown key 'step'. Did you mean 'steps'"):
         load_config(broken)
+    with pytest.raises(UserError, match=r"broken\.toml: \[train\] unknown key 'step'"):
+        load_config(broken, [], ["train.steps=3"])
+    broken.write_text("[train]\nsteps = 3\n")
+    with pytest.raises(UserError, match=r"^\[train\] unknown key 'step'"):  # the override's fault, not the file's
+        load_config(broken, [], ["train.step=4"])
     with pytest.raises(UserError, match="no such recipe"):
         load_config(tmp_path / "absent.toml")
     broken.write_bytes(b"\xff\xfe")

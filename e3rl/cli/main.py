@@ -37,7 +37,10 @@ _COMMANDS = {
     "objectives": ("e3rl.cli.objectives", "list every objective with its options"),
 }
 
-_WITH_SETTINGS = ("train", "eval", "decode", "calibrate", "diagnose", "serve", "rollout-server")
+_WITH_SETTINGS = (
+    *("train", "eval", "decode", "calibrate", "diagnose"),
+    *("serve", "rollout-server", "plan", "reproduce"),
+)
 
 _OVERRIDE = re.compile(r"(--)?[a-z]\w*\.\w+=")
 
@@ -81,11 +84,15 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 for a stop that was asked for."""
     everything = list(sys.argv[1:] if arguments is None else arguments)
-    # overrides may stand anywhere, which argparse does not allow beside other positional arguments
     given = [a for a in everything if not _OVERRIDE.match(a)]
     command = next((a for a in given if not a.startswith("-")), None)
-    options = _parser(command).parse_args(given)
-    options.overrides = [a for a in everything if _OVERRIDE.match(a)]
+    # overrides may stand anywhere, which argparse does not allow beside other positional arguments
+    if command in _WITH_SETTINGS:
+        options = _parser(command).parse_args(given)
+        rest = getattr(options, "overrides", [])  # whoever reads the settings says what is wrong with these
+        options.overrides = [*(a for a in everything if _OVERRIDE.match(a)), *rest]
+    else:
+        options = _parser(command).parse_args(everything)
     post = Post()
     options.guard = None if post.guarded else partial(guarded, everything)
     return post.left(_exit_code(options))

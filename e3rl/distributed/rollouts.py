@@ -101,7 +101,7 @@ def build_rollouts(
         return LocalRollouts(engine)
     terms = Terms(
         architecture=architecture(policy.model),
-        vocabulary=policy.model.get_input_embeddings().weight.shape[0],
+        vocabulary=policy.vocabulary,
         longest=longest_prompt + rollout.completion_limit,
         timeout=rollout.worker_timeout,
     )

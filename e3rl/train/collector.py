@@ -13,6 +13,7 @@ from e3rl.data.stream import PromptStream
 from e3rl.distributed.messages import Assignment, Finished, finished_of, group_of
 from e3rl.distributed.rollouts import Rollouts
 from e3rl.distributed.wire import from_plain, to_plain
+from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer, require_some
 from e3rl.rollout.filters import Collected, GroupFilter, collect
 from e3rl.train.together import SharedScorer
@@ -42,7 +43,7 @@ class Collector:
     def __init__(
         self,
         config: Config,
-        tokenizer: Any,
+        policy: Policy,
         stream: PromptStream,
         rollouts: Rollouts,
         scorer: Scorer | SharedScorer,
@@ -52,7 +53,7 @@ class Collector:
         prompts: Mapping[str, Prompt],
         hooks: Hooks,
     ) -> None:
-        self._config, self._tokenizer, self._stream, self._rollouts = config, tokenizer, stream, rollouts
+        self._config, self._policy, self._stream, self._rollouts = config, policy, stream, rollouts
         self._scorer, self._keep, self._demonstrations = scorer, keep, demonstrations
         self._prompts, self._hooks = prompts, hooks
 
@@ -98,7 +99,7 @@ class Collector:
 
     def _reward(self, groups: Sequence[Group]) -> list[RewardedGroup]:
         trajectories = [t for g in groups for t in g.trajectories]
-        texts = [self._tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
+        texts = [self._policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
         rewards = self._scorer.score(trajectories, texts)
         require_some(rewards)
         following = iter(rewards)
@@ -123,7 +124,7 @@ class Collector:
         assignment = Assignment(
             self._config.rollout, self._config.erasure, 0, step=0, policy_version=finished.policy_version
         )
-        group = group_of(finished, self._prompts[finished.prompt_id], assignment, len(self._tokenizer))
+        group = group_of(finished, self._prompts[finished.prompt_id], assignment, self._policy.vocabulary)
         return RewardedGroup(group, tuple(from_plain(Reward, r, "reward") for r in plain["rewards"]))
 
 

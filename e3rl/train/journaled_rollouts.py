@@ -51,4 +51,4 @@ def journaled_rollouts(
     rollouts = build_rollouts(config, policy, remembering, longest_prompt, note)
     if isinstance(rollouts, LocalRollouts):
         return rollouts
-    return JournaledGroups(rollouts, journal, policy.model.get_input_embeddings().weight.shape[0])
+    return JournaledGroups(rollouts, journal, policy.vocabulary)

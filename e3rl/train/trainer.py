@@ -118,7 +118,7 @@ class Trainer:
         self._stream = PromptStream(self._train_prompts, seed=config.run.seed)
         self._collector = Collector(
             config,
-            self.policy.tokenizer,
+            self._generating,
             self._stream,
             self._rollouts,
             SharedScorer(self._scorer, self._ranks),

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from e3rl.config import Config, load_config
 from e3rl.errors import RunStopped, UserError
+from e3rl.lab.pretrain import CONTEXT, build_model
+from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.train.ledger import SCHEMA
 from e3rl.train.listeners import Silent
 from e3rl.train.metrics import METRICS
@@ -252,6 +254,23 @@ def test_a_stopped_run_that_is_ahead_goes_on_to_the_very_same_end(
     trainer = Trainer(_config(tmp_path, *AHEAD), resume=True)
     trainer.train()
     assert _outcome(trainer.run_path) == _outcome(finished_ahead)
+
+
+def test_a_run_that_is_ahead_keeps_tokens_that_the_tokenizer_has_no_name_for(tmp_path: Path):
+    """A model with more rows than its tokenizer has tokens, as most have, may draw one of those."""
+    torch.manual_seed(0)
+    tokenizer, padded = build_tokenizer(CONTEXT), tmp_path / "padded"
+    model = build_model(tokenizer)
+    model.resize_token_embeddings(len(tokenizer) + 64, mean_resizing=False)
+    model.save_pretrained(padded)
+    tokenizer.save_pretrained(padded)
+    config = _config(tmp_path, *AHEAD, f"model.path={padded}", "eval.limit=1", "train.steps=2")
+    with pytest.raises(RunStopped):
+        Trainer(config, listeners=[_StopAt("stepped", 1)]).train()
+    trainer = Trainer(config, resume=True)
+    trainer.train()
+    rows = pq.read_table(trainer.run_path / "rollouts" / "step-000002.parquet").to_pylist()
+    assert max(i for row in rows for segment in row["segments"] for i in segment["ids"]) >= len(tokenizer)
 
 
 def test_being_ahead_without_a_correction_is_refused(tmp_path: Path):
