@@ -47,7 +47,7 @@ _SMOKE = replace(SMOKE, seeds=(0,))
 
 _SMOLLM2 = replace(
     SMOLLM2,
-    problems=96,
+    problems=48,
     seeds=(0, 1, 2),
     overrides=(
         *SMOLLM2.overrides,

@@ -80,7 +80,7 @@ _FEWER = {
 _PLAIN = ((1.0, ""), (0.6, ""), (0.3, ""))
 _WAYS = (*_PLAIN, (1.0, LATE_EPS), (0.6, LATE_EPS), (1.0, HALF_EPS), (0.6, HALF_EPS))
 _OTHER_WAYS = {
-    "smollm2": (*_PLAIN, (0.6, LATE_EPS), (0.3, LATE_EPS), (0.6, LATE_EPS_LENGTH), (0.3, LATE_EPS_LENGTH)),
+    "smollm2": (*_PLAIN, (0.6, LATE_EPS), (0.6, LATE_EPS_LENGTH)),
 }
 """At scales where another temperature, or the length of answers, may count: each way costs minutes of the real model."""
 
