@@ -114,14 +114,16 @@ def test_bapo(seed: int, target: float) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("score", ["log_likelihood", "likelihood_ratio"])
-def test_disco(seed: int, score: str) -> None:
+@pytest.mark.parametrize("limit", [1e-4, 0.02])
+def test_disco(seed: int, score: str, limit: float) -> None:
+    """With the larger limit some responses lie within it, and cost nothing."""
     group = random_group(random.Random(seed), 5)
-    objective = make("disco", score=score, tau=2.0)
+    objective = make("disco", score=score, tau=2.0, kl_limit=limit)
     expected = reference.disco_advantages(group, REWARDS, 2.0, score)
     actual = tokens(objective.advantages(signals_of(group, REWARDS)), group)
     assert_tokens(actual, [[a] * len(s["old"]) for a, s in zip(expected, group, strict=True)])
     loss = objective.loss(batch_of(group)).value.item()
-    assert loss == pytest.approx(reference.disco_loss(group, 1, score, 1e-4, 1e3), rel=1e-10)
+    assert loss == pytest.approx(reference.disco_loss(group, 1, score, limit, 1e3), rel=1e-10)
 
 
 def test_disco_gradient_is_that_of_the_discriminative_objective() -> None:
@@ -231,6 +233,22 @@ def test_bapo_by_hand() -> None:
     assert (metrics["bound_low"][0], metrics["bound_high"][0]) == pytest.approx((0.9, 3.0))
     metrics = make("bapo", target=0.46).loss(batch).metrics
     assert (metrics["bound_low"][0], metrics["bound_high"][0]) == pytest.approx((0.6, 1.75))
+    even = batch_of(pair(advantage=[[1.0, 1.0], [-1.0, -1.0]], logp=[[-1.0, -1.0]] * 2))
+    metrics = make("bapo", target=0.5).loss(even).metrics  # a share of just the target is enough
+    assert (metrics["bound_low"][0], metrics["bound_high"][0]) == pytest.approx((0.6, 1.2))
+
+
+@pytest.mark.parametrize("ratio", ["segment", "segment_mean"])
+def test_e3rl_looks_away_from_tokens_outside_the_mask(ratio: str) -> None:
+    """A segment that the mask cuts in two is its other half, and one outside it is no segment."""
+    batch = batch_of(random_group(random.Random(4), 5))
+    mask_ST = batch.mask_ST & (torch.arange(batch.mask_ST.shape[1]) >= 6)
+    cut = dataclasses.replace(batch, mask_ST=mask_ST)
+    unknown = dataclasses.replace(cut, segments_ST=batch.segments_ST.masked_fill(~mask_ST, -1))
+    found, expected = (make("e3rl", ratio=ratio).loss(b) for b in (cut, unknown))
+    assert found.value.item() == pytest.approx(expected.value.item())
+    assert found.metrics == expected.metrics
+    assert found.value.item() != pytest.approx(make("e3rl", ratio=ratio).loss(batch).value.item())
 
 
 def test_disco_by_hand() -> None:
