@@ -26,6 +26,7 @@ from e3rl.rollout.kv_budget import MIB, rows_within
 from e3rl.rollout.slot_storage import bucketed, physical_slots
 from e3rl.train.division import Division
 from e3rl.train.logits import chunk_bytes
+from e3rl.train.prompts import number_of_steps
 from e3rl.train.shapes import known_config
 
 _COUNTED = "e3rl_counted"
@@ -216,7 +217,7 @@ def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     row_tokens = min(train.micro_batch_tokens, step_tokens + train.prompts_per_step * prompt)
     longest = prompt + rollout.completion_limit
     row_tokens = max(row_tokens, longest)  # a sequence is never divided
-    steps = train.steps or (math.ceil(train.epochs * (problems // train.prompts_per_step)) if problems else None)
+    steps = number_of_steps(config, problems) if problems else train.steps or None
     capacity = bucketed(longest)
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -26,6 +26,7 @@ from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
+from e3rl.objectives.base import Objective
 from e3rl.rewards.checks import check_rewards_run
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.companions import save_companions
@@ -47,7 +48,7 @@ from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
 from e3rl.train.parallel import divides_weights
-from e3rl.train.prompts import load_prompts
+from e3rl.train.prompts import load_prompts, number_of_steps
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
 from e3rl.train.sick_steps import SickBook
@@ -57,6 +58,15 @@ from e3rl.train.together import SharedRollouts, SharedScorer, Together
 from e3rl.types import RewardedGroup
 
 RewardFunction = Callable[..., Any]
+
+
+def _require_siblings(config: Config, objective: Objective) -> None:
+    """Refuse single samples where the objective compares several."""
+    if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
+        raise UserError(
+            f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
+            "it needs at least 2 samples of each"
+        )
 
 
 class Trainer:
@@ -75,25 +85,14 @@ class Trainer:
         config, resume = self._together.own(config, resume)
         self.config, self._listeners = config, list(listeners) if self._ranks.first else []
         objective = build_objective(config.objective)
-        if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
-            raise UserError(
-                f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
-                "it needs at least 2 samples of each"
-            )
+        _require_siblings(config, objective)
         torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
         self.policy = load_policy(config.model)
         require_scorable(self.policy.model)
         self._train_prompts, self._eval_prompts = load_prompts(config, self.policy)
-        self._demonstrations: dict[str, RewardedGroup] = {}
-        if "demonstrations" in objective.needs:
-            self._demonstrations = demonstrations(self._train_prompts, self.policy, config)
-        per_epoch = len(self._train_prompts) // config.train.prompts_per_step
-        if not per_epoch:
-            raise UserError(
-                f"train.prompts_per_step = {config.train.prompts_per_step}, but {config.data.train} has only "
-                f"{len(self._train_prompts)} problems: lower it"
-            )
-        self.steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+        shown = "demonstrations" in objective.needs
+        self._demonstrations = demonstrations(self._train_prompts, self.policy, config) if shown else {}
+        self.steps = number_of_steps(config, len(self._train_prompts))
         self._generating = self.policy
         # rollouts need weights that training does not touch or divide
         if config.rollout.ahead or divides_weights(config.train, self._ranks):
@@ -116,17 +115,7 @@ class Trainer:
         answers = answers_as_responses(self._train_prompts[:2], self.policy)
         check_rewards_run(config.rewards, reward_functions, *answers, config.rollout.completion_limit)
         self._stream = PromptStream(self._train_prompts, seed=config.run.seed)
-        self._collector = Collector(
-            config,
-            self._generating,
-            self._stream,
-            self._rollouts,
-            SharedScorer(self._scorer, self._ranks),
-            build_filter(config.filter),
-            demonstrations=self._demonstrations,
-            prompts={prompt.problem.id: prompt for prompt in self._train_prompts},
-            hooks=Hooks(lambda: self.stop_request.check(), self._tell),
-        )
+        self._collector = self._new_collector()
         self._ahead = Ahead(self._collector)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
         self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
@@ -136,6 +125,19 @@ class Trainer:
         self._sick_book = SickBook(self.run_path, self._together.path, config.train.max_skipped_steps, self._note)
         if resume:
             self._restore()
+
+    def _new_collector(self) -> Collector:
+        return Collector(
+            self.config,
+            self._generating,
+            self._stream,
+            self._rollouts,
+            SharedScorer(self._scorer, self._ranks),
+            build_filter(self.config.filter),
+            demonstrations=self._demonstrations,
+            prompts={prompt.problem.id: prompt for prompt in self._train_prompts},
+            hooks=Hooks(lambda: self.stop_request.check(), self._tell),
+        )
 
     @property
     def run_path(self) -> Path:

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from e3rl.config import FilterConfig
 from e3rl.data.stream import PromptStream
 from e3rl.errors import UserError
-from e3rl.rollout.filters import FILTERS, Collected, build_filter, collect, mixed_accuracy, nonzero_spread
+from e3rl.rollout.filters import (
+    FILTERS,
+    Collected,
+    build_filter,
+    collect,
+    fresh_prompts,
+    mixed_accuracy,
+    nonzero_spread,
+)
 from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup
 from tests.train.rollouts import trajectory
 
@@ -40,6 +48,7 @@ def test_mixed_accuracy_looks_at_the_first_function_whatever_others_add():
     assert not mixed_accuracy(wrong_but_of_different_length)
     assert mixed_accuracy(rewarded("p", [0.5, 0.5], parts=[1.0, 0.0]))
     assert not mixed_accuracy(rewarded("p", [0.5, 0.5], parts=[1.0, None]))
+    assert not mixed_accuracy(rewarded("p", [0.5, 0.0], parts=[0.5, 0.0])), "partly right is not right"
 
 
 def test_an_unknown_filter_suggests_the_nearest():
@@ -100,6 +109,14 @@ def test_with_every_problem_tried_the_step_goes_on_with_what_there_is():
     collected = world.collect(3, max_refills=50)
     assert sorted(names(collected.kept)) == ["2", "5"]
     assert sorted(names(collected.all)) == [str(i) for i in range(7)]
+
+
+def test_a_prompt_that_the_next_epoch_has_last_is_still_found():
+    """Three that were tried are left of this epoch, and the one that was not stands at the end of the next."""
+    left = iter(Prompt(Problem(name, name), (2,)) for name in "bcaabcdd")
+    found = fresh_prompts(lambda n: [next(left) for _ in range(n)], 1, {"a", "b", "c"}, available=4)
+    assert [p.problem.id for p in found] == ["d"]
+    assert len(list(left)) == 1
 
 
 @given(size=st.integers(4, 12), good=st.sets(st.integers(0, 11)), wanted=st.integers(1, 4), steps=st.integers(1, 5))
