@@ -16,7 +16,7 @@ from torch import Tensor
 
 from e3rl.errors import UserError
 from e3rl.objectives import OBJECTIVES
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.base import GroupSignals, Loss, Need, Totals, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.checks import toy_signals
 from e3rl.testing.objective import check_objective, rows
 from tests.objectives.support import batch_of, make, random_group
@@ -39,6 +39,28 @@ def test_objectives_keep_the_contract(name: str) -> None:
 @pytest.mark.parametrize("options", VARIANTS)
 def test_variants_of_e3rl_keep_the_contract(options: dict) -> None:
     check_objective(make("e3rl", **options))
+
+
+@pytest.mark.parametrize("name", ["e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo"])
+def test_a_ratio_beyond_all_numbers_is_clipped_like_any_other(name: str) -> None:
+    """e^200 is infinite in float32, and the zero gradient of a clipped term would come out as 0 * inf."""
+    old_ST = torch.full((2, 3), -201.0)
+    logprobs_ST = (old_ST + 200.0).requires_grad_()
+    batch = TrainBatch(
+        logprobs_ST=logprobs_ST,
+        old_logprobs_ST=old_ST,
+        reference_logprobs_ST=old_ST + 200.0,
+        advantages_ST=torch.ones(2, 3),
+        mask_ST=torch.ones(2, 3, dtype=torch.bool),
+        segments_ST=torch.tensor([[0, 0, 1]] * 2),
+        group_sizes_S=torch.tensor([2, 2]),
+        erased_S=torch.tensor([False, False]),
+        totals=Totals(groups=1, sequences=2, tokens=6, completion_limit=3),
+    )
+    loss = make(name).loss(batch).value
+    (gradient_ST,) = torch.autograd.grad(loss, logprobs_ST)
+    assert loss.isfinite()
+    assert gradient_ST.tolist() == [[0.0] * 3] * 2
 
 
 def test_bapo_keeps_all_but_additivity() -> None:

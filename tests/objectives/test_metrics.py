@@ -36,6 +36,14 @@ def test_clip_fraction_by_segment() -> None:
     torch.testing.assert_close(torch.tensor(metrics["ratio"]), torch.tensor((ratios, 3.0)))
 
 
+def test_where_the_smaller_term_is_not_the_clipped_one_nothing_is_cut() -> None:
+    """Ratios e^0.5 with A < 0 and e^-0.5 with A > 0 lie outside the clip range and keep their gradient."""
+    common = {"ref": [-1.0, -1.0], "entropy": [0.0, 0.0], "share": [0.5, 0.5], "group_size": 1}
+    row = {**common, "old": [-1.0, -1.0], "logp": [-0.5, -1.5], "segment": [0, 1], "advantage": [-1.0, 1.0]}
+    for name in ("e3rl", "grpo"):
+        assert make(name).loss(batch_of([row])).metrics["clip_fraction"] == (0.0, 2.0)
+
+
 def test_erased_candidates_have_no_kl_in_the_metrics() -> None:
     group = random_group(random.Random(0), 2)
     erased = {**group[0], "erased": True}

@@ -37,7 +37,7 @@ def _learner(
         rollout=RolloutConfig(segment_length=4, max_segments=3),
         train=train or TrainConfig(learning_rate=0.1, warmup_ratio=0.0),
     )
-    return Learner(Policy(model, None, "tiny", EOS, 256), build(config.objective), config, updates=4)
+    return Learner(Policy(model, None, "tiny", EOS, 256), build(config.objective), config, updates=6)
 
 
 def _gradients(learner: Learner, groups: list[RewardedGroup]) -> torch.Tensor:
@@ -126,6 +126,18 @@ def test_minibatches_and_iterations_are_optimizer_updates():
     learner.update(learner.prepare(GROUPS), 0)
     steps = {float(v) for k, v in learner.optimizer.state().items() if k.endswith("/step")}
     assert (learner.updates_per_step(), steps) == (4, {4.0})
+
+
+def test_the_rate_follows_the_planned_updates_where_a_minibatch_has_no_group():
+    """Two groups in three minibatches, twice: four updates are made, and the last of six planned has the full rate."""
+    train = TrainConfig(learning_rate=0.006, warmup_ratio=1.0, num_iterations=2, minibatches=3)
+    learner = _learner(train=train)
+    rates: list[float] = []
+    step = learner.optimizer.step
+    learner.optimizer.step = lambda rate: (rates.append(rate), step(rate))[1]  # type: ignore[method-assign]
+    update = learner.update(learner.prepare(GROUPS), 0)
+    assert rates == pytest.approx([0.001, 0.002, 0.004, 0.005])
+    assert update.learning_rate == pytest.approx(0.006)
 
 
 def test_with_adapters_the_reference_is_the_model_without_them():

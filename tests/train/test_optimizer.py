@@ -16,6 +16,8 @@ CONFIG = TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_grad_norm=1.0)
 def test_the_schedules_by_hand():
     warm = replace(CONFIG, warmup_ratio=0.2)  # 2 of 10 updates
     assert [round(learning_rate(warm, u, 10), 6) for u in (0, 1, 2, 9)] == [0.05, 0.1, 0.1, 0.1]
+    begun = replace(CONFIG, warmup_ratio=0.11)  # an update that is begun counts as one
+    assert [round(learning_rate(begun, u, 10), 6) for u in (0, 1, 2)] == [0.05, 0.1, 0.1]
     linear = replace(warm, lr_scheduler_type="linear")  # 8 updates from 0.1 towards 0
     assert learning_rate(linear, 2, 10) == pytest.approx(0.1)
     assert learning_rate(linear, 6, 10) == pytest.approx(0.1 * 4 / 8)
@@ -36,6 +38,24 @@ def test_one_step_by_hand():
     torch.testing.assert_close(parameter.data, torch.tensor([[2.9, 4.1]]))
     torch.testing.assert_close(optimizer.state()["w/exp_avg"], torch.tensor([[0.06, -0.08]]))
     assert parameter.grad is None
+
+
+def test_the_moments_forget_as_fast_as_the_settings_say():
+    parameter = _parameter(torch.float32)
+    optimizer = MasterOptimizer([("w", parameter)], replace(CONFIG, adam_beta1=0.5, adam_beta2=0.75))
+    parameter.grad = torch.tensor([[0.6, -0.8]])
+    optimizer.step(0.1)
+    torch.testing.assert_close(optimizer.state()["w/exp_avg"], torch.tensor([[0.3, -0.4]]))
+    torch.testing.assert_close(optimizer.state()["w/exp_avg_sq"], torch.tensor([[0.09, 0.16]]))
+
+
+def test_matrices_decay_and_vectors_do_not():
+    matrix, vector = _parameter(torch.float32), nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = MasterOptimizer([("w", matrix), ("norm", vector)], replace(CONFIG, weight_decay=0.5))
+    matrix.grad, vector.grad = torch.zeros_like(matrix), torch.zeros_like(vector)
+    optimizer.step(0.1)
+    torch.testing.assert_close(matrix.data, torch.tensor([[3.0, 4.0]]) * (1 - 0.1 * 0.5))
+    assert vector.tolist() == [3.0, 4.0]
 
 
 def test_small_updates_are_not_lost_on_bfloat16_weights():
