@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
@@ -153,11 +153,6 @@ class ReferencePolicy:
         else:
             with self._policy.disable_adapter():
                 yield self._policy
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the reference weights of a run that is being resumed."""
-        if self._frozen is not None:
-            self._frozen.load_state_dict(weights)
 
 
 def unwrapped(model: Any) -> Any:

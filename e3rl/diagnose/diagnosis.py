@@ -22,6 +22,7 @@ from e3rl.evaluate.evaluation import spread
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engines import build_engine
+from e3rl.types import Prompt
 
 QUANTILES = 4
 RETRY_SIGNALS = ("U, paper", "ε, mean", "cross-entropy")
@@ -136,6 +137,15 @@ def observations_of(samples: Sequence[First]) -> tuple[list[Observation], list[O
     return every, starts
 
 
+def _prompts(policy: Policy, data: str, config: Config, problems: int) -> list[Prompt]:
+    """Some problems of the data, evenly spread, as the model sees them."""
+    chosen = spread(load_problems(data, config=config.data, split="eval"), problems)
+    if len(chosen) < 4:
+        raise UserError(f"{data} gives {len(chosen)} problems: a diagnosis with intervals needs at least 4")
+    limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
+    return render_prompts(chosen, policy.tokenizer, config.data, **limits)
+
+
 def diagnose(
     policy: Policy,
     data: str,
@@ -150,16 +160,10 @@ def diagnose(
 ) -> Diagnosis:
     """Measure everything on ``problems`` problems of ``data``, each sampled ``eval.num_samples`` times."""
     began = time.perf_counter()
-    chosen = spread(load_problems(data, config=config.data, split="eval"), problems)
-    if len(chosen) < 4:
-        raise UserError(f"{data} gives {len(chosen)} problems: a diagnosis with intervals needs at least 4")
-    limit = config.rollout.completion_limit
-    prompts = render_prompts(
-        chosen, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
-    )
-    by_steps = knows_steps(chosen)
+    prompts = _prompts(policy, data, config, problems)
+    by_steps = knows_steps([p.problem for p in prompts])
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
-    with Scorer(config.rewards, max_completion_length=limit) as scorer:
+    with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         report(f"{len(prompts)} problems × {config.rollout.num_generations} samples")
         groups = roll_out(engine, prompts, config)
         samples, graded = firsts(groups, scorer, policy.tokenizer, by_steps)

@@ -92,6 +92,7 @@ def test_contrast_teaches_erased_candidates_of_rewarded_trajectories_only():
     ]
     assert erased[0].advantages_T.tolist() == [-0.5] * 4
     assert erased[1].advantages_T.tolist() == [0.0] * 8
+    assert {x.group_size for x in lessons} == {3}, "erased candidates are no siblings"
     prefix = GROUPS[0].group.trajectories[1].ids[:4]
     assert erased[1].sequence.response_ids[:4] == prefix
 

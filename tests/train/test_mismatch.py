@@ -60,6 +60,7 @@ def test_weights_are_those_of_the_plain_computation(mode: str):
         found = importance_weights(*tensors(trainer, engine, mask), mode, cap)
         expected = plain_weights(trainer, engine, mask, mode, cap)
         assert found.weights_T.tolist() == pytest.approx(expected, rel=1e-6)
+        assert not bool(found.limited_T[~torch.tensor(mask)].any())
         limited += int(found.limited_T.sum())
     assert limited > 20
 
