@@ -35,7 +35,13 @@ class Calibration:
 def calibrate(
     policy: Policy, data: str, config: Config, *, prompts: int, target: float, kappa0s: Sequence[float]
 ) -> Calibration:
-    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it."""
+    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it.
+
+    Where thresholds are to come from reference statistics, siblings stand in for them: those are what is being made.
+    """
+    asked = config.erasure.baseline
+    if asked == "reference":
+        config = replace(config, erasure=replace(config.erasure, baseline="group"))
     if config.rollout.num_generations < config.erasure.min_siblings:
         raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
     problems = load_problems(data, config=config.data, split="train")[:prompts]
@@ -57,6 +63,7 @@ def calibrate(
     chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
     real = roll_out(chosen)
     reference = ReferenceStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
+    chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked))
     return Calibration(tuple(settings), chosen, best, summarise(real), reference)
 
 
@@ -89,7 +96,7 @@ def calibration_table(result: Calibration) -> Table:
 
 def _threshold(erasure: ErasureConfig) -> str:
     """The setting that says how much is erased."""
-    name = "quantile" if erasure.baseline == "quantile" else "kappa0"
+    name = {"quantile": "quantile", "static": "static_baseline"}.get(erasure.baseline, "kappa0")
     return f"{name} = {getattr(erasure, name):g}"
 
 

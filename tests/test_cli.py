@@ -13,7 +13,7 @@ import pytest
 
 from e3rl.cli import main
 from e3rl.cli.decode import LAB_PROBLEM
-from e3rl.config import Config
+from e3rl.config import Config, load_config
 from e3rl.generation import generate as decode
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate, half
@@ -209,6 +209,21 @@ def test_single_samples_of_the_recommended_recipe_are_judged_by_calibrated_quant
     ((answer,),) = decode(model, "pb;jp;nt;ph;pn;ht;j>t:")
     first = answer.trajectory.segments[0].judgement.threshold
     assert first.baseline == pytest.approx(float(np.quantile(usual.markers, 0.2)))
+
+
+def test_calibration_gathers_the_statistics_that_a_reference_baseline_needs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    model = str(shutil.copytree(lab_directory(), tmp_path / "model"))
+    calibrate = ["calibrate", model, "lab:chain", "--prompts", "4", "erasure.baseline=reference", "erasure.eta=0.07"]
+    assert main(calibrate) == 0
+    assert "Recommended: erasure.kappa0" in capsys.readouterr().out
+    [[answer]] = decode(model, LAB_PROBLEM)
+    first = answer.trajectory.segments[0].judgement
+    usual = ReferenceStatistics.load(tmp_path / "model").at(0).moments
+    config = load_config(tmp_path / "model" / "e3rl_recipe.toml").erasure
+    assert config.baseline == "reference"
+    assert first.threshold.baseline == pytest.approx(usual.mean + config.kappa0 * usual.std)
 
 
 def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -69,8 +69,8 @@ def assess(groups: Sequence[Group], erasure: ErasureConfig) -> Setting:
 
 def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
     """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. A quantile says itself how
-    much is erased, so with one there is nothing to compare."""
-    if base.baseline == "quantile":
+    much is erased, and a static baseline has no kappa_0: with these there is nothing to compare."""
+    if base.baseline in ("quantile", "static"):
         return [base]
     others = base.base_weight + base.gradient_weight + base.extremum_weight
     return [

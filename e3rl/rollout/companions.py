@@ -21,8 +21,9 @@ class Companions:
 
 
 def save_companions(directory: Path, config: Config, reference: ReferenceStatistics) -> None:
-    """Write the rollout and erasure settings and the statistics into a model's directory."""
-    reference.save(directory)
+    """Write the rollout and erasure settings, and the statistics where there are any, into a model's directory."""
+    if reference.segments:
+        reference.save(directory)
     write_text(directory / RECIPE_NAME, to_toml(config, sections=("rollout", "erasure")))
 
 

@@ -19,8 +19,13 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
     return rows if len(rows) > 2 else ["No held-out evaluation was made."]
 
 
-def model_card(config: Config, summary: Mapping[str, Any]) -> str:
-    """A Hugging Face model card."""
+def model_card(config: Config, summary: Mapping[str, Any], *, has_statistics: bool) -> str:
+    """A Hugging Face model card. ``has_statistics``: reference statistics are saved beside the model."""
+    statistics = (
+        "`e3rl_reference.json` beside it holds the statistics that erasable decoding of a single sample needs."
+        if has_statistics
+        else "Nothing was erased in training: erasable decoding of a single sample needs statistics that `e3rl calibrate` makes."
+    )
     return "\n".join(
         [
             "---",
@@ -35,8 +40,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
             "",
             *_figures(summary),
             "",
-            "It is an ordinary causal language model. `e3rl_reference.json` beside it holds the statistics that erasable "
-            "decoding of a single sample needs.",
+            f"It is an ordinary causal language model. {statistics}",
             "",
             "## Settings",
             "",

@@ -34,7 +34,7 @@ from e3rl.rollout.engines import build_engine
 from e3rl.rollout.filters import build_filter
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.reference import ReferenceStatistics, entropy_moments, measured_by
+from e3rl.rollout.reference import ReferenceStatistics, entropy_moments
 from e3rl.rollout.weights import take_weights
 from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
 from e3rl.train.collector import Ahead, Collector, Hooks
@@ -49,6 +49,7 @@ from e3rl.train.listeners import Listener
 from e3rl.train.model_card import model_card
 from e3rl.train.parallel import divides_weights
 from e3rl.train.prompts import load_prompts, number_of_steps
+from e3rl.train.reference import first_reference
 from e3rl.train.run_directory import RunDirectory, read_lines, run_path
 from e3rl.train.scoring import require_scorable
 from e3rl.train.sick_steps import SickBook
@@ -118,7 +119,7 @@ class Trainer:
         self._collector = self._new_collector()
         self._ahead = Ahead(self._collector)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
-        self._reference = ReferenceStatistics(measured_by(config.rollout, config.erasure))
+        self._reference = first_reference(config, trains=not self._demonstrations, evaluates=bool(self._eval_prompts))
         self._entropy_moments: Moments | None = None
         self.stop_request = StopRequest(self._ranks)
         self.directory = RunDirectory.resume(config) if resume and self._ranks.first else RunDirectory.create(config)
@@ -305,7 +306,8 @@ class Trainer:
         self._evaluate()
         summary = run_summary(self.run_path, self.config, step=self._step, seconds=self._seconds, tokens=self._tokens)
         with atomic_directory(self.run_path / "model") as temporary:
-            save_pretrained(self._generating, temporary, model_card(self.config, summary))
+            card = model_card(self.config, summary, has_statistics=bool(self._reference.segments))
+            save_pretrained(self._generating, temporary, card)
             save_companions(temporary, self.config, self._reference)
         write_json(self.run_path / "summary.json", summary)
         self._tell("finished", summary)

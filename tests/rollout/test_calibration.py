@@ -57,6 +57,12 @@ def test_the_grid_leaves_out_settings_without_any_term():
     assert len(grid(ErasureConfig(), (1.0, 2.0), (0.0, 1.0))) == 4
 
 
+@pytest.mark.parametrize("baseline", ["quantile", "static"])
+def test_a_baseline_without_kappa_leaves_nothing_to_compare(baseline: str):
+    erasure = ErasureConfig(baseline=baseline)
+    assert grid(erasure, (1.0, 2.0), (0.0, 1.0)) == [erasure]
+
+
 def test_the_setting_nearest_the_target_is_recommended_and_the_stricter_of_equals():
     settings = [Setting(ErasureConfig(kappa0=k), share, 0, 0) for k, share in ((1, 0.9), (2, 0.75), (3, 0.25))]
     assert recommend(settings, 0.5).erasure.kappa0 == 3
