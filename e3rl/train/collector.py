@@ -60,6 +60,7 @@ class Collector:
     def collect(self, assignment: Assignment, tick: Callable[[], None] | None = None) -> Harvest:
         """The groups of a step; ``tick`` is called often and may raise to stop."""
         wanted, seconds = self._config.train.prompts_per_step, [0.0, 0.0]
+        rewards: list[Reward] = []  # of the step so far: a refill may be a single group, and its rewards all missing
 
         def make(prompts: Sequence[Prompt]) -> list[RewardedGroup]:
             if self._demonstrations:
@@ -68,6 +69,8 @@ class Collector:
             groups = self._roll_out(prompts, assignment, tick or self._hooks.tick)
             rolled = time.perf_counter()
             rewarded = self._reward(groups)
+            rewards.extend(r for item in rewarded for r in item.rewards)
+            require_some(rewards)
             seconds[0] += rolled - began
             seconds[1] += time.perf_counter() - rolled
             return rewarded
@@ -100,9 +103,7 @@ class Collector:
     def _reward(self, groups: Sequence[Group]) -> list[RewardedGroup]:
         trajectories = [t for g in groups for t in g.trajectories]
         texts = [self._policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
-        rewards = self._scorer.score(trajectories, texts)
-        require_some(rewards)
-        following = iter(rewards)
+        following = iter(self._scorer.score(trajectories, texts))
         return [RewardedGroup(g, tuple(next(following) for _ in g.trajectories)) for g in groups]
 
     def to_table(self, harvest: Harvest) -> dict[str, Any]:

@@ -179,6 +179,26 @@ def test_a_filter_that_keeps_too_few_says_so_and_goes_on(tmp_path: Path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_refill_without_a_reward_does_not_end_the_run(tmp_path: Path):
+    """It may be a single group: what would be no reason to stop in a step is none in its last part."""
+
+    calls: list[int] = []
+
+    def alike_then_broken(completions: list[str], **columns: object) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) > 1 and len(completions) == 2:  # after the check before the run: a refill for one of two groups
+            raise ConnectionError("gone")
+        return [0.0, 1.0] + [0.5] * (len(completions) - 2)
+
+    config = lab_config(tmp_path, *FILTERED, "filter.max_refills=1")
+    trainer = Trainer(config, reward_functions=[alike_then_broken])
+    trainer.train()
+    found = [
+        (r["groups_kept"], r["refills"], r["reward_missing"]) for r in read_lines(trainer.run_path / "metrics.jsonl")
+    ]
+    assert found == [(1, 1, 2)] * len(found)
+
+
 def test_a_run_stopped_in_a_refill_goes_on_to_the_same_end(tmp_path: Path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
