@@ -107,14 +107,11 @@ class Trainer:
             config, self._generating, self._engine, self._longest_prompt(), self._journal, self._note
         )
         self._rollouts = SharedRollouts(rollouts, self._together)
-        self._scorer = Scorer(
-            config.rewards,
-            functions=reward_functions,
-            max_completion_length=config.rollout.completion_limit,
-        )
+        limit = config.rollout.completion_limit
+        self._scorer = Scorer(config.rewards, functions=reward_functions, max_completion_length=limit)
         load_metric(config.erasure.metric)
         answers = answers_as_responses(self._train_prompts[:2], self.policy)
-        check_rewards_run(config.rewards, reward_functions, *answers, config.rollout.completion_limit)
+        check_rewards_run(config.rewards, reward_functions, *answers, limit)
         self._stream = PromptStream(self._train_prompts, seed=config.run.seed)
         self._collector = self._new_collector()
         self._ahead = Ahead(self._collector)
