@@ -97,7 +97,7 @@ function retryPicture() {
     gains.map((g) => `${g.signal}: ${g.gains.map((e) => interval(e, points)).join("; ")}. `).join(""),
     () => gains.map((g, i) => estimates(g.signal, () => colour(i), quarters.map((_, q) => q + 0.16 * (i - 1)),
       g.gains.map((e) => ({ value: e.value === null ? null : 100 * e.value, low: e.low === null ? null : 100 * e.low, high: e.high === null ? null : 100 * e.high })))),
-    () => ({ xaxis: { tickvals: [0, 1, 2, 3], ticktext: quarters }, yaxis: { title: { text: "points", standoff: 6 } },
+    () => ({ xaxis: { range: [-0.5, 3.5], tickvals: [0, 1, 2, 3], ticktext: quarters.map((q) => q.replace(" ", "<br>")) }, yaxis: { title: { text: "points", standoff: 6 } },
       shapes: [dotted({ x0: 0, x1: 1, xref: "paper", y0: 0, y1: 0 })] }),
     tableOf(["signal", ...quarters], gains.map((g) => [g.signal, ...g.gains.map((e) => interval(e, points))])));
 }
