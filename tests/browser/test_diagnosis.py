@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def test_a_phone_shows_every_quarter_of_a_retrys_worth(page: Any, tmp_path: Path
     labels.last.wait_for()
     assert labels.all_text_contents() == ["calmestquarter", "second", "third", "mostsuspicious"]
     edges = [labels.nth(i).bounding_box() for i in range(4)]
-    assert all(a["x"] + a["width"] < b["x"] for a, b in zip(edges, edges[1:], strict=False))
+    assert all(a["x"] + a["width"] < b["x"] for a, b in itertools.pairwise(edges))
 
 
 def test_a_tables_first_heading_stands_over_its_names(page: Any, tmp_path: Path) -> None:
