@@ -86,6 +86,16 @@ def test_code_from_elsewhere_is_named_before_it_runs(tmp_path: Path, capsys: pyt
     assert said.index("runs code that is not e3rl's") < said.index("can't be imported")
 
 
+@pytest.mark.parametrize("command", [["eval"], ["diagnose"], ["calibrate"]])
+def test_a_command_that_takes_a_model_and_problems_names_it_too(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    named = ["erasure.metric=nowhere:metric", "rewards.functions=['nowhere:reward']"]
+    assert main([*command, "lab", "lab:chain:1", "--output", str(tmp_path / "out"), "eval.limit=4", *named]) == 2
+    said = capsys.readouterr().err
+    assert said.index("runs code that is not e3rl's") < said.index("can't be imported")
+
+
 def test_a_recipe_runs_no_code_of_its_own(tmp_path: Path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[run]\nname = "$(touch owned)"\n[data]\ntrain = "`id`"\n')

@@ -6,9 +6,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes
-from e3rl.config import Config, RewardsConfig, load_config
+from e3rl.config import load_config
 from e3rl.errors import UserError, unknown
 
 SETTINGS = "paper-1, paper-2, paper+eps, eps-0.5, eps-1, whole-mild, whole, whole+eps, whole+eps+length, half+eps"
@@ -32,13 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_arguments(parser)
 
 
-def _for_data(config: Config, data: str) -> Config:
-    """Lab problems are graded by the lab, unless another reward is asked for."""
-    if data.startswith("lab:") and config.rewards == RewardsConfig():
-        config = replace(config, rewards=replace(config.rewards, functions=("lab",)))
-    return replace(config, eval=replace(config.eval, num_samples=config.rollout.num_generations))
-
-
 def run(options: argparse.Namespace) -> int:
     if options.problems < 4 or options.retries < 1:
         raise UserError("--problems must be at least 4, --retries at least 1")
@@ -50,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.diagnose.diagnosis import diagnose
     from e3rl.diagnose.page import write_diagnosis
     from e3rl.diagnose.tables import decoding_table, signal_table
+    from e3rl.lab.reward import graded_by_the_lab
     from e3rl.models import load_policy, resolve_model_path
     from e3rl.rollout.companions import find_companions
 
@@ -63,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     companions = find_companions(resolve_model_path(options.model))
     recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
-    config = _for_data(load_config(recipe, find_recipes(options.overlay), options.overrides), options.data)
+    config = graded_by_the_lab(load_config(recipe, find_recipes(options.overlay), options.overrides), options.data)
+    config = replace(config, eval=replace(config.eval, num_samples=config.rollout.num_generations))
+    announce_foreign_code(config)
     if config.rollout.num_generations < max(2, config.erasure.min_siblings):
         raise UserError("a diagnosis compares samples of a problem: rollout.num_generations must be at least 2")
     console = Console()

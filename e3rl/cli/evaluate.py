@@ -94,8 +94,10 @@ def _evaluate(
     from e3rl.evaluate.identity import settings_of
     from e3rl.evaluate.store import SampleStore
     from e3rl.evaluate.study import Plan, conclude, missing
+    from e3rl.lab.reward import graded_by_the_lab
     from e3rl.models import load_policy
 
+    config = graded_by_the_lab(config, source)
     problems = spread(_problems(source, config, console), config.eval.limit)
     plan = Plan.of([p.id for p in problems], config, erase=options.erase)
     store = SampleStore(_directory(source, options, config))

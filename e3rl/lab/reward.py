@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from e3rl.config import Config, RewardsConfig
 from e3rl.lab.problems import FAMILIES
 
 
@@ -31,3 +33,13 @@ def lab_reward(
         else:
             rewards.append(float(FAMILIES[name].grade(asked, expected, _text(completion))))
     return rewards
+
+
+def graded_by_the_lab(config: Config, data: str) -> Config:
+    """The config with the lab's own reward where ``data`` are lab problems and no other reward was asked for.
+
+    A way through a graph is no formula: `math` would take ``ab`` for ``ba``, and one of two right ways for a wrong one.
+    """
+    if not data.startswith("lab:") or config.rewards != RewardsConfig():
+        return config
+    return replace(config, rewards=replace(config.rewards, functions=("lab",)))

@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from e3rl.cli import main
+from e3rl.config import DataConfig
+from e3rl.data.loading import load_problems
+from e3rl.lab.problems import grade
 
 SMALL = [
     "eval", "lab", "lab:chain:1", "--erase", "eval.limit=3", "eval.num_samples=2", "rewards.functions=['lab']", "--recipe",
@@ -52,6 +55,16 @@ def test_an_interrupted_evaluation_goes_on_exactly(done: Path, tmp_path: Path, c
     assert main([*SMALL, "--output", str(half)]) == 0
     assert rows(half) == before
     assert (half / "evaluation.json").read_text() == (done / "evaluation.json").read_text()
+
+
+def test_lab_problems_are_graded_by_the_lab(tmp_path: Path):
+    """Of a graph's ways every right one counts, and no other that algebra would take for it."""
+    arguments = ["eval", "lab", "lab:path:2", "eval.limit=24", "eval.num_samples=4", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    problems = {p.id: p for p in load_problems("lab:path:2", config=DataConfig(), split="eval")}
+    found = rows(tmp_path)
+    assert all(row["correct"] == grade(problems[row["problem"]], row["pred"]) for row in found)
+    assert any(row["correct"] and row["pred"] != row["gold"] for row in found)  # another way than the reference
 
 
 def test_shards_are_the_whole(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
