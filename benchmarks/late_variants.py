@@ -26,6 +26,7 @@ from e3rl.diagnose.statistics import within_prefix_auroc
 from e3rl.evaluate.metrics import pass_at_k
 from e3rl.lab.problems import grade
 from e3rl.models import Policy, load_policy
+from e3rl.rewards.answers import extract_answer
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.environment import environment
 from e3rl.types import Trajectory
@@ -39,7 +40,8 @@ Baseline = Callable[[np.ndarray], float]
 
 @dataclass(frozen=True)
 class Pool:
-    """Independent samples of each problem, [P, K] each. ``later``: mean entropy of a response's later half."""
+    """Independent samples of each problem, [P, K] each. ``later``: mean entropy of a response's later half; ``answer``: the
+    number of the first sample of the problem that answers alike."""
 
     entropy: np.ndarray
     peak: np.ndarray
@@ -49,6 +51,7 @@ class Pool:
     largest_eps: np.ndarray
     right: np.ndarray
     tokens: np.ndarray
+    answer: np.ndarray
 
     @property
     def samples(self) -> int:
@@ -92,9 +95,12 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
     for group in scheduler.run(prompts, step=0, policy_version=0):
         texts = [policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in group.trajectories]
         rights = [grade(group.prompt.problem, text) for text in texts]
-        found[group.prompt.problem.id] = [_numbers(t, r) for t, r in zip(group.trajectories, rights, strict=True)]
+        answers = [extract_answer(text) or text.strip() for text in texts]
+        found[group.prompt.problem.id] = [
+            (*_numbers(t, r), answers.index(a)) for t, r, a in zip(group.trajectories, rights, answers, strict=True)
+        ]
     table = np.array([found[p.problem.id] for p in prompts]).transpose(2, 0, 1)
-    return Pool(*table[:6], right=table[6].astype(bool), tokens=table[7])
+    return Pool(*table[:6], right=table[6].astype(bool), tokens=table[7], answer=table[8])
 
 
 def replay(
@@ -105,9 +111,11 @@ def replay(
     erasures: int = 5,
     last: bool = False,
     retries: tuple[Pool, np.ndarray] | None = None,
+    one_of_each: bool = False,
 ) -> Outcome:
     """Erase whole responses whose U is above the threshold that ``baseline`` takes from the first `GROUP` samples. ``last``:
-    a spent budget commits the last attempt, not the calmest. ``retries``: another pool that redrawn responses come from."""
+    a spent budget commits the last attempt, not the calmest. ``retries``: another pool that redrawn responses come from.
+    ``one_of_each``: no answer is lost: the first sample with an answer stays, and so does a retry with a new one."""
     other, other_u = retries or (pool, u_PK)
     rng = np.random.default_rng(0)
     avg, passed, tokens = [], [], 0.0
@@ -115,15 +123,19 @@ def replay(
         order, spare = rng.permutation(pool.samples), rng.permutation(pool.samples)
         firsts, again = order[:GROUP], iter((order[GROUP:] if retries is None else spare).tolist() * GROUP)
         level, good = baseline(u_PK[p, firsts]), 0
+        seen: set[float] = set()
         for first in firsts:
             tries = [(u_PK[p, first], bool(pool.right[p, first]))]
             tokens += pool.tokens[p, first]
-            while tries[-1][0] > level * np.exp(ETA * (len(tries) - 1) ** DELTA) and len(tries) <= erasures:
+            new = one_of_each and pool.answer[p, first] not in seen
+            seen.add(pool.answer[p, first])
+            while not new and tries[-1][0] > level * np.exp(ETA * (len(tries) - 1) ** DELTA) and len(tries) <= erasures:
                 i = next(again)
                 tries.append((other_u[p, i], bool(other.right[p, i])))
                 tokens += other.tokens[p, i]
+                new = one_of_each and other.answer[p, i] not in pool.answer[p, firsts]
             spent = tries[-1][0] > level * np.exp(ETA * (len(tries) - 1) ** DELTA)
-            good += min(tries)[1] if spent and not last else tries[-1][1]
+            good += min(tries)[1] if spent and not last and not new else tries[-1][1]
         avg.append(good / GROUP)
         passed.append(good > 0)
     return Outcome(float(np.mean(avg)), float(np.mean(passed)), tokens / (len(avg) * GROUP) / float(pool.tokens.mean()))
@@ -168,6 +180,8 @@ def variants(pools: Mapping[float, Pool]) -> dict[str, Outcome]:
     for t, pool in cooler:
         found[f"quantile 0.2, retries at T = {t:g}"] = replay(hot, u, quantile(0.2), retries=(pool, pool.late()))
         found[f"quantile 0.2, all at T = {t:g}"] = replay(pool, pool.late(), quantile(0.2))
+    for q in (0.5, 0.2):
+        found[f"quantile {q:g}, one of each answer stays"] = replay(hot, u, quantile(q), one_of_each=True)
     found["only where ε was high"] = replay(hot, where_unlikely(hot), quantile(0.2))
     found |= {f"rerank, calmest 8 of {n}": rerank(hot, u, n) for n in (16, 20, 24) if n <= hot.samples}
     return found
