@@ -14,8 +14,10 @@ from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, Tra
 from e3rl.errors import UserError
 from e3rl.models import Policy, add_lora
 from e3rl.objectives import build
-from e3rl.train.learner import Learner
+from e3rl.objectives.base import Totals
+from e3rl.train.learner import Learner, totals_of
 from e3rl.train.metrics import Means
+from e3rl.train.sequences import group_sequences
 from e3rl.types import RewardedGroup
 from tests.rollout.models import EOS, tiny
 from tests.train.rollouts import rewarded_group
@@ -93,8 +95,15 @@ def test_contrast_teaches_erased_candidates_of_rewarded_trajectories_only():
     assert erased[0].advantages_T.tolist() == [-0.5] * 4
     assert erased[1].advantages_T.tolist() == [0.0] * 8
     assert {x.group_size for x in lessons} == {3}, "erased candidates are no siblings"
+    assert [x.sequence.segments_T.tolist() for x in erased] == [[0] * 4, [-1] * 4 + [1] * 4]
     prefix = GROUPS[0].group.trajectories[1].ids[:4]
     assert erased[1].sequence.response_ids[:4] == prefix
+
+
+def test_a_steps_totals_are_of_trajectories_alone():
+    sequences = group_sequences([item.group for item in GROUPS], with_erased=True)
+    assert sum(s.erased for s in sequences) == 2
+    assert totals_of(sequences, 12) == Totals(groups=2, sequences=6, tokens=6 + 9 + 3 + 4 + 7 + 2, completion_limit=12)
 
 
 def test_dropped_erasures_are_no_lessons():

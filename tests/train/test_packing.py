@@ -36,6 +36,13 @@ def test_a_sequence_that_is_there_already_brings_nothing():
     assert len(PackedRow.of(twins, CPU).branches) == 1
 
 
+def test_a_row_may_be_as_long_as_the_budget():
+    """Two siblings of 2 and 3 tokens behind a prompt of 2 make a row of 7."""
+    parts = [[sequence([2, 3], [4, 5])], [sequence([2, 3], [6, 7, 8])]]
+    assert plan_rows(parts, 7) == [[0, 1]]
+    assert plan_rows(parts, 6) == [[0], [1]]
+
+
 def test_a_context_may_lie_in_several_branches():
     row = PackedRow.of([sequence([2], [3, 4]), sequence([2], [3, 5, 6]), sequence([2], [3, 5, 7])], CPU)
     assert row.branches[2] == Branch(((0, 0, 2), (1, 0, 1)), 1)
