@@ -234,6 +234,12 @@ def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.Captur
     assert "Recommended: erasure.kappa0" in capsys.readouterr().out
 
 
+def test_names_that_other_libraries_will_change_are_not_the_users_concern(tmp_path: Path):
+    run = [*TINY_RUN, f"run.output_dir={tmp_path}", "train.gradient_checkpointing=true", "model.lora_r=2"]
+    command = [sys.executable, "-m", "e3rl", "train", _recipe(tmp_path), *run]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+
+
 def test_the_command_line_answers_at_once_and_without_torch():
     code = "import sys\nfrom e3rl.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules)"

@@ -20,13 +20,17 @@ from e3rl.files import clear_litter, disk_full_is_a_sentence, is_litter, write_t
 from e3rl.train.metrics import finite_or_none
 
 MAY_CHANGE = {
+    *("run.name", "run.output_dir", "model.device"),
+    *("rollout.max_rows", "rollout.cache_rows", "rollout.kv_budget"),
+    *("train.micro_batch_tokens", "train.gradient_checkpointing", "rewards.workers", "rewards.timeout"),
     *("train.parallel", "train.workers", "train.worker_gpus"),
     *("train.steps", "train.eval_steps", "train.save_steps"),
     *("train.save_total_limit", "train.report_to", "train.rank_timeout"),
     *("train.max_skipped_steps", "train.max_log_ratio", "train.max_kl"),
     *("rollout.workers", "rollout.worker_gpus", "rollout.worker_timeout", "rollout.address", "rollout.servers"),
 }
-"""Settings that a resumed run may have otherwise than the run it continues."""
+"""Settings that a resumed run may have otherwise than the run it continues: where it is, how long, and what the machine can
+take. None decides what is learnt but by rounding, and by a bound that a micro-batch sets itself (BAPO)."""
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -42,6 +42,35 @@ def test_resuming_needs_the_same_settings_but_for_a_few(tmp_path: Path):
         RunDirectory.resume(_config(tmp_path / "elsewhere"))
 
 
+def test_a_run_that_was_moved_is_resumed_where_it_is_now(tmp_path: Path):
+    RunDirectory.create(_config(tmp_path)).release()
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = Config(run=RunConfig(name="b", output_dir=str(tmp_path)))
+    RunDirectory.resume(moved)
+    assert read_config(tmp_path / "b") == moved
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("train", "micro_batch_tokens", 512),
+        ("train", "gradient_checkpointing", True),
+        ("rollout", "max_rows", 8),
+        ("rollout", "kv_budget", 100),
+        ("rewards", "workers", 4),
+        ("model", "device", "cpu"),
+    ],
+)
+def test_a_run_that_ran_out_of_memory_or_time_goes_on_with_less(
+    tmp_path: Path, section: str, setting: str, value: object
+):
+    config = _config(tmp_path)
+    RunDirectory.create(config)
+    smaller = replace(config, **{section: replace(getattr(config, section), **{setting: value})})
+    RunDirectory.resume(smaller)
+    assert read_config(tmp_path / "a") == smaller
+
+
 def test_logs_can_be_cut_back_and_a_half_written_line_is_left_out(tmp_path: Path):
     run = RunDirectory.create(_config(tmp_path))
     for step in (1, 2, 3):
