@@ -93,6 +93,7 @@ def test_retries_are_compared_by_quarter_of_the_signal():
     by_name = {gain.signal: gain for gain in assess_retries(forks)}
     assert [e.value for e in by_name["U, paper"].gains] == [-0.25, -0.25, -0.25, 0.75]
     assert [e.value for e in by_name["ε, mean"].gains] == [0.75, -0.25, -0.25, -0.25]
+    assert [e.count for e in by_name["cross-entropy"].gains] == [8, 0, 0, 0]  # all alike: none is suspicious
 
 
 def diagnosis(*, avg: Estimate, passed: Estimate, within: Estimate, mixed: float = 0.5) -> Diagnosis:

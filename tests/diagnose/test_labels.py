@@ -14,6 +14,7 @@ RIGHT, SLIPPED = "47+5=52;52-8=44;A:44", "47+5=53;53-8=45;A:45"
 def test_a_wrong_step_is_found_in_the_segment_where_it_ends():
     ends = [4, 8, 12, 16, 20]
     assert wrong_by_steps(CHAIN, SLIPPED, ends) == [False, True]  # 47+5=53 ends at character 7
+    assert wrong_by_steps(CHAIN, SLIPPED, [4, 7, 12]) == [False, True], "a segment that ends with the step holds it"
     assert wrong_by_steps(CHAIN, RIGHT, ends) == [False] * 5
     assert wrong_by_steps(CHAIN, "47+5=52;52-8=43;A:43", ends) == [False, False, False, True]
 

@@ -40,6 +40,14 @@ def test_within_prefix_counts_pairs_of_one_prefix_only():
     assert within_prefix_auroc(scores, wrong, prefix, prefix).value == 0.5  # one pair in order, one not
 
 
+def test_every_pair_counts_alike_however_many_a_problem_has():
+    """Four pairs of one problem are out of order, one of the other is in order."""
+    scores = np.array([1.0, 1.0, 2.0, 2.0, 2.0, 1.0])
+    wrong = np.array([True, True, False, False, True, False])
+    prefix = np.array(["a"] * 4 + ["b"] * 2)
+    assert within_prefix_auroc(scores, wrong, prefix, prefix).value == pytest.approx(1 / 5)
+
+
 def test_nothing_to_compare_is_unknown():
     alike = np.array([True, True])
     assert overall_auroc(np.array([1.0, 2.0]), alike, np.array(["p", "q"])).value is None
@@ -52,6 +60,14 @@ def test_the_interval_resamples_problems_not_observations():
     many = mean_by_problem(np.repeat([0.0, 1.0, 0.0, 1.0], 100), np.repeat([0, 1, 2, 3], 100))
     assert (few.low, few.high) == (many.low, many.high) == (0.0, 1.0)
     assert many.value == 0.5
+
+
+def test_the_interval_is_about_the_mean_over_values():
+    """Ten problems of nine zeros and ten of a single one: 10 of 100 values are 1, though half the problems' means are."""
+    problem = np.concatenate([np.repeat(np.arange(10), 9), np.arange(10, 20)])
+    found = mean_by_problem((problem >= 10).astype(float), problem)
+    assert found.value == pytest.approx(0.1)
+    assert 0.02 < found.low < 0.1 < found.high < 0.35
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

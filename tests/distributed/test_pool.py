@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save
 
 from e3rl.distributed.messages import Answer, Hello
-from e3rl.distributed.pool import Place, WorkerLost
+from e3rl.distributed.pool import Place, WorkerLost, _Batch
 from e3rl.distributed.wire import decode, encode
 from e3rl.errors import SickLogits, UserError
 from e3rl.types import Group
 from tests.distributed.places import SETTINGS, Broken, World, ids, lost_once
+from tests.rollout.worlds import levels, roll
 from tests.train.random_lab import lab_config
 
 
@@ -94,6 +95,28 @@ def test_a_worker_that_never_answers_again_is_given_up_and_the_others_go_on(worl
         raise WorkerLost("connection refused")
 
     assert ids(world.run(world.pool(place(two[0]), broken(two[1], dead)))) == ids(expected)
+
+
+def test_a_worker_that_gets_on_may_be_lost_any_number_of_times(world, expected, two):
+    """It gives one group and dies, again and again: two losses in a row would end it, with a group between them they don't."""
+    losses: list[int] = []
+
+    def one_group() -> Callable[[int, Callable[[], bytes]], bytes]:
+        given: list[str] = []
+
+        def change(_: int, answer: Callable[[], bytes]) -> bytes:
+            if given:
+                losses.append(1)
+                raise WorkerLost("out of memory")
+            body = decode(Answer, answer())
+            given.extend(f.prompt_id for f in body.finished[:1])
+            return encode(dataclasses.replace(body, finished=body.finished[:1]))
+
+        return change
+
+    dying = Place("w", lambda: Broken(two[0], one_group()))
+    assert ids(world.run(world.pool(dying, attempts=2))) == ids(expected)
+    assert len(losses) == len(world.prompts) - 1
 
 
 def test_with_no_worker_left_the_run_ends_and_says_why(world, two):
@@ -228,3 +251,17 @@ def test_weights_that_do_not_fit_are_refused(world: World, two: list[Any]):
     name, _ = world.policy.trainable()[0]
     with pytest.raises(ValueError, match="has shape"):
         two[0].load_weights(0, save({name: torch.zeros(2, 2)}))
+
+
+def test_a_group_that_comes_twice_is_its_first_result():
+    """A worker that was given up may still answer, after another has made its group again."""
+    group = roll(levels({}))[0]["p"]
+    other = dataclasses.replace(group, policy_version=9)
+    batch = _Batch([group.prompt], seats=2)
+    assert batch.take(4) == [group.prompt]
+    batch.deliver(group)
+    batch.deliver(other)
+    assert batch.delivered(0.0) == [group]
+    assert batch.all_delivered
+    batch.put_back(["p"])
+    assert batch.take(4) == [], "what is done is not made again"

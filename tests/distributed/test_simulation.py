@@ -76,6 +76,11 @@ def test_a_step_adds_up_and_ahead_takes_the_longer_part():
     assert slow.seconds == pytest.approx(280 * 10.0 + 3.0)
 
 
+def test_what_was_erased_is_not_trained_on():
+    work = replace(WORK, groups=1, erase=1.0, max_erasures=2)
+    assert simulate_step(work, COSTS, workers=1, rows=2, trainers=1).train == pytest.approx((2 * 30 + 2 * 5) * 0.01)
+
+
 def test_costs_of_a_data_sheet():
     costs = roofline(parameters=4e9, kv_bytes=147456, context=4096)
     assert costs.step == pytest.approx(8e9 / (3.35e12 * 0.7))

@@ -74,6 +74,7 @@ def test_a_budget_between_whole_samples_is_in_between():
     assert budget == 3.5
     assert samples_for(budget) == 4
     assert equal_budget(plain, erasable, budget)["pass"]["plain"] == pytest.approx((0.75 + 1.0) / 2)
+    assert equal_budget(plain, erasable, 3.25)["pass"]["plain"] == pytest.approx(0.75 * 0.75 + 0.25 * 1.0)
 
 
 def test_a_budget_below_one_sample():

@@ -67,6 +67,9 @@ def test_maj_by_hand():
     assert maj_at_k(answers, correct, 1) == 0.5
     assert maj_at_k(["4", "5"], [True, False], 2) == 0.5  # a tie is shared
     assert maj_at_k([None, None], [False, False], 2) == 0.0
+    assert maj_at_k(["4", None, None], [True, True, False], 1) == pytest.approx(
+        1 / 3
+    )  # without an answer there is no vote
     assert maj_at_k(["5", "5", "4"], [False, False, True], 3) == 0.0
     with pytest.raises(ValueError, match="Maj@3 needs at least 3 samples"):
         maj_at_k(["4", "5"], [True, False], 3)
@@ -98,7 +101,18 @@ def test_many_problems_are_tested_by_random_signs():
     better = paired_difference(rng.random(60) + 0.5, rng.random(60))
     assert same.p > 0.05
     assert 0 < better.p < 0.001
+    few = paired_difference(np.array([1.0] * 13 + [-1.0] * 7), np.zeros(20))
+    assert few.p == pytest.approx(0.2632, abs=0.02)  # 2 P(13 or more heads of 20)
     assert better.interval[0] > 0.3
+
+
+def test_the_interval_of_a_difference_is_that_of_the_problems_differences():
+    """Problems differ much among each other and all by 0.1 between the runs: pairs leave no doubt."""
+    spread_P = np.linspace(0.0, 0.9, 30)
+    difference = paired_difference(spread_P + 0.1, spread_P)
+    assert difference.interval == pytest.approx((0.1, 0.1))
+    crossed = paired_difference(spread_P[::-1], spread_P)
+    assert crossed.interval[1] - crossed.interval[0] > 0.3
 
 
 def test_a_comparison_of_different_problems_is_refused():
