@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -179,6 +180,14 @@ def test_decode_plain_and_erasable_and_as_json(capsys: pytest.CaptureFixture[str
     assert "~~" in out
     assert "segments erased" in out
     assert "--samples must be at least 1" in _fails(capsys, ["decode", "lab", "--samples", "0"])
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "-"])
+def test_an_empty_prompt_is_not_taken_for_another(
+    prompt: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert _fails(capsys, ["decode", "lab", prompt]) == "e3rl: the prompt is empty\n"
 
 
 def test_eval_writes_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path):

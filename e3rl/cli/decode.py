@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prompt(given: str | None) -> str:
-    return sys.stdin.read().strip() if given == "-" else given or LAB_PROBLEM
+    if given is None:
+        return LAB_PROBLEM
+    prompt = sys.stdin.read().strip() if given == "-" else given
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    return prompt
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,11 +56,11 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.models import load_policy, resolve_model_path
     from e3rl.rollout.companions import find_companions
 
+    prompt = _prompt(options.prompt)
     quiet_libraries()
     recipe = find_companions(resolve_model_path(options.model)).recipe
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
     announce_foreign_code(config)
-    prompt = _prompt(options.prompt)
     policy = load_policy(replace(config.model, path=options.model))
     text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)
     generations = generate(
