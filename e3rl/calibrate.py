@@ -13,7 +13,7 @@ from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.errors import UserError
 from e3rl.models import Policy, resolve_model_path
-from e3rl.rollout.calibration import Setting, assess, grid, recommend
+from e3rl.rollout.calibration import Setting, assess, grid, recommend, strictness
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.engines import build_engine
 from e3rl.rollout.reference import ReferenceStatistics, measured_by
@@ -96,7 +96,7 @@ def calibration_table(result: Calibration) -> Table:
 
 def _threshold(erasure: ErasureConfig) -> str:
     """The setting that says how much is erased."""
-    name = {"quantile": "quantile", "static": "static_baseline"}.get(erasure.baseline, "kappa0")
+    name = strictness(erasure)
     return f"{name} = {getattr(erasure, name):g}"
 
 

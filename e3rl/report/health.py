@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from e3rl.config import Config
+from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import mean
 
 Level = Literal["bad", "warn", "note", "good"]
@@ -106,8 +107,8 @@ def never_erases(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        "Erase rate 0: nothing was ever erased, so this is a plain run in disguise. Run `e3rl calibrate` for a "
-        "threshold (erasure.kappa0).",
+        "Erase rate 0: nothing was ever erased, so this is a plain run in disguise. Lower "
+        f"erasure.{strictness(logs.config.erasure)}{_or_calibrate(logs.config)}.",
     )
 
 
@@ -118,8 +119,13 @@ def erases_too_much(logs: Logs) -> Finding | None:
     return Finding(
         "warn",
         f"Erased tokens come to {ratio:.0%} of the committed ones, which makes rollouts as much dearer. Raise "
-        "erasure.kappa0, or run `e3rl calibrate`.",
+        f"erasure.{strictness(logs.config.erasure)}{_or_calibrate(logs.config)}.",
     )
+
+
+def _or_calibrate(config: Config) -> str:
+    """Calibration chooses kappa_0 alone."""
+    return ", or run `e3rl calibrate`" if strictness(config.erasure) == "kappa0" else ""
 
 
 def budget_spent(logs: Logs) -> Finding | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from e3rl.config import Config, to_tables
 from e3rl.report.health import Logs, examine
+from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import METRICS
 from e3rl.train.run_directory import read_config, read_lines
 
@@ -91,8 +92,11 @@ def facts(config: Config) -> list[list[str]]:
     """What was run, as label and value."""
     rollout, train, erasure = config.rollout, config.train, config.erasure
     learned = f"{train.prompts_per_step} prompts × {rollout.num_generations} siblings a step"
+    ending = "" if rollout.max_segments == 1 else "s"
     if rollout.erase:
-        erasing = f"up to {erasure.max_erasures} a segment, κ₀ = {erasure.kappa0:g}, {erasure.baseline} baseline"
+        name = strictness(erasure)
+        chosen = f"{name.replace('kappa0', 'κ₀')} = {getattr(erasure, name):g}"
+        erasing = f"up to {erasure.max_erasures} a segment, {chosen}, {erasure.baseline} baseline"
     else:
         erasing = "off: plain rollouts"
     return [
@@ -101,7 +105,7 @@ def facts(config: Config) -> list[list[str]]:
         ["Training data", config.data.train],
         ["Rewards", ", ".join(config.rewards.functions)],
         ["Batch", learned],
-        ["Response", f"up to {rollout.max_segments} segments of {rollout.segment_length} tokens"],
+        ["Response", f"up to {rollout.max_segments} segment{ending} of {rollout.segment_length} tokens"],
         ["Sampling", f"temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k or 'off'}"],
         ["Erasures", erasing],
         ["Learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"],

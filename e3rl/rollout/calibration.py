@@ -24,6 +24,11 @@ class Setting:
     r_high: float
 
 
+def strictness(erasure: ErasureConfig) -> str:
+    """Name of the setting that says how much is erased; the larger its value, the less."""
+    return {"quantile": "quantile", "static": "static_baseline"}.get(erasure.baseline, "kappa0")
+
+
 def _replayed(group: Group, erasure: ErasureConfig) -> list[Judgement]:
     """Judgements of every segment of a plain group, as if it had been generated under ``erasure`` without budget."""
     unspent = replace(erasure, max_erasures=0)

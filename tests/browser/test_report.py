@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -36,6 +37,15 @@ def test_the_overview_is_drawn(page: Any, run: SyntheticRun) -> None:
     chart.get_by_text("Table").click()
     chart.locator("tbody tr").first.wait_for()
     assert chart.locator("tbody tr").count() == 12
+
+
+def test_few_tokens_are_counted_out(page: Any, tmp_path: Path) -> None:
+    made = SyntheticRun(tmp_path / "short").go(1)
+    metrics = made.path / "metrics.jsonl"
+    (record,) = read_lines(metrics)
+    metrics.write_text(json.dumps(record | {"tokens_total": 253}) + "\n", encoding="utf-8")
+    page.goto(write_report(made.path).as_uri())
+    assert page.locator(".tile", has_text="tokens generated").locator(".value").inner_text() == "253"
 
 
 def test_speed_is_told_for_the_whole_step_and_by_part(page: Any, run: SyntheticRun) -> None:

@@ -89,6 +89,20 @@ def test_never_erasing_is_said_only_where_erasing_is_on() -> None:
     assert "Erase rate 0" not in texts(logs(never))
 
 
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [
+        ("group", "erasure.kappa0, or run `e3rl calibrate`."),
+        ("quantile", "erasure.quantile."),
+        ("static", "erasure.static_baseline."),
+    ],
+)
+def test_the_setting_that_would_change_how_much_is_erased_is_named(baseline: str, words: str) -> None:
+    never, erasure = {"erase_rate": 0.0, "r": 0.0, "forced_rate": 0.0}, {"baseline": baseline}
+    assert f"Lower {words}" in texts(logs(never, never, erasure=erasure))
+    assert f"Raise {words}" in texts(logs({"r": 0.9}, erasure=erasure))
+
+
 def test_reward_that_moved_is_not_called_flat() -> None:
     text = texts(logs({"degenerate_groups": 0.9, "accuracy": 0.9, "reward": 0.9}))
     assert text.startswith("90% of the groups teach nothing")

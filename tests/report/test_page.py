@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from e3rl.config import build_config
 from e3rl.errors import UserError
 from e3rl.report import write_report, write_token_view
 from e3rl.report.embed import content_security_policy, to_json
+from e3rl.report.overview import facts
 from e3rl.report.page import RUN_SCRIPTS, TOKEN_SCRIPTS
 from e3rl.report.rollouts import select
 from e3rl.types import Problem, Prompt
@@ -145,6 +147,20 @@ def test_a_plain_run_has_no_thresholds(tmp_path: Path) -> None:
     made = SyntheticRun(tmp_path / "plain", rollout={"erase": False}, objective={"name": "grpo"}).go(1)
     segment = json.loads(blocks(write_report(made.path))["rollouts-0-1"])["groups"][0]["rollouts"][0]["segments"][0]
     assert (segment["u"], segment["theta"], segment["verdict"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("erasure", "words"),
+    [
+        ({}, "κ₀ = 1, group baseline"),
+        ({"baseline": "quantile", "quantile": 0.2}, "quantile = 0.2, quantile baseline"),
+        ({"baseline": "static", "static_baseline": 0.5}, "static_baseline = 0.5, static baseline"),
+    ],
+)
+def test_the_setting_that_decides_on_erasures_is_told(erasure: dict[str, float], words: str) -> None:
+    told = dict(facts(build_config({"erasure": erasure, "rollout": {"segment_length": 8, "max_segments": 1}})))
+    assert told["Erasures"] == f"up to 5 a segment, {words}"
+    assert told["Response"] == "up to 1 segment of 8 tokens"
 
 
 def test_what_is_no_run_is_an_error_for_people(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ function compact(value) {
   const steps = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
   const step = steps.find(([size]) => Math.abs(value) >= size);
   if (step) return (value / step[0]).toFixed(1).replace(/\.0$/, "").replace("-", MINUS) + " " + step[1];
-  return value.toExponential(1).replace("-", MINUS);
+  return (Number.isInteger(value) ? String(value) : value.toExponential(1)).replaceAll("-", MINUS);
 }
 
 function signed(value) {
