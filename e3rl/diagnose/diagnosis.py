@@ -141,7 +141,7 @@ def _prompts(policy: Policy, data: str, config: Config, problems: int) -> list[P
     """Some problems of the data, evenly spread, as the model sees them."""
     chosen = spread(load_problems(data, config=config.data, split="eval"), problems)
     if len(chosen) < 4:
-        raise UserError(f"{data} gives {len(chosen)} problems: a diagnosis with intervals needs at least 4")
+        raise UserError(f"a diagnosis with intervals needs at least 4 problems, and {data} gives {len(chosen)}")
     limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
     return render_prompts(chosen, policy.tokenizer, config.data, **limits)
 
@@ -166,8 +166,8 @@ def diagnose(
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         report(f"{len(prompts)} problems × {config.rollout.num_generations} samples")
         groups = roll_out(engine, prompts, config)
-        samples, graded = firsts(groups, scorer, policy.tokenizer, by_steps)
-        require_rewards(graded)
+        samples, faults = firsts(groups, scorer, policy.tokenizer, by_steps)
+        require_rewards(faults)
         report(f"{len(samples)} prefixes × {retries} retries")
         forks, siblings = retry(
             engine, scorer, policy.tokenizer, config, choose_forks(samples, config.run.seed), retries, by_steps

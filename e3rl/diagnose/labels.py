@@ -47,9 +47,11 @@ def labels(problem: Problem, text: str, ends: Sequence[int], right: bool, by_ste
     return found
 
 
-def require_rewards(known: Sequence[bool]) -> None:
-    """Raise UserError where too few answers could be graded to say anything."""
-    if not known or sum(known) < len(known) / 2:
+def require_rewards(faults: Sequence[str | None]) -> None:
+    """Raise UserError where too few answers could be graded to say anything; ``faults``: why not, None where one could."""
+    known = faults.count(None)
+    if not faults or known < len(faults) / 2:
+        why = next((f" ({fault})" for fault in faults if fault), "")
         raise UserError(
-            f"only {sum(known)} of {len(known)} responses could be graded: check rewards.functions and data.answer_column"
+            f"only {known} of {len(faults)} responses could be graded{why}: check rewards.functions and data.answer_column"
         )

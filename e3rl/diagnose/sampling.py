@@ -18,7 +18,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.engine import Engine
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.scheduler import Scheduler
-from e3rl.types import Group, Prompt, Segment, Trajectory
+from e3rl.types import Group, Prompt, Reward, Segment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,12 @@ def roll_out(engine: Engine, prompts: Sequence[Prompt], config: Config) -> list[
 
 def grade(scorer: Scorer, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[bool | None]:
     """Whether each response's final answer is right, by the first reward function; None where it can't be graded."""
-    values = [next(iter(r.parts.values()), None) for r in scorer.score(trajectories, texts)]
-    return [None if value is None else value >= 1 for value in values]
+    return [_right(reward) for reward in scorer.score(trajectories, texts)]
+
+
+def _right(reward: Reward) -> bool | None:
+    value = next(iter(reward.parts.values()), None)
+    return None if value is None else value >= 1
 
 
 def segment_signals(
@@ -89,12 +93,15 @@ def group_entropies(group: Group) -> Moments:
     return moments
 
 
-def firsts(groups: Sequence[Group], scorer: Scorer, tokenizer: Any, by_steps: bool) -> tuple[list[First], list[bool]]:
-    """The graded samples of plain groups, and for every sample whether it could be graded."""
+def firsts(
+    groups: Sequence[Group], scorer: Scorer, tokenizer: Any, by_steps: bool
+) -> tuple[list[First], list[str | None]]:
+    """The graded samples of plain groups, and for every sample why it could not be graded, None where it could."""
     trajectories = [t for g in groups for t in g.trajectories]
     references = [group_entropies(g) for g in groups for _ in g.trajectories]
     texts = [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
-    rights = grade(scorer, trajectories, texts)
+    rewards = scorer.score(trajectories, texts)
+    rights = [_right(reward) for reward in rewards]
     found = []
     for trajectory, reference, text, right in zip(trajectories, references, texts, rights, strict=True):
         if right is None:
@@ -103,7 +110,8 @@ def firsts(groups: Sequence[Group], scorer: Scorer, tokenizer: Any, by_steps: bo
         wrong_N = labels(trajectory.prompt.problem, text, ends, right, by_steps)
         signals_N = tuple(segment_signals(trajectory.segments, (), reference))
         found.append(First(trajectory, right, tuple(wrong_N), signals_N, reference))
-    return found, [right is not None for right in rights]
+    faults = [r.error or "no reason given" for r in rewards]
+    return found, [fault if right is None else None for fault, right in zip(faults, rights, strict=True)]
 
 
 def choose_forks(samples: Sequence[First], seed: int) -> list[tuple[First, int]]:

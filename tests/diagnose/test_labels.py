@@ -34,8 +34,10 @@ def test_lab_problems_know_their_steps_and_others_do_not():
 
 
 def test_ungraded_answers_are_refused():
-    require_rewards([True, True, False])
-    with pytest.raises(UserError, match=r"only 1 of 3 responses could be graded: check rewards\.functions"):
-        require_rewards([True, False, False])
+    require_rewards([None, None, "math: no reference answer"])
+    with pytest.raises(
+        UserError, match=r"only 1 of 3 responses could be graded \(mine: ValueError\): check rewards\.functions"
+    ):
+        require_rewards([None, "mine: ValueError", "mine: KeyError"])
     with pytest.raises(UserError, match="only 0 of 0"):
         require_rewards([])

@@ -52,13 +52,13 @@ class Grader:
 
     def score(self, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[Reward]:
         values = [None if text.startswith("?") else float(text == RIGHT) for text in texts]
-        return [Reward(value, {"math": value}) for value in values]
+        return [Reward(value, {"math": value}, error="no" if value is None else None) for value in values]
 
 
-def sampled(texts: Texts, by_steps: bool = True) -> tuple[list[First], list[bool], ScriptedEngine]:
+def sampled(texts: Texts, by_steps: bool = True) -> tuple[list[First], list[str | None], ScriptedEngine]:
     engine = ScriptedEngine(levels(LEVELS))
-    found, graded = firsts(roll_out(engine, PROMPTS, CONFIG), Grader(), texts, by_steps)  # type: ignore[arg-type]
-    return found, graded, engine
+    found, faults = firsts(roll_out(engine, PROMPTS, CONFIG), Grader(), texts, by_steps)  # type: ignore[arg-type]
+    return found, faults, engine
 
 
 def peak(largest: float) -> float:
@@ -80,8 +80,8 @@ def test_first_samples_are_measured_and_labelled_segment_by_segment():
     texts = Texts()
     texts.give(MIDDLE, "p", 0, segment=1)
     texts.give("?", "q", 1)
-    found, graded, _ = sampled(texts)
-    assert graded == [True, True, True, False]
+    found, faults, _ = sampled(texts)
+    assert faults == [None, None, None, "no"]
     assert [(f.trajectory.prompt.problem.id, f.trajectory.sibling) for f in found] == [("p", 0), ("p", 1), ("q", 0)]
     first = found[0]
     assert (first.right, first.wrong_N) == (False, (False, True))
