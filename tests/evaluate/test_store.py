@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.evaluate.compare import compare
-from e3rl.evaluate.identity import even_sizes
+from e3rl.evaluate.identity import decoding, even_sizes
 from e3rl.evaluate.store import SampleStore, Shard, Unit
 from e3rl.evaluate.study import Plan
 from tests.evaluate.build import sample
@@ -88,6 +89,30 @@ def test_many_samples_are_drawn_in_rounds():
     assert [(u.round, u.first, u.size) for u in plan.wanted()] == [(0, 0, 4), (1, 4, 3), (2, 7, 3)]
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "run.seed=1",
+            "model.dtype=bfloat16",
+            "rollout.max_rows=2",
+            "rollout.segment_length=3",
+            "rollout.max_segments=2",
+        ),
+        *(
+            "rollout.max_completion_length=9",
+            "eval.num_samples=9",
+            "eval.temperature=0.5",
+            "eval.top_p=0.5",
+            "eval.top_k=3",
+        ),
+    ],
+)
+def test_whatever_changes_a_plain_sample_makes_another_evaluation(override: str):
+    assert decoding(load_config(None, (), [override])) != decoding(load_config())
+    assert decoding(load_config(None, (), ["rollout.temperature=0.5", "erasure.eta=1.0"])) == decoding(load_config())
+
+
 def test_more_plain_samples_where_erasing_cost_more():
     plan = Plan(("a",), 2, 8, erase=True)
     plain = [[sample("a", 0), sample("a", 1)]]
@@ -111,6 +136,16 @@ def test_two_evaluations_compared(tmp_path: Path):
     assert (found["Avg"].a, found["Avg"].b, found["Avg"].difference.mean) == (0.75, 0.25, 0.5)
     assert found["Avg"].difference.p == 2 / 2**4
     assert found["Pass@4"].difference.p == 1.0
+
+
+def test_as_many_samples_of_each_problem_are_compared(tmp_path: Path):
+    """An equal budget may have bought one problem more: they are left out."""
+    a, b = directory(tmp_path / "a", 3), directory(tmp_path / "b", 1)
+    with SampleStore(a).writer(Shard()) as writer:
+        writer.write([sample("a", i, round=1, correct=False) for i in (4, 5)])
+    found = compare(a, b)
+    assert (found["Avg"].a, found["Avg"].difference.mean) == (0.75, 0.5)
+    assert list(found)[-1] == "Maj@4"
 
 
 def test_what_can_not_be_compared(tmp_path: Path):

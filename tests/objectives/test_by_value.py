@@ -269,6 +269,9 @@ def test_sft_and_vanilla_by_hand() -> None:
     group = pair(advantage=[[1.0, 1.0], [1.0, 1.0]])
     assert torch.equal(make("sft").advantages(signals_of(group, [1.0, 0.0])), torch.ones(2, 2))
     assert make("sft").loss(batch_of(group)).value.item() == pytest.approx(1.0)
+    weighed = [{**group[0], "advantage": [3.0, 0.0]}, group[1]]
+    expected = -sum(a * p for row in weighed for a, p in zip(row["advantage"], row["logp"], strict=True)) / 4
+    assert make("sft").loss(batch_of(weighed)).value.item() == pytest.approx(expected)
     batch = batch_of(group)
     loss = make("vanilla").loss(batch).value
     assert loss.item() == 0.0
