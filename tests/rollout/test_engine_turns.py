@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from e3rl.rollout.engine import Engine, Row, Sampling
 from e3rl.rollout.recompute_engine import RecomputeEngine
+from e3rl.rollout.requests import Request
 from e3rl.rollout.torch_engine import TURN, TorchEngine
 from e3rl.testing.scripts import assert_same
 from e3rl.types import Candidate, Draw
@@ -71,3 +73,12 @@ def test_waiting_requests_draw_their_first_tokens_at_once():
     rows = _ask(engine, [9, 9, 1, 1])
     assert [row for row, _ in engine.poll()] == rows[2:]
     assert engine.stats.decode_steps == 0
+
+
+def test_a_turn_is_over_with_its_last_token():
+    request = Request(60, Draw(0, 0, "p", 0, 0, 0), Sampling(), np.zeros(60))
+    turns = []
+    for tokens in (0, TURN - 1, TURN, 2 * TURN - 1, 2 * TURN):
+        request.ids = [5] * tokens
+        turns.append(request.turns(TURN))
+    assert turns == [0, 0, 1, 1, 2]
