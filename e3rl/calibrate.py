@@ -44,6 +44,12 @@ def calibrate(
         config = replace(config, erasure=replace(config.erasure, baseline="group"))
     if config.rollout.num_generations < config.erasure.min_siblings:
         raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
+    settings = grid(config.erasure, kappa0s, sorted({0.0, 1.0, config.erasure.perturbation_weight}))
+    mine = [s for s in settings if s.perturbation_weight == config.erasure.perturbation_weight]
+    if not mine:
+        raise UserError(
+            "the four weights of [erasure] are all 0, so U has no term to calibrate: set one of them above 0"
+        )
     problems = load_problems(data, config=config.data, split="train")[:prompts]
     limit = config.rollout.completion_limit
     rendered = render_prompts(
@@ -56,15 +62,13 @@ def calibrate(
         return list(scheduler.run(rendered, step=0, policy_version=0))
 
     plain = roll_out(replace(config, rollout=replace(config.rollout, erase=False)))
-    weights = sorted({0.0, 1.0, config.erasure.perturbation_weight})
-    settings = [assess(plain, erasure) for erasure in grid(config.erasure, kappa0s, weights)]
-    mine = [s for s in settings if s.erasure.perturbation_weight == config.erasure.perturbation_weight]
-    best = recommend(mine, target)
+    assessed = [assess(plain, erasure) for erasure in settings]
+    best = recommend([s for s in assessed if s.erasure in mine], target)
     chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
     real = roll_out(chosen)
     reference = ReferenceStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
     chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked))
-    return Calibration(tuple(settings), chosen, best, summarise(real), reference)
+    return Calibration(tuple(assessed), chosen, best, summarise(real), reference)
 
 
 def calibration_table(result: Calibration) -> Table:

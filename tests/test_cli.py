@@ -235,6 +235,11 @@ def test_calibration_gathers_the_statistics_that_a_reference_baseline_needs(
     assert first.threshold.baseline == pytest.approx(usual.mean + config.kappa0 * usual.std)
 
 
+def test_an_uncertainty_without_terms_can_not_be_calibrated(capsys: pytest.CaptureFixture[str]):
+    weights = [f"erasure.{term}_weight=0" for term in ("base", "gradient", "extremum", "perturbation")]
+    assert "has no term to calibrate" in _fails(capsys, ["calibrate", "lab", "lab:chain", *weights])
+
+
 def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Without a recipe, by the settings that lie beside the model."""
     assert main(["calibrate", "lab", "lab:chain", "--prompts", "4", "--output", str(tmp_path)]) == 0
