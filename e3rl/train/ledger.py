@@ -51,8 +51,12 @@ _CANDIDATE = [
     _field("ids", _INTS, "its token ids"),
     _field("pieces", pa.list_(pa.string()), "the text of each token; together they are the text"),
     _field("logprobs", _FLOATS, "engine's log-probability of each token, temperature-scaled, untruncated"),
-    _field("entropies", _FLOATS, "full-vocabulary entropy at each token, nats"),
-    _field("perturbations", _FLOATS, "eq 5 at each token"),
+    _field(
+        "entropies",
+        _FLOATS,
+        "full-vocabulary entropy at each token, nats, at erasure.entropy_temperature where that is set",
+    ),
+    _field("perturbations", _FLOATS, "eq 5 at each token, at the same temperature"),
     _field(
         "ranks", _INTS, "one more than the tokens that were likelier: 1 is the likeliest; 0 where nothing was drawn"
     ),
