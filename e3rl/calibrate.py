@@ -74,8 +74,10 @@ def calibrate(
 def calibration_table(result: Calibration) -> Table:
     """The grid with its estimates, the recommended row marked and followed by what it really did."""
     table = Table(title="Erasure settings, estimated from plain rollouts", title_justify="left")
-    for name in ("", "method", "threshold", "perturbation_weight", "segments erased", "r at best", "r at worst"):
-        table.add_column(name, justify="left" if name in ("", "method") else "right")
+    for name in ("", "method", "threshold", "weight of ε", "segments erased", "r at best", "r at worst"):
+        table.add_column(
+            name, justify="left" if name in ("", "method") else "right", no_wrap=name in ("method", "threshold")
+        )
     for s in result.settings:
         chosen = s is result.recommended
         weight = s.erasure.perturbation_weight

@@ -212,7 +212,10 @@ def test_single_samples_of_the_recommended_recipe_are_judged_by_calibrated_quant
 ):
     model = str(shutil.copytree(lab_directory(), tmp_path / "model"))
     assert main(["calibrate", model, "lab:path:2", "--prompts", "8", "--recipe", "recommended"]) == 0
-    assert "Recommended: erasure.quantile = 0.2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Recommended: erasure.quantile = 0.2" in told
+    assert "│ quantile = 0.2 │" in told  # whole, in a terminal of 80 columns
+    assert "…" not in told
     (usual, *_) = ReferenceStatistics.load(Path(model)).segments
     assert len(usual.markers) == 64  # 8 prompts × 8 siblings
     ((answer,),) = decode(model, "pb;jp;nt;ph;pn;ht;j>t:")
