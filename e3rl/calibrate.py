@@ -14,7 +14,6 @@ from e3rl.data.prompts import render_prompts
 from e3rl.errors import UserError
 from e3rl.models import Policy, resolve_model_path
 from e3rl.rollout.calibration import Setting, assess, grid, recommend, strictness
-from e3rl.rollout.companions import save_companions
 from e3rl.rollout.engines import build_engine
 from e3rl.rollout.reference import ReferenceStatistics, measured_by
 from e3rl.rollout.scheduler import RolloutStats, Scheduler, summarise
@@ -106,11 +105,11 @@ def _threshold(erasure: ErasureConfig) -> str:
     return f"{name} = {getattr(erasure, name):g}"
 
 
-def save_calibration(result: Calibration, model_path: str, output: Path | None) -> Path:
-    """Put statistics and settings beside the model, or into ``output``."""
+def calibration_directory(model_path: str, output: Path | None) -> Path:
+    """Where statistics and settings will go: beside the model, or into ``output``."""
     directory = output or Path(resolve_model_path(model_path))
     if output is None and not directory.is_dir():
         raise UserError(f"'{model_path}' is no local directory: say where to save with --output DIR")
-    directory.mkdir(parents=True, exist_ok=True)
-    save_companions(directory, result.config, result.reference)
+    if directory.is_file():
+        raise UserError(f"--output {directory} is a file; it names the directory for statistics and settings")
     return directory

@@ -257,6 +257,12 @@ def test_names_that_other_libraries_will_change_are_not_the_users_concern(tmp_pa
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
 
 
+def test_calibrate_knows_where_to_save_before_it_begins(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert "say where to save with --output DIR" in _fails(capsys, ["calibrate", "nobody/nothing", "lab:chain"])
+    taken = _recipe(tmp_path)
+    assert "is a file" in _fails(capsys, ["calibrate", "lab", "lab:chain", "--output", taken])
+
+
 def test_the_command_line_answers_at_once_and_without_torch():
     code = "import sys\nfrom e3rl.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules)"

@@ -32,12 +32,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--target must lie between 0 and 1, --prompts must be at least 1")
     from rich.console import Console
 
-    from e3rl.calibrate import calibrate, calibration_table, save_calibration
+    from e3rl.calibrate import calibrate, calibration_directory, calibration_table
     from e3rl.cli.quiet import quiet_libraries
     from e3rl.models import load_policy, resolve_model_path
-    from e3rl.rollout.companions import find_companions
+    from e3rl.rollout.companions import find_companions, save_companions
 
     quiet_libraries()
+    directory = calibration_directory(options.model, options.output)
     own = find_companions(resolve_model_path(options.model)).recipe
     recipe = find_recipe(options.recipe) if options.recipe else own
     config = load_config(recipe, find_recipes(options.overlay), options.overrides)
@@ -46,6 +47,6 @@ def run(options: argparse.Namespace) -> int:
     result = calibrate(policy, options.data, config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS)
     console = Console()
     console.print(calibration_table(result))
-    directory = save_calibration(result, options.model, options.output)
+    save_companions(directory, result.config, result.reference)
     console.print(f"Saved reference statistics and settings in {directory}", soft_wrap=True, highlight=False)
     return 0
