@@ -162,7 +162,12 @@ class ErasureConfig:
     sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0)
     eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0)
     delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0)
-    rho: float = setting(0.1, "rho of eq 18: strength of the history modulation", min=0, max=0.99)
+    rho: float = setting(
+        0.1,
+        "rho of eq 18: strength of the history modulation; above 0, siblings that are all but alike are erased after a calm history",
+        min=0,
+        max=0.99,
+    )
     first_modulation: float = setting(1.0, "D6: phi at the first segment, which has no history", above=0)
     on_exhausted: Literal["last", "least_uncertain"] = setting(
         "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
