@@ -164,7 +164,8 @@ class ErasureConfig:
     delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0)
     rho: float = setting(
         0.1,
-        "rho of eq 18: strength of the history modulation; above 0, siblings that are all but alike are erased after a calm history",
+        "rho of eq 18: strength of the history modulation; above 0, siblings that are all but alike are erased after a "
+        "calm history",
         min=0,
         max=0.99,
     )
