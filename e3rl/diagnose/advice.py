@@ -155,6 +155,16 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
     return Finding("warn", f"Decode plainly ({plain}): {changes}")
 
 
+def on_settings(diagnosis: Diagnosis) -> Finding | None:
+    """The settings of the recommended decoding, to copy; of two, those of the more accurate."""
+    if on_decoding(diagnosis).level != "good":
+        return None
+    here = [d for d in diagnosis.decodings if d.name in diagnosis.contest.erasable]
+    best = max(here, key=lambda d: d.avg.value or 0.0)
+    settings = f" and {' '.join(best.overrides)}" if best.overrides else ""
+    return Finding("note", f"To decode so: e3rl eval, decode or serve with this diagnosis's recipe{settings}.")
+
+
 def _reranking(diagnosis: Diagnosis) -> str:
     """The same evidence without erasing, where it was measured."""
     reranked = [d.avg.value for d in diagnosis.decodings if d.kind == "rerank" and d.avg.value is not None]
@@ -189,6 +199,7 @@ def advise(diagnosis: Diagnosis) -> list[Finding]:
     """All findings, the one that decides first."""
     found = [
         on_decoding(diagnosis),
+        on_settings(diagnosis),
         on_uncertainty(diagnosis),
         on_best_signal(diagnosis),
         on_late_evidence(diagnosis),

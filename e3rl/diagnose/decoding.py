@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from e3rl.config import Config, RolloutConfig
+from e3rl.config import Config, RolloutConfig, to_tables
 from e3rl.diagnose.signals import LATE_EPS_WEIGHT, LENGTH_EXPONENT, late_suspicion
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
 from e3rl.evaluate.evaluation import Evaluation, evaluate
@@ -108,7 +108,8 @@ SETTINGS: Mapping[str, Setting] = {
 
 @dataclass(frozen=True)
 class Decoding:
-    """One way to decode, measured. ``tokens``: generated for one answer, erased ones and all votes included."""
+    """One way to decode, measured. ``tokens``: generated for one answer, erased ones and all votes included. ``overrides``: what
+    makes the diagnosed config decode so, as settings of a command."""
 
     name: str
     kind: Kind
@@ -118,6 +119,19 @@ class Decoding:
     passed: Estimate | None  # None where fewer answers are left than others have: votes and reranking
     correct_P: tuple[float, ...]
     passed_P: tuple[float, ...]
+    overrides: tuple[str, ...] = ()
+
+
+def overrides(config: Config, way: Config, temperature: float) -> tuple[str, ...]:
+    """The settings in which ``way`` differs from ``config``, and the temperature where it does."""
+    rollout, sampling = replace(way.rollout, temperature=temperature), replace(way.eval, temperature=temperature)
+    before, after = to_tables(config), to_tables(replace(way, rollout=rollout, eval=sampling))
+    return tuple(
+        f"{section}.{key}={value}"
+        for section, table in after.items()
+        for key, value in table.items()
+        if value != before[section][key]
+    )
 
 
 def _of(name: str, kind: Kind, temperature: float, tokens: float, correct_PK: np.ndarray) -> Decoding:
@@ -185,12 +199,12 @@ def compare(
     `SETTINGS`, and in the most accurate of these at the others. ``own``: the config's own settings are one of them.
     """
 
-    def measured(name: str, kind: Kind, temperature: float, config: Config) -> tuple[Decoding, Evaluation]:
-        sampling = replace(config.eval, temperature=temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k)
-        settings = replace(config, eval=sampling)
-        result = evaluate(engine, prompts, scorer, tokenizer, settings, erase=kind == "erasable")
+    def measured(name: str, kind: Kind, temperature: float, way: Config) -> tuple[Decoding, Evaluation]:
+        sampling = replace(way.eval, temperature=temperature, top_p=way.rollout.top_p, top_k=way.rollout.top_k)
+        result = evaluate(engine, prompts, scorer, tokenizer, replace(way, eval=sampling), erase=kind == "erasable")
         tokens = result.record()["tokens"] / result.correct_PK.size
-        return _of(f"{name}, T = {temperature:g}", kind, temperature, tokens, result.correct_PK), result
+        decoding = _of(f"{name}, T = {temperature:g}", kind, temperature, tokens, result.correct_PK)
+        return replace(decoding, overrides=overrides(config, way, temperature)), result
 
     found: list[Decoding] = []
     exponents = sorted({0.0} | {SETTINGS[key].length_exponent for key in settings})

@@ -59,7 +59,7 @@ _SMOLLM2 = replace(
         "rollout.cache_rows=64",
     ),
 )
-"""A real model, with as many tokens as an hour of two cores affords it."""
+"""A real model, with as many tokens as a few hours of two cores afford it."""
 
 _TUNING = 32
 """Training problems that temperatures and settings are chosen on, at most."""

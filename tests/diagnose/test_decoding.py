@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from e3rl.diagnose.decoding import Decoding, calmest_half, contest, majority
+from e3rl.config import load_config
+from e3rl.diagnose.decoding import LATE_EPS, SETTINGS, Decoding, calmest_half, contest, majority, overrides
 from e3rl.diagnose.statistics import UNKNOWN
 
 
@@ -31,6 +32,17 @@ def test_the_contest_chooses_on_the_other_half():
     assert fight.erasable == ("odd", "even")  # shown on even problems, then on odd ones
     assert fight.avg.value == -0.5
     assert fight.tokens == pytest.approx(2.5)
+
+
+def test_the_settings_of_a_way_to_decode_are_those_that_make_it():
+    config = load_config(None, (), ["rollout.segment_length=8", "rollout.max_segments=2", "erasure.base_weight=1.0"])
+    way = SETTINGS[LATE_EPS].applied(config)
+    found = overrides(config, way, 0.6)
+    assert {"rollout.temperature=0.6", "eval.temperature=0.6", "erasure.baseline=quantile"} <= set(found)
+    assert "erasure.base_weight=1.0" not in found  # as it was
+    again = load_config(None, (), ["rollout.segment_length=8", "rollout.max_segments=2", *found])
+    assert overrides(again, way, 0.6) == ()
+    assert (again.rollout.segment_length, again.erasure) == (16, way.erasure)
 
 
 def test_the_contest_is_between_erasable_and_plain_alone():

@@ -13,8 +13,8 @@ from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import load_config
-from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_training, on_uncertainty
-from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, LATE_EPS_LENGTH, SETTINGS, Contest
+from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_settings, on_training, on_uncertainty
+from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, LATE_EPS_LENGTH, SETTINGS, Contest, Decoding
 from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
 from e3rl.diagnose.signals import PAPER, SIGNALS, measure
@@ -100,7 +100,8 @@ def diagnosis(*, avg: Estimate, passed: Estimate, within: Estimate, mixed: float
     signals = tuple(Signal(name, "", False, Estimate(0.9, 0.8, 1.0, 9), within) for name in SIGNALS)
     fight = Contest(("plain, T = 0.6",) * 2, ("ε, κ₀ = 1",) * 2, avg, passed, 1.1)
     accuracy = Estimate(0.2, 0.1, 0.3, 9)
-    return Diagnosis("m", "d", 9, 8, 4, 12, True, accuracy, mixed, signals, signals[:1], (), (), fight, 1.0)
+    eps = Decoding("ε, κ₀ = 1", "erasable", 1.0, 9.0, accuracy, accuracy, (), (), ("erasure.kappa0=1.0",))
+    return Diagnosis("m", "d", 9, 8, 4, 12, True, accuracy, mixed, signals, signals[:1], (), (eps,), fight, 1.0)
 
 
 ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
@@ -122,6 +123,13 @@ ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
 )
 def test_the_recommendation_follows_the_intervals(avg, passed, words):
     assert re.match(words, on_decoding(diagnosis(avg=avg, passed=passed, within=ZERO)).text)
+
+
+def test_a_recommended_way_comes_with_its_settings():
+    found = on_settings(diagnosis(avg=BETTER, passed=ZERO, within=ZERO))
+    assert found is not None
+    assert found.text.endswith("with this diagnosis's recipe and erasure.kappa0=1.0.")
+    assert on_settings(diagnosis(avg=ZERO, passed=ZERO, within=ZERO)) is None
 
 
 def test_a_blind_uncertainty_is_called_blind():
