@@ -12,11 +12,10 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from e3rl.errors import UserError, unknown
-
-_T = TypeVar("_T")
+from e3rl.sections import build_section, convert
 
 PAPER = "paper, app. D"
 PAPER_METHOD = "paper, method"
@@ -323,58 +322,10 @@ class Config:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
 
 
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {_type_name(typing.get_args(kind)[0]).removeprefix('a ')}s"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as a ``kind``, without guessing: an int is a fine float, nothing else changes type."""
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        if value in typing.get_args(kind):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_convert(v, typing.get_args(kind)[0], where) for v in value)
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
-
-
-def _check_range(value: Any, limits: Mapping[str, Any], where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    low, high, above = limits.get("min"), limits.get("max"), limits.get("above")
-    bounds = [f"at least {low:g}" if low is not None else "", f"above {above:g}" if above is not None else ""]
-    bounds += [f"at most {high:g}" if high is not None else ""]
-    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if not inside:  # NaN fails every comparison and lands here whenever a bound exists
-        raise UserError(f"{where} = {value!r} is out of range: it must be {' and '.join(b for b in bounds if b)}")
-
-
-def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
-    """A settings dataclass from a table of plain values; every problem names ``where`` and the field."""
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in known:
-            raise UserError(f"[{where}] {unknown('key', key, known)}")
-        values[key] = _convert(value, hints[key], f"{where}.{key}")
-        _check_range(values[key], known[key].metadata, f"{where}.{key}")
-    return kind(**values)
-
-
 def _build_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
     """The objective's own options are checked by the objective itself, before training starts."""
     options = {k: v for k, v in table.items() if k != "name"}
-    name = _convert(table.get("name", "e3rl"), str, "objective.name")
+    name = convert(table.get("name", "e3rl"), str, "objective.name")
     return ObjectiveConfig(name=name, options=options)
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e3rl"
 
 FLOORS = [
-    {"types", "config", "errors", "plugins", "files", "__init__"},
+    {"types", "config", "sections", "errors", "plugins", "files", "__init__"},
     {"equations"},
     {"objectives", "rollout", "rewards", "data", "lab", "models", "distributed"},
     {"train", "evaluate", "testing"},
@@ -22,7 +22,7 @@ FLOORS = [
 ]
 """A module may import from its own floor and from those above it in this list."""
 
-LINES = {"equations": 150, "objectives": 150, "config.py": 480}
+LINES = {"equations": 150, "objectives": 150, "config.py": 450}
 LONGEST = 320
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from e3rl.config import Config, ObjectiveConfig, build_section
+from e3rl.config import Config, ObjectiveConfig
 from e3rl.errors import UserError
 from e3rl.plugins import load
+from e3rl.sections import build_section
 
 if TYPE_CHECKING:
     from e3rl.objectives.base import Objective

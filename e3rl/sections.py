@@ -1,0 +1,60 @@
+"""A table of plain values as a settings dataclass: typed, bounded, and every problem named with its section and field."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from e3rl.errors import UserError, unknown
+
+_T = TypeVar("_T")
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_type_name(typing.get_args(kind)[0]).removeprefix('a ')}s"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """``value`` as a ``kind``, without guessing: an int is a fine float, nothing else changes type."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        if value in typing.get_args(kind):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(convert(v, typing.get_args(kind)[0], where) for v in value)
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+
+
+def _check_range(value: Any, limits: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    low, high, above = limits.get("min"), limits.get("max"), limits.get("above")
+    bounds = [f"at least {low:g}" if low is not None else "", f"above {above:g}" if above is not None else ""]
+    bounds += [f"at most {high:g}" if high is not None else ""]
+    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if not inside:  # NaN fails every comparison and lands here whenever a bound exists
+        raise UserError(f"{where} = {value!r} is out of range: it must be {' and '.join(b for b in bounds if b)}")
+
+
+def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
+    """A settings dataclass from a table of plain values; every problem names ``where`` and the field."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"[{where}] {unknown('key', key, known)}")
+        values[key] = convert(value, hints[key], f"{where}.{key}")
+        _check_range(values[key], known[key].metadata, f"{where}.{key}")
+    return kind(**values)
