@@ -161,8 +161,8 @@ def on_settings(diagnosis: Diagnosis) -> Finding | None:
         return None
     here = [d for d in diagnosis.decodings if d.name in diagnosis.contest.erasable]
     best = max(here, key=lambda d: d.avg.value or 0.0)
-    settings = f" and {' '.join(best.overrides)}" if best.overrides else ""
-    return Finding("note", f"To decode so: e3rl eval, decode or serve with this diagnosis's recipe{settings}.")
+    settings = f" and: {' '.join(best.overrides)}" if best.overrides else ""  # no full stop: it would be copied too
+    return Finding("note", f"To decode so: e3rl eval, decode or serve with this diagnosis's recipe{settings}")
 
 
 def _reranking(diagnosis: Diagnosis) -> str:

@@ -128,7 +128,7 @@ def test_the_recommendation_follows_the_intervals(avg, passed, words):
 def test_a_recommended_way_comes_with_its_settings():
     found = on_settings(diagnosis(avg=BETTER, passed=ZERO, within=ZERO))
     assert found is not None
-    assert found.text.endswith("with this diagnosis's recipe and erasure.kappa0=1.0.")
+    assert found.text.endswith("with this diagnosis's recipe and: erasure.kappa0=1.0")
     assert on_settings(diagnosis(avg=ZERO, passed=ZERO, within=ZERO)) is None
 
 
