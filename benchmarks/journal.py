@@ -16,8 +16,8 @@ import torch
 from e3rl.config import load_config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.journal import StepJournal
 from e3rl.train.journaled_engine import JournaledEngine

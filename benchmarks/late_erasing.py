@@ -29,14 +29,14 @@ from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
 from e3rl.diagnose.signals import LENGTH_EXPONENT, late_suspicion
+from e3rl.engine.build import build_engine
+from e3rl.engine.protocol import Engine
 from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.lab.problems import Split, load
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engine import Engine
-from e3rl.rollout.engines import build_engine
-from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.train.environment import environment
 from e3rl.types import Prompt
 

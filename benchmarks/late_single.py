@@ -23,7 +23,7 @@ from e3rl.config import Config
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
 from e3rl.lab.problems import Split
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.train.environment import environment
 
 ERASING = tuple((setting, t) for setting in (LATE_EPS, HALF_EPS) for t in TEMPERATURES)

@@ -42,12 +42,12 @@ from rollout_workloads import (
 )
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout import step_draws
-from e3rl.rollout.engine import Sampling
-from e3rl.rollout.sampling import Samples, SamplingRows, inverse_cdf
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.sampling import Samples, SamplingRows, inverse_cdf
+from e3rl.engine.torch import step_draws
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.rollout.stats import RolloutStats, summarise
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.train.environment import environment
 from e3rl.types import Draw
 

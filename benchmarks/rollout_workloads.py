@@ -12,9 +12,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from e3rl.config import ModelConfig
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.models import load_policy
-from e3rl.rollout.engine import Sampling
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.types import Draw, Problem, Prompt
 
 PROMPT, LIMIT, SIBLINGS = 32, 128, 8

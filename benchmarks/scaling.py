@@ -23,18 +23,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from e3rl.cluster.client import server_place
+from e3rl.cluster.messages import Assignment
+from e3rl.cluster.pool import Terms, WorkerPool
+from e3rl.cluster.simulation import Costs, Work, simulate_rollouts
 from e3rl.config import Config, load_config, to_toml
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.distributed.client import server_place
-from e3rl.distributed.messages import Assignment
-from e3rl.distributed.pool import Terms, WorkerPool
-from e3rl.distributed.simulation import Costs, Work, simulate_rollouts
+from e3rl.engine.build import build_engine
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.weights import architecture
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.engine import Sampling
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler, summarise
-from e3rl.rollout.weights import architecture
 from e3rl.types import Draw, Prompt
 
 OVERRIDES = (

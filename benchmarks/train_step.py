@@ -30,9 +30,9 @@ from train_step_memory import PeakMemory, logits_of, touch
 from train_step_work import LIMIT, SIBLINGS, Work, fixed_work, model_directory, text_work
 
 from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
+from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.attribution import attribution_layers
 from e3rl.train.environment import environment

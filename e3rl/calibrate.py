@@ -11,12 +11,12 @@ from rich.table import Table
 from e3rl.config import Config, ErasureConfig
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy, resolve_model_path
 from e3rl.rollout.calibration import Setting, assess, grid, recommend, strictness
-from e3rl.rollout.engines import build_engine
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
 from e3rl.rollout.scheduler import RolloutStats, Scheduler, summarise
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 from e3rl.types import Group
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from e3rl.config import Config, load_config
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy, load_policy, resolve_model_path
 from e3rl.rollout.companions import find_companions
-from e3rl.rollout.engines import build_engine
-from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Message, Problem, Prompt, Trajectory
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
+from e3rl.engine.sampling import SICK, SamplingRows, sample
+from e3rl.engine.torch.cache import cache_argument, evaluating
 from e3rl.errors import SickLogits
-from e3rl.rollout.engine import Row, Sampling
-from e3rl.rollout.requests import RowState, check_prompt, check_siblings, find_row
-from e3rl.rollout.sampling import SICK, SamplingRows, sample
-from e3rl.rollout.slot_cache import cache_argument, evaluating
 from e3rl.types import Candidate, Draw
 
 

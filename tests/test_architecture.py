@@ -15,9 +15,10 @@ PACKAGE = ROOT / "e3rl"
 FLOORS = [
     {"types", "config", "sections", "errors", "plugins", "files", "__init__"},
     {"equations"},
-    {"objectives", "rollout", "rewards", "data", "lab", "models", "distributed"},
-    {"train", "evaluate", "testing"},
-    {"report", "generation", "calibrate", "doctor", "diagnose", "serve", "integrations", "reproduce"},
+    {"engine", "objectives", "rewards", "data", "lab", "models"},
+    {"rollout"},
+    {"train", "cluster", "evaluate", "testing"},
+    {"report", "generation", "calibrate", "doctor", "diagnose", "serve", "integrations"},
     {"cli", "__main__"},
 ]
 """A module may import from its own floor and from those above it in this list."""

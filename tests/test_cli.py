@@ -18,7 +18,7 @@ from e3rl.config import Config, load_config
 from e3rl.generation import generate as decode
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate, half
-from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.statistics import ReferenceStatistics
 
 TINY_RUN = [
     "data.train=lab:chain:1", "data.train_limit=4", "rollout.num_generations=2", "rollout.segment_length=6",

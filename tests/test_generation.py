@@ -16,7 +16,7 @@ from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.distribution import Distribution
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 
 SETTINGS = ["rollout.segment_length=5", "rollout.max_segments=3", "erasure.max_erasures=2"]
 

@@ -14,11 +14,11 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
 from e3rl.lab.problems import generate
 from e3rl.models import Policy, load_policy
 from e3rl.objectives import build
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.learner import Learner, Lesson, Update
 from e3rl.train.ledger import learnt, ledger_rows

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UserError("--jobs must be at least 1")
-    from e3rl.reproduce.reproduce import report, reproduce, show_plan, tasks
+    from e3rl_reproduce.reproduce import report, reproduce, show_plan, tasks
 
     todo = tasks(options.names, options.scale, options.overrides, model=options.model)
     out = options.out or Path("runs/reproduce") / options.scale

@@ -8,8 +8,8 @@ import os
 from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
+from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.config import load_config
-from e3rl.distributed import TOKEN_VARIABLE
 from e3rl.errors import UserError
 
 
@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
     announce_foreign_code(config)
 
     from e3rl.cli.quiet import quiet_libraries
-    from e3rl.distributed.server import make_server
-    from e3rl.distributed.worker import RolloutWorker
+    from e3rl.cluster.server import make_server
+    from e3rl.cluster.worker import RolloutWorker
     from e3rl.models import load_policy
 
     quiet_libraries()

@@ -16,8 +16,8 @@ from e3rl.config import Config, load_config
 from e3rl.train.run_directory import continue_or_put_aside
 
 if TYPE_CHECKING:
+    from e3rl.cluster.training_worker import Begin
     from e3rl.train.listeners import Listener
-    from e3rl.train.training_worker import Begin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from e3rl.cli.quiet import quiet_libraries
+    from e3rl.cluster.ray_ranks import train_on_ray
+    from e3rl.cluster.training_worker import Begin
     from e3rl.train.closing import closing
     from e3rl.train.display import build_display
-    from e3rl.train.ray_ranks import train_on_ray
-    from e3rl.train.training_worker import Begin
 
     quiet_libraries()
     console = Console()
@@ -86,8 +86,8 @@ def train_rank(
 
     from e3rl.cli.quiet import quiet_libraries
     from e3rl.report.listener import ReportListener
+    from e3rl.train.loop import Trainer
     from e3rl.train.trackers import build_trackers
-    from e3rl.train.trainer import Trainer
 
     quiet_libraries()
     listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]

@@ -12,11 +12,11 @@ import numpy as np
 from e3rl.config import Config, RolloutConfig, to_tables
 from e3rl.diagnose.signals import LATE_EPS_WEIGHT, LENGTH_EXPONENT, late_suspicion
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
+from e3rl.engine.protocol import Engine
 from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import avg_at_k, pass_at_k_by_problem
 from e3rl.rewards.answers import extract_answer
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engine import Engine
 from e3rl.types import Prompt
 
 Kind = Literal["plain", "majority", "rerank", "erasable"]

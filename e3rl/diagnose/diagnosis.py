@@ -17,11 +17,11 @@ from e3rl.diagnose.labels import knows_steps, require_rewards
 from e3rl.diagnose.sampling import First, Fork, Observation, choose_forks, firsts, retry, roll_out
 from e3rl.diagnose.signals import LATE, RESPONSE_SIGNALS, SIGNALS
 from e3rl.diagnose.statistics import UNKNOWN, Estimate, mean_by_problem, overall_auroc, within_prefix_auroc
+from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import spread
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engines import build_engine
 from e3rl.types import Prompt
 
 QUANTILES = 4

@@ -13,9 +13,9 @@ from typing import Any
 from e3rl.config import Config
 from e3rl.diagnose.labels import labels, segment_ends
 from e3rl.diagnose.signals import measure
+from e3rl.engine.protocol import Engine
 from e3rl.equations.uncertainty import segment_entropy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engine import Engine
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.types import Group, Prompt, Reward, Segment, Trajectory

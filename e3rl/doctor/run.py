@@ -16,7 +16,7 @@ from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.journal import records
 from e3rl.train.ledger import FORMAT as LEDGER_FORMAT
 from e3rl.train.run_directory import RunDirectory, read_config, read_lines
-from e3rl.train.sick_steps import sick_steps
+from e3rl.train.skipped import sick_steps
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 

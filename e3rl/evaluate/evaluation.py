@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from e3rl.config import Config
+from e3rl.engine.protocol import Engine
 from e3rl.evaluate.figures import correct_table, figures
 from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engine import Engine
-from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Group, Problem, Prompt
 
 SEED_OFFSET = 1_000_003

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from e3rl.config import Config
-from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Prompt
 
 _PROBED = 4096  # values of each tensor that its digest reads: two trained models differ nearly everywhere

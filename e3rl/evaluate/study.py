@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from e3rl.config import Config
+from e3rl.engine.build import build_engine
+from e3rl.engine.protocol import Engine
 from e3rl.evaluate.evaluation import SEED_OFFSET, evaluation_settings
 from e3rl.evaluate.figures import equal_budget, equal_samples, figures, samples_for
 from e3rl.evaluate.identity import even_sizes
@@ -18,10 +20,8 @@ from e3rl.evaluate.store import FIGURES, SampleStore, Shard, Unit
 from e3rl.files import write_json
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engine import Engine
-from e3rl.rollout.engines import build_engine
-from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Prompt
 
 Progress = Callable[[Sequence[Sample]], None]

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from e3rl.config import Config, RolloutConfig
+from e3rl.engine.build import build_engine
+from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
-from e3rl.rollout.engine import Engine
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Event, Scheduler
 from e3rl.types import Problem, Prompt, Trajectory
 

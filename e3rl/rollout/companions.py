@@ -7,7 +7,7 @@ from pathlib import Path
 
 from e3rl.config import Config, to_toml
 from e3rl.files import write_text
-from e3rl.rollout.reference import FILE_NAME, ReferenceStatistics
+from e3rl.rollout.statistics import FILE_NAME, ReferenceStatistics
 
 RECIPE_NAME = "e3rl_recipe.toml"
 

@@ -22,7 +22,7 @@ from e3rl.equations import erasure, threshold
 from e3rl.errors import UserError
 from e3rl.rollout.metric import siblings_metric
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
 
 _FROM_SIBLINGS = ("group", "quantile")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.engine.protocol import Engine, Row, Sampling
 from e3rl.errors import UserError
-from e3rl.rollout.engine import Engine, Row, Sampling
 from e3rl.rollout.group import Committed, Erased, Event, Extend, Finished, GroupRollout, Order
 from e3rl.rollout.judge import GroupJudge, needs_reference, require_reference
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 from e3rl.rollout.stats import RolloutStats, summarise
 from e3rl.types import Draw, Group, Prompt
 

@@ -10,12 +10,12 @@ from queue import Empty, SimpleQueue
 
 from e3rl.config import Config, DataConfig
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.group import Committed, Erased, Event
-from e3rl.rollout.reference import ReferenceStatistics
 from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.serve.choices import Choice, Piece, usage
 from e3rl.serve.errors import ApiError, as_api_error
 from e3rl.serve.requests import DecodingRequest

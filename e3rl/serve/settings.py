@@ -13,7 +13,7 @@ from typing import Any, Literal
 from e3rl.config import Config, ErasureConfig, RolloutConfig
 from e3rl.errors import unknown
 from e3rl.rollout.judge import needs_reference
-from e3rl.rollout.reference import ReferenceStatistics
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.sections import build_section
 from e3rl.serve.errors import ApiError, invalid
 from e3rl.serve.requests import DecodingRequest

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
+from e3rl.engine.protocol import Engine, Row
 from e3rl.errors import SickLogits, UserError
-from e3rl.rollout.engine import Engine, Row
 from e3rl.rollout.group import Event, Extend, Finished, GroupRollout, Order
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.serve.errors import ApiError, as_api_error

@@ -1,9 +1,9 @@
-"""The contract of `e3rl.rollout.engine.Engine`, as checks that an engine's author can run.
+"""The contract of `e3rl.engine.protocol.Engine`, as checks that an engine's author can run.
 
     contract = EngineContract(make_engine, make_oracle, vocab_size=50, eos_ids=(0,), rows=6, max_length=48)
     check_engine(contract)          # or, in pytest: parametrize over ENGINE_CHECKS, call check(contract)
 
-The oracle is an engine known to be right, over the same model: `e3rl.rollout.recompute_engine.RecomputeEngine`.
+The oracle is an engine known to be right, over the same model: `e3rl.engine.recompute.RecomputeEngine`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from e3rl.engine.protocol import Engine, Row, Sampling
 from e3rl.errors import UserError
-from e3rl.rollout.engine import Engine, Row, Sampling
 from e3rl.testing.scripts import EngineContract, assert_same, assert_same_transcript, play, random_script
 from e3rl.types import Candidate, Draw
 

@@ -4,7 +4,7 @@ It tests whatever sits on top of an engine, by value and without waiting::
 
     engine = ScriptedEngine({Key("p", sibling=0, segment=0): Scripted((0.5, 2.0, 0.1))}, max_rows=8)
 
-It stands by the contract of `e3rl.rollout.engine.Engine`, refuses misuse with `Misuse`, and records every call with
+It stands by the contract of `e3rl.engine.protocol.Engine`, refuses misuse with `Misuse`, and records every call with
 the tick at which it was made.
 """
 
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from e3rl.rollout.engine import Row, Sampling
+from e3rl.engine.protocol import Row, Sampling
 from e3rl.types import Candidate, Draw
 
 EOS = 0

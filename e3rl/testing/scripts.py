@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from e3rl.rollout.engine import Engine, Row, Sampling
+from e3rl.engine.protocol import Engine, Row, Sampling
 from e3rl.types import Candidate, Draw
 
 

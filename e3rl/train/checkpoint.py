@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from e3rl.distributed.ranks import Ranks
+from e3rl.cluster.ranks import Ranks
 from e3rl.errors import UserError
 from e3rl.files import atomic_directory, damage, disk_full_is_a_sentence, write_json
 from e3rl.train.lazy_tensors import LazyTensors

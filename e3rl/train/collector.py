@@ -8,15 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from e3rl.cluster.messages import Assignment, Finished, finished_of, group_of
+from e3rl.cluster.rollouts import Rollouts
+from e3rl.cluster.together import SharedScorer
+from e3rl.cluster.wire import from_plain, to_plain
 from e3rl.config import Config
 from e3rl.data.stream import PromptStream
-from e3rl.distributed.messages import Assignment, Finished, finished_of, group_of
-from e3rl.distributed.rollouts import Rollouts
-from e3rl.distributed.wire import from_plain, to_plain
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer, require_some
 from e3rl.rollout.filters import Collected, GroupFilter, collect
-from e3rl.train.together import SharedScorer
 from e3rl.types import Group, Prompt, Reward, RewardedGroup
 
 

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from e3rl.distributed.ranks import Ranks
+from e3rl.cluster.ranks import Ranks
 
 
 class Interrupted(Exception):

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from e3rl.distributed.messages import Finished
-from e3rl.distributed.wire import decode, encode
+from e3rl.cluster.messages import Finished
+from e3rl.cluster.wire import decode, encode
 from e3rl.files import disk_full_is_a_sentence
 from e3rl.types import Candidate, Draw
 

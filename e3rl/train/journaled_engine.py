@@ -8,7 +8,7 @@ from itertools import count
 
 from torch import Tensor
 
-from e3rl.rollout.engine import Engine, Row, Sampling
+from e3rl.engine.protocol import Engine, Row, Sampling
 from e3rl.train.journal import StepJournal
 from e3rl.types import Candidate, Draw
 
@@ -31,7 +31,7 @@ class _Group:
 
 
 class JournaledEngine:
-    """Implements `e3rl.rollout.engine.Engine` over another engine and a step's journal.
+    """Implements `e3rl.engine.protocol.Engine` over another engine and a step's journal.
 
     Rows whose candidates are all known never reach the engine. One that has to go on from known tokens is taken up by
     the engine's ``append`` where it has one: then, on a CPU, everything after is as if there had been no break, to the

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from e3rl.cluster.messages import Assignment, finished_of, group_of
+from e3rl.cluster.rollouts import LocalRollouts, Rollouts, build_rollouts
 from e3rl.config import Config
-from e3rl.distributed.messages import Assignment, finished_of, group_of
-from e3rl.distributed.rollouts import LocalRollouts, Rollouts, build_rollouts
+from e3rl.engine.protocol import Engine
 from e3rl.models import Policy
-from e3rl.rollout.engine import Engine
 from e3rl.train.journal import Journal
 from e3rl.train.journaled_engine import JournaledEngine
 from e3rl.types import Group, Prompt
 
 
 class JournaledGroups:
-    """Implements `e3rl.distributed.rollouts.Rollouts` over workers elsewhere: a group is kept when it arrives."""
+    """Implements `e3rl.cluster.rollouts.Rollouts` over workers elsewhere: a group is kept when it arrives."""
 
     def __init__(self, rollouts: Rollouts, journal: Journal, vocabulary: int) -> None:
         self._rollouts, self._journal, self._vocabulary = rollouts, journal, vocabulary

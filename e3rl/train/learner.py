@@ -14,19 +14,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from e3rl.cluster.parallel import idle_passes, in_lockstep, make_ready
+from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
-from e3rl.distributed.ranks import Ranks
 from e3rl.models import Policy, ReferencePolicy, unwrapped
 from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
 from e3rl.train.metrics import Means
+from e3rl.train.nonfinite import Finding, SickNumbers, find_sick
 from e3rl.train.optimizer import learning_rate
 from e3rl.train.packing import PackedRow, packed_rows, plan_rows
-from e3rl.train.parallel import idle_passes, in_lockstep, make_ready
 from e3rl.train.scoring import AttributionSettings, Scores, score_rows
 from e3rl.train.sequences import TrainSequence, group_sequences, pad
-from e3rl.train.sick import Finding, SickNumbers, find_sick
 from e3rl.types import RewardedGroup
 
 Scored = tuple[TrainSequence, Scores, Tensor | None]

@@ -8,7 +8,7 @@ from e3rl.evaluate.evaluation import evaluation_settings
 from e3rl.models import resolve_model_path
 from e3rl.rollout.companions import find_companions
 from e3rl.rollout.judge import needs_reference, require_reference
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 
 
 def first_reference(config: Config, *, trains: bool, evaluates: bool) -> ReferenceStatistics:

@@ -16,9 +16,9 @@ from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.train.learner import Learner
+from e3rl.train.nonfinite import SickNumbers
 from e3rl.train.run_directory import read_config
-from e3rl.train.sick import SickNumbers
-from e3rl.train.sick_steps import SickStep, read_sick, sick_steps
+from e3rl.train.skipped import SickStep, read_sick, sick_steps
 from e3rl.types import RewardedGroup
 
 

@@ -9,10 +9,10 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.config import load_config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
 from e3rl.evaluate.evaluation import evaluate
 from e3rl.models import load_policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.engines import build_engine
 
 
 def decoded(*overrides: str, erase: bool) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from e3rl.config import Config, ErasureConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
+from e3rl.engine.draws import uniforms
 from e3rl.equations.policy import segment_sums
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate
 from e3rl.models import load_policy
 from e3rl.objectives import build
 from e3rl.plugins import load
-from e3rl.rollout.draws import uniforms
-from e3rl.rollout.engines import build_engine
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.metrics import Means

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.engine import Row
+from e3rl.engine.protocol import Row
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.train.journal import StepJournal

@@ -14,7 +14,7 @@ from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.lab import smollm2
 from e3rl.rollout.companions import find_companions
-from e3rl.rollout.reference import measured_by
+from e3rl.rollout.statistics import measured_by
 
 
 @pytest.fixture

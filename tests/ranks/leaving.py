@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from e3rl.cluster.ranks import join_ranks
 from e3rl.config import load_config
-from e3rl.distributed.ranks import join_ranks
 
 
 def main(recipe: Path, late: int) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.cli.train import train_rank
+from e3rl.cluster.training_worker import Begin
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.train.listeners import Listener
-from e3rl.train.training_worker import Begin
 
 OnStop = Callable[[Callable[[], None]], None]
 

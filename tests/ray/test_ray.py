@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from e3rl.cluster.ray_workers import RayConnection, ray_places
 from e3rl.config import Config, to_toml
-from e3rl.distributed.ray_workers import RayConnection, ray_places
 from e3rl.errors import UserError
-from e3rl.train.trainer import Trainer
-from tests.distributed.places import LONGEST_PROMPT, SETTINGS, World, ids
+from e3rl.train.loop import Trainer
+from tests.cluster.places import LONGEST_PROMPT, SETTINGS, World, ids
 from tests.train.random_lab import lab_config
 
 TRAINING = ("data.train_limit=8", "train.steps=3", "train.prompts_per_step=4", "train.learning_rate=1e-2")
@@ -89,7 +89,7 @@ def test_a_model_that_the_workers_can_not_load_is_named(ray: Any, tmp_path: Path
 def test_no_cluster_at_the_address_is_a_sentence(tmp_path: Path):
     code = (
         "import sys; from pathlib import Path; from tests.train.random_lab import lab_config\n"
-        "from e3rl.distributed.ray_workers import ray_places\n"
+        "from e3rl.cluster.ray_workers import ray_places\n"
         f"ray_places(lab_config(Path({str(tmp_path)!r}), 'rollout.workers=1', 'rollout.address=ray://127.0.0.1:1'), 40)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

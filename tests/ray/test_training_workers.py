@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from e3rl.cli.train import train_rank
+from e3rl.cluster.ray_ranks import train_on_ray
+from e3rl.cluster.training_worker import Begin
 from e3rl.config import Config, to_toml
 from e3rl.errors import UserError
 from e3rl.train.listeners import Silent
-from e3rl.train.ray_ranks import train_on_ray
-from e3rl.train.training_worker import Begin
 from tests.ranks.launch import alone
 from tests.ranks.run import SETTINGS as RANKS_SETTINGS
 from tests.ranks.run import STEPS
@@ -130,7 +130,7 @@ def test_a_recipe_that_ranks_refuse_is_refused_in_their_words(ray: Any, tmp_path
 
 
 def test_training_workers_of_another_version_are_refused(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("e3rl.train.ray_ranks.__version__", "0.0.1")
+    monkeypatch.setattr("e3rl.cluster.ray_ranks.__version__", "0.0.1")
     with pytest.raises(UserError, match=r"training worker 0, on .*, runs e3rl .*, and this process 0\.0\.1: install"):
         train_on_ray(config_of(tmp_path), jobs.die, Begin(), Listening())
 

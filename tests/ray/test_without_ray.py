@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from e3rl.cli.train import train_rank
+from e3rl.cluster.ray_ranks import train_on_ray
+from e3rl.cluster.training_worker import Begin
 from e3rl.errors import UserError
 from e3rl.train.listeners import Silent
-from e3rl.train.ray_ranks import train_on_ray
-from e3rl.train.trainer import Trainer
-from e3rl.train.training_worker import Begin
+from e3rl.train.loop import Trainer
 from tests.train.random_lab import lab_config
 
 

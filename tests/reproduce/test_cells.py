@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from e3rl.config import Config, load_config
-from e3rl.reproduce.cells import Cell, Measure, merged, missing, read_measurement
-from e3rl.reproduce.results import study_cells
-from e3rl.reproduce.scales import LAB, RECIPES, SCALES
-from e3rl.reproduce.studies import STUDIES
-from e3rl.reproduce.study import models_of, tuning_cells
+from e3rl_reproduce.cells import Cell, Measure, merged, missing, read_measurement
+from e3rl_reproduce.results import study_cells
+from e3rl_reproduce.scales import LAB, RECIPES, SCALES
+from e3rl_reproduce.studies import STUDIES
+from e3rl_reproduce.study import models_of, tuning_cells
 
 EXAM = Measure("package:function", "steps", {"samples": 4})
 

@@ -5,9 +5,9 @@ from random import Random
 
 import pytest
 
-from e3rl.reproduce.paper import paper_mean, paper_models, paper_row
-from e3rl.reproduce.perturb import positions
-from e3rl.reproduce.statistics import difference, estimate
+from e3rl_reproduce.paper import paper_mean, paper_models, paper_row
+from e3rl_reproduce.perturb import positions
+from e3rl_reproduce.statistics import difference, estimate
 
 
 def test_the_papers_headlines_follow_from_its_tables():

@@ -12,10 +12,10 @@ import pytest
 from e3rl.cli import main
 from e3rl.config import load_config
 from e3rl.files import write_json
-from e3rl.reproduce.cells import ERROR, Cell, Measure
-from e3rl.reproduce.exam import NAME
-from e3rl.reproduce.worker import main as worker_main
-from e3rl.reproduce.worker import run_cell
+from e3rl_reproduce.cells import ERROR, Cell, Measure
+from e3rl_reproduce.exam import NAME
+from e3rl_reproduce.worker import main as worker_main
+from e3rl_reproduce.worker import run_cell
 
 WHERE = ["--scale", "smoke", "--out"]
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from e3rl.files import write_json, write_text
-from e3rl.reproduce.cells import Cell, Measure
-from e3rl.reproduce.output import Plot, Table
-from e3rl.reproduce.reproduce import report
-from e3rl.reproduce.results import Results, chosen_rates, study_cells
-from e3rl.reproduce.scales import LAB
-from e3rl.reproduce.studies import STUDIES
-from e3rl.reproduce.study import plain_exams, tuning_cells
+from e3rl_reproduce.cells import Cell, Measure
+from e3rl_reproduce.output import Plot, Table
+from e3rl_reproduce.reproduce import report
+from e3rl_reproduce.results import Results, chosen_rates, study_cells
+from e3rl_reproduce.scales import LAB
+from e3rl_reproduce.studies import STUDIES
+from e3rl_reproduce.study import plain_exams, tuning_cells
 
 TABLE1 = STUDIES["table1"]
 RIGHT = {"Vanilla": 1, "GRPO": 4, "DAPO": 3, "GSPO": 4, "SAPO": 3, "ERPO": 2, "E3RL": 4}

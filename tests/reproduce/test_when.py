@@ -9,11 +9,11 @@ import pytest
 
 from e3rl.cli.main import main
 from e3rl.diagnose.decoding import SETTINGS
-from e3rl.reproduce.decodings import Way
-from e3rl.reproduce.scales import LAB, PAPER, SMOKE
-from e3rl.reproduce.study import row_config
-from e3rl.reproduce.when import WHEN, chosen, figures
-from e3rl.reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
+from e3rl_reproduce.decodings import Way
+from e3rl_reproduce.scales import LAB, PAPER, SMOKE
+from e3rl_reproduce.study import row_config
+from e3rl_reproduce.when import WHEN, chosen, figures
+from e3rl_reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
 
 WAYS = [Way(*fields) for fields in ways(LAB)]
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.calibration import Setting, assess, grid, recommend
 from e3rl.rollout.scheduler import Scheduler
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.types import Group, Problem, Prompt
-from tests.rollout.models import EOS, tiny
+from tests.engine.models import EOS, tiny
 
 PROMPTS = [Prompt(Problem(f"p{i}", "x"), (2 + i, 5, 9)) for i in range(4)]
 ROLLOUT = RolloutConfig(num_generations=4, segment_length=4, max_segments=3, max_rows=16, erase=False)

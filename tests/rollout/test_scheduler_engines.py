@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.engine import Engine
-from e3rl.rollout.recompute_engine import RecomputeEngine
+from e3rl.engine.protocol import Engine
+from e3rl.engine.recompute import RecomputeEngine
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.scheduler import Scheduler, summarise
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.types import Group, Problem, Prompt
-from tests.rollout.models import EOS, tiny
+from tests.engine.models import EOS, tiny
 from tests.rollout.slow_reference import check_decisions, check_numbers, check_shape
 
 ROLLOUT = RolloutConfig(num_generations=3, segment_length=5, max_segments=4, max_completion_length=18)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from e3rl.rollout.engine import Row, Sampling
+from e3rl.engine.protocol import Row, Sampling
 from e3rl.testing.scripted import EOS, Key, Misuse, Scripted, ScriptedEngine, scripted_candidate
 from e3rl.types import Draw
 

@@ -8,8 +8,8 @@ from typing import Any
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
 from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 from e3rl.testing.scripted import Script, Scripted, ScriptedEngine
 from e3rl.types import Draw, Group, Problem, Prompt, Trajectory, Verdict
 

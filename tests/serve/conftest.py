@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from e3rl.config import Config, ModelConfig, load_config
+from e3rl.engine.build import build_engine
 from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.engines import build_engine
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
 from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 from e3rl.serve.access import Access
 from e3rl.serve.server import make_server
 from e3rl.serve.service import Service

@@ -20,7 +20,7 @@ from e3rl.types import (
     Uncertainty,
     Verdict,
 )
-from tests.rollout.models import VOCAB
+from tests.engine.models import VOCAB
 
 
 def candidate(rng: Random, size: int, ended: bool = False) -> Candidate:

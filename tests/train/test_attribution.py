@@ -9,7 +9,7 @@ import torch
 from e3rl.train.attribution import AttributionTap, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow
 from e3rl.train.scoring import AttributionSettings, score_row
-from tests.rollout.models import ARCHITECTURES, SLIDING, VOCAB, build, sliding, tiny
+from tests.engine.models import ARCHITECTURES, SLIDING, VOCAB, build, sliding, tiny
 from tests.train.packs import sequence
 
 

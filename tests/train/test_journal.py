@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.engine import Engine
-from e3rl.rollout.recompute_engine import RecomputeEngine
+from e3rl.engine.protocol import Engine
+from e3rl.engine.recompute import RecomputeEngine
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.scheduler import Scheduler
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.train.journal import Journal, StepJournal, fingerprint, frame, pack, records, unpack
 from e3rl.train.journaled_engine import JournaledEngine
 from e3rl.types import Candidate, Draw, Group, Problem, Prompt
-from tests.rollout.models import EOS, build, tiny
+from tests.engine.models import EOS, build, tiny
 
 ROLLOUT = RolloutConfig(num_generations=3, segment_length=5, max_segments=4, max_completion_length=18)
 ERASURE = ErasureConfig(kappa0=-0.5, max_erasures=2, perturbation_weight=0.5, on_exhausted="least_uncertain")

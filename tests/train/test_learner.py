@@ -19,7 +19,7 @@ from e3rl.train.learner import Learner, totals_of
 from e3rl.train.metrics import Means
 from e3rl.train.sequences import group_sequences
 from e3rl.types import RewardedGroup
-from tests.rollout.models import EOS, tiny
+from tests.engine.models import EOS, tiny
 from tests.train.rollouts import rewarded_group
 
 GROUPS = [

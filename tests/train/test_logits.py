@@ -11,7 +11,7 @@ from e3rl.errors import UserError
 from e3rl.models import add_lora
 from e3rl.train import logits
 from e3rl.train.logits import head_scores, output_matrix
-from tests.rollout.models import build
+from tests.engine.models import build
 
 
 def _case(bias: bool, frozen: bool = False) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:

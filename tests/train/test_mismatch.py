@@ -19,8 +19,8 @@ from e3rl.train.importance import importance_weights, weigh_gradient
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.metrics import METRICS, Means
 from e3rl.train.step_metrics import importance_metrics
+from tests.engine.models import EOS, tiny
 from tests.objectives.support import batch_of, make, random_group
-from tests.rollout.models import EOS, tiny
 from tests.train.rollouts import rewarded_group
 
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from e3rl.train.attribution import packed_attention
 from e3rl.train.packing import Branch, PackedRow, packed_size, plan_rows
 from e3rl.train.scoring import score_row, score_sequences
-from tests.rollout.models import build, tiny
+from tests.engine.models import build, tiny
 from tests.train.packs import sequence
 
 CPU = torch.device("cpu")

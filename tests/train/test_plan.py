@@ -101,7 +101,7 @@ def test_being_ahead_takes_the_weights_once_more(tmp_path: Path):
 
 
 def test_the_kv_cache_is_the_engines(tmp_path: Path):
-    from e3rl.rollout.engines import build_engine
+    from e3rl.engine.build import build_engine
 
     config = _config(tmp_path)
     plan, policy = make_plan(config), load_policy(config.model)

@@ -12,10 +12,10 @@ from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.reference import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.train.loop import Trainer
 from e3rl.train.reference import first_reference
 from e3rl.train.run_directory import run_path
-from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config, random_lab
 
 USUAL = Distribution.of((3.0, 4.0, 5.0, 6.0))

@@ -7,7 +7,7 @@ from e3rl.errors import UserError
 from e3rl.train.packing import PackedRow
 from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
 from e3rl.train.sequences import TrainSequence
-from tests.rollout.models import ARCHITECTURES, SLIDING, build, sliding, tiny
+from tests.engine.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 
 
 def _sequence(prompt: list[int], response: list[int], masked: int = 0) -> TrainSequence:

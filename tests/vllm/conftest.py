@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.models import EOS, build
+from tests.engine.models import EOS, build
 
 ROWS, LENGTH = 6, 80
 
@@ -32,7 +32,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="session")
 def core(model: Any) -> Iterator[Any]:
-    from e3rl.rollout.vllm_core import VllmCore
+    from e3rl.engine.vllm.core import VllmCore
 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     core = VllmCore(model, eos_ids=EOS, max_rows=ROWS, cache_rows=2 * ROWS, max_length=LENGTH)
@@ -42,7 +42,7 @@ def core(model: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def make_engine(model: Any, core: Any) -> Callable[[], Any]:
-    from e3rl.rollout.vllm_engine import VllmEngine
+    from e3rl.engine.vllm.engine import VllmEngine
 
     def make() -> Any:
         return VllmEngine(model, eos_ids=EOS, max_rows=ROWS, cache_rows=ROWS, max_length=LENGTH, core=core)

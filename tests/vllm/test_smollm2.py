@@ -14,12 +14,12 @@ import torch
 from e3rl.config import load_config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.draws import uniforms
+from e3rl.engine.protocol import Engine, Sampling
+from e3rl.engine.recompute import RecomputeEngine
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.draws import uniforms
-from e3rl.rollout.engine import Engine, Sampling
-from e3rl.rollout.recompute_engine import RecomputeEngine
 from e3rl.rollout.scheduler import Scheduler, summarise
-from e3rl.rollout.torch_engine import TorchEngine
 from e3rl.types import Candidate, Draw, Prompt, Trajectory
 
 CONFIG = load_config(
@@ -48,14 +48,14 @@ class Loaded:
         return {"eos_ids": self.policy.eos_ids, "max_rows": ROWS, "cache_rows": ROWS, "max_length": LENGTH}
 
     def vllm(self) -> Any:
-        from e3rl.rollout.vllm_engine import VllmEngine
+        from e3rl.engine.vllm.engine import VllmEngine
 
         return VllmEngine(self.policy.model, **self.settings(), core=self.core)
 
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Loaded]:
-    from e3rl.rollout.vllm_core import VllmCore
+    from e3rl.engine.vllm.core import VllmCore
 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     policy = load_policy(CONFIG.model)

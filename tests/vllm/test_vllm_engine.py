@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.recompute import RecomputeEngine
 from e3rl.errors import SickLogits
-from e3rl.rollout.engine import Sampling
-from e3rl.rollout.recompute_engine import RecomputeEngine
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import EngineContract, assert_same
 from e3rl.types import Candidate, Draw
-from tests.rollout.models import EOS, VOCAB
+from tests.engine.models import EOS, VOCAB
 from tests.vllm.conftest import LENGTH, ROWS
 
 TOLERANCE = 1e-3

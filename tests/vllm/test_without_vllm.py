@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from e3rl.config import RolloutConfig
+from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
-from e3rl.rollout.engines import build_engine
-from tests.rollout.models import EOS, tiny
+from tests.engine.models import EOS, tiny
 
 
 def test_missing_vllm_is_a_sentence(monkeypatch: pytest.MonkeyPatch):

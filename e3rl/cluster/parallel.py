@@ -1,0 +1,111 @@
+"""How the ranks of a run train one model together: what each value of ``train.parallel`` makes of it.
+
+The learner knows two things only: passes through the model, and an optimizer that steps with what they gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from e3rl.cluster.ranked_optimizer import DataParallelOptimizer, Zero1Optimizer
+from e3rl.cluster.ranks import Ranks
+from e3rl.cluster.sharding import ShardedOptimizer, shard_layers
+from e3rl.config import TrainConfig
+from e3rl.models import Policy
+from e3rl.train.attribution import packed_attention
+from e3rl.train.optimizer import MasterOptimizer
+from e3rl.train.packing import PackedRow
+from e3rl.train.scoring import Passes
+from e3rl.train.sequences import TrainSequence
+
+LOCKSTEP = ("zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
+"""Values of ``train.parallel`` under which all ranks must run the same number of passes: they exchange tensors in them."""
+
+DIVIDED = ("zero2", "fsdp2", "deepspeed-zero3")
+"""Values of ``train.parallel`` under which no rank holds all weights between steps."""
+
+
+class Optimizer(Protocol):
+    """What a step is made with. All ranks call everything here together; names are those of the model's parameters."""
+
+    sick: tuple[str, ...]
+
+    def step(self, rate: float) -> float:
+        """Apply the gathered gradients at this learning rate; returns their norm. NaN or inf leaves all untouched."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 weights, whole; brought together when they are looked up, one after the other."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """AdamW's moments and step counts as ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``, in the same way."""
+
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take what `weights` and `state` gave, under any number of ranks and any ``train.parallel``."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model made ready to be trained."""
+
+    optimizer: Optimizer
+    passes: Passes = field(default_factory=Passes)
+
+
+def _whole(kind: Callable[[list[tuple[str, nn.Parameter]], TrainConfig, Ranks], Optimizer]) -> Callable[..., Way]:
+    return lambda policy, config, ranks: Way(kind(policy.trainable(), config, ranks))
+
+
+def _fsdp2(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
+    shard_layers(policy.model, config, ranks)
+    return Way(ShardedOptimizer(policy.trainable(), config, ranks))
+
+
+def _deepspeed(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
+    from e3rl.cluster.deepspeed import DeepSpeedOptimizer, EnginePasses, start_engine
+
+    engine = start_engine(policy, config)
+    return Way(DeepSpeedOptimizer(engine, policy, ranks), EnginePasses(engine, policy.model))
+
+
+WAYS: dict[str, Callable[[Policy, TrainConfig, Ranks], Way]] = {
+    "ddp": _whole(DataParallelOptimizer),
+    "zero1": _whole(Zero1Optimizer),
+    "zero2": _fsdp2,
+    "fsdp2": _fsdp2,
+    "deepspeed-zero2": _deepspeed,
+    "deepspeed-zero3": _deepspeed,
+}
+
+
+def make_ready(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
+    """The way that ``train.parallel`` names, the model prepared for it in place; of one rank, the ordinary one."""
+    if ranks.world == 1:
+        return Way(MasterOptimizer(policy.trainable(), config))
+    return WAYS[config.parallel](policy, config, ranks)
+
+
+def in_lockstep(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether ranks must run the same number of passes."""
+    return ranks.world > 1 and config.parallel in LOCKSTEP
+
+
+def divides_weights(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether the model that is trained can't be generated with."""
+    return ranks.world > 1 and config.parallel in DIVIDED
+
+
+def idle_passes(passes: Passes, model: Any, mine: int, ranks: Ranks, *, backward: bool) -> None:
+    """After ``mine`` passes of a phase, run what brings this rank to the number of the busiest: passes that change nothing."""
+    zeros_T = torch.zeros(1)
+    nothing = TrainSequence((0, 0), (0,), zeros_T.long(), zeros_T == 0, zeros_T, 0, 0, False)
+    for _ in range(max(ranks.gather(mine)) - mine):
+        row = PackedRow.of([nothing], next(model.parameters()).device)
+        with packed_attention(model), torch.set_grad_enabled(backward):
+            found = passes.score_row(model, row, 1.0)
+            if backward:
+                passes.backward(found.logprobs_N.sum() * 0.0)

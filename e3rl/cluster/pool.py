@@ -1,0 +1,302 @@
+"""Hands groups out to rollout workers, takes them back, and replaces workers that are lost.
+
+Which worker makes a group changes nothing about it: its draws are named by problem, sibling, segment and attempt. So a
+group whose worker is lost is simply made again, by whoever is free, and the first result of a group is its result.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from e3rl.cluster.messages import Answer, Ask, Assignment, Hello, Task, check_hello, group_of
+from e3rl.cluster.wire import decode, encode
+from e3rl.errors import SickLogits, UserError
+from e3rl.types import Group, Prompt
+
+
+class WorkerLost(Exception):
+    """A worker can't be reached, has hung or answers nonsense. Its groups are made again elsewhere."""
+
+
+class Connection(Protocol):
+    """A worker that has been reached. Every call ends: in time, or with WorkerLost."""
+
+    def hello(self) -> bytes: ...
+
+    def exchange(self, body: bytes) -> bytes: ...
+
+    def load_weights(self, version: int, weights: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker is, or can be started: ``connect`` gives a new one each time, or raises WorkerLost."""
+
+    name: str
+    connect: Callable[[], Connection]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every worker must agree with, and how patient the pool is."""
+
+    architecture: str
+    vocabulary: int
+    longest: int  # tokens of prompt and response
+    timeout: float  # seconds without a sign of life
+    poll: float = 1.0  # seconds that a worker may hold a question back until it has something to tell
+    attempts: int = 3  # losses in a row, with nothing finished between them, before a worker is given up
+
+
+class WorkerPool:
+    """Workers at fixed places. One thread per place talks to its worker; the caller's thread takes finished groups."""
+
+    def __init__(self, places: Sequence[Place], terms: Terms, note: Callable[[str], None] = lambda _: None) -> None:
+        if not places:
+            raise UserError("no rollout workers: set rollout.workers or rollout.servers")
+        self._seats = [_Seat(place, terms) for place in places]
+        self._terms, self._note = terms, note
+        self._version, self._weights = 0, b""
+
+    def load_weights(self, version: int, weights: bytes) -> None:
+        """New weights. Each worker gets them before its next group."""
+        self._version, self._weights = version, weights
+
+    def run(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> Iterator[Group]:
+        """Yield groups as they finish, each once. ``tick`` is called about once a second and may raise to stop."""
+        batch = _Batch(prompts, len(self._seats))
+        threads = [
+            threading.Thread(target=self._serve, args=(seat, batch, assignment), name=seat.place.name, daemon=True)
+            for seat in self._seats
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while not batch.all_delivered:
+                tick()
+                yield from batch.delivered(self._terms.poll)
+        finally:
+            batch.stop()
+            for thread in threads:
+                thread.join(2 * self._terms.poll)
+
+    def _serve(self, seat: _Seat, batch: _Batch, assignment: Assignment) -> None:
+        """Keep one worker busy until the batch is done; begin anew with another when it is lost."""
+        losses: list[str] = []
+        with seat.lock:
+            while not batch.over:
+                try:
+                    worker = seat.ready(self._version, self._weights, assignment.rollout.num_generations)
+                    _Shift(seat, worker, batch, assignment, self._terms).work()
+                    return
+                except WorkerLost as lost:
+                    seat.drop()
+                    losses = [] if seat.useful else losses
+                    losses.append(str(lost))
+                    self._note(f"rollout worker {seat.place.name} is lost: {lost}; its groups are made again")
+                    if len(losses) >= self._terms.attempts:
+                        batch.give_up(f"{seat.place.name}: {losses[-1]}")
+                        return
+                    batch.pause(self._terms.poll * 4 ** (len(losses) - 1))  # a server that is being restarted
+                except Exception as error:  # the run can't go on: said by the caller's thread
+                    batch.fail(error)
+                    return
+
+    def close(self) -> None:
+        """Let all workers go."""
+        for seat in self._seats:
+            seat.drop()
+
+
+class _Seat:
+    """A place and the worker that is there now."""
+
+    def __init__(self, place: Place, terms: Terms) -> None:
+        self.place, self._terms = place, terms
+        self.lock = threading.Lock()
+        self.rows = 0
+        self.useful = False  # the present worker has finished a group
+        self._worker: Connection | None = None
+        self._version: int | None = None
+
+    def ready(self, version: int, weights: bytes, siblings: int) -> Connection:
+        """The worker, checked and with these weights."""
+        if self._worker is None:
+            self._worker = self.place.connect()
+            self._version, self.useful = None, False
+        try:
+            hello = decode(Hello, self._worker.hello())
+        except ValueError as error:
+            raise WorkerLost(f"it is no rollout worker of e3rl: {error}") from None
+        obstacle = check_hello(hello, self._terms.architecture, self._terms.longest, siblings)
+        if obstacle:
+            raise UserError(f"rollout worker {self.place.name} can't be used: {obstacle}")
+        self.rows = hello.rows
+        if self._version != version:
+            self._worker.load_weights(version, weights)
+            self._version = version
+        return self._worker
+
+    def drop(self) -> None:
+        """Forget the worker."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+
+class _Batch:
+    """The groups of one call: waiting, at a worker, delivered. Every method may be called from any thread."""
+
+    def __init__(self, prompts: Sequence[Prompt], seats: int) -> None:
+        self._prompts = {prompt.problem.id: prompt for prompt in prompts}
+        if len(self._prompts) < len(prompts):
+            raise UserError(
+                "a problem id occurs twice in one batch of rollouts. Give every problem its own (data.id_column)"
+            )
+        self._waiting = deque(self._prompts)
+        self._left = len(prompts)  # not yet handed to the caller
+        self._open = set(self._prompts)
+        self._ready: list[Group] = []
+        self._seats, self._reasons = seats, list[str]()
+        self._error: Exception | None = None
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    @property
+    def all_delivered(self) -> bool:
+        return self._left == 0
+
+    @property
+    def over(self) -> bool:
+        """Nothing remains for a worker to do."""
+        return self._stopped or not self._open or self._error is not None
+
+    def take(self, room: int) -> list[Prompt]:
+        """Some waiting groups: at most a fair share, so that few groups are spread over all workers."""
+        with self._changed:
+            share = -(-len(self._waiting) // max(1, self._seats))
+            return [self._prompts[self._waiting.popleft()] for _ in range(min(room, share))]
+
+    def put_back(self, ids: Sequence[str]) -> None:
+        """Groups that their worker will not finish."""
+        with self._changed:
+            self._waiting.extendleft(i for i in reversed(ids) if i in self._open)
+            self._changed.notify_all()
+
+    def deliver(self, group: Group) -> None:
+        """A finished group; a second result of the same group is dropped."""
+        with self._changed:
+            if group.prompt.problem.id in self._open:
+                self._open.discard(group.prompt.problem.id)
+                self._ready.append(group)
+                self._changed.notify_all()
+
+    def rest(self, seconds: float) -> None:
+        """Wait until there may be something to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.over or self._waiting, seconds)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the batch is over before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.over, seconds)
+
+    def delivered(self, seconds: float) -> list[Group]:
+        """What has come in; raises what went wrong."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error, seconds)
+            if self._error is not None:
+                raise self._error
+            ready, self._ready = self._ready, []
+            self._left -= len(ready)
+            return ready
+
+    def give_up(self, reason: str) -> None:
+        """A worker that will not come back. The others do its work, as long as there are any."""
+        with self._changed:
+            self._seats -= 1
+            self._reasons.append(reason)
+            if self._seats == 0:
+                self._error = UserError(f"no rollout worker is left ({'; '.join(self._reasons)})")
+            self._changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+class _Shift:
+    """One worker's part in one batch."""
+
+    def __init__(self, seat: _Seat, worker: Connection, batch: _Batch, assignment: Assignment, terms: Terms) -> None:
+        self._seat, self._worker, self._batch, self._assignment, self._terms = seat, worker, batch, assignment, terms
+        self._run = uuid.uuid4().hex
+        self._mine: dict[str, Prompt] = {}
+        self._room = max(1, seat.rows // assignment.rollout.num_generations)
+        self._beat, self._alive = -1, time.monotonic()
+
+    def work(self) -> None:
+        """Until the batch is over. WorkerLost puts this worker's groups back."""
+        try:
+            while not self._batch.over:
+                tasks = self._batch.take(self._room - len(self._mine))
+                self._mine |= {prompt.problem.id: prompt for prompt in tasks}
+                if self._mine:
+                    self._talk(tasks)
+                else:
+                    self._batch.rest(self._terms.poll)
+                    self._alive = time.monotonic()
+        except WorkerLost:
+            self._batch.put_back(list(self._mine))
+            raise
+
+    def _talk(self, prompts: Sequence[Prompt]) -> None:
+        tasks = tuple(Task(p.problem.id, p.ids) for p in prompts)
+        body = self._worker.exchange(encode(Ask(self._run, self._assignment, tasks, self._terms.poll)))
+        try:
+            answer = decode(Answer, body)
+            groups = [
+                group_of(f, self._mine[f.prompt_id], self._assignment, self._terms.vocabulary)
+                for f in answer.finished
+                if f.prompt_id in self._mine
+            ]
+            if len(groups) < len(answer.finished) or answer.run != self._run:
+                raise ValueError("it speaks of groups that it was not asked for")
+        except ValueError as error:
+            raise WorkerLost(f"what it answers can't be used: {error}") from None
+        if answer.fault is not None:
+            raise _as_error(answer, self._seat.place.name)
+        for group in groups:
+            del self._mine[group.prompt.problem.id]
+            self._seat.useful = True
+            self._batch.deliver(group)
+        self._watch(answer)
+
+    def _watch(self, answer: Answer) -> None:
+        now = time.monotonic()
+        if answer.beat != self._beat or answer.finished:
+            self._beat, self._alive = answer.beat, now
+        elif now - self._alive > self._terms.timeout:
+            raise WorkerLost(f"it has generated nothing for {self._terms.timeout:g} s (rollout.worker_timeout)")
+
+
+def _as_error(answer: Answer, name: str) -> Exception:
+    fault = answer.fault
+    assert fault is not None
+    if fault.draw is not None:
+        return SickLogits(fault.draw)
+    return UserError(f"rollout worker {name} can't go on: {fault.message}")

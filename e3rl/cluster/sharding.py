@@ -1,0 +1,102 @@
+"""Weights, gradients and optimizer state divided among ranks by PyTorch's FSDP2: ZeRO-2 and ZeRO-3.
+
+The decoder's layers are divided; embeddings, last norm and output matrix stay whole in every rank, since scoring uses the
+output matrix outside the model's forward. A layer's weights are brought together when it runs: in ZeRO-3 (fsdp2) they are
+let go after it, in ZeRO-2 kept until its backward pass. So all ranks must run the same passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from e3rl.cluster.ranks import Ranks
+from e3rl.config import TrainConfig
+from e3rl.errors import UserError
+from e3rl.models import unwrapped
+from e3rl.train.lazy_tensors import LazyTensors
+from e3rl.train.optimizer import MasterOptimizer
+
+
+def shard_layers(model: Any, config: TrainConfig, ranks: Ranks) -> None:
+    """Divide the model's layers among the ranks, in place."""
+    base = unwrapped(model)
+    layers = getattr(getattr(base, base.base_model_prefix), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(
+            f"train.parallel = '{config.parallel}' divides a decoder's layers, and {type(base).__name__} has none that are "
+            "called so; take ddp or zero1"
+        )
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,))
+    for layer in layers:
+        sharded: Any = fully_shard(layer, mesh=mesh, reshard_after_forward=config.parallel == "fsdp2")
+        sharded.set_gradient_divide_factor(1.0)  # losses carry the whole step's totals: gradients add up
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it adds
+
+
+class ShardedOptimizer(MasterOptimizer):
+    """Each rank updates its shards; what is not divided gets the same update in every rank."""
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], config: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(parameters, config)
+        self._ranks = ranks
+
+    def step(self, rate: float) -> float:
+        """Add up the gradients that FSDP has not, then `MasterOptimizer.step`."""
+        for parameter in self._model:
+            if not isinstance(parameter, DTensor):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self._ranks.add_up([parameter.grad])
+        return super().step(rate)
+
+    @torch.no_grad()
+    def _clip(self) -> float:
+        """The norm over all shards, each counted once."""
+        gradients = [m.grad for m in self._masters if m.grad is not None]
+        shards = [g.to_local().pow(2).sum() for g in gradients if isinstance(g, DTensor)]
+        whole = [g.pow(2).sum() for g in gradients if not isinstance(g, DTensor)]
+        total = torch.stack(shards).sum() if shards else torch.zeros((), device=self._model[0].device)
+        self._ranks.add_up([total])
+        norm = math.sqrt(float(total) + sum(map(float, whole)))
+        if math.isfinite(norm):
+            scale = min(1.0, self._max_norm / (norm + 1e-6))
+            for gradient in gradients:
+                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+        return norm
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 weights, each brought together when it is looked up."""
+        shards = super().weights()
+        return LazyTensors(shards, lambda name: _whole(shards[name]))
+
+    def state(self) -> Mapping[str, Tensor]:
+        """AdamW's moments, in the same way."""
+        shards = super().state()
+        return LazyTensors(shards, lambda name: _whole(shards[name]))
+
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take this rank's shards of what any number of ranks saved."""
+        like = dict(zip(self._names, self._masters, strict=True))
+        super().load(
+            LazyTensors(weights, lambda name: _as(weights[name], like[name]) if name in like else weights[name]),
+            {key: _as(tensor, like[key.rpartition("/")[0]]) for key, tensor in state.items()},
+        )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor divided as ``like`` is; what has no shape of its own, a step count, stays whole."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -1,0 +1,170 @@
+"""A rollout worker: a model, an engine and a thread that keeps the engine full with the groups that it was given.
+
+It knows nothing of how it is reached; Ray actors and the rollout server carry its three calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from safetensors.torch import load as load_safetensors
+
+from e3rl import __version__
+from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Assignment, Fault, Finished, Hello, Task, finished_of
+from e3rl.cluster.wire import decode, encode
+from e3rl.config import Config
+from e3rl.engine.build import build_engine
+from e3rl.engine.weights import architecture
+from e3rl.errors import SickLogits, UserError
+from e3rl.models import Policy, load_policy
+from e3rl.rollout.scheduler import Event, Scheduler
+from e3rl.types import Problem, Prompt
+
+SECONDS_TO_STOP = 60.0
+"""How long new weights wait for a batch that is given up; it stops at its next candidate."""
+
+
+class _Abandoned(Exception):
+    """The trainer has gone on to another batch."""
+
+
+class RolloutWorker:
+    """Holds a copy of the policy and generates groups with it, in the background."""
+
+    def __init__(self, config: Config, longest_prompt: int, policy: Policy | None = None) -> None:
+        self._policy = policy or load_policy(config.model)
+        self._engine = build_engine(config.rollout, self._policy.model, self._policy.eos_ids, longest_prompt)
+        self._rows = self._engine.free_rows()
+        self._architecture = architecture(self._policy.model)
+        self._max_length = longest_prompt + config.rollout.completion_limit
+        self._version: int | None = None
+        self._changed = threading.Condition()
+        self._run, self._assignment = "", None  # type: tuple[str, Assignment | None]
+        self._waiting: deque[Task] = deque()
+        self._finished: list[Finished] = []
+        self._fault: Fault | None = None
+        self._busy, self._beat, self._closed = False, 0, False
+        self._thread = threading.Thread(target=self._decode_for_ever, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def hello(self) -> bytes:
+        """What this worker is (`Hello`)."""
+        return encode(
+            Hello(PROTOCOL, __version__, self._architecture, self._rows, self._max_length, self._version),
+        )
+
+    def load_weights(self, version: int, weights: bytes) -> None:
+        """Take the weights of a policy version, as safetensors. What was under way is dropped."""
+        with self._changed:
+            self._start_run("", None)
+            if not self._changed.wait_for(lambda: not self._busy, SECONDS_TO_STOP):
+                raise RuntimeError(f"the engine did not stop within {SECONDS_TO_STOP:.0f} s for new weights")
+            self._engine.load_weights(load_safetensors(weights), version)
+            self._version = version
+
+    def exchange(self, body: bytes) -> bytes:
+        """Take an `Ask`, wait a little, give an `Answer`."""
+        ask = decode(Ask, body)
+        with self._changed:
+            if ask.run != self._run:
+                self._start_run(ask.run, ask.assignment)
+            self._waiting.extend(ask.tasks)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._finished or self._fault or ask.run != self._run, ask.wait)
+            finished, self._finished = self._finished, []
+            return encode(Answer(self._run, tuple(finished), self._beat, self._fault))
+
+    def close(self) -> None:
+        """Stop generating."""
+        with self._changed:
+            self._closed = True
+            self._start_run("", None)
+        self._thread.join(SECONDS_TO_STOP)
+        close = getattr(self._engine, "close", None)
+        if close is not None:
+            close()
+
+    def _start_run(self, run: str, assignment: Assignment | None) -> None:
+        self._run, self._assignment = run, assignment
+        self._waiting.clear()
+        self._finished, self._fault = [], None
+        self._changed.notify_all()
+
+    def _decode_for_ever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._waiting and not self._fault))
+                if self._closed:
+                    return
+                run, assignment = self._run, self._assignment
+                self._busy = True
+            try:
+                assert assignment is not None
+                self._decode(run, assignment)
+            except _Abandoned:
+                pass
+            except Exception as error:  # whatever it is, the trainer must hear of it
+                self._report(run, error)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _decode(self, run: str, assignment: Assignment) -> None:
+        if assignment.policy_version != self._version:
+            raise UserError(
+                f"rollouts of policy version {assignment.policy_version} were asked for; it holds {self._version}"
+            )
+
+        def observe(_: Event) -> None:
+            self._beat += 1
+            if self._run != run:
+                raise _Abandoned
+
+        scheduler = Scheduler(
+            self._engine,
+            assignment.rollout,
+            assignment.erasure,
+            seed=assignment.seed,
+            reference=assignment.reference,
+            entropy_moments=assignment.entropy_moments,
+            observe=observe,
+        )
+        for group in scheduler.run(_Arriving(self, run), assignment.step, assignment.policy_version):
+            with self._changed:
+                if self._run != run:
+                    raise _Abandoned
+                self._finished.append(finished_of(group))
+                self._changed.notify_all()
+
+    def next_task(self, run: str) -> Task | None:
+        """The oldest group of a run that nobody has begun."""
+        with self._changed:
+            return self._waiting.popleft() if self._waiting and self._run == run else None
+
+    def _report(self, run: str, error: Exception) -> None:
+        draw = error.draw if isinstance(error, SickLogits) else None
+        with self._changed:
+            if self._run == run:
+                message = (
+                    str(error) if isinstance(error, UserError | SickLogits) else f"{type(error).__name__}: {error}"
+                )
+                self._fault = Fault(type(error).__name__, message, draw)
+                self._waiting.clear()
+                self._changed.notify_all()
+
+
+class _Arriving(Iterator[Prompt]):
+    """The prompts of a run as they arrive. Empty for now is not the end: the scheduler asks again when rows are free."""
+
+    def __init__(self, worker: RolloutWorker, run: str) -> None:
+        self._worker, self._run = worker, run
+
+    def __next__(self) -> Any:
+        task = self._worker.next_task(self._run)
+        if task is None:
+            raise StopIteration
+        return Prompt(Problem(task.prompt_id, ""), task.ids)

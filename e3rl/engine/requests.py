@@ -1,0 +1,143 @@
+"""What every in-process engine keeps about its rows, and what it refuses: no tensors, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from e3rl.engine.draws import uniforms
+from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.sampling import Measures, check_sampling
+from e3rl.errors import UserError
+from e3rl.types import Candidate, Draw
+
+
+@dataclass(slots=True)
+class Request:
+    """A candidate under way."""
+
+    tokens: int
+    draw: Draw
+    sampling: Sampling
+    uniforms: np.ndarray
+    ids: list[int] = field(default_factory=list)
+    measures: list[Measures] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.tokens - len(self.ids)
+
+    def turns(self, tokens: int) -> int:
+        """Turns of so many tokens that it has had."""
+        return len(self.ids) // tokens
+
+    def complete(self, eos_ids: Collection[int]) -> bool:
+        """It has all its tokens, or its last one ends the sequence."""
+        return self.remaining == 0 or (bool(self.ids) and self.ids[-1] in eos_ids)
+
+    def candidate(self, eos_ids: Collection[int]) -> Candidate:
+        """The finished candidate."""
+        logprobs, entropies, perturbations, kept_mass, ranks = zip(*self.measures, strict=True)
+        ended = self.ids[-1] in eos_ids
+        return Candidate(tuple(self.ids), logprobs, entropies, perturbations, kept_mass, ranks, ended)
+
+
+@dataclass(slots=True, eq=False)
+class RowState:
+    """A sequence that an engine holds: prompt and generated tokens (those of an open request are in the request)."""
+
+    prompt_length: int
+    ids: list[int]
+    request: Request | None = None
+
+    @property
+    def length(self) -> int:
+        """Generated tokens, without those of an open request."""
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def open(self) -> Request:
+        """The open request; there must be one."""
+        assert self.request is not None
+        return self.request
+
+    def open_request(self, tokens: int, draw: Draw, sampling: Sampling, max_length: int) -> None:
+        """Start a candidate; refuses what can't be generated."""
+        if self.request is not None:
+            raise ValueError(f"the row already has an open request ({self.request.draw}): poll until it is delivered")
+        if tokens < 1:
+            raise ValueError(f"a candidate needs at least 1 token, not {tokens}")
+        check_sampling(sampling)
+        check_fits(self.prompt_length, self.length + tokens, max_length)
+        self.request = Request(tokens, draw, sampling, uniforms(draw, tokens))
+
+    def close_request(self, eos_ids: Collection[int]) -> Candidate:
+        """Move the finished candidate's tokens into the row."""
+        candidate = self.open.candidate(eos_ids)
+        self.ids += candidate.ids
+        self.request = None
+        return candidate
+
+    def append(self, ids: Sequence[int], vocabulary: int, max_length: int) -> None:
+        """Take up tokens as if they had been generated."""
+        if self.request is not None:
+            raise ValueError(f"the row has an open request ({self.request.draw}): poll until it is delivered")
+        check_ids(ids, vocabulary, "what was generated before")
+        check_fits(self.prompt_length, self.length + len(ids), max_length)
+        self.ids += ids
+
+    def truncate(self, length: int) -> None:
+        """Drop generated tokens beyond ``length``."""
+        if self.request is not None:
+            raise ValueError(f"the row has an open request ({self.request.draw}): poll until it is delivered")
+        if not 0 <= length <= self.length:
+            raise ValueError(f"can't roll back to {length} generated tokens: the row holds {self.length}")
+        del self.ids[self.prompt_length + length :]
+
+
+S = TypeVar("S", bound=RowState)
+
+
+def find_row(rows: Mapping[Row, S], row: Row) -> S:
+    """The state of a row that is held."""
+    if row not in rows:
+        raise ValueError(f"the engine holds no row {row}: it was released or never made")
+    return rows[row]
+
+
+def check_prompt(ids: Sequence[int], vocabulary: int, max_length: int) -> None:
+    """Refuse a prompt that no token could follow."""
+    if not ids:
+        raise UserError("the prompt is empty: an engine needs at least one token to continue")
+    check_ids(ids, vocabulary, "the prompt")
+    check_fits(len(ids), 1, max_length)
+
+
+def check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    """Refuse tokens that the model does not have."""
+    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if bad is not None:
+        raise UserError(f"{what} has token id {bad}, the model's vocabulary has {vocabulary}: wrong tokenizer?")
+
+
+def check_fits(prompt: int, completion: int, max_length: int) -> None:
+    """Refuse prompt and completion that together exceed what a row can hold."""
+    if prompt + completion > max_length:
+        raise UserError(
+            f"a prompt of {prompt} tokens and a completion of {completion} make {prompt + completion}, but a row of "
+            f"the engine holds {max_length}: shorten the prompt, lower the completion limit or raise max_length"
+        )
+
+
+def check_siblings(siblings: int, rows: int, free: int) -> None:
+    """Refuse a group that has no room."""
+    if siblings < 1:
+        raise ValueError(f"a prompt needs at least 1 row, not {siblings}")
+    if siblings > rows:
+        raise UserError(f"a group of {siblings} siblings can never fit: the engine holds {rows} rows; raise cache_rows")
+    if siblings > free:
+        raise ValueError(f"{siblings} rows asked for, {free} are free: release rows first")

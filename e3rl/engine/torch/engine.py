@@ -1,0 +1,264 @@
+"""The in-process engine: any transformers model that attends to keys and values over a slot cache (`e3rl.engine.torch.cache`).
+
+A row's last token is in its ids but not yet in the cache: feeding it gives the next token's logits. The logits at the
+start of the row's latest candidate are kept (its *mark*), so that after an erasure the retry draws its first token from
+them and no token of the prefix passes through the model again. After a rollback to any other place, the one token
+before it is fed once more; `EngineStats.refed_tokens` counts those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e3rl.config import RolloutConfig
+from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.requests import check_prompt, check_siblings, find_row
+from e3rl.engine.torch.kv_budget import MIB, rows_within
+from e3rl.engine.torch.model import slot_model
+from e3rl.engine.torch.servable import check_exactness, require_servable
+from e3rl.engine.torch.slots import SlotMap
+from e3rl.engine.torch.step_draws import StepDraws
+from e3rl.engine.torch.step_part import Marks, SlotRow, StepPart
+from e3rl.engine.torch.step_parts import Crew, Division, Pace, divided, operation_threads
+from e3rl.engine.torch.storage import StepRows, bucketed, packed
+from e3rl.engine.weights import copy_weights
+from e3rl.errors import SickLogits, UserError
+from e3rl.types import Candidate, Draw
+
+TURN = 24
+"""Tokens after which a request lets others have its place, where more are open than are decoded together. All get on alike,
+so that few are left over at the end to be decoded in thin batches, whichever of them turn out to be long."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What the engine has done so far. Erasing must add nothing to ``prompt_tokens`` and ``refed_tokens``."""
+
+    prompt_tokens: int = 0  # run through the model by prefill, once per group
+    decode_steps: int = 0  # forward passes that decode
+    decode_row_steps: int = 0  # tokens run through the model by those
+    filling_row_steps: int = 0  # rows that filled those passes up, for nobody
+    sampled_tokens: int = 0
+    refed_tokens: int = 0  # decode row steps whose token had been in the cache before
+    appended_tokens: int = 0  # run through the model to take up rows that were generated before
+    moved_tokens: int = 0  # cache positions copied to pack rows
+    peak_tokens: int = 0  # most tokens held at once
+    kv_bytes: int = 0  # memory of the cache: fixed from the first prompt on, within rollout.kv_budget
+
+
+class TorchEngine:
+    """Decodes up to ``max_rows`` rows together and holds up to ``cache_rows`` in a cache of fixed size.
+
+    The model is shared with whoever trains it in the same process. Implements `e3rl.engine.protocol.Engine`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_rows: int,
+        cache_rows: int,
+        max_length: int,
+        policy_version: int = 0,
+        kv_budget: int = 0,
+        group: int = 1,
+    ) -> None:
+        if not 1 <= max_rows <= cache_rows:
+            raise UserError(f"max_rows = {max_rows} must be at least 1 and at most cache_rows = {cache_rows}")
+        require_servable(model)
+        row_bytes = check_exactness(model) * bucketed(max_length)
+        cache_rows = rows_within(kv_budget, row_bytes, cache_rows, group, bucketed(max_length))
+        self.policy_version = policy_version
+        self.stats = EngineStats()
+        self._model = model
+        self._slot_model = slot_model(model, cache_rows, max_length)
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._eos_ids = frozenset(eos_ids)
+        self._max_rows, self._cache_rows, self._max_length = min(max_rows, cache_rows), cache_rows, max_length
+        self._rows: dict[Row, SlotRow] = {}
+        self._open: dict[Row, SlotRow] = {}  # rows with an open request, the next turn's first
+        self._slots: SlotMap[SlotRow] = SlotMap(cache_rows)
+        self._marks = Marks(cache_rows)
+        self._crew = Crew()
+        self._numbers = list(range(cache_rows))  # that no row has
+        self._handles = count()
+        self._sick = False  # some slot may hold NaN
+
+    @staticmethod
+    def own_settings(rollout: RolloutConfig) -> dict[str, Any]:
+        """Settings of a run that only this engine has."""
+        return {"kv_budget": rollout.kv_budget * MIB, "group": rollout.num_generations}
+
+    def free_rows(self) -> int:
+        """How many more rows `prefill` could create now."""
+        return self._slots.free
+
+    @torch.inference_mode()
+    def prefill(self, prompt_ids: Sequence[int], siblings: int) -> list[Row]:
+        """Run a prompt through the model once; its siblings copy its keys and share its last logits."""
+        check_prompt(prompt_ids, self._vocabulary, self._max_length)
+        check_siblings(siblings, self._cache_rows, self.free_rows())
+        length = len(prompt_ids)
+        rows = [SlotRow(length, list(prompt_ids), cached=length) for _ in range(siblings)]
+        first, *others = [self._slots.take(row) for row in rows]
+        try:
+            if not self._rows:
+                self._slot_model.refresh()
+            logits_V = self._slot_model.prefill(prompt_ids, first)
+        except BaseException:
+            for row in rows:
+                self._slots.give_back(row)
+            raise
+        self._slot_model.storage.copy(first, others, length)
+        for row in rows:
+            row.number = self._numbers.pop()
+        self._marks.keep(rows, logits_V.expand(siblings, -1))
+        handles = [Row(next(self._handles)) for _ in rows]
+        self._rows.update(zip(handles, rows, strict=True))
+        self.stats.prompt_tokens += length
+        self.stats.kv_bytes = self._slot_model.storage.bytes
+        self._count_held_tokens()
+        return handles
+
+    def length(self, row: Row) -> int:
+        """Generated tokens that the row holds, without those of an open request."""
+        return self._row(row).length
+
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
+        """Queue a request for a candidate of up to ``tokens`` tokens."""
+        state = self._row(row)
+        state.open_request(tokens, draw, sampling, self._max_length)
+        self._open[row] = state
+
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Continue the row by tokens that were generated before: their keys come out as if it had been here."""
+        self._row(row).append(ids, self._vocabulary, self._max_length)
+
+    def poll(self) -> list[tuple[Row, Candidate]]:
+        """Decode requests in turns, up to max_rows together, until at least one is complete; return all that are."""
+        done: list[Row] = []
+        while self._open and not done:
+            with torch.inference_mode():
+                self._take_turns()
+            done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
+        return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
+
+    def rollback(self, row: Row, length: int) -> None:
+        """Drop generated tokens beyond ``length``: the row's keys stay where they are and are no longer looked at."""
+        state = self._row(row)
+        state.truncate(length)
+        state.cached = min(state.cached, state.total)
+        if state.marked > state.total:
+            state.marked = -1
+
+    @torch.inference_mode()
+    def release(self, row: Row) -> None:
+        """Forget the row, with its open request if it has one; its slot is free at once."""
+        state = self._row(row)
+        del self._rows[row]
+        self._open.pop(row, None)
+        slot = self._slots.give_back(state)
+        self._numbers.append(state.number)
+        if self._sick:
+            self._slot_model.storage.scrub(slot)
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy new weights into the model; those that are the model's own tensors are there already."""
+        if self._rows:
+            raise ValueError(
+                f"{len(self._rows)} rows are held: their keys belong to the old weights; release them first"
+            )
+        copy_weights(self._model, weights)
+        self._slot_model.take_weights()
+        self.policy_version = version
+        self._sick = False
+
+    def _take_turns(self) -> None:
+        """Draw what needs no forward pass; if that completes no request, decode those whose turn it is for some steps."""
+        active = dict(islice(self._open.items(), self._max_rows))
+        rows = list(active.values())
+        division = self._slot_model.division(len(rows))
+        with operation_threads(division.threads):
+            try:
+                if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
+                    return
+                begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
+                self._catch_up([row for row in rows if row.cached < len(row.ids) - 1])
+                self._decode(self._pack(rows), division)
+            except SickLogits:
+                self._sick = True
+                raise
+            finally:
+                self._count_held_tokens()
+        for handle, row in active.items():
+            if row.open.turns(TURN) > begun[handle]:
+                self._open[handle] = self._open.pop(handle)  # the next turn is behind all that wait
+
+    def _row(self, row: Row) -> SlotRow:
+        return find_row(self._rows, row)
+
+    def _pack(self, rows: list[SlotRow]) -> list[SlotRow]:
+        """Bring the rows into neighbouring slots, so that a decode step reads a slice of the cache; in slot order."""
+        starts = range(0, self._cache_rows - len(rows) + 1, packed(self._max_rows))
+        for row, source, target, evicted in self._slots.pack(rows, self._slots.fullest(rows, starts)):
+            if evicted is None:
+                self._slot_model.storage.copy(source, [target], row.cached)
+                self.stats.moved_tokens += row.cached
+            else:
+                self._slot_model.storage.swap(source, target, max(row.cached, evicted.cached))
+                self.stats.moved_tokens += row.cached + evicted.cached
+        return sorted(rows, key=self._slots.slot)
+
+    def _catch_up(self, behind: list[SlotRow]) -> None:
+        """Decode appended tokens into the cache, one at a time as when they were drawn, all but each row's last."""
+        while rows := [row for row in behind if row.cached < len(row.ids) - 1]:
+            rows = self._pack(rows)
+            ids, positions = [row.ids[row.cached] for row in rows], [row.cached for row in rows]
+            model, first = self._slot_model, self._slots.slot(rows[0])
+            model.decode(StepRows(ids, positions, model.storage, model.device, first))
+            for row in rows:
+                row.cached += 1
+            self.stats.appended_tokens += len(rows)
+
+    def _draw_first_tokens(self) -> list[SlotRow]:
+        """The first token of candidates whose mark still stands, waiting ones too: no forward pass. The rows it was drawn for."""
+        marked = [row for row in self._open.values() if row.marked == row.total]
+        if not marked:
+            return marked
+        spare = packed(len(marked)) - len(marked)
+        draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
+        draws.sample(self._marks.of(marked + marked[:1] * spare))
+        self.stats.sampled_tokens += draws.deliver()
+        return marked
+
+    def _decode(self, rows: list[SlotRow], division: Division) -> None:
+        """Step all rows, in neighbouring slots, until a request is complete, or for a turn where others wait."""
+        first = self._slots.slot(rows[0])
+        steps = min(row.open.remaining for row in rows)
+        if len(self._open) > len(rows):
+            steps = min(steps, TURN)
+        work = [
+            StepPart(rows[part], first + part.start, self._slot_model, self._marks, self._eos_ids, steps)
+            for part in divided(len(rows), division.parts)
+        ]
+        pace = Pace(len(work), steps)
+        self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
+        try:
+            self._crew.run([partial(pace.run, partial(part.run, pace)) for part in work], division.threads)
+        finally:
+            for part in work:
+                self.stats.sampled_tokens += part.close()
+                self.stats.decode_row_steps += part.fed * len(part.rows)
+                self.stats.filling_row_steps += part.fed * part.spare
+            self.stats.decode_steps += max(part.fed for part in work)
+
+    def _count_held_tokens(self) -> None:
+        self.stats.peak_tokens = max(self.stats.peak_tokens, sum(row.total for row in self._rows.values()))

@@ -1,0 +1,232 @@
+"""The forward pass of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2), written out for decoding.
+
+What `e3rl.engine.torch.cache` does for any model, with a fraction of the operations: queries, keys and values in one
+product, one rotation, keys written where they stay, attention that reads grouped heads without repeating them. A decode
+step reads its input buffers and the cache and nothing else, so that a GPU can record it once and play it back
+(`e3rl.engine.torch.recorded`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+from e3rl.engine.torch.norms import Norm, head_norm, norm
+from e3rl.engine.torch.projections import Projection, fingerprint, project
+from e3rl.engine.torch.recorded import RecordedSteps, TensorStep, cuda_graph
+from e3rl.engine.torch.step_attention import step_attention
+from e3rl.engine.torch.step_parts import Division, division, wake_seconds
+from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
+from e3rl.models import sliding_window
+
+_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""From a layer's number, queries [R, heads, dim], keys and values [R, kv_heads, dim] to what is read, [R, heads * dim]."""
+
+
+def _of_the_family(model: Any) -> bool:
+    ours = type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
+    return ours and sliding_window(model) is None
+
+
+def fusable(model: Any) -> bool:
+    """Whether ``model`` computes what is written out here: the very class, plain linear layers, nothing hooked in."""
+    if not _of_the_family(model) or model.config._attn_implementation != "sdpa":
+        return False
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    at_home = (model.device, model.dtype)
+    plain = all(type(p) is nn.Parameter and (p.device, p.dtype) == at_home for p in model.parameters())
+    return plain and not hooked and all(type(linear) is nn.Linear for linear in _linear_layers(model))
+
+
+def _linear_layers(model: Any) -> list[nn.Module]:
+    found = [model.lm_head]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return found
+
+
+def decoding_copy_bytes(model: Any) -> int:
+    """Bytes of the linear layers' weights, which decoding on a CPU copies (`projections`); 0 for other models."""
+    layers = _linear_layers(model) if _of_the_family(model) else []
+    return sum(p.nbytes for layer in layers for p in layer.parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Norm
+    queries_keys_values: Projection
+    head_norm: Norm | None  # of queries and keys (Qwen3)
+    output: Projection
+    post_norm: Norm
+    gate_up: Projection
+    activation: nn.Module
+    down: Projection
+
+    @classmethod
+    def of(cls, layer: Any, heads: int, kv_heads: int, eps: float) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        by_head = None
+        if hasattr(attention, "q_norm"):
+            by_head = head_norm(attention.q_norm.weight, attention.k_norm.weight, heads, kv_heads, eps)
+        return cls(
+            norm(layer.input_layernorm.weight, eps),
+            project([attention.q_proj, attention.k_proj, attention.v_proj]),
+            by_head,
+            project([attention.o_proj]),
+            norm(layer.post_attention_layernorm.weight, eps),
+            project([mlp.gate_proj, mlp.up_proj]),
+            mlp.act_fn,
+            project([mlp.down_proj]),
+        )
+
+
+class FusedWeights:
+    """A model's weights as the written-out forward pass wants them. All engines of a model share them."""
+
+    _known: ClassVar[weakref.WeakKeyDictionary[nn.Module, FusedWeights]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: Any) -> None:
+        config, attention = model.config, model.model.layers[0].self_attn
+        self._model = weakref.ref(model)
+        self.device, self.dtype = model.device, model.dtype
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
+        linear = _linear_layers(model)
+        self.mean_entries = sum(p.numel() for layer in linear for p in layer.parameters()) // len(linear)
+        self.take(model)
+
+    @classmethod
+    def of(cls, model: Any) -> FusedWeights:
+        """The model's weights as they are now."""
+        if model not in cls._known:
+            cls._known[model] = cls(model)
+        cls._known[model].refresh()
+        return cls._known[model]
+
+    @torch.no_grad()
+    def take(self, model: Any) -> None:
+        """Take the weights again, changed or not."""
+        self.embedding_VD = model.model.embed_tokens.weight
+        self.layers = [_Layer.of(layer, self.heads, self.kv_heads, self.eps) for layer in model.model.layers]
+        self.norm = norm(model.model.norm.weight, self.eps)
+        self.head = project([model.lm_head])
+        self._fingerprint = fingerprint(model)
+
+    def refresh(self) -> None:
+        """Take the model's weights again where they have changed."""
+        if fingerprint(self.model) != self._fingerprint:
+            self.take(self.model)
+
+    @property
+    def model(self) -> Any:
+        """The model itself, which whoever made an engine for it holds."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    @torch.no_grad()
+    def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary embedding, [positions, dim]; the sine's sign is that of the half rotated in."""
+        cos_1TD, sin_1TD = self.model.model.rotary_emb(
+            self.embedding_VD, torch.arange(positions, device=self.device).unsqueeze(0)
+        )
+        half = self.dim // 2
+        return cos_1TD[0], torch.cat([-sin_1TD[0, :, :half], sin_1TD[0, :, half:]], -1)
+
+
+class FusedSlotModel:
+    """`e3rl.engine.torch.model.SlotModel` for a model of the Llama family."""
+
+    def __init__(self, weights: FusedWeights, slots: int, max_length: int) -> None:
+        self._weights = weights
+        self.device = weights.device
+        self.storage = SlotStorage(slots, bucketed(max_length))
+        self._cos_TD, self._sin_TD = weights.rotations(self.storage.capacity)
+        self.storage.add_layers(len(weights.layers), weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
+        self._columns = torch.arange(self.storage.capacity, device=self.device)
+        self._attention = step_attention(self.device)
+        self._run: TensorStep = self.step
+        if self.device.type == "cuda":
+            slots = self.storage.scratch + 1
+            self._run = RecordedSteps(self.step, cuda_graph, slots, self.storage.capacity, self.device)
+
+    def refresh(self) -> None:
+        """Take the model's weights again where they have changed."""
+        self._weights.refresh()
+
+    def take_weights(self) -> None:
+        """Take the model's weights again."""
+        self._weights.take(self._weights.model)
+
+    def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
+        """Run a prompt into a slot; logits of the token after it, [V]."""
+        length = len(ids)
+
+        def attend(layer: int, q_TKD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+            q_KTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q_TKD, k_TKD, v_TKD))
+            self.storage.keys[layer][slot, :, :length] = k_KTD
+            self.storage.values[layer][slot, :, :length] = v_KTD
+            seen_1KTD = scaled_dot_product_attention(
+                q_KTD[None], k_KTD[None], v_KTD[None], is_causal=True, scale=self._weights.scale, enable_gqa=True
+            )
+            return seen_1KTD[0].transpose(0, 1).flatten(1)
+
+        hidden_TD = self._forward(torch.tensor(ids, device=self.device), self._columns[:length], attend)
+        return self._weights.head(hidden_TD[-1:])[0]
+
+    def division(self, rows: int) -> Division:
+        """How a decode step is divided among threads; a GPU has one queue, and there is nothing to divide."""
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu":
+            return Division(1, threads)
+        return division(rows, self._weights.mean_entries, threads, wake_seconds(threads))
+
+    def decode(self, rows: StepRows) -> Tensor:
+        """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
+        return self._run(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1), rows.first)
+
+    def step(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int, first: int = 0) -> Tensor:
+        """`decode` of tensors alone: the same operations whatever they hold.
+
+        Row i reads slot ``first`` + i and writes ``slots_R[i]``.
+        """
+        storage, read = self.storage, slice(first, first + len(ids_R))
+        unseen_RW = self._columns[:width] > positions_R.unsqueeze(1)
+        mask_RW = torch.zeros_like(unseen_RW, dtype=self._cos_TD.dtype).masked_fill_(unseen_RW, -torch.inf)
+        attention = self._attention(mask_RW, self._weights.heads, self._weights.kv_heads, self._weights.scale)
+
+        def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
+            keys, values = storage.keys[layer], storage.values[layer]
+            keys[slots_R, :, positions_R] = k_RKD
+            values[slots_R, :, positions_R] = v_RKD
+            return attention(q_RHD, keys[read, :, :width], values[read, :, :width])
+
+        return self._weights.head(self._forward(ids_R, positions_R, attend))
+
+    def _forward(self, ids_R: Tensor, positions_R: Tensor, attend: Attend) -> Tensor:
+        """The last hidden states of R tokens, normalised."""
+        weights = self._weights
+        cos_R1D, sin_R1D = (table[positions_R].unsqueeze(1) for table in (self._cos_TD, self._sin_TD))
+        x_RD = embedding(ids_R, weights.embedding_VD)
+        joint, apart = (weights.heads + weights.kv_heads, weights.kv_heads), (weights.heads, weights.kv_heads)
+        for number, layer in enumerate(weights.layers):
+            qkv_RD = layer.queries_keys_values(layer.input_norm(x_RD))
+            qk_RKD, v_RKD = qkv_RD.view(len(qkv_RD), -1, weights.dim).split_with_sizes(joint, 1)
+            if layer.head_norm is not None:
+                qk_RKD = layer.head_norm(qk_RKD)
+            qk_RKD = torch.addcmul(qk_RKD * cos_R1D, qk_RKD.roll(weights.dim // 2, -1), sin_R1D)
+            q_RHD, k_RKD = qk_RKD.split_with_sizes(apart, 1)
+            x_RD = x_RD + layer.output(attend(number, q_RHD, k_RKD, v_RKD))
+            gate_RD, up_RD = layer.gate_up(layer.post_norm(x_RD)).chunk(2, -1)
+            x_RD = x_RD + layer.down(layer.activation(gate_RD) * up_RD)
+        return weights.norm(x_RD)

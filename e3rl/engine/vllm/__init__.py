@@ -1,0 +1,1 @@
+"""vLLM as an engine, with our sampler in its workers."""

@@ -1,0 +1,183 @@
+"""A running vLLM: started on a model, fed with requests, given new weights. Knows nothing of rows and segments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from e3rl.engine.requests import Request
+from e3rl.engine.sampling import Measures
+from e3rl.engine.weights import write_model
+from e3rl.errors import UserError
+
+_CPU_BLOCK = (
+    32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished request. ``cached_tokens``: of its prompt, those that the prefix cache held."""
+
+    ids: tuple[int, ...]
+    measures: list[Measures]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class VllmCore:
+    """vLLM in processes of its own, over a copy of the model's weights.
+
+    Memory for keys and values is what ``cache_rows`` full rows take, so that nothing that may still be needed is evicted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_rows: int,
+        cache_rows: int,
+        max_length: int,
+        tensor_parallel_size: int = 1,
+    ) -> None:
+        self._model, self._eos_ids = model, list(eos_ids)
+        self._directory = Path(tempfile.mkdtemp(prefix="e3rl-vllm-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        write_model(model, self._directory)
+        self._llm = _start(
+            self._directory,
+            dtype=str(model.dtype).removeprefix("torch."),
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_length,
+            max_num_seqs=max_rows,
+            kv_cache_memory_bytes=_cache_bytes(model, cache_rows * max_length) // tensor_parallel_size,
+        )
+        self.block_size: int = self._llm.vllm_config.cache_config.block_size
+        self._weights = 0  # how often they were changed: the salt of the prefix cache
+        self._keys = (f"{n}" for n in count())
+        self._open: set[str] = set()
+        self._finished: dict[str, Generated] = {}
+
+    def submit(self, ids: Sequence[int], request: Request) -> str:
+        """Start generating after ``ids``; returns the key under which `take` will have the result."""
+        from vllm import SamplingParams
+
+        from e3rl.engine.vllm.tap import tap_arguments
+
+        key = next(self._keys)
+        params = SamplingParams(
+            temperature=0.0,  # the tap draws; vLLM takes what it made the likeliest
+            max_tokens=request.tokens,
+            ignore_eos=True,
+            stop_token_ids=self._eos_ids,
+            detokenize=False,
+            extra_args=tap_arguments(key, request.uniforms, request.sampling),
+        )
+        prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
+        self._llm.add_request(key, prompt, params)
+        self._open.add(key)
+        return key
+
+    def abandon(self, key: str) -> None:
+        """Stop a request whose result nobody wants."""
+        self._open.discard(key)
+        self._finished.pop(key, None)
+        self._llm.abort_request([key])
+
+    def take(self, keys: Iterable[str]) -> dict[str, Generated]:
+        """Generate until one of ``keys`` is finished; all of them that are."""
+        wanted = set(keys)
+        while wanted and not wanted & self._finished.keys():
+            self._step()
+        return {key: self._finished.pop(key) for key in wanted & self._finished.keys()}
+
+    def _step(self) -> None:
+        outputs = [o for o in self._llm.step() if o.finished and o.request_id in self._open]
+        if not outputs:
+            return
+        self._open -= {o.request_id for o in outputs}
+        measures = self._measures([o.request_id for o in outputs])
+        for output in outputs:
+            [completion] = output.outputs
+            self._finished[output.request_id] = Generated(
+                tuple(completion.token_ids),
+                measures[output.request_id],
+                len(output.prompt_token_ids),
+                output.num_cached_tokens or 0,
+            )
+
+    def _measures(self, finished: list[str]) -> dict[str, list[Measures]]:
+        """What the tap measured. With tensor parallelism every worker has measured the same."""
+        found = self._llm.collective_rpc("take_measures", args=(finished, sorted(self._open)))[0]
+        return {
+            key: [Measures(p, h, e, mass, int(rank)) for p, h, e, mass, rank in found.get(key, [])] for key in finished
+        }
+
+    def reload(self) -> None:
+        """Take over the model's weights as they are now; nothing that was cached before is used again."""
+        if self._open:
+            raise ValueError(f"{len(self._open)} requests are open: they belong to the old weights")
+        write_model(self._model, self._directory)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._directory)})
+        self._weights += 1
+        self._llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Stop the processes and remove the copy of the weights."""
+        core = self._llm.engine_core
+        core.shutdown()
+        self._remove()
+
+
+def _cache_bytes(model: Any, tokens: int) -> int:
+    """Memory of the keys and values of so many tokens, with one part in eight for blocks that are not full."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needed = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * tokens
+    return needed + needed // 8 + 2**24
+
+
+def _start(directory: Path, **arguments: Any) -> Any:
+    """A `vllm.LLMEngine` with our tap in it."""
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    try:
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine = 'vllm' needs vLLM, and it can't be imported ({error}): pip install 'e3rl[vllm]' on a machine "
+            "with an NVIDIA GPU; on a CPU see docs/how-to/scale.md. Without it: rollout.engine = 'torch'"
+        ) from None
+    cpu = current_platform.is_cpu()
+    engine_arguments = EngineArgs(
+        model=str(directory),
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        enable_prefix_caching=True,
+        logits_processors=["e3rl.engine.vllm.tap:DrawTap"],
+        worker_extension_cls="e3rl.engine.vllm.tap.MeasuringWorker",
+        async_scheduling=False,  # the tap must know a row's last token before it draws the next
+        enforce_eager=cpu,
+        disable_log_stats=True,
+        block_size=_CPU_BLOCK if cpu else None,
+        **arguments,
+    )
+    config = engine_arguments.create_engine_config()
+    if config.use_v2_model_runner:
+        raise UserError(
+            "vLLM would use its second model runner, which has no place for the sampler that erasing needs: unset "
+            "VLLM_USE_V2_MODEL_RUNNER or set it to 0"
+        )
+    try:
+        return LLMEngine.from_vllm_config(config)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"vLLM did not start: {error} (its own messages above say more)") from error

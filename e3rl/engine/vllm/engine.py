@@ -1,0 +1,171 @@
+"""Rollouts by vLLM: rows are lists of ids, and a request submits a row's ids again.
+
+Erasing costs no call: the retry's ids share their prefix with what was generated before, and vLLM's prefix cache holds
+every full block of it. What runs through the model again is the rest of the last block, at most one block of tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from e3rl.config import RolloutConfig
+from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
+from e3rl.engine.vllm.core import Generated, VllmCore
+from e3rl.engine.weights import copy_weights
+from e3rl.errors import SickLogits
+from e3rl.types import Candidate, Draw
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class VllmStats:
+    """What the engine has asked of vLLM. ``prompt`` tokens are those submitted, with all that came before."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those, found in the prefix cache
+    sampled_tokens: int = 0
+    continued_requests: int = 0  # of rows that had generated before, so that their prefix was in the cache once
+    refed_tokens: int = 0  # of continued requests, run through the model again
+    most_refed: int = 0  # by one request
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the submitted tokens that the prefix cache held."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _VllmRow(RowState):
+    key: str | None = None  # of the open request
+    continued: bool = False  # it has generated before
+
+
+class VllmEngine:
+    """Implements `e3rl.engine.protocol.Engine`. ``core`` may be shared by several engines over the same model."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_rows: int,
+        cache_rows: int,
+        max_length: int,
+        tensor_parallel_size: int = 1,
+        core: VllmCore | None = None,
+    ) -> None:
+        self.stats = VllmStats()
+        self.policy_version = 0
+        self._model, self._eos_ids = model, frozenset(eos_ids)
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._cache_rows, self._max_length = cache_rows, max_length
+        self._core = core or VllmCore(
+            model,
+            eos_ids=eos_ids,
+            max_rows=max_rows,
+            cache_rows=cache_rows,
+            max_length=max_length,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        self._rows: dict[Row, _VllmRow] = {}
+        self._handles = count()
+
+    @staticmethod
+    def own_settings(rollout: RolloutConfig) -> dict[str, Any]:
+        """The settings that this engine has beside those of every engine."""
+        return {"tensor_parallel_size": rollout.vllm_tensor_parallel_size}
+
+    def free_rows(self) -> int:
+        """How many more rows `prefill` could create now."""
+        return self._cache_rows - len(self._rows)
+
+    def prefill(self, prompt_ids: Sequence[int], siblings: int) -> list[Row]:
+        """Make the rows; the prompt runs with the first request, and its blocks serve all siblings."""
+        check_prompt(prompt_ids, self._vocabulary, self._max_length)
+        check_siblings(siblings, self._cache_rows, self.free_rows())
+        handles = [Row(next(self._handles)) for _ in range(siblings)]
+        self._rows.update((handle, _VllmRow(len(prompt_ids), list(prompt_ids))) for handle in handles)
+        return handles
+
+    def length(self, row: Row) -> int:
+        """Generated tokens that the row holds, without those of an open request."""
+        return find_row(self._rows, row).length
+
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
+        """Submit the row's ids, with the random numbers of ``draw``."""
+        state = find_row(self._rows, row)
+        state.open_request(tokens, draw, sampling, self._max_length)
+        state.key = self._core.submit(state.ids, state.open)
+
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Continue the row by tokens that were generated before; they run with the row's next request."""
+        find_row(self._rows, row).append(ids, self._vocabulary, self._max_length)
+
+    def poll(self) -> list[tuple[Row, Candidate]]:
+        """Let vLLM generate until at least one request is complete; return all that are."""
+        asked = {state.key: handle for handle, state in self._rows.items() if state.key is not None}
+        generated = self._core.take(asked)
+        return [
+            (asked[key], self._deliver(self._rows[asked[key]], generated[key])) for key in asked if key in generated
+        ]
+
+    def _deliver(self, row: _VllmRow, generated: Generated) -> Candidate:
+        request = row.open
+        if any(not math.isfinite(measures.entropy) for measures in generated.measures):
+            raise SickLogits(request.draw)
+        request.ids, request.measures = list(generated.ids), generated.measures
+        self._count(row, generated)
+        row.key, row.continued = None, True
+        return row.close_request(self._eos_ids)
+
+    def _count(self, row: _VllmRow, generated: Generated) -> None:
+        stats, again = self.stats, generated.prompt_tokens - generated.cached_tokens
+        stats.requests += 1
+        stats.prompt_tokens += generated.prompt_tokens
+        stats.cached_tokens += generated.cached_tokens
+        stats.sampled_tokens += len(generated.ids)
+        if row.continued:
+            stats.continued_requests += 1
+            stats.refed_tokens += again
+            stats.most_refed = max(stats.most_refed, again)
+
+    def rollback(self, row: Row, length: int) -> None:
+        """Drop generated tokens beyond ``length``: vLLM is told nothing."""
+        find_row(self._rows, row).truncate(length)
+
+    def release(self, row: Row) -> None:
+        """Forget the row; an open request is stopped."""
+        state = find_row(self._rows, row)
+        del self._rows[row]
+        if state.key is not None:
+            self._core.abandon(state.key)
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Bring new weights into the model and from there into vLLM."""
+        if self._rows:
+            raise ValueError(
+                f"{len(self._rows)} rows are held: their keys belong to the old weights; release them first"
+            )
+        copy_weights(self._model, weights)
+        self._core.reload()
+        _log.info(
+            "policy %d goes to vLLM; until here %.1f %% of %d submitted tokens were in the prefix cache",
+            version,
+            100 * self.stats.hit_rate,
+            self.stats.prompt_tokens,
+        )
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Stop vLLM."""
+        self._core.close()

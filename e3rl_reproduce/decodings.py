@@ -1,0 +1,90 @@
+"""The measure of `e3rl reproduce when`: one model decoded plainly over temperatures and with erasure, tuned and reported apart.
+
+Every decoding is examined on problems of the training half, which choose, and on held-out problems, which are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from e3rl.config import Config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.diagnose.decoding import SETTINGS
+from e3rl.engine.build import build_engine
+from e3rl.evaluate.evaluation import evaluate, spread
+from e3rl.models import Policy
+from e3rl.rewards.scorer import Scorer
+from e3rl.types import Prompt
+from e3rl_reproduce.exam import SEED
+
+NAME = "e3rl_reproduce.decodings:decodings"
+Kind = Literal["plain", "erasable"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to decode: a temperature and, where it erases, a setting of `e3rl.diagnose.decoding.SETTINGS`."""
+
+    temperature: float
+    setting: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        return "erasable" if self.setting else "plain"
+
+    @property
+    def name(self) -> str:
+        title = SETTINGS[self.setting].title if self.setting else "plain"
+        return f"{title}, T = {self.temperature:g}"
+
+
+def decodings(
+    policy: Policy, config: Config, *, tuning: int, problems: int, samples: int, ways: Sequence[tuple[float, str]]
+) -> dict[str, Any]:
+    """By way, a `Way`'s fields each: its kind, and of each half the right answers by problem and the tokens that one cost."""
+    limit = config.rollout.completion_limit
+    prompts = {
+        "train": _prompts(policy, config, "train", tuning),
+        "eval": _prompts(policy, config, "eval", problems),
+    }
+    engine = build_engine(
+        config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for half in prompts.values() for p in half)
+    )
+    found: dict[str, Any] = {}
+    with Scorer(config.rewards, max_completion_length=limit) as scorer:
+        for way in (Way(*fields) for fields in ways):
+            chosen = SETTINGS[way.setting].applied(config) if way.setting else config
+            sampling = replace(config.eval, num_samples=samples, temperature=way.temperature)
+            run = replace(config.run, seed=SEED)
+            settings = replace(chosen, eval=sampling, run=run)
+            halves = {
+                half: _examined(engine, asked, scorer, policy.tokenizer, settings, way)
+                for half, asked in prompts.items()
+            }
+            found[way.name] = {"kind": way.kind, **halves}
+    return found
+
+
+def _prompts(policy: Policy, config: Config, half: Literal["train", "eval"], count: int) -> list[Prompt]:
+    chosen = spread(load_problems(config.data.train, config=config.data, split=half), count)
+    return render_prompts(
+        chosen,
+        policy.tokenizer,
+        config.data,
+        context_limit=policy.context_length,
+        completion_limit=config.rollout.completion_limit,
+    )
+
+
+def _examined(
+    engine: Any, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, way: Way
+) -> Mapping[str, Any]:
+    done = evaluate(engine, prompts, scorer, tokenizer, config, erase=way.kind == "erasable")
+    return {
+        "right": done.correct_PK.sum(axis=1).tolist(),
+        "samples": int(done.correct_PK.shape[1]),
+        "tokens": done.record()["tokens"] / done.correct_PK.size,
+    }

@@ -1,0 +1,160 @@
+"""The measure behind ERPO's figure 1: where is a model uncertain, and what does a change there do to its answers?
+
+A right response is cut at a token, that token is replaced, and the model goes on from there. The tokens are the 5 % that
+the model was most uncertain at, the 5 % that it was least uncertain at, and as many at random. Three kinds of replacement:
+'uniform', any other token of the vocabulary; 'model', the model's own draw among all others: what else it could have
+said; and 'none', the token itself, so that only what follows is drawn anew: the control.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from e3rl.config import Config
+from e3rl.data.loading import load_problems
+from e3rl.data.prompts import render_prompts
+from e3rl.engine.build import build_engine
+from e3rl.errors import UserError
+from e3rl.evaluate.evaluation import spread
+from e3rl.evaluate.metrics import paired_difference
+from e3rl.models import Policy
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.scheduler import Scheduler
+from e3rl.types import Prompt, Trajectory
+from e3rl_reproduce.exam import SEED
+
+NAME = "e3rl_reproduce.perturb:perturb"
+WHERE = ("most uncertain", "least uncertain", "random")
+KINDS = ("none", "uniform", "model")
+_BINS = 40
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A right response, cut before ``position``, with another token there."""
+
+    source: int
+    where: str
+    kind: str
+    prompt: Prompt
+    prefix: tuple[int, ...]
+
+
+def positions(entropies_T: Sequence[float], share: float, rng: Random) -> dict[str, list[int]]:
+    """The tokens to change, by where they are; at least one of each, the last token of the response not among them."""
+    inner = range(len(entropies_T) - 1)  # the last ends the response: replacing it changes no reasoning
+    count = max(1, math.ceil(share * len(inner)))
+    ordered = sorted(inner, key=lambda t: entropies_T[t])
+    return dict(zip(WHERE, (ordered[-count:], ordered[:count], rng.sample(inner, min(count, len(inner)))), strict=True))
+
+
+@torch.no_grad()
+def _other_tokens(policy: Policy, trajectory: Trajectory, banned: Sequence[int]) -> Tensor:
+    """At each response position, the model's probabilities of all tokens but the one it drew and those that are banned."""
+    ids = [*trajectory.prompt.ids, *trajectory.ids]
+    logits_TV = policy.model(torch.tensor([ids], device=policy.device)).logits[0, len(trajectory.prompt.ids) - 1 : -1]
+    logits_TV[:, list(banned)] = -torch.inf
+    logits_TV.scatter_(1, torch.tensor(trajectory.ids, device=policy.device)[:, None], -torch.inf)
+    return torch.softmax(logits_TV.double(), -1).cpu()
+
+
+def _changes(policy: Policy, right: Sequence[Trajectory], share: float, rng: Random) -> list[_Change]:
+    special = sorted({*policy.tokenizer.all_special_ids, *policy.eos_ids})
+    ordinary = [i for i in range(len(policy.tokenizer)) if i not in special]
+    changes = []
+    for source, trajectory in enumerate(right):
+        others_TV = _other_tokens(policy, trajectory, special)
+        for where, places in positions(trajectory.entropies, share, rng).items():
+            for place in places:
+                drawn = rng.choices(range(others_TV.shape[1]), others_TV[place].tolist())[0]
+                anything = rng.choice([i for i in ordinary if i != trajectory.ids[place]])
+                for kind, token in zip(KINDS, (trajectory.ids[place], anything, drawn), strict=True):
+                    problem = trajectory.prompt.problem
+                    name = f"{problem.id}/{source}/{where}/{kind}/{place}"
+                    prefix = (*trajectory.ids[:place], token)
+                    prompt = Prompt(replace(problem, id=name), (*trajectory.prompt.ids, *prefix))
+                    changes.append(_Change(source, where, kind, prompt, prefix))
+    return changes
+
+
+def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    entropies = [h for t in trajectories for h in t.entropies]
+    top = max(entropies)
+    counts = torch.histc(torch.tensor(entropies, dtype=torch.float64), _BINS, 0.0, top).int().tolist()
+    certain = sum(h < 0.01 for h in entropies) / len(entropies)
+    return {"edges": [top * i / _BINS for i in range(_BINS + 1)], "counts": counts, "below_0.01": certain}
+
+
+def perturb(
+    policy: Policy, config: Config, *, benchmarks: Mapping[str, str], problems: int, samples: int, share: float = 0.05
+) -> dict[str, Any]:
+    """Entropies of plain responses, and the accuracy of right responses after a change, by place and kind."""
+    rollout = replace(config.rollout, erase=False, num_generations=samples)
+    limits = {"context_limit": policy.context_length, "completion_limit": rollout.completion_limit}
+    loaded = [
+        p
+        for source in benchmarks.values()
+        for p in spread(load_problems(source, config=config.data, split="eval"), problems)
+    ]
+    prompts = render_prompts(loaded, policy.tokenizer, config.data, **limits)
+    engine = build_engine(
+        rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts) + rollout.completion_limit
+    )
+    with Scorer(config.rewards, max_completion_length=rollout.completion_limit) as scorer:
+
+        def right(trajectories: Sequence[Trajectory], before: Sequence[tuple[int, ...]]) -> list[bool]:
+            ids = [[*head, *t.ids] for head, t in zip(before, trajectories, strict=True)]
+            texts = [policy.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+            values = [next(iter(r.parts.values()), None) for r in scorer.score(trajectories, texts)]
+            return [value is not None and value >= 1 for value in values]
+
+        plain = Scheduler(engine, rollout, config.erasure, seed=config.run.seed + SEED)
+        found = [t for group in plain.run(prompts, step=0, policy_version=0) for t in group.trajectories]
+        found.sort(key=lambda t: (t.prompt.problem.id, t.sibling))
+        solved = [t for t, good in zip(found, right(found, [()] * len(found)), strict=True) if good and len(t.ids) > 1]
+        changes = _changes(policy, solved, share, Random(config.run.seed))
+        single = Scheduler(engine, replace(rollout, num_generations=1), config.erasure, seed=config.run.seed + SEED)
+        after = {
+            group.prompt.problem.id: group.trajectories[0]
+            for group in single.run([change.prompt for change in changes], step=1, policy_version=0)
+        }
+        good = right([after[c.prompt.problem.id] for c in changes], [c.prefix for c in changes])
+    return {
+        "problems": len(prompts),
+        "responses": len(found),
+        "right": len(solved),
+        "histogram": _histogram(found),
+        "perturbed": {kind: _compare(changes, good, solved, kind) for kind in KINDS},
+    }
+
+
+def _compare(
+    changes: Sequence[_Change], good: Sequence[bool], solved: Sequence[Trajectory], kind: str
+) -> dict[str, Any]:
+    """Accuracy by place, and the test of most against least uncertain, paired by problem."""
+    by_problem: dict[str, dict[str, list[bool]]] = {}
+    for change, fine in zip(changes, good, strict=True):
+        if change.kind == kind:
+            problem = solved[change.source].prompt.problem.id
+            by_problem.setdefault(problem, {}).setdefault(change.where, []).append(fine)
+    means = {p: {where: sum(v) / len(v) for where, v in places.items()} for p, places in by_problem.items()}
+    if not means:
+        raise UserError("the model answered nothing right: there is nothing to perturb")
+    accuracy_P = {where: np.array([m[where] for m in means.values()]) for where in WHERE}
+    accuracy = {where: float(values.mean()) for where, values in accuracy_P.items()}
+    gap = paired_difference(accuracy_P["most uncertain"], accuracy_P["least uncertain"])
+    return {
+        "accuracy": accuracy,
+        "problems": len(means),
+        "p_value": gap.p,
+        "gap": gap.mean,
+        "gap_ci95": list(gap.interval),
+    }

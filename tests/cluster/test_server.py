@@ -1,0 +1,199 @@
+"""Rollout servers: the groups of one process over HTTP, one of them killed; and what is said when a server is not right."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e3rl.cli.main import main
+from e3rl.cluster.client import ServerConnection, server_place
+from e3rl.cluster.pool import Place, WorkerLost, WorkerPool
+from e3rl.cluster.server import make_server
+from e3rl.config import load_config, to_toml
+from e3rl.errors import UserError
+from tests.cluster.places import LONGEST_PROMPT, SETTINGS, World, ids
+from tests.train.random_lab import lab_config
+
+TOKEN = "a-token-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World.of(lab_config(tmp_path_factory.mktemp("run"), *SETTINGS))
+    yield world
+    for worker in world.workers:
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def address(world: World) -> Iterator[str]:
+    server = make_server(world.worker(), "127.0.0.1", 0, lambda host, token: token == TOKEN, 2**26)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def connect(address: str, token: str | None = TOKEN, timeout: float = 10) -> ServerConnection:
+    return server_place(address, token, timeout).connect()  # type: ignore[return-value]
+
+
+def test_a_server_gives_the_groups_of_one_process(world: World, address: str):
+    assert ids(world.run(world.pool(server_place(address, TOKEN, 20)))) == ids(world.local())
+
+
+def test_an_answer_is_not_held_back_by_the_socket(address: str):
+    """Headers and body are two writes; with Nagle's algorithm each call on a connection that is kept takes 40 ms and more."""
+    connection, seconds = connect(address), []
+    for _ in range(20):
+        began = time.perf_counter()
+        connection.hello()
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds[10:]) < 0.02
+
+
+@pytest.fixture
+def started(world: World, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(world.config))
+    longest = str(LONGEST_PROMPT)
+    command = [sys.executable, "-m", "e3rl", "rollout-server", str(recipe), "--port", "0", "--longest-prompt", longest]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    yield server.stdout.readline().split()[0], server
+    server.kill()
+    server.wait()
+
+
+def test_a_server_killed_in_the_middle_of_a_segment_changes_no_group(
+    world: World, address: str, started: tuple[str, subprocess.Popen]
+):
+    doomed, process = started
+    connection, asked = ServerConnection("127.0.0.1", int(doomed.rpartition(":")[2]), None, 20), threading.Event()
+
+    class Killing:
+        hello, load_weights, close = connection.hello, connection.load_weights, connection.close
+
+        def exchange(self, body: bytes) -> bytes:
+            asked.set()
+            threading.Timer(0.02, process.kill).start()
+            return connection.exchange(body)
+
+    class Patient(ServerConnection):  # leaves the other some groups, however slowly it starts
+        def exchange(self, body: bytes) -> bytes:
+            asked.wait(60)
+            return super().exchange(body)
+
+    notes: list[str] = []
+    port = int(address.rpartition(":")[2])
+    good = Place("good", lambda: Patient("127.0.0.1", port, TOKEN, 20))
+    pool = WorkerPool([good, Place("doomed", Killing)], world.terms(timeout=90.0), notes.append)
+    pool.load_weights(0, world.weights)
+    assert ids(world.run(pool)) == ids(world.local())
+    assert process.wait(10) == -signal.SIGKILL
+    assert "doomed is lost" in notes[0]
+
+
+def test_a_server_asks_for_its_token(address: str):
+    with pytest.raises(UserError, match="refused /hello: not admitted"):
+        connect(address, token=None).hello()
+    with pytest.raises(UserError, match="refused /exchange"):
+        connect(address, token="something-else-entirely").exchange(b"{}")
+
+
+def test_a_server_refuses_what_it_can_not_use(world: World, address: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="refused /exchange: Ask is"):
+        connect(address).exchange(b"{}")
+    http = HTTPConnection(address.removeprefix("http://"), timeout=10)
+    http.putrequest("POST", "/exchange")
+    http.putheader("Authorization", f"Bearer {TOKEN}")
+    http.putheader("Content-Length", str(2**40))
+    http.endheaders()
+    assert http.getresponse().status == 413
+    http.close()
+    monkeypatch.setattr("e3rl.cluster.client.digest", lambda _: "of other weights")
+    with pytest.raises(UserError, match="arrived damaged"):
+        connect(address).load_weights(1, world.weights)
+
+
+def test_nobody_there_is_said_and_tried_again_before_the_end(world: World):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(UserError, match=r"no rollout worker is left .*can't be reached.*refused"):
+        world.run(world.pool(server_place(f"http://127.0.0.1:{port}", None, 2)))
+
+
+class _Slow(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        time.sleep(1.0)
+
+
+class _Page(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>It works!</html>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(params=[_Slow, _Page], ids=["slow", "another program"])
+def stranger(request: pytest.FixtureRequest) -> Iterator[tuple[type, str]]:
+    server = HTTPServer(("127.0.0.1", 0), request.param)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield request.param, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_slow_server_and_another_program_end_in_a_message(world: World, stranger: tuple[type, str]):
+    kind, address = stranger
+    message = "did not answer within 0.2 s" if kind is _Slow else "no rollout worker of e3rl: no JSON"
+    with pytest.raises(UserError, match=message):
+        world.run(world.pool(server_place(address, None, 0.2)))
+
+
+def test_a_server_with_a_fault_inside_is_lost(address: str, world: World, monkeypatch: pytest.MonkeyPatch):
+    def broken(_: bytes) -> bytes:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(world.workers[0], "exchange", broken)
+    with pytest.raises(WorkerLost, match="answered 500 to /exchange: RuntimeError: out of memory"):
+        connect(address).exchange(b"{}")
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:80", "https://host:1", "http://host", "http://host:port", "http://h:1/path"]
+)
+def test_what_is_no_address_is_refused(address: str):
+    with pytest.raises(UserError, match=r"rollout\.servers: .* is no address"):
+        server_place(address, None, 1)
+
+
+def test_a_port_that_is_taken_is_a_sentence(world: World):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"can't listen on 127.0.0.1:{port}: .*0 takes any free one"):
+            make_server(world.worker(), "127.0.0.1", port, lambda *_: True, 1)
+
+
+def test_a_server_for_other_machines_needs_a_token(capsys: pytest.CaptureFixture[str]):
+    assert main(["rollout-server", "demo", "--host", "0.0.0.0"]) == 2
+    assert "set a token" in capsys.readouterr().err
+
+
+def test_servers_and_workers_together_are_refused():
+    with pytest.raises(UserError, match="both set"):
+        load_config(None, (), ["rollout.workers=2", 'rollout.servers=["http://a:1"]'])
