@@ -50,14 +50,3 @@ def test_every_page_can_be_reached_from_the_site_s_navigation():
     there = {str(p.relative_to(ROOT / "docs")) for p in PAGES if p.is_relative_to(ROOT / "docs")}
     assert named <= there
     assert {page for page in there - named if not page.startswith("results/")} == set()
-
-
-def test_the_data_s_way_is_told_in_one_way():
-    """README and CONTRIBUTING have the same table."""
-
-    tables = [
-        re.search(r"^\| stage .*\n(?:\|.*\n)+", (ROOT / name).read_text(encoding="utf-8"), re.M)
-        for name in ("README.md", "CONTRIBUTING.md")
-    ]
-    assert all(tables)
-    assert tables[0][0] == tables[1][0]
