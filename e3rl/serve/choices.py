@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from e3rl.rollout.group import Committed, Erased
 from e3rl.serve.text import TextStream
-from e3rl.types import Erasure
+from e3rl.types import Erasure, Judgement
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Choice:
         attempts = sum(e.index == event.segment.index for e in self.erasures)
         facts: dict[str, Any] = {"segment": event.segment.index, "tokens": len(candidate.ids), "erasures": attempts}
         if judgement is not None:
-            facts |= {"uncertainty": judgement.uncertainty.total, "threshold": judgement.threshold.total}
+            facts |= _judged(judgement)
         return Piece(text, facts)
 
     def summary(self, tokenizer: Any, *, erased_texts: bool) -> dict[str, Any]:
@@ -79,13 +80,14 @@ class Choice:
 
 
 def _erasure(erasure: Erasure, tokenizer: Any) -> dict[str, Any]:
-    judgement = erasure.judgement
-    return {
-        "segment": erasure.index,
-        "text": tokenizer.decode(list(erasure.candidate.ids)),
-        "uncertainty": judgement.uncertainty.total,
-        "threshold": judgement.threshold.total,
-    }
+    text = tokenizer.decode(list(erasure.candidate.ids))
+    return {"segment": erasure.index, "text": text, **_judged(erasure.judgement)}
+
+
+def _judged(judgement: Judgement) -> dict[str, float | None]:
+    """U and threshold. JSON has no infinity: a threshold that nothing exceeds is null."""
+    found = {"uncertainty": judgement.uncertainty.total, "threshold": judgement.threshold.total}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:

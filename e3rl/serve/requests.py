@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ MAX_SAMPLES = 128
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MIN_TEMPERATURE = 1e-6
+"""Smallest temperature but 0: logits divided by less may overflow."""
 
 _COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "seed", "stop", "e3rl"}
 _CHAT = _COMMON | {"messages", "max_completion_tokens"}
@@ -93,7 +94,7 @@ def _request(fields: Mapping[str, Any], prompts: tuple[Any, ...], max_tokens: in
         prompts=prompts,
         n=_integer(fields, "n", 1, MAX_SAMPLES) or 1,
         max_tokens=max_tokens,
-        temperature=_number(fields, "temperature", 0, 2),
+        temperature=_temperature(fields),
         top_p=_number(fields, "top_p", 0, 1),
         seed=_integer(fields, "seed", -(2**63), 2**63 - 1),
         stop=_stops(fields.get("stop", [])),
@@ -202,7 +203,13 @@ def _number(fields: Mapping[str, Any], name: str, low: float, high: float) -> fl
     value = fields.get(name)
     if value is None:
         return None
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is not
         raise invalid(name, f"must be a number from {low} to {high}")
     return float(value)
+
+
+def _temperature(fields: Mapping[str, Any]) -> float | None:
+    value = _number(fields, "temperature", 0, 2)
+    if value is not None and 0 < value < MIN_TEMPERATURE:
+        raise invalid("temperature", f"must be 0, or a number from {MIN_TEMPERATURE:g} to 2")
+    return value

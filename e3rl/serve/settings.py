@@ -16,7 +16,7 @@ from e3rl.rollout.judge import needs_reference
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.sections import build_section
 from e3rl.serve.errors import ApiError, invalid
-from e3rl.serve.requests import DecodingRequest
+from e3rl.serve.requests import MIN_TEMPERATURE, DecodingRequest
 
 MAX_ERASURES = 20
 """Largest erasure budget that a client may ask for: it multiplies the work of a request."""
@@ -29,6 +29,11 @@ _ERASURE = tuple(
     if kind in (int, float) or typing.get_origin(kind) is Literal
 )
 """Numbers and choices. A free string may name code to import, which is not a client's to choose."""
+
+_METADATA = {f.name: f.metadata for kind in (RolloutConfig, ErasureConfig) for f in dataclasses.fields(kind)}
+_SMALLEST, _LARGEST = MIN_TEMPERATURE, 1e6
+_LIMITS = {"eta": 10.0, "delta": 10.0}
+"""Largest values of exponents. Any other number may be up to `_LARGEST`: float32 arithmetic stays finite with it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ def _extended(extension: Mapping[str, Any], config: Config) -> tuple[RolloutConf
     known = {*_ROLLOUT, *_OWN, *_ERASURE}
     for name in extension.keys() - known:
         raise ApiError(400, str(unknown("field of e3rl", name, known)), param=f"e3rl.{name}")
+    for name, value in extension.items():
+        _check_range(name, value)
     mine = {k: v for k, v in extension.items() if k in _ROLLOUT}
     theirs = {k: v for k, v in extension.items() if k in _ERASURE}
     rollout = build_section(RolloutConfig, {**dataclasses.asdict(config.rollout), **mine}, "e3rl")
@@ -74,6 +81,20 @@ def _extended(extension: Mapping[str, Any], config: Config) -> tuple[RolloutConf
     if erasure.max_erasures > max(MAX_ERASURES, config.erasure.max_erasures):
         raise invalid("e3rl.max_erasures", f"at most {MAX_ERASURES}")
     return rollout, erasure
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Refuse numbers that no engine can calculate with: NaN, infinite, huge, or all but 0 where something is divided."""
+    if name in _OWN or not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    metadata = _METADATA[name]
+    low = metadata["min"] if metadata["above"] is None else _SMALLEST
+    low = -_LARGEST if low is None else low
+    high = metadata["max"] or _LIMITS.get(name, _LARGEST)
+    if not low <= value <= high:
+        raise invalid(f"e3rl.{name}", f"must be from {low:g} to {high:g}")
+    if name == "entropy_temperature" and 0 < value < _SMALLEST:
+        raise invalid(f"e3rl.{name}", f"must be 0, or from {_SMALLEST:g} to {high:g}")
 
 
 def _flag(extension: Mapping[str, Any], name: str) -> bool:

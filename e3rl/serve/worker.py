@@ -6,10 +6,12 @@ over is the only thing that other threads do here: everything that touches the e
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 from e3rl.engine.protocol import Engine, Row
@@ -51,6 +53,7 @@ class _Flight:
     rollout: GroupRollout
     rows: Sequence[Row]
     held: set[Row] = field(default_factory=set)
+    draws: dict[Row, Draw] = field(default_factory=dict)  # of the requests that are open
 
 
 class DecodingWorker:
@@ -127,61 +130,83 @@ class DecodingWorker:
     def _admit(self) -> None:
         while ticket := self._next_ticket():
             try:
+                rollout = ticket.scheduler.group_rollout(ticket.prompt)
                 rows = self._engine.prefill(ticket.prompt.ids, ticket.scheduler.rollout.num_generations)
-            except UserError as error:
-                ticket.outbox.put(Failed(as_api_error(error)))
-                continue
             except Exception as error:  # such as memory that runs out: this request's failure, not the server's
-                ticket.outbox.put(Failed(ApiError(500, f"the prompt can't be decoded: {type(error).__name__}")))
+                ticket.outbox.put(Failed(_reason(error)))
                 continue
-            flight = _Flight(ticket, ticket.scheduler.group_rollout(ticket.prompt), rows, set(rows))
+            flight = _Flight(ticket, rollout, rows, set(rows))
             self._flights.append(flight)
             self._places |= {row: (flight, sibling) for sibling, row in enumerate(rows)}
-            self._execute(flight, flight.rollout.start())
+            self._proceed(flight, rollout.start)
 
     def _advance(self) -> None:
-        """Let the engine complete something and hand it on. A failure of the model fails what it was decoding."""
+        """Let the engine complete something and hand it on. Non-finite logits fail the group that they belong to."""
         try:
-            for row, candidate in self._engine.poll():
-                flight, sibling = self._places[row]
-                self._execute(flight, flight.rollout.deliver(sibling, candidate))
-                if flight.rollout.finished:
-                    self._flights.remove(flight)
-                    flight.ticket.tell(Finished(flight.rollout.group(policy_version=0)))
+            completed = self._engine.poll()
         except SickLogits as error:
-            self._fail_all(ApiError(500, str(error)))
-        except Exception as error:  # the other clients' requests, and the thread, must survive
-            self._fail_all(ApiError(500, f"decoding failed: {type(error).__name__}"))
+            for flight in self._flights_of(error.draw):
+                self._fail(flight, error)
+            return
+        except Exception as error:  # nobody knows whose: all that was decoding fails, the thread and the queue live on
+            for flight in list(self._flights):
+                self._fail(flight, error)
+            return
+        for row, candidate in completed:
+            if row not in self._places:  # its group has failed a moment ago
+                continue
+            flight, sibling = self._places[row]
+            self._proceed(flight, partial(flight.rollout.deliver, sibling, candidate))
 
-    def _execute(self, flight: _Flight, orders: Iterable[Order]) -> None:
-        for order in orders:
-            row = flight.rows[order.sibling]
-            if isinstance(order, Extend):
-                self._extend(flight.ticket, row, order)
-            else:
-                self._release(flight, row)
+    def _proceed(self, flight: _Flight, orders: Callable[[], Iterable[Order]]) -> None:
+        """Carry out what a group asks for next. Whatever goes wrong in it is this group's failure and nobody else's."""
+        try:
+            for order in orders():
+                row = flight.rows[order.sibling]
+                if isinstance(order, Extend):
+                    self._extend(flight, row, order)
+                else:
+                    self._release(flight, row)
+            if flight.rollout.finished:
+                self._flights.remove(flight)
+                flight.ticket.tell(Finished(flight.rollout.group(policy_version=0)))
+        except Exception as error:
+            self._fail(flight, error)
 
-    def _extend(self, ticket: Ticket, row: Row, order: Extend) -> None:
+    def _flights_of(self, draw: Draw) -> list[_Flight]:
+        """The group that asked for a draw. Clients may have chosen the same seed: the very object tells them apart."""
+        same = [f for f in self._flights if any(d is draw for d in f.draws.values())]
+        equal = [f for f in self._flights if draw in f.draws.values()]
+        return same or equal or list(self._flights)
+
+    def _extend(self, flight: _Flight, row: Row, order: Extend) -> None:
         if self._engine.length(row) > order.start:
             self._engine.rollback(row, order.start)
+        ticket = flight.ticket
         scheduler = ticket.scheduler
         draw = Draw(scheduler.seed, 0, ticket.prompt.problem.id, order.sibling, order.segment, order.attempt)
+        flight.draws[row] = draw
         self._engine.extend(row, order.tokens, draw, scheduler.sampling)
 
     def _release(self, flight: _Flight, row: Row) -> None:
         flight.held.remove(row)
+        flight.draws.pop(row, None)
         del self._places[row]
         self._engine.release(row)
 
     def _leave(self, flight: _Flight) -> None:
-        self._flights.remove(flight)
-        for row in list(flight.held):
-            self._release(flight, row)
+        """Forget a group; its rows are given back, each even where another one's release fails."""
+        if flight in self._flights:
+            self._flights.remove(flight)
+        held, flight.held = flight.held, set()
+        for row in held:
+            self._places.pop(row, None)
+            with contextlib.suppress(Exception):  # a row that the engine can't give back is lost; the others go on
+                self._engine.release(row)
 
-    def _fail_all(self, error: ApiError) -> None:
-        for flight in list(self._flights):
-            self._leave(flight)
-            flight.ticket.outbox.put(Failed(error))
+    def _fail(self, flight: _Flight, error: Exception) -> None:
+        self._leave(flight)
+        flight.ticket.outbox.put(Failed(_reason(error)))
 
     def _close(self, error: ApiError) -> None:
         with self._changed:
@@ -190,3 +215,10 @@ class DecodingWorker:
             self._flights, self._waiting = [], deque()
         for ticket in tickets:
             ticket.outbox.put(Failed(error))
+
+
+def _reason(error: Exception) -> ApiError:
+    """What a client is told: a sentence made for people, or the kind of error alone."""
+    if isinstance(error, UserError) and not isinstance(error, SickLogits):
+        return as_api_error(error)
+    return ApiError(500, str(error) if isinstance(error, SickLogits) else f"decoding failed: {type(error).__name__}")

@@ -1,0 +1,165 @@
+"""One request's failure is its own: what a client sends, or what goes wrong in its group, changes nobody else's stream."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from e3rl.rollout.group import GroupRollout
+from e3rl.serve.service import Service
+from e3rl.serve.settings import _ERASURE
+from e3rl.types import Draw
+from tests.serve.conftest import serving
+from tests.serve.test_server import TEXT, post, settled
+
+VICTIM = {"model": "tiny", "prompt": "3", "n": 2, "seed": 9, "max_tokens": 60, "e3rl": {"segment_length": 4}}
+EDGES = ("1e6", "-1e6", "1e-6", "10", "0", "5e-324")
+EXTREMES = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e308", "-1e308", "1" + "0" * 30, "1" + "0" * 400)
+
+
+def raw(field: str, number: str, *, extension: bool) -> bytes:
+    """A request with one number as it stands, which may be more than JSON or a float can hold."""
+    where = f'"e3rl": {{"{field}": {number}}}' if extension else f'"{field}": {number}'
+    return f'{{"model": "tiny", "prompt": "3", "n": 2, "max_tokens": 12, {where}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("field", "number", "extension", "words"),
+    [
+        ("kappa0", "NaN", True, "e3rl.kappa0: must be from -1e+06 to 1e+06"),
+        ("kappa0", "1e999", True, "e3rl.kappa0: must be from -1e+06 to 1e+06"),
+        ("temperature", "1e-320", False, "temperature: must be 0, or a number from 1e-06 to 2"),
+        ("temperature", "1" + "0" * 400, False, "temperature: must be a number from 0 to 2"),
+        ("top_p", "NaN", False, "top_p: must be a number from 0 to 1"),
+        ("top_k", "1" + "0" * 29, True, "e3rl.top_k: must be from 0 to 1e+06"),
+        ("entropy_temperature", "1e-320", True, "e3rl.entropy_temperature: must be 0, or from 1e-06"),
+        ("sigma0", "1e-320", True, "e3rl.sigma0: must be from 1e-06 to 1e+06"),
+        ("delta", "400", True, "e3rl.delta: must be from 1e-06 to 10"),
+    ],
+)
+def test_a_number_that_can_not_be_calculated_with_is_refused(
+    make_service: Callable[..., Service], field: str, number: str, extension: bool, words: str
+):
+    with serving(make_service()) as url:
+        status, answer = post(url, TEXT, raw(field, number, extension=extension))
+        assert status == 400
+        assert words in answer["error"]["message"]
+        assert answer["error"]["param"] == ("e3rl." * extension + field)
+
+
+def test_no_extreme_number_reaches_a_neighbour(make_service: Callable[..., Service]):
+    """Every number that a client may send, at every extreme, beside a stream that must stay as it is alone."""
+    fields = [(name, True) for name in (*_ERASURE, "top_k", "segment_length")]
+    fields += [(name, False) for name in ("temperature", "top_p", "n", "max_tokens", "seed", "stop")]
+    with serving(make_service()) as url:
+        alone = post(url, TEXT, VICTIM)[1]["choices"]
+        found: list[Any] = []
+        done = threading.Event()
+
+        def victim() -> None:
+            while not done.is_set():
+                found.append(post(url, TEXT, VICTIM))
+
+        thread = threading.Thread(target=victim)
+        thread.start()
+        try:
+            statuses = {
+                (field, number): post(url, TEXT, raw(field, number, extension=extension))[0]
+                for field, extension in fields
+                for number in (*EXTREMES, *EDGES)
+            }
+        finally:
+            done.set()
+            thread.join()
+    assert {k: s for k, s in statuses.items() if s not in (200, 400)} == {}
+    assert {number for (_, number), s in statuses.items() if s == 200} <= set(EDGES)
+    assert found
+    assert all(status == 200 and answer["choices"] == alone for status, answer in found)
+
+
+def together(url: str, *bodies: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    answers: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, b=b: answers.update({i: post(url, TEXT, b)})) for i, b in enumerate(bodies)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [answers[i] for i in range(len(bodies))]
+
+
+def test_what_breaks_in_one_group_breaks_nothing_else(make_service: Callable[..., Service], monkeypatch):
+    service, deliver = make_service(), GroupRollout.deliver
+
+    def sometimes(self: GroupRollout, number: int, candidate: Any) -> Any:
+        if self._config.num_generations == 3 and candidate:
+            raise OverflowError("math range error")
+        return deliver(self, number, candidate)
+
+    with serving(service) as url:
+        alone = post(url, TEXT, VICTIM)[1]["choices"]
+        monkeypatch.setattr(GroupRollout, "deliver", sometimes)
+        (status, broken), victim = together(url, {**VICTIM, "n": 3}, VICTIM)
+        assert (status, broken["error"]["message"]) == (500, "decoding failed: OverflowError")
+        assert (victim[0], victim[1]["choices"]) == (200, alone)
+        assert settled(service)
+
+
+def test_an_order_that_the_engine_refuses_fails_its_own_group(make_service: Callable[..., Service], monkeypatch):
+    service = make_service()
+    extend = service._engine.extend
+
+    def refusing(row: Any, tokens: int, draw: Draw, sampling: Any) -> None:
+        if draw.seed == 13 and draw.sibling == 1:
+            raise RuntimeError("secret")
+        extend(row, tokens, draw, sampling)
+
+    monkeypatch.setattr(service._engine, "extend", refusing)
+    with serving(service) as url:
+        alone = post(url, TEXT, VICTIM)[1]["choices"]
+        (status, broken), victim = together(url, {**VICTIM, "seed": 13}, VICTIM)
+        assert (status, broken["error"]["message"]) == (500, "decoding failed: RuntimeError")
+        assert (victim[0], victim[1]["choices"]) == (200, alone)
+        assert settled(service)
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+def test_non_finite_logits_fail_the_group_that_they_belong_to(
+    make_service: Callable[..., Service], monkeypatch, where: str
+):
+    """Both clients have the same seed, so their draws are equal; only the long prompt gets NaN."""
+    service, far = make_service(), 150
+    model = service._engine._slot_model
+    prefill, decode = model.prefill, model.decode
+
+    def sick_prefill(ids: Any, slot: int) -> Any:
+        logits_V = prefill(ids, slot)
+        return logits_V * math.nan if len(ids) >= far else logits_V
+
+    def sick_decode(rows: Any) -> Any:
+        return decode(rows).masked_fill((rows.positions_R >= far + 9).unsqueeze(1), math.nan)
+
+    with serving(service) as url:
+        alone = post(url, TEXT, VICTIM)[1]["choices"]
+        monkeypatch.setattr(model, where, sick_prefill if where == "prefill" else sick_decode)
+        (status, broken), victim = together(url, {**VICTIM, "prompt": [1] * far}, VICTIM)
+        assert (status, "NaN" in broken["error"]["message"]) == (500, True)
+        assert (victim[0], victim[1]["choices"]) == (200, alone)
+        assert settled(service)
+
+
+def test_a_threshold_without_end_is_null_in_json(make_service: Callable[..., Service]):
+    body = {
+        **VICTIM,
+        "e3rl": {"eta": 10.0, "delta": 10.0, "baseline": "static", "static_baseline": 0.01, "return_erased": True},
+    }
+    with serving(make_service()) as url:
+        status, answer = post(url, TEXT, body)
+    assert status == 200
+    assert "Infinity" not in json.dumps(answer)
