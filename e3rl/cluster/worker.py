@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors.torch import load as load_safetensors
+from torch import Tensor
 
 from e3rl import __version__
 from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Assignment, Fault, Finished, Hello, Task, finished_of
@@ -57,12 +58,17 @@ class RolloutWorker:
         )
 
     def load_weights(self, version: int, weights: bytes) -> None:
-        """Take the weights of a policy version, as safetensors. What was under way is dropped."""
+        """Take the weights of a policy version, as safetensors. What was under way is dropped.
+
+        UserError where they are not all of the policy's, fitting and finite: then it goes on with those that it had.
+        """
+        tensors = read_weights(weights, dict(self._policy.trainable()))
         with self._changed:
             self._start_run("", None)
             if not self._changed.wait_for(lambda: not self._busy, SECONDS_TO_STOP):
                 raise RuntimeError(f"the engine did not stop within {SECONDS_TO_STOP:.0f} s for new weights")
-            self._engine.load_weights(load_safetensors(weights), version)
+            self._version = None  # an engine that fails here holds half of them: no group may be made with that
+            self._engine.load_weights(tensors, version)
             self._version = version
 
     def exchange(self, body: bytes) -> bytes:
@@ -155,6 +161,29 @@ class RolloutWorker:
                 self._fault = Fault(type(error).__name__, message, draw)
                 self._waiting.clear()
                 self._changed.notify_all()
+
+
+def read_weights(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors that hold exactly the ``expected`` tensors, by name, shape and dtype, all finite; UserError otherwise."""
+    try:
+        tensors: dict[str, Tensor] = load_safetensors(body)
+    except Exception as error:  # safetensors' own error is no ValueError
+        raise UserError(f"the weights are no safetensors: {error}") from None
+    for what, names in (("lack", expected.keys() - tensors), ("hold strangers:", tensors.keys() - expected)):
+        if names:
+            raise UserError(
+                f"the weights {what} {', '.join(sorted(names)[:3])} ({len(names)} of {len(expected)} tensors)"
+            )
+    for name, own in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != own.shape or tensor.dtype != own.dtype:
+            raise UserError(
+                f"weight {name} is {tensor.dtype} {tuple(tensor.shape)}, and this worker's {own.dtype} {tuple(own.shape)}: "
+                "start it with the run's own recipe, model.dtype included"
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"weight {name} holds NaN or infinity")
+    return tensors
 
 
 class _Arriving(Iterator[Prompt]):

@@ -8,18 +8,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from e3rl.cli.main import main
 from e3rl.cluster.client import ServerConnection, server_place
+from e3rl.cluster.messages import Answer, Ask, Hello, Task
 from e3rl.cluster.pool import Place, WorkerLost, WorkerPool
 from e3rl.cluster.server import make_server
+from e3rl.cluster.wire import decode, encode
 from e3rl.config import load_config, to_toml
 from e3rl.errors import UserError
 from tests.cluster.places import LONGEST_PROMPT, SETTINGS, World, ids
@@ -125,6 +130,62 @@ def test_a_server_refuses_what_it_can_not_use(world: World, address: str, monkey
     monkeypatch.setattr("e3rl.cluster.client.digest", lambda _: "of other weights")
     with pytest.raises(UserError, match="arrived damaged"):
         connect(address).load_weights(1, world.weights)
+
+
+def _without_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(list(tensors.items())[1:])
+
+
+def _with_a_stranger(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, "another.weight": torch.zeros(2)}
+
+
+def _changed(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """The first tensor in another form."""
+    return lambda tensors: {name: change(t) if i == 0 else t for i, (name, t) in enumerate(tensors.items())}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _: {}, "lack .*46 of 46"),
+        (_without_one, "lack .*1 of 46"),
+        (_with_a_stranger, "hold strangers: another.weight"),
+        (_changed(lambda t: t[:-1].contiguous()), "model.dtype included"),
+        (_changed(lambda t: t.bfloat16()), "torch.bfloat16 .* this worker's torch.float32"),
+        (_changed(lambda t: torch.full_like(t, float("nan"))), "holds NaN or infinity"),
+        (_changed(lambda t: torch.full_like(t, float("inf"))), "holds NaN or infinity"),
+    ],
+    ids=["none", "one missing", "a stranger", "shape", "dtype", "NaN", "infinite"],
+)
+def test_weights_that_are_not_whole_are_refused_and_the_version_stays(
+    world: World, address: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], words: str
+):
+    connection = connect(address)
+    connection.load_weights(3, world.weights)
+    with pytest.raises(UserError, match=f"refused /weights.*{words}"):
+        connection.load_weights(4, save(change(load(world.weights))))
+    assert decode(Hello, connection.hello()).policy_version == 3
+    with pytest.raises(UserError, match="no safetensors"):
+        connection.load_weights(4, b"no weights")
+    assert ids(world.run(world.pool(server_place(address, TOKEN, 20)))) == ids(world.local())
+
+
+def test_weights_that_arrive_by_half_make_no_group(world: World, monkeypatch: pytest.MonkeyPatch):
+    worker = world.worker()
+    worker.load_weights(0, world.weights)
+
+    def half(weights: object, version: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(worker._engine, "load_weights", half)
+    with pytest.raises(MemoryError):
+        worker.load_weights(1, world.weights)
+    assert decode(Hello, worker.hello()).policy_version is None
+    task = Task("p", (1, 2))
+    answer = decode(Answer, worker.exchange(encode(Ask("run", world.assignment, (task,), 5.0))))
+    assert answer.fault is not None
+    assert "it holds None" in answer.fault.message
 
 
 def test_nobody_there_is_said_and_tried_again_before_the_end(world: World):
