@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -386,18 +386,25 @@ def parse_override(text: str) -> dict[str, Any]:
     return {section: {key: value}}
 
 
-def load_config(recipe: Path | None = None, overlays: Iterable[Path] = (), overrides: Sequence[str] = ()) -> Config:
-    """The recipe, then each overlay, then the overrides, checked as a whole."""
-    tables: dict[str, Any] = read_toml(recipe) if recipe else {}
+def layered(base: Mapping[str, Any], overlays: Sequence[Path] = (), overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """``base`` with each overlay and then the overrides laid on it, unchecked."""
+    tables = dict(base)
     for overlay in overlays:
         tables = lay(tables, read_toml(overlay))
     together: dict[str, Any] = {}
     for override in overrides:
         together = merge(together, parse_override(override))
+    return lay(tables, together)
+
+
+def load_config(recipe: Path | None = None, overlays: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """The recipe, then each overlay, then the overrides, checked as a whole."""
+    base = read_toml(recipe) if recipe else {}
     try:
-        return build_config(lay(tables, together))
+        return build_config(layered(base, overlays, overrides))
     except UserError as error:
-        raise UserError(f"{recipe}: {error}" if recipe and not _is_sound(tables) else str(error)) from None
+        blamed = recipe and not _is_sound(layered(base, overlays))
+        raise UserError(f"{recipe}: {error}" if blamed else str(error)) from None
 
 
 def _is_sound(tables: Mapping[str, Any]) -> bool:
@@ -409,14 +416,15 @@ def _is_sound(tables: Mapping[str, Any]) -> bool:
     return True
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value)
         return f'"{escaped}"'
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
 
 
@@ -427,10 +435,14 @@ def to_tables(config: Config) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def to_toml(config: Config, sections: Iterable[str] = ()) -> str:
-    """The resolved config, or some of its sections, as a recipe that reads back to an equal one."""
-    tables = to_tables(config)
+def tables_to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sections of plain values as TOML."""
     lines: list[str] = []
-    for section in sections or tables:
-        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in tables[section].items()), ""]
+    for section, table in tables.items():
+        lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items()), ""]
     return "\n".join(lines)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as a recipe that reads back to an equal one."""
+    return tables_to_toml(to_tables(config))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from e3rl.config import Config, load_config
+from e3rl.config import Config
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
@@ -70,13 +70,13 @@ def generate(
     """Decode ``samples`` answers to every prompt, erasing and redrawing segments on the way unless ``erase`` is False.
 
     ``model`` is a directory, a hub id, 'lab', 'smollm2', a loaded `Policy`, or a loaded transformers model with its
-    ``tokenizer``. Without ``config`` the settings saved beside the model are used, or the defaults. With one sample the
-    thresholds come from reference statistics saved beside the model (`e3rl calibrate`); several samples of a prompt are
-    a group of their own.
+    ``tokenizer``. Without ``config`` the settings saved beside the model are used, or the defaults; they run no code. With
+    one sample the thresholds come from reference statistics saved beside the model (`e3rl calibrate`); several samples of a
+    prompt are a group of their own.
     """
     loaded = None if isinstance(model, str) else _loaded(model, tokenizer)
     companions = find_companions(resolve_model_path(loaded.source if loaded else str(model)))
-    config = config or load_config(companions.recipe)
+    config = config or companions.config()
     policy = loaded or load_policy(replace(config.model, path=str(model)))
     rollout = replace(config.rollout, erase=erase, num_generations=samples)
     config = replace(config, rollout=rollout)

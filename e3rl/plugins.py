@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from e3rl.config import Config, to_tables, toml_value
 from e3rl.errors import UserError, unknown
 
 
@@ -42,3 +44,49 @@ def load(kind: str, name: str, table: Mapping[str, str]) -> Any:
         return getattr(module, attribute)
     except AttributeError:
         raise UserError(f"{kind} '{target}': {source} has no '{attribute}'") from None
+
+
+REMOTE_CODE = "model.trust_remote_code"
+
+
+def foreign_code(config: Config) -> dict[str, str]:
+    """The code that is not e3rl's and that a config would run: setting → plug-in, or the model that brings its own."""
+    named = {
+        "rollout.engine": config.rollout.engine,
+        "erasure.metric": config.erasure.metric,
+        "objective.name": config.objective.name,
+        **{f"rewards.functions[{i}]": name for i, name in enumerate(config.rewards.functions)},
+    }
+    found = {setting: name for setting, name in named.items() if ":" in name}
+    return {**found, REMOTE_CODE: config.model.path} if config.model.trust_remote_code else found
+
+
+def foreign_code_lines(code: Mapping[str, str]) -> list[str]:
+    """What `foreign_code` found, a line each."""
+    remote = "model.trust_remote_code = true: Python code that comes with "
+    return [f"{remote}{name}" if setting == REMOTE_CODE else f"{setting} = {name}" for setting, name in code.items()]
+
+
+def require_named(code: Mapping[str, str], config: Config, own: Mapping[str, Any], file: Path) -> None:
+    """UserError unless the caller's ``own`` tables name all code that ``file`` names, since that may come from elsewhere."""
+    tables = to_tables(config)
+    for setting in code:
+        section, _, key = setting.partition("[")[0].partition(".")
+        if key not in own.get(section, {}):
+            override = f"{section}.{key}={toml_value(tables[section][key])}"
+            raise UserError(
+                f"{file} names code: {section}.{key} = {tables[section][key]}. It may come from elsewhere, so it runs none; if "
+                f"you trust that code, name it yourself: {shlex.quote(override)}"
+            )
+
+
+def require_trust(code: Mapping[str, str], file: Path, trusted: Collection[str]) -> None:
+    """UserError unless all code that ``file`` names is ``trusted``."""
+    left = {setting: name for setting, name in code.items() if name not in trusted}
+    if left:
+        lines = "; ".join(foreign_code_lines(left))
+        arguments = " ".join(f"--trust {shlex.quote(name)}" for name in dict.fromkeys(left.values()))
+        raise UserError(
+            f"{file} names code: {lines}. It may come from elsewhere, so it runs none; if you trust that code, repeat the "
+            f"command with {arguments}"
+        )

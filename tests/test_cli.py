@@ -14,10 +14,11 @@ import pytest
 
 from e3rl.cli import main
 from e3rl.cli.decode import LAB_PROBLEM
-from e3rl.config import Config, load_config
+from e3rl.config import Config
 from e3rl.generation import generate as decode
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate, half
+from e3rl.rollout.companions import find_companions
 from e3rl.rollout.statistics import ReferenceStatistics
 
 TINY_RUN = [
@@ -233,7 +234,7 @@ def test_calibration_gathers_the_statistics_that_a_reference_baseline_needs(
     [[answer]] = decode(model, LAB_PROBLEM)
     first = answer.trajectory.segments[0].judgement
     usual = ReferenceStatistics.load(tmp_path / "model").at(0).moments
-    config = load_config(tmp_path / "model" / "e3rl_recipe.toml").erasure
+    config = find_companions(model).config().erasure
     assert config.baseline == "reference"
     assert first.threshold.baseline == pytest.approx(usual.mean + config.kappa0 * usual.std)
 

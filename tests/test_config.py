@@ -39,10 +39,6 @@ def test_another_objective_does_not_inherit_the_options_of_the_one_it_replaces(t
     assert (changed.name, dict(changed.options)) == ("grpo", {"kl_coef": 0.5})
 
 
-def test_sections_can_be_written_alone():
-    assert set(tomllib.loads(to_toml(Config(), sections=("rollout", "erasure")))) == {"rollout", "erasure"}
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [

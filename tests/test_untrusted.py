@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from e3rl.cli.foreign import foreign_code
 from e3rl.cli.main import main
 from e3rl.config import Config, load_config
+from e3rl.plugins import foreign_code
 from e3rl.report.listener import ReportListener
 from e3rl.train.loop import Trainer
 from tests.train.random_lab import lab_config
@@ -74,7 +74,7 @@ def test_the_scan_sees_what_it_is_for():
 
 
 def test_code_from_elsewhere_is_named_before_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert foreign_code(Config()) == []
+    assert foreign_code(Config()) == {}
     plugin = tmp_path / "mine.py"
     plugin.write_text("import sys\nprint('I RUN', file=sys.stderr)\nraise RuntimeError('no')\n")
     arguments = [f'rewards.functions=["lab", "{plugin}:f"]', "model.trust_remote_code=true", "erasure.metric=m:metric"]

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from traced_step import Trace, trace
 
-from e3rl.cli.quiet import quiet_libraries
+from e3rl.cli.opening import quiet_libraries
 from e3rl.config import ErasureConfig
 from e3rl.equations.threshold import attempt_penalty, modulation
 from e3rl.types import Candidate, Judgement

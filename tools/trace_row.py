@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from traced_step import LEVEL, SIBLINGS, Trace, trace
 
-from e3rl.cli.quiet import quiet_libraries
+from e3rl.cli.opening import quiet_libraries
 from e3rl.equations.policy import segment_sums
 from e3rl.train.learner import Lesson
 from e3rl.types import Candidate, Erasure, Judgement, Problem, Segment

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe, find_recipes
-from e3rl.config import load_config
+from e3rl.cli.opening import open_model
 from e3rl.errors import UserError
 
 KAPPAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
@@ -33,18 +30,14 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from e3rl.calibrate import calibrate, calibration_directory, calibration_table
-    from e3rl.cli.quiet import quiet_libraries
-    from e3rl.models import load_policy, resolve_model_path
-    from e3rl.rollout.companions import find_companions, save_companions
+    from e3rl.rollout.companions import save_companions
 
-    quiet_libraries()
     directory = calibration_directory(options.model, options.output)
-    own = find_companions(resolve_model_path(options.model)).recipe
-    recipe = find_recipe(options.recipe) if options.recipe else own
-    config = load_config(recipe, find_recipes(options.overlay), options.overrides)
-    announce_foreign_code(config)
-    policy = load_policy(replace(config.model, path=options.model))
-    result = calibrate(policy, options.data, config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS)
+    opened = open_model(options)
+    policy = opened.load_policy()
+    result = calibrate(
+        policy, options.data, opened.config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS
+    )
     console = Console()
     console.print(calibration_table(result))
     save_companions(directory, result.config, result.reference)

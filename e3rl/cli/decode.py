@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipes
-from e3rl.config import load_config
+from e3rl.cli.opening import open_model
 from e3rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,24 +48,18 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from e3rl.cli.live_text import LiveText
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.generation import generate
-    from e3rl.models import load_policy, resolve_model_path
-    from e3rl.rollout.companions import find_companions
 
     prompt = _prompt(options.prompt)
-    quiet_libraries()
-    recipe = find_companions(resolve_model_path(options.model)).recipe
-    config = load_config(recipe, find_recipes(options.overlay), options.overrides)
-    announce_foreign_code(config)
-    policy = load_policy(replace(config.model, path=options.model))
+    opened = open_model(options)
+    policy = opened.load_policy()
     text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)
     generations = generate(
         policy,
         prompt,
         erase=not options.plain,
         samples=options.samples,
-        config=config,
+        config=opened.config,
         observe=text.observe if text else None,
     )[0]
     if text:

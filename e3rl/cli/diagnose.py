@@ -6,10 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe, find_recipes
-from e3rl.config import load_config
+from e3rl.cli.opening import open_model
 from e3rl.errors import UserError, unknown
 
 SETTINGS = "paper-1, paper-2, paper+eps, eps-0.5, eps-1, whole-mild, whole, whole+eps, whole+eps+length, half+eps"
@@ -38,15 +36,12 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--problems must be at least 4, --retries at least 1")
     from rich.console import Console
 
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.diagnose import decoding
     from e3rl.diagnose.advice import advise
     from e3rl.diagnose.diagnosis import diagnose
     from e3rl.diagnose.page import write_diagnosis
     from e3rl.diagnose.tables import decoding_table, signal_table
     from e3rl.lab.reward import graded_by_the_lab
-    from e3rl.models import load_policy, resolve_model_path
-    from e3rl.rollout.companions import find_companions
 
     temperatures = options.temperatures or decoding.TEMPERATURES
     settings = tuple(decoding.SETTINGS) if options.settings is None else tuple(options.settings)
@@ -55,24 +50,21 @@ def run(options: argparse.Namespace) -> int:
             raise unknown("erasure setting", name, decoding.SETTINGS)
     if not all(0 < t < float("inf") for t in temperatures):
         raise UserError("--temperatures must be above 0")
-    quiet_libraries()
-    companions = find_companions(resolve_model_path(options.model))
-    recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
-    config = graded_by_the_lab(load_config(recipe, find_recipes(options.overlay), options.overrides), options.data)
+    opened = open_model(options)
+    config = graded_by_the_lab(opened.config, options.data)
     config = replace(config, eval=replace(config.eval, num_samples=config.rollout.num_generations))
-    announce_foreign_code(config)
     if config.rollout.num_generations < max(2, config.erasure.min_siblings):
         raise UserError("a diagnosis compares samples of a problem: rollout.num_generations must be at least 2")
     console = Console()
     result = diagnose(
-        load_policy(replace(config.model, path=options.model)),
+        opened.load_policy(),
         options.data,
         config,
         problems=options.problems,
         retries=options.retries,
         temperatures=temperatures,
         settings=settings,
-        own_settings=recipe is not None,
+        own_settings=opened.own_settings,
         report=lambda text: console.print(f"{text} …", highlight=False),
     )
     console.print(signal_table(result))

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe, find_recipes
-from e3rl.config import Config, load_config
+from e3rl.cli.opening import open_model
+from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
@@ -67,22 +66,16 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--workers divides one machine's work, --shard names one machine's part: give one of them")
     from rich.console import Console
 
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.evaluate.figures import reported_ks
-    from e3rl.models import resolve_model_path
-    from e3rl.rollout.companions import find_companions
 
-    quiet_libraries()
-    companions = find_companions(resolve_model_path(options.model))
-    recipe = find_recipe(options.recipe) if options.recipe else companions.recipe
-    config = load_config(recipe, find_recipes(options.overlay), options.overrides)
-    announce_foreign_code(config)
+    opened = open_model(options)
+    config = opened.config
     if options.data_dir:
         config = replace(config, data=replace(config.data, directory=options.data_dir))
     reported_ks(config.eval.num_samples, options.k)
     console, policy = Console(), None
     for source in options.data:
-        policy = _evaluate(source, options, config, companions.reference, console, policy)
+        policy = _evaluate(source, options, config, opened.reference, console, policy)
     return 0
 
 
@@ -107,7 +100,7 @@ def _evaluate(
         if options.workers > 1:
             finished = _divide(source, options, plan, store)
         else:
-            policy = policy or load_policy(replace(config.model, path=options.model))
+            policy = policy or load_policy(config.model)
             finished = _sample(source, options, config, reference, policy, problems, plan, store)
     except KeyboardInterrupt:
         finished = False

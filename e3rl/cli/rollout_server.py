@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
+from e3rl.cli.opening import announce_foreign_code, quiet_libraries, read_recipe
+from e3rl.cli.recipes import recipe_names
 from e3rl.cluster import TOKEN_VARIABLE
-from e3rl.config import load_config
 from e3rl.errors import UserError
 
 
@@ -30,10 +29,9 @@ def run(options: argparse.Namespace) -> int:
     access = Access(options.host, options.token or os.environ.get(TOKEN_VARIABLE))
     if options.longest_prompt < 1:
         raise UserError("--longest-prompt must be at least 1")
-    config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)
+    config = read_recipe(options)
     announce_foreign_code(config)
 
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.cluster.server import make_server
     from e3rl.cluster.worker import RolloutWorker
     from e3rl.models import load_policy

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipes
-from e3rl.config import load_config
+from e3rl.cli.opening import open_model
 from e3rl.errors import UserError
 
 
@@ -33,27 +30,20 @@ def run(options: argparse.Namespace) -> int:
     if options.max_length < 2 or options.queue < 1:
         raise UserError("--max-length must be at least 2 and --queue at least 1")
 
-    from e3rl.cli.quiet import quiet_libraries
-    from e3rl.models import load_policy, resolve_model_path
-    from e3rl.rollout.companions import find_companions
     from e3rl.serve.server import make_server
     from e3rl.serve.service import Service
     from e3rl.serve.sockets import run_until_interrupted
 
-    quiet_libraries()
-    companions = find_companions(resolve_model_path(options.model))
-    config = load_config(companions.recipe, find_recipes(options.overlay), options.overrides)
-    announce_foreign_code(config)
-    policy = load_policy(replace(config.model, path=options.model))
+    opened = open_model(options)
     service = Service(
-        policy,
-        config,
-        companions.reference,
+        opened.load_policy(),
+        opened.config,
+        opened.reference,
         name=options.name or options.model,
         max_length=options.max_length,
         queue_limit=options.queue,
     )
-    if companions.reference is None:
+    if opened.reference is None:
         print("no reference statistics beside the model: single samples need 'erase': false", file=sys.stderr)
     with make_server(service, access, options.port) as server:
         try:

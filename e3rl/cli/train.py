@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e3rl.cli.foreign import announce_foreign_code
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
-from e3rl.config import Config, load_config
+from e3rl.cli.opening import announce_foreign_code, quiet_libraries, read_recipe
+from e3rl.cli.recipes import recipe_names
+from e3rl.config import Config
 from e3rl.train.run_directory import continue_or_put_aside
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
     named += [f"rollout.address={options.address}"] if options.address else []
-    config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), [*named, *options.overrides])
+    config = read_recipe(options, named)
     on_ray = bool(config.rollout.workers or config.train.workers)
     if on_ray and options.guard and not options.plan:
         return int(options.guard())
@@ -58,7 +58,6 @@ def run(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.cluster.ray_ranks import train_on_ray
     from e3rl.cluster.training_worker import Begin
     from e3rl.train.closing import closing
@@ -84,7 +83,6 @@ def train_rank(
     decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.report.listener import ReportListener
     from e3rl.train.loop import Trainer
     from e3rl.train.trackers import build_trackers
@@ -98,7 +96,6 @@ def train_rank(
 
 def _plan(config: Config, gib: float | None, ranks: int) -> int:
     from e3rl.cli.plan_text import plan_text
-    from e3rl.cli.quiet import quiet_libraries
     from e3rl.models import resolve_device
     from e3rl.train.plan import GIB, device_bytes, make_plan
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
+from e3rl.plugins import foreign_code, require_trust
 from e3rl.train.learner import Learner
 from e3rl.train.nonfinite import SickNumbers
 from e3rl.train.run_directory import read_config
@@ -77,8 +79,7 @@ def _about(item: RewardedGroup) -> str:
 class Replay:
     """A run's policy and learner, set back to before the skipped step as often as needed."""
 
-    def __init__(self, run: Path, sick: SickStep) -> None:
-        config = read_config(run)
+    def __init__(self, config: Config, sick: SickStep) -> None:
         self._sick, self._policy = sick, load_policy(config.model)
         self._learner = Learner(
             self._policy, build_objective(config.objective), config, updates=max(1, sick.update + 1)
@@ -107,12 +108,17 @@ def chosen_step(run: Path, step: int | None) -> int:
     return kept[0] if step is None else step
 
 
-def replay(run: Path, step: int | None, say: Callable[[str], None]) -> None:
-    """Learn the skipped step again, whole and group by group, and say what is found."""
-    sick = read_sick(run, chosen_step(run, step))
+def replay(run: Path, step: int | None, say: Callable[[str], None], *, trusted: Sequence[str] = ()) -> None:
+    """Learn the skipped step again, whole and group by group, and say what is found.
+
+    UserError where the run's config names code that is not e3rl's and not ``trusted``: the run may come from elsewhere.
+    """
+    step, config = chosen_step(run, step), read_config(run)
+    require_trust(foreign_code(config), run / "config.toml", trusted)
+    sick = read_sick(run, step)
     say(f"step {sick.step} was skipped: {sick.text}")
     torch.manual_seed(0)
-    again = Replay(run, sick)
+    again = Replay(config, sick)
     whole = again.learn(sick.batch)
     say(f"learnt again as a whole: {whole or 'all is well: here these numbers are not sick (is it another machine?)'}")
     for item in sick.batch:

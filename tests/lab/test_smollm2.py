@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.lab import smollm2
 from e3rl.rollout.companions import find_companions
@@ -106,7 +105,7 @@ def test_neither_problems_nor_smollm2_import_torch() -> None:
 
 def test_its_decoding_settings_fit_its_reference_statistics():
     companions = find_companions(str(smollm2.COMPANIONS))
-    config = load_config(companions.recipe)
+    config = companions.config()
     assert companions.reference is not None
     companions.reference.check(measured_by(config.rollout, config.erasure))
     assert len(companions.reference.segments) == config.rollout.max_segments

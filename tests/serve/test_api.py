@@ -10,7 +10,7 @@ from dataclasses import replace
 import openai
 import pytest
 
-from e3rl.config import Config, ModelConfig, load_config
+from e3rl.config import Config, ModelConfig
 from e3rl.generation import generate
 from e3rl.lab.problems import generate as problems
 from e3rl.models import Policy, load_policy, resolve_model_path
@@ -187,7 +187,7 @@ def test_a_token_is_asked_for(make_service: Callable[..., Service]):
 def test_the_embedded_model_is_served_with_its_own_statistics():
     policy = load_policy(ModelConfig(path="lab", device="cpu"))
     companions = find_companions(resolve_model_path("lab"))
-    config = load_config(companions.recipe)
+    config = companions.config()
     problem = problems("chain", 3, "heldout", 1)[0]
     service = Service(policy, config, companions.reference, name="lab", max_length=256, queue_limit=4)
     with contextlib.closing(service), serving(service) as url:
