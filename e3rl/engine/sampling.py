@@ -15,6 +15,7 @@ from torch import Tensor
 
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.torch.storage import PACK
+from e3rl.equations import tokens
 from e3rl.errors import UserError
 
 SICK = -1
@@ -130,7 +131,7 @@ def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
 
 
 def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:
-    """Eq 2, 5. One token per row from its temperature-scaled, truncated distribution, with entropy and perturbation.
+    """One token per row from its temperature-scaled, truncated distribution, with entropy and perturbation.
 
     Everything measured belongs to the distribution before truncation, unless the row asks for the truncated entropy; entropy
     and perturbation to the temperature that the row is measured at.
@@ -151,9 +152,9 @@ def _parts(logits_SV: Tensor) -> list[slice]:
 
 
 def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples:
-    logp_SV = (logits_SV.float() / rows.temperature_S1).log_softmax(-1)
+    logp_SV = tokens.token_distribution(logits_SV.float(), rows.temperature_S1)
     p_SV = logp_SV.exp()
-    entropies_S = -(p_SV * logp_SV).sum(-1)
+    entropies_S = tokens.token_entropy(p_SV, logp_SV)
     sick_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
     kept_mass_S = torch.ones_like(entropies_S)
     if rows.depth:
@@ -161,34 +162,26 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
         p_SV.masked_fill_(p_SV < thresholds_S1, 0.0)
         kept_mass_S = torch.where(rows.truncates_S1.squeeze(1), p_SV.sum(-1).clamp(max=1.0), kept_mass_S)
         if rows.any_truncated_entropy:
-            truncated_S = kept_mass_S.log() - (p_SV * logp_SV).sum(-1) / kept_mass_S
+            truncated_S = tokens.truncated_entropy(p_SV, logp_SV, kept_mass_S)
             entropies_S = torch.where(rows.truncated_entropy_S, truncated_S, entropies_S)
     ids_S = inverse_cdf(p_SV, uniforms_S)
     logprobs_S1 = logp_SV.gather(1, ids_S.unsqueeze(1))
-    logprobs_S = logprobs_S1.squeeze(1)
-    largest_S1 = logp_SV.amax(-1, keepdim=True)
-    perturbations_S = largest_S1.squeeze(1) - logprobs_S
+    greedy_S1 = tokens.greedy_logprob(logp_SV)
+    perturbations_S = tokens.perturbation(greedy_S1, logprobs_S1)
     if rows.any_measured_apart:
         ratio_S1 = rows.temperature_S1 / rows.measured_at_S1
-        scaled_SV = torch.sub(logp_SV, largest_S1, out=p_SV).mul_(ratio_S1)  # the other logits, but for a constant
-        entropies_S = torch.where(ratio_S1.squeeze(1) == 1, entropies_S, _softmax_entropies(scaled_SV))
+        rescaled_S = tokens.rescaled_entropy(logp_SV, greedy_S1, ratio_S1, scratch_SV=p_SV)
+        entropies_S = torch.where(ratio_S1.squeeze(1) == 1, entropies_S, rescaled_S)
         perturbations_S = perturbations_S * ratio_S1.squeeze(1)
     likelier_SV = torch.gt(logp_SV, logprobs_S1, out=p_SV)  # as floats: several times as fast as a comparison to bool
     return Samples(
         ids_S=ids_S.masked_fill(sick_S, SICK),
-        logprobs_S=logprobs_S,
+        logprobs_S=logprobs_S1.squeeze(1),
         entropies_S=entropies_S.clamp(min=0.0),
         perturbations_S=perturbations_S,
         kept_mass_S=kept_mass_S,
         ranks_S=likelier_SV.sum(-1).int() + 1,  # exact: whole numbers below 2**24
     )
-
-
-def _softmax_entropies(logits_SV: Tensor) -> Tensor:
-    """Entropy of the softmax of logits whose largest is 0: log Z - mean logit."""
-    weights_SV = logits_SV.exp()
-    total_S = weights_SV.sum(-1)
-    return total_S.log() - weights_SV.mul_(logits_SV).sum(-1) / total_S
 
 
 def truncation_thresholds(p_SV: Tensor, rows: SamplingRows) -> Tensor:

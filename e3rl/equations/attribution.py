@@ -1,29 +1,30 @@
-"""Causal backtracking attribution: paper §3.3 (eq 19). Leading dimensions before T are batch dimensions."""
+"""Causal backtracking attribution: paper §3.3 (eq 19). S responses, G siblings, H heads, Q queries (the last L'), K keys."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from e3rl.equations._number import Number, as_tensor
-from e3rl.equations.policy import segment_sums
+
+def token_attribution(scores_SHQK: Tensor, weights_SQ: Tensor) -> Tensor:
+    """Eq 19. a_t of one layer, [S, K]: attention paid to token t, a mean over heads and the last L' response tokens.
+
+    ``scores_SHQK``: attention logits, -inf where a query does not look. ``weights_SQ``: 1 / L', 0 for missing queries.
+    """
+    responses, heads, _, keys = scores_SHQK.shape
+    weights_SQ = (weights_SQ / heads).repeat(1, heads)
+    return (weights_SQ[:, None] @ scores_SHQK.softmax(-1).view(responses, -1, keys))[:, 0]
 
 
-def token_attribution(attention_QT: Tensor) -> Tensor:
-    """Eq 19. a_t: attention paid to token t, averaged over the rows of the last L' response tokens (Q = L')."""
-    return attention_QT.mean(-2)
-
-
-def attention_shares(attribution_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Eq 19. a_t / Z over the response's real tokens: sums to 1, and is 0 elsewhere.
+def attention_shares(attribution_ST: Tensor, mask_ST: Tensor) -> Tensor:
+    """Eq 19. a_t / Z over the response's real tokens: sums to 1, and is 0 elsewhere. Z may be summed over layers.
 
     The smallest normal number on every token changes no share, and makes shares equal where no token has any attention.
     """
-    weights_T = (attribution_T + torch.finfo(attribution_T.dtype).tiny).where(mask_T, 0.0)
-    return weights_T / weights_T.sum(-1, keepdim=True)
+    weights_ST = (attribution_ST + torch.finfo(attribution_ST.dtype).tiny).where(mask_ST, 0.0)
+    return weights_ST / weights_ST.sum(-1, keepdim=True)
 
 
-def segment_rewards(reward: Number, attribution_T: Tensor, segments_T: Tensor, num_segments: int) -> Tensor:
-    """Eq 19. R_n: the sequence reward, divided among the segments by attention; they add up to the reward."""
-    shares_T = attention_shares(attribution_T, segments_T >= 0)
-    return as_tensor(reward).unsqueeze(-1) * segment_sums(shares_T, segments_T, num_segments)
+def segment_rewards(rewards_G: Tensor, shares_GN: Tensor) -> Tensor:
+    """Eq 19. R_n, [G, N]: the sequence reward, divided among the segments by their shares, so they add up to it."""
+    return rewards_G[:, None] * shares_GN

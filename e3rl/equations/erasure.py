@@ -1,4 +1,4 @@
-"""The erasure state machine: paper §3.4 (eq 23-26). Knows nothing of models, caches or tensors."""
+"""Segments and the erasure state machine: paper §3.1, §3.4 (eq 8, 23-25, 31). Knows nothing of models, caches or tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 
 from e3rl.types import Verdict
+
+
+def segment_size(committed: int, segment_length: int, completion_limit: int) -> int:
+    """Eq 8. Tokens of the next candidate: L, or fewer where the response reaches its limit."""
+    return min(segment_length, completion_limit - committed)
 
 
 def exceeds(uncertainty: float, threshold: float) -> bool:
@@ -25,25 +30,20 @@ def judge(uncertainty: float, threshold: float, attempt: int, max_erasures: int)
     return Verdict.ERASE if attempt < max_erasures else Verdict.FORCED
 
 
-def next_state(
-    prefix: tuple[int, ...], candidate: tuple[int, ...], attempt: int, verdict: Verdict
-) -> tuple[tuple[int, ...], int]:
-    """Eq 25. (committed prefix, attempt) after the verdict: erasing keeps the prefix, anything else extends it."""
+def next_state(committed: int, candidate: int, attempt: int, verdict: Verdict) -> tuple[int, int]:
+    """Eq 25. (committed tokens, attempt) after the verdict on a candidate of so many tokens: erasing keeps the prefix."""
     if verdict is Verdict.ERASE:
-        return prefix, attempt + 1
-    return prefix + candidate, 0
-
-
-def retry_threshold(baseline: float, attempt: int, modulation: float, *, eta: float, delta: float) -> float:
-    """Eq 26. Theta of the candidate redrawn after erasure number ``attempt``; gamma_e is Gamma(e) of eq 17.
-
-    The baseline and the modulation are those of the first attempt: a retry moves neither (D4).
-    """
-    return baseline * math.exp(eta * attempt**delta) * modulation
+        return committed, attempt + 1
+    return committed + candidate, 0
 
 
 def least_uncertain(uncertainties: Sequence[float]) -> int:
-    """Eq 25. What a forced accept commits under D8 'least_uncertain': the smallest U, the earliest of equals."""
+    """Eq 25. What a forced accept commits where `on_exhausted` = 'least_uncertain': the smallest U, the earliest of equals."""
     if any(math.isnan(u) for u in uncertainties):
         raise ValueError(f"attempts can't be compared: one has no uncertainty: {list(uncertainties)}")
     return min(range(len(uncertainties)), key=uncertainties.__getitem__)
+
+
+def regeneration_ratio(erased_tokens: float, committed_tokens: float) -> float:
+    """Eq 31. r: regenerated tokens per committed token."""
+    return erased_tokens / committed_tokens

@@ -1,6 +1,6 @@
 """ERPO: entropy-aware gating, bucketed implicit advantage, outcome-anchored synthesis (ERPO paper, §2-3).
 
-Its policy (eq 1), KL (eq 4) and entropy (eq 6) are functions of `policy` and `uncertainty`. All statistics are those of
+Its policy (eq 1), KL (eq 4), loss (eq 5) and entropy (eq 6) are functions of `policy` and `tokens`. All statistics are those of
 one group, with the population standard deviation unless said otherwise; nothing is carried from group to group.
 """
 
@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e3rl.equations.policy import clipped_surrogate, k3_kl, segment_sums
-
-
-def expected_reward(rewards_G: Tensor) -> Tensor:
-    """ERPO eq 2. Monte Carlo estimate of J: the mean reward of responses drawn from the policy."""
-    return rewards_G.mean()
+from e3rl.equations.policy import segment_sums
 
 
 def group_advantages(rewards_G: Tensor, eps: float) -> Tensor:
@@ -22,21 +17,6 @@ def group_advantages(rewards_G: Tensor, eps: float) -> Tensor:
     if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
         return torch.zeros_like(rewards_G)
     return (rewards_G - rewards_G.mean()) / (rewards_G.std() + eps)
-
-
-def grpo_objective(
-    logprobs_GT: Tensor,
-    old_logprobs_GT: Tensor,
-    reference_logprobs_GT: Tensor,
-    advantages_GT: Tensor,
-    mask_GT: Tensor,
-    *,
-    clip: float,
-    kl_coef: float,
-) -> Tensor:
-    """ERPO eq 5. L of one group, to minimise: the negated token mean of clipped surrogate minus weighted KL."""
-    surrogate_GT = clipped_surrogate((logprobs_GT - old_logprobs_GT).exp(), advantages_GT, clip, clip)
-    return -(surrogate_GT - kl_coef * k3_kl(logprobs_GT, reference_logprobs_GT))[mask_GT].mean()
 
 
 def progress_signal(logprobs_GT: Tensor, reference_logprobs_GT: Tensor, beta_progress: float) -> Tensor:
@@ -88,11 +68,3 @@ def calibrated_progress(
 def synthesized_advantages(advantages_G: Tensor, psi_GT: Tensor, mask_GT: Tensor, eta: float, eps: float) -> Tensor:
     """ERPO eq 10. Final advantages Norm_G(A + eta Psi): zero sum and unit variance over the group (eq 16)."""
     return normalized(advantages_G[:, None] + eta * psi_GT, mask_GT, eps)
-
-
-def entropy_weighted_potential(logprobs_T: Tensor, reference_logprobs_T: Tensor, weights_T: Tensor) -> Tensor:
-    """ERPO eq 11-15. F / (eta beta): half the weighted squared log-ratio, whose gradient is sum Lambda s grad log pi.
-
-    Eq 15 carries an eta that eq 11 multiplies again; the constants are left to the caller.
-    """
-    return 0.5 * (weights_T * (logprobs_T - reference_logprobs_T).square()).sum()

@@ -1,4 +1,7 @@
-"""Epistemic entropy monitoring: paper §3.2 (eq 10-13). Entropies are in nats."""
+"""Epistemic entropy monitoring: paper §3.2 (eq 6, 10-13). Entropies are in nats.
+
+Shapes: G candidates of one segment index and T tokens each, behind N - 1 committed segments.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,22 @@ import functools
 import torch
 from torch import Tensor
 
-from e3rl.equations._number import Number, as_tensor
 
-
-def token_entropy(logits_V: Tensor) -> Tensor:
-    """Eq 10. H_t = -sum_v p(v) log p(v), from logits [..., V] that already carry the temperature (D1).
-
-    A logit of -inf is a token of probability 0 and adds nothing.
-    """
-    logprobs_V = torch.log_softmax(logits_V, -1)
-    finite_V = logprobs_V.masked_fill(logprobs_V == -torch.inf, 0.0)
-    return -(logprobs_V.exp() * finite_V).sum(-1)
-
-
-def segment_entropy(entropies_T: Tensor) -> Tensor:
+def segment_entropy(entropies_GT: Tensor) -> Tensor:
     """Eq 10. H-bar_n: mean token entropy over the candidate's real tokens."""
-    return entropies_T.mean(-1)
+    return entropies_GT.mean(-1)
 
 
-def smooth_causal(means_N: Tensor, decay: float, window: int) -> Tensor:
-    """Eq 11. H~ of the last of the segments so far, [..., N]: w runs over -W..0, as later segments do not exist yet (D2)."""
-    recent_W = means_N[..., -(window + 1) :]
-    weights_W, total = _smoothing_weights(recent_W.shape[-1], decay, means_N.dtype, means_N.device)
-    return (weights_W * recent_W).sum(-1) / total
+def segment_perturbation(perturbations_GT: Tensor) -> Tensor:
+    """Eq 6. The candidate's part of the cumulative perturbation, by token: what `perturbation_weight` weighs."""
+    return perturbations_GT.mean(-1)
+
+
+def smooth_causal(means_GN: Tensor, decay: float, window: int) -> Tensor:
+    """Eq 11. H~ of the last of the segments so far, [G]: w runs over -W..0, as later segments do not exist yet."""
+    recent_GW = means_GN[..., -(window + 1) :]
+    weights_W, total = _smoothing_weights(recent_GW.shape[-1], decay, means_GN.dtype, means_GN.device)
+    return (weights_W * recent_GW).sum(-1) / total
 
 
 @functools.cache
@@ -39,28 +35,20 @@ def _smoothing_weights(count: int, decay: float, dtype: torch.dtype, device: tor
     return weights_W, weights_W.sum()
 
 
-def smooth_centered(means_N: Tensor, decay: float, window: int) -> Tensor:
-    """Eq 11. H~_n of every segment of a finished trajectory: w runs over -W..W where n + w exists. For reports only."""
-    index_N = torch.arange(len(means_N), device=means_N.device)
-    distance_NN = (index_N[:, None] - index_N[None, :]).abs()
-    weights_NN = (decay ** distance_NN.to(means_N.dtype)).where(distance_NN <= window, 0.0)
-    return weights_NN @ means_N / weights_NN.sum(-1)
-
-
-def largest_entropy(entropies_T: Tensor) -> Tensor:
+def largest_entropy(entropies_GT: Tensor) -> Tensor:
     """Eq 12. H_n^max: the largest token entropy of the candidate."""
-    return entropies_T.amax(-1)
+    return entropies_GT.amax(-1)
 
 
-def entropy_variation(entropies_T: Tensor) -> Tensor:
+def entropy_variation(entropies_GT: Tensor) -> Tensor:
     """Eq 12. Delta H_n: mean |H_{t+1} - H_t| inside the candidate; 0 for a single token."""
-    steps = max(entropies_T.shape[-1] - 1, 1)
-    return entropies_T.diff().abs().sum(-1) / steps
+    steps = max(entropies_GT.shape[-1] - 1, 1)
+    return entropies_GT.diff().abs().sum(-1) / steps
 
 
-def extremum_deviation(largest: Number, mean_E: Number, std_E: Number, eps: float = 1e-6) -> Tensor:
-    """Eq 13. sigmoid((H_n^max - mu_E) / (sigma_E + eps)): how far the peak stands out of the reference entropies."""
-    return torch.sigmoid(as_tensor((largest - mean_E) / (std_E + eps)))
+def extremum_deviation(largest_G: Tensor, mean_E: float, std_E: float, eps: float = 1e-6) -> Tensor:
+    """Eq 13. sigmoid((H_n^max - mu_E) / (sigma_E + eps)): how far the peak stands out of the group's or batch's entropies."""
+    return torch.sigmoid((largest_G - mean_E) / (std_E + eps))
 
 
 def length_weight(tokens: int, exponent: float) -> float:
@@ -70,45 +58,25 @@ def length_weight(tokens: int, exponent: float) -> float:
 
 
 def uncertainty_terms(
-    smoothed: Number,
-    variation: Number,
-    extremum: Number,
-    mean_perturbation: Number,
+    smoothed_G: Tensor,
+    variation_G: Tensor,
+    extremum_G: Tensor,
+    perturbation_G: Tensor,
     *,
     base_weight: float,
     gradient_weight: float,
     extremum_weight: float,
     perturbation_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eq 13. The weighted terms of U: base, gradient, extremum, and the perturbation term of D14."""
+    """Eq 13. The weighted terms of U. The paper's have base_weight 1 and perturbation_weight 0."""
     return (
-        base_weight * as_tensor(smoothed),
-        gradient_weight * as_tensor(variation),
-        extremum_weight * as_tensor(extremum),
-        perturbation_weight * as_tensor(mean_perturbation),
+        base_weight * smoothed_G,
+        gradient_weight * variation_G,
+        extremum_weight * extremum_G,
+        perturbation_weight * perturbation_G,
     )
 
 
-def uncertainty(
-    smoothed: Number,
-    variation: Number,
-    extremum: Number,
-    mean_perturbation: Number,
-    *,
-    base_weight: float,
-    gradient_weight: float,
-    extremum_weight: float,
-    perturbation_weight: float,
-) -> Tensor:
-    """Eq 13. Segment uncertainty U_n. The paper's has base_weight 1 and perturbation_weight 0 (D14)."""
-    base, gradient, peak, perturbed = uncertainty_terms(
-        smoothed,
-        variation,
-        extremum,
-        mean_perturbation,
-        base_weight=base_weight,
-        gradient_weight=gradient_weight,
-        extremum_weight=extremum_weight,
-        perturbation_weight=perturbation_weight,
-    )
-    return base + gradient + peak + perturbed
+def uncertainty(base_G: Tensor, gradient_G: Tensor, extremum_G: Tensor, perturbation_G: Tensor) -> Tensor:
+    """Eq 13. U_n, the sum of its weighted terms."""
+    return base_G + gradient_G + extremum_G + perturbation_G

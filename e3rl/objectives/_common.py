@@ -7,26 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from e3rl.equations.policy import clipped_surrogate, k3_kl
+from e3rl.equations import policy
 from e3rl.objectives.base import Loss, Need, TrainBatch
 from e3rl.objectives.metrics import measured
-
-MAX_LOG_RATIO = 20.0
-
-
-def bounded_exp(log_ratios: Tensor) -> Tensor:
-    """Ratios from their logarithms, held at e^20: an overflow turns the zero gradient of a clipped term into NaN."""
-    return log_ratios.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def token_log_ratios(batch: TrainBatch) -> Tensor:
     """log pi/pi_old of every token, [S, T]; 0 outside the mask."""
     return (batch.logprobs_ST - batch.old_logprobs_ST).masked_fill(~batch.mask_ST, 0.0)
-
-
-def sequence_log_ratios(batch: TrainBatch) -> Tensor:
-    """ERPO eq 1. log of the length-th root of pi(y|x)/pi_old(y|x): the mean token log-ratio of every sequence, [S]."""
-    return token_log_ratios(batch).sum(-1) / lengths(batch)
 
 
 def lengths(batch: TrainBatch) -> Tensor:
@@ -56,13 +44,15 @@ def kl_needs(kl_coef: float) -> frozenset[Need]:
 
 
 def kl_terms(batch: TrainBatch, kl_coef: float) -> Tensor:
-    """ERPO eq 4. k3 estimate of KL(pi || reference) of every token, [S, T]; 0 in padding and where it has no weight."""
+    """k3 estimate of KL(pi || reference) of every token, [S, T]; 0 in padding and where it has no weight."""
     if kl_coef == 0:
         return torch.zeros_like(batch.logprobs_ST)
     if batch.reference_logprobs_ST is None:
         raise ValueError("kl_coef > 0, but the batch has no reference log-probabilities")
     outside = ~batch.mask_ST
-    return k3_kl(batch.logprobs_ST.masked_fill(outside, 0.0), batch.reference_logprobs_ST.masked_fill(outside, 0.0))
+    return policy.k3_kl(
+        batch.logprobs_ST.masked_fill(outside, 0.0), batch.reference_logprobs_ST.masked_fill(outside, 0.0)
+    )
 
 
 def on_tokens(values_G: Tensor, mask_GT: Tensor) -> Tensor:
@@ -87,11 +77,6 @@ def limit_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
     return values / (batch.totals.sequences * batch.totals.completion_limit)
 
 
-def clipped(ratios: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Where the clip is in force, that is where the surrogate has no gradient (bool)."""
-    return ((ratios > 1 + clip_high) & (advantages > 0)) | ((ratios < 1 - clip_low) & (advantages < 0))
-
-
 def clipped_token_loss(
     batch: TrainBatch,
     mean: Callable[[Tensor, TrainBatch], Tensor],
@@ -100,10 +85,11 @@ def clipped_token_loss(
     clip_high: float,
     kl_coef: float,
 ) -> Loss:
-    """ERPO eq 5. Minus the ``mean`` of every token's clipped surrogate less its weighted KL."""
-    ratios_ST, advantages_ST = bounded_exp(token_log_ratios(batch)), batch.advantages_ST
+    """Minus the ``mean`` of every token's clipped surrogate less its weighted KL."""
+    ratios_ST, advantages_ST = policy.ratios(token_log_ratios(batch)), batch.advantages_ST
     kl_ST = kl_terms(batch, kl_coef)
-    objective_ST = clipped_surrogate(ratios_ST, advantages_ST, clip_low, clip_high) - kl_coef * kl_ST
-    clipped_ST = clipped(ratios_ST, advantages_ST, clip_low, clip_high)
+    surrogate_ST = policy.clipped_surrogate(ratios_ST, advantages_ST, clip_low, clip_high)
+    objective_ST = policy.penalized(surrogate_ST, kl_ST, kl_coef)
+    clipped_ST = policy.clipped(ratios_ST, advantages_ST, clip_low, clip_high)
     metrics = measured(batch.mask_ST, {"clip_fraction": clipped_ST, "ratio": ratios_ST, "kl": kl_ST})
     return Loss(-mean(objective_ST, batch), metrics)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from e3rl.config import setting
+from e3rl.equations import policy
 from e3rl.equations.erpo import group_advantages
-from e3rl.equations.policy import clipped_surrogate
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 
@@ -35,7 +35,7 @@ class BAPO(TrajectoriesOnly):
         return common.kl_needs(self.kl_coef)
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 3. The group-normalised reward, on every token."""
+        """The group-normalised reward, on every token."""
         return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def bounds(self) -> list[tuple[float, float]]:
@@ -48,13 +48,13 @@ class BAPO(TrajectoriesOnly):
         """The first pair for which positive advantages make up the target share of the surrogate; else the last."""
         ratios, advantages = ratios_ST.detach()[mask_ST], advantages_ST[mask_ST]
         tried = self.bounds()
-        parts = [clipped_surrogate(ratios, advantages, 1 - low, high - 1) for low, high in tried]
+        parts = [policy.clipped_surrogate(ratios, advantages, 1 - low, high - 1) for low, high in tried]
         shares = torch.stack([p.clamp(min=0).sum() / p.abs().sum().clamp(min=torch.finfo(p.dtype).tiny) for p in parts])
         return next((b for b, share in zip(tried, shares.tolist(), strict=True) if share >= self.target), tried[-1])
 
     def loss(self, batch: TrainBatch) -> Loss:
         """GRPO's token-mean loss between the chosen bounds."""
-        ratios_ST = common.bounded_exp(common.token_log_ratios(batch))
+        ratios_ST = policy.ratios(common.token_log_ratios(batch))
         low, high = self.chosen_bounds(ratios_ST, batch.advantages_ST, batch.mask_ST)
         loss = common.clipped_token_loss(
             batch, common.token_mean, clip_low=1 - low, clip_high=high - 1, kl_coef=self.kl_coef

@@ -26,7 +26,7 @@ class DAPO(TrajectoriesOnly):
         return common.kl_needs(self.kl_coef)
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 3. The group-normalised reward, on every token."""
+        """The group-normalised reward, on every token."""
         return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from e3rl.config import setting
-from e3rl.equations.policy import k3_kl
+from e3rl.equations import policy
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.metrics import measured
@@ -40,15 +40,15 @@ class DisCO(TrajectoriesOnly):
     def _scores(self, logprobs_ST: Tensor, old_logprobs_ST: Tensor, mask_ST: Tensor) -> Tensor:
         values_ST = logprobs_ST
         if self.score == "likelihood_ratio":
-            values_ST = common.bounded_exp(logprobs_ST - old_logprobs_ST)
-        return values_ST.where(mask_ST, 0.0).sum(-1) / mask_ST.sum(-1).clamp(min=1)
+            values_ST = policy.ratios(logprobs_ST - old_logprobs_ST)
+        return policy.sequence_logprobs(values_ST, mask_ST) / mask_ST.sum(-1).clamp(min=1)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Minus the groups' mean of sum_i A_i score_i, plus a squared hinge on each response's KL to the old policy."""
         mask_ST, old_ST = batch.mask_ST, batch.old_logprobs_ST
         advantages_S = batch.advantages_ST.where(mask_ST, 0.0).sum(-1) / common.lengths(batch)
         scores_S = self._scores(batch.logprobs_ST, old_ST, mask_ST)
-        kl_ST = k3_kl(old_ST.where(mask_ST, 0.0), batch.logprobs_ST.where(mask_ST, 0.0))
+        kl_ST = policy.k3_kl(old_ST.where(mask_ST, 0.0), batch.logprobs_ST.where(mask_ST, 0.0))
         excess_S = (kl_ST.sum(-1) / common.lengths(batch) - self.kl_limit).clamp(min=0)
         penalty = 0.5 * self.kl_weight * excess_S.square().sum() / batch.totals.sequences
         value = penalty - (advantages_S * scores_S).sum() / batch.totals.groups

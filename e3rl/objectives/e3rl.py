@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from e3rl.config import PAPER, PAPER_METHOD, setting
-from e3rl.equations import advantage, policy
+from e3rl.equations import advantage, attribution, policy
 from e3rl.objectives import _common as common
 from e3rl.objectives import metrics
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch
@@ -46,7 +46,7 @@ class E3RL:
         return common.kl_needs(self.kl_coef) | shares | erased
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """Eq 20. Advantage of the segment that each token lies in."""
+        """Advantage of the segment that each token lies in."""
         if self.degenerate_groups == "zero" and advantage.is_degenerate(signals.rewards_G):
             return torch.zeros_like(signals.old_logprobs_GT)
         return common.from_segments(self._segment_advantages(signals), signals.segments_GT)
@@ -61,25 +61,26 @@ class E3RL:
         shares_GN = policy.segment_sums(signals.shares_GT, signals.segments_GT, num_segments)
         if self.allocation == "anchored":
             return advantage.anchored_advantages(sequence_G, shares_GN, signals.segments_GT.amax(-1) + 1)
-        return advantage.segment_advantages(signals.rewards_G[:, None] * shares_GN, self.advantage_eps)
+        return advantage.segment_advantages(
+            attribution.segment_rewards(signals.rewards_G, shares_GN), self.advantage_eps
+        )
 
     def erased_advantage(self, reward: float) -> float:
-        """D15. An erased candidate counts against the policy where what replaced it was rewarded."""
+        """An erased candidate counts against the policy where what replaced it was rewarded."""
         return -self.contrast_weight if reward > 0 else 0.0
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """Eq 21-22. Segment surrogates of a sequence, minus its weighted KL; mean over the group, then over groups."""
+        """Segment surrogates of a sequence, minus its weighted KL; mean over the group, then over groups; negated."""
         segments_ST, num_segments = common.masked_segments(batch)
         log_ratios = policy.segment_log_ratios if self.ratio == "segment" else policy.segment_mean_log_ratios
-        ratios_SN = common.bounded_exp(log_ratios(batch.logprobs_ST, batch.old_logprobs_ST, segments_ST, num_segments))
+        ratios_SN = policy.ratios(log_ratios(batch.logprobs_ST, batch.old_logprobs_ST, segments_ST, num_segments))
         lengths_SN = policy.segment_sums(torch.ones_like(batch.logprobs_ST), segments_ST, num_segments)
         advantages_SN = policy.segment_sums(batch.advantages_ST, segments_ST, num_segments) / lengths_SN.clamp(min=1)
         surrogate_SN = policy.clipped_surrogate(ratios_SN, advantages_SN, self.clip_low, self.clip_high)
-        surrogate_S = surrogate_SN.where(lengths_SN > 0, 0.0).sum(-1)
         kl_ST = common.kl_terms(batch, self.kl_coef).where(~batch.erased_S[:, None], 0.0)
-        objective_S = surrogate_S - self.kl_coef * kl_ST.sum(-1)
-        value = -(objective_S / (batch.totals.groups * batch.group_sizes_S)).sum()
-        clipped_SN = common.clipped(ratios_SN, advantages_SN, self.clip_low, self.clip_high)
+        objective_S = policy.segment_objective(surrogate_SN, lengths_SN > 0, kl_ST, self.kl_coef)
+        value = -policy.group_mean(objective_S, batch.group_sizes_S, batch.totals.groups)
+        clipped_SN = policy.clipped(ratios_SN, advantages_SN, self.clip_low, self.clip_high)
         measures = metrics.measured(lengths_SN > 0, {"clip_fraction": clipped_SN, "ratio": ratios_SN})
         measures |= metrics.measured_by_segment("clip_fraction", clipped_SN, lengths_SN > 0)
         measures |= metrics.measured(batch.mask_ST & ~batch.erased_S[:, None], {"kl": kl_ST})

@@ -31,7 +31,7 @@ class ERPO(TrajectoriesOnly):
         return frozenset({"reference"})
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 6-10. All statistics are those of this group; nothing is carried from one step to the next."""
+        """All statistics are those of this group; nothing is carried from one step to the next."""
         if signals.reference_logprobs_GT is None:
             raise ValueError("ERPO's progress signal needs reference log-probabilities")
         mask_GT, eps = signals.mask_GT, self.advantage_eps
@@ -44,7 +44,7 @@ class ERPO(TrajectoriesOnly):
         return erpo.synthesized_advantages(advantages_G, psi_GT, mask_GT, self.eta, eps)
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """ERPO eq 5. GRPO's loss with these advantages."""
+        """GRPO's loss with these advantages."""
         return common.clipped_token_loss(
             batch, common.token_mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
         )

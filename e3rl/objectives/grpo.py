@@ -30,11 +30,11 @@ class GRPO(TrajectoriesOnly):
         return common.kl_needs(self.kl_coef)
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 3. The group-normalised reward, on every token."""
+        """The group-normalised reward, on every token."""
         return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """ERPO eq 5. Clipped surrogate less weighted KL, averaged, negated."""
+        """Clipped surrogate less weighted KL, averaged, negated."""
         mean = common.token_mean if self.average == "token" else common.sequence_mean
         return common.clipped_token_loss(
             batch, mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef

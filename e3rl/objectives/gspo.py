@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from e3rl.config import setting
+from e3rl.equations import policy
 from e3rl.equations.erpo import group_advantages
-from e3rl.equations.policy import clipped_surrogate
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.metrics import measured
@@ -28,14 +28,15 @@ class GSPO(TrajectoriesOnly):
         return common.kl_needs(self.kl_coef)
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 3. The group-normalised reward, on every token."""
+        """The group-normalised reward, on every token."""
         return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""
-        ratios_S1 = common.bounded_exp(common.sequence_log_ratios(batch))[:, None]
+        log_ratios_S = policy.sequence_mean_log_ratios(batch.logprobs_ST - batch.old_logprobs_ST, batch.mask_ST)
+        ratios_S1 = policy.ratios(log_ratios_S)[:, None]
         advantages_ST, kl_ST = batch.advantages_ST, common.kl_terms(batch, self.kl_coef)
-        surrogate_ST = clipped_surrogate(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
-        clipped_ST = common.clipped(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
+        surrogate_ST = policy.clipped_surrogate(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
+        clipped_ST = policy.clipped(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
         measures = measured(batch.mask_ST, {"clip_fraction": clipped_ST, "ratio": ratios_S1, "kl": kl_ST})
-        return Loss(-common.sequence_mean(surrogate_ST - self.kl_coef * kl_ST, batch), measures)
+        return Loss(-common.sequence_mean(policy.penalized(surrogate_ST, kl_ST, self.kl_coef), batch), measures)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from e3rl.config import setting
+from e3rl.equations import policy
 from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
@@ -28,17 +29,17 @@ class SAPO(TrajectoriesOnly):
         return common.kl_needs(self.kl_coef)
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """ERPO eq 3. The group-normalised reward, on every token."""
+        """The group-normalised reward, on every token."""
         return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Mean over responses of the token mean of -(4/tau) sigmoid(tau (rho - 1)) A, plus weighted KL."""
-        ratios_ST = common.bounded_exp(common.token_log_ratios(batch))
+        ratios_ST = policy.ratios(common.token_log_ratios(batch))
         tau_ST = torch.full_like(ratios_ST, self.temperature_negative)
         tau_ST = tau_ST.masked_fill(batch.advantages_ST > 0, self.temperature_positive)
         gate_ST = torch.sigmoid(tau_ST * (ratios_ST - 1))
         kl_ST = common.kl_terms(batch, self.kl_coef)
-        objective_ST = 4 / tau_ST * gate_ST * batch.advantages_ST - self.kl_coef * kl_ST
+        objective_ST = policy.penalized(4 / tau_ST * gate_ST * batch.advantages_ST, kl_ST, self.kl_coef)
         weight_ST = 4 * gate_ST * (1 - gate_ST)  # of the token's gradient against an unclipped one; 1 on-policy
         measures = measured(batch.mask_ST, {"gate": weight_ST, "ratio": ratios_ST, "kl": kl_ST})
         return Loss(-common.sequence_mean(objective_ST, batch), measures)

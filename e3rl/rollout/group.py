@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from e3rl.config import RolloutConfig
-from e3rl.equations.erasure import least_uncertain
+from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge
 from e3rl.types import Candidate, Erasure, Group, Judgement, Prompt, Segment, Trajectory, Verdict
 
@@ -72,7 +72,7 @@ class _Sibling:
     committed: int = 0
     attempt: int = 0
     waiting: Candidate | None = None  # a first candidate whose barrier is closed
-    redrawn: bool = False  # the open request repeats an earlier attempt, which will be committed (D8)
+    redrawn: bool = False  # the open request repeats an earlier attempt, which will be committed
     finish: Literal["stop", "length"] | None = None
 
     def attempts(self) -> list[Erasure]:
@@ -148,11 +148,12 @@ class GroupRollout:
             return self._commit(sibling, candidate, judgement)
         if judgement.verdict is Verdict.ERASE:
             self._erase(sibling, candidate, judgement)
-            return [self._redraw(sibling, sibling.attempt + 1)]
+            _, attempt = next_state(sibling.committed, len(candidate.ids), sibling.attempt, Verdict.ERASE)
+            return [self._redraw(sibling, attempt)]
         return self._exhausted(sibling, candidate, judgement)
 
     def _exhausted(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement) -> list[Order]:
-        """The budget is spent on a candidate above its threshold: the forced accept, as D8 sets it."""
+        """The budget is spent on a candidate above its threshold: the forced accept, as `on_exhausted` sets it."""
         earlier = [e.judgement.uncertainty.total for e in sibling.attempts()]
         best = least_uncertain([*earlier, judgement.uncertainty.total])
         if self._on_exhausted == "last" or best == judgement.attempt:
@@ -187,8 +188,9 @@ class GroupRollout:
     def _commit(self, sibling: _Sibling, candidate: Candidate, judgement: Judgement | None) -> list[Order]:
         segment = Segment(len(sibling.segments), candidate, judgement)
         sibling.segments.append(segment)
-        sibling.committed += len(candidate.ids)
-        sibling.attempt, sibling.redrawn = 0, False
+        size = len(candidate.ids)
+        sibling.committed, sibling.attempt = next_state(sibling.committed, size, sibling.attempt, Verdict.COMMIT)
+        sibling.redrawn = False
         if self._judge is not None and judgement is not None:
             self._judge.commit(sibling.number, candidate, judgement)
         self._observe(Committed(self.prompt.problem.id, sibling.number, segment))
@@ -212,7 +214,7 @@ class GroupRollout:
         )
 
     def _tokens(self, sibling: _Sibling) -> int:
-        return min(self._config.segment_length, self._config.completion_limit - sibling.committed)
+        return segment_size(sibling.committed, self._config.segment_length, self._config.completion_limit)
 
     def _check(self, sibling: _Sibling, candidate: Candidate) -> None:
         """Hold the engine to what was asked: empty candidates would keep a response going for ever."""

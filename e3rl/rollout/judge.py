@@ -174,7 +174,7 @@ class GroupJudge:
         self._statistics.append(_Statistics(entropies, baseline))
 
     def _pool(self, segment: int) -> Moments:
-        """D3 'group'. First candidates of segments m <= n, and committed retries of segments m < n."""
+        """Token entropies of first candidates of segments m <= n, and of committed retries of segments m < n."""
         pooled, last = self._pooled_entropies, segment - 1
         for history in self._histories:
             if segment > 0 and len(history.attempts) > last and history.attempts[last] > 0:
@@ -185,7 +185,7 @@ class GroupJudge:
         return pooled
 
     def _baseline(self, totals: Sequence[float], segment: int) -> float:
-        """Eq 14-16. B_n from where the settings say (D4, D5); ``totals``: U of the siblings that are there."""
+        """B_n from where `ErasureConfig.baseline` says; ``totals``: U of the siblings that are there."""
         if self._reference is not None:
             usual = self._reference.at(segment)
             if self._config.baseline == "quantile":
@@ -207,11 +207,11 @@ class GroupJudge:
         return _raised(float(threshold.macro_baseline(mean, std, kappa)))
 
     def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
-        """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), by the named metric."""
+        """U of a candidate that would follow the sibling's committed segments, by the named metric."""
         return self._metric([candidate], [history.means], entropies, self._config)[0]
 
     def _modulate(self, histories: Sequence[_History]) -> None:
-        """Eq 18. phi of siblings that are at the same segment, each by its own committed segments (D6 at the first)."""
+        """phi of siblings that are at the same segment, each by its own committed segments; a setting at the first."""
         committed = len(histories[0].committed)
         phis = [self._config.first_modulation] * len(histories)
         if committed:
@@ -222,7 +222,7 @@ class GroupJudge:
             history.modulations.append(phi)
 
     def _thresholds(self, phis: Sequence[float], baseline: float, attempt: int) -> list[Threshold]:
-        """Eq 17. Theta_n(e) of siblings that are at the same segment and attempt."""
+        """Theta_n(e) of siblings that are at the same segment and attempt."""
         penalty = _attempt_penalty(attempt, self._config.eta, self._config.delta)
         totals = threshold.threshold(baseline, penalty, _tensor(phis)).tolist()
         return [Threshold(total, baseline, penalty, phi) for total, phi in zip(totals, phis, strict=True)]

@@ -42,8 +42,7 @@ def single_term(total: float) -> Uncertainty:
 def e3rl_uncertainty(
     candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig
 ) -> Uncertainty:
-    """Eq 10-13. U of a candidate that would follow the sibling's committed segments (D2), with the term of D14 and its
-    weight by length."""
+    """Eq 13's U of a candidate that would follow the sibling's committed segments, weighed by its length."""
     return _e3rl_uncertainties([candidate], [history], reference, config)[0]
 
 
@@ -88,17 +87,17 @@ def _of_one_shape(
         smoothed_G,
         uncertainty.entropy_variation(entropies_GT),
         uncertainty.extremum_deviation(largest_G, reference.mean, reference.std),
-        _tensor([candidate.perturbations for candidate in candidates]).mean(-1),
+        uncertainty.segment_perturbation(_tensor([candidate.perturbations for candidate in candidates])),
         base_weight=config.base_weight,
         gradient_weight=config.gradient_weight,
         extremum_weight=config.extremum_weight,
         perturbation_weight=config.perturbation_weight,
     )
     weight = uncertainty.length_weight(entropies_GT.shape[1], config.length_exponent)
-    each = (weight * torch.stack([*terms, smoothed_G], 1)).tolist()
-    return [
-        Uncertainty(base + step + peak + eps, base, step, peak, eps, smooth) for base, step, peak, eps, smooth in each
-    ]
+    weighted_G5 = weight * torch.stack([*terms, smoothed_G], 1)
+    totals_G = uncertainty.uncertainty(*weighted_G5[:, :4].unbind(1))
+    each = torch.cat([totals_G[:, None], weighted_G5], 1).tolist()
+    return [Uncertainty(*numbers) for numbers in each]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from e3rl.equations.cost import regeneration_ratio
+from e3rl.equations.erasure import regeneration_ratio
 from e3rl.types import Candidate, Erasure, Group, Segment, Trajectory, Verdict
 
 
@@ -20,7 +20,7 @@ class RolloutStats:
     stopped: int  # trajectories that ended in EOS
     committed_tokens: int
     erased_tokens: int
-    redrawn_tokens: int  # drawn a second time to be committed after all (D8 'least_uncertain')
+    redrawn_tokens: int  # drawn a second time to be committed after all (`on_exhausted` = 'least_uncertain')
     erasures: int
     forced: int  # segments committed above their threshold
     candidates_N: tuple[int, ...]
@@ -59,7 +59,7 @@ class RolloutStats:
 
     @property
     def r(self) -> float:
-        """Eq 31. Tokens generated beyond the committed ones, redraws included, per committed token."""
+        """Tokens generated beyond the committed ones, redraws included, per committed token."""
         if not self.committed_tokens:
             return 0.0
         return regeneration_ratio(self.generated_tokens - self.committed_tokens, self.committed_tokens)

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from e3rl.equations.attribution import attention_shares
+from e3rl.equations.attribution import attention_shares, token_attribution
 from e3rl.models import unwrapped
 from e3rl.train.packing import Branch, PackedRow
 from e3rl.train.sequences import pad
@@ -76,8 +76,7 @@ class _Ends:
         seen = key[0].transpose(0, 1).index_select(0, self.keys_SK.flatten()).float()
         scores = rows @ seen.view(size, keys, kv_heads, width).permute(0, 2, 3, 1)
         scores = scores.view(size, heads, queries, keys).add_(self.bias(window)[:, None])
-        weights = (self.weights_SQ / heads).repeat(1, heads)
-        return (weights[:, None] @ scores.softmax(-1).view(size, -1, keys))[:, 0]
+        return token_attribution(scores, self.weights_SQ)
 
 
 def _together(row: PackedRow, window: int) -> list[list[int]]:
@@ -196,7 +195,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 def attribution_layers(model: nn.Module, which: str) -> frozenset[int]:
-    """D9: the layers averaged over, 'last' or 'all'."""
+    """The layers averaged over, by `attribution_layers`: 'last' or 'all'."""
     count: int = unwrapped(model).config.num_hidden_layers
     return frozenset({count - 1} if which == "last" else range(count))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
 
 _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
@@ -41,17 +42,8 @@ class _HeadScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs_K, entropies_K, log_z_K = torch.empty(3, len(ids_K), device=hidden_KD.device).unbind()
         for part in _chunks(len(ids_K), len(weight_VD)):
-            shifted_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float().div_(temperature)
-            peak_C1 = shifted_CV.amax(-1, keepdim=True)
-            shifted_CV -= peak_C1
-            logprobs_K[part] = shifted_CV.gather(-1, ids_K[part, None]).squeeze(-1)
-            weights_CV = shifted_CV.exp()
-            z_C = weights_CV.sum(-1)
-            mean_C = torch.bmm(weights_CV.unsqueeze(1), shifted_CV.unsqueeze(2)).flatten() / z_C
-            log_z_C = z_C.log()
-            logprobs_K[part] -= log_z_C
-            entropies_K[part] = log_z_C - mean_C
-            log_z_K[part] = log_z_C + peak_C1.squeeze(-1)
+            logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float()
+            logprobs_K[part], entropies_K[part], log_z_K[part] = token_scores(logits_CV, ids_K[part], temperature)
         ctx.save_for_backward(hidden_KD, weight_VD, bias_V, ids_K, log_z_K)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies_K)
@@ -60,15 +52,14 @@ class _HeadScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         hidden_KD, weight_VD, bias_V, ids_K, log_z_K = ctx.saved_tensors
-        gradient_K = gradients[0].float() / ctx.temperature
+        gradient_K = gradients[0].float()
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         hidden_gradient_KD = torch.empty_like(hidden_KD) if to_hidden else None
         weight_gradient_VD = torch.zeros_like(weight_VD) if to_weight else None
         bias_gradient_V = torch.zeros_like(bias_V) if to_bias else None
         for part in _chunks(len(ids_K), len(weight_VD)):
-            logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float().div_(ctx.temperature)
-            slope_CV = logits_CV.sub_(log_z_K[part, None]).exp_().mul_(-gradient_K[part, None])
-            slope_CV.scatter_add_(-1, ids_K[part, None], gradient_K[part, None])
+            logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float()
+            slope_CV = logprob_gradient(logits_CV, log_z_K[part], ids_K[part], gradient_K[part], ctx.temperature)
             slope_CV = slope_CV.to(weight_VD.dtype)
             if hidden_gradient_KD is not None:
                 torch.mm(slope_CV, weight_VD, out=hidden_gradient_KD[part])

@@ -28,6 +28,10 @@ def token_distribution(hidden: Floats, embeddings: Sequence[Floats], temperature
     return probabilities([sum(h * e for h, e in zip(hidden, row, strict=True)) / temperature for row in embeddings])
 
 
+def log_total(logits: Floats) -> float:
+    return math.log(math.fsum(math.exp(x) for x in logits))
+
+
 def perturbation(logits: Floats, sampled: int) -> float:
     return max(logits) - logits[sampled]
 

@@ -1,4 +1,4 @@
-"""Eq 20 and the decisions that bear on it (D10-D12)."""
+"""Eq 20, and the settings `degenerate_groups` and `allocation`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_segment_advantages_by_hand() -> None:
 
 
 def test_a_missing_segment_counts_with_reward_zero() -> None:
-    """Eq 20. D10: of four siblings only one has a second segment, worth 4: mean 1, deviation sqrt 3 over all four."""
+    """Eq 20. Of four siblings only one has a second segment, worth 4: mean 1, deviation sqrt 3 over all four."""
     column = advantage.segment_advantages(f64([[4.0], [0.0], [0.0], [0.0]]), eps=0.0)
     close(column, [[3**0.5], [-(3**-0.5)], [-(3**-0.5)], [-(3**-0.5)]])
 
@@ -64,7 +64,7 @@ def test_sequence_advantages_agree_with_the_reference(values: list[float], scale
     [([1.0, 1.0, 1.0], True), ([0.0], True), ([1.0, 1.0, 0.0], False), ([0.0, 1.0], False), ([0.1, 0.1 + 1e-9], False)],
 )
 def test_is_degenerate(values: list[float], expected: bool) -> None:
-    """Eq 20. D11: equal is equal; a small difference is still a difference."""
+    """Eq 20. Equal is equal; a small difference is still a difference."""
     assert bool(advantage.is_degenerate(f64(values))) is expected
 
 
@@ -82,7 +82,7 @@ def test_anchored_advantages_by_hand() -> None:
 
 
 def test_anchored_keeps_the_sign_that_eq_20_loses() -> None:
-    """Eq 19-20. D12: two right responses and a wrong one; the first's first segment has the smaller share."""
+    """Eq 19-20. Two right responses and a wrong one; the first's first segment has the smaller share."""
     shares, sequence_rewards = f64([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]]), f64([1.0, 1.0, 0.0])
     causal = advantage.segment_advantages(sequence_rewards[:, None] * shares)
     assert causal[0, 0] < 0  # a right response is pushed away from its own segment
@@ -97,7 +97,7 @@ def test_anchored_keeps_the_sign_that_eq_20_loses() -> None:
     st.lists(st.tuples(st.floats(-3, 3), st.lists(st.floats(0.01, 1), min_size=4, max_size=4)), min_size=1, max_size=5)
 )
 def test_anchored_advantages_keep_sign_and_mean(siblings: list[tuple[float, list[float]]]) -> None:
-    """Eq 19-20. D12: each segment has the sequence advantage's sign, and their mean is that advantage."""
+    """Eq 19-20. Each segment has the sequence advantage's sign, and their mean is that advantage."""
     sequence = f64([a for a, _ in siblings])
     shares = f64([[s / sum(row) for s in row] for _, row in siblings])
     found = advantage.anchored_advantages(sequence, shares, torch.full((len(siblings),), 4))

@@ -9,16 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3rl.equations import attribution
+from e3rl.equations.policy import segment_sums
 from tests.equations import reference
 from tests.equations.support import close, f64, matrix, num_segments, segment_rows
 
 attention = st.floats(0.001, 1)
 
 
-def test_token_attribution_averages_the_queries() -> None:
-    """Eq 19. (0.1 + 0.3)/2, (0.2 + 0.2)/2, (0.6 + 0)/2; with one query (L' = 1) the row itself."""
-    close(attribution.token_attribution(f64([[0.1, 0.2, 0.6], [0.3, 0.2, 0.0]])), [0.2, 0.2, 0.3])
-    close(attribution.token_attribution(f64([[0.1, 0.9]])), [0.1, 0.9])
+def test_token_attribution_averages_queries_and_heads() -> None:
+    """Eq 19. Two heads, two queries: a quarter of each row's softmax; a response with one query takes that one alone."""
+    rows = f64([[[0.1, 0.2, 0.7], [0.3, 0.7, 0.0]], [[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]])
+    scores = torch.stack([rows.log(), rows.log()])
+    paid = attribution.token_attribution(scores, f64([[0.5, 0.5], [1.0, 0.0]]))
+    close(paid, [[1.9 / 4, 1.15 / 4, 0.95 / 4], [0.3, 0.225, 0.475]])
 
 
 def test_attention_shares() -> None:
@@ -35,32 +38,23 @@ def test_attention_shares_without_any_attention() -> None:
 
 
 def test_segment_rewards_by_hand() -> None:
-    """Eq 19. Attention 1 + 2 and 1 + 4 of Z = 8, reward 2: 2 * 3/8 and 2 * 5/8; a segment that is not there gets 0."""
-    rewards = attribution.segment_rewards(
-        2.0, f64([1.0, 2.0, 1.0, 4.0, 100.0]), torch.tensor([0, 0, 1, 1, -1]), num_segments=3
-    )
-    close(rewards, [0.75, 1.25, 0.0])
-    close(attribution.segment_rewards(-1.0, f64([0.3]), torch.tensor([0]), 1), [-1.0])
-    close(attribution.segment_rewards(0.0, f64([0.3, 0.1]), torch.tensor([0, 1]), 2), [0.0, 0.0])
-
-
-def test_segment_rewards_of_a_group() -> None:
-    """Eq 19. One reward per row."""
-    rows = f64([[1.0, 3.0], [1.0, 1.0]])
-    rewards = attribution.segment_rewards(f64([4.0, 2.0]), rows, torch.tensor([[0, 1], [0, 0]]), 2)
-    close(rewards, [[1.0, 3.0], [2.0, 0.0]])
+    """Eq 19. Shares 3/8 and 5/8 of a reward of 2; a segment that is not there gets 0; a punishment is divided too."""
+    shares = f64([[0.375, 0.625], [1.0, 0.0]])
+    close(attribution.segment_rewards(f64([2.0, -1.0]), shares), [[0.75, 1.25], [-1.0, 0.0]])
 
 
 @given(st.data(), segment_rows(siblings=1), st.floats(-2, 2), st.integers(1, 4))
 def test_segment_rewards_agree_with_the_reference(
     data: st.DataObject, rows: list[list[int]], reward: float, queries: int
 ) -> None:
-    """Eq 19. Against plain Python; the segments' rewards add up to the response's."""
-    paid = data.draw(matrix(queries, len(rows[0]), attention))
-    found = attribution.segment_rewards(
-        reward, attribution.token_attribution(f64(paid)), torch.tensor(rows[0]), num_segments(rows)
-    )
-    close(found, reference.segment_rewards(reward, paid, rows[0], num_segments(rows)))
+    """Eq 19. From attention logits of one head to R_n, against plain Python; they add up to the response's reward."""
+    logits = data.draw(matrix(queries, len(rows[0]), st.floats(-3, 3)))
+    segments, count = torch.tensor(rows), num_segments(rows)
+    paid = attribution.token_attribution(f64([[logits]]), torch.full((1, queries), 1 / queries, dtype=torch.float64))
+    shares = segment_sums(attribution.attention_shares(paid, segments >= 0), segments, count)
+    found = attribution.segment_rewards(f64([reward]), shares)[0]
+    attention = [reference.probabilities(row) for row in logits]
+    close(found, reference.segment_rewards(reward, attention, rows[0], count))
     close(found.sum(), reward)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.equations import cost
+from e3rl.equations.erasure import regeneration_ratio
 from e3rl.types import (
     Candidate,
     Erasure,
@@ -19,34 +19,35 @@ from e3rl.types import (
     Uncertainty,
     Verdict,
 )
+from tests.equations import costs
 
 sizes = st.integers(1, 500)
 
 
 def test_language_model_cost() -> None:
     """Eq 27. M 2, T 3, d 5: 2 * 9 * 5 + 2 * 3 * 25 = 240."""
-    assert cost.language_model_cost(layers=2, tokens=3, width=5) == 240
+    assert costs.language_model_cost(layers=2, tokens=3, width=5) == 240
 
 
 def test_grpo_cost() -> None:
     """Eq 28. Four siblings of 240."""
-    assert cost.grpo_cost(siblings=4, layers=2, tokens=3, width=5) == 960
+    assert costs.grpo_cost(siblings=4, layers=2, tokens=3, width=5) == 960
 
 
 def test_entropy_cost() -> None:
     """Eq 29. 4 * 3 * 7."""
-    assert cost.entropy_cost(siblings=4, tokens=3, vocabulary=7) == 84
+    assert costs.entropy_cost(siblings=4, tokens=3, vocabulary=7) == 84
 
 
 def test_segment_cost() -> None:
     """Eq 30. 4 * 3 * 2."""
-    assert cost.segment_cost(siblings=4, segments=3, window=2) == 24
+    assert costs.segment_cost(siblings=4, segments=3, window=2) == 24
 
 
 def test_regeneration_ratio() -> None:
     """Eq 31. Three erased segments of 4 tokens in a response of 16: l e / T = 12 / 16; nothing erased is 0."""
-    assert cost.regeneration_ratio(3 * 4, 16) == 0.75
-    assert cost.regeneration_ratio(0, 16) == 0.0
+    assert regeneration_ratio(3 * 4, 16) == 0.75
+    assert regeneration_ratio(0, 16) == 0.0
 
 
 def test_regeneration_ratio_of_a_trajectory() -> None:
@@ -63,23 +64,23 @@ def test_regeneration_ratio_of_a_trajectory() -> None:
         erasures=(Erasure(0, 0, candidate(8, 9), judgement),),
         finish="stop",
     )
-    assert cost.regeneration_ratio(trajectory.erased_tokens, trajectory.committed_tokens) == pytest.approx(2 / 3)
+    assert regeneration_ratio(trajectory.erased_tokens, trajectory.committed_tokens) == pytest.approx(2 / 3)
 
 
 def test_erasure_cost() -> None:
     """Eq 32. A quarter regenerated: 960 / 4."""
-    assert cost.erasure_cost(0.25, siblings=4, layers=2, tokens=3, width=5) == 240
+    assert costs.erasure_cost(0.25, siblings=4, layers=2, tokens=3, width=5) == 240
 
 
 def test_e3rl_cost() -> None:
     """Eq 33. 960 + 240 + 84 + 24."""
-    found = cost.e3rl_cost(0.25, siblings=4, layers=2, tokens=3, width=5, vocabulary=7, segments=3, window=2)
+    found = costs.e3rl_cost(0.25, siblings=4, layers=2, tokens=3, width=5, vocabulary=7, segments=3, window=2)
     assert found == 1308
 
 
 def test_relative_cost() -> None:
     """Eq 34. 1 + 0.25 + (7 + 2/1) / (2 * (15 + 25)) = 1.3625, which is 1308 / 960."""
-    found = cost.relative_cost(0.25, layers=2, tokens=3, width=5, vocabulary=7, segment_length=1, window=2)
+    found = costs.relative_cost(0.25, layers=2, tokens=3, width=5, vocabulary=7, segment_length=1, window=2)
     assert found == pytest.approx(1.3625)
     assert found == pytest.approx(1308 / 960)
 
@@ -90,19 +91,19 @@ def test_relative_cost_is_the_quotient(
 ) -> None:
     """Eq 28, 33-34. With T = N l it is exactly C_E3RL / C_GRPO, and at least 1 + r."""
     tokens = segments * size
-    whole = cost.e3rl_cost(ratio, siblings, layers, tokens, width, vocabulary, segments, window)
-    found = cost.relative_cost(ratio, layers, tokens, width, vocabulary, size, window)
-    assert found == pytest.approx(whole / cost.grpo_cost(siblings, layers, tokens, width))
+    whole = costs.e3rl_cost(ratio, siblings, layers, tokens, width, vocabulary, segments, window)
+    found = costs.relative_cost(ratio, layers, tokens, width, vocabulary, size, window)
+    assert found == pytest.approx(whole / costs.grpo_cost(siblings, layers, tokens, width))
     assert found >= 1 + ratio
 
 
 def test_the_papers_setup_costs_one_plus_r() -> None:
     """Eq 34. App. D's shape, with Qwen3-4B's 36 layers, width 2560 and vocabulary 151,936: overhead below 0.02 %."""
-    overhead = cost.relative_cost(0.3, 36, 8 * 1024, 2560, 151_936, 1024, 1) - 1.3
+    overhead = costs.relative_cost(0.3, 36, 8 * 1024, 2560, 151_936, 1024, 1) - 1.3
     assert 0 < overhead < 2e-4
 
 
 def test_memory_cost() -> None:
     """Eq 35. 4 * 2 * 3 * 5 + 4 * 3 = 132; doubling the tokens doubles the first term only."""
-    assert cost.memory_cost(siblings=4, layers=2, tokens=3, width=5, segments=3) == 132
-    assert cost.memory_cost(siblings=4, layers=2, tokens=6, width=5, segments=3) == 252
+    assert costs.memory_cost(siblings=4, layers=2, tokens=3, width=5, segments=3) == 132
+    assert costs.memory_cost(siblings=4, layers=2, tokens=6, width=5, segments=3) == 252

@@ -1,4 +1,4 @@
-"""Eq 23-26: every row of the state machine."""
+"""Eq 8, 23-25: every row of the state machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3rl.equations import erasure
-from e3rl.equations.threshold import attempt_penalty, threshold
 from e3rl.types import Verdict
 
 
@@ -49,53 +48,45 @@ def test_judge(uncertainty: float, attempt: int, max_erasures: int, verdict: Ver
 
 
 @pytest.mark.parametrize(
-    ("verdict", "expected"),
-    [
-        (Verdict.COMMIT, ((1, 2, 7, 8), 0)),
-        (Verdict.ERASE, ((1, 2), 4)),
-        (Verdict.FORCED, ((1, 2, 7, 8), 0)),
-    ],
+    ("verdict", "expected"), [(Verdict.COMMIT, (10, 0)), (Verdict.ERASE, (8, 4)), (Verdict.FORCED, (10, 0))]
 )
-def test_next_state(verdict: Verdict, expected: tuple[tuple[int, ...], int]) -> None:
-    """Eq 25. Prefix (1, 2), candidate (7, 8), attempt 3."""
-    assert erasure.next_state((1, 2), (7, 8), 3, verdict) == expected
+def test_next_state(verdict: Verdict, expected: tuple[int, int]) -> None:
+    """Eq 25. Eight committed tokens, a candidate of two, attempt 3."""
+    assert erasure.next_state(8, 2, 3, verdict) == expected
 
 
 def test_next_state_of_the_first_segment() -> None:
     """Eq 25. An empty prefix stays empty when the candidate is erased."""
-    assert erasure.next_state((), (7,), 0, Verdict.ERASE) == ((), 1)
-    assert erasure.next_state((), (7,), 0, Verdict.COMMIT) == ((7,), 0)
+    assert erasure.next_state(0, 1, 0, Verdict.ERASE) == (0, 1)
+    assert erasure.next_state(0, 1, 0, Verdict.COMMIT) == (1, 0)
 
 
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=60), st.integers(0, 5))
 def test_every_walk_keeps_the_budget(draws: list[float], max_erasures: int) -> None:
-    """Eq 23-26. The prefix only grows, each step changes one thing, and a chain of erasures ends in a commit."""
-    prefix: tuple[int, ...] = ()
-    attempt = 0
-    for token, uncertainty in enumerate(draws):
+    """Eq 23-25. The prefix only grows, each step changes one thing, and a chain of erasures ends in a commit."""
+    committed = attempt = 0
+    for uncertainty in draws:
         verdict = erasure.judge(uncertainty, 2.0, attempt, max_erasures)
-        after = erasure.next_state(prefix, (token,), attempt, verdict)
-        committed, erased = ((*prefix, token), 0), (prefix, attempt + 1)
-        assert after == (committed if uncertainty <= 2.0 or attempt == max_erasures else erased)
-        prefix, attempt = after
+        after = erasure.next_state(committed, 3, attempt, verdict)
+        goes_on = uncertainty <= 2.0 or attempt == max_erasures
+        assert after == ((committed + 3, 0) if goes_on else (committed, attempt + 1))
+        committed, attempt = after
         assert attempt <= max_erasures
 
 
-def test_retry_threshold_by_hand() -> None:
-    """Eq 26. 2 * exp(0.5 * sqrt(4)) * 0.9."""
-    assert erasure.retry_threshold(2.0, 4, 0.9, eta=0.5, delta=0.5) == pytest.approx(1.8 * 2.718281828459045)
-    assert erasure.retry_threshold(2.0, 0, 0.9, eta=0.5, delta=0.5) == pytest.approx(1.8)
-
-
-@given(st.floats(0.01, 10), st.integers(0, 5), st.floats(0.5, 1.5), st.floats(0, 0.3), st.floats(0.1, 2))
-def test_retry_threshold_is_that_of_eq_17(baseline: float, attempt: int, phi: float, eta: float, delta: float) -> None:
-    """Eq 17, 26. The paper writes Gamma(e) twice; it is one thing."""
-    expected = threshold(baseline, attempt_penalty(attempt, eta, delta), phi)
-    assert erasure.retry_threshold(baseline, attempt, phi, eta=eta, delta=delta) == pytest.approx(expected.item())
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_segments_tile_the_response(limit: int, size: int) -> None:
+    """Eq 8. Gapless up to the limit, and all but the last exactly L long."""
+    sizes: list[int] = []
+    while sum(sizes) < limit:
+        sizes.append(erasure.segment_size(sum(sizes), size, limit))
+    assert sum(sizes) == limit
+    assert set(sizes[:-1]) <= {size}
+    assert 0 < sizes[-1] <= size
 
 
 def test_least_uncertain() -> None:
-    """Eq 25. D8: the smallest U; the earliest of equals; one attempt is its own choice."""
+    """Eq 25. The smallest U; the earliest of equals; one attempt is its own choice."""
     assert erasure.least_uncertain([3.0, 1.0, 2.0, 1.0]) == 1
     assert erasure.least_uncertain([4.0]) == 0
     assert erasure.least_uncertain([inf, 2.0]) == 1
@@ -110,6 +101,6 @@ def test_least_uncertain_refuses_nan(uncertainties: list[float]) -> None:
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=8))
 def test_least_uncertain_is_a_minimum(uncertainties: list[float]) -> None:
-    """Eq 25. D8: no attempt is less uncertain, and no earlier one equally so."""
+    """Eq 25. No attempt is less uncertain, and no earlier one equally so."""
     chosen = erasure.least_uncertain(uncertainties)
     assert uncertainties.index(sorted(uncertainties)[0]) == chosen

@@ -9,25 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from e3rl.equations import erpo
-from e3rl.equations.policy import k3_kl, sequence_logprob
-from e3rl.equations.uncertainty import token_entropy
+from e3rl.equations.policy import k3_kl
+from e3rl.objectives.base import Totals, TrainBatch
+from tests.objectives.support import make
 
 EPS = 1e-12
 
 
 def close(actual: Tensor, expected: list) -> None:
     torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_sequence_probability_is_a_product() -> None:
-    """ERPO eq 1. log(0.5 x 0.25 x 0.125) = 6 log(1/2)."""
-    logprobs_T = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64).log()
-    assert sequence_logprob(logprobs_T).exp().item() == pytest.approx(1 / 64)
-
-
-def test_expected_reward() -> None:
-    """ERPO eq 2."""
-    assert erpo.expected_reward(torch.tensor([1.0, 0.0, 0.5])).item() == 0.5
 
 
 def test_group_advantages() -> None:
@@ -49,15 +39,20 @@ def test_grpo_objective() -> None:
     """
     old_GT, half = torch.full((2, 2), -1.0).double(), torch.tensor(2.0).double().log().item()
     logprobs_GT = old_GT + torch.tensor([[half, 0.0], [0.0, 0.0]])
-    mask_GT = torch.tensor([[True, False], [True, True]])
     advantages_GT = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]).double()
-    loss = erpo.grpo_objective(logprobs_GT, old_GT, old_GT, advantages_GT, mask_GT, clip=0.2, kl_coef=0.1)
+    batch = TrainBatch(
+        logprobs_ST=logprobs_GT.requires_grad_(),
+        old_logprobs_ST=old_GT,
+        reference_logprobs_ST=old_GT,
+        advantages_ST=advantages_GT,
+        mask_ST=torch.tensor([[True, False], [True, True]]),
+        segments_ST=torch.tensor([[0, -1], [0, 0]]),
+        group_sizes_S=torch.tensor([2, 2]),
+        erased_S=torch.tensor([False, False]),
+        totals=Totals(groups=1, sequences=2, tokens=3, completion_limit=2),
+    )
+    loss = make("grpo", kl_coef=0.1).loss(batch).value
     assert loss.item() == pytest.approx(0.8 / 3 + 0.1 * (half - 0.5) / 3)
-
-
-def test_entropy_of_a_uniform_distribution() -> None:
-    """ERPO eq 6. ln 4 over four equal choices."""
-    assert token_entropy(torch.zeros(4)).item() == pytest.approx(1.386294, abs=1e-6)
 
 
 def test_progress_signal() -> None:
@@ -146,7 +141,7 @@ def test_the_added_gradient_is_that_of_a_potential(seed: int) -> None:
     logprobs_T, beta = logits_TV.log_softmax(-1).gather(-1, ids_T).squeeze(-1), 0.3
     signal_T = erpo.progress_signal(logprobs_T, reference_T, beta).detach()
     added = torch.autograd.grad((weights_T * signal_T * logprobs_T).sum(), logits_TV, retain_graph=True)
-    potential = beta * erpo.entropy_weighted_potential(logprobs_T, reference_T, weights_T)
+    potential = beta * 0.5 * (weights_T * (logprobs_T - reference_T).square()).sum()  # eq 15 without its second eta
     torch.testing.assert_close(added, torch.autograd.grad(potential, logits_TV))
 
 

@@ -1,4 +1,4 @@
-"""Eq 1-9, 21-22."""
+"""Eq 1, 9, 21-22."""
 
 from __future__ import annotations
 
@@ -8,116 +8,37 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from e3rl.equations import policy
 from tests.equations import reference
-from tests.equations.support import close, distributions, f64, matrix, num_segments, segment_rows
+from tests.equations.support import close, f64, matrix, num_segments, segment_rows
 
 logprobs = st.floats(-6, 0)
 
 
-def test_sequence_logprob_is_the_log_of_the_product() -> None:
-    """Eq 1. 0.5 * 0.25 * 0.8 = 0.1."""
-    close(policy.sequence_logprob(f64([log(0.5), log(0.25), log(0.8)])), log(0.1))
-    close(policy.sequence_logprob(f64([log(0.3)])), log(0.3))
+def test_sequence_logprobs_are_logs_of_products() -> None:
+    """Eq 1; ERPO eq 1. 0.5 * 0.25 * 0.8 = 0.1, and 0.3 with padding that is not even a number."""
+    rows = torch.stack([f64([0.5, 0.25, 0.8]).log(), f64([log(0.3), nan, inf])])
+    mask = torch.tensor([[True] * 3, [True, False, False]])
+    close(policy.sequence_logprobs(rows, mask), [log(0.1), log(0.3)])
 
 
-def test_token_distribution_divides_by_the_temperature() -> None:
-    """Eq 2-3. Logits 0 and 2 ln 3: at temperature 2 p = (1/4, 3/4), at temperature 1 p = (1/10, 9/10)."""
-    embeddings = f64([[0.0, 5.0], [log(3), -7.0]])
-    hidden = f64([2.0, 0.0])
-    close(policy.token_distribution(hidden, embeddings, 2.0), [log(0.25), log(0.75)])
-    close(policy.token_distribution(hidden[None], embeddings, 1.0), [[log(0.1), log(0.9)]])
-
-
-@given(matrix(1, 3, st.floats(-4, 4)), matrix(5, 3, st.floats(-4, 4)), st.floats(0.1, 4))
-def test_token_distribution_agrees_with_the_reference(
-    hidden: list[list[float]], embeddings: list[list[float]], temperature: float
-) -> None:
-    """Eq 2-3. Against plain Python; probabilities add up to 1."""
-    probabilities = policy.token_distribution(f64(hidden[0]), f64(embeddings), temperature).exp()
-    close(probabilities, reference.token_distribution(hidden[0], embeddings, temperature))
-    close(probabilities.sum(), 1.0)
-
-
-def test_greedy_token_is_the_likeliest() -> None:
-    """Eq 4."""
-    assert policy.greedy_token(f64([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]).log()).tolist() == [1, 0]
-
-
-def test_perturbation_is_the_gap_to_the_likeliest() -> None:
-    """Eq 5. p = (1/2, 1/4, 1/4): 0 for the greedy token, ln 2 for another."""
-    p = f64([0.5, 0.25, 0.25]).log()
-    close(policy.perturbation(p, torch.tensor(0)), 0.0)
-    close(policy.perturbation(p.expand(2, 3), torch.tensor([1, 0])), [log(2), 0.0])
-
-
-@given(distributions(), st.integers(0, 11))
-def test_perturbation_agrees_with_the_reference(row: list[float], pick: int) -> None:
-    """Eq 5. Never negative, 0 for the greedy token, and the same from logits as from log-probabilities."""
-    sampled = pick % len(row)
-    found = policy.perturbation(torch.log_softmax(f64(row), -1), torch.tensor(sampled))
-    close(found, reference.perturbation(row, sampled))
-    assert found >= 0
-    assert policy.perturbation(f64(row), policy.greedy_token(f64(row))) == 0
-
-
-def test_cumulative_perturbation_adds_up() -> None:
-    """Eq 6."""
-    close(policy.cumulative_perturbation(f64([0.0, 0.5, 0.25])), [0.0, 0.5, 0.75])
-    close(policy.cumulative_perturbation(f64([0.5])), [0.5])
-
-
-@given(st.lists(st.floats(0, 20), min_size=1, max_size=20))
-def test_cumulative_perturbation_agrees_with_the_reference(perturbations: list[float]) -> None:
-    """Eq 6. E_1:k is the sum of the first k, and never falls."""
-    found = policy.cumulative_perturbation(f64(perturbations))
-    close(found, [sum(perturbations[: k + 1]) for k in range(len(perturbations))])
-    assert (found.diff() >= 0).all()
-
-
-def test_affected_positions_are_all_later_ones() -> None:
-    """Eq 7."""
-    assert list(policy.affected_positions(0, 3)) == [1, 2]
-    assert list(policy.affected_positions(2, 3)) == []
-
-
-@pytest.mark.parametrize(
-    ("length", "size", "bounds"),
-    [
-        (10, 4, [(0, 4), (4, 8), (8, 10)]),
-        (8, 4, [(0, 4), (4, 8)]),
-        (1, 4, [(0, 1)]),
-        (3, 1, [(0, 1), (1, 2), (2, 3)]),
-        (0, 4, []),
-    ],
-)
-def test_segment_bounds(length: int, size: int, bounds: list[tuple[int, int]]) -> None:
-    """Eq 8. The last segment may be shorter."""
-    assert policy.segment_bounds(length, size) == bounds
-
-
-@given(st.integers(0, 60), st.integers(1, 20))
-def test_segments_tile_the_response(length: int, size: int) -> None:
-    """Eq 8. Non-overlapping, gapless, and all but the last exactly L long."""
-    bounds = policy.segment_bounds(length, size)
-    assert [t for start, stop in bounds for t in range(start, stop)] == list(range(length))
-    assert all(stop - start == size for start, stop in bounds[:-1])
-
-
-def test_segment_logprob() -> None:
-    """Eq 9. Tokens 1..2: 0.25 * 0.8 = 0.2."""
-    close(policy.segment_logprob(f64([0.5, 0.25, 0.8, 0.1]).log(), 1, 3), log(0.2))
+def test_sequence_mean_log_ratios() -> None:
+    """ERPO eq 1. The ratio's length-th root: of 1.2 * 0.3 over two tokens; a sequence without tokens has ratio 1."""
+    rows = f64([[1.2, 0.3, 7.0], [2.0, 2.0, 2.0]]).log()
+    mask = torch.tensor([[True, True, False], [False] * 3])
+    close(policy.sequence_mean_log_ratios(rows, mask), [log(0.36) / 2, 0.0])
 
 
 @given(st.lists(logprobs, min_size=1, max_size=20), st.integers(1, 8))
 def test_segments_factorise_the_sequence(row: list[float], size: int) -> None:
     """Eq 9. The segments' probabilities multiply to the sequence's, whichever way they are summed."""
-    bounds = policy.segment_bounds(len(row), size)
-    each = torch.stack([policy.segment_logprob(f64(row), start, stop) for start, stop in bounds])
-    close(each.sum(), float(policy.sequence_logprob(f64(row))))
-    segments = torch.arange(len(row)) // size
-    close(policy.segment_sums(f64(row), segments, len(bounds)), each.tolist())
+    segments = [t // size for t in range(len(row))]
+    count = segments[-1] + 1
+    each = policy.segment_sums(f64(row), torch.tensor(segments), count)
+    close(each, [sum(reference.by_segment(row, segments, n)) for n in range(count)])
+    close(each.sum(), float(policy.sequence_logprobs(f64(row), torch.ones(len(row), dtype=torch.bool))))
 
 
 def test_segment_sums_ignore_padding_and_keep_gradients() -> None:
@@ -208,6 +129,52 @@ def test_k3_kl_is_unbiased(rows: list[list[float]]) -> None:
     close((logp.exp() * policy.k3_kl(logp, logq)).sum(), float(divergence))
 
 
+def test_ratios_are_held_at_e_to_the_20() -> None:
+    """Eq 22. exp up to 20 and a constant, without gradient, beyond."""
+    log_ratios = f64([log(1.5), 20.0, 800.0]).requires_grad_()
+    policy.ratios(log_ratios).sum().backward()
+    close(policy.ratios(log_ratios.detach()), [1.5, exp(20), exp(20)])
+    assert log_ratios.grad is not None
+    close(log_ratios.grad, [1.5, exp(20), 0.0])
+
+
+@given(st.floats(0, 10), st.floats(-5, 5), st.floats(0, 0.9), st.floats(0, 2))
+def test_clipped_is_where_the_surrogate_has_no_gradient(
+    ratio: float, advantage: float, low: float, high: float
+) -> None:
+    """Eq 21. The clip fraction that is logged is that of the surrogate that is optimised."""
+    rho = f64(ratio).requires_grad_()
+    policy.clipped_surrogate(rho, f64(advantage), low, high).backward()
+    assert rho.grad is not None
+    at_a_bound = ratio in (1 - low, 1 + high)
+    silent = float(rho.grad) == 0.0 and advantage != 0.0
+    assert at_a_bound or bool(policy.clipped(rho, f64(advantage), low, high)) is silent
+
+
+def test_penalized() -> None:
+    """Eq 21; ERPO eq 5. 1.2 - 0.1 * 0.5."""
+    close(policy.penalized(f64(1.2), f64(0.5), 0.1), 1.15)
+
+
+def objective(
+    new: Tensor,
+    old: Tensor,
+    other: Tensor,
+    segments: Tensor,
+    advantages: Tensor,
+    low: float,
+    high: float,
+    kl_coef: float,
+) -> Tensor:
+    """J of one group, put together as `e3rl.objectives.e3rl` does."""
+    count = advantages.shape[-1]
+    ratios = policy.ratios(policy.segment_log_ratios(new, old, segments, count))
+    exists = policy.segment_sums(torch.ones_like(new), segments, count) > 0
+    kl = policy.k3_kl(new, other).where(segments >= 0, 0.0)
+    each = policy.segment_objective(policy.clipped_surrogate(ratios, advantages, low, high), exists, kl, kl_coef)
+    return policy.group_mean(each, torch.full((len(new),), len(new)), groups=1)
+
+
 def test_objective_by_hand() -> None:
     """Eq 21. Two siblings, the second without segment 1.
 
@@ -218,28 +185,25 @@ def test_objective_by_hand() -> None:
     new, old = f64([[0.6, 0.5, 0.25], [0.7, 0.9, 0.9]]).log(), f64([[0.5] * 3, [0.5] * 3]).log()
     other = f64([[0.6, 0.5, 0.5], [0.7, 0.1, 0.1]]).log()
     segments, advantages = torch.tensor([[0, 0, 1], [0, -1, -1]]), f64([[1.0, -1.0], [2.0, 5.0]])
-    found = policy.objective(new, old, other, segments, advantages, clip_low=0.25, clip_high=0.25, kl_coef=0.1)
-    close(found, (2.95 - 0.1 * (1 - log(2))) / 2)
+    close(objective(new, old, other, segments, advantages, 0.25, 0.25, 0.1), (2.95 - 0.1 * (1 - log(2))) / 2)
+
+
+def test_group_mean() -> None:
+    """Eq 21. Groups of two and of one: ((3 + 5) / 2 + 6) / 2; a part of the step's sequences gives its part of that."""
+    values, sizes = f64([3.0, 5.0, 6.0]), torch.tensor([2, 2, 1])
+    close(policy.group_mean(values, sizes, groups=2), 5.0)
+    close(policy.group_mean(values[1:], sizes[1:], groups=2), 5.0 / 4 + 3.0)
 
 
 @given(st.data(), segment_rows(), st.floats(0, 0.9), st.floats(0, 2), st.floats(0, 1))
 def test_objective_agrees_with_the_reference(
     data: st.DataObject, rows: list[list[int]], low: float, high: float, kl_coef: float
 ) -> None:
-    """Eq 21. Against plain Python, on ragged groups."""
+    """Eq 21-22. Against plain Python, on ragged groups."""
     size = (len(rows), len(rows[0]))
     new, old, other = (data.draw(matrix(*size, st.floats(-3, 0))) for _ in range(3))
     advantages = data.draw(matrix(len(rows), num_segments(rows), st.floats(-2, 2)))
-    found = policy.objective(
-        f64(new),
-        f64(old),
-        f64(other),
-        torch.tensor(rows),
-        f64(advantages),
-        clip_low=low,
-        clip_high=high,
-        kl_coef=kl_coef,
-    )
+    found = objective(f64(new), f64(old), f64(other), torch.tensor(rows), f64(advantages), low, high, kl_coef)
     expected = reference.objective(new, old, other, rows, advantages, low, high, kl_coef)
     assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
@@ -249,11 +213,9 @@ def test_objective_gradient_is_numerically_right() -> None:
     new = f64([[0.6, 0.5, 0.2], [0.7, 0.9, 0.9]]).log().requires_grad_()
     old, other = f64([[0.5] * 3, [0.5] * 3]).log(), f64([[0.4] * 3, [0.3] * 3]).log()
     segments, advantages = torch.tensor([[0, 0, 1], [0, -1, -1]]), f64([[1.0, 1.0], [2.0, 5.0]])
-
-    def j(logprobs: torch.Tensor) -> torch.Tensor:
-        return policy.objective(logprobs, old, other, segments, advantages, clip_low=0.25, clip_high=0.25, kl_coef=0.3)
-
-    assert torch.autograd.gradcheck(j, (new,))
+    assert torch.autograd.gradcheck(
+        lambda logprobs: objective(logprobs, old, other, segments, advantages, 0.25, 0.25, 0.3), (new,)
+    )
 
 
 def test_objective_gradient_at_the_old_policy_is_the_policy_gradient() -> None:
@@ -261,6 +223,6 @@ def test_objective_gradient_at_the_old_policy_is_the_policy_gradient() -> None:
     new = f64([[-1.0, -2.0, -0.5], [-0.3, -1.0, -1.0]]).requires_grad_()
     segments, advantages = torch.tensor([[0, 0, 1], [0, -1, -1]]), f64([[1.0, -4.0], [2.0, 5.0]])
     same = new.detach()
-    policy.objective(new, same, same, segments, advantages, clip_low=0.2, clip_high=0.2, kl_coef=0.0).backward()
+    objective(new, same, same, segments, advantages, 0.2, 0.2, 0.0).backward()
     assert new.grad is not None
     close(new.grad, [[0.5, 0.5, -2.0], [1.0, 0.0, 0.0]])

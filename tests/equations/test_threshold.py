@@ -56,9 +56,9 @@ def test_quantile_baseline() -> None:
 def test_offset() -> None:
     """Eq 16. At sigma_0 it is kappa_0; tanh(ln 2) = (2 - 1/2) / (2 + 1/2) = 0.6, so 1 + 0.5 * 0.6 = 1.3."""
     close(th.offset(f64(0.1), 1.0, 0.5, 0.1), 1.0)
-    close(th.offset(0.2 + 0.2 * log(2), 1.0, 0.5, 0.2, eps=0.0), 1.3)
-    close(th.offset(0.0, 1.0, 0.5, 0.2, eps=0.0), 1 - 0.5 * tanh(1))
-    close(th.offset(1e-6 * log(2), 1.0, 0.5, 0.0), 1.3)  # sigma_0 = 0 is held off by eps
+    close(th.offset(f64(0.2 + 0.2 * log(2)), 1.0, 0.5, 0.2, eps=0.0), 1.3)
+    close(th.offset(f64(0.0), 1.0, 0.5, 0.2, eps=0.0), 1 - 0.5 * tanh(1))
+    close(th.offset(f64(1e-6 * log(2)), 1.0, 0.5, 0.0), 1.3)  # sigma_0 = 0 is held off by eps
 
 
 @given(st.floats(0, 10), st.floats(-2, 2), st.floats(-2, 2), st.floats(0.01, 5))
@@ -72,7 +72,7 @@ def test_offset_agrees_with_the_reference(std: float, kappa0: float, kappa1: flo
 def test_macro_baseline() -> None:
     """Eq 16. 2 + 1.5 * 0.4 = 2.6; without spread the mean itself."""
     close(th.macro_baseline(f64(2.0), f64(0.4), f64(1.5)), 2.6)
-    close(th.macro_baseline(2.0, 0.0, 1.5), 2.0)
+    close(th.macro_baseline(f64(2.0), f64(0.0), f64(1.5)), 2.0)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,15 @@ def test_modulation_agrees_with_the_reference(history: list[tuple[float, float]]
 
 
 def test_threshold_is_the_product() -> None:
-    """Eq 17. 2 * 1.5 * 0.9 = 2.7."""
-    close(th.threshold(f64(2.0), f64(1.5), f64(0.9)), 2.7)
-    close(th.threshold(2.0, 1.5, 0.9), 2.7)
+    """Eq 17, 26. 2 * 1.5 * 0.9 = 2.7; siblings differ by phi alone."""
+    close(th.threshold(2.0, 1.5, f64([0.9, 1.0])), [2.7, 3.0])
+
+
+def test_a_retry_is_judged_against_the_same_baseline_and_history() -> None:
+    """Eq 26. 2 * exp(0.5 * sqrt(4)) * 0.9: of eq 17's factors only Gamma changes with the attempt."""
+    retry = th.threshold(2.0, float(th.attempt_penalty(4, 0.5, 0.5)), f64([0.9]))
+    close(retry, [1.8 * exp(1)])
+    close(retry / th.threshold(2.0, float(th.attempt_penalty(0, 0.5, 0.5)), f64([0.9])), [exp(1)])
 
 
 @given(
@@ -149,6 +155,6 @@ def test_threshold_agrees_with_the_reference(
     mean, std = th.group_moments(f64(values))
     baseline = th.macro_baseline(mean, std, th.offset(std, kappa0, kappa1, sigma0))
     phi = th.modulation(f64(smoothed), f64(baselines), 0.1)
-    found = th.threshold(baseline, th.attempt_penalty(attempt, eta, 1.5), phi)
+    found = th.threshold(float(baseline), float(th.attempt_penalty(attempt, eta, 1.5)), phi)
     phi_expected = reference.modulation(smoothed, baselines, 0.1)
     close(found, reference.threshold(values, attempt, phi_expected, (kappa0, kappa1, sigma0), eta, 1.5), tolerance=1e-6)

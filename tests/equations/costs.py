@@ -1,4 +1,7 @@
-"""What erasing costs: paper, appendix E (eq 27-35). Counts of elementary operations with every constant taken as 1."""
+"""The cost model of appendix E (eq 27-30, 32-35), literally: counts of elementary operations, every constant taken as 1.
+
+Nothing runs by it; what a run costs is measured, as r (eq 31).
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,6 @@ def entropy_cost(siblings: int, tokens: int, vocabulary: int) -> float:
 def segment_cost(siblings: int, segments: float, window: int) -> float:
     """Eq 30. C_seg = G N W: smoothing and threshold, once per segment."""
     return siblings * segments * window
-
-
-def regeneration_ratio(erased_tokens: float, committed_tokens: float) -> float:
-    """Eq 31. r: regenerated tokens per committed token."""
-    return erased_tokens / committed_tokens
 
 
 def erasure_cost(ratio: float, siblings: int, layers: int, tokens: int, width: int) -> float:
