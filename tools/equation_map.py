@@ -1,10 +1,12 @@
-"""Writes docs/equations.md: where every equation of the two papers is implemented, and where it is tested.
+"""Writes docs/equations.md: which function implements an equation of the two papers, what calls it, and where it is tested.
 
-A function, method or class implements an equation, and a test covers it, by naming it at the start of its docstring:
-``Eq 13.``, ``Eq 14-15.`` or ``Eq 9, 21-22.`` for E³RL, ``ERPO eq 8.`` for ERPO. Sources are parsed, never imported.
+A function of ``e3rl/equations`` implements an equation, and a test covers it, by naming it at the start of its docstring:
+``Eq 13.``, ``Eq 14-15.``, ``Eq 9, 21-22.`` for E³RL, ``ERPO eq 8.`` for ERPO, ``Eq 21; ERPO eq 4.`` for both. What calls it is
+found by following names through imports, from modules that training (`e3rl.train.loop`) or an engine imports. Sources are
+parsed, never imported.
 
     python tools/equation_map.py            write the page
-    python tools/equation_map.py --check    exit 1 if an equation has no function or no test, or the page is stale
+    python tools/equation_map.py --check    exit 1 if an equation lacks a function, caller or test, or the page is stale
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PAGE = Path("docs/equations.md")
-CITATION = re.compile(r"(Eq|ERPO eq) (\d+(?:-\d+)?(?:, \d+(?:-\d+)?)*)\. ?")
-PAPERS = {"Eq": "E3RL", "ERPO eq": "ERPO"}
+_NUMBERS = r"(\d+(?:-\d+)?(?:, \d+(?:-\d+)?)*)"
+CITATION = re.compile(rf"(?:Eq {_NUMBERS})?(?:; )?(?:ERPO eq {_NUMBERS})?\. ?")
+ROOTS = ("e3rl.train.loop", "e3rl.engine")
+"""Modules whose imports, and the imports of those, are what trains and decodes."""
 
 MEANINGS = {
     "E3RL": (
@@ -80,11 +84,29 @@ MEANINGS = {
 }
 
 Equation = tuple[str, int]
-REQUIRED: frozenset[Equation] = frozenset(("E3RL", number) for number in range(1, 36))
+REQUIRED: frozenset[Equation] = frozenset(
+    [("E3RL", number) for number in range(1, 36)] + [("ERPO", number) for number in range(1, 17)]
+)
+
+DEFINITIONS: dict[Equation, str] = {
+    ("E3RL", 3): "definition; the model's own forward pass, used in eq 2",
+    ("E3RL", 7): "definition; the model's causal attention, weighed in eq 19",
+    ("E3RL", 27): "definition; counted in eq 28",
+    ("E3RL", 28): "definition; counted in eq 32–34",
+    ("E3RL", 29): "definition; counted in eq 33",
+    ("E3RL", 30): "definition; counted in eq 33",
+    ("E3RL", 32): "definition; counted in eq 33",
+    ("E3RL", 33): "definition; divided by eq 28 in eq 34",
+    ("E3RL", 34): "definition; 1 + r but for a rest below 0.1 %, so a run measures r, eq 31",
+    ("E3RL", 35): "definition; the KV cache is allocated once, whatever the erasure budget",
+    ("ERPO", 2): "definition; what eq 3–5 maximise, logged as `reward`",
+    **{("ERPO", number): "derivation of what eq 10 adds to the gradient" for number in range(11, 16)},
+}
+"""Equations that nothing computes, and what stands for them. Their tests are those of what is claimed here."""
 
 
 class Place(NamedTuple):
-    """A definition that names an equation."""
+    """A definition that names an equation, or that calls one that does."""
 
     path: str
     name: str
@@ -93,43 +115,125 @@ class Place(NamedTuple):
 def cited(docstring: str) -> Iterator[Equation]:
     """The equations that a docstring starts with."""
     match = CITATION.match(docstring)
-    if not match:
-        return
-    paper = PAPERS[match[1]]
-    for part in match[2].split(", "):
-        first, _, last = part.partition("-")
-        yield from ((paper, number) for number in range(int(first), int(last or first) + 1))
+    for paper, numbers in zip(("E3RL", "ERPO"), match.groups() if match else (), strict=False):
+        for part in numbers.split(", ") if numbers else ():
+            first, _, last = part.partition("-")
+            yield from ((paper, number) for number in range(int(first), int(last or first) + 1))
 
 
-def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of the functions, classes and methods directly in ``node`` and in its classes."""
+def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """(dotted name, node) of the functions, methods and classes directly in ``node`` and in its classes."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = prefix + child.name
-            yield name, ast.get_docstring(child) or ""
+            yield prefix + child.name, child
             if isinstance(child, ast.ClassDef):
-                yield from definitions(child, f"{name}.")
+                yield from definitions(child, f"{prefix}{child.name}.")
 
 
 def places(root: Path, folder: str) -> dict[Equation, list[Place]]:
     """Every equation named under ``folder``, with where; in ``tests`` only test functions count."""
     found: dict[Equation, list[Place]] = {}
     for path in sorted((root / folder).rglob("*.py")):
-        for name, docstring in definitions(ast.parse(path.read_text(encoding="utf-8"))):
+        for name, node in definitions(ast.parse(path.read_text(encoding="utf-8"))):
             if folder == "tests" and not name.rpartition(".")[2].startswith("test"):
                 continue
-            for equation in cited(docstring):
+            for equation in cited(ast.get_docstring(node) or ""):  # type: ignore[arg-type]
                 found.setdefault(equation, []).append(Place(path.relative_to(root).as_posix(), name))
     return found
 
 
-def problems(functions: dict[Equation, list[Place]], tests: dict[Equation, list[Place]]) -> list[str]:
+class Source:
+    """The package's modules, what each imports, and which functions name which others."""
+
+    def __init__(self, root: Path) -> None:
+        paths = sorted((root / "e3rl").rglob("*.py"))
+        self._trees = {_module(path.relative_to(root)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+        self._paths = {_module(path.relative_to(root)): path.relative_to(root).as_posix() for path in paths}
+        self._imports = {module: self._imported(tree) for module, tree in self._trees.items()}
+        self._running = self._reached()
+        self._callers: dict[str, set[tuple[str, str]]] = {}
+        for module in self._running:
+            self._note_callers(module)
+
+    def functions(self) -> list[tuple[str, str]]:
+        """(module, name) of the functions of ``equations``."""
+        rooms = [m for m in self._trees if m.startswith("e3rl.equations.")]
+        return [(m, n.name) for m in rooms for n in self._trees[m].body if isinstance(n, ast.FunctionDef)]
+
+    def path(self, module: str) -> str:
+        """The module's file."""
+        return self._paths[module]
+
+    def callers(self, module: str, name: str) -> list[Place]:
+        """Functions outside ``equations`` that name it, directly or through another function of ``equations``."""
+        found: set[tuple[str, str]] = set()
+        todo, seen = [(module, name)], set[tuple[str, str]]()
+        while todo:
+            here = todo.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            for caller in self._callers.get(".".join(here), ()):
+                (todo.append if caller[0].startswith("e3rl.equations.") else found.add)(caller)
+        return [Place(self._paths[m], n) for m, n in sorted(found)]
+
+    def _imported(self, tree: ast.AST) -> dict[str, str]:
+        """What each imported name stands for; "module:name" strings of plug-in tables count as imports too."""
+        names: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            elif isinstance(node, ast.Import):
+                names |= {a.asname or a.name: a.name for a in node.names}
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"e3rl[\w.]*:\w+", str(node.value)):
+                names[node.value] = node.value.replace(":", ".")
+        return names
+
+    def _reached(self) -> list[str]:
+        todo = [m for m in self._trees if any(m == root or m.startswith(f"{root}.") for root in ROOTS)]
+        seen: set[str] = set()
+        while todo:
+            module = todo.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            for target in self._imports[module].values():
+                todo += [m for m in (target, target.rpartition(".")[0]) if m in self._trees]
+        return sorted(seen)
+
+    def _note_callers(self, module: str) -> None:
+        tree, imports = self._trees[module], self._imports[module]
+        own = {name: f"{module}.{name}" for name, _ in definitions(tree) if "." not in name}
+        known = imports | own
+        for name, node in definitions(tree):
+            if isinstance(node, ast.ClassDef):
+                continue
+            for inner in ast.walk(node):
+                target = None
+                if isinstance(inner, ast.Name):
+                    target = known.get(inner.id)
+                elif isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
+                    target = f"{known.get(inner.value.id)}.{inner.attr}"
+                if target and target != f"{module}.{name}":
+                    self._callers.setdefault(target, set()).add((module, name))
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def problems(functions: dict[Equation, list[Place]], tests: dict[Equation, list[Place]], source: Source) -> list[str]:
     """What keeps the map from being complete, in words."""
-    lines = []
-    for kind, found in (("function", functions), ("test", tests)):
-        lines += [f"{paper} eq {number} has no {kind}" for paper, number in sorted(REQUIRED - found.keys())]
+    gaps = {"function": REQUIRED - functions.keys() - DEFINITIONS.keys(), "test": REQUIRED - tests.keys()}
+    lines = [f"{paper} eq {n} has no {kind}" for kind, missing in gaps.items() for paper, n in sorted(missing)]
+    both = sorted(functions.keys() & DEFINITIONS.keys())
+    lines += [f"{paper} eq {number} has a function and is listed as a definition" for paper, number in both]
+    for found in (functions, tests):
         strangers = [(e, at) for e, at in found.items() if not 1 <= e[1] <= len(MEANINGS[e[0]])]
         lines += [f"{p.path}: {p.name} names {e[0]} eq {e[1]}, which does not exist" for e, at in strangers for p in at]
+    for module, name in source.functions():
+        if not source.callers(module, name):
+            lines.append(f"{source.path(module)}: {name} is called by nothing that trains or decodes")
     return lines
 
 
@@ -139,26 +243,32 @@ def links(found: list[Place], *, full_name: bool) -> str:
     return "<br>".join(shown) or "–"
 
 
-def render(functions: dict[Equation, list[Place]], tests: dict[Equation, list[Place]]) -> str:
+def called_by(found: list[Place], source: Source) -> str:
+    """Links to what calls these functions: file and function."""
+    callers = sorted({c for p in found for c in source.callers(_module(Path(p.path)), p.name)})
+    return "<br>".join(f"[{Path(c.path).stem}.{c.name}](../{c.path})" for c in callers) or "–"
+
+
+def render(functions: dict[Equation, list[Place]], tests: dict[Equation, list[Place]], source: Source) -> str:
     """The page. No line numbers: it changes only when a definition comes, goes or moves to another file."""
     lines = [
         "# Equations",
         "",
-        "Where each equation of the papers lives and where it is tested. Written by `python tools/equation_map.py`",
-        "from the first words of docstrings (`Eq 13.`, `ERPO eq 8.`); do not edit.",
+        "Which function implements each equation of the papers, what calls it in training and decoding, and where it is",
+        "tested. Written by `python tools/equation_map.py` from the first words of docstrings (`Eq 13.`, `ERPO eq 8.`) and from",
+        "imports; do not edit.",
     ]
     for paper, title in (
         ("E3RL", "E³RL (arXiv 2606.17735)"),
         ("ERPO", "ERPO (token-level entropy-regulated policy optimization)"),
     ):
-        rows = [
-            f"| {number} | {meaning} | {links(functions.get((paper, number), []), full_name=True)} "
-            f"| {links(tests.get((paper, number), []), full_name=False)} |"
-            for number, meaning in enumerate(MEANINGS[paper], 1)
-            if {(paper, number)} & (REQUIRED | functions.keys() | tests.keys())
-        ]
-        if rows:
-            lines += ["", f"## {title}", "", "| eq | meaning | functions | tests |", "|---|---|---|---|", *rows]
+        lines += ["", f"## {title}", "", "| eq | meaning | functions | called by | tests |", "|---|---|---|---|---|"]
+        for number, meaning in enumerate(MEANINGS[paper], 1):
+            found, tested = functions.get((paper, number), []), tests.get((paper, number), [])
+            shown = DEFINITIONS.get((paper, number)) or links(found, full_name=True)
+            lines.append(
+                f"| {number} | {meaning} | {shown} | {called_by(found, source)} | {links(tested, full_name=False)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -168,14 +278,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 on a gap or a stale page")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the repository")
     options = parser.parse_args(arguments)
-    functions, tests = places(options.root, "e3rl"), places(options.root, "tests")
-    found, page, path = problems(functions, tests), render(functions, tests), options.root / PAGE
+    functions, tests = places(options.root, "e3rl/equations"), places(options.root, "tests")
+    source = Source(options.root)
+    found, page, path = problems(functions, tests, source), render(functions, tests, source), options.root / PAGE
     if not options.check:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     elif not path.is_file() or path.read_text(encoding="utf-8") != page:
         found.append(f"{PAGE} is stale: run python tools/equation_map.py")
-    print("\n".join(found) or "every required equation has a function and a test", file=sys.stderr if found else None)
+    print("\n".join(found) or "every equation has a function that runs and a test", file=sys.stderr if found else None)
     return 1 if found else 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +13,24 @@ from torch import Tensor
 from e3rl.equations import erpo
 from e3rl.equations.policy import k3_kl
 from e3rl.objectives.base import Totals, TrainBatch
+from e3rl.train.step_metrics import reward_metrics
+from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup
 from tests.objectives.support import make
+from tests.train.rollouts import trajectory
 
 EPS = 1e-12
 
 
 def close(actual: Tensor, expected: list) -> None:
     torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_expected_reward() -> None:
+    """ERPO eq 2. Its estimate is the mean reward that is logged."""
+    prompt = Prompt(Problem("p", "p"), (2,))
+    siblings = tuple(trajectory(prompt, i, [3], [], Random(i)) for i in range(3))
+    rewards = tuple(Reward(value, {"first": value}) for value in (1.0, 0.0, 0.5))
+    assert reward_metrics([RewardedGroup(Group(prompt, siblings, 0), rewards)])["reward"] == 0.5
 
 
 def test_group_advantages() -> None:
