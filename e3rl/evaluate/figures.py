@@ -21,8 +21,7 @@ from e3rl.evaluate.metrics import (
     pass_at_k_by_problem,
 )
 from e3rl.evaluate.samples import Sample
-from e3rl.rewards.answers import vote
-from e3rl.rewards.grading import LONGEST_ANSWER
+from e3rl.rewards.answers import LONGEST_ANSWER, vote
 
 Table = Sequence[Sequence[Sample]]
 """Samples by problem, equally many of each."""

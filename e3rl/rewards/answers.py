@@ -2,25 +2,35 @@ r"""Finding the final answer in a response or in a reference.
 
 The conventions are the field's: what follows ``</think>`` counts; there the last ``\boxed{…}``, or several that stand
 together as a list; without one, the last "answer is …", ``#### …`` (GSM8K) or ``A: …``; failing these, the whole text
-where it is no prose, else its last formula or number, whichever comes later.
+where it is no prose, else its last formula or number, whichever comes later. What takes its answer back, offers several
+or hedges is no answer. Reading takes time in proportion to the length of the text, whatever it is.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from e3rl.rewards.notation import clean, squeezed
+from e3rl.rewards.choices import doubtful
+from e3rl.rewards.notation import BOLD, clean, squeezed, tidied
 from e3rl.rewards.quantities import read_quantity
 
-_LOOK_AHEAD = 4000  # characters after "answer is" that are searched: what is longer is no answer
-_LONGEST_WORDS = 100  # characters of an answer in words
+Unboxed = Literal["last", "stated", "none"]
+"""What counts without a box: also the last formula or number, only what is stated as the answer, or nothing."""
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-_BARE = re.compile(r"[^\s${}\\.,]+")
+LONGEST_ANSWER = 2000
+"""Characters beyond which an answer is wrong without a look: no reference answer comes near, hanging inputs do."""
+
+_LOOK_AHEAD = 2000  # characters after "answer is" that are searched: what is longer is no answer
+_LONGEST_WORDS = 100  # characters of an answer in words
+_APART = 80  # characters between boxes that form a list
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s?")
+_BARE = re.compile(r"[^\s${}\\.,]{1,40}")
 _MARKERS = re.compile(
-    r"(?i:\banswer(?:\s+is|\s+would\s+be|\s+must\s+be)?\s*[:=]|\banswer\s+(?:is|would\s+be|must\s+be|equals)\b|\banswer\b\s*(?=\$|\\\(|\\\[)"
-    r"|\br[ée]ponse(?:\s+est\b|\s*:)|\brespuesta(?:\s+es\b|\s*:)|\bantwort(?:\s+ist\b|\s*:))|答案\s*(?:是|为|[:：])?"
-    r"|####|(?:^|(?<=[;\n]))[ \t]{0,20}A:",
+    r"(?i:\banswer(?: is| would be| must be)? ?[:=]|\banswer (?:is|would be|must be|equals)\b|\banswer\b\s?(?=\$|\\\(|\\\[)"
+    r"|\br[ée]ponse(?: est\b| ?:)|\brespuesta(?: es\b| ?:)|\bantwort(?: ist\b| ?:))|答案 ?(?:是|为|[:：])?"
+    r"|####|(?:^|(?<=[;\n])) ?A:",
     re.MULTILINE,
 )
 _SPAN = (
@@ -28,10 +38,13 @@ _SPAN = (
     r"|\\\[(?:[^\\]|\\(?![\[\]])){1,600}\\\])"
 )
 _RUN = re.compile(
-    rf"{_SPAN}(?:(?:\s*[,;]\s*(?:and|or)?\s*|\s+(?:and|or)\s+){_SPAN})*(?:\s*(?:\\?%|percent\b|pct\b))?", re.DOTALL
+    rf"{_SPAN}(?:(?:\s?[,;]\s?(?:and|or)?\s?|\s(?:and|or)\s){_SPAN}){{0,20}}(?:\s?(?:\\?%|percent\b|pct\b))?", re.DOTALL
 )
 _NUMBER = re.compile(
-    r"(?<!\S)[-+\w(^.*/]{0,40}\\(?:[dt]?frac|sqrt|pi|infty)(?:[^\s$.,;]|[.,](?=\d)){0,200}|-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|(?<![A-Za-z0-9_.])(?:(?<!\d)[-+−])?\s?[$€£]?(?:\d+(?:,\d+)*|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?(?![A-Za-z_]{1}\w*\d)"
+    r"(?<!\S)[-+\w(^.*/]{0,40}\\(?:[dt]?frac|sqrt|pi|infty)(?:[^\s$.,;]|[.,](?=\d)){0,200}"
+    r"|-?\\[dt]?frac\s?\{[^{}]{0,80}\}\s?\{[^{}]{0,80}\}"
+    r"|(?<![A-Za-z0-9_.])(?:(?<!\d)[-+−])?\s?[$€£]?(?:\d{1,400}(?:,\d{1,400}){0,40}|(?=\.\d))(?:\.\d{1,400})?(?:/\d{1,400})?(?:\s?\\?%)?"
+    r"(?![A-Za-z_]\w{0,40}\d)"
 )
 _WORD = re.compile(r"(?<![\\{A-Za-z_^+*/=(|-])(?:[A-Za-z]{3,}|so|is|of|to|it|he|we|by|an|as|be)(?![A-Za-z(_^+*/=}|])")
 _FOREIGN = re.compile(r"[\u0590-\u08ff\u0900-\u0dff\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]")
@@ -63,13 +76,25 @@ _MATH_WORDS = frozenset(
         "frac",
     ]
 )
-_SENTENCE_END = re.compile(r"(?<!\d)[.;](?:\s|$)|(?<=\d)[.;](?:\s|$)|。|\n")
+_SENTENCE_END = re.compile(r"[.;](?:\s|$)|。|\n")
 _REASON = re.compile(
-    r",?\s+(?:because|since|which|where|as|so)\s|,\s+(?=(?:it|this|that|they|we|he|she|I|not|the)\b)|\s+\(because"
+    r",?\s(?:because|since|which|where|as|so)\s|,\s(?=(?:it|this|that|they|we|he|she|I|not|the)\b)|\s\(because"
 )
 _FILLER = re.compile(
-    r"^(?:(?:is|are|was|therefore|thus|simply|just|exactly|equal to|equals|that|indeed|approximately)\b[\s:,]*)+", re.I
+    r"(?:(?:is|are|was|therefore|thus|simply|just|exactly|equal to|equals|that|indeed|approximately)\b[\s:,]{0,3}){0,4}",
+    re.I,
 )
+_CHANGED = re.compile(
+    r"[\s-]?(?:\(?(?:squared|cubed|factorial|tenths?|halves|half|thirds?|quarters?|ninths|twelfths|hundredths?|thousandths?"
+    r"|[a-z]{3,}ths|pairs?|couples?|ppm|ppb|percent|per cent|dozens?|hundreds?|thousands?|[mbtr]+illions?|times|divided"
+    r"|multiplied|plus|minus|over|mod|modulo|choose|raised|to the|root|point|wrong|incorrect|or|light"
+    r"|is (?:wrong|incorrect|not))\b|[!^*/+=<>×÷]|\s[-–−]\s)",
+    re.I,
+)
+"""What behind a number makes it another one, or takes it back."""
+_PART = re.compile(r"[*/^+×÷<>-] ?$|(?:^|[a-z:] )\d[\d.,]{0,40} ?= ?$")
+"""What before a number makes it a part of something."""
+_LISTED = re.compile(r"\s?(?:,|;|,? ?\b(?:and|or)\b|/)\s?\$?")
 
 
 def last_box(text: str) -> str | None:
@@ -79,30 +104,37 @@ def last_box(text: str) -> str | None:
     return found[0] if found else None
 
 
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
 def _box_at(text: str, start: int) -> tuple[str, int] | None:
     """The content of the box whose braces begin at ``start``, and where it ends."""
+    start += len(text[start : start + 200]) - len(text[start : start + 200].lstrip())
     if not text.startswith("{", start):  # TeX takes the next token: \boxed 5
         bare = _BARE.match(text, start)
         return (bare[0], bare.end()) if bare else None
-    depth, escaped = 0, False
-    for position in range(start, len(text)):
-        character = text[position]
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character in "{}":
-            depth += 1 if character == "{" else -1
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        if brace[0] in "{}":
+            depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                content = text[start + 1 : position].strip()
-                return (content, position + 1) if content else None
+                content = text[start + 1 : brace.start()].strip()
+                return (content, brace.end()) if content else None
     return None
 
 
-_BETWEEN = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|[,;:! ()\[\]])|[$&]")
-_CONNECTED = re.compile(
-    r"\s*(?:[,;]|,?\s*(?:[\w() ]{1,20}\s)?(?:and|or)\b)?\s*(?:[A-Za-z]\w{0,3}\s*=)?\s*", re.IGNORECASE
-)
+_BETWEEN = re.compile(r"\\text ?\{([^{}]*)\}|\\(?:quad|qquad|[,;:! ()\[\]])|[$&]")
+_CONNECTED = re.compile(r"[,;]?(?:(?:[\w()]{1,20} ){0,3}(?:and|or))?(?:[A-Za-z]\w{0,3} ?=)?", re.IGNORECASE)
+
+
+def _connects(between: str) -> bool:
+    """Whether nothing stands between two boxes but a comma, 'and', 'or', or the name of a value."""
+    if len(between) > _APART:
+        return False
+    plain = _BETWEEN.sub(lambda m: f" {m[1] or ''} ", between)
+    if not plain.strip() and "\n" in between:
+        return False
+    return _CONNECTED.fullmatch(re.sub(r"\s*([,;=])\s*", r"\1", " ".join(plain.strip(".").split()))) is not None
 
 
 def boxed_answer(text: str) -> str | None:
@@ -113,11 +145,8 @@ def boxed_answer(text: str) -> str | None:
         return None
     found, begins = [last[0]], starts[-1].start()
     for box in reversed(starts[-20:-1]):
-        earlier = _box_at(text, box.end())
-        if earlier is None or earlier[1] > begins:
-            break
-        between = _BETWEEN.sub(lambda m: f" {m[1] or ''} ", text[earlier[1] : begins])
-        if (not between.strip() and "\n" in between) or not _CONNECTED.fullmatch(between.strip(".")):
+        earlier = _box_at(text[:begins], box.end())
+        if earlier is None or not _connects(text[earlier[1] : begins]):
             break
         found.append(earlier[0])
         begins = box.start()
@@ -141,7 +170,7 @@ def after_marker(text: str) -> str | None:
     return text[start : start + _LOOK_AHEAD].replace("**", " ").strip().lstrip(":*_ \n")
 
 
-_FINAL = re.compile(r"\bfinal\s+answer\s*(?:is\b|:)(?!\s*\W*\\\\?boxed)", re.IGNORECASE)
+_FINAL = re.compile(r"\bfinal answer ?(?:is\b|:)(?!\s?\W{0,3}\\\\?boxed)", re.IGNORECASE)
 
 
 def _stated_after_box(text: str) -> bool:
@@ -151,27 +180,35 @@ def _stated_after_box(text: str) -> bool:
     return box is not None and _FINAL.search(text, box[1]) is not None
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, unboxed: Unboxed = "last") -> str | None:
     r"""The final answer of a response, or None. A last ``\boxed`` that is never closed is none."""
-    said = response_of(text)
+    said = response_of(tidied(text))
     if said is None:
         return None
     if _BOX.search(said) and not _stated_after_box(said):
         return boxed_answer(said)
+    if unboxed == "none":
+        return None
     marked = after_marker(said)
     if marked is not None:
         return _beginning(marked)
     if not is_prose(said):
         return said.strip() or None
-    return _last_mathematics(said)
+    return _last_mathematics(BOLD.sub(r"\1", said)) if unboxed == "last" else None
 
 
 def _beginning(text: str) -> str | None:
-    """The answer at the beginning of what follows "answer is"."""
+    """The answer at the beginning of what follows "answer is"; the whole sentence where that hedges or denies."""
     run = _RUN.search(text)
-    sentence = _FILLER.sub("", _REASON.split(_SENTENCE_END.split(text, maxsplit=1)[0], maxsplit=1)[0].strip()).strip()
-    if run and run.start() < 60 and not re.search(r"\d|\n\s*\n|[.;]\s", text[: run.start()]):
+    whole = _SENTENCE_END.split(text, maxsplit=1)[0].strip()
+    sentence = _REASON.split(whole, maxsplit=1)[0].strip()
+    sentence = sentence[_FILLER.match(sentence).end() :].strip()  # type: ignore[union-attr]
+    if doubtful(sentence):
+        return whole.rstrip(".,;:").strip()
+    if run and run.start() < 60 and not re.search(r"\d|\n|[.;]\s", text[: run.start()]):
         tail = _REASON.split(_SENTENCE_END.split(text[run.end() :], maxsplit=1)[0], maxsplit=1)[0]
+        if _CHANGED.match(tail):
+            return whole
         return _last_mathematics(sentence) if re.search(r"\d|\$", tail) else run[0].strip()
     sentence = sentence.rstrip(".,;:").strip()
     if not sentence:
@@ -179,30 +216,48 @@ def _beginning(text: str) -> str | None:
     if len(sentence) > _LONGEST_WORDS or (is_prose(sentence) and re.search(r"\d", sentence)):
         if re.search(r"\bbetween\b", sentence):
             return sentence
-        leading = re.match(rf"{_NUMBER.pattern}(?=\s|$)", sentence)
-        return leading[0].strip() if leading else _last_mathematics(sentence)
+        leading = _NUMBER.match(sentence)
+        if leading and re.match(r"\s|$", sentence[leading.end() :]):
+            return sentence if _CHANGED.match(sentence, leading.end()) else leading[0].strip()
+        return _last_mathematics(sentence)
     return sentence
+
+
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|operatorname) ?\{[^{}]*\}")
+
+
+_MEASURED = re.compile(r"\s?[-+]?\d[\d,.]{0,40}(?: [A-Za-z]{2,20}){1,2}\.?\s?")
 
 
 def is_prose(text: str) -> bool:
     """Whether the answer has to be looked for in the text: it has words besides mathematics, and is no plain quantity."""
     if len(text) > 2000:
         return True
-    plain = re.sub(r"\\(?:text|mathrm|mbox|textbf|operatorname)\s*\{[^{}]*\}", " ", text)
-    words = [w for w in _WORD.findall(plain) if w not in _MATH_WORDS] + _FOREIGN.findall(plain)
-    if not words or read_quantity(clean(text)) is not None:
+    words = [w for w in _WORD.findall(_TEXT.sub(" ", text)) if w not in _MATH_WORDS] + _FOREIGN.findall(text)
+    if not words or _MEASURED.fullmatch(text) or read_quantity(clean(text)) is not None:
         return False
     return bool(re.search(r"\d|\$|\\[(\[]", text)) or len(text) > _LONGEST_WORDS
 
 
 def _last_mathematics(text: str) -> str | None:
-    """The last formula or the last number, whichever comes later."""
+    """The last formula or the last number, whichever comes later; None where what stands around it changes or denies it."""
     text = text[-_LOOK_AHEAD:]
     spans = [m for m in _RUN.finditer(text) if "\\" in m[0] or not is_prose(m[0].strip("$ "))]
     numbers = [m for m in _NUMBER.finditer(text) if re.search(r"\d", m[0])]
-    if spans and (not numbers or numbers[-1].start() < spans[-1].end()):
-        return spans[-1][0].strip()
-    return numbers[-1][0].strip() if numbers else None
+    formula = bool(spans) and (not numbers or numbers[-1].start() < spans[-1].end())
+    if not spans and not numbers:
+        return None
+    chosen = spans if formula else numbers
+    first = len(chosen) - 1
+    while first and _LISTED.fullmatch(text[chosen[first - 1].end() : chosen[first].start()]):
+        first -= 1
+    start, end = chosen[first].start(), chosen[-1].end()
+    clause = re.split(r"[.;:!?,]\s|\n", text[max(0, start - 60) : start])[-1]
+    if doubtful(clause) or _CHANGED.match(text, end) or (not formula and _PART.search(clause)):
+        return None
+    if re.match(r"[-+−]\s", text[start : start + 2]) or (text[start] in "-+−" and re.search(r"[\w)}]$", clause)):
+        return None
+    return text[start:end].strip()
 
 
 def normalize(answer: str) -> str:
@@ -210,9 +265,12 @@ def normalize(answer: str) -> str:
     return squeezed(clean(answer))
 
 
+_SHORT = 10**40
+
+
 def vote(answer: str) -> str:
     """What an answer counts as where the commonest is wanted: a number is its value, whatever its unit and spelling."""
     quantity = read_quantity(clean(answer))
-    if quantity is None:
+    if quantity is None or max(abs(quantity.value.numerator), quantity.value.denominator) > _SHORT:
         return normalize(answer)
     return f"{quantity.value}%" if quantity.percent else str(quantity.value)

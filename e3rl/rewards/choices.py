@@ -7,12 +7,23 @@ from dataclasses import dataclass
 
 _LETTER = "A-J"
 _LEADING = re.compile(
-    rf"(?:(?:option|choice|answer)\s+)?(?:\\text\s*\{{\s*)?(?:\(\s*([{_LETTER}a-j])\s*\)|([{_LETTER}])(?=\s*(?:[.:)]|\}}|$)))"
-    r"\s*[.:)]?\s*\}?\s*[.:)]?\s*(.*?)\s*\}?$",
-    re.IGNORECASE | re.DOTALL,
+    rf"(?:(?:option|choice|answer) )?(?:\\text ?\{{ ?)?(?:\( ?([{_LETTER}a-j]) ?\)|([{_LETTER}])(?= ?(?:[.:)]|\}}|$)))"
+    r" ?[.:)]? ?\}? ?[.:)]?",
+    re.IGNORECASE,
 )
-_SPOKEN = re.compile(rf"(?:option|choice)\s+\(?([{_LETTER}])\b", re.IGNORECASE)
 _STANDALONE = re.compile(rf"(?<![A-Za-z0-9\\'{{(_^=+*/-])\(?([{_LETTER}])\)?(?![A-Za-z0-9'(_^=+*/])")
+_CLAUSE = re.compile(
+    r"[.;!?]\s|[.!?]$|\n|,\s+(?=(?:so|since|because|as|but|hence|thus|therefore|the|it|which|and (?:so|thus|hence))\b)"
+)
+_BECAUSE = re.compile(
+    r"[,.;]?\s+(?:because|since|as|for|which|where|so)\s|,\s+(?:not|it|this|the|we|he|she|they)\b|\n|\.\s"
+)
+_CONNECTED = re.compile(r"[\s,;/&()*]*(?:\b(?:or|and)\b)?[\s,;/&()*]*")
+_DOUBT = re.compile(
+    r"\b(?:not|isn't|no|wait|maybe|perhaps|possibly|either|neither|nor|wrong|incorrect|actually|instead|rather|unsure|might|"
+    r"could|cannot|can't|eliminate|rule out|except|unless)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -23,51 +34,71 @@ class Choice:
     content: str = ""
 
 
+def doubtful(text: str) -> bool:
+    """Whether a text takes back or hedges what it says."""
+    return _DOUBT.search(text) is not None
+
+
 def read_choice(text: str) -> Choice | None:
     """The choice that an answer is; None where it is something else. One bare letter is a choice."""
     text = text.strip().strip("*").strip()
     found = _LEADING.match(text)
-    if found is None:
+    if found is None or (found[1] is None and found[2].islower()):
         return None
-    letter = found[1] or found[2]
-    bare = found[1] is None
-    if bare and letter.islower():
-        return None
-    content = found[3].strip(" .")
+    content = text[found.end() :].strip().removesuffix("}").strip(" .")
     if re.match(r"(?:or|and)\b|[,/&]", content):
         return None
-    if content.startswith(("=", "+", "-", "*", "/", "^", "_", "<", ">", "\\cup", "\\le", "\\ge")):
+    if content.startswith(
+        ("=", "+", "-", "*", "/", "^", "_", "<", ">", "\\cup", "\\cap", "\\le", "\\ge", "\\in", "\\to")
+    ):
         return None
-    return Choice(letter.upper(), content)
+    return Choice((found[1] or found[2]).upper(), content)
 
 
-def choice_in(text: str) -> Choice | None:
-    """The choice that running text settles on: the first one named, or at its beginning; for what follows 'answer is'."""
-    text = text.strip().lstrip("*:").strip()
-    if (first := read_choice(text)) is not None:
-        return first
-    found = list(_STANDALONE.finditer(text))
-    found = [m for m in found if not _is_article(m, text)]
-    if not found or re.match(r"\s*(?:or|and|/)\s*\(?[A-J]\b", text[found[0].end() :]):
+def settled(choice: Choice) -> bool:
+    """Whether what stands with a letter neither takes it back nor names another one."""
+    return not doubtful(choice.content) and {choice.letter} >= {m[1] for m in _letters(choice.content)}
+
+
+def stated_choice(text: str) -> Choice | None:
+    """The choice that a statement makes, such as what follows 'answer is'; None where it names several or takes one back."""
+    text = _BECAUSE.split(text.strip().lstrip("*:").strip() + " ", maxsplit=1)[0].replace("**", "").strip()
+    first = read_choice(text)
+    if doubtful(text) and first is None:
         return None
-    return Choice(found[0][1])
+    if first is not None:
+        return first if settled(first) else None
+    letters = _letters(text)
+    return Choice(letters[0][1]) if len({m[1] for m in letters}) == 1 else None
 
 
-def last_choice_in(text: str) -> Choice | None:
-    """The choice that running text ends with."""
-    text = text.replace("**", " ")
-    head = text.strip().splitlines()[0] if text.strip() else ""
-    if begins := re.match(rf"\(?([{_LETTER}])(?:[.):]\s|[^\x00-\x7f])", head):
-        return Choice(begins[1])
-    spoken = _SPOKEN.findall(text)
-    if spoken:
-        return Choice(spoken[-1].upper())
-    found = [m for m in _STANDALONE.finditer(text) if not _is_article(m, text)]
-    return Choice(found[-1][1]) if found else None
+def last_choice(text: str) -> Choice | None:
+    """The choice that running text ends with; None where its last clause with a letter offers several or denies it."""
+    text = text.replace("**", "").strip()
+    first = read_choice(text)
+    if first is not None:
+        return first if settled(first) else None
+    for clause in reversed(_CLAUSE.split(text)[-40:]):
+        letters = _letters(clause)
+        if letters:
+            return _last_of(clause, letters)
+    return None
+
+
+def _last_of(clause: str, letters: list[re.Match[str]]) -> Choice | None:
+    """The last letter of a clause, unless it stands in a list of letters or is denied."""
+    last = letters[-1]
+    before = letters[-2] if len(letters) > 1 else None
+    if before is not None and before[1] != last[1] and _CONNECTED.fullmatch(clause[before.end() : last.start()]):
+        return None
+    start = before.end() if before is not None else 0
+    return None if doubtful(clause[start:]) else Choice(last[1].upper())
+
+
+def _letters(text: str) -> list[re.Match[str]]:
+    """Letters that stand for a choice: 'A' before a word is an article, and 'I' is a pronoun, unless in brackets."""
+    return [m for m in _STANDALONE.finditer(text) if m[0].startswith("(") or not _is_article(m, text)]
 
 
 def _is_article(found: re.Match[str], text: str) -> bool:
-    """'A' before a word is no choice, nor is 'I'."""
-    if found[0].startswith("("):
-        return False
-    return found[1] == "I" or (found[1] == "A" and re.match(r"\s+[a-z]", text[found.end() :]) is not None)
+    return found[1] == "I" or (found[1] == "A" and re.match(r" [a-z]", text[found.end() : found.end() + 2]) is not None)

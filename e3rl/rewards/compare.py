@@ -1,37 +1,47 @@
 r"""Whether two answers are the same, by their structure: choices, words, quantities, equations, lists, tuples, sets.
 
-What is left, an expression against an expression, goes to ``algebra`` (math-verify, in `e3rl.rewards.math_check`).
+What is left, an expression against an expression, is compared by its values.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from e3rl.rewards.intervals import Interval, read_intervals
-from e3rl.rewards.notation import clean, matching, split_at, split_list, squeezed, unwrapped
-from e3rl.rewards.quantities import read_quantity
+from e3rl.rewards.expression import Node, read_expression
+from e3rl.rewards.intervals import by_intervals, by_relations
+from e3rl.rewards.notation import CURRENCY, clean, matching, split_at, split_list, squeezed, unwrapped
+from e3rl.rewards.quantities import SIGNIFICANT, Quantity, read_quantity
 from e3rl.rewards.rules import RULES
 from e3rl.rewards.units import read_unit, units_conflict
-
-Algebra = Callable[[str, str], bool]
+from e3rl.rewards.values import constant, near, proportional, same_value
 
 _DEPTH = 4  # lists in lists, at most
 _MOST = 64  # elements of a list that are compared one by one
 
 
-def same_answer(gold: str, answer: str, algebra: Algebra) -> bool:
+def same_answer(gold: str, answer: str) -> bool:
     """Whether ``answer`` means the same as ``gold``; neither is running text."""
-    return _same(_bare(clean(gold)), _bare(clean(answer)), algebra, 0)
+    return _same(_bare(clean(gold)), _bare(clean(answer)), 0)
+
+
+_IN_BRACKETS = re.compile(r"(?<=\d) ?\(([a-z -]{3,40})\)$")
+_MEMBER = re.compile(r"[A-Za-z] ?\\in ?(?=[\[({\\A-Z])")
 
 
 def _bare(text: str) -> str:
-    """Without wrappers around the whole, and without ``x ∈`` before a set."""
-    text = re.sub(r"(?<=\d)\s*\([a-z -]{3,}\)$", "", text)  # 5 (five)
-    return unwrapped(re.sub(r"^[A-Za-z]\s*\\in\s*(?=[\[({\\A-Z])", "", unwrapped(text)))
+    """Without wrappers around the whole, without ``x ∈`` before a set, and without a number's repetition in words."""
+    if (found := _IN_BRACKETS.search(text)) is not None:  # 5 (five)
+        number, words = read_quantity(text[: found.start()]), read_quantity(found[1])
+        if number is not None and words is not None and number.value == words.value:
+            text = text[: found.start()]
+    text = unwrapped(text)
+    member = _MEMBER.match(text)
+    return unwrapped(text[member.end() :] if member else text)
 
 
-def _same(gold: str, answer: str, algebra: Algebra, depth: int) -> bool:
+def _same(gold: str, answer: str, depth: int) -> bool:
     if squeezed(gold) == squeezed(answer):
         return bool(gold)
     for rule in RULES:
@@ -39,90 +49,117 @@ def _same(gold: str, answer: str, algebra: Algebra, depth: int) -> bool:
         if verdict is not None:
             return verdict
     if depth < _DEPTH:
-        for deeper in (_by_intervals, _by_unit, _by_approximation, _by_equation, _by_elements):
-            verdict = deeper(gold, answer, algebra, depth)
+        for deeper in (_by_matrix, _by_relations, _by_unit, _by_approximation, _by_equation, _by_elements):
+            verdict = deeper(gold, answer, depth)
             if verdict is not None:
                 return verdict
-    return algebra(_for_algebra(gold), _for_algebra(answer))
+    return _by_value(gold, answer)
 
 
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+def _by_relations(gold: str, answer: str, depth: int) -> bool | None:
+    """Intervals and inequalities."""
+
+    def equal(one: str, two: str) -> bool:
+        return _same(_bare(one), _bare(two), depth + 1)
+
+    verdict = by_intervals(gold, answer, equal)
+    return by_relations(gold, answer, equal) if verdict is None else verdict
 
 
-def _for_algebra(text: str) -> str:
-    """Numbers without separators, and angles in degrees as radians where a function takes them."""
+# --- expressions
+
+
+def _expression(text: str) -> Node | None:
+    """The expression that a text is: a plain quantity's number, or what is read as one."""
     number = read_quantity(text)
-    if number is not None and not number.percent:
-        return (
-            str(number.value)
-            if number.value.denominator == 1
-            else rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
-        )
-    if _TRIGONOMETRIC.search(text):
-        return re.sub(r"(\d+(?:\.\d+)?)\s*\^\s*\\circ", r"(\1\\pi/180)", text)
-    return text
+    if number is None:
+        return read_expression(text.replace(CURRENCY, ""))
+    return ("n", number.value) if not number.percent else None
 
 
-def _by_intervals(gold: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
-    """Intervals, inequalities and unions of them, end by end. Two bare pairs are tuples: their order decides the same."""
-    left, right = read_intervals(gold), read_intervals(answer)
-    if left is None or right is None or len(left) != len(right):
+def _by_value(gold: str, answer: str) -> bool:
+    left, right = _expression(gold), _expression(answer)
+    if left is None or right is None:
+        return False
+    decimals = [read_quantity(text) for text in (gold, answer)]
+    for decimal, other in zip(decimals, (right, left), strict=True):
+        if decimal is not None and _approximates(decimal, other):
+            return True
+    return same_value(left, right)
+
+
+def _approximates(decimal: Quantity, other: Node) -> bool:
+    """Whether a decimal of many digits is a constant, rounded or cut off."""
+    return decimal.digits is not None and decimal.digits >= SIGNIFICANT and near(other, decimal.value, decimal.ulp)
+
+
+# --- matrices
+
+
+_MATRIX = re.compile(r"\\begin ?\{([pbBv]?matrix|array)\}(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\1\}", re.DOTALL)
+_ROW, _CELL = re.compile(r"\\\\"), re.compile("&")
+
+
+def _matrix(text: str) -> tuple[bool, list[list[str]]] | None:
+    """Whether it is a determinant, and its rows."""
+    found = _MATRIX.fullmatch(text.strip("()[] ") if "array" in text else text)
+    if found is None or "\\begin" in found[2]:
         return None
-    open_ends = [all(not (i.low_closed or i.high_closed) for i in side) for side in (left, right)]
-
-    def same(one: Interval, two: Interval) -> bool:
-        closed = (one.low_closed, one.high_closed) == (two.low_closed, two.high_closed)
-        ends = ((one.low, two.low), (one.high, two.high))
-        return closed and all(_same(_bare(g), _bare(a), algebra, depth + 1) for g, a in ends)
-
-    free = list(right)
-    for interval in left:
-        partner = next((i for i, other in enumerate(free) if same(interval, other)), None)
-        if partner is None:
-            return False if not all(open_ends) or "\\cup" not in gold + answer else None
-        del free[partner]
-    return True
+    return found[1] == "vmatrix", [split_at(row, _CELL) for row in split_at(found[2], _ROW)]
 
 
-_TRAILING_UNIT = re.compile(
-    r"^(.*?[^\s\\])\s*(\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?|(?:square |cubic )?[a-z]{2,}(?: per [a-z]+)?)$"
-)
+def _by_matrix(gold: str, answer: str, depth: int) -> bool | None:
+    if "\\begin" not in gold and "\\begin" not in answer:
+        return None
+    left, right = _matrix(gold), _matrix(answer)
+    if left is None or right is None or left[0] != right[0] or list(map(len, left[1])) != list(map(len, right[1])):
+        return False
+    return all(_all_same(g, a, depth) for g, a in zip(left[1], right[1], strict=True))
+
+
+# --- units and approximations
+
+
+_WORDS_BEHIND = re.compile(r"(?:\\[A-Za-z]+)?((?: [A-Za-z.]{2,})+)$")
 
 
 def _split_unit(text: str) -> tuple[str, str | None]:
     """An expression and the unit behind it."""
-    found = _TRAILING_UNIT.match(text)
-    if found is None or split_list(text) != [text]:
+    start = text.find("\\text")
+    if start > 0:
+        unit = read_unit(text[start:])
+        return (text[:start].strip(), unit) if unit else (text, None)
+    words = _WORDS_BEHIND.search(text, max(0, len(text) - 50))
+    if words is None or split_list(text) != [text]:
         return text, None
-    head, tail = found[1], found[2]
-    if not tail.startswith("\\text") and not re.search(r"[\d}\s]$|\\pi$", text[: found.start(2)]):
-        return text, None
-    unit = read_unit(" " + tail)
-    known = unit and (tail.startswith("\\text") or (not units_conflict(unit, unit) and re.search(r"[\d})]|\\pi", head)))
-    return (head, unit) if known else (text, None)
+    unit = read_unit(words[1])
+    return (text[: words.start(1)].strip(), unit) if unit else (text, None)
 
 
-def _by_unit(gold: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
+def _by_unit(gold: str, answer: str, depth: int) -> bool | None:
     (left, left_unit), (right, right_unit) = _split_unit(gold), _split_unit(answer)
     if left_unit is None and right_unit is None:
-        if _TRIGONOMETRIC.search(gold + answer):
-            return None
-        degrees = [re.sub(r"\s*\^\s*\\circ\s*", "", t) for t in (gold, answer)]
-        return None if degrees == [gold, answer] else _same(degrees[0], degrees[1], algebra, depth + 1)
-    return not units_conflict(left_unit, right_unit) and _same(left, right, algebra, depth + 1)
+        return None
+    return not units_conflict(left_unit, right_unit) and _same(left, right, depth + 1)
 
 
-def _by_approximation(gold: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
+_APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
+
+
+def _by_approximation(gold: str, answer: str, depth: int) -> bool | None:
     """The exact side of ``… ≈ …`` counts, or the value of a name."""
     exact = [_exact_side(text) for text in (gold, answer)]
-    return None if exact == [gold, answer] else _same(exact[0], exact[1], algebra, depth + 1)
+    return None if exact == [gold, answer] else _same(exact[0], exact[1], depth + 1)
 
 
 def _exact_side(text: str) -> str:
-    parts = re.split(r"\\approx|\\simeq|\\doteq", text)
+    parts = split_at(text, _APPROXIMATELY)
     if len(parts) == 1:
-        return text
-    return parts[1].strip() if _NAME.fullmatch(squeezed(parts[0])) else parts[0].strip()
+        return parts[0] if _APPROXIMATELY.match(text) else text
+    return parts[1] if _is_name(parts[0]) else parts[0]
+
+
+# --- equations
 
 
 _SIMPLE = r"\\?[A-Za-z]+'*(?:_\{?\w+\}?)?"
@@ -132,54 +169,68 @@ _NAME = re.compile(
     rf"|{_SIMPLE}(?:{_SIMPLE}){{0,3}}|[A-Za-z ]{{4,}}"
 )
 _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
-_ARITHMETIC = re.compile(r"(?:[\d\s+*/().,^{}¤-]|\\times|\\cdot|\\frac|\\sqrt)+")
+_ARITHMETIC = re.compile(r"(?:[\d\s+*/().,^{}¤!-]|\\times|\\cdot|\\frac|\\sqrt)+")
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= 40 and _NAME.fullmatch(squeezed(text)) is not None and text not in ("i", "e", "\\pi")
 
 
 def _sides(text: str) -> list[str]:
-    if split_list(text) != [text] or re.search(r"[<>]|\\le|\\ge|\\ne|\\begin", text):
+    if "=" not in text or split_list(text) != [text] or re.search(r"[<>]|\\le|\\ge|\\ne|\\begin", text):
         return [text]
     return split_at(text, _EQUALS)
 
 
 def _value(sides: Sequence[str]) -> str | None:
-    """What a chain of equations says its name or its arithmetic is; None where it is an equation in its own right."""
+    """What a chain of equations says its name or its arithmetic is; None where it is an equation in its own right, or false."""
     if len(sides) < 2:
         return None
-    if len(sides) > 2 or _NAME.fullmatch(squeezed(sides[0])) or all(_ARITHMETIC.fullmatch(s) for s in sides):
+    arithmetic = [s for s in sides if _ARITHMETIC.fullmatch(s)]
+    if any(not _by_value(one, two) for one, two in itertools.pairwise(arithmetic)):
+        return None
+    if len(sides) > 2 or _is_name(sides[0]) or len(arithmetic) == len(sides):
         return sides[-1]
-    last = squeezed(sides[-1])
-    return (
-        sides[0]
-        if len(sides) == 2 and re.fullmatch(r"\\?[A-Za-z](?:_\{?\w+\}?)?", last) and _is_constant(sides[0])
-        else None
-    )
+    node = _expression(sides[0])
+    turned = re.fullmatch(r"\\?[A-Za-z](?:_\{?\w+\}?)?", squeezed(sides[1])) and node is not None and constant(node)
+    return sides[0] if turned else None
 
 
-def _is_constant(text: str) -> bool:
-    """Whether an expression has no variable."""
-    return not re.search(r"(?<!\\)\b[a-zA-Z]\b", text.replace("\\pi", ""))
+def _name_of(text: str) -> str | None:
+    """The name that an equation gives a value, alone on one side."""
+    sides = _sides(text)
+    return squeezed(sides[0]) if len(sides) > 1 and _is_name(sides[0]) and _value(sides) is not None else None
 
 
-def _by_equation(gold: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
+def _by_equation(gold: str, answer: str, depth: int) -> bool | None:
     left, right = _sides(gold), _sides(answer)
     if len(left) == 1 and len(right) == 1:
         return None
-    if len(left) == len(right) == 2 and (
-        squeezed(left[0]) == squeezed(right[0]) or (not _value(left) and squeezed(left[1]) == squeezed(right[1]))
-    ):
-        other = 1 if squeezed(left[0]) == squeezed(right[0]) else 0
-        same = _same(left[other], right[other], algebra, depth + 1)
-        scalable = squeezed(left[1 - other]) == "0"  # 2x - 4 = 0 is x - 2 = 0; of other equations one side decides
-        return same or (None if scalable else False)
-    left_value, right_value = _value(left), _value(right)
     if len(left) > 1 and len(right) > 1:
-        if left_value and right_value and len(left) + len(right) > 4:
-            return _same(left_value, right_value, algebra, depth + 1)
-        return None
-    one, other_text = (left_value, answer) if len(left) > 1 else (right_value, gold)
-    if one is None:
+        return _both_equations(left, right, depth)
+    value = _value(left) if len(left) > 1 else _value(right)
+    if value is None:
         return False
-    return _same(one, other_text, algebra, depth + 1) if len(left) > 1 else _same(other_text, one, algebra, depth + 1)
+    return _same(value, answer, depth + 1) if len(left) > 1 else _same(gold, value, depth + 1)
+
+
+def _both_equations(left: list[str], right: list[str], depth: int) -> bool:
+    one, two = _value(left), _value(right)
+    if one is not None and two is not None and (len(left) + len(right) > 4 or squeezed(left[0]) == squeezed(right[0])):
+        names = {squeezed(side[0]) for side in (left, right) if _is_name(side[0])}
+        return len(names) < 2 and _same(one, two, depth + 1)
+    if len(left) != 2 or len(right) != 2:
+        return False
+    if squeezed(left[0]) == squeezed(right[0]) and _same(left[1], right[1], depth + 1):
+        return True
+    nodes = [_expression(side) for side in (*left, *right)]
+    if any(node is None for node in nodes):
+        return False
+    differences: list[Node] = [("+", (nodes[i], ("neg", nodes[i + 1]))) for i in (0, 2)]
+    return proportional(differences[0], differences[1])
+
+
+# --- lists, tuples, sets
 
 
 def _opened(text: str) -> tuple[str, list[str], str]:
@@ -200,54 +251,66 @@ def _opened(text: str) -> tuple[str, list[str], str]:
     return "", split_list(text), ""
 
 
+_SIGNED_PAIR = re.compile(r"[(\[][^()\[\]]*\\pm[^()\[\]]*,")
+
+
 def _expanded(parts: Sequence[str]) -> list[str]:
     """Each ``a ± b`` as two elements."""
     found: list[str] = []
     for part in parts:
-        if "\\pm" in part and not re.search(r"[(\[]\s*[^()\[\]]*\\pm[^()\[\]]*,", part):
-            plus = re.sub(r"\\pm\s*", "+", part).replace("\\mp", "-")
-            minus = re.sub(r"\\pm\s*", "-", part).replace("\\mp", "+")
+        if "\\pm" in part and part.count("\\pm") < 3 and not _SIGNED_PAIR.search(part):
+            plus = re.sub(r"\\pm ?", "+", part).replace("\\mp", "-")
+            minus = re.sub(r"\\pm ?", "-", part).replace("\\mp", "+")
             found += [plus.strip().removeprefix("+"), minus.strip()]
         else:
             found.append(part)
     return found
 
 
-def _distinct(parts: Sequence[str]) -> list[str]:
-    """The parts, each once: a set does not grow by a repetition."""
-    return list({squeezed(part): part for part in parts}.values())
-
-
-def _by_elements(gold: str, answer: str, algebra: Algebra, depth: int) -> bool | None:
-    """Lists and sets in any order, tuples and intervals in theirs."""
+def _by_elements(gold: str, answer: str, depth: int) -> bool | None:
+    """Lists and sets in any order, tuples in theirs; every element as often as in the other."""
     (open_g, left, close_g), (open_a, right, close_a) = _opened(gold), _opened(answer)
     left, right = _expanded(left), _expanded(right)
-    if {open_g, open_a} <= {"", "\\{"}:
-        left, right = _distinct(left), _distinct(right)
     if max(len(left), len(right)) < 2 and "\\{" not in (open_g, open_a):
         return None
-    if re.search(r"[<>]|\\le|\\ge|\\ne", gold + answer) and (open_g or open_a):
-        return None  # an interval against an inequality
     if len(left) != len(right) or len(left) > _MOST:
-        return False if not (open_g in "([" and open_g and len(right) == 1) else None
-    brackets = {open_g + close_g, open_a + close_a} - {""}
-    if brackets & {"[]", "[)", "(]"} and len(brackets) == 2:
         return False
-    if brackets == {"()", "\\{}"}:
+    brackets = {open_g + close_g, open_a + close_a}
+    if brackets in ({"()", "\\{}"}, {"()", "[]"}) or (len(brackets) == 2 and brackets & {"[]", "[)", "(]"}):
         return False
-    ordered = bool(brackets - {"\\{}"})
-    return _all_same(left, right, algebra, depth) if ordered else _matched(left, right, algebra, depth)
+    if brackets == {"()", ""} and "\\infty" in gold + answer:
+        return False  # an interval, and a list
+    named = _paired(left, right, depth) if brackets <= {"", "\\{}"} else None
+    if named is not None:
+        return named
+    ordered = bool(brackets - {"\\{}", ""})
+    return _all_same(left, right, depth) if ordered else _matched(left, right, depth)
 
 
-def _all_same(left: Sequence[str], right: Sequence[str], algebra: Algebra, depth: int) -> bool:
-    return all(_same(_bare(g), _bare(a), algebra, depth + 1) for g, a in zip(left, right, strict=True))
+def _paired(left: Sequence[str], right: Sequence[str], depth: int) -> bool | None:
+    """Values of several names: by name, or in their order where one side leaves the names out. None where there are none."""
+    names = [[_name_of(part) for part in side] for side in (left, right)]
+    told = [None not in side and len(set(side)) == len(side) for side in names]
+    if not any(told):
+        return None
+    if all(told):
+        if set(names[0]) != set(names[1]):
+            return False
+        right = [right[names[1].index(name)] for name in names[0]]
+    return _all_same(left, right, depth)
 
 
-def _matched(left: Sequence[str], right: Sequence[str], algebra: Algebra, depth: int) -> bool:
+def _all_same(left: Sequence[str], right: Sequence[str], depth: int) -> bool:
+    return len(left) == len(right) and all(
+        _same(_bare(g), _bare(a), depth + 1) for g, a in zip(left, right, strict=True)
+    )
+
+
+def _matched(left: Sequence[str], right: Sequence[str], depth: int) -> bool:
     """Whether every element of one has its own partner in the other. Equality is transitive: the first partner will do."""
     free = [_bare(a) for a in right]
     for element in (_bare(g) for g in left):
-        partner = next((i for i, a in enumerate(free) if _same(element, a, algebra, depth + 1)), None)
+        partner = next((i for i, a in enumerate(free) if _same(element, a, depth + 1)), None)
         if partner is None:
             return False
         del free[partner]

@@ -46,10 +46,11 @@ _SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\{\s*,\s*\}", ","),
     (r"\\qquad(?![A-Za-z])|\\quad(?![A-Za-z])|(?<!\\)\\[!,;: ]|~", " "),
     (r"\\%", "%"),
-    (r"\*\*|``|''(?=\s*$)", ""),
+    (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
+    (r"\\text ?\{ ?[.,]? ?\}$", ""),
+    (r"``|''(?=\s*$)", ""),
 )]  # fmt: skip
 
-_MATH = re.compile(r"\$\$(.*?)\$\$|\$([^$]*)\$|\\\((.*?)\\\)|\\\[(.*?)\\\]", re.DOTALL)
 _MONEY = re.compile(r"\\\$|\$(?=\s*-?\d*[.,]?\d)|(?<=\d)\s?\$")
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 
@@ -61,24 +62,41 @@ def unicode_to_latex(text: str) -> str:
     return _SIGN.sub(lambda m: _SIGNS[m[0]], text)
 
 
+_BLANKS = re.compile(r"[^\S\n]+")
+_LINES = re.compile(r" ?\n(?: ?\n)*")
+BOLD = re.compile(r"(?:(?<=[\s:])|^)\*\*([^*]+)\*\*(?=[\s.,:;!?]|$)")
+
+
+_ESCAPED_TWICE, _ROW_BRACKET = re.compile(r"\\\\(?=[A-Za-z{}%$()\[\]])"), re.compile(r"\\\\(?=\[)")
+
+
+def tidied(text: str) -> str:
+    """Runs of blanks as one, empty lines as one: what reads it afterwards never meets a long run of spaces."""
+    return _LINES.sub(lambda m: "\n\n" if m[0].count("\n") > 1 else "\n", _BLANKS.sub(" ", text))
+
+
 def without_delimiters(text: str) -> str:
     r"""Mathematics without its ``$…$`` and ``\(…\)``; a dollar sign that is money becomes `CURRENCY`."""
     text = text.replace("\\$", CURRENCY)
-    if text.count("$") % 2 or not _MATH.search(text):
+    if text.count("$") % 2:
         text = _MONEY.sub(CURRENCY, text)
-    text = _MATH.sub(lambda m: f" {next(g for g in m.groups() if g is not None)} ", text)
-    return text.replace("$", " ").replace("\\(", " ").replace("\\)", " ").replace("\\[", " ").replace("\\]", " ")
+    for delimiter in ("$", "\\(", "\\)", "\\[", "\\]"):
+        text = text.replace(delimiter, " ")
+    return text
 
 
 def clean(answer: str) -> str:
     """An answer without what is only typography."""
-    text = without_delimiters(unicode_to_latex(answer))
-    if "\\begin" not in text:  # LaTeX that was escaped twice on its way; in a matrix \\\\ ends a row
-        text = re.sub(r"\\\\(?=[A-Za-z{}%$])", r"\\", text)
+    text = unicode_to_latex(tidied(answer))
+    # LaTeX that was escaped twice on its way; in a matrix \\\\ ends a row, and a row may begin with a bracket
+    twice = (_ROW_BRACKET, r"\\\\ ") if "\\begin" in text else (_ESCAPED_TWICE, r"\\")
+    text = twice[0].sub(twice[1], text)
+    text = without_delimiters(text)
+    text = BOLD.sub(r"\1", text).replace("**", "^")
     for pattern, plain in _SPELLINGS:
         text = pattern.sub(plain, text)
     text = re.sub(r"\s+", " ", text).strip()
-    text = text.strip("\"' ").rstrip(".,;: \\").strip()
+    text = text.strip("\"'` ").rstrip(".,;: \\").strip()
     if text.startswith("="):
         text = text[1:].strip()
     return text
@@ -103,13 +121,17 @@ def matching(text: str, start: int) -> int:
     return -1
 
 
+_WRAPPER = re.compile(r"(?:\\(?:text|boxed|fbox)\s*)?\{")
+
+
 def unwrapped(text: str) -> str:
-    r"""Without braces, ``\text{…}`` or ``\boxed{…}`` around the whole."""
-    while True:
-        head = re.match(r"(?:\\(?:text|boxed|fbox|mathbb|mathcal)\s*)?\{", text)
-        if head is None or text.startswith(r"\mathb") or matching(text, head.end() - 1) != len(text) - 1:
-            return text
+    r"""Without braces, ``\text{…}`` or ``\boxed{…}`` around the whole; eight deep at most."""
+    for _ in range(8):
+        head = _WRAPPER.match(text)
+        if head is None or matching(text, head.end() - 1) != len(text) - 1:
+            break
         text = text[head.end() : -1].strip()
+    return text
 
 
 _SEPARATOR = re.compile(

@@ -12,6 +12,9 @@ from e3rl.rewards.units import read_unit
 SIGNIFICANT = 6
 """Digits that a decimal must have to stand for a number it only approaches, such as 0.333333 for 1/3."""
 
+LONGEST = 400
+"""Characters of the longest number that is read as one."""
+
 _GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)(?:\.\d+)?|[1-9]\d{0,2}(?: \d{3})+(?!\d)(?:\.\d+)?"
 _COMMA = r"\d+,\d+(?![\d,])"
 _PLAIN = re.compile(rf"{_GROUPED}|{_COMMA}|\d+\.\d*|\.\d+|\d+")
@@ -21,7 +24,7 @@ _EXPONENT = r"10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|\(\s*([-+]?\d{1,4})\s*\)|([-
 _POWER = re.compile(_EXPONENT)
 _TIMES_TEN = re.compile(rf"\s*(?:\\times|\\cdot|\*|x)\s*{_EXPONENT}")
 _E = re.compile(r"[eE]([-+]?\d{1,4})(?![\d.])")
-_OVER = re.compile(r"\s*/\s*(?=[-+.\d])")
+_OVER = re.compile(r"\s*/\s*(?=[.\d])")
 _SIGN = re.compile(r"[-+]\s*")
 
 _SCALE = re.compile(r"\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion|dozen)\s*\}?(?![A-Za-z])", re.I)
@@ -38,6 +41,7 @@ class Quantity:
 
     value: Fraction
     digits: int | None = None
+    ulp: Fraction = Fraction(0)  # one unit of a decimal's last place
     percent: bool = False
     unit: str | None = None
     comma: bool = False  # read with a comma as the decimal point: it might be a list as well
@@ -49,7 +53,10 @@ def _plain(text: str) -> Quantity:
     value = text.replace(",", "").replace(" ", "") if grouped else text.replace(",", ".")
     digits = re.sub(r"\D", "", value).lstrip("0")
     fractional = re.search(r"\.\d", value) is not None
-    return Quantity(Fraction(value.rstrip(".")), len(digits) if fractional else None, comma="," in text and not grouped)
+    ulp = Fraction(1, 10 ** len(value.partition(".")[2])) if fractional else Fraction(0)
+    return Quantity(
+        Fraction(value.rstrip(".")), len(digits) if fractional else None, ulp, comma="," in text and not grouped
+    )
 
 
 def _exponent(found: re.Match[str]) -> int:
@@ -86,10 +93,10 @@ def _with_suffix(number: Quantity, written: str, rest: str) -> tuple[Quantity, s
         part = _unsigned(rest.lstrip())
         if part is not None and 0 <= part[0].value < 1:
             return Quantity(number.value + part[0].value), rest.lstrip()[fraction.end() :]
-    if over := _OVER.match(rest):
-        below = read_number(rest[over.end() :])
-        if below is not None and below[0].value:
-            return Quantity(number.value / below[0].value), below[1]
+    if (over := _OVER.match(rest)) and (below := _PLAIN.match(rest, over.end())):
+        divisor = _plain(below[0]).value
+        if divisor:
+            return Quantity(number.value / divisor), rest[below.end() :]
     return number, rest
 
 
@@ -105,7 +112,11 @@ def read_number(text: str) -> tuple[Quantity, str] | None:
 def read_quantity(text: str) -> Quantity | None:
     """The quantity that cleaned ``text`` is, whole: a number, with currency, scale, per cent or unit; else None."""
     text = unwrapped(text).strip()
-    while text.startswith("(") and matching(text, 0) == len(text) - 1 and "," not in text:
+    if len(text) > LONGEST:
+        return None
+    for _ in range(8):
+        if not text.startswith("(") or matching(text, 0) != len(text) - 1 or "," in text:
+            break
         text = unwrapped(text[1:-1].strip())
     sign, currency = 1, None
     if money := re.match(rf"(-?)\s*([{''.join(_CURRENCIES)}])\s*", text):
@@ -115,7 +126,11 @@ def read_quantity(text: str) -> Quantity | None:
         return _number_word(text)
     quantity, rest = found
     if scale := _SCALE.match(rest):
-        quantity, rest = replace(quantity, value=quantity.value * _SCALES[scale[1].lower()]), rest[scale.end() :]
+        factor = _SCALES[scale[1].lower()]
+        quantity, rest = (
+            replace(quantity, value=quantity.value * factor, ulp=quantity.ulp * factor),
+            rest[scale.end() :],
+        )
     if percent := _PERCENT.match(rest):
         quantity, rest = replace(quantity, percent=True), rest[percent.end() :]
     unit = read_unit(rest)
@@ -161,15 +176,16 @@ def same_number(left: Quantity, right: Quantity) -> bool:
     if left.percent == right.percent:
         return _close(left, right)
     percent, other = (left, right) if left.percent else (right, left)
-    return _close(percent, other) or _close(replace(percent, value=percent.value / 100), other)
+    return _close(percent, other) or _close(replace(percent, value=percent.value / 100, ulp=percent.ulp / 100), other)
 
 
 def _close(left: Quantity, right: Quantity) -> bool:
     """Exact, unless one is a decimal of so many digits that it is plainly the other one rounded or cut off."""
     if left.value == right.value:
         return True
-    places = [q.digits for q in (left, right) if q.digits is not None]
-    if not places or min(places) < SIGNIFICANT or (left.digits is not None and right.digits == left.digits):
+    if left.digits is not None and left.digits == right.digits:
         return False
-    size = max(abs(left.value), abs(right.value))
-    return abs(left.value - right.value) <= size * Fraction(2, 10 ** min(places))
+    decimals = [q for q in (left, right) if q.digits is not None]
+    if not decimals or min(q.digits or 0 for q in decimals) < SIGNIFICANT:
+        return False
+    return abs(left.value - right.value) < max(q.ulp for q in decimals)

@@ -7,29 +7,42 @@ from __future__ import annotations
 
 import re
 
-from e3rl.rewards.choices import Choice, read_choice
+from e3rl.rewards.choices import Choice, read_choice, settled
 from e3rl.rewards.notation import clean, squeezed
 from e3rl.rewards.quantities import Quantity, read_quantity, same_number
 from e3rl.rewards.units import units_conflict
 
 
 def by_choice(gold: str, answer: str) -> bool | None:
-    """(A) is A is 'A. because …'; a choice with its text is also that text."""
-    left, right = read_choice(gold), read_choice(answer)
-    if left and right:
-        return left.letter == right.letter
-    one = left or right
-    if one is None:
+    """Where the reference is a choice: (A) is A is 'A. because …'; a choice with its text is also that text."""
+    wanted = read_choice(gold)
+    if wanted is None:
         return None
-    other = answer if left else gold
-    return _content_is(one, other) if one.content else None
+    chosen = read_choice(answer)
+    if chosen is None:
+        return _content_is(wanted.content, answer) if wanted.content else False
+    return same_choice(wanted, chosen)
 
 
-def _content_is(choice: Choice, other: str) -> bool | None:
-    if squeezed(choice.content).casefold() == squeezed(other).casefold():
+def same_choice(wanted: Choice, chosen: Choice) -> bool:
+    """One letter, and no text beside it that contradicts the reference's or offers other letters."""
+    if wanted.letter != chosen.letter:
+        return False
+    if wanted.content and chosen.content:
+        return _content_is(wanted.content, chosen.content)
+    return settled(chosen)
+
+
+def _content_is(content: str, other: str) -> bool:
+    if squeezed(clean(content)).casefold() == squeezed(clean(other)).casefold():
         return True
-    left, right = read_quantity(clean(choice.content)), read_quantity(other)
-    return same_number(left, right) if left and right else None
+    left, right = read_quantity(clean(content)), read_quantity(clean(other))
+    return (
+        left is not None
+        and right is not None
+        and same_number(left, right)
+        and not units_conflict(left.unit, right.unit)
+    )
 
 
 _WRAPPED = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -37,16 +50,9 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'.-]*")
 _NOT_WORDS = re.compile(
     r"\\(?!text|emptyset|infty)|[=<>^_/*+|\d]|\b(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi|arcsin|arccos|arctan|infinity|infty)\b"
 )
-_EMPTY = {
-    "no solution",
-    "no solutions",
-    "none",
-    "empty set",
-    "no real solution",
-    "no real solutions",
-    "the empty set",
-    "\\emptyset",
-}
+_EMPTY = frozenset(
+    ["no solution", "no solutions", "none", "empty set", "the empty set", "no real solution", "no real solutions"]
+)
 
 
 def _words(text: str) -> str | None:
@@ -59,16 +65,12 @@ def _words(text: str) -> str | None:
     words = plain.replace(",", " ").split()
     if not all(_WORD.fullmatch(w) for w in words):
         return None
-    if (
-        not wrapped
-        and len(words) == 1
-        and len(words[0]) < 4
-        and words[0].casefold() not in ("yes", "no", "odd", "red", "dne")
-    ):
+    short = len(words) == 1 and len(words[0]) < 4 and words[0].casefold() not in ("yes", "no", "odd", "red", "dne")
+    if short and not wrapped:
         return None
     if len(words) > 1 and words[0].casefold() in ("a", "an", "the"):
         words = words[1:]
-    return " ".join(words).casefold()
+    return " ".join(w if len(w) == 1 else w.casefold() for w in words)
 
 
 def _is_empty(text: str, words: str | None) -> bool:
@@ -106,15 +108,7 @@ def _may_be_list(left: Quantity, right: Quantity) -> bool:
 
 _BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_\s*\{?\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\d+))\s*\}?")
 _BASE_WORDS = {
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
+    word: str(n) for n, word in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 2)
 }
 
 
@@ -135,10 +129,13 @@ def by_base(gold: str, answer: str) -> bool | None:
     return False if one and read_quantity(other) else None
 
 
+_PART = re.compile(r"[\d.\\a-z/{} ]*")
+
+
 def by_colon(gold: str, answer: str) -> bool | None:
     """Ratios and times of day, part by part."""
     left, right = (re.split(r"\s*:\s*", text.rpartition("=")[2].strip().casefold()) for text in (gold, answer))
-    if not all(re.fullmatch(r"[\d.\\a-z/{} ]*\d[\d.\\a-z/{} ]*", part) for part in (*left, *right)):
+    if not all(_PART.fullmatch(part) and re.search(r"\d", part) for part in (*left, *right)):
         return None
     if len(left) > 1 and len(right) > 1:
         return list(map(squeezed, left)) == list(map(squeezed, right))

@@ -1,33 +1,79 @@
-r"""Units behind a number: which words are one, and when two of them differ. Anything in ``\text{…}`` may be a unit."""
+r"""Units behind a number: which words are one, and when two of them differ. A word that is not listed is no unit."""
 
 from __future__ import annotations
 
 import re
 
 _NAMES = {
-    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter", "m": "meter metre",
-    "km": "kilometer kilometre", "nm": "nanometer", "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "acre": "",
-    "mg": "milligram", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce", "ton": "tonne",
-    "ms": "millisecond", "s": "sec second", "min": "minute", "h": "hr hour", "day": "", "week": "wk", "month": "", "year": "yr",
-    "ml": "milliliter millilitre", "l": "liter litre", "gal": "gallon",
-    "dollar": "usd buck", "cent": "", "euro": "eur", "yen": "jpy", "sterling": "gbp", "yuan": "rmb", "rupee": "rs",
-    "degree": "deg", "radian": "rad", "unit": "", "c": "celsius", "f": "fahrenheit", "k": "kelvin",
-    "n": "newton", "j": "joule", "kj": "kilojoule", "w": "watt", "kw": "kilowatt", "v": "volt", "a": "ampere amp",
-    "hz": "hertz", "pa": "pascal", "mol": "mole", "ev": "", "mev": "", "erg": "",
+    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
+    "km": "kilometer kilometre", "nm": "nanometer nanometre", "in": "inch inche", "ft": "foot feet", "yd": "yard",
+    "mi": "mile", "acre": "", "hectare": "", "mg": "milligram", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce",
+    "ton": "tonne", "ms": "millisecond", "ns": "nanosecond", "s": "sec second", "min": "minute", "h": "hr hour", "day": "",
+    "week": "wk", "month": "", "year": "yr", "decade": "", "mL": "ml milliliter millilitre", "L": "l liter litre",
+    "gal": "gallon", "quart": "", "pint": "", "cup": "", "dollar": "usd buck", "cent": "", "euro": "eur", "yen": "jpy",
+    "sterling": "gbp", "yuan": "rmb", "rupee": "", "degree": "deg", "radian": "rad", "unit": "", "C": "celsius",
+    "F": "fahrenheit", "K": "kelvin", "N": "newton", "kN": "", "J": "joule", "kJ": "kilojoule", "W": "watt",
+    "kW": "kilowatt", "MW": "", "V": "volt", "mV": "", "A": "ampere amp", "mA": "", "Hz": "hertz", "kHz": "",
+    "MHz": "", "GHz": "",
+    "Pa": "pascal", "kPa": "", "MPa": "", "atm": "", "mol": "mole", "eV": "", "keV": "", "MeV": "", "GeV": "", "erg": "ergs",
+    "T": "tesla", "am": "a.m.", "pm": "p.m.", "AU": "", "pc": "parsec", "Mpc": "", "kpc": "", "\\AA": "angstrom Å",
+    "cal": "calorie",
+    "kcal": "kilocalorie", "bit": "", "byte": "",
 }  # fmt: skip
-_CANONICAL = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
-_NEUTRAL = {"unit", "degree"}
+_ABBREVIATIONS = {unit: unit for unit in _NAMES}
+_LONG = {
+    name.lower(): unit
+    for unit, names in _NAMES.items()
+    for name in (*names.split(), *([unit] if len(unit) > 1 else []))
+}
+_CLASHES = {"mw", "ma", "mv", "mpc", "mhz", "mpa"}  # milli or mega: capitals decide
+
+_COUNTED = """
+    apple orange banana egg cookie cake cupcake muffin pie pizza slice piece candy chocolate donut sandwich burger berry
+    strawberry cherry peach pear lemon tomato potato carrot pumpkin melon watermelon grape nut flower rose tulip tree plant
+    seed leaf bush petal bird fish dog cat puppy kitten horse cow sheep pig chicken duck goose animal frog bee spider insect
+    turtle rabbit lion snake monkey bear person people child children kid boy girl man men woman women student teacher
+    friend player member adult guest customer worker employee passenger participant family book page chapter word letter
+    digit problem question answer test point mark goal run game match card stamp coin penny nickel dime marble ball
+    balloon bead toy doll block brick box bag basket bottle jar can carton glass plate bowl spoon fork gift pack
+    package ticket picture photo painting poster sticker pencil pen crayon marker paper sheet notebook eraser shirt shoe sock
+    hat dress button car bus truck bike bicycle boat plane train ship wheel trip ride house room floor window door desk
+    table chair seat row column stair step class school team group shelf way value solution integer number edge vertex
+    vertices side face diagonal triangle square rectangle circle polygon cube angle line segment path root
+    subset set permutation combination arrangement outcome element term factor divisor multiple prime zero intersection
+    region sequence tuple function string code message song movie video call hit vote job task machine phone computer
+    bracelet necklace ring pillow blanket bed lamp candle fruit vegetable meal snack drink juice soda stone rock shell star
+    planet crate barrel bucket lap stick post nail wall tile lollipop gumball peanut pancake waffle cracker time
+"""
+"""Things that are counted. Words that change a number, such as pair, score, half or tenth, are none."""
+
+_NOUNS = frozenset(_COUNTED.split())
+_ADJECTIVES = frozenset(["distinct", "different", "possible", "total"])
+_NEUTRAL = {"unit"}
 """Units that say nothing: a number with one is the number."""
 
-_WORD = r"[A-Za-zµÅ]+\.?"
-_POWER = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
-_TERM = rf"(?:{_WORD}{_POWER})"
-_UNIT = re.compile(rf"{_TERM}(?:\s*(?:[/*·]|\\cdot|\s|-)\s*{_TERM})*")
-_NO_UNITS = re.compile(
-    r"\b(?:and|or|over|times|plus|minus|pi|half|third|quarter|sqrt|mod|not|but|if|where|when|is|are|to|am|pm|[mbtr]+illion"
-    r"|dozen|hundred|thousand)s?\b",
-    re.IGNORECASE,
-)
+_TOKEN = re.compile(r"[A-Za-zµÅ]+|\\AA|\^ ?\{? ?-?\d ?\}?|[/*·]|\\cdot|[ .~-]|(?P<bad>.)", re.DOTALL)
+_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
+_SYMBOLS = {"€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee", "¤": "dollar"}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmph": ("km", "h")}
+_LONGEST = 60
+
+
+def _unit_word(word: str) -> str | None:
+    """The unit that a word is, in one spelling; None for any other word."""
+    if word in _ABBREVIATIONS:
+        return word
+    lower = word.lower()
+    if lower in _CLASHES:
+        return None
+    for form in (lower, lower[:-1] if lower.endswith("s") else ""):
+        if form in _LONG:
+            return _LONG[form]
+    for ending, instead in (("", ""), ("s", ""), ("es", ""), ("ies", "y"), ("ves", "f")):
+        if lower.endswith(ending) and lower.removesuffix(ending) + instead in _NOUNS:
+            return "#" + lower.removesuffix(ending) + instead
+    return None
 
 
 def read_unit(rest: str) -> str | None:
@@ -35,62 +81,61 @@ def read_unit(rest: str) -> str | None:
     text = rest.strip()
     if not text:
         return ""
-    wrapped = re.fullmatch(r"\\text\s*\{([^{}]*)\}\s*(\^\s*\{?\s*\d\s*\}?)?\.?", text)
-    inside = re.fullmatch(r"((?:\\text\s*\{[^{}]*\}|[\s/^{}\d-]|\\cdot)+)", text) if not wrapped else None
-    if wrapped:
-        text = (wrapped[1] + (wrapped[2] or "")).strip()
-    elif inside:
-        text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
-    elif text.startswith("^\\circ"):
-        scale = text.removeprefix("^\\circ").strip()
-        return scale.lower() if scale in ("C", "F") else "degree" if not scale else None
-    elif text in ("€", "£", "¥", "₹", "¤"):
-        return {"€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee", "¤": "dollar"}[text]
-    elif not _plausible(rest):
+    if text in _SYMBOLS:
+        return _SYMBOLS[text]
+    if text.startswith("^\\circ"):
+        scale = _TEXT.sub(r"\1", text.removeprefix("^\\circ")).strip()
+        return scale if scale in ("C", "F") else "degree" if not scale else None
+    if len(text) > _LONGEST or not (text.startswith("\\text") or _plausible(rest)):
         return None
-    if _NO_UNITS.search(text):
-        return None
-    return _canonical(text) if _UNIT.fullmatch(text.rstrip(".")) or wrapped else None
+    return _canonical(_TEXT.sub(r" \1 ", text).strip())
 
 
 def _plausible(rest: str) -> bool:
-    """Whether plain letters behind a number are a unit: a known one, or words after a space; never one unknown letter."""
-    text = rest.strip()
-    first = re.match(_WORD, text)
-    if first is None:
-        return False
-    word = first[0].rstrip(".")
-    known = _singular(word) in _CANONICAL
-    if rest[0] == " ":
-        return len(word) > 1 or known
-    return known and (len(word) > 1 or "^" in text)
+    """Whether plain letters behind a number may be a unit: after a space, or longer than one letter, or with a power."""
+    first = re.match(r"[A-Za-zµÅ]+|\\AA", rest.strip())
+    return first is not None and (rest[0] == " " or len(first[0]) > 1 or "^" in rest)
 
 
-def _singular(word: str) -> str:
-    lower = word.lower().rstrip(".")
-    if lower in _CANONICAL:
-        return lower
-    return lower[:-1] if lower.endswith("s") and lower[:-1] in _CANONICAL else lower
-
-
-def _canonical(text: str) -> str:
-    """``cm^2`` for 'sq. cm', 'square centimeters' and 'cm squared'; ``m/s`` for 'meters per second'."""
-    text = re.sub(r"\s*\bper\b\s*", "/", text.lower())
-    text = re.sub(r"\b(mph|kph|kmph)\b", lambda m: {"mph": "mi/h"}.get(m[1], "km/h"), text)
-    text = re.sub(r"\b(?:square|sq)\b\.?\s*([a-z]+)\.?", r"\1^2", text)
-    text = re.sub(r"\bcubic\s*([a-z]+)", r"\1^3", text)
-    text = re.sub(r"([a-z]+)\s+squared\b", r"\1^2", text)
-    text = re.sub(r"([a-z]+)\s+cubed\b", r"\1^3", text)
-    text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text)
-    return re.sub(r"[a-z]+\.?", lambda m: _CANONICAL.get(_singular(m[0]), m[0].rstrip(".")), text).replace(" ", "")
-
-
-def _known(unit: str) -> bool:
-    return all(word in _NAMES for word in re.findall(r"[a-z]+", unit))
+def _canonical(text: str) -> str | None:
+    """``cm^2`` for 'sq. cm', 'square centimeters' and 'cm squared'; ``m*s^-1`` for 'meters per second'."""
+    powers: dict[str, int] = {}
+    last, sign, pending = "", 1, 1
+    text = text.replace("a.m", "am").replace("p.m", "pm")
+    for token in _TOKEN.finditer(text):
+        word = token[0]
+        if token["bad"]:
+            return None
+        lower = word.lower()
+        if lower in ("per", "/"):
+            sign = -1
+        elif lower in _POWERS:
+            pending = _POWERS[lower]
+        elif last and (word[0] == "^" or lower in ("squared", "cubed")):
+            factor = int(re.sub(r"[^-\d]", "", word)) if word[0] == "^" else 2 if lower == "squared" else 3
+            powers[last] *= factor
+        elif lower in _SPEEDS:
+            above, below = _SPEEDS[lower]
+            powers |= {above: 1, below: -1}
+        elif word[0].isalpha() or word == "\\AA":
+            if lower in _ADJECTIVES:
+                continue
+            unit = _unit_word(word)
+            if unit is None:
+                return None
+            powers[unit] = powers.get(unit, 0) + sign * pending
+            last, sign, pending = unit, 1, 1
+    if not powers and pending == 2:
+        return None
+    if "ft" in powers and "lb" in powers and "-" in text:
+        return "ft*lb"
+    return "*".join(u if p == 1 else f"{u}^{p}" for u, p in sorted(powers.items())) or None
 
 
 def units_conflict(left: str | None, right: str | None) -> bool:
-    """Whether two units are both known and different: 14 cm is not 14 m. A missing or unknown unit fits any."""
-    if not left or not right or left == right or left in _NEUTRAL or right in _NEUTRAL:
+    """Whether two units differ: 14 cm is not 14 m, 6 apples are not 6 oranges. A missing unit fits any."""
+    if not left or not right or left == right:
         return False
-    return _known(left) and _known(right)
+    if {left, right} in ({"degree", "C"}, {"degree", "F"}):
+        return False
+    return re.sub(r"\^-?\d", "", left) not in _NEUTRAL and re.sub(r"\^-?\d", "", right) not in _NEUTRAL

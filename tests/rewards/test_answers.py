@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.rewards.answers import extract_answer, last_box, normalize, vote
-from e3rl.rewards.grading import LONGEST_ANSWER
+from e3rl.rewards.answers import LONGEST_ANSWER, extract_answer, last_box, normalize, vote
 
 
 @pytest.mark.parametrize(

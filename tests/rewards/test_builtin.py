@@ -164,13 +164,22 @@ def test_a_problem_without_an_answer_is_missing(maths: Scorer) -> None:
     assert reward.error == "math: the problem has no answer to compare with (data.answer_column)"
 
 
-def test_text_alone_needs_no_worker() -> None:
+def test_nothing_of_a_response_is_read_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a response does to the checker, it happens in a process that can be killed."""
+    for name in (
+        "answers.extract_answer",
+        "answers.boxed_answer",
+        "answers.is_prose",
+        "notation.clean",
+        "notation.tidied",
+    ):
+        monkeypatch.setattr(f"e3rl.rewards.{name}", lambda *_: pytest.fail("read in the trainer"))
     with Scorer(RewardsConfig()) as scorer:
-        check(scorer, [("12", "13"), (r"\frac12", r"\dfrac12"), ("5", "9" * 5000)])
-        assert scorer._pool.pids == []
+        rewards = check(scorer, [("12", "13"), (r"\frac12", r"\dfrac12"), ("5", "9" * 5000)])
+    assert [r.value for r in rewards] == [0.0, 1.0, 0.0]
 
 
-def test_hanging_answers_are_never_rewarded_and_the_rest_is_not_held_up() -> None:
+def test_what_hangs_an_algebra_system_is_wrong_in_time() -> None:
     fine = [(f"{n}.5", rf"\frac{{{2 * n + 1}}}{{2}}") for n in range(len(HANGING))]
     pairs = [pair for hanging, good in zip(HANGING, fine, strict=True) for pair in (("5", hanging), good)]
     with Scorer(RewardsConfig(workers=2, timeout=1.5)) as scorer:
@@ -178,18 +187,14 @@ def test_hanging_answers_are_never_rewarded_and_the_rest_is_not_held_up() -> Non
         rewards = check(scorer, pairs)
         assert time.monotonic() - began < 30
         assert [r.value for r in rewards[1::2]] == [1.0] * len(HANGING)
-        # how far an input gets depends on the machine: some are judged wrong in time, some run out of memory first
-        missing = [r for r in rewards[0::2] if r.value is None]
-        assert all(r.value in (None, 0.0) for r in rewards[0::2])
-        assert all(r.error for r in missing)
-        assert any("took longer than 1.5 s" in (r.error or "") for r in missing)
+        assert [r.value for r in rewards[0::2]] == [0.0] * len(HANGING)
+        assert scorer.worker_restarts == 0
 
 
 def test_answers_longer_than_any_answer_are_wrong_without_a_look() -> None:
     with Scorer(RewardsConfig()) as scorer:
         (reward,) = check(scorer, [("5", "(" * 3000 + "5" + ")" * 3000)])
-        assert reward.value == 0.0
-        assert scorer._pool.pids == []
+    assert reward.value == 0.0
 
 
 # --- format, overlong, lab
