@@ -1,0 +1,169 @@
+"""Which number of a finished response tells wrong answers from right ones? A model on GSM8K, 150 problems × 8 samples.
+
+``python benchmarks/gsm8k_signals.py sample MODEL FILE OUT`` draws the samples (FILE: JSON lines with ``problem`` and ``answer``;
+goes on where it stopped) and ``… report OUT`` prints the table: AUROC within a problem, the same within strata of equal
+log-probability (what log-probability knows, a lower temperature buys as well), and Avg and Pass at k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from e3rl import generate, load_config
+from e3rl.models import load_policy
+from e3rl.types import Message, Trajectory
+
+PROBLEMS, SAMPLES, BATCH, TEMPERATURE = 150, 8, 4, 0.7
+WINDOW = 32  # tokens of the worst window and of the tail
+STRATA = 4
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+SETTINGS = [
+    "rollout.segment_length=64", "rollout.max_segments=5", f"rollout.temperature={TEMPERATURE}", "rollout.top_p=1",
+    "rollout.top_k=0", "rollout.max_rows=32", "rollout.cache_rows=32",
+]  # fmt: skip
+
+
+def right(text: str, answer: str) -> bool:
+    """Whether the last boxed number is the answer. GSM8K's answers are integers."""
+    boxes = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    found = re.sub(r"[^\d./-]", "", boxes[-1]) if boxes else ""
+    try:
+        return Fraction(found) == Fraction(answer)
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def _window(values: np.ndarray, width: int = WINDOW) -> float:
+    """Largest mean over any window."""
+    if len(values) <= width:
+        return float(values.mean())
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    return float((sums[width:] - sums[:-width]).max() / width)
+
+
+def features(trajectory: Trajectory) -> dict[str, float]:
+    """What can be said of a response without its answer; the larger, the more suspicious."""
+    h, logp = np.asarray(trajectory.entropies, float), np.asarray(trajectory.logprobs, float)
+    eps = np.concatenate([np.asarray(s.candidate.perturbations, float) for s in trajectory.segments])
+    ids = np.concatenate([np.asarray(s.candidate.ids) for s in trajectory.segments])
+    pairs = list(zip(ids[:-3].tolist(), ids[1:-2].tolist(), ids[2:-1].tolist(), ids[3:].tolist(), strict=True))
+    return {
+        "entropy": float(h.mean()),
+        "ε": float(eps.mean()),
+        "entropy + 0.3 ε": float(h.mean() + 0.3 * eps.mean()),
+        "cross-entropy": float(-logp.mean()),
+        "−log p, sum": float(-logp.sum()),
+        "largest entropy": float(h.max()),
+        "largest ε": float(eps.max()),
+        "worst window, entropy": _window(h),
+        "worst window, −log p": _window(-logp),
+        "tail entropy": float(h[-WINDOW:].mean()),
+        "entropy, second half": float(h[len(h) // 2 :].mean()),
+        "ε, second half": float(eps[len(eps) // 2 :].mean()),
+        "length": float(len(h)),
+        "repeats": 1.0 - len(set(pairs)) / max(1, len(pairs)),
+    }
+
+
+def sample(model: str, data: Path, out: Path) -> None:
+    """Draw what is missing, a batch of problems at a time."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = [rows[i * len(rows) // PROBLEMS] for i in range(PROBLEMS)]
+    done = len(_read(out)) // SAMPLES if out.exists() else 0
+    policy, config = load_policy(replace(load_config().model, path=model)), load_config(overrides=SETTINGS)
+    for start in range(done, PROBLEMS, BATCH):
+        part = rows[start : start + BATCH]
+        config = load_config(overrides=[*SETTINGS, f"run.seed={start}"])
+        prompts = [[Message("user", f"{row['problem']}\n{INSTRUCTION}")] for row in part]
+        found = generate(policy, prompts, samples=SAMPLES, erase=False, config=config)
+        with out.open("a", encoding="utf-8") as file:
+            for i, (row, group) in enumerate(zip(part, found, strict=True)):
+                for one in group:
+                    record = {
+                        "problem": start + i,
+                        "right": right(one.text, row["answer"]),
+                        "finish": one.trajectory.finish,
+                        "answer": (re.findall(r"\\boxed\{([^{}]*)\}", one.text) or [None])[-1],
+                        **features(one.trajectory),
+                    }
+                    file.write(json.dumps(record) + "\n")
+        print(f"{start + len(part)} of {PROBLEMS} problems", flush=True)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _pairs(
+    rows: Sequence[dict[str, Any]], name: str, same: Callable[[dict[str, Any], dict[str, Any]], bool]
+) -> tuple[float, int]:
+    """Wrong-right pairs that the number puts in order (ties half), and all pairs that may be compared."""
+    wins, count = 0.0, 0
+    for bad in (r for r in rows if not r["right"]):
+        for good in (r for r in rows if r["right"]):
+            if same(bad, good):
+                count += 1
+                wins += (bad[name] > good[name]) + 0.5 * (bad[name] == good[name])
+    return wins, count
+
+
+def _auroc(groups: Sequence[Sequence[dict[str, Any]]], name: str, same: Callable[..., bool]) -> Iterator[float]:
+    """AUROC within a problem, its 95 % bootstrap interval over problems, and the pairs behind it."""
+    won = np.array([_pairs(group, name, same) for group in groups])
+    yield won[:, 0].sum() / max(1, won[:, 1].sum())
+    draws = np.random.default_rng(0).integers(0, len(won), (1000, len(won)))
+    totals = won[draws].sum(axis=1)
+    yield from np.nanquantile(totals[:, 0] / np.maximum(1, totals[:, 1]), [0.025, 0.975])
+    yield float(won[:, 1].sum())
+
+
+def report(out: Path) -> None:
+    """The table, for all samples and for those that ended by themselves."""
+    rows = _read(out)
+    groups = [[r for r in rows if r["problem"] == p] for p in sorted({r["problem"] for r in rows})]
+    edges = np.quantile([r["−log p, sum"] for r in rows], np.linspace(0, 1, STRATA + 1)[1:-1])
+    for r in rows:
+        r["stratum"] = int(np.searchsorted(edges, r["−log p, sum"]))
+    finished = [[r for r in g if r["finish"] == "stop"] for g in groups]
+    avg = np.mean([r["right"] for r in rows])
+    passed = np.mean([any(r["right"] for r in g) for g in groups])
+    print(f"{len(groups)} problems × {SAMPLES}, T = {TEMPERATURE}: Avg {avg:.3f}, Pass@{SAMPLES} {passed:.3f}, "
+          f"finished {np.mean([r['finish'] == 'stop' for r in rows]):.3f}\n")  # fmt: skip
+    print("| signal | all | finished | within strata of log p |\n| --- | --- | --- | --- |")
+    names = [n for n in rows[0] if n not in ("problem", "right", "finish", "answer", "stratum")]
+    for name in names:
+        cells = []
+        for chosen, same in (
+            (groups, lambda a, b: True),
+            (finished, lambda a, b: True),
+            (groups, lambda a, b: a["stratum"] == b["stratum"]),
+        ):
+            value, low, high, count = _auroc(chosen, name, same)
+            cells.append(f"{value:.3f} ({low:.3f}–{high:.3f}; {count:.0f} pairs)")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Sample or report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["sample", "report"])
+    parser.add_argument("places", nargs="+", help="sample: MODEL FILE OUT; report: OUT")
+    arguments = parser.parse_args()
+    if arguments.what == "sample":
+        model, data, out = arguments.places
+        sample(model, Path(data), Path(out))
+    else:
+        report(Path(arguments.places[0]))
+
+
+if __name__ == "__main__":
+    main()
