@@ -22,25 +22,10 @@ from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.train.lazy_tensors import LazyTensors
 from e3rl.train.optimizer import adamw, fitting
-from e3rl.train.packing import PackedRow
-from e3rl.train.scoring import AttributionSettings, Passes, RowScores, score_row
+from e3rl.train.scoring import ModulePasses, RowScorer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 5 * 10**8  # elements exchanged at once, DeepSpeed's own default
-
-
-class _RowScorer(nn.Module):
-    """`score_row` as a module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, row: PackedRow, temperature: float, attribution: AttributionSettings | None
-    ) -> tuple[Tensor | None, ...]:
-        found = score_row(self.model, row, temperature, attribution)
-        return (found.logprobs_N, found.entropies_N, *found.shares)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -94,29 +79,17 @@ def start_engine(policy: Policy, config: TrainConfig) -> Any:
         )
     optimizer = adamw([p for _, p in policy.trainable()], config)
     engine, *_ = deepspeed.initialize(
-        model=_RowScorer(policy.model), optimizer=optimizer, config=_settings(policy, config), dist_init_required=True
+        model=RowScorer(policy.model), optimizer=optimizer, config=_settings(policy, config), dist_init_required=True
     )
     return engine
 
 
-class EnginePasses(Passes):
+class EnginePasses(ModulePasses):
     """Passes through DeepSpeed's engine, which brings weights together and divides gradients as it goes."""
-
-    def __init__(self, engine: Any, model: Any) -> None:
-        self._engine, self._model = engine, model
-
-    def score_row(
-        self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
-    ) -> RowScores:
-        """See `score_row`; a frozen reference is none of the engine's business."""
-        if model is not self._model:
-            return super().score_row(model, row, temperature, attribution)
-        logprobs_N, entropies_N, *shares = self._engine(row, temperature, attribution)
-        return RowScores(row, logprobs_N, entropies_N, shares)
 
     def backward(self, loss: Tensor) -> None:
         """See `Passes.backward`."""
-        self._engine.backward(loss * self._engine.dp_world_size)
+        self._scorer.backward(loss * self._scorer.dp_world_size)
 
 
 class DeepSpeedOptimizer:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from e3rl.cluster.ranked_optimizer import DataParallelOptimizer, Zero1Optimizer
 from e3rl.cluster.ranks import Ranks
-from e3rl.cluster.sharding import ShardedOptimizer, shard_layers
+from e3rl.cluster.sharding import ShardedOptimizer, shard
 from e3rl.config import TrainConfig
 from e3rl.models import Policy
 from e3rl.train.attribution import packed_attention
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import PackedRow
-from e3rl.train.scoring import Passes
+from e3rl.train.scoring import ModulePasses, Passes
 from e3rl.train.sequences import TrainSequence
 
 LOCKSTEP = ("zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
@@ -61,8 +61,8 @@ def _whole(kind: Callable[[list[tuple[str, nn.Parameter]], TrainConfig, Ranks], 
 
 
 def _fsdp2(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
-    shard_layers(policy.model, config, ranks)
-    return Way(ShardedOptimizer(policy.trainable(), config, ranks))
+    scorer = shard(policy.model, config, ranks)
+    return Way(ShardedOptimizer(policy.trainable(), config, ranks), ModulePasses(scorer, policy.model))
 
 
 def _deepspeed(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:

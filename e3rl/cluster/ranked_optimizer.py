@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import TrainConfig
 from e3rl.train.lazy_tensors import LazyTensors
-from e3rl.train.optimizer import MasterOptimizer
+from e3rl.train.optimizer import GradientSums, MasterOptimizer
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -28,13 +28,13 @@ class DataParallelOptimizer(MasterOptimizer):
         super().__init__(parameters, config)
         self._ranks = ranks
 
-    def step(self, rate: float) -> float:
-        """Add the gradients up over all ranks, then `MasterOptimizer.step`."""
-        for parameter in self._model:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._ranks.add_up(p.grad for p in self._model if p.grad is not None)
-        return super().step(rate)
+    def _collect(self) -> None:
+        """Add the gradients up over all ranks, in float32."""
+        super()._collect()
+        for master in self._masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self._ranks.add_up(m.grad for m in self._masters if m.grad is not None)
 
 
 class Zero1Optimizer(MasterOptimizer):
@@ -47,14 +47,22 @@ class Zero1Optimizer(MasterOptimizer):
         self._ranks, self._all = ranks, parameters
         self._owner = _owners(parameters, ranks.world)
         super().__init__([(name, p) for name, p in parameters if self._owner[name] == ranks.rank], config)
+        self._others = GradientSums(p for name, p in parameters if self._owner[name] != ranks.rank)
         self._shapes = {name: p.shape for name, p in parameters}
 
-    def step(self, rate: float) -> float:
-        """Send gradients to their owners, then update what is owned and publish it."""
+    def _collect(self) -> None:
+        """Send gradients to their owners, in float32."""
+        masters = dict(zip(self._names, self._masters, strict=True))
         for name, parameter in self._all:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = (self._sums if name in masters else self._others).take(parameter)
+            if gradient is None:
+                gradient = torch.zeros_like(parameter, dtype=torch.float32)
             dist.reduce(gradient, dst=self._owner[name])
-            parameter.grad = gradient if self._owner[name] == self._ranks.rank else None
+            if name in masters:
+                masters[name].grad = gradient
+
+    def step(self, rate: float) -> float:
+        """Update what is owned, then publish it."""
         norm = super().step(rate)
         self._spread()
         return norm

@@ -1,8 +1,8 @@
 """Weights, gradients and optimizer state divided among ranks by PyTorch's FSDP2: ZeRO-2 and ZeRO-3.
 
-The decoder's layers are divided; embeddings, last norm and output matrix stay whole in every rank, since scoring uses the
-output matrix outside the model's forward. A layer's weights are brought together when it runs: in ZeRO-3 (fsdp2) they are
-let go after it, in ZeRO-2 kept until its backward pass. So all ranks must run the same passes.
+One root holds embeddings, last norm and output matrix; each decoder layer is a unit in it. A layer's weights are brought
+together when it runs: in ZeRO-3 (fsdp2) they are freed after it, in ZeRO-2 kept until its backward pass. So all ranks must
+run the same passes. Gradients are reduced and added up in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from e3rl.cluster.ranks import Ranks
@@ -23,10 +23,11 @@ from e3rl.errors import UserError
 from e3rl.models import unwrapped
 from e3rl.train.lazy_tensors import LazyTensors
 from e3rl.train.optimizer import MasterOptimizer
+from e3rl.train.scoring import RowScorer
 
 
-def shard_layers(model: Any, config: TrainConfig, ranks: Ranks) -> None:
-    """Divide the model's layers among the ranks, in place."""
+def shard(model: Any, config: TrainConfig, ranks: Ranks) -> RowScorer:
+    """Divide the model among the ranks, in place; returns the root, through which it must be run."""
     base = unwrapped(model)
     layers = getattr(getattr(base, base.base_model_prefix), "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -35,41 +36,35 @@ def shard_layers(model: Any, config: TrainConfig, ranks: Ranks) -> None:
             "called so; take ddp or zero1"
         )
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,))
-    for layer in layers:
-        sharded: Any = fully_shard(layer, mesh=mesh, reshard_after_forward=config.parallel == "fsdp2")
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    root = RowScorer(model)
+    for unit in (*layers, root):
+        sharded: Any = fully_shard(
+            unit, mesh=mesh, reshard_after_forward=config.parallel == "fsdp2" and unit is not root, mp_policy=precision
+        )
         sharded.set_gradient_divide_factor(1.0)  # losses carry the whole step's totals: gradients add up
         sharded.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it adds
+    return root
 
 
 class ShardedOptimizer(MasterOptimizer):
-    """Each rank updates its shards; what is not divided gets the same update in every rank."""
+    """Each rank updates its shards."""
 
     def __init__(self, parameters: list[tuple[str, nn.Parameter]], config: TrainConfig, ranks: Ranks) -> None:
         super().__init__(parameters, config)
         self._ranks = ranks
 
-    def step(self, rate: float) -> float:
-        """Add up the gradients that FSDP has not, then `MasterOptimizer.step`."""
-        for parameter in self._model:
-            if not isinstance(parameter, DTensor):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                self._ranks.add_up([parameter.grad])
-        return super().step(rate)
-
     @torch.no_grad()
     def _clip(self) -> float:
         """The norm over all shards, each counted once."""
         gradients = [m.grad for m in self._masters if m.grad is not None]
-        shards = [g.to_local().pow(2).sum() for g in gradients if isinstance(g, DTensor)]
-        whole = [g.pow(2).sum() for g in gradients if not isinstance(g, DTensor)]
-        total = torch.stack(shards).sum() if shards else torch.zeros((), device=self._model[0].device)
+        total = sum((_shard(g).pow(2).sum() for g in gradients), torch.zeros((), device=self._model[0].device))
         self._ranks.add_up([total])
-        norm = math.sqrt(float(total) + sum(map(float, whole)))
+        norm = math.sqrt(float(total)) if math.isfinite(float(total)) else float(total)
         if math.isfinite(norm):
             scale = min(1.0, self._max_norm / (norm + 1e-6))
             for gradient in gradients:
-                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+                _shard(gradient).mul_(scale)
         return norm
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -89,6 +84,10 @@ class ShardedOptimizer(MasterOptimizer):
             LazyTensors(weights, lambda name: _as(weights[name], like[name]) if name in like else weights[name]),
             {key: _as(tensor, like[key.rpartition("/")[0]]) for key, tensor in state.items()},
         )
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

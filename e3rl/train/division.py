@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,13 @@ from torch import nn
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
 
-LAYERS, ALL = "layers", "all"
-_DIVIDES: dict[str, dict[str, str]] = {  # what is divided, and of which parameters
-    "ddp": {},
-    "zero1": {"state": ALL},
-    "zero2": {"weights": LAYERS, "gradients": LAYERS, "state": LAYERS},
-    "fsdp2": {"weights": LAYERS, "gradients": LAYERS, "state": LAYERS},
-    "deepspeed-zero2": {"gradients": ALL, "state": ALL},
-    "deepspeed-zero3": {"weights": ALL, "gradients": ALL, "state": ALL},
+_DIVIDES: dict[str, frozenset[str]] = {
+    "ddp": frozenset(),
+    "zero1": frozenset({"state"}),
+    "zero2": frozenset({"weights", "gradients", "state"}),
+    "fsdp2": frozenset({"weights", "gradients", "state"}),
+    "deepspeed-zero2": frozenset({"gradients", "state"}),
+    "deepspeed-zero3": frozenset({"weights", "gradients", "state"}),
 }
 
 
@@ -27,7 +26,7 @@ class Division:
     """Into how many parts what is kept of a model is divided."""
 
     ranks: int
-    divides: Mapping[str, str]
+    divides: frozenset[str]
     layers: frozenset[int]  # ids of the parameters of the decoder's layers
     copies_float32: bool  # DeepSpeed keeps its own float32 weights even of a float32 model
     keeps_gathered: bool  # zero2 keeps a layer's whole weights from its forward to its backward pass
@@ -43,7 +42,7 @@ class Division:
         layers = getattr(getattr(base, base.base_model_prefix), "layers", None) or ()
         return cls(
             ranks=ranks,
-            divides=_DIVIDES[parallel] if ranks > 1 else {},
+            divides=_DIVIDES[parallel] if ranks > 1 else frozenset(),
             layers=frozenset(id(p) for layer in layers for p in layer.parameters()),
             copies_float32=ranks > 1 and parallel.startswith("deepspeed"),
             keeps_gathered=parallel == "zero2",
@@ -56,25 +55,24 @@ class Division:
 
     def weights(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the weights between passes."""
-        return sum(p.nbytes // self._parts(p, "weights") for p in parameters)
+        return sum(p.nbytes // self._parts("weights") for p in parameters)
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of the gradients, in the weights' own type."""
-        return sum(p.nbytes // self._parts(p, "gradients") for p in parameters)
+        """Bytes of the gradients: float32, but DeepSpeed adds them up in the weights' own type."""
+        return sum((p.nbytes if self.copies_float32 else 4 * p.numel()) // self._parts("gradients") for p in parameters)
 
     def state(self, parameters: Iterable[nn.Parameter], width: int) -> int:
         """Bytes of what the optimizer keeps, ``width`` of it for each entry of a parameter."""
-        return sum(width * p.numel() // self._parts(p, "state") for p in parameters)
+        return sum(width * p.numel() // self._parts("state") for p in parameters)
 
     def gathered(self, parameters: Iterable[nn.Parameter], layers: int) -> int:
         """Bytes of whole layers beside a rank's own parts at the worst moment: of all layers, or of two, one on its way."""
         if not self.divides_weights:
             return 0
-        missing = {p: p.nbytes - p.nbytes // self._parts(p, "weights") for p in parameters}
+        missing = {p: p.nbytes - p.nbytes // self._parts("weights") for p in parameters}
         of_layers = sum(size for p, size in missing.items() if id(p) in self.layers)
         beside = sum(missing.values()) - of_layers  # the output matrix is held through the whole pass
         return beside + (of_layers if self.keeps_gathered else min(of_layers, 2 * of_layers // layers))
 
-    def _parts(self, parameter: nn.Parameter, what: str) -> int:
-        divided = self.divides.get(what)
-        return self.ranks if divided == ALL or (divided == LAYERS and id(parameter) in self.layers) else 1
+    def _parts(self, what: str) -> int:
+        return self.ranks if what in self.divides else 1

@@ -28,6 +28,11 @@ def chunk_bytes(tokens: int, vocabulary: int) -> int:
     return 2 * 4 * min(tokens, _chunk_size(vocabulary)) * vocabulary
 
 
+def gradient_bytes(matrix: Tensor) -> int:
+    """Memory of the output matrix's gradient: its float32 sum, and of other types one chunk's part of it."""
+    return 4 * matrix.numel() + (0 if matrix.dtype == torch.float32 else matrix.nbytes)
+
+
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     size = _chunk_size(vocabulary)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
@@ -55,19 +60,27 @@ class _HeadScores(torch.autograd.Function):
         gradient_K = gradients[0].float()
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         hidden_gradient_KD = torch.empty_like(hidden_KD) if to_hidden else None
-        weight_gradient_VD = torch.zeros_like(weight_VD) if to_weight else None
-        bias_gradient_V = torch.zeros_like(bias_V) if to_bias else None
+        # hundreds of chunks are added up: in float32, whatever the weights are in
+        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if to_weight else None
+        bias_gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if to_bias else None
         for part in _chunks(len(ids_K), len(weight_VD)):
             logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float()
             slope_CV = logprob_gradient(logits_CV, log_z_K[part], ids_K[part], gradient_K[part], ctx.temperature)
             slope_CV = slope_CV.to(weight_VD.dtype)
             if hidden_gradient_KD is not None:
                 torch.mm(slope_CV, weight_VD, out=hidden_gradient_KD[part])
-            if weight_gradient_VD is not None:
+            if weight_gradient_VD is not None and weight_VD.dtype == torch.float32:
                 weight_gradient_VD.addmm_(slope_CV.T, hidden_KD[part])
+            elif weight_gradient_VD is not None:
+                weight_gradient_VD += slope_CV.T @ hidden_KD[part]
             if bias_gradient_V is not None:
-                bias_gradient_V += slope_CV.sum(0)
-        return hidden_gradient_KD, weight_gradient_VD, bias_gradient_V, None, None
+                bias_gradient_V += slope_CV.sum(0, dtype=torch.float32)
+        return hidden_gradient_KD, _as(weight_gradient_VD, weight_VD), _as(bias_gradient_V, bias_V), None, None
+
+
+def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient in its parameter's type."""
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def head_scores(head: nn.Linear, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

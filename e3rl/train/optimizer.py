@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,37 @@ def fitting(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> 
         yield name, tensor
 
 
+class GradientSums:
+    """Gradients of many backward passes, added up in float32: 512 additions in bfloat16 lose several percent.
+
+    A bfloat16 gradient exists from its computation to the end of autograd's hook, one parameter at a time.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        for parameter in parameters:
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(self._add)
+
+    @torch.no_grad()
+    def _add(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if parameter in self._sums:
+            self._sums[parameter].add_(gradient)  # type: ignore[index]
+        else:
+            self._sums[parameter] = gradient.float()  # type: ignore[index]
+
+    def take(self, parameter: nn.Parameter) -> Tensor | None:
+        """The sum of a parameter's gradients since it was last taken, in float32."""
+        if parameter.dtype != torch.float32:
+            self._add(parameter)  # what was set by hand
+            return self._sums.pop(parameter, None)
+        gradient, parameter.grad = parameter.grad, None
+        return gradient
+
+
 class MasterOptimizer:
     """Steps float32 weights and copies them into the model: an update of 1e-6 is lost on a bfloat16 weight."""
 
@@ -60,6 +91,7 @@ class MasterOptimizer:
         self._shapes = {name: p.shape for name, p in parameters}
         self._model = [p for _, p in parameters]
         self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._model]
+        self._sums = GradientSums(self._model)
         self._max_norm = config.max_grad_norm
         self.sick: tuple[str, ...] = ()
         """Parameters whose gradients were NaN or infinite in the last step."""
@@ -70,9 +102,7 @@ class MasterOptimizer:
 
     def step(self, rate: float) -> float:
         """Apply the gathered gradients at this learning rate; returns their norm. NaN or inf leaves all untouched."""
-        for parameter, master in zip(self._model, self._masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._collect()
         norm = self._clip()
         self.sick = () if math.isfinite(norm) else self._sick_gradients()
         if math.isfinite(norm):
@@ -80,9 +110,14 @@ class MasterOptimizer:
                 group["lr"] = rate
             self._adamw.step()
             self._publish()
-        for tensor in (*self._model, *self._masters):
-            tensor.grad = None
+        for master in self._masters:
+            master.grad = None
         return norm
+
+    def _collect(self) -> None:
+        """Bring the gathered gradients to the float32 weights."""
+        for parameter, master in zip(self._model, self._masters, strict=True):
+            master.grad = self._sums.take(parameter)
 
     def _clip(self) -> float:
         """Scale gradients down to the largest norm that is allowed; returns what it was."""

@@ -25,7 +25,7 @@ from e3rl.errors import UserError
 from e3rl.models import add_lora, resolve_device, resolve_model_path
 from e3rl.objectives import build as build_objective
 from e3rl.train.division import Division
-from e3rl.train.logits import chunk_bytes
+from e3rl.train.logits import chunk_bytes, gradient_bytes
 from e3rl.train.prompts import number_of_steps
 from e3rl.train.shapes import known_config
 
@@ -198,11 +198,10 @@ def _phases(
         "activations": activations,
         "gradients of one layer's activations": saved // layers,
         "attention mask": longest**2 * base.dtype.itemsize if on_cpu else 0,
-        "logits": chunk_bytes(tokens, vocabulary) + (matrix.nbytes if matrix.requires_grad else 0),
+        "logits": chunk_bytes(tokens, vocabulary) + (gradient_bytes(matrix) if matrix.requires_grad else 0),
     }
-    copies = division.state((p for p in trainable if p.dtype != torch.float32), 4)
     largest = max(4 * p.numel() for p in trainable)
-    phases["optimizer"] = {"gradients": gradients + copies, "temporary": 2 * largest}
+    phases["optimizer"] = {"gradients": gradients, "temporary": 2 * largest}
     return phases
 
 

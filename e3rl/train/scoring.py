@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e3rl.errors import UserError
 from e3rl.models import narrow_window, unwrapped
@@ -98,6 +98,36 @@ class Passes:
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradients to those gathered so far."""
         loss.backward()
+
+
+class RowScorer(nn.Module):
+    """`score_row` as a module, output matrix included: whoever divides a model's weights sees every use of them in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, row: PackedRow, temperature: float, attribution: AttributionSettings | None
+    ) -> tuple[Tensor | None, ...]:
+        found = score_row(self.model, row, temperature, attribution)
+        return (found.logprobs_N, found.entropies_N, *found.shares)
+
+
+class ModulePasses(Passes):
+    """Passes of the trained model through what divides it; a frozen reference model runs as it is."""
+
+    def __init__(self, scorer: Any, model: Any) -> None:
+        self._scorer, self._model = scorer, model
+
+    def score_row(
+        self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
+    ) -> RowScores:
+        """See `score_row`."""
+        if model is not self._model:
+            return super().score_row(model, row, temperature, attribution)
+        logprobs_N, entropies_N, *shares = self._scorer(row, temperature, attribution)
+        return RowScores(row, logprobs_N, entropies_N, shares)
 
 
 @torch.no_grad()
