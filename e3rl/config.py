@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from e3rl.errors import UserError, unknown
-from e3rl.sections import build_section, convert
+from e3rl.sections import build_section, convert, toml_value
 
 PAPER = "paper, app. D"
 PAPER_METHOD = "paper, method"
@@ -34,7 +34,12 @@ def setting(
 
     ``min`` and ``max`` are inclusive, ``above`` is an exclusive lower bound.
     """
-    return field(default=default, metadata={"help": help, "source": source, "min": min, "max": max, "above": above})
+    told = {"help": help, "source": source, "min": min, "max": max, "above": above}
+    return (
+        field(default_factory=dict, hash=False, metadata=told)
+        if default == {}
+        else field(default=default, metadata=told)
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class DataConfig:
     """Problems to train on and to evaluate on."""
 
     train: str = setting("lab:chain", "training data: JSONL, JSON, Parquet or CSV file, hub id, or lab:FAMILY[:LEVEL]")
-    eval: str = setting("", "held-out data, as train; empty: the held-out half of a lab family, else none")
+    eval: tuple[str, ...] = setting((), "held-out data, one or several; empty: a lab family's held-out half, else none")
     directory: str = setting("", "where benchmarks named in train or eval lie as files; empty: they come from the hub")
     train_split: str = setting("train", "split of a hub dataset to train on")
     eval_split: str = setting("test", "split of a hub dataset to evaluate on")
@@ -78,6 +83,7 @@ class DataConfig:
     id_column: str = setting("id", "column with a unique id; rows without one are numbered")
     solution_column: str = setting("solution", "column with a full worked answer: what 'sft' trains on")
     system_prompt: str = setting("", "system message put before every prompt; empty: none")
+    chat_template_kwargs: Mapping[str, Any] = setting({}, "arguments of the chat template: {enable_thinking = false}")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
     max_prompt_length: int = setting(
         0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0
@@ -414,18 +420,6 @@ def _is_sound(tables: Mapping[str, Any]) -> bool:
     except UserError:
         return False
     return True
-
-
-def toml_value(value: Any) -> str:
-    """A plain value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value)
-        return f'"{escaped}"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    return repr(value)
 
 
 def to_tables(config: Config) -> dict[str, dict[str, Any]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from e3rl.config import Config, to_tables, toml_value
+from e3rl.config import Config, to_tables
 from e3rl.errors import UserError, unknown
+from e3rl.sections import toml_value
 
 
 def _load_module(source: str, kind: str) -> ModuleType:

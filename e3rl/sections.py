@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,18 +16,25 @@ _T = TypeVar("_T")
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) is collections.abc.Mapping:
+        return "a table such as {key = value}"
     if typing.get_origin(kind) is tuple:
         return f"a list of {_type_name(typing.get_args(kind)[0]).removeprefix('a ')}s"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as a ``kind``, without guessing: an int is a fine float, nothing else changes type."""
+    """``value`` as a ``kind``: an int is a fine float, a string a fine list of one; nothing else changes type."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         if value in typing.get_args(kind):
             return value
+    elif origin is collections.abc.Mapping:
+        if isinstance(value, dict):
+            return value
     elif origin is tuple:
+        if isinstance(value, str) and typing.get_args(kind)[0] is str:
+            return (value,) if value else ()
         if isinstance(value, list | tuple):
             return tuple(convert(v, typing.get_args(kind)[0], where) for v in value)
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -58,3 +66,17 @@ def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
         values[key] = convert(value, hints[key], f"{where}.{key}")
         _check_range(values[key], known[key].metadata, f"{where}.{key}")
     return kind(**values)
+
+
+def toml_value(value: Any) -> str:
+    """A plain value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value)
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{toml_value(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
+    return repr(value)

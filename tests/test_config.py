@@ -39,6 +39,21 @@ def test_another_objective_does_not_inherit_the_options_of_the_one_it_replaces(t
     assert (changed.name, dict(changed.options)) == ("grpo", {"kl_coef": 0.5})
 
 
+def test_a_string_is_a_list_of_one_and_an_empty_one_of_none(tmp_path: Path):
+    assert load_config(None, [], ["data.eval=aime24"]).data.eval == ("aime24",)
+    assert load_config(None, [], ["data.eval=['aime24', 'amc23']"]).data.eval == ("aime24", "amc23")
+    recipe = tmp_path / "old.toml"
+    recipe.write_text("[data]\neval = ''\n")
+    assert load_config(recipe).data.eval == ()
+
+
+def test_a_table_among_the_settings_survives_a_round_trip():
+    config = load_config(None, [], ["data.chat_template_kwargs={enable_thinking = false, tools = ['a']}"])
+    assert config.data.chat_template_kwargs == {"enable_thinking": False, "tools": ["a"]}
+    assert build_config(tomllib.loads(to_toml(config))) == config
+    assert hash(config.data) == hash(Config().data)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -53,6 +68,7 @@ def test_another_objective_does_not_inherit_the_options_of_the_one_it_replaces(t
         ("erasure.baseline=groop", ["erasure.baseline", "'group', 'quantile', 'reference', 'static'"]),
         ("train.report_to=['tensorboard', 3]", ["train.report_to", "expected a string, got 3"]),
         ("rewards.weights=[1.0, 2.0]", ["rewards.weights has 2 values for 1 rewards.functions"]),
+        ("data.chat_template_kwargs=thinking", ["data.chat_template_kwargs", "a table such as {key = value}"]),
         ("rewards.functions=[]", ["rewards.functions is empty"]),
         ("train.minibatches=99", ["train.minibatches must not exceed"]),
         ("steps=3", ["'steps=3' is no override", "section.field=value"]),

@@ -21,7 +21,7 @@ Written by `python tools/run_directory_page.py`; do not edit.
 | `config.toml` | the resolved recipe: every setting of the run |
 | `environment.json` | versions, machine and commit |
 | `metrics.jsonl` | one line a step, below |
-| `evaluations.jsonl` | one line an evaluation: step, mode (`plain` or `erasable`), Avg@k, Pass@k, intervals, tokens |
+| `evaluations.jsonl` | one line an evaluation: step, mode, `data` (of several sources), Avg@k, Pass@k, intervals, tokens |
 | `rollouts/step-NNNNNN.parquet` | every trajectory of the step and all that was erased on the way, below |
 | `checkpoints/step-NNNNNN/` | float32 weights, optimizer, random state, data position, statistics, with checksums |
 | `journal/step-NNNNNN.journal` | candidates of steps that no checkpoint holds yet, each as soon as it is generated |

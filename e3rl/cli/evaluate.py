@@ -92,7 +92,7 @@ def _evaluate(
 
     config = graded_by_the_lab(config, source)
     problems = spread(_problems(source, config, console), config.eval.limit)
-    plan = Plan.of([p.id for p in problems], config, erase=options.erase)
+    plan = Plan(tuple(p.id for p in problems), config, options.erase)
     store = SampleStore(_directory(source, options, config))
     store.claim(settings_of(config))
     began = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,15 +72,20 @@ def _shared_runs(training: Sequence[Problem], benchmark: Sequence[Problem]) -> I
             yield Overlap(id_, counts.most_common(1)[0][0], "13-gram")
 
 
-def overlap_notes(config: DataConfig, training: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
-    """What is said before training where held-out problems stand in the training data: a line, or none.
+def overlap_notes(
+    config: DataConfig, training: Sequence[Prompt], held_out: Mapping[str, Sequence[Prompt]]
+) -> list[str]:
+    """What is said before training where held-out problems stand in the training data: a line for each such source.
 
     The lab's halves can't overlap and are not looked at.
     """
-    if not config.eval or (config.train.startswith("lab:") and config.eval.startswith("lab:")):
-        return []
-    found = overlaps([p.problem for p in training], [p.problem for p in held_out])
-    return [warning(found, config.train, config.eval, len(held_out))] if found else []
+    notes = []
+    for source, prompts in held_out.items():
+        if config.train.startswith("lab:") and source.startswith("lab:"):
+            continue
+        found = overlaps([p.problem for p in training], [p.problem for p in prompts])
+        notes += [warning(found, config.train, source, len(prompts))] if found else []
+    return notes
 
 
 def warning(found: Sequence[Overlap], training: str, benchmark: str, total: int) -> str:

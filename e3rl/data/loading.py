@@ -42,6 +42,13 @@ def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Prob
     return problems
 
 
+def held_out_sources(config: DataConfig) -> tuple[str, ...]:
+    """What is evaluated on: data.eval, else the held-out half of the lab families that are trained on, else nothing."""
+    if len(set(config.eval)) < len(config.eval):
+        raise UserError(f"data.eval names a source twice: {', '.join(config.eval)}")
+    return config.eval or ((config.train,) if config.train.startswith("lab:") else ())
+
+
 def _rows(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
     path = Path(source)
     if path.suffix.lower() in READERS and not path.is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from e3rl.config import DataConfig
@@ -49,16 +49,19 @@ def _checked(problem: Problem, ids: Sequence[int], limit: int) -> Prompt:
 
 def _encode(problem: Problem, tokenizer: Any, config: DataConfig) -> Sequence[int]:
     if getattr(tokenizer, "chat_template", None):
-        return _through_template(problem, tokenizer, _messages(problem, config.system_prompt))
+        return _through_template(
+            problem, tokenizer, _messages(problem, config.system_prompt), config.chat_template_kwargs
+        )
     if not isinstance(problem.prompt, str):
         raise UserError(
             f"problem '{problem.id}' has a chat prompt, but the tokenizer has no chat template; use prompts that are "
             f"plain strings, or a model with a template"
         )
-    if config.system_prompt:
-        raise UserError(
-            "data.system_prompt needs a chat template, and this tokenizer has none; write it into the prompts"
-        )
+    for setting in ("system_prompt", "chat_template_kwargs"):
+        if getattr(config, setting):
+            raise UserError(
+                f"data.{setting} needs a chat template, and this tokenizer has none; write it into the prompts"
+            )
     return tokenizer.encode(problem.prompt)
 
 
@@ -79,10 +82,14 @@ def _messages(problem: Problem, system_prompt: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def _through_template(problem: Problem, tokenizer: Any, messages: list[dict[str, str]]) -> Sequence[int]:
+def _through_template(
+    problem: Problem, tokenizer: Any, messages: list[dict[str, str]], arguments: Mapping[str, Any]
+) -> Sequence[int]:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: data.chat_template_kwargs names what is set here
         raise UserError(f"problem '{problem.id}': the model's chat template refuses it: {error}") from None

@@ -160,7 +160,7 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
     """Votes among the first 2, 4, … samples of a plain evaluation; two can't outvote each other."""
     samples = evaluation.correct_PK.shape[1]
     texts_PK = [
-        [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in g.trajectories] for g in evaluation.groups
+        [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in row] for row in evaluation.trajectories_PK
     ]
     answers_PK = [[extract_answer(text) or text.strip() for text in row] for row in texts_PK]
     for votes in sorted({min(4, samples), samples}):
@@ -178,7 +178,7 @@ def calmest_half(suspicion_PK: np.ndarray, correct_PK: np.ndarray) -> np.ndarray
 
 
 def _reranked(evaluation: Evaluation, temperature: float, tokens: float, length_exponent: float) -> Decoding:
-    suspicion_PK = np.array([[late_suspicion(t, length_exponent) for t in g.trajectories] for g in evaluation.groups])
+    suspicion_PK = np.array([[late_suspicion(t, length_exponent) for t in row] for row in evaluation.trajectories_PK])
     kept = calmest_half(suspicion_PK, evaluation.correct_PK)
     name = "calmer half of the samples" + (", by length" if length_exponent else "")
     return _of(f"{name}, T = {temperature:g}", "rerank", temperature, 2 * tokens, kept)
@@ -201,7 +201,10 @@ def compare(
 
     def measured(name: str, kind: Kind, temperature: float, way: Config) -> tuple[Decoding, Evaluation]:
         sampling = replace(way.eval, temperature=temperature, top_p=way.rollout.top_p, top_k=way.rollout.top_k)
-        result = evaluate(engine, prompts, scorer, tokenizer, replace(way, eval=sampling), erase=kind == "erasable")
+        settings = replace(way, eval=sampling)
+        result = evaluate(
+            engine, prompts, scorer, tokenizer, settings, erase=kind == "erasable", keep_trajectories=True
+        )
         tokens = result.record()["tokens"] / result.correct_PK.size
         decoding = _of(f"{name}, T = {temperature:g}", kind, temperature, tokens, result.correct_PK)
         return replace(decoding, overrides=overrides(config, way, temperature)), result

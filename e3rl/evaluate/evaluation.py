@@ -1,8 +1,11 @@
-"""Held-out evaluation: every problem sampled k times, plain or with erasable decoding, and what it says."""
+"""Held-out evaluation: every problem sampled k times, plain or with erasable decoding, and what it says.
+
+Training, `e3rl eval`, `e3rl diagnose` and `e3rl reproduce` draw through `draw`, in the rounds that `round_sizes` names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +13,12 @@ import numpy as np
 
 from e3rl.config import Config
 from e3rl.engine.protocol import Engine
-from e3rl.evaluate.figures import correct_table, figures
+from e3rl.evaluate.figures import MEAN, correct_table, figures, mean_figures
 from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.scheduler import Scheduler
 from e3rl.rollout.statistics import ReferenceStatistics
-from e3rl.types import Group, Problem, Prompt
+from e3rl.types import Group, Problem, Prompt, Trajectory
 
 SEED_OFFSET = 1_000_003
 """Evaluation draws from its own stream of random numbers, the same before and after training."""
@@ -23,19 +26,15 @@ SEED_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation. ``correct_PK`` counts a missing reward as wrong and ``missing`` says how many there were."""
+    """One evaluation. ``correct_PK`` counts a missing reward as wrong. ``trajectories_PK`` is empty unless asked for."""
 
     mode: str  # "plain" or "erasable"
-    groups: tuple[Group, ...]
     samples_PK: tuple[tuple[Sample, ...], ...]
+    trajectories_PK: tuple[tuple[Trajectory, ...], ...] = ()
 
     @property
     def correct_PK(self) -> np.ndarray:
         return correct_table(self.samples_PK)
-
-    @property
-    def missing(self) -> int:
-        return sum(s.correct is None for row in self.samples_PK for s in row)
 
     def record(self) -> dict[str, Any]:
         """The figures, as they stand in evaluations.jsonl and summary.json."""
@@ -48,18 +47,63 @@ def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
+def even_sizes(samples: int, most: int, least: int = 1) -> list[int]:
+    """``samples`` in as few parts of at most ``most`` as possible, sizes differing by one at most, larger ones first.
+
+    No part is below ``least`` where there are so many: then some may be larger than ``most``.
+    """
+    count = max(1, min(-(-samples // most), samples // least))
+    return [samples // count + (i < samples % count) for i in range(count)]
+
+
+def round_sizes(config: Config, samples: int | None = None) -> list[int]:
+    """Samples of a problem that are drawn together, round by round: as many as there are siblings in training.
+
+    A round of erasable decoding is a group: its samples set each other's thresholds, so it holds at least
+    erasure.min_siblings. Where training has fewer siblings than that, all samples are one group. Rounds are not larger than
+    rollout.cache_rows. Plain samples do not depend on rounds.
+    """
+    rollout, wanted = config.rollout, config.eval.num_samples if samples is None else samples
+    least = config.erasure.min_siblings
+    siblings = rollout.num_generations if rollout.num_generations >= least else wanted
+    most = max(1, min(siblings, rollout.cache_rows or 2 * rollout.max_rows))
+    return even_sizes(wanted, most, min(least, most))
+
+
 def evaluation_settings(config: Config, *, erase: bool) -> Config:
-    """The run's settings with evaluation's own sampling in place of training's."""
+    """The run's settings with evaluation's own sampling in place of training's, and the siblings of the smallest round."""
     chosen = config.eval
     rollout = replace(
         config.rollout,
         erase=erase,
-        num_generations=chosen.num_samples,
+        num_generations=round_sizes(config)[-1],
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         top_k=chosen.top_k,
     )
     return replace(config, rollout=rollout)
+
+
+def draw(
+    engine: Engine,
+    prompts: Iterable[Prompt],
+    config: Config,
+    *,
+    erase: bool,
+    first: int,
+    size: int,
+    reference: ReferenceStatistics | None = None,
+) -> Iterator[Group]:
+    """One round: samples ``first`` to ``first + size - 1`` of every prompt, each prompt's as they finish.
+
+    A sample's random draws are named by its number, so plain samples are the same however they are divided into rounds.
+    """
+    settings = evaluation_settings(config, erase=erase)
+    rollout, seed = replace(settings.rollout, num_generations=size), config.run.seed + SEED_OFFSET
+    scheduler = Scheduler(
+        engine, rollout, settings.erasure, seed=seed, reference=reference, first_sibling=first
+    )  # fmt: skip
+    return scheduler.run(prompts, step=0, policy_version=0)
 
 
 def evaluate(
@@ -71,13 +115,52 @@ def evaluate(
     *,
     erase: bool,
     reference: ReferenceStatistics | None = None,
+    keep_trajectories: bool = False,
 ) -> Evaluation:
-    """Sample every prompt ``eval.num_samples`` times and grade the answers with the run's first reward function."""
-    settings = evaluation_settings(config, erase=erase)
-    seed = config.run.seed + SEED_OFFSET
-    scheduler = Scheduler(engine, settings.rollout, settings.erasure, seed=seed, reference=reference)
-    order = {prompt.problem.id: i for i, prompt in enumerate(prompts)}
-    groups = sorted(scheduler.run(prompts, step=0, policy_version=0), key=lambda g: order[g.prompt.problem.id])
+    """Sample every prompt ``eval.num_samples`` times and grade the answers with the run's first reward function.
+
+    Texts are not kept, nor trajectories unless asked for: many long samples would not fit into memory.
+    """
     mode = "erasable" if erase else "plain"
-    samples = tuple(graded(group, scorer, tokenizer, mode=mode) for group in groups)
-    return Evaluation(mode, tuple(groups), samples)
+    samples: dict[str, list[Sample]] = {p.problem.id: [] for p in prompts}
+    trajectories: dict[str, list[Trajectory]] = {p.problem.id: [] for p in prompts}
+    first = 0
+    for number, size in enumerate(round_sizes(config)):
+        for group in draw(engine, prompts, config, erase=erase, first=first, size=size, reference=reference):
+            done = graded(group, scorer, tokenizer, mode=mode, round=number, first=first)
+            samples[group.prompt.problem.id] += [replace(sample, pred="") for sample in done]
+            if keep_trajectories:
+                trajectories[group.prompt.problem.id] += group.trajectories
+        first += size
+    kept = tuple(map(tuple, trajectories.values())) if keep_trajectories else ()
+    return Evaluation(mode, tuple(map(tuple, samples.values())), kept)
+
+
+def held_out_records(
+    engine: Engine,
+    held_out: Mapping[str, Sequence[Prompt]],
+    scorer: Scorer,
+    tokenizer: Any,
+    config: Config,
+    *,
+    reference: ReferenceStatistics | None,
+    done: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[dict[str, Any]]:
+    """The figures of every source, plain and, where asked for, erasable, but for those that ``done`` holds.
+
+    With several sources, ``data`` names each, and their mean follows.
+    """
+    several = len(held_out) > 1
+    for mode in ("plain", "erasable") if config.eval.erasable else ("plain",):
+        there = {r.get("data", ""): dict(r) for r in done if r["mode"] == mode}
+        for source, prompts in held_out.items():
+            name = source if several else ""
+            if name in there:
+                continue
+            found = evaluate(
+                engine, prompts, scorer, tokenizer, config, erase=mode == "erasable", reference=reference
+            ).record()
+            there[name] = {**found, "data": name} if several else found
+            yield there[name]
+        if several and MEAN not in there:
+            yield {**mean_figures([there[source] for source in held_out]), "data": MEAN}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,9 @@ from e3rl.evaluate.metrics import (
 )
 from e3rl.evaluate.samples import Sample
 from e3rl.rewards.answers import LONGEST_ANSWER, vote
+
+MEAN = "mean"
+"""What stands for all sources together in ``data`` of evaluations.jsonl, where there are several."""
 
 Table = Sequence[Sequence[Sample]]
 """Samples by problem, equally many of each."""
@@ -98,6 +101,53 @@ def figures(mode: str, samples_PK: Table, ks: Sequence[int] = ()) -> dict[str, A
         "pass": _curve(chosen, lambda n: pass_at_k_by_problem(correct_PK, n)),
         "maj": _curve(chosen, lambda n: majority(samples_PK, n)),
     }
+
+
+_MEANS = ("finish_ratio", "boxed", "length", "erase_rate", "r")
+_SUMS = ("problems", "missing", "tokens")
+
+
+def _mean_point(points: Sequence[tuple[float, Sequence[float]]]) -> tuple[float, list[float]]:
+    """The mean of independent estimates and its interval: half widths add in quadrature."""
+    mean = sum(value for value, _ in points) / len(points)
+    low, high = (math.hypot(*(value - bounds[side] for value, bounds in points)) / len(points) for side in (0, 1))
+    return mean, [mean - low, mean + high]
+
+
+def mean_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of several benchmarks together: means in which each benchmark counts the same, and sums of what is counted."""
+    k = records[0]["samples"]
+
+    def curve(name: str) -> dict[str, Any]:
+        points = {n: [(r[name][n]["value"], r[name][n]["ci95"]) for r in records] for n in records[0][name]}
+        return {n: dict(zip(("value", "ci95"), _mean_point(found), strict=True)) for n, found in points.items()}
+
+    avg, avg_interval = _mean_point([(r[f"avg@{k}"], r["ci95"]) for r in records])
+    passed, pass_interval = _mean_point([(r[f"pass@{k}"], r["pass_ci95"]) for r in records])
+    right = sum(r[f"avg@{k}"] * r["problems"] * k for r in records)
+    return {
+        "mode": records[0]["mode"],
+        f"avg@{k}": avg,
+        f"pass@{k}": passed,
+        "ci95": avg_interval,
+        "pass_ci95": pass_interval,
+        "samples": k,
+        **{key: sum(r[key] for r in records) for key in _SUMS},
+        "tokens_per_correct": sum(r["tokens"] for r in records) / right if right else None,
+        **{key: sum(r[key] for r in records) / len(records) for key in _MEANS},
+        "pass": curve("pass"),
+        "maj": curve("maj"),
+    }
+
+
+def overall(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of records of evaluations.jsonl, those of all held-out problems: the only source's, or the mean of several."""
+    return [r for r in records if r.get("data", MEAN) == MEAN]
+
+
+def evaluated_name(record: Mapping[str, Any]) -> str:
+    """What a record is about: its mode and, where it is of one of several sources, that."""
+    return record["mode"] if record.get("data", MEAN) == MEAN else f"{record['mode']}, {record['data']}"
 
 
 def equal_samples(plain_PK: Table, erasable_PK: Table) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from e3rl.config import Config
+from e3rl.evaluate.evaluation import round_sizes
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Prompt
 
@@ -38,18 +39,6 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 def problems_digest(prompts: Sequence[Prompt]) -> str:
     """A digest of ids and reference answers alone: the same for every model."""
     return _digest(json.dumps([p.problem.id, p.problem.answer]) for p in prompts)
-
-
-def round_sizes(config: Config) -> list[int]:
-    """Samples of a problem that are drawn together, round by round: as many as there are rows, evenly."""
-    rows, samples = config.rollout.cache_rows or 2 * config.rollout.max_rows, config.eval.num_samples
-    return even_sizes(samples, rows)
-
-
-def even_sizes(samples: int, rows: int) -> list[int]:
-    """``samples`` in as few groups of at most ``rows`` as possible, sizes differing by one at most."""
-    count = -(-samples // rows)
-    return [samples // count + (i < samples % count) for i in range(count)]
 
 
 def decoding(config: Config) -> dict[str, Any]:

@@ -6,21 +6,19 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
-from e3rl.evaluate.evaluation import SEED_OFFSET, evaluation_settings
+from e3rl.evaluate.evaluation import draw, round_sizes
 from e3rl.evaluate.figures import equal_budget, equal_samples, figures, samples_for
-from e3rl.evaluate.identity import even_sizes
 from e3rl.evaluate.samples import Sample, by_problem, graded
 from e3rl.evaluate.store import FIGURES, SampleStore, Shard, Unit
 from e3rl.files import write_json
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.scheduler import Scheduler
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Prompt
 
@@ -29,21 +27,19 @@ Progress = Callable[[Sequence[Sample]], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """``samples`` of each problem, plain and, where ``erase`` says so, erasable; at most ``rows`` drawn together."""
+    """``eval.num_samples`` of each problem, plain and, where ``erase`` says so, erasable."""
 
     problems: tuple[str, ...]
-    samples: int
-    rows: int
+    config: Config
     erase: bool
 
-    @staticmethod
-    def of(problems: Sequence[str], config: Config, *, erase: bool) -> Plan:
-        rows = config.rollout.cache_rows or 2 * config.rollout.max_rows
-        return Plan(tuple(problems), config.eval.num_samples, rows, erase)
+    @property
+    def samples(self) -> int:
+        return self.config.eval.num_samples
 
     def units(self, mode: str, samples: int, *, round: int = 0, first: int = 0) -> list[Unit]:
-        """Groups of nearly equal size that make ``samples`` of every problem, from round and sample number on."""
-        sizes = even_sizes(samples, self.rows)
+        """The rounds that make ``samples`` of every problem, from round and sample number on."""
+        sizes = round_sizes(self.config, samples)
         starts = itertools.accumulate([first, *sizes[:-1]])
         return [
             Unit(mode, round + i, problem, start, size)
@@ -64,11 +60,7 @@ class Plan:
         if not self.erase:
             return []
         extra = samples_for(equal_samples(table["plain"], table["erasable"])) - self.samples
-        return (
-            self.units("plain", extra, round=math.ceil(self.samples / self.rows), first=self.samples)
-            if extra > 0
-            else []
-        )
+        return self.units("plain", extra, round=len(round_sizes(self.config)), first=self.samples) if extra > 0 else []
 
 
 def tables(plan: Plan, samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
@@ -115,15 +107,12 @@ class Sampler:
         prompts = {p.problem.id: p for p in self.prompts}
         for _, batch in itertools.groupby(units, key=lambda u: (u.mode, u.round, u.first, u.size)):
             chosen = list(batch)
-            unit = chosen[0]
-            settings = evaluation_settings(self.config, erase=unit.mode == "erasable")
-            rollout = replace(settings.rollout, num_generations=unit.size)
-            seed = self.config.run.seed + SEED_OFFSET
-            scheduler = Scheduler(engine, rollout, settings.erasure, seed=seed, reference=self.reference)
+            unit, erase = chosen[0], chosen[0].mode == "erasable"
             in_time = itertools.takewhile(
                 lambda _: time.monotonic() < self.deadline, (prompts[u.problem] for u in chosen)
             )
-            for group in scheduler.run(in_time, step=unit.round, policy_version=0):
+            place = {"first": unit.first, "size": unit.size}
+            for group in draw(engine, in_time, self.config, erase=erase, reference=self.reference, **place):
                 yield graded(
                     group, self.scorer, self.policy.tokenizer, mode=unit.mode, round=unit.round, first=unit.first
                 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from e3rl.config import Config
+from e3rl.evaluate.figures import overall
 from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import mean
 
@@ -223,7 +224,7 @@ def memory_grows(logs: Logs) -> Finding | None:
 
 def held_out(logs: Logs) -> Finding | None:
     """Plain decoding, first evaluation against the last: said to differ only where the intervals are apart."""
-    plain = [r for r in logs.evaluations if r["mode"] == "plain"]
+    plain = [r for r in overall(logs.evaluations) if r["mode"] == "plain"]
     if len(plain) < 2:
         return None
     first, last = plain[0], plain[-1]

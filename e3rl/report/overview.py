@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.config import Config, to_tables
+from e3rl.evaluate.figures import evaluated_name
 from e3rl.report.health import Logs, examine
 from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import METRICS
@@ -73,7 +74,7 @@ def evaluation_point(record: Mapping[str, Any], metrics: Sequence[Mapping[str, A
     return {
         "step": record["step"],
         "tokens_total": spent[-1] if spent else 0,
-        "mode": record["mode"],
+        "mode": evaluated_name(record),
         "k": k,
         "avg": record[f"avg@{k}"],
         "avg_interval": record["ci95"],

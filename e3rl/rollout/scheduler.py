@@ -32,6 +32,8 @@ class Scheduler:
 
     ``reference`` is needed where thresholds can't come from the group (see `require_reference`); ``entropy_moments`` of
     the previous batch serve D3's 'batch'; ``observe`` is told of each `Committed`, `Erased` and `Finished` at once.
+    ``first_sibling`` is the number under which a group's first sibling draws: many samples of a prompt, divided into several
+    small groups, then draw as those of one large group would.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Scheduler:
         reference: ReferenceStatistics | None = None,
         entropy_moments: Moments | None = None,
         observe: Callable[[Event], None] | None = None,
+        first_sibling: int = 0,
     ) -> None:
         if rollout.erase:
             require_reference(rollout.num_generations, erasure, reference)
@@ -56,6 +59,7 @@ class Scheduler:
         self.reference = reference
         self.entropy_moments = entropy_moments
         self.observe = observe or _ignore
+        self.first_sibling = first_sibling
         self.sampling = Sampling(
             rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution, erasure.entropy_temperature
         )
@@ -164,7 +168,8 @@ class _Run:
     def _extend(self, row: Row, order: Extend, prompt_id: str) -> None:
         if self._engine.length(row) > order.start:
             self._engine.rollback(row, order.start)
-        draw = Draw(self._scheduler.seed, self._step, prompt_id, order.sibling, order.segment, order.attempt)
+        sibling = self._scheduler.first_sibling + order.sibling
+        draw = Draw(self._scheduler.seed, self._step, prompt_id, sibling, order.segment, order.attempt)
         self._engine.extend(row, order.tokens, draw, self._scheduler.sampling)
 
     def _release_all(self) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from e3rl.config import Config
+from e3rl.evaluate.figures import evaluated_name
 from e3rl.train.listeners import Silent
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -52,7 +53,7 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     """One evaluation in one line."""
     k, (low, high) = record["samples"], record["ci95"]
     return (
-        f"held-out after step {record['step']}, {record['mode']}: Avg@{k} {record[f'avg@{k}']:.3f} "
+        f"held-out after step {record['step']}, {evaluated_name(record)}: Avg@{k} {record[f'avg@{k}']:.3f} "
         f"({low:.3f} to {high:.3f})  Pass@{k} {record[f'pass@{k}']:.3f}  r {record['r']:.3f}"
     )
 

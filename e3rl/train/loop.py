@@ -25,7 +25,7 @@ from e3rl.data.stream import PromptStream
 from e3rl.engine.build import build_engine
 from e3rl.engine.weights import take_weights
 from e3rl.errors import RunStopped, UserError
-from e3rl.evaluate.evaluation import evaluate
+from e3rl.evaluate.evaluation import held_out_records
 from e3rl.files import atomic_directory, write_json
 from e3rl.models import load_policy, save_pretrained
 from e3rl.objectives import build as build_objective
@@ -90,7 +90,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
         self.policy = load_policy(config.model)
         require_scorable(self.policy.model)
-        self._train_prompts, self._eval_prompts = load_prompts(config, self.policy)
+        self._train_prompts, self._held_out = load_prompts(config, self.policy)
         shown = "demonstrations" in objective.needs
         self._demonstrations = demonstrations(self._train_prompts, self.policy, config) if shown else {}
         self.steps = number_of_steps(config, len(self._train_prompts))
@@ -116,7 +116,7 @@ class Trainer:
         self._collector = self._new_collector()
         self._ahead = Ahead(self._collector)
         self._step, self._tokens, self._seconds = 0, 0, 0.0
-        self._reference = first_reference(config, trains=not self._demonstrations, evaluates=bool(self._eval_prompts))
+        self._reference = first_reference(config, trains=not self._demonstrations, evaluates=bool(self._held_out))
         self._entropy_moments: Moments | None = None
         self.stop_request = StopRequest(self._ranks)
         self.directory = RunDirectory.resume(config) if resume and self._ranks.first else RunDirectory.create(config)
@@ -142,15 +142,17 @@ class Trainer:
         return self.directory.path
 
     def _longest_prompt(self) -> int:
-        return max(len(p.ids) for p in (*self._train_prompts, *self._eval_prompts))
+        return max(len(p.ids) for prompts in (self._train_prompts, *self._held_out.values()) for p in prompts)
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary. Interrupted: the state is saved and RunStopped says how to go on."""
         first = self._step + 1
         write_json(self.run_path / "environment.json", environment())
         self._tell("started", self.run_path, self.config, method_name(self.config), first, self.steps)
-        for text in overlap_notes(self.config.data, self._train_prompts, self._eval_prompts):
+        for text in overlap_notes(self.config.data, self._train_prompts, self._held_out):
             self._note(text)
+        if self.config.train.eval_steps and not self._held_out:
+            self._note("nothing is evaluated: data.eval is empty, though train.eval_steps is set")
         try:
             with self._ranks.guard(), self.stop_request, self._scorer:
                 if self._step == 0 or self._due(self.config.train.eval_steps):
@@ -243,21 +245,19 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept."""
-        if not self._eval_prompts or not self._ranks.first:
+        if not self._held_out or not self._ranks.first:
             return
-        done = {r["mode"] for r in read_lines(self.run_path / "evaluations.jsonl") if r["step"] == self._step}
-        modes = {"plain": False, "erasable": True} if self.config.eval.erasable else {"plain": False}
-        for erase in (erase for mode, erase in modes.items() if mode not in done):
-            result = evaluate(
-                self._engine,
-                self._eval_prompts,
-                self._scorer,
-                self.policy.tokenizer,
-                self.config,
-                erase=erase,
-                reference=self._reference,
-            )
-            record = {"step": self._step, **result.record()}
+        done = [r for r in read_lines(self.run_path / "evaluations.jsonl") if r["step"] == self._step]
+        for found in held_out_records(
+            self._engine,
+            self._held_out,
+            self._scorer,
+            self.policy.tokenizer,
+            self.config,
+            reference=self._reference,
+            done=done,
+        ):
+            record = {"step": self._step, **found}
             self.directory.append("evaluations.jsonl", record)
             self._tell("evaluated", record)
             self.stop_request.check()

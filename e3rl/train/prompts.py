@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from e3rl.config import Config
-from e3rl.data.loading import load_problems
+from e3rl.data.loading import held_out_sources, load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import spread
 from e3rl.models import Policy
-from e3rl.types import Prompt
+from e3rl.types import Problem, Prompt
 
 
-def load_prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts, as token ids."""
-    limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
-    train = load_problems(config.data.train, config=config.data, split="train")
-    held_out = config.data.eval or (config.data.train if config.data.train.startswith("lab:") else "")
-    evaluation = load_problems(held_out, config=config.data, split="eval") if held_out else []
-    evaluation = spread(evaluation, config.eval.limit)
-    return (
-        render_prompts(train, policy.tokenizer, config.data, **limits),
-        render_prompts(evaluation, policy.tokenizer, config.data, **limits),
-    )
+def load_prompts(config: Config, policy: Policy) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+    """Training prompts, and held-out ones by source, as token ids."""
+
+    def rendered(problems: Sequence[Problem]) -> list[Prompt]:
+        limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
+        return render_prompts(problems, policy.tokenizer, config.data, **limits)
+
+    train = rendered(load_problems(config.data.train, config=config.data, split="train"))
+    held_out = {
+        source: rendered(spread(load_problems(source, config=config.data, split="eval"), config.eval.limit))
+        for source in held_out_sources(config.data)
+    }
+    return train, held_out
 
 
 def number_of_steps(config: Config, problems: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.config import Config
+from e3rl.evaluate.figures import evaluated_name, overall
 from e3rl.objectives import method_name
 from e3rl.train.run_directory import read_lines
 
@@ -16,7 +17,10 @@ def run_summary(run: Path, config: Config, *, step: int, seconds: float, tokens:
     lines = read_lines(run / "metrics.jsonl")
 
     def at(step: int) -> dict[str, Any]:
-        return {r["mode"]: {k: v for k, v in r.items() if k != "step"} for r in records if r["step"] == step}
+        """By mode; with several sources the mean, then each of them."""
+        here = [r for r in records if r["step"] == step]
+        ordered = [*overall(here), *(r for r in here if r not in overall(here))]
+        return {evaluated_name(r): {k: v for k, v in r.items() if k != "step"} for r in ordered}
 
     def over_all(part: str, whole: str) -> float:
         return sum(line[part] for line in lines) / max(1, sum(line[whole] for line in lines))

@@ -8,6 +8,7 @@ from typing import Any
 
 from e3rl.config import Config, to_tables
 from e3rl.errors import UserError, unknown
+from e3rl.evaluate.figures import evaluated_name
 from e3rl.train.listeners import Listener, Silent
 
 
@@ -34,7 +35,7 @@ class TensorBoard(Silent):
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         for name, value in _scalars(record).items():
-            self._writer.add_scalar(f"eval_{record['mode']}/{name}", value, record["step"])
+            self._writer.add_scalar(f"eval_{evaluated_name(record)}/{name}", value, record["step"])
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         self._writer.close()
@@ -53,7 +54,7 @@ class ModuleTracker(Silent):
         self._module.log({f"train/{k}": v for k, v in _scalars(record).items()}, step=record["step"])
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        scalars = {f"eval_{record['mode']}/{k}": v for k, v in _scalars(record).items()}
+        scalars = {f"eval_{evaluated_name(record)}/{k}": v for k, v in _scalars(record).items()}
         self._module.log(scalars, step=record["step"])
 
     def finished(self, summary: Mapping[str, Any]) -> None:

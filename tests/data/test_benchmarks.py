@@ -149,7 +149,7 @@ def test_a_phrase_that_many_training_problems_have_is_no_overlap():
 
 def test_the_note_before_training():
     training, held_out = [Prompt(Problem("t", "Find x."), (1,))], [Prompt(Problem(i, "Find x."), (1,)) for i in "ab"]
-    (note,) = overlap_notes(DataConfig(train="a.jsonl", eval="b.jsonl"), training, held_out)
+    (note,) = overlap_notes(DataConfig(train="a.jsonl"), training, {"b.jsonl": held_out, "c.jsonl": []})
     assert note.startswith("2 of the 2 problems of b.jsonl stand in the training data a.jsonl (2 exact)")
-    assert overlap_notes(DataConfig(train="lab:chain", eval="lab:chain"), training, held_out) == []
-    assert overlap_notes(DataConfig(train="a.jsonl", eval="b.jsonl"), training, []) == []
+    assert overlap_notes(DataConfig(train="lab:chain"), training, {"lab:chain": held_out}) == []
+    assert overlap_notes(DataConfig(train="a.jsonl"), training, {}) == []

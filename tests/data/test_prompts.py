@@ -53,6 +53,19 @@ def test_a_string_is_one_user_message(tokenizer: Any) -> None:
     assert all(type(i) is int for i in prompt.ids)
 
 
+def test_arguments_of_the_template_reach_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        TEMPLATE + "{% if enable_thinking is defined and enable_thinking is false %}<no>{% endif %}"
+    )
+    assert text(render(tokenizer, "1+1?")) == "<user>1+1?\n<assistant>"
+    assert text(render(tokenizer, "1+1?", chat_template_kwargs={"enable_thinking": False})).endswith("<assistant><no>")
+    assert "refuses it" in refusal(tokenizer, "1+1?", chat_template_kwargs={"tokenize": False})
+    tokenizer.chat_template = None
+    assert "data.chat_template_kwargs needs a chat template" in refusal(
+        tokenizer, "1+1?", chat_template_kwargs={"enable_thinking": False}
+    )
+
+
 def test_system_prompt_and_many_turns(tokenizer: Any) -> None:
     turns = (Message("user", "1+1?"), Message("assistant", "2"), Message("user", "2+2?"))
     rendered = render(tokenizer, turns, system_prompt="add")

@@ -67,6 +67,21 @@ def test_lab_problems_are_graded_by_the_lab(tmp_path: Path):
     assert any(row["correct"] and row["pred"] != row["gold"] for row in found)  # another way than the reference
 
 
+def test_more_samples_than_rows_are_drawn_in_rounds(tmp_path: Path):
+    """32 samples of a problem where the bound on the KV cache leaves 15 rows."""
+    settings = (
+        "eval.limit=2 eval.num_samples=32 rollout.segment_length=8 rollout.max_segments=6 rollout.num_generations=4 "
+        "rollout.kv_budget=2"
+    )
+    assert main(["eval", "lab", "lab:chain:1", *settings.split(), "--output", str(tmp_path / "few")]) == 0
+    unbounded = settings.replace("num_generations=4", "num_generations=32").replace("kv_budget=2", "kv_budget=0")
+    assert main(["eval", "lab", "lab:chain:1", *unbounded.split(), "--output", str(tmp_path / "many")]) == 0
+    kept = ("problem", "sample", "pred", "correct")
+    few, many = ([{k: row[k] for k in kept} for row in rows(tmp_path / name)] for name in ("few", "many"))
+    assert len(few) == 64
+    assert few == many
+
+
 def test_shards_are_the_whole(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*SMALL, "--output", str(tmp_path), "--shard", "2/2"]) == 0
     assert "This shard is done; others are not" in capsys.readouterr().out

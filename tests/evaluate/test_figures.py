@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from e3rl.errors import UserError
-from e3rl.evaluate.figures import equal_budget, equal_samples, figures, reported_ks, samples_for
+from e3rl.evaluate.figures import equal_budget, equal_samples, figures, mean_figures, reported_ks, samples_for
 from tests.evaluate.build import sample
 
 ROWS = [
@@ -80,3 +80,24 @@ def test_a_budget_between_whole_samples_is_in_between():
 def test_a_budget_below_one_sample():
     erasable = [[sample("a", 0, mode="erasable", generated=5)]]
     assert equal_budget([[sample("a", 0)]], erasable, 0.5)["pass"]["plain"] == pytest.approx(0.5)
+
+
+def test_a_mean_counts_every_benchmark_the_same():
+    other = [[sample(p, i, correct=True, tokens=8, generated=12) for i in range(2)] for p in "cdef"]
+    one, two = figures("plain", ROWS), figures("plain", other)
+    found = mean_figures([one, two])
+    assert found.keys() == one.keys()
+    assert found["avg@2"] == (0.25 + 1.0) / 2
+    assert found["pass@2"] == found["pass"]["2"]["value"] == 0.75
+    assert (found["problems"], found["samples"], found["missing"], found["tokens"]) == (6, 2, 1, 90 + 96)
+    assert found["tokens_per_correct"] == 186 / 9
+    assert found["length"] == (17.5 + 8) / 2
+    # the second benchmark has no spread: the halves of the first's interval are halved
+    assert found["ci95"] == [0.625 - (0.25 - one["ci95"][0]) / 2, 0.625 + (one["ci95"][1] - 0.25) / 2]
+
+
+def test_intervals_of_independent_benchmarks_add_in_quadrature():
+    record = figures("plain", ROWS)
+    found = mean_figures([record, record])
+    half = record["avg@2"] - record["ci95"][0]
+    assert found["avg@2"] - found["ci95"][0] == pytest.approx(half / 2**0.5)

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from e3rl.config import Config, EvalConfig, RolloutConfig
-from e3rl.evaluate.evaluation import SEED_OFFSET, evaluation_settings
-from e3rl.evaluate.samples import graded
+from e3rl.evaluate.evaluation import SEED_OFFSET, evaluate, evaluation_settings, held_out_records
+from e3rl.evaluate.figures import evaluated_name, overall
+from e3rl.evaluate.samples import Sample, graded
 from e3rl.evaluate.study import Plan, Sampler
 from e3rl.testing.scripted import ScriptedEngine
-from e3rl.types import Reward, Trajectory
+from e3rl.types import Draw, Reward, Trajectory
 from tests.rollout.worlds import ALONE, MEAN_ONLY, levels, prompt, roll, rollout
 
 
@@ -49,21 +50,63 @@ def test_evaluation_samples_in_its_own_way():
     assert evaluation_settings(config, erase=True).rollout.erase
 
 
-def test_every_round_draws_anew():
-    """Five samples of two rows: three rounds, whose siblings have the same numbers and other draws."""
-    config = Config(rollout=rollout(), eval=EvalConfig(num_samples=5))
+class Tokenized:
+    """A policy of which nothing but the tokenizer is used."""
+
+    tokenizer = Words()
+
+
+def _drawn(siblings: int, *, samples: int = 5, erase: bool = False) -> tuple[list[Draw], list[Sample]]:
+    """Samples of two problems with so many rows a round, and the draws that they asked for."""
+    config = Config(rollout=rollout(num_generations=siblings), eval=EvalConfig(num_samples=samples))
     engine: Any = ScriptedEngine(levels({}))
-    sampler = Sampler(
-        policy=type("Policy", (), {"tokenizer": Words()})(),
-        prompts=[prompt("p"), prompt("q")],
-        config=config,
-        scorer=Grader(),  # type: ignore[arg-type]
-        reference=None,
-    )
-    units = Plan(("p", "q"), 5, 2, erase=False).wanted()
-    samples = [s for group in sampler._sample(engine, units) for s in group]
-    assert sorted(s.sample for s in samples if s.problem == "p") == [0, 1, 2, 3, 4]
-    draws = [call.draw for call in engine.made("extend")]
-    assert len(set(draws)) == len(draws) == 2 * 5 * 3
-    assert {d.step for d in draws} == {0, 1, 2}
-    assert {d.seed for d in draws} == {SEED_OFFSET}
+    prompts, mode = [prompt("p"), prompt("q")], "erasable" if erase else "plain"
+    sampler = Sampler(Tokenized(), prompts, config, Grader(), None)  # type: ignore[arg-type]
+    units = [u for u in Plan(("p", "q"), config, erase).wanted() if u.mode == mode]
+    found = [s for group in sampler._sample(engine, units) for s in group]
+    return [call.draw for call in engine.made("extend")], found
+
+
+def test_draws_are_named_by_the_sample_whatever_the_rounds():
+    """Five samples in two rounds, in one: the same draws, each once."""
+    for erase in (False, True):
+        by_rounds = [_drawn(siblings, erase=erase) for siblings in (2, 3, 5)]  # 3 + 2 with two and three
+        draws, samples = by_rounds[0]
+        assert sorted(s.sample for s in samples if s.problem == "p") == [0, 1, 2, 3, 4]
+        firsts = [d for d in draws if d.attempt == 0]
+        assert len(set(draws)) == len(draws)
+        assert len(firsts) == 2 * 5 * 3
+        assert {d.sibling for d in draws} == {0, 1, 2, 3, 4}
+        assert {(d.seed, d.step) for d in draws} == {(SEED_OFFSET, 0)}
+        assert all({d for d in other if d.attempt == 0} == set(firsts) for other, _ in by_rounds)
+
+
+def test_training_and_the_command_draw_alike():
+    """`evaluate`, which training calls, asks for what `e3rl eval` asks for, and gives as many samples."""
+    config = Config(rollout=rollout(num_generations=2), eval=EvalConfig(num_samples=5))
+    engine: Any = ScriptedEngine(levels({}))
+    result = evaluate(engine, [prompt("p"), prompt("q")], Grader(), Words(), config, erase=False)  # type: ignore[arg-type]
+    assert [call.draw for call in engine.made("extend")] == _drawn(2)[0]
+    assert [[s.sample for s in row] for row in result.samples_PK] == [[0, 1, 2, 3, 4]] * 2
+    assert result.trajectories_PK == ()
+
+
+def _held_out(config: Config, sources: Sequence[str], done: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    engine: Any = ScriptedEngine(levels({}))
+    prompts = {source: [prompt("p"), prompt(f"q{i}")][: 1 + i] for i, source in enumerate(sources)}
+    return list(held_out_records(engine, prompts, Grader(), Words(), config, reference=None, done=done))  # type: ignore[arg-type]
+
+
+def test_several_sources_have_figures_each_and_a_mean():
+    config = Config(rollout=rollout(num_generations=2), eval=EvalConfig(num_samples=3, erasable=False))
+    [one] = _held_out(config, ["a"])
+    assert "data" not in one
+    found = _held_out(config, ["a", "b"])
+    assert [r["data"] for r in found] == ["a", "b", "mean"]
+    assert [r["problems"] for r in found] == [1, 2, 3]
+    assert {k: v for k, v in found[0].items() if k != "data"} == one
+    assert [evaluated_name(r) for r in found] == ["plain, a", "plain, b", "plain"]
+    assert overall(found) == [found[2]]
+    assert overall([one]) == [one]
+    assert _held_out(config, ["a", "b"], done=found[:2]) == found[2:], "a resumed run draws what is missing"
+    assert _held_out(config, ["a", "b"], done=found) == []

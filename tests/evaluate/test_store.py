@@ -9,7 +9,8 @@ import pytest
 from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.evaluate.compare import compare
-from e3rl.evaluate.identity import decoding, even_sizes
+from e3rl.evaluate.evaluation import even_sizes, round_sizes
+from e3rl.evaluate.identity import decoding
 from e3rl.evaluate.store import SampleStore, Shard, Unit
 from e3rl.evaluate.study import Plan
 from tests.evaluate.build import sample
@@ -85,8 +86,26 @@ def test_shards_divide_the_problems():
 def test_many_samples_are_drawn_in_rounds():
     assert even_sizes(10, 4) == [4, 3, 3]
     assert even_sizes(4, 4) == [4]
-    plan = Plan(("a",), 10, 4, erase=False)
+    plan = Plan(("a",), load_config(None, [], ["eval.num_samples=10", "rollout.num_generations=4"]), erase=False)
     assert [(u.round, u.first, u.size) for u in plan.wanted()] == [(0, 0, 4), (1, 4, 3), (2, 7, 3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ([], [8, 8, 8, 8]),
+        (["eval.num_samples=4"], [4]),
+        (["rollout.cache_rows=6"], [6, 6, 5, 5, 5, 5]),
+        (["rollout.max_rows=2"], [4] * 8),
+        (["rollout.num_generations=2", "eval.num_samples=5"], [3, 2]),  # none alone: it would have no threshold
+        (["rollout.num_generations=1"], [32]),  # training judges by saved statistics: all samples are the group
+        (["rollout.num_generations=3", "erasure.min_siblings=4"], [32]),
+        (["rollout.kv_budget=1"], [8, 8, 8, 8]),  # the machine's memory changes no group
+    ],
+)
+def test_a_round_is_as_large_as_a_group_in_training(settings: list[str], sizes: list[int]):
+    config = load_config(None, [], ["eval.num_samples=32", "rollout.num_generations=8", *settings])
+    assert round_sizes(config) == sizes
 
 
 @pytest.mark.parametrize(
@@ -114,7 +133,7 @@ def test_whatever_changes_a_plain_sample_makes_another_evaluation(override: str)
 
 
 def test_more_plain_samples_where_erasing_cost_more():
-    plan = Plan(("a",), 2, 8, erase=True)
+    plan = Plan(("a",), load_config(None, [], ["eval.num_samples=2"]), erase=True)
     plain = [[sample("a", 0), sample("a", 1)]]
     dear = [[sample("a", i, mode="erasable", generated=19) for i in range(2)]]
     assert plan.more_plain({"plain": plain, "erasable": dear}) == [Unit("plain", 1, "a", 2, 2)]
