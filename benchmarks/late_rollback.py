@@ -83,9 +83,9 @@ class Desk:
             for row, candidate in self.engine.poll():
                 answer = open_rows.pop(row)
                 self.tokens += len(candidate.ids)
-                answer.ids += candidate.ids
-                answer.entropies += candidate.entropies
-                answer.perturbations += candidate.perturbations
+                answer.ids += candidate.ids.tolist()
+                answer.entropies += candidate.entropies.tolist()
+                answer.perturbations += candidate.perturbations.tolist()
 
     def cut(self, answer: Answer, length: int) -> None:
         self.engine.rollback(answer.row, length)

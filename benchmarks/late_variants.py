@@ -78,7 +78,7 @@ class Outcome:
 
 
 def _numbers(trajectory: Trajectory, right: bool) -> tuple[float, ...]:
-    eps = [x for s in trajectory.segments for x in s.candidate.perturbations]
+    eps = [x for s in trajectory.segments for x in s.candidate.perturbations.tolist()]
     entropies = np.array(trajectory.entropies)
     summaries = (entropies.mean(), entropies.max(), np.median(entropies), entropies[len(entropies) // 2 :].mean())
     return (*summaries, np.mean(eps), max(eps), right, len(entropies))
@@ -93,7 +93,7 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
     scheduler = Scheduler(engine, config.rollout, config.erasure, seed=config.run.seed)
     found = {}
     for group in scheduler.run(prompts, step=0, policy_version=0):
-        texts = [policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in group.trajectories]
+        texts = [policy.tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
         rights = [grade(group.prompt.problem, text) for text in texts]
         answers = [extract_answer(text) or text.strip() for text in texts]
         found[group.prompt.problem.id] = [

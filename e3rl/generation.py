@@ -93,7 +93,7 @@ def generate(
     )
     found = sample(policy, rendered, config, reference=companions.reference, observe=observe)
     decode = policy.tokenizer.decode
-    return [[Generation(decode(list(t.ids), skip_special_tokens=True), t) for t in group] for group in found]
+    return [[Generation(decode(t.ids.tolist(), skip_special_tokens=True), t) for t in group] for group in found]
 
 
 def _loaded(model: Any, tokenizer: Any) -> Policy:

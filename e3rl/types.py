@@ -1,7 +1,7 @@
 """The values that travel through e3rl, one type per arrow of the data's way.
 
-Standard library only: importing this module must stay free. Everything is frozen; a stage never edits what it was given.
-Numbers per token are tuples of the same length as ``ids``.
+Importing this module is free: numpy is imported when the first candidate is made. Everything is frozen; a stage never edits what
+it was given. Numbers per token are read-only numpy arrays of the same length as ``ids``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    Ids = NDArray[np.int32]
+    Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +58,19 @@ class Draw:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+IDS = ("ids", "ranks")
+MEASURES = ("logprobs", "entropies", "perturbations", "kept_mass")
+COLUMNS = ("ids", *MEASURES, "ranks")
+"""The per-token fields of `Candidate`: whole numbers, what the engine measured, and all of them in order."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A segment that was generated and is not yet judged.
+
+    Any sequence of numbers may be given for a per-token field; it is kept as a read-only array: int32 for ``ids`` and ``ranks``,
+    and float64 of single precision for the others (engines measure in float32, and everything that stores or sends a candidate
+    keeps float32, so what was judged is what is read back). Two candidates are equal where all their numbers are.
 
     ``logprobs`` belong to the temperature-scaled distribution over the full vocabulary, before any truncation. So do
     ``entropies`` (nats) and ``perturbations``, eq 5's log p(argmax) - log p(sampled), unless
@@ -61,13 +79,68 @@ class Candidate:
     were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token.
     """
 
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    entropies: tuple[float, ...]
-    perturbations: tuple[float, ...]
-    kept_mass: tuple[float, ...]
-    ranks: tuple[int, ...]
+    ids: Ids
+    logprobs: Numbers
+    entropies: Numbers
+    perturbations: Numbers
+    kept_mass: Numbers
+    ranks: Ids
     ended: bool
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            ids: ArrayLike,
+            logprobs: ArrayLike,
+            entropies: ArrayLike,
+            perturbations: ArrayLike,
+            kept_mass: ArrayLike,
+            ranks: ArrayLike,
+            ended: bool,
+        ) -> None: ...
+
+    else:
+
+        def __post_init__(self) -> None:
+            import numpy as np
+
+            for name in IDS:
+                object.__setattr__(self, name, _read_only(np.array(getattr(self, name), np.int32)))
+            for name in MEASURES:
+                object.__setattr__(self, name, _read_only(np.array(getattr(self, name), np.float32).astype(np.float64)))
+
+    @classmethod
+    def wrap(cls, *columns: Any, ended: bool) -> Candidate:
+        """A candidate of arrays, in the fields' order, that are already as one keeps them: nothing is checked or copied."""
+        made = object.__new__(cls)
+        for name, column in zip(COLUMNS, columns, strict=True):
+            object.__setattr__(made, name, column)
+        object.__setattr__(made, "ended", ended)
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Candidate):
+            return NotImplemented
+        return self.ended == other.ended and all(
+            len(mine) == len(theirs) and bool(((mine == theirs) | ((mine != mine) & (theirs != theirs))).all())
+            for mine, theirs in zip(self.columns(), other.columns(), strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.ids.tobytes(), self.ended))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # unpickled arrays could be written to
+        return Candidate, (*self.columns(), self.ended)
+
+    def columns(self) -> tuple[Any, ...]:
+        """The per-token arrays, in the fields' order."""
+        return tuple(getattr(self, name) for name in COLUMNS)
+
+
+def _read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +202,7 @@ class Erasure:
     judgement: Judgement
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trajectory:
     """A prompt's response: its committed segments, and what was erased on the way, in the order it happened."""
 
@@ -139,17 +212,29 @@ class Trajectory:
     erasures: tuple[Erasure, ...]
     finish: Literal["stop", "length"]
 
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return tuple(i for s in self.segments for i in s.candidate.ids)
+    @cached_property
+    def ids(self) -> Ids:
+        """Token ids of the response."""
+        return self._joined("ids")
 
-    @property
-    def logprobs(self) -> tuple[float, ...]:
-        return tuple(x for s in self.segments for x in s.candidate.logprobs)
+    @cached_property
+    def logprobs(self) -> Numbers:
+        """The engine's log-probability of each token of the response."""
+        return self._joined("logprobs")
 
-    @property
-    def entropies(self) -> tuple[float, ...]:
-        return tuple(x for s in self.segments for x in s.candidate.entropies)
+    @cached_property
+    def entropies(self) -> Numbers:
+        """The entropy at each token of the response."""
+        return self._joined("entropies")
+
+    def _joined(self, name: str) -> Any:
+        """A per-token field of all segments together."""
+        import numpy as np
+
+        columns = [getattr(s.candidate, name) for s in self.segments]
+        if len(columns) == 1:
+            return columns[0]
+        return _read_only(np.concatenate([np.empty(0, np.int32 if name in IDS else np.float64), *columns]))
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:

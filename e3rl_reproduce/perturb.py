@@ -59,10 +59,10 @@ def positions(entropies_T: Sequence[float], share: float, rng: Random) -> dict[s
 @torch.no_grad()
 def _other_tokens(policy: Policy, trajectory: Trajectory, banned: Sequence[int]) -> Tensor:
     """At each response position, the model's probabilities of all tokens but the one it drew and those that are banned."""
-    ids = [*trajectory.prompt.ids, *trajectory.ids]
+    ids = [*trajectory.prompt.ids, *trajectory.ids.tolist()]
     logits_TV = policy.model(torch.tensor([ids], device=policy.device)).logits[0, len(trajectory.prompt.ids) - 1 : -1]
     logits_TV[:, list(banned)] = -torch.inf
-    logits_TV.scatter_(1, torch.tensor(trajectory.ids, device=policy.device)[:, None], -torch.inf)
+    logits_TV.scatter_(1, torch.tensor(ids[len(trajectory.prompt.ids) :], device=policy.device)[:, None], -torch.inf)
     return torch.softmax(logits_TV.double(), -1).cpu()
 
 
@@ -72,21 +72,22 @@ def _changes(policy: Policy, right: Sequence[Trajectory], share: float, rng: Ran
     changes = []
     for source, trajectory in enumerate(right):
         others_TV = _other_tokens(policy, trajectory, special)
-        for where, places in positions(trajectory.entropies, share, rng).items():
+        for where, places in positions(trajectory.entropies.tolist(), share, rng).items():
             for place in places:
                 drawn = rng.choices(range(others_TV.shape[1]), others_TV[place].tolist())[0]
-                anything = rng.choice([i for i in ordinary if i != trajectory.ids[place]])
-                for kind, token in zip(KINDS, (trajectory.ids[place], anything, drawn), strict=True):
+                kept = int(trajectory.ids[place])
+                anything = rng.choice([i for i in ordinary if i != kept])
+                for kind, token in zip(KINDS, (kept, anything, drawn), strict=True):
                     problem = trajectory.prompt.problem
                     name = f"{problem.id}/{source}/{where}/{kind}/{place}"
-                    prefix = (*trajectory.ids[:place], token)
+                    prefix = (*trajectory.ids[:place].tolist(), token)
                     prompt = Prompt(replace(problem, id=name), (*trajectory.prompt.ids, *prefix))
                     changes.append(_Change(source, where, kind, prompt, prefix))
     return changes
 
 
 def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    entropies = [h for t in trajectories for h in t.entropies]
+    entropies = [h for t in trajectories for h in t.entropies.tolist()]
     top = max(entropies)
     counts = torch.histc(torch.tensor(entropies, dtype=torch.float64), _BINS, 0.0, top).int().tolist()
     certain = sum(h < 0.01 for h in entropies) / len(entropies)
@@ -111,7 +112,7 @@ def perturb(
     with Scorer(config.rewards, max_completion_length=rollout.completion_limit) as scorer:
 
         def right(trajectories: Sequence[Trajectory], before: Sequence[tuple[int, ...]]) -> list[bool]:
-            ids = [[*head, *t.ids] for head, t in zip(before, trajectories, strict=True)]
+            ids = [[*head, *t.ids.tolist()] for head, t in zip(before, trajectories, strict=True)]
             texts = [policy.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
             values = [next(iter(r.parts.values()), None) for r in scorer.score(trajectories, texts)]
             return [value is not None and value >= 1 for value in values]

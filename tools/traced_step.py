@@ -78,7 +78,7 @@ def roll_out(prompt: Prompt, config: Config, policy: Policy, scorer: Scorer) -> 
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, len(prompt.ids))
     scheduler = Scheduler(engine, config.rollout, config.erasure, seed=config.run.seed)
     (group,) = scheduler.run([prompt], step=1, policy_version=0)
-    texts = [policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in group.trajectories]
+    texts = [policy.tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
     return RewardedGroup(group, tuple(scorer.score(group.trajectories, texts)))
 
 

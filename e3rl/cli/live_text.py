@@ -35,9 +35,10 @@ class LiveText:
         """What to hand to the scheduler. A character that two segments share appears with its last token."""
         if isinstance(event, Committed):
             candidate = event.segment.candidate
-            self._samples[event.sibling].append(self._streams[event.sibling].add(candidate.ids, last=candidate.ended))
+            text = self._streams[event.sibling].add(candidate.ids.tolist(), last=candidate.ended)
+            self._samples[event.sibling].append(text)
         elif isinstance(event, Erased):
-            struck = self._streams[event.sibling].would_add(event.erasure.candidate.ids)
+            struck = self._streams[event.sibling].would_add(event.erasure.candidate.ids.tolist())
             self._samples[event.sibling].append(
                 struck if self._console.is_terminal else f"~~{struck}~~", style=ERASED_STYLE
             )

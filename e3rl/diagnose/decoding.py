@@ -160,7 +160,7 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
     """Votes among the first 2, 4, … samples of a plain evaluation; two can't outvote each other."""
     samples = evaluation.correct_PK.shape[1]
     texts_PK = [
-        [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in row] for row in evaluation.trajectories_PK
+        [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in row] for row in evaluation.trajectories_PK
     ]
     answers_PK = [[extract_answer(text) or text.strip() for text in row] for row in texts_PK]
     for votes in sorted({min(4, samples), samples}):

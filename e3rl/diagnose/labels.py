@@ -20,7 +20,7 @@ def segment_ends(segments: Sequence[Segment], tokenizer: Any) -> list[int]:
     ends: list[int] = []
     known: list[int] = []
     for segment in segments:
-        known += segment.candidate.ids
+        known += segment.candidate.ids.tolist()
         ends.append(len(tokenizer.decode(known, skip_special_tokens=True)))
     return ends
 

@@ -99,7 +99,7 @@ def firsts(
     """The graded samples of plain groups, and for every sample why it could not be graded, None where it could."""
     trajectories = [t for g in groups for t in g.trajectories]
     references = [group_entropies(g) for g in groups for _ in g.trajectories]
-    texts = [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
+    texts = [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in trajectories]
     rewards = scorer.score(trajectories, texts)
     rights = [_right(reward) for reward in rewards]
     found = []
@@ -123,7 +123,7 @@ def choose_forks(samples: Sequence[First], seed: int) -> list[tuple[First, int]]
 def _prefix_prompt(first: First, n: int) -> Prompt:
     trajectory = first.trajectory
     problem = trajectory.prompt.problem
-    committed = tuple(i for s in trajectory.segments[:n] for i in s.candidate.ids)
+    committed = tuple(i for s in trajectory.segments[:n] for i in s.candidate.ids.tolist())
     return Prompt(replace(problem, id=f"{problem.id}/{trajectory.sibling}/{n}"), trajectory.prompt.ids + committed)
 
 
@@ -160,8 +160,8 @@ def _compare(
     """One fork and what was seen at it."""
     original, problem = first.trajectory, first.trajectory.prompt.problem
     earlier = original.segments[:n]
-    prefix = [i for s in earlier for i in s.candidate.ids]
-    texts = [tokenizer.decode([*prefix, *t.ids], skip_special_tokens=True) for t in group.trajectories]
+    prefix = [i for s in earlier for i in s.candidate.ids.tolist()]
+    texts = [tokenizer.decode([*prefix, *t.ids.tolist()], skip_special_tokens=True) for t in group.trajectories]
     rights = [right or False for right in grade(scorer, group.trajectories, texts)]
     key = group.prompt.problem.id
     seen = [Observation(problem.id, key, first.signals_N[n], first.wrong_N[n])]

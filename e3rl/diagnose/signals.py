@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from e3rl.config import ErasureConfig
 from e3rl.equations.uncertainty import length_weight
 from e3rl.rollout.metric import e3rl_uncertainty
@@ -60,7 +62,7 @@ def late_suspicion(trajectory: Trajectory, length_exponent: float = 0.0) -> floa
 
 
 def _mean_perturbation(trajectory: Trajectory) -> float:
-    return _mean([x for s in trajectory.segments for x in s.candidate.perturbations])
+    return _mean([x for s in trajectory.segments for x in s.candidate.perturbations.tolist()])
 
 
 def measure(
@@ -76,7 +78,7 @@ def measure(
         "entropy peak": u.extremum,
         "U, paper": paper,
         "ε, mean": u.perturbation,
-        "ε, largest": max(candidate.perturbations),
+        "ε, largest": float(candidate.perturbations.max()),
         "cross-entropy": cross_entropy,
         "surprise": cross_entropy - _mean(candidate.entropies),
         "U + ε": paper + u.perturbation,
@@ -86,5 +88,5 @@ def measure(
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(sum(values) / len(values))

@@ -41,9 +41,9 @@ class Request:
 
     def candidate(self, eos_ids: Collection[int]) -> Candidate:
         """The finished candidate."""
-        logprobs, entropies, perturbations, kept_mass, ranks = zip(*self.measures, strict=True)
+        logprobs, entropies, perturbations, kept_mass, ranks = np.array(self.measures, np.float64).T
         ended = self.ids[-1] in eos_ids
-        return Candidate(tuple(self.ids), logprobs, entropies, perturbations, kept_mass, ranks, ended)
+        return Candidate(self.ids, logprobs, entropies, perturbations, kept_mass, ranks, ended)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +78,7 @@ class RowState:
     def close_request(self, eos_ids: Collection[int]) -> Candidate:
         """Move the finished candidate's tokens into the row."""
         candidate = self.open.candidate(eos_ids)
-        self.ids += candidate.ids
+        self.ids += self.open.ids
         self.request = None
         return candidate
 

@@ -46,7 +46,7 @@ def graded(
     group: Group, scorer: Scorer, tokenizer: Any, *, mode: str, round: int = 0, first: int = 0
 ) -> tuple[Sample, ...]:
     """The samples of a finished group, graded by the first reward function; ``first`` is the number of its first one."""
-    texts = [tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in group.trajectories]
+    texts = [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
     rewards = scorer.score(group.trajectories, texts)
     return tuple(
         _sample(t, text, reward, mode, round, first + i)

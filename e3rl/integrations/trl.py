@@ -139,10 +139,10 @@ def _columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """What TRL asks for, and what its reward functions may name."""
     return {
         "prompt_ids": [list(t.prompt.ids) for t in trajectories],
-        "completion_ids": [list(t.ids) for t in trajectories],
-        "logprobs": [list(t.logprobs) for t in trajectories],
+        "completion_ids": [t.ids.tolist() for t in trajectories],
+        "logprobs": [t.logprobs.tolist() for t in trajectories],
         "erasures": [len(t.erasures) for t in trajectories],
         "erased_tokens": [t.erased_tokens for t in trajectories],
-        "erased_ids": [[list(e.candidate.ids) for e in t.erasures] for t in trajectories],
+        "erased_ids": [[e.candidate.ids.tolist() for e in t.erasures] for t in trajectories],
         "segment_lengths": [list(t.segment_lengths) for t in trajectories],
     }

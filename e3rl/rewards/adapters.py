@@ -84,7 +84,7 @@ class TrlFunction:
             **batch.columns,
             "prompts": batch.prompts,
             "completions": batch.completions,
-            "completion_ids": [list(t.ids) for t in batch.trajectories],
+            "completion_ids": [t.ids.tolist() for t in batch.trajectories],
             "trainer_state": batch.trainer_state,
             "log_metric": log.log_metric,
             "log_extra": log.log_extra,

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from e3rl.config import RolloutConfig
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge
@@ -169,7 +171,7 @@ class GroupRollout:
         drew is committed, under a measurement of its own, and the erased candidate stays on record.
         """
         erased = sibling.attempts()[sibling.attempt]
-        if erased.candidate.ids == candidate.ids:
+        if np.array_equal(erased.candidate.ids, candidate.ids):
             sibling.erasures = [e for e in sibling.erasures if e is not erased]
             candidate, judgement = erased.candidate, erased.judgement
         else:

@@ -123,7 +123,7 @@ class GroupJudge:
         history = self._histories[sibling]
         history.committed.append(candidate)
         history.attempts.append(judgement.attempt)
-        history.means.append(fmean(candidate.entropies))
+        history.means.append(fmean(candidate.entropies.tolist()))
         history.smoothed.append(judgement.uncertainty.smoothed)
 
     def finish(self, sibling: int) -> None:

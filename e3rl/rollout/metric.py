@@ -154,5 +154,5 @@ def measure(
     return u
 
 
-def _tensor(rows: Sequence[Sequence[float]]) -> Tensor:
+def _tensor(rows: Sequence[Sequence[float] | np.ndarray]) -> Tensor:
     return torch.from_numpy(np.array(rows, dtype=np.float64))  # twice as fast as torch.tensor

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -22,10 +24,11 @@ class Moments:
         return math.sqrt(self.m2 / self.count) if self.count else 0.0
 
     @staticmethod
-    def of(values: Sequence[float]) -> Moments:
+    def of(values: Sequence[float] | np.ndarray) -> Moments:
         """The moments of ``values``, in whatever order they come."""
-        if not values:
+        if not len(values):
             return Moments()
+        values = values.tolist() if isinstance(values, np.ndarray) else values
         mean = math.fsum(values) / len(values)
         return Moments(len(values), mean, math.fsum((v - mean) ** 2 for v in values))
 

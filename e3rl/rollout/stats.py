@@ -115,7 +115,7 @@ def _is_forced(segment: Segment) -> bool:
 
 
 def _mean_kept_mass(candidates: Iterable[Candidate]) -> float:
-    masses = [mass for c in candidates for mass in c.kept_mass]
+    masses = [mass for c in candidates for mass in c.kept_mass.tolist()]
     return math.fsum(masses) / len(masses) if masses else math.nan
 
 

@@ -54,7 +54,7 @@ class Choice:
         self.tokens += len(candidate.ids)
         self.segments += 1
         full = self.tokens == self.limit
-        text = self.stream.add(candidate.ids, last=candidate.ended or full)
+        text = self.stream.add(candidate.ids.tolist(), last=candidate.ended or full)
         self.texts.append(text)
         if candidate.ended or self.stream.stopped:
             self.finish = "stop"
@@ -80,7 +80,7 @@ class Choice:
 
 
 def _erasure(erasure: Erasure, tokenizer: Any) -> dict[str, Any]:
-    text = tokenizer.decode(list(erasure.candidate.ids))
+    text = tokenizer.decode(erasure.candidate.ids.tolist())
     return {"segment": erasure.index, "text": text, **_judged(erasure.judgement)}
 
 

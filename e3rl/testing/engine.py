@@ -64,7 +64,7 @@ def check_fresh_draws(contract: EngineContract) -> None:
         candidates.append(_one(engine, row, 8, attempt))
         engine.rollback(row, 0)
     assert_same(candidates[1], candidates[0], contract.tolerance, "the same draw again")
-    distinct = len({c.ids for c in candidates[1:]})
+    distinct = len({tuple(c.ids.tolist()) for c in candidates[1:]})
     assert distinct >= 3, f"4 attempts gave only {distinct} different candidates: is the attempt part of the draw?"
 
 

@@ -93,9 +93,7 @@ def scripted_candidate(draw: Draw, scripted: Scripted, tokens: int) -> Candidate
         ids[-1] = EOS
     perturbations = scripted.perturbations[:tokens] or (0.0,) * len(entropies)
     ones = (1.0,) * len(entropies)
-    return Candidate(
-        tuple(ids), tuple(-h for h in entropies), entropies, perturbations, ones, (1,) * len(entropies), ended
-    )
+    return Candidate(ids, [-h for h in entropies], entropies, perturbations, ones, (1,) * len(entropies), ended)
 
 
 class ScriptedEngine:
@@ -204,7 +202,7 @@ class ScriptedEngine:
 
     def _deliver(self, row: Row) -> Candidate:
         state, request = self._row(row), self._request(row)
-        state.ids += request.candidate.ids
+        state.ids += request.candidate.ids.tolist()
         state.request = None
         self._open.remove(row)
         self._note("deliver", row, len(request.candidate.ids), request.draw)

@@ -206,7 +206,7 @@ def assert_candidate(candidate: Candidate, tokens: int, eos_ids: Sequence[int]) 
     assert lengths == {n}, f"a candidate of {n} tokens carries {lengths} numbers per token"
     ended = candidate.ids[-1] in eos_ids
     assert candidate.ended == ended, f"ended is {candidate.ended}, the last token {candidate.ids[-1]} says {ended}"
-    assert not set(candidate.ids[:-1]) & set(eos_ids), (
+    assert not set(candidate.ids[:-1].tolist()) & set(eos_ids), (
         f"the candidate goes on after an end of sequence: {candidate.ids}"
     )
     assert n == tokens or (ended and n < tokens), f"{tokens} tokens asked for, {n} delivered without an end of sequence"
@@ -219,7 +219,7 @@ def assert_candidate(candidate: Candidate, tokens: int, eos_ids: Sequence[int]) 
 
 def assert_same(got: Candidate, expected: Candidate, tolerance: float, what: str) -> None:
     """The same tokens, and numbers that differ by no more than ``tolerance``."""
-    assert got.ids == expected.ids, f"{what}: tokens {got.ids}, expected {expected.ids}"
+    assert got.ids.tolist() == expected.ids.tolist(), f"{what}: tokens {got.ids}, expected {expected.ids}"
     assert got.ended == expected.ended, f"{what}: ended is {got.ended}, expected {expected.ended}"
     for name in ("logprobs", "entropies", "perturbations", "kept_mass"):
         pairs = zip(getattr(got, name), getattr(expected, name), strict=True)

@@ -102,7 +102,7 @@ class Collector:
 
     def _reward(self, groups: Sequence[Group]) -> list[RewardedGroup]:
         trajectories = [t for g in groups for t in g.trajectories]
-        texts = [self._policy.tokenizer.decode(list(t.ids), skip_special_tokens=True) for t in trajectories]
+        texts = [self._policy.tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in trajectories]
         following = iter(self._scorer.score(trajectories, texts))
         return [RewardedGroup(g, tuple(next(following) for _ in g.trajectories)) for g in groups]
 

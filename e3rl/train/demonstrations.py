@@ -56,9 +56,7 @@ def solution(problem: Problem, config: Config) -> str:
 def token_trajectory(prompt: Prompt, ids: Sequence[int], measured: float = NOT_MEASURED) -> Trajectory:
     """A response of given tokens that no engine drew: one segment, nothing judged, ``measured`` in place of numbers."""
     blank = (measured,) * len(ids)
-    segment = Segment(
-        0, Candidate(tuple(ids), blank, blank, blank, blank, (UNRANKED,) * len(ids), ended=True), judgement=None
-    )
+    segment = Segment(0, Candidate(ids, blank, blank, blank, blank, (UNRANKED,) * len(ids), ended=True), judgement=None)
     return Trajectory(prompt, 0, (segment,), (), "stop")
 
 

@@ -101,7 +101,7 @@ class JournaledEngine:
             answers, self._answers = self._answers, []
             self.replayed += len(answers)
             for row, candidate in answers:
-                self._rows[row].ids += candidate.ids
+                self._rows[row].ids += candidate.ids.tolist()
             return answers
         generated = [(self._outer[inner], candidate) for inner, candidate in self._engine.poll()]
         journals = set()
@@ -111,7 +111,7 @@ class JournaledEngine:
             journal = self._journal_of(state.draw.step)
             journal.add(state.draw, candidate)
             journals.add(journal)
-            state.ids += candidate.ids
+            state.ids += candidate.ids.tolist()
         for journal in journals:
             journal.flush()
         return generated

@@ -41,10 +41,10 @@ def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
     lengths = trajectory.segment_lengths
     return TrainSequence(
         prompt_ids=trajectory.prompt.ids,
-        response_ids=trajectory.ids,
+        response_ids=tuple(trajectory.ids.tolist()),
         segments_T=_segment_ids(lengths, [s.index for s in trajectory.segments]),
         mask_T=torch.ones(sum(lengths), dtype=torch.bool),
-        rollout_logprobs_T=torch.tensor(trajectory.logprobs),
+        rollout_logprobs_T=torch.tensor(trajectory.logprobs, dtype=torch.float32),
         group=group,
         sibling=trajectory.sibling,
         erased=False,
@@ -60,10 +60,12 @@ def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:
         sequences.append(
             TrainSequence(
                 prompt_ids=trajectory.prompt.ids,
-                response_ids=trajectory.ids[: erasure.start] + candidate.ids,
+                response_ids=(*trajectory.ids[: erasure.start].tolist(), *candidate.ids.tolist()),
                 segments_T=torch.where(mask_T, erasure.index, -1),
                 mask_T=mask_T,
-                rollout_logprobs_T=torch.cat([torch.zeros(erasure.start), torch.tensor(candidate.logprobs)]),
+                rollout_logprobs_T=torch.cat(
+                    [torch.zeros(erasure.start), torch.tensor(candidate.logprobs, dtype=torch.float32)]
+                ),
                 group=group,
                 sibling=trajectory.sibling,
                 erased=True,

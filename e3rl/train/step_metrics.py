@@ -80,8 +80,8 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
         "erase_rate": stats.erase_rate,
         "r": stats.r,
         "forced_rate": stats.forced_rate,
-        "entropy": mean(h for c in candidates for h in c.entropies),
-        "kept_mass": mean(m for c in candidates for m in c.kept_mass),
+        "entropy": mean(h for c in candidates for h in c.entropies.tolist()),
+        "kept_mass": mean(m for c in candidates for m in c.kept_mass.tolist()),
         "tokens": drawn.generated_tokens,
     }
 

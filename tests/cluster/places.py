@@ -99,10 +99,10 @@ def ids(groups: list[Group]) -> list[Any]:
     return [
         (
             t.sibling,
-            t.ids,
+            t.ids.tolist(),
             t.segment_lengths,
             t.finish,
-            [(e.start, e.candidate.ids, e.judgement.attempt) for e in t.erasures],
+            [(e.start, e.candidate.ids.tolist(), e.judgement.attempt) for e in t.erasures],
         )
         for g in groups
         for t in g.trajectories

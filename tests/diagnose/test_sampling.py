@@ -40,7 +40,7 @@ class Texts:
 
     def give(self, text: str, prompt: str, sibling: int, segment: int = 0) -> None:
         draw = Draw(0, 0, prompt, sibling, segment, 0)
-        self.texts[scripted_candidate(draw, Scripted((0.5, 0.5)), 2).ids[0]] = text
+        self.texts[scripted_candidate(draw, Scripted((0.5, 0.5)), 2).ids.tolist()[0]] = text
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text = next((self.texts[i] for i in ids if i in self.texts), RIGHT)

@@ -94,7 +94,7 @@ def test_any_script_gives_the_oracles_candidates(name, script, max_rows, spare_r
     expected = play(oracle(model), script, contract(model))
     got = play(engine, script, contract(model))
     for key in got.keys() & expected.keys():
-        assert got[key].ids == expected[key].ids
+        assert got[key].ids.tolist() == expected[key].ids.tolist()
     assert_same_transcript(got, expected, TOLERANCE)
 
 
@@ -115,7 +115,7 @@ def test_a_window_is_seen_in_what_is_generated():
     for each in (model, wide):
         engine = torch_engine(each, eos_ids=())
         [row] = engine.prefill(list(range(2, 12)), 1)
-        seen.append(generate(engine, row, 12).entropies)
+        seen.append(generate(engine, row, 12).entropies.tolist())
     assert seen[0] != pytest.approx(seen[1], abs=1e-2)
 
 
@@ -160,7 +160,7 @@ def test_lora_wrapped_model_equals_the_oracle():
     expected = play(oracle(wrapped), script, contract(wrapped))
     assert_same_transcript(play(torch_engine(wrapped), script, contract(wrapped)), expected, TOLERANCE)
     adapted = generate(e := torch_engine(wrapped), e.prefill([4, 5, 6], 1)[0], 12)
-    assert adapted.ids != plain.ids  # the adapter takes part
+    assert adapted.ids.tolist() != plain.ids.tolist()  # the adapter takes part
 
 
 def test_bfloat16_follows_its_own_forward_pass():
@@ -186,7 +186,7 @@ def test_prompt_is_prefilled_once_for_its_siblings():
     candidates = drain(engine)
     assert engine.stats.prompt_tokens == 5
     assert engine.stats.decode_steps == 0  # the prompt's own logits give the first token
-    assert len({candidates[row].ids for row in rows}) > 1
+    assert len({int(candidates[row].ids[0]) for row in rows}) > 1
 
 
 def test_erasure_passes_no_token_of_the_prefix_through_the_model_again():
@@ -279,7 +279,7 @@ def test_training_flags_and_gradients_survive_generation():
     candidate = generate(engine, row, 6)
     assert [module.training for module in model.modules()] == flags
     quiet = torch_engine(model.eval())
-    assert generate(quiet, quiet.prefill([4, 5, 6], 1)[0], 6).ids == candidate.ids  # no dropout either way
+    assert generate(quiet, quiet.prefill([4, 5, 6], 1)[0], 6) == candidate  # no dropout either way
     model(input_ids=torch.tensor([[4, 5, 6]])).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -352,4 +352,4 @@ def test_a_failed_prefill_keeps_no_slot(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             engine.prefill([4, 5], 2)
     assert engine.free_rows() == ROWS
-    assert generate(engine, engine.prefill([4, 5], 1)[0], 3).ids
+    assert generate(engine, engine.prefill([4, 5], 1)[0], 3).ids.size

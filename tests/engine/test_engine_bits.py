@@ -53,7 +53,7 @@ def test_rows_that_are_taken_up_go_on_with_the_same_bits(name: str):
     numbers = {engine.prefill(prompt, 1)[0]: i for i, prompt in enumerate(PROMPTS)}
     for row, i in numbers.items():
         done = i % 4  # none of it, or some segments
-        engine.append(row, [t for candidate in whole[i][:done] for t in candidate.ids])
+        engine.append(row, [t for candidate in whole[i][:done] for t in candidate.ids.tolist()])
         engine.extend(row, 5 + i, Draw(0, 0, "p", i, done, 0), SAMPLING)
     seen = {}
     while delivered := engine.poll():
@@ -66,7 +66,7 @@ def test_after_it_was_taken_up_a_row_can_be_rolled_back_and_redrawn():
     whole = _generate(_engine("Qwen3", 1), [2], 3)[2]
     engine = _engine("Qwen3", 1)
     [row] = engine.prefill(PROMPTS[2], 1)
-    engine.append(row, whole[0].ids + whole[1].ids)
+    engine.append(row, [*whole[0].ids.tolist(), *whole[1].ids.tolist()])
     engine.rollback(row, len(whole[0].ids))
     engine.extend(row, 7, Draw(0, 0, "p", 2, 1, 0), SAMPLING)
     assert engine.poll() == [(row, whole[1])]
@@ -85,7 +85,7 @@ def test_a_row_that_takes_up_other_tokens_forgets_what_stood_there_before():
         engine.append(row, [9, 9, 9, 9])
         engine.extend(row, 6, Draw(0, 0, "p", 0, 1, 1), SAMPLING)
         found.append(engine.poll()[0][1])
-    assert found[0].ids == found[1].ids
+    assert found[0].ids.tolist() == found[1].ids.tolist()
     assert found[0].entropies == pytest.approx(found[1].entropies, abs=1e-5)
 
 

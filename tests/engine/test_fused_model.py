@@ -24,7 +24,7 @@ def generate(engine: TorchEngine, tokens: int = 8) -> tuple[int, ...]:
     while True:
         for _, candidate in engine.poll():
             engine.release(row)
-            return candidate.ids
+            return tuple(candidate.ids.tolist())
 
 
 def engine_of(model) -> TorchEngine:

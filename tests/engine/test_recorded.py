@@ -66,6 +66,6 @@ def test_an_engine_on_a_gpu_generates_what_the_cpu_does():
         candidates = {}
         while delivered := engine.poll():
             candidates |= dict(delivered)
-        found.append([candidates[row].ids for row in rows])
+        found.append([candidates[row].ids.tolist() for row in rows])
     assert found[0] == found[1]
     assert callable(cuda_graph)

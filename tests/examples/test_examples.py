@@ -107,6 +107,6 @@ def test_the_two_engines_give_the_same_rollouts():
     for kind in (example("engine_dynamic_cache.py", "DynamicCacheEngine"), RecomputeEngine):
         scheduler = Scheduler(kind(model, **settings), rollout, ErasureConfig(kappa0=0.0), seed=1)
         groups = sorted(scheduler.run(prompts, step=1, policy_version=0), key=lambda g: g.prompt.problem.id)
-        responses.append([(t.ids, len(t.erasures)) for g in groups for t in g.trajectories])
+        responses.append([(t.ids.tolist(), len(t.erasures)) for g in groups for t in g.trajectories])
     assert responses[0] == responses[1]
     assert sum(erased for _, erased in responses[0]) > 0

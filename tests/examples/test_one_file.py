@@ -94,7 +94,10 @@ def decisions_of_library(trajectory: Trajectory) -> list[tuple[Any, ...]]:
     judged = [(s.index, s.judgement, s.candidate) for s in trajectory.segments]
     judged += [(e.index, e.judgement, e.candidate) for e in trajectory.erasures]
     judged.sort(key=lambda x: (x[0], x[1].attempt))
-    return [(n, j.attempt, str(j.verdict), c.ids, j.uncertainty.total, j.threshold.total) for n, j, c in judged]
+    return [
+        (n, j.attempt, str(j.verdict), tuple(c.ids.tolist()), j.uncertainty.total, j.threshold.total)
+        for n, j, c in judged
+    ]
 
 
 def decisions_of_one_file(sibling: Any) -> list[tuple[Any, ...]]:

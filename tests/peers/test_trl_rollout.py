@@ -108,10 +108,10 @@ def test_trl_trains_on_what_the_scheduler_committed(tmp_path: Path, conversation
     trainer.train()
     assert trainer.state.global_step == 3
     assert len(recorder.committed) == 3 * 2 * SIBLINGS
-    committed = sorted((list(t.prompt.ids), list(t.ids)) for t in recorder.committed)
+    committed = sorted((list(t.prompt.ids), t.ids.tolist()) for t in recorder.committed)
     assert sorted(recorder.trained) == committed
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
-    by_ids = {t.ids: t for t in recorder.committed}
+    by_ids = {tuple(t.ids.tolist()): t for t in recorder.committed}
     assert sum(row["erasures"] for row in recorder.rewarded) > 0
     for row in recorder.rewarded:
         found = by_ids[row["ids"]]

@@ -27,9 +27,9 @@ def entropies_up_to(group: Group, index: int) -> list[float]:
     for trajectory in group.trajectories:
         for segment in trajectory.segments:
             if segment.index <= index:
-                tokens += candidates_of(trajectory, segment.index)[0].candidate.entropies
+                tokens += candidates_of(trajectory, segment.index)[0].candidate.entropies.tolist()
             if segment.index < index and segment.judgement.attempt > 0:
-                tokens += segment.candidate.entropies
+                tokens += segment.candidate.entropies.tolist()
     return tokens
 
 

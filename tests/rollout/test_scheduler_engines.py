@@ -37,9 +37,9 @@ def tokens_of(groups: Iterable[Group]) -> list[tuple]:
         (
             t.prompt.problem.id,
             t.sibling,
-            t.ids,
+            t.ids.tolist(),
             t.finish,
-            [(e.index, e.judgement.attempt, e.candidate.ids) for e in t.erasures],
+            [(e.index, e.judgement.attempt, e.candidate.ids.tolist()) for e in t.erasures],
         )
         for g in groups
         for t in g.trajectories
@@ -79,7 +79,8 @@ def test_what_is_drawn_at_one_temperature_can_be_judged_at_another():
     first, other = (next(iter(groups)).trajectories[0] for groups in (judged, own))
     candidate = min((e for e in first.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate
     same = min((e for e in other.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate
-    assert (candidate.ids, candidate.logprobs) == (same.ids, same.logprobs)
+    assert candidate.ids.tolist() == same.ids.tolist()
+    assert candidate.logprobs.tolist() == same.logprobs.tolist()
     ids = torch.tensor([*PROMPTS[0].ids, *candidate.ids])
     with torch.no_grad():
         logits_TV = tiny("Qwen3")(ids[None]).logits[0, len(PROMPTS[0].ids) - 1 : -1]

@@ -62,7 +62,7 @@ def test_erase():
     assert erasure.judgement.verdict is Verdict.ERASE
     assert verdicts(trajectory) == [(0, Verdict.COMMIT), (1, Verdict.COMMIT), (0, Verdict.COMMIT)]
     assert [c.tokens for c in engine.made("rollback")] == [2]
-    assert trajectory.segments[1].candidate.ids != erasure.candidate.ids
+    assert trajectory.segments[1].candidate.ids.tolist() != erasure.candidate.ids.tolist()
 
 
 def test_forced_accept():
@@ -83,7 +83,7 @@ def test_least_uncertain():
         replace(LEAST, eta=0.01),
         ALONE,
         observe=lambda e: (
-            isinstance(e, Erased) and erased_ids.update({e.erasure.judgement.attempt: e.erasure.candidate.ids})
+            isinstance(e, Erased) and erased_ids.update({e.erasure.judgement.attempt: e.erasure.candidate.ids.tolist()})
         ),
     )
     segment = only(groups).segments[0]
@@ -91,7 +91,7 @@ def test_least_uncertain():
     assert segment.judgement.attempt == 1
     assert segment.judgement.uncertainty.total == pytest.approx(1.2)
     assert segment.judgement.threshold.total == pytest.approx(math.exp(0.01))
-    assert segment.candidate.ids == erased_ids[1]
+    assert segment.candidate.ids.tolist() == erased_ids[1]
     assert [c.draw.attempt for c in engine.made("extend") if c.draw.segment == 0] == [0, 1, 2, 1]
     assert verdicts(only(groups))[1] == (0, Verdict.COMMIT)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import struct
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,14 +26,13 @@ ERASURE = ErasureConfig(kappa0=-0.5, max_erasures=2, perturbation_weight=0.5, on
 PROMPTS = [Prompt(Problem(f"p{i}", ""), tuple(range(5 + i, 9 + 3 * i))) for i in range(3)]
 HEADER = {"format": 1, "step": 1, "weights": "w"}
 
-SINGLE = st.floats(width=32)
-DOUBLE = st.floats()
+NUMBERS = st.floats(width=32)
 
 
 @st.composite
-def _candidates(draw: st.DrawFn, numbers: st.SearchStrategy[float]) -> Candidate:
+def _candidates(draw: st.DrawFn) -> Candidate:
     size = draw(st.integers(1, 6))
-    floats = [tuple(draw(st.lists(numbers, min_size=size, max_size=size))) for _ in range(4)]
+    floats = [tuple(draw(st.lists(NUMBERS, min_size=size, max_size=size))) for _ in range(4)]
     ids, ranks = (tuple(draw(st.lists(st.integers(0, 2**31 - 1), min_size=size, max_size=size))) for _ in range(2))
     return Candidate(ids, *floats, ranks, draw(st.booleans()))
 
@@ -44,23 +42,12 @@ _DRAWS = st.builds(
 )
 
 
-def _bits(candidate: Candidate) -> bytes:
-    floats = (candidate.logprobs, candidate.entropies, candidate.perturbations, candidate.kept_mass)
-    numbers = [x if x == x else 0.0 for column in floats for x in column]  # a NaN has many spellings
-    return struct.pack(f"{len(numbers)}d", *numbers) + repr((candidate.ids, candidate.ranks, candidate.ended)).encode()
-
-
-@given(_DRAWS, st.one_of(_candidates(SINGLE), _candidates(DOUBLE)))
+@given(_DRAWS, _candidates())
 def test_a_record_gives_back_every_bit(draw: Draw, candidate: Candidate):
     found, back = unpack(pack(draw, candidate))
     assert found == draw
-    assert _bits(back) == _bits(candidate)
-
-
-def test_single_precision_takes_half_the_bytes():
-    candidate = Candidate((1, 2), (0.5, 0.25), (1.0, 2.0), (0.0, 0.5), (1.0, 1.0), (1, 2), False)
-    wider = replace(candidate, entropies=(0.1, 2.0))
-    assert len(pack(Draw(0, 1, "p", 0, 0, 0), wider)) - len(pack(Draw(0, 1, "p", 0, 0, 0), candidate)) == 2 * 4 * 4
+    assert back == candidate
+    assert [np.signbit(x).tolist() for x in back.columns()] == [np.signbit(x).tolist() for x in candidate.columns()]
 
 
 class _Killed(Exception):
@@ -139,7 +126,9 @@ def test_a_rollout_killed_anywhere_ends_in_the_same_bits(tmp_path: Path, kind: s
 def test_an_engine_that_can_not_append_goes_on_with_the_same_decisions(tmp_path: Path):
     expected, count = _undisturbed("torch")
     groups, lives = _killed_then_resumed(tmp_path / "j", "torch", [6, 9], append=False)
-    assert [t.ids for g in groups for t in g.trajectories] == [t.ids for g in expected for t in g.trajectories]
+    assert [t.ids.tolist() for g in groups for t in g.trajectories] == [
+        t.ids.tolist() for g in expected for t in g.trajectories
+    ]
     assert sum(lives) == count
 
 

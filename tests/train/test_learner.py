@@ -96,8 +96,8 @@ def test_contrast_teaches_erased_candidates_of_rewarded_trajectories_only():
     assert erased[1].advantages_T.tolist() == [0.0] * 8
     assert {x.group_size for x in lessons} == {3}, "erased candidates are no siblings"
     assert [x.sequence.segments_T.tolist() for x in erased] == [[0] * 4, [-1] * 4 + [1] * 4]
-    prefix = GROUPS[0].group.trajectories[1].ids[:4]
-    assert erased[1].sequence.response_ids[:4] == prefix
+    prefix = GROUPS[0].group.trajectories[1].ids[:4].tolist()
+    assert erased[1].sequence.response_ids[:4] == tuple(prefix)
 
 
 def test_a_steps_totals_are_of_trajectories_alone():

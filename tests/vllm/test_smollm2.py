@@ -87,7 +87,7 @@ def test_tokens_and_measures_are_the_oracles(loaded: Loaded, sampling: Sampling)
     oracle = RecomputeEngine(loaded.policy.model, eos_ids=loaded.policy.eos_ids, cache_rows=ROWS, max_length=LENGTH)
     expected = candidates(oracle, loaded.prompts[:2], sampling, 24)
     got = candidates(loaded.vllm(), loaded.prompts[:2], sampling, 24)
-    assert [c.ids for c in got] == [c.ids for c in expected]
+    assert [c.ids.tolist() for c in got] == [c.ids.tolist() for c in expected]
     differences = {name: worst(name, got, expected) for name in ("entropies", "perturbations", "logprobs")}
     if sampling.temperature >= 1:  # at 0.001 a logit's rounding is multiplied by a thousand
         assert max(differences.values()) < 1e-3
@@ -110,11 +110,13 @@ def roll_out(loaded: Loaded, name: str, engine: Engine) -> list[Trajectory]:
 def distances_from_a_full_pass(loaded: Loaded, trajectory: Trajectory) -> tuple[float, float]:
     """How far any draw is from the token's share of the cumulative distribution, and any entropy from the exact one."""
     prompt = trajectory.prompt
-    logits_TV = loaded.policy.model(torch.tensor([prompt.ids + trajectory.ids])).logits[0, len(prompt.ids) - 1 : -1]
+    logits_TV = loaded.policy.model(torch.tensor([[*prompt.ids, *trajectory.ids.tolist()]])).logits[
+        0, len(prompt.ids) - 1 : -1
+    ]
     logp_TV = logits_TV.double().log_softmax(-1)
     entropies_T = -(logp_TV.exp() * logp_TV).sum(-1)
-    upper_T = logp_TV.exp().cumsum(-1).gather(1, torch.tensor(trajectory.ids)[:, None]).squeeze(1)
-    lower_T = upper_T - logp_TV.exp().gather(1, torch.tensor(trajectory.ids)[:, None]).squeeze(1)
+    upper_T = logp_TV.exp().cumsum(-1).gather(1, torch.tensor(trajectory.ids).long()[:, None]).squeeze(1)
+    lower_T = upper_T - logp_TV.exp().gather(1, torch.tensor(trajectory.ids).long()[:, None]).squeeze(1)
     numbers_T = torch.cat(
         [
             torch.from_numpy(
@@ -137,7 +139,7 @@ def test_erasable_rollouts_draw_what_a_full_pass_says(loaded: Loaded):
     expected = roll_out(loaded, "torch engine", TorchEngine(loaded.policy.model, **loaded.settings()))
     got = roll_out(loaded, "vLLM engine", engine)
     erasures, stats = sum(len(t.erasures) for t in got), engine.stats
-    same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
+    same = sum(a.ids.tolist() == b.ids.tolist() for a, b in zip(got, expected, strict=True))
     draws, entropies = zip(*(distances_from_a_full_pass(loaded, t) for t in got), strict=True)
     print(
         f"trajectories as the torch engine's: {same} of {len(got)}; largest distance of a draw from its token "
