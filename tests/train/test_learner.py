@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_the_formula_at_the_old_policy():
         rewards = torch.tensor([r.value for r in item.rewards])
         advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
         for trajectory, advantage in zip(item.group.trajectories, advantages, strict=True):
-            ids = torch.tensor([trajectory.prompt.ids + trajectory.ids])
+            ids = torch.tensor([[*trajectory.prompt.ids, *trajectory.ids.tolist()]])
             logp = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None]).squeeze(1)
             total = total - advantage * logp[len(trajectory.prompt.ids) - 1 :].sum() / 3 / 2
     total.backward()

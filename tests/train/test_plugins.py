@@ -55,8 +55,8 @@ BROKEN = [
     ),
     (
         "engine",
-        GOOD["engine"].replace("pass", "def poll(self):\n        return [(r, c.ids) for r, c in super().poll()]"),
-        "engine '.*' breaks its contract: `poll` must deliver a Candidate, and delivered a tuple",
+        GOOD["engine"].replace("pass", "def poll(self):\n        return [(r, c.ids.tolist()) for r, c in super().poll()]"),
+        "engine '.*' breaks its contract: `poll` must deliver a Candidate, and delivered a list",
     ),
     (
         "engine",
