@@ -18,9 +18,9 @@ from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import StepJournal
-from e3rl.train.journaled_engine import JournaledEngine
 
 ROUNDS = 3
 SETTINGS = ("model.path=lab", "data.train=lab:chain", "rollout.segment_length=12", "rollout.max_segments=5")
@@ -40,11 +40,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for number in range(ROUNDS + 1):
             for name in seconds:
-                began, over = time.process_time(), engine
+                began, journal = time.process_time(), None
                 if name == "journal":
                     journal = StepJournal(Path(directory) / f"{number}", {"step": 1}, print)
-                    over = JournaledEngine(engine, lambda _, journal=journal: journal)
-                groups = list(Scheduler(over, rollout, config.erasure, seed=0).run(prompts, step=1, policy_version=0))
+                settings = GroupSettings(rollout, config.erasure, seed=0, step=1)
+                groups = list(run_groups(engine, prompts, settings, memory=journal))
                 if number:  # the first round warms up
                     seconds[name].append(time.process_time() - began)
         size = (Path(directory) / "1").stat().st_size

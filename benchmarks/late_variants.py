@@ -27,7 +27,8 @@ from e3rl.evaluate.metrics import pass_at_k
 from e3rl.lab.problems import grade
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.answers import extract_answer
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.environment import environment
 from e3rl.types import Trajectory
 
@@ -90,9 +91,9 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
     rollout = replace(config.rollout, erase=False, num_generations=samples, temperature=temperature)
     config = replace(config, rollout=rollout, erasure=replace(config.erasure, entropy_temperature=measured_at))
     prompts, engine = opened(policy, family, "train", problems, config)
-    scheduler = Scheduler(engine, config.rollout, config.erasure, seed=config.run.seed)
+    settings = GroupSettings(config.rollout, config.erasure, config.run.seed)
     found = {}
-    for group in scheduler.run(prompts, step=0, policy_version=0):
+    for group in run_groups(engine, prompts, settings):
         texts = [policy.tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
         rights = [grade(group.prompt.problem, text) for text in texts]
         answers = [extract_answer(text) or text.strip() for text in texts]

@@ -46,7 +46,8 @@ from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import Samples, SamplingRows, inverse_cdf
 from e3rl.engine.torch import step_draws
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import RolloutStats, summarise
 from e3rl.train.environment import environment
 from e3rl.types import Draw
@@ -74,7 +75,7 @@ def _roll(
     engine: TorchEngine, rollout: RolloutConfig, erasure: ErasureConfig, vocabulary: int, groups: int = GROUPS
 ) -> RolloutStats:
     prompts = random_prompts(vocabulary, groups)
-    return summarise(Scheduler(engine, rollout, erasure, seed=0).run(prompts, 1, 0))
+    return summarise(run_groups(engine, prompts, GroupSettings(rollout, erasure, seed=0, step=1)))
 
 
 def _rollout_engine(model: Any, eos_ids: Sequence[int]) -> TorchEngine:

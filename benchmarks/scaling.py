@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import save
 
 from e3rl.cluster.client import server_place
-from e3rl.cluster.messages import Assignment
 from e3rl.cluster.pool import Terms, WorkerPool
 from e3rl.cluster.simulation import Costs, Work, simulate_rollouts
 from e3rl.config import Config, load_config, to_toml
@@ -34,7 +33,9 @@ from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.scheduler import Scheduler, summarise
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.stats import summarise
 from e3rl.types import Draw, Prompt
 
 OVERRIDES = (
@@ -62,13 +63,13 @@ def measured_step(policy: Policy, config: Config, prompt: Prompt, rows: int, tok
 
 
 def measured_candidate(policy: Policy, config: Config, prompts: Sequence[Prompt], costs: Costs) -> float:
-    """Seconds of a candidate beside its decode steps and prompts: the scheduler's run with segments of two tokens."""
+    """Seconds of a candidate beside its decode steps and prompts: a rollout with segments of two tokens."""
     short = replace(config.rollout, segment_length=2)
     engine = build_engine(short, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
-    scheduler = Scheduler(engine, short, config.erasure, seed=1)
-    list(scheduler.run(prompts[:4], 1, 0))  # warms up
+    settings = GroupSettings(short, config.erasure, seed=1, step=1)
+    list(run_groups(engine, prompts[:4], settings))  # warms up
     began = time.perf_counter()
-    groups = list(scheduler.run(prompts, 2, 0))
+    groups = list(run_groups(engine, prompts, replace(settings, step=2)))
     seconds = time.perf_counter() - began
     free = replace(work_of(config, groups, prompts), segment_length=2)
     expected = [simulate_rollouts(free, costs, 1, short.cache_rows, seed) for seed in range(5)]
@@ -164,12 +165,12 @@ def report(
     """One line: measured and simulated seconds with these servers."""
     pool = WorkerPool([server_place(address, None, 60.0) for address in addresses], terms)
     pool.load_weights(0, weights)
-    assignment = Assignment(config.rollout, config.erasure, seed=1, step=1, policy_version=0)
-    groups = list(pool.run(prompts[: len(addresses)], assignment, lambda: None))  # connects, loads, warms up
+    settings = GroupSettings(config.rollout, config.erasure, seed=1, step=1, policy_version=0)
+    groups = list(pool.run(prompts[: len(addresses)], settings, lambda: None))  # connects, loads, warms up
     taken = []
     for step in range(1, options.rounds + 1):
         began = time.perf_counter()
-        groups = list(pool.run(prompts, replace(assignment, step=step), lambda: None))
+        groups = list(pool.run(prompts, replace(settings, step=step), lambda: None))
         taken.append(time.perf_counter() - began)
     workers, cores = len(addresses), os.cpu_count() or 1
     slower = max(1.0, workers / cores)

@@ -33,7 +33,8 @@ from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, Tra
 from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.attribution import attribution_layers
 from e3rl.train.environment import environment
 from e3rl.train.learner import Learner
@@ -116,8 +117,9 @@ class Ours:
 
     def step(self) -> None:
         """A whole step: rollouts, then the training side; the rewards are the work's."""
-        scheduler = Scheduler(self._engine, self.config.rollout, self.config.erasure, seed=1)
-        groups = list(scheduler.run(self._prompts, step=self.updates, policy_version=self.updates))
+        chosen, updates = self.config, self.updates
+        settings = GroupSettings(chosen.rollout, chosen.erasure, seed=1, step=updates, policy_version=updates)
+        groups = list(run_groups(self._engine, self._prompts, settings))
         rewards = [tuple(Reward(r, {"fixed": r}) for r in values) for values in self.work.rewards]
         self._learn([RewardedGroup(g, rewards[int(g.prompt.problem.id)]) for g in groups])
         self._engine.load_weights({}, self.updates)

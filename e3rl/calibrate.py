@@ -15,8 +15,10 @@ from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy, resolve_model_path
 from e3rl.rollout.calibration import Setting, assess, grid, recommend, strictness
-from e3rl.rollout.scheduler import RolloutStats, Scheduler, summarise
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.stats import RolloutStats, summarise
 from e3rl.types import Group
 
 
@@ -57,8 +59,7 @@ def calibrate(
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in rendered))
 
     def roll_out(chosen: Config) -> list[Group]:
-        scheduler = Scheduler(engine, chosen.rollout, chosen.erasure, seed=chosen.run.seed)
-        return list(scheduler.run(rendered, step=0, policy_version=0))
+        return list(run_groups(engine, rendered, GroupSettings(chosen.rollout, chosen.erasure, chosen.run.seed)))
 
     plain = roll_out(replace(config, rollout=replace(config.rollout, erase=False)))
     assessed = [assess(plain, erasure) for erasure in settings]

@@ -12,7 +12,8 @@ from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy, load_policy, resolve_model_path
 from e3rl.rollout.companions import find_companions
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Message, Problem, Prompt, Trajectory
 
@@ -50,10 +51,9 @@ def sample(
     """``rollout.num_generations`` trajectories of every prompt, in the prompts' order."""
     longest = max(len(p.ids) for p in prompts)
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest)
-    scheduler = Scheduler(
-        engine, config.rollout, config.erasure, seed=config.run.seed, reference=reference, observe=observe
-    )
-    by_id = {g.prompt.problem.id: list(g.trajectories) for g in scheduler.run(prompts, step=0, policy_version=0)}
+    settings = GroupSettings(config.rollout, config.erasure, config.run.seed, reference=reference)
+    groups = run_groups(engine, prompts, settings, observe=observe)
+    by_id = {g.prompt.problem.id: list(g.trajectories) for g in groups}
     return [by_id[p.problem.id] for p in prompts]
 
 

@@ -27,7 +27,8 @@ from e3rl.evaluate.evaluation import spread
 from e3rl.evaluate.metrics import paired_difference
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Prompt, Trajectory
 from e3rl_reproduce.exam import SEED
 
@@ -117,15 +118,15 @@ def perturb(
             values = [next(iter(r.parts.values()), None) for r in scorer.score(trajectories, texts)]
             return [value is not None and value >= 1 for value in values]
 
-        plain = Scheduler(engine, rollout, config.erasure, seed=config.run.seed + SEED)
-        found = [t for group in plain.run(prompts, step=0, policy_version=0) for t in group.trajectories]
+        plain = GroupSettings(rollout, config.erasure, config.run.seed + SEED)
+        found = [t for group in run_groups(engine, prompts, plain) for t in group.trajectories]
         found.sort(key=lambda t: (t.prompt.problem.id, t.sibling))
         solved = [t for t, good in zip(found, right(found, [()] * len(found)), strict=True) if good and len(t.ids) > 1]
         changes = _changes(policy, solved, share, Random(config.run.seed))
-        single = Scheduler(engine, replace(rollout, num_generations=1), config.erasure, seed=config.run.seed + SEED)
+        single = replace(plain, rollout=replace(rollout, num_generations=1), step=1)
         after = {
             group.prompt.problem.id: group.trajectories[0]
-            for group in single.run([change.prompt for change in changes], step=1, policy_version=0)
+            for group in run_groups(engine, [change.prompt for change in changes], single)
         }
         good = right([after[c.prompt.problem.id] for c in changes], [c.prefix for c in changes])
     return {

@@ -2,7 +2,7 @@
 
 Train with it:   e3rl train RECIPE rollout.engine=examples/engine_dynamic_cache.py:DynamicCacheEngine
 Check it:        pytest tests/examples      (runs the contract suite of `e3rl.testing.engine` against the slow oracle)
-An engine is what knows about KV caches; the scheduler only says which tokens to drop. This one decodes a row at a time.
+An engine is what knows about KV caches; the driver only says which tokens to drop. This one decodes a row at a time.
 """
 
 from __future__ import annotations

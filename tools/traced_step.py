@@ -19,7 +19,8 @@ from e3rl.lab.problems import generate
 from e3rl.models import Policy, load_policy
 from e3rl.objectives import build
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.learner import Learner, Lesson, Update
 from e3rl.train.ledger import learnt, ledger_rows
 from e3rl.types import Group, Prompt, RewardedGroup
@@ -76,8 +77,7 @@ def read(row: dict[str, Any], config: Config, policy: Policy) -> Prompt:
 def roll_out(prompt: Prompt, config: Config, policy: Policy, scorer: Scorer) -> RewardedGroup:
     """Prompt → group of trajectories → rewards."""
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, len(prompt.ids))
-    scheduler = Scheduler(engine, config.rollout, config.erasure, seed=config.run.seed)
-    (group,) = scheduler.run([prompt], step=1, policy_version=0)
+    (group,) = run_groups(engine, [prompt], GroupSettings(config.rollout, config.erasure, config.run.seed, step=1))
     texts = [policy.tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
     return RewardedGroup(group, tuple(scorer.score(group.trajectories, texts)))
 

@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from e3rl.rollout.scheduler import Committed, Erased, Event
+from e3rl.rollout.group import Committed, Erased, Event
 from e3rl.serve.text import TextStream
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LiveText:
             self._live.start()
 
     def observe(self, event: Event) -> None:
-        """What to hand to the scheduler. A character that two segments share appears with its last token."""
+        """What to hand to the driver. A character that two segments share appears with its last token."""
         if isinstance(event, Committed):
             candidate = event.segment.candidate
             text = self._streams[event.sibling].add(candidate.ids.tolist(), last=candidate.ended)

@@ -6,25 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from e3rl import __version__
-from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Candidate, Draw, Erasure, Group, Prompt, Segment, Trajectory
 
 PROTOCOL = 1
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What all groups of one batch share. A group depends on this, its prompt and the weights, and on nothing else."""
-
-    rollout: RolloutConfig
-    erasure: ErasureConfig
-    seed: int
-    step: int
-    policy_version: int
-    reference: ReferenceStatistics | None = None
-    entropy_moments: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +37,7 @@ class Ask:
     """Take these groups, and tell me within ``wait`` seconds what is finished. A new ``run`` drops what was before."""
 
     run: str
-    assignment: Assignment
+    settings: GroupSettings
     tasks: tuple[Task, ...]
     wait: float
 
@@ -102,9 +87,9 @@ def finished_of(group: Group) -> Finished:
     return Finished(group.prompt.problem.id, group.policy_version, responses)
 
 
-def group_of(finished: Finished, prompt: Prompt, assignment: Assignment, vocabulary: int) -> Group:
+def group_of(finished: Finished, prompt: Prompt, settings: GroupSettings, vocabulary: int) -> Group:
     """The group with its prompt. ValueError where it can't be an answer to what was asked."""
-    rollout, version = assignment.rollout, assignment.policy_version
+    rollout, version = settings.rollout, settings.policy_version
     if finished.policy_version != version:
         raise ValueError(f"rollouts of policy version {finished.policy_version}; version {version} was asked for")
     if [r.sibling for r in finished.responses] != list(range(rollout.num_generations)):

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from e3rl.cluster.messages import Answer, Ask, Assignment, Hello, Task, check_hello, group_of
+from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, group_of
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import SickLogits, UserError
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Prompt
 
 
@@ -70,11 +71,11 @@ class WorkerPool:
         """New weights. Each worker gets them before its next group."""
         self._version, self._weights = version, weights
 
-    def run(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> Iterator[Group]:
+    def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield groups as they finish, each once. ``tick`` is called about once a second and may raise to stop."""
         batch = _Batch(prompts, len(self._seats))
         threads = [
-            threading.Thread(target=self._serve, args=(seat, batch, assignment), name=seat.place.name, daemon=True)
+            threading.Thread(target=self._serve, args=(seat, batch, settings), name=seat.place.name, daemon=True)
             for seat in self._seats
         ]
         for thread in threads:
@@ -88,14 +89,14 @@ class WorkerPool:
             for thread in threads:
                 thread.join(2 * self._terms.poll)
 
-    def _serve(self, seat: _Seat, batch: _Batch, assignment: Assignment) -> None:
+    def _serve(self, seat: _Seat, batch: _Batch, settings: GroupSettings) -> None:
         """Keep one worker busy until the batch is done; begin anew with another when it is lost."""
         losses: list[str] = []
         with seat.lock:
             while not batch.over:
                 try:
-                    worker = seat.ready(self._version, self._weights, assignment.rollout.num_generations)
-                    _Shift(seat, worker, batch, assignment, self._terms).work()
+                    worker = seat.ready(self._version, self._weights, settings.rollout.num_generations)
+                    _Shift(seat, worker, batch, settings, self._terms).work()
                     return
                 except WorkerLost as lost:
                     seat.drop()
@@ -242,11 +243,11 @@ class _Batch:
 class _Shift:
     """One worker's part in one batch."""
 
-    def __init__(self, seat: _Seat, worker: Connection, batch: _Batch, assignment: Assignment, terms: Terms) -> None:
-        self._seat, self._worker, self._batch, self._assignment, self._terms = seat, worker, batch, assignment, terms
+    def __init__(self, seat: _Seat, worker: Connection, batch: _Batch, settings: GroupSettings, terms: Terms) -> None:
+        self._seat, self._worker, self._batch, self._settings, self._terms = seat, worker, batch, settings, terms
         self._run = uuid.uuid4().hex
         self._mine: dict[str, Prompt] = {}
-        self._room = max(1, seat.rows // assignment.rollout.num_generations)
+        self._room = max(1, seat.rows // settings.rollout.num_generations)
         self._beat, self._alive = -1, time.monotonic()
 
     def work(self) -> None:
@@ -266,11 +267,11 @@ class _Shift:
 
     def _talk(self, prompts: Sequence[Prompt]) -> None:
         tasks = tuple(Task(p.problem.id, p.ids) for p in prompts)
-        body = self._worker.exchange(encode(Ask(self._run, self._assignment, tasks, self._terms.poll)))
+        body = self._worker.exchange(encode(Ask(self._run, self._settings, tasks, self._terms.poll)))
         try:
             answer = decode(Answer, body)
             groups = [
-                group_of(f, self._mine[f.prompt_id], self._assignment, self._terms.vocabulary)
+                group_of(f, self._mine[f.prompt_id], self._settings, self._terms.vocabulary)
                 for f in answer.finished
                 if f.prompt_id in self._mine
             ]

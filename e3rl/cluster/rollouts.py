@@ -10,21 +10,23 @@ from safetensors.torch import save as save_safetensors
 
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.cluster.client import server_place
-from e3rl.cluster.messages import Assignment
+from e3rl.cluster.messages import finished_of, group_of
 from e3rl.cluster.pool import Place, Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
 from e3rl.config import Config
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
+from e3rl.train.journal import Journal
 from e3rl.types import Group, Prompt
 
 
 class Rollouts(Protocol):
-    """Turns prompts into groups, as `Assignment` says."""
+    """Turns prompts into groups. What the journal holds of them, of an earlier process, is not generated again."""
 
-    def run(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> Iterator[Group]:
+    def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield each group as it finishes. ``tick`` is called often and may raise to stop."""
 
     def load_weights(self, version: int) -> None:
@@ -35,23 +37,15 @@ class Rollouts(Protocol):
 
 
 class LocalRollouts:
-    """This process generates."""
+    """This process generates; the journal keeps every candidate."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, journal: Journal) -> None:
+        self._engine, self._journal = engine, journal
 
-    def run(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> Iterator[Group]:
+    def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`."""
-        scheduler = Scheduler(
-            self._engine,
-            assignment.rollout,
-            assignment.erasure,
-            seed=assignment.seed,
-            reference=assignment.reference,
-            entropy_moments=assignment.entropy_moments,
-            observe=lambda _: tick(),
-        )
-        yield from scheduler.run(prompts, assignment.step, assignment.policy_version)
+        memory = self._journal.of(settings.step)
+        return run_groups(self._engine, prompts, settings, observe=lambda _: tick(), memory=memory)
 
     def load_weights(self, version: int) -> None:
         """See `Rollouts.load_weights`."""
@@ -62,15 +56,25 @@ class LocalRollouts:
 
 
 class RemoteRollouts:
-    """Workers generate; the local engine stays for evaluation and keeps up with the policy."""
+    """Workers generate; the journal keeps every group. The local engine stays for evaluation and keeps up with the policy."""
 
-    def __init__(self, pool: WorkerPool, policy: Policy, engine: Engine) -> None:
-        self._pool, self._policy, self._engine = pool, policy, engine
+    def __init__(self, pool: WorkerPool, policy: Policy, engine: Engine, journal: Journal) -> None:
+        self._pool, self._policy, self._engine, self._journal = pool, policy, engine, journal
         self._publish(0)
 
-    def run(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> Iterator[Group]:
-        """See `Rollouts.run`."""
-        return self._pool.run(prompts, assignment, tick)
+    def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
+        """See `Rollouts.run`: first the groups that are known, then those that have to be made."""
+        journal, missing = self._journal.of(settings.step), []
+        for prompt in prompts:
+            finished = journal.groups.pop(prompt.problem.id, None)
+            if finished is None:
+                missing.append(prompt)
+            else:
+                yield group_of(finished, prompt, settings, self._policy.vocabulary)
+        if missing:
+            for group in self._pool.run(missing, settings, tick):
+                journal.add_group(finished_of(group))
+                yield group
 
     def load_weights(self, version: int) -> None:
         """See `Rollouts.load_weights`; only what training changes travels."""
@@ -87,7 +91,7 @@ class RemoteRollouts:
 
 
 def build_rollouts(
-    config: Config, policy: Policy, engine: Engine, longest_prompt: int, note: Callable[[str], None]
+    config: Config, policy: Policy, engine: Engine, longest_prompt: int, journal: Journal, note: Callable[[str], None]
 ) -> Rollouts:
     """What ``rollout.servers`` and ``rollout.workers`` ask for."""
     rollout = config.rollout
@@ -98,11 +102,11 @@ def build_rollouts(
     elif rollout.workers:
         places = ray_places(config, longest_prompt)
     if not places:
-        return LocalRollouts(engine)
+        return LocalRollouts(engine, journal)
     terms = Terms(
         architecture=architecture(policy.model),
         vocabulary=policy.vocabulary,
         longest=longest_prompt + rollout.completion_limit,
         timeout=rollout.worker_timeout,
     )
-    return RemoteRollouts(WorkerPool(places, terms, note), policy, engine)
+    return RemoteRollouts(WorkerPool(places, terms, note), policy, engine, journal)

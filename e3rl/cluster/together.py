@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from e3rl.cluster.messages import Assignment
 from e3rl.cluster.ranks import Ranks, join_ranks
 from e3rl.cluster.rollouts import Rollouts
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.run_directory import run_path
 from e3rl.types import Group, Prompt, Reward, Trajectory
 
@@ -55,14 +55,14 @@ class SharedRollouts:
     def __init__(self, rollouts: Rollouts, together: Together) -> None:
         self._rollouts, self._together = rollouts, together
 
-    def run(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> Iterator[Group]:
+    def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`."""
         ranks = self._together.ranks
         if ranks.world == 1:
-            yield from self._rollouts.run(prompts, assignment, tick)
+            yield from self._rollouts.run(prompts, settings, tick)
             return
         alone = list(prompts) if ranks.first else []
-        mine = list(self._rollouts.run(alone if self._together.remote else ranks.share(prompts), assignment, tick))
+        mine = list(self._rollouts.run(alone if self._together.remote else ranks.share(prompts), settings, tick))
         found = {group.prompt.problem.id: group for group in itertools.chain(*ranks.gather(mine))}
         yield from (found[prompt.problem.id] for prompt in prompts)
 

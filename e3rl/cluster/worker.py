@@ -6,30 +6,25 @@ It knows nothing of how it is reached; Ray actors and the rollout server carry i
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from e3rl import __version__
-from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Assignment, Fault, Finished, Hello, Task, finished_of
+from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Finished, Hello, Task, finished_of
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.weights import architecture
 from e3rl.errors import SickLogits, UserError
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.scheduler import Event, Scheduler
+from e3rl.rollout.driver import Driver
+from e3rl.rollout.group import Event, GroupSettings
 from e3rl.types import Problem, Prompt
 
 SECONDS_TO_STOP = 60.0
 """How long new weights wait for a batch that is given up; it stops at its next candidate."""
-
-
-class _Abandoned(Exception):
-    """The trainer has gone on to another batch."""
 
 
 class RolloutWorker:
@@ -43,11 +38,12 @@ class RolloutWorker:
         self._max_length = longest_prompt + config.rollout.completion_limit
         self._version: int | None = None
         self._changed = threading.Condition()
-        self._run, self._assignment = "", None  # type: tuple[str, Assignment | None]
-        self._waiting: deque[Task] = deque()
+        self._run, self._settings = "", None  # type: tuple[str, GroupSettings | None]
+        self._tasks: list[Task] = []  # that the thread has not taken up
         self._finished: list[Finished] = []
         self._fault: Fault | None = None
-        self._busy, self._beat, self._closed = False, 0, False
+        self._beat, self._closed = 0, False
+        self._holding = False  # the engine may hold rows
         self._thread = threading.Thread(target=self._decode_for_ever, name="rollouts", daemon=True)
         self._thread.start()
 
@@ -65,7 +61,7 @@ class RolloutWorker:
         tensors = read_weights(weights, dict(self._policy.trainable()))
         with self._changed:
             self._start_run("", None)
-            if not self._changed.wait_for(lambda: not self._busy, SECONDS_TO_STOP):
+            if not self._changed.wait_for(lambda: not self._holding, SECONDS_TO_STOP):
                 raise RuntimeError(f"the engine did not stop within {SECONDS_TO_STOP:.0f} s for new weights")
             self._version = None  # an engine that fails here holds half of them: no group may be made with that
             self._engine.load_weights(tensors, version)
@@ -76,8 +72,9 @@ class RolloutWorker:
         ask = decode(Ask, body)
         with self._changed:
             if ask.run != self._run:
-                self._start_run(ask.run, ask.assignment)
-            self._waiting.extend(ask.tasks)
+                self._start_run(ask.run, ask.settings)
+            if not self._fault:
+                self._tasks.extend(ask.tasks)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._finished or self._fault or ask.run != self._run, ask.wait)
             finished, self._finished = self._finished, []
@@ -93,73 +90,60 @@ class RolloutWorker:
         if close is not None:
             close()
 
-    def _start_run(self, run: str, assignment: Assignment | None) -> None:
-        self._run, self._assignment = run, assignment
-        self._waiting.clear()
+    def _start_run(self, run: str, settings: GroupSettings | None) -> None:
+        self._run, self._settings = run, settings
+        self._tasks.clear()
         self._finished, self._fault = [], None
         self._changed.notify_all()
 
     def _decode_for_ever(self) -> None:
+        """Step the driver as long as it has groups of the present run."""
+        driver, run = Driver(self._engine), ""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._waiting and not self._fault))
+                self._changed.wait_for(lambda: self._closed or self._tasks or driver.busy)
                 if self._closed:
+                    driver.close()
                     return
-                run, assignment = self._run, self._assignment
-                self._busy = True
+                stale, run = run != self._run or self._fault is not None, self._run
+                tasks, self._tasks, settings = self._tasks, [], self._settings
+                self._holding = True
             try:
-                assert assignment is not None
-                self._decode(run, assignment)
-            except _Abandoned:
-                pass
+                if stale:
+                    driver.close()
+                self._decode(driver, run, settings, tasks)
             except Exception as error:  # whatever it is, the trainer must hear of it
                 self._report(run, error)
             finally:
                 with self._changed:
-                    self._busy = False
+                    self._holding = driver.busy
                     self._changed.notify_all()
 
-    def _decode(self, run: str, assignment: Assignment) -> None:
-        if assignment.policy_version != self._version:
-            raise UserError(
-                f"rollouts of policy version {assignment.policy_version} were asked for; it holds {self._version}"
-            )
-
-        def observe(_: Event) -> None:
-            self._beat += 1
-            if self._run != run:
-                raise _Abandoned
-
-        scheduler = Scheduler(
-            self._engine,
-            assignment.rollout,
-            assignment.erasure,
-            seed=assignment.seed,
-            reference=assignment.reference,
-            entropy_moments=assignment.entropy_moments,
-            observe=observe,
-        )
-        for group in scheduler.run(_Arriving(self, run), assignment.step, assignment.policy_version):
+    def _decode(self, driver: Driver, run: str, settings: GroupSettings | None, tasks: list[Task]) -> None:
+        for task in tasks:
+            assert settings is not None
+            if settings.policy_version != self._version:
+                raise UserError(
+                    f"rollouts of policy version {settings.policy_version} were asked for; it holds {self._version}"
+                )
+            driver.submit(Prompt(Problem(task.prompt_id, ""), task.ids), settings, self._observe)
+        for job in driver.step():
+            finished = finished_of(job.result())
             with self._changed:
-                if self._run != run:
-                    raise _Abandoned
-                self._finished.append(finished_of(group))
-                self._changed.notify_all()
+                if self._run == run:
+                    self._finished.append(finished)
+                    self._changed.notify_all()
 
-    def next_task(self, run: str) -> Task | None:
-        """The oldest group of a run that nobody has begun."""
-        with self._changed:
-            return self._waiting.popleft() if self._waiting and self._run == run else None
+    def _observe(self, _: Event) -> None:
+        self._beat += 1
 
     def _report(self, run: str, error: Exception) -> None:
         draw = error.draw if isinstance(error, SickLogits) else None
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with self._changed:
             if self._run == run:
-                message = (
-                    str(error) if isinstance(error, UserError | SickLogits) else f"{type(error).__name__}: {error}"
-                )
                 self._fault = Fault(type(error).__name__, message, draw)
-                self._waiting.clear()
+                self._tasks.clear()
                 self._changed.notify_all()
 
 
@@ -184,16 +168,3 @@ def read_weights(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tenso
         if not tensor.isfinite().all():
             raise UserError(f"weight {name} holds NaN or infinity")
     return tensors
-
-
-class _Arriving(Iterator[Prompt]):
-    """The prompts of a run as they arrive. Empty for now is not the end: the scheduler asks again when rows are free."""
-
-    def __init__(self, worker: RolloutWorker, run: str) -> None:
-        self._worker, self._run = worker, run
-
-    def __next__(self) -> Any:
-        task = self._worker.next_task(self._run)
-        if task is None:
-            raise StopIteration
-        return Prompt(Problem(task.prompt_id, ""), task.ids)

@@ -16,8 +16,9 @@ from e3rl.diagnose.signals import measure
 from e3rl.engine.protocol import Engine
 from e3rl.equations.uncertainty import segment_entropy
 from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.scheduler import Scheduler
 from e3rl.types import Group, Prompt, Reward, Segment, Trajectory
 
 
@@ -54,8 +55,8 @@ class First:
 
 def roll_out(engine: Engine, prompts: Sequence[Prompt], config: Config) -> list[Group]:
     """Plain rollouts, in the prompts' order."""
-    scheduler = Scheduler(engine, replace(config.rollout, erase=False), config.erasure, seed=config.run.seed)
-    found = {g.prompt.problem.id: g for g in scheduler.run(prompts, step=0, policy_version=0)}
+    settings = GroupSettings(replace(config.rollout, erase=False), config.erasure, config.run.seed)
+    found = {g.prompt.problem.id: g for g in run_groups(engine, prompts, settings)}
     return [found[p.problem.id] for p in prompts]
 
 

@@ -1,6 +1,6 @@
 """The seam between deciding what to generate and generating it.
 
-An engine is the only thing that knows about KV caches. The scheduler asks for candidates, says which tokens to drop and
+An engine is the only thing that knows about KV caches. The driver asks for candidates, says which tokens to drop and
 never learns how either is done. `e3rl.testing` holds the contract suite that every engine must pass.
 """
 

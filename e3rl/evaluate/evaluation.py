@@ -16,7 +16,8 @@ from e3rl.engine.protocol import Engine
 from e3rl.evaluate.figures import MEAN, correct_table, figures, mean_figures
 from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Group, Problem, Prompt, Trajectory
 
@@ -98,12 +99,10 @@ def draw(
 
     A sample's random draws are named by its number, so plain samples are the same however they are divided into rounds.
     """
-    settings = evaluation_settings(config, erase=erase)
-    rollout, seed = replace(settings.rollout, num_generations=size), config.run.seed + SEED_OFFSET
-    scheduler = Scheduler(
-        engine, rollout, settings.erasure, seed=seed, reference=reference, first_sibling=first
-    )  # fmt: skip
-    return scheduler.run(prompts, step=0, policy_version=0)
+    chosen = evaluation_settings(config, erase=erase)
+    rollout, seed = replace(chosen.rollout, num_generations=size), config.run.seed + SEED_OFFSET
+    settings = GroupSettings(rollout, chosen.erasure, seed, reference=reference, first_sibling=first)
+    return run_groups(engine, prompts, settings)
 
 
 def evaluate(

@@ -16,7 +16,8 @@ from e3rl.config import Config, RolloutConfig
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
-from e3rl.rollout.scheduler import Event, Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import Event, GroupSettings
 from e3rl.types import Problem, Prompt, Trajectory
 
 RolloutFunc = Callable[[list[Any], Any], dict[str, Any]]
@@ -54,15 +55,11 @@ class _Rollout:
             Prompt(Problem(f"call-{self._calls}/rank-{trainer.accelerator.process_index}/prompt-{i}", ""), tuple(ids))
             for i, ids in enumerate(_prompt_ids(_groups(prompts, siblings), trainer))
         ]
-        scheduler = Scheduler(
-            self._engine_for(model, trainer, rollout, max(len(p.ids) for p in rendered)),
-            rollout,
-            (self._config or Config()).erasure,
-            seed=trainer.args.seed,
-            observe=self._observe,
-        )
+        engine = self._engine_for(model, trainer, rollout, max(len(p.ids) for p in rendered))
         step = trainer.state.global_step
-        groups = {g.prompt.problem.id: g for g in scheduler.run(rendered, step=step, policy_version=step)}
+        erasure = (self._config or Config()).erasure
+        settings = GroupSettings(rollout, erasure, trainer.args.seed, step=step, policy_version=step)
+        groups = {g.prompt.problem.id: g for g in run_groups(engine, rendered, settings, observe=self._observe)}
         return _columns([t for p in rendered for t in groups[p.problem.id].trajectories])
 
     def _settings(self, arguments: Any, siblings: int) -> RolloutConfig:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from e3rl.config import RolloutConfig
+from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.engine.protocol import Sampling
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
-from e3rl.rollout.judge import GroupJudge
-from e3rl.types import Candidate, Erasure, Group, Judgement, Prompt, Segment, Trajectory, Verdict
+from e3rl.rollout.judge import GroupJudge, needs_reference, require_reference
+from e3rl.rollout.moments import Moments
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.types import Candidate, Draw, Erasure, Group, Judgement, Prompt, Segment, Trajectory, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,46 @@ class Release:
 Order = Extend | Release
 
 
+@dataclass(frozen=True)
+class GroupSettings:
+    """What a group depends on beside its prompt and the weights. All groups of a batch share it.
+
+    ``reference`` is needed where thresholds can't come from the group (see `require_reference`); ``entropy_moments`` of
+    the previous batch serve ``erasure.entropy_reference = "batch"``. ``first_sibling`` is the number under which a
+    group's first sibling draws: many samples of a prompt, divided into small groups, then draw as those of a large one.
+    """
+
+    rollout: RolloutConfig
+    erasure: ErasureConfig
+    seed: int
+    step: int = 0
+    policy_version: int = 0
+    reference: ReferenceStatistics | None = None
+    entropy_moments: Moments | None = None
+    first_sibling: int = 0
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How the engine is to draw."""
+        rollout, erasure = self.rollout, self.erasure
+        return Sampling(
+            rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution, erasure.entropy_temperature
+        )
+
+    def draw(self, prompt_id: str, order: Extend) -> Draw:
+        """The name of a requested candidate."""
+        sibling = self.first_sibling + order.sibling
+        return Draw(self.seed, self.step, prompt_id, sibling, order.segment, order.attempt)
+
+    def check(self) -> None:
+        """Raise UserError where reference statistics are needed and missing, or were measured with other settings."""
+        if self.rollout.erase:
+            siblings = self.rollout.num_generations
+            require_reference(siblings, self.erasure, self.reference)
+            if self.reference is not None and needs_reference(siblings, self.erasure):
+                self.reference.check(measured_by(self.rollout, self.erasure))
+
+
 @dataclass(slots=True)
 class _Sibling:
     number: int
@@ -83,30 +127,38 @@ class _Sibling:
 
 
 class GroupRollout:
-    """The siblings of one prompt. ``judge`` is None for a plain rollout: every candidate is committed unseen."""
+    """The siblings of one prompt. A plain rollout has no judge: every candidate is committed unseen."""
 
-    def __init__(
-        self,
-        prompt: Prompt,
-        config: RolloutConfig,
-        judge: GroupJudge | None,
-        on_exhausted: str,
-        observe: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, prompt: Prompt, settings: GroupSettings, observe: Callable[[Event], None]) -> None:
         self.prompt = prompt
-        self._config = config
-        self._judge = judge
-        self._on_exhausted = on_exhausted
+        self._config, self._version = settings.rollout, settings.policy_version
+        self._on_exhausted = settings.erasure.on_exhausted
         self._observe = observe
-        self._siblings = [_Sibling(number) for number in range(config.num_generations)]
+        self._siblings = [_Sibling(number) for number in range(self._config.num_generations)]
+        self._judge: GroupJudge | None = None
+        if self._config.erase:
+            self._judge = GroupJudge(
+                self._config.num_generations,
+                settings.erasure,
+                reference=settings.reference,
+                entropy_moments=settings.entropy_moments,
+            )
 
     @property
     def finished(self) -> bool:
         """Whether every sibling's response is complete."""
         return all(s.finish for s in self._siblings)
 
-    def group(self, policy_version: int) -> Group:
-        """The finished group."""
+    def unfinished(self) -> list[int]:
+        """Siblings whose response is not complete."""
+        return [s.number for s in self._siblings if s.finish is None]
+
+    def committed_ids(self, number: int) -> list[int]:
+        """The tokens that a sibling's response has so far."""
+        return [i for segment in self._siblings[number].segments for i in segment.candidate.ids.tolist()]
+
+    def group(self) -> Group:
+        """The finished group; observers are told."""
         trajectories = []
         for s in self._siblings:
             if s.finish is None:
@@ -114,7 +166,9 @@ class GroupRollout:
             trajectories.append(
                 Trajectory(self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish),
             )
-        return Group(self.prompt, tuple(trajectories), policy_version)
+        group = Group(self.prompt, tuple(trajectories), self._version)
+        self._observe(Finished(group))
+        return group
 
     def start(self) -> list[Order]:
         """Every sibling's first request."""

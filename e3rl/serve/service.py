@@ -13,8 +13,7 @@ from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy
-from e3rl.rollout.group import Committed, Erased, Event
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.group import Committed, Erased, Event, GroupSettings
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.serve.choices import Choice, Piece, usage
 from e3rl.serve.errors import ApiError, as_api_error
@@ -136,16 +135,10 @@ class Service:
         return Running(request, settings, prompts, choices, SimpleQueue(), threading.Event())
 
     def _ticket(self, running: Running, index: int) -> Ticket:
-        settings, outbox = running.settings, running.outbox
-        scheduler = Scheduler(
-            self._engine,
-            settings.rollout,
-            settings.erasure,
-            seed=settings.seed,
-            reference=self._reference,
-            observe=lambda event: outbox.put((index, event)),
-        )
-        return Ticket(running.prompts[index], scheduler, index, outbox, running.cancelled)
+        chosen = running.settings
+        settings = GroupSettings(chosen.rollout, chosen.erasure, chosen.seed, reference=self._reference)
+        settings.check()
+        return Ticket(running.prompts[index], settings, index, running.outbox, running.cancelled)
 
     def _prompt(self, index: int, prompt: str | tuple[object, ...]) -> Prompt:
         """A conversation goes through the chat template; a text is encoded, and token ids are taken, as they stand."""

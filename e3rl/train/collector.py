@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from e3rl.cluster.messages import Assignment, Finished, finished_of, group_of
+from e3rl.cluster.messages import Finished, finished_of, group_of
 from e3rl.cluster.rollouts import Rollouts
 from e3rl.cluster.together import SharedScorer
 from e3rl.cluster.wire import from_plain, to_plain
@@ -17,6 +17,7 @@ from e3rl.data.stream import PromptStream
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer, require_some
 from e3rl.rollout.filters import Collected, GroupFilter, collect
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Prompt, Reward, RewardedGroup
 
 
@@ -57,7 +58,7 @@ class Collector:
         self._scorer, self._keep, self._demonstrations = scorer, keep, demonstrations
         self._prompts, self._hooks = prompts, hooks
 
-    def collect(self, assignment: Assignment, tick: Callable[[], None] | None = None) -> Harvest:
+    def collect(self, assignment: GroupSettings, tick: Callable[[], None] | None = None) -> Harvest:
         """The groups of a step; ``tick`` is called often and may raise to stop."""
         wanted, seconds = self._config.train.prompts_per_step, [0.0, 0.0]
         rewards: list[Reward] = []  # of the step so far: a refill may be a single group, and its rewards all missing
@@ -91,7 +92,7 @@ class Collector:
             )
         return Harvest(collected, seconds[0], seconds[1])
 
-    def _roll_out(self, prompts: Sequence[Prompt], assignment: Assignment, tick: Callable[[], None]) -> list[Group]:
+    def _roll_out(self, prompts: Sequence[Prompt], assignment: GroupSettings, tick: Callable[[], None]) -> list[Group]:
         order = {prompt.problem.id: i for i, prompt in enumerate(prompts)}
         groups = []
         for group in self._rollouts.run(prompts, assignment, tick=tick):
@@ -122,7 +123,7 @@ class Collector:
 
     def _from_plain(self, plain: Mapping[str, Any]) -> RewardedGroup:
         finished: Finished = from_plain(Finished, plain["group"], "group")
-        assignment = Assignment(
+        assignment = GroupSettings(
             self._config.rollout, self._config.erasure, 0, step=0, policy_version=finished.policy_version
         )
         group = group_of(finished, self._prompts[finished.prompt_id], assignment, self._policy.vocabulary)
@@ -145,7 +146,7 @@ class Ahead:
         self._coming: Future[Harvest] | None = None
         self.harvest: Harvest | None = None  # what the next step will be trained on
 
-    def start(self, assignment: Assignment) -> None:
+    def start(self, assignment: GroupSettings) -> None:
         """Begin to collect for the step that ``assignment`` names."""
         self._coming = self._thread.submit(self._collector.collect, assignment, lambda: None)
 

@@ -2,8 +2,8 @@
 
 A run that is killed in the middle of a rollout generates again only what was being generated. Everything else of a
 rollout's state (attempts, thresholds, group baselines, who waits for whom) follows from its candidates, so these are
-all that is kept: the scheduler runs as ever, over an engine that takes what it drew before from the journal
-(`e3rl.train.journaled_engine`).
+all that is kept: the driver (`e3rl.rollout.driver`) asks the journal before it asks the engine, and the
+group's state machine goes through what was drawn before.
 
 A file a step, for every step that no checkpoint holds yet: records of a length, a checksum and bytes. The first says
 which weights generated the rest; candidates of other weights are never used. A kill may tear the last record, which is

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from e3rl.cluster.messages import Assignment
 from e3rl.cluster.parallel import divides_weights
+from e3rl.cluster.rollouts import build_rollouts
 from e3rl.cluster.together import SharedRollouts, SharedScorer, Together
 from e3rl.config import Config
 from e3rl.data.contamination import overlap_notes
@@ -35,6 +35,7 @@ from e3rl.rewards.checks import check_rewards_run
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.filters import build_filter
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import ReferenceStatistics, entropy_moments
@@ -44,7 +45,6 @@ from e3rl.train.demonstrations import answers_as_responses, demonstrations
 from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
 from e3rl.train.journal import Journal, fingerprint
-from e3rl.train.journaled_rollouts import journaled_rollouts
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.listeners import Listener
@@ -103,7 +103,7 @@ class Trainer:
         model = self._generating.model
         self._engine = build_engine(config.rollout, model, self.policy.eos_ids, self._longest_prompt())
         self._journal = Journal(run_path(config), lambda: fingerprint(model), self._note)
-        rollouts = journaled_rollouts(
+        rollouts = build_rollouts(
             config, self._generating, self._engine, self._longest_prompt(), self._journal, self._note
         )
         self._rollouts = SharedRollouts(rollouts, self._together)
@@ -201,9 +201,9 @@ class Trainer:
             self._save()
         self.stop_request.check_together()
 
-    def _assignment(self, step: int) -> Assignment:
+    def _assignment(self, step: int) -> GroupSettings:
         """What the rollouts for a step depend on beside their prompts, as things are now."""
-        return Assignment(
+        return GroupSettings(
             self.config.rollout,
             self.config.erasure,
             self.config.run.seed,

@@ -11,7 +11,7 @@ import torch
 
 from e3rl.objectives.metrics import sign_flips
 from e3rl.rollout.filters import Collected
-from e3rl.rollout.scheduler import summarise
+from e3rl.rollout.stats import summarise
 from e3rl.train.learner import Lesson, Update
 from e3rl.train.metrics import by_index, mean
 from e3rl.types import RewardedGroup, Segment

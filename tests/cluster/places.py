@@ -8,9 +8,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from e3rl.cluster.messages import Assignment
 from e3rl.cluster.pool import Place, Terms, WorkerLost, WorkerPool
-from e3rl.cluster.rollouts import LocalRollouts
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
@@ -18,6 +16,8 @@ from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy, load_policy
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Prompt
 
 LONGEST_PROMPT = 40
@@ -48,8 +48,8 @@ class World:
         return cls(config, policy, render_prompts(problems, policy.tokenizer, config.data, **limits))
 
     @property
-    def assignment(self) -> Assignment:
-        return Assignment(self.config.rollout, self.config.erasure, seed=5, step=1, policy_version=0)
+    def settings(self) -> GroupSettings:
+        return GroupSettings(self.config.rollout, self.config.erasure, seed=5, step=1, policy_version=0)
 
     @property
     def weights(self) -> bytes:
@@ -82,10 +82,10 @@ class World:
     def local(self) -> list[Group]:
         """What this process generates: what every other way must give."""
         engine = build_engine(self.config.rollout, self.policy.model, self.policy.eos_ids, LONGEST_PROMPT)
-        return self.sorted(LocalRollouts(engine).run(self.prompts, self.assignment, lambda: None))
+        return self.sorted(run_groups(engine, self.prompts, self.settings))
 
     def run(self, pool: WorkerPool, tick: Callable[[], None] = lambda: None) -> list[Group]:
-        groups = list(pool.run(self.prompts, self.assignment, tick))
+        groups = list(pool.run(self.prompts, self.settings, tick))
         assert len(groups) == len(self.prompts)
         return self.sorted(groups)
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from e3rl import __version__
-from e3rl.cluster.messages import Assignment, Finished, Hello, check_hello, finished_of, group_of
+from e3rl.cluster.messages import Finished, Hello, check_hello, finished_of, group_of
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Candidate
 from tests.rollout.worlds import MEAN_ONLY, levels, prompt, roll, rollout
 
 GROUP = roll(levels({("p", 0, 0, 0): 2.0}))[0]["p"]
 FINISHED = finished_of(GROUP)
-ASSIGNMENT = Assignment(rollout(), MEAN_ONLY, seed=7, step=3, policy_version=5)
+SETTINGS = GroupSettings(rollout(), MEAN_ONLY, seed=7, step=3, policy_version=5)
 VOCABULARY = 1_000_001
 HELLO = Hello(1, __version__, "abc", rows=4, max_length=20, policy_version=None)
 
@@ -31,7 +32,7 @@ def _with_candidate(**changes: Any) -> Finished:
 
 
 def test_what_was_asked_for_comes_back_whole():
-    assert group_of(FINISHED, prompt("p"), ASSIGNMENT, VOCABULARY) == GROUP
+    assert group_of(FINISHED, prompt("p"), SETTINGS, VOCABULARY) == GROUP
 
 
 @pytest.mark.parametrize(
@@ -51,11 +52,11 @@ def test_what_was_asked_for_comes_back_whole():
 )
 def test_what_can_not_be_an_answer_is_refused(finished: Finished, message: str):
     with pytest.raises(ValueError, match=message):
-        group_of(finished, prompt("p"), ASSIGNMENT, VOCABULARY)
+        group_of(finished, prompt("p"), SETTINGS, VOCABULARY)
 
 
 def test_a_response_is_as_long_as_was_asked_for_at_most():
-    short = replace(ASSIGNMENT, rollout=rollout(max_completion_length=5))
+    short = replace(SETTINGS, rollout=rollout(max_completion_length=5))
     with pytest.raises(ValueError, match="a response of 6 tokens; between 1 and 5 were asked for"):
         group_of(FINISHED, prompt("p"), short, VOCABULARY)
 

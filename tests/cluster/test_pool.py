@@ -206,7 +206,7 @@ def test_new_weights_reach_every_worker_before_its_next_group(world, expected, t
         for n, p in world.policy.trainable()
     }
     pool.load_weights(1, save(other))
-    changed = dataclasses.replace(world.assignment, policy_version=1)
+    changed = dataclasses.replace(world.settings, policy_version=1)
     groups = world.sorted(pool.run(world.prompts, changed, lambda: None))
     assert ids(groups) != ids(expected)
     assert {g.policy_version for g in groups} == {1}
@@ -217,7 +217,7 @@ def test_new_weights_reach_every_worker_before_its_next_group(world, expected, t
 def test_rollouts_of_another_policy_version_are_refused(world, two):
     pool = world.pool(place(two[0]))
     with pytest.raises(UserError, match="version 3 were asked for; it holds 0"):
-        list(pool.run(world.prompts, dataclasses.replace(world.assignment, policy_version=3), lambda: None))
+        list(pool.run(world.prompts, dataclasses.replace(world.settings, policy_version=3), lambda: None))
 
 
 def test_broken_weights_are_named_by_their_draw(world, two):
@@ -238,14 +238,14 @@ def test_a_stop_ends_the_run_and_the_workers_can_be_used_again(world, expected, 
         raise Stop
 
     with pytest.raises(Stop):
-        list(pool.run(world.prompts, world.assignment, stop))
+        list(pool.run(world.prompts, world.settings, stop))
     assert ids(world.run(pool)) == ids(expected)
 
 
 def test_a_problem_that_occurs_twice_is_refused(world, two):
     pool = world.pool(place(two[0]))
     with pytest.raises(UserError, match="occurs twice"):
-        list(pool.run([*world.prompts, world.prompts[0]], world.assignment, lambda: None))
+        list(pool.run([*world.prompts, world.prompts[0]], world.settings, lambda: None))
 
 
 def test_weights_that_do_not_fit_are_refused(world: World, two: list[Any]):

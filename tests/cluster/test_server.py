@@ -183,7 +183,7 @@ def test_weights_that_arrive_by_half_make_no_group(world: World, monkeypatch: py
         worker.load_weights(1, world.weights)
     assert decode(Hello, worker.hello()).policy_version is None
     task = Task("p", (1, 2))
-    answer = decode(Answer, worker.exchange(encode(Ask("run", world.assignment, (task,), 5.0))))
+    answer = decode(Answer, worker.exchange(encode(Ask("run", world.settings, (task,), 5.0))))
     assert answer.fault is not None
     assert "it holds None" in answer.fault.message
 

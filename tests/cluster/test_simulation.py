@@ -1,4 +1,4 @@
-"""The simulation by value, where the answer can be worked out by hand, and against the real scheduler's rules."""
+"""The simulation by value, where the answer can be worked out by hand, and against the real driver's rules."""
 
 from __future__ import annotations
 

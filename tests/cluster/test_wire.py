@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.cluster.messages import Answer, Ask, Assignment, Fault, Finished, Response, Task
+from e3rl.cluster.messages import Answer, Ask, Fault, Finished, Response, Task
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config, ErasureConfig, RolloutConfig
 from e3rl.rollout.distribution import Distribution
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Candidate, Draw, Erasure, Judgement, Segment, Threshold, Uncertainty, Verdict
@@ -33,7 +34,7 @@ def test_an_answer_comes_back_as_it_was():
 def test_an_assignment_with_statistics_comes_back_as_it_was():
     ask = Ask(
         "r",
-        Assignment(RolloutConfig(), ErasureConfig(), 0, 1, 2, REFERENCE, Moments(1, 2.0, 3.0)),
+        GroupSettings(RolloutConfig(), ErasureConfig(), 0, 1, 2, REFERENCE, Moments(1, 2.0, 3.0)),
         (Task("p", (1, 2)),),
         0.5,
     )

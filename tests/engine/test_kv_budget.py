@@ -10,7 +10,8 @@ from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.kv_budget import MIB, rows_within
 from e3rl.engine.torch.storage import physical_slots
 from e3rl.errors import UserError
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Problem, Prompt
 from tests.engine.models import EOS, build, tiny
 
@@ -19,7 +20,7 @@ WIDE = {"num_key_value_heads": 4, "head_dim": 64, "num_attention_heads": 4, "max
 
 
 def rollouts(config: RolloutConfig, engine) -> dict[str, object]:
-    groups = Scheduler(engine, config, ErasureConfig(), seed=0).run(PROMPTS, 0, 0)
+    groups = run_groups(engine, PROMPTS, GroupSettings(config, ErasureConfig(), seed=0))
     return {group.prompt.problem.id: group for group in groups}
 
 

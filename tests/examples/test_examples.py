@@ -98,15 +98,16 @@ def test_the_four_examples_train_together(tmp_path: Path):
 def test_the_two_engines_give_the_same_rollouts():
     """Whatever the cache, the same draws give the same tokens."""
     from e3rl.config import ErasureConfig, RolloutConfig
-    from e3rl.rollout.scheduler import Scheduler
+    from e3rl.rollout.driver import run_groups
+    from e3rl.rollout.group import GroupSettings
 
     model, rollout = tiny("Qwen3"), RolloutConfig(segment_length=4, max_segments=3, num_generations=3)
     settings: dict[str, Any] = {"eos_ids": EOS, "max_rows": 6, "cache_rows": 6, "max_length": 48}
     prompts = [Prompt(Problem(str(i), str(i)), (5 + i, 7, 9)) for i in range(3)]
     responses = []
     for kind in (example("engine_dynamic_cache.py", "DynamicCacheEngine"), RecomputeEngine):
-        scheduler = Scheduler(kind(model, **settings), rollout, ErasureConfig(kappa0=0.0), seed=1)
-        groups = sorted(scheduler.run(prompts, step=1, policy_version=0), key=lambda g: g.prompt.problem.id)
+        drawn = GroupSettings(rollout, ErasureConfig(kappa0=0.0), seed=1, step=1)
+        groups = sorted(run_groups(kind(model, **settings), prompts, drawn), key=lambda g: g.prompt.problem.id)
         responses.append([(t.ids.tolist(), len(t.erasures)) for g in groups for t in g.trajectories])
     assert responses[0] == responses[1]
     assert sum(erased for _, erased in responses[0]) > 0

@@ -24,7 +24,8 @@ from e3rl.lab.problems import generate
 from e3rl.models import load_policy
 from e3rl.objectives import build
 from e3rl.plugins import load
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.metrics import Means
 from e3rl.types import Draw, Group, Prompt, Reward, RewardedGroup, Trajectory
@@ -68,8 +69,8 @@ def prompts() -> list[Prompt]:
 def by_library(which: str) -> list[Group]:
     settings, asked = config(**WEIGHTS[which]), prompts()
     engine = build_engine(settings.rollout, policy().model, policy().eos_ids, max(len(p.ids) for p in asked))
-    scheduler = Scheduler(engine, settings.rollout, settings.erasure, seed=SEED)
-    groups = {g.prompt.problem.id: g for g in scheduler.run(asked, step=STEP, policy_version=0)}
+    drawn = GroupSettings(settings.rollout, settings.erasure, SEED, step=STEP)
+    groups = {g.prompt.problem.id: g for g in run_groups(engine, asked, drawn)}
     return [groups[p.problem.id] for p in asked]
 
 

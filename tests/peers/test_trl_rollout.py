@@ -31,7 +31,7 @@ from e3rl.lab.problems import generate
 from e3rl.lab.reward import lab_reward
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.models import resolve_model_path
-from e3rl.rollout.scheduler import Event, Finished
+from e3rl.rollout.group import Event, Finished
 from e3rl.types import Trajectory
 
 SIBLINGS, LIMIT = 4, 16
@@ -48,7 +48,7 @@ def digits(completions: list[Any], answer: list[str], **columns: Any) -> list[fl
 
 
 class Recorder:
-    """What the scheduler committed, what the reward function saw, and what the loss was computed on."""
+    """What was committed, what the reward function saw, and what the loss was computed on."""
 
     def __init__(self) -> None:
         self.committed: list[Trajectory] = []
@@ -99,7 +99,7 @@ def make_trainer(directory: Path, recorder: Recorder, prompts: list[Any], **sett
 
 
 @pytest.mark.parametrize("conversational", [False, True], ids=["text", "chat"])
-def test_trl_trains_on_what_the_scheduler_committed(tmp_path: Path, conversational: bool):
+def test_trl_trains_on_what_was_committed(tmp_path: Path, conversational: bool):
     texts = ["1+1=", "12+3=", "7", "2*3="]
     prompts = [[{"role": "user", "content": t}] for t in texts] if conversational else texts
     recorder = Recorder()

@@ -9,7 +9,8 @@ import pytest
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.calibration import Setting, assess, grid, recommend
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Problem, Prompt
 from tests.engine.models import EOS, tiny
 
@@ -19,7 +20,7 @@ ROLLOUT = RolloutConfig(num_generations=4, segment_length=4, max_segments=3, max
 
 def _roll_out(rollout: RolloutConfig, erasure: ErasureConfig) -> list[Group]:
     engine = TorchEngine(tiny("Llama"), eos_ids=EOS, max_rows=16, cache_rows=32, max_length=32)
-    groups = Scheduler(engine, rollout, erasure, seed=3).run(PROMPTS, step=0, policy_version=0)
+    groups = run_groups(engine, PROMPTS, GroupSettings(rollout, erasure, seed=3))
     return sorted(groups, key=lambda g: g.prompt.problem.id)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from e3rl.rollout.scheduler import Erased, summarise
+from e3rl.rollout.group import Erased
+from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import EOS, Scripted
 from e3rl.types import Draw, Verdict
 from tests.rollout.worlds import ALONE, MEAN_ONLY, levels, only, roll, rollout, verdicts

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from e3rl.config import ErasureConfig
+from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.rollout.distribution import Distribution
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.scheduler import Scheduler, summarise
+from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.types import Verdict
 from tests.rollout.worlds import ALONE, MEAN_ONLY, PLAIN_GROUP, levels, only, reference_of, roll, rollout, verdicts
@@ -190,18 +193,22 @@ def test_entropies_beside_a_reference_baseline(source, largest):
 def test_missing_reference():
     """24. Needed reference statistics that are missing or were measured otherwise are an error before any token."""
     engine = ScriptedEngine(levels({}))
+
+    def begin(config: RolloutConfig, erasure: ErasureConfig, reference: ReferenceStatistics | None = None) -> None:
+        run_groups(engine, [], GroupSettings(config, erasure, seed=0, reference=reference))
+
     with pytest.raises(UserError, match=r"fewer than erasure.min_siblings = 2.*e3rl calibrate"):
-        Scheduler(engine, ALONE, PLAIN_GROUP, seed=0)
+        begin(ALONE, PLAIN_GROUP)
     with pytest.raises(UserError, match=r"erasure.baseline = 'reference'.*e3rl calibrate"):
-        Scheduler(engine, rollout(), replace(PLAIN_GROUP, baseline="reference"), seed=0)
+        begin(rollout(), replace(PLAIN_GROUP, baseline="reference"))
     with pytest.raises(UserError, match="e3rl calibrate"):
-        Scheduler(engine, ALONE, PLAIN_GROUP, seed=0, reference=reference_of(ALONE, PLAIN_GROUP))
+        begin(ALONE, PLAIN_GROUP, reference_of(ALONE, PLAIN_GROUP))
     measured = reference_of(replace(ALONE, segment_length=9), PLAIN_GROUP, Distribution.of([1.0]))
     with pytest.raises(UserError, match=r"rollout.segment_length: 9 then, 2 now"):
-        Scheduler(engine, ALONE, PLAIN_GROUP, seed=0, reference=measured)
+        begin(ALONE, PLAIN_GROUP, measured)
     calmest = replace(PLAIN_GROUP, baseline="quantile")
     unmarked = reference_of(ALONE, calmest, Distribution(Moments.of([1.0])))
     with pytest.raises(UserError, match=r"hold no quantiles of U.*e3rl calibrate"):
-        Scheduler(engine, ALONE, calmest, seed=0, reference=unmarked)
-    Scheduler(engine, replace(ALONE, erase=False), PLAIN_GROUP, seed=0)
+        begin(ALONE, calmest, unmarked)
+    begin(replace(ALONE, erase=False), PLAIN_GROUP)
     assert engine.calls == []

@@ -9,8 +9,9 @@ import pytest
 from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
 from e3rl.rollout.distribution import Distribution
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import Committed, Erased, Finished, GroupSettings
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.scheduler import Committed, Erased, Finished, Scheduler
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Draw
 from tests.rollout.slow_reference import check_numbers
@@ -152,13 +153,14 @@ def test_rows_are_released():
     """35. Every row is released when the rollout ends, is closed early, or is stopped by an error."""
     script, prompts = levels({}, ends=[("p", 0, 0, 0), ("p", 1, 0, 0)]), [prompt(p) for p in "pqr"]
     whole, closed, broken = ScriptedEngine(script), ScriptedEngine(script), Failing(script)
-    list(Scheduler(whole, rollout(), MEAN_ONLY, seed=0).run(prompts, 0, 0))
-    groups = Scheduler(closed, rollout(), MEAN_ONLY, seed=0).run(prompts, 0, 0)
+    settings = GroupSettings(rollout(), MEAN_ONLY, seed=0)
+    list(run_groups(whole, prompts, settings))
+    groups = run_groups(closed, prompts, settings)
     assert next(groups).prompt.problem.id == "p"
     assert closed.held == 4
     groups.close()
     with pytest.raises(OSError, match="the machine is gone"):
-        list(Scheduler(broken, rollout(), MEAN_ONLY, seed=0).run(prompts, 0, 0))
+        list(run_groups(broken, prompts, settings))
     assert (whole.held, closed.held, broken.held) == (0, 0, 0)
 
 

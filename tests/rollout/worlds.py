@@ -7,8 +7,9 @@ from typing import Any
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.rollout.distribution import Distribution
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import Event, GroupSettings
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.scheduler import Scheduler
 from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 from e3rl.testing.scripted import Script, Scripted, ScriptedEngine
 from e3rl.types import Draw, Group, Problem, Prompt, Trajectory, Verdict
@@ -63,12 +64,13 @@ def roll(
     config: RolloutConfig | None = None,
     prompts: Iterable[str] = ("p",),
     engine: Mapping[str, Any] | None = None,
-    **scheduler: Any,
+    observe: Callable[[Event], None] | None = None,
+    **outside: Any,
 ) -> tuple[dict[str, Group], ScriptedEngine]:
     """Roll the prompts out; the groups by prompt, and the engine with its record."""
     scripted = ScriptedEngine(script, **(engine or {}))
-    runner = Scheduler(scripted, config or rollout(), erasure, seed=7, **scheduler)
-    groups = list(runner.run([prompt(p) for p in prompts], step=3, policy_version=5))
+    settings = GroupSettings(config or rollout(), erasure, seed=7, step=3, policy_version=5, **outside)
+    groups = list(run_groups(scripted, [prompt(p) for p in prompts], settings, observe=observe))
     return {g.prompt.problem.id: g for g in groups}, scripted
 
 

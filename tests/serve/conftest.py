@@ -16,7 +16,8 @@ from e3rl.engine.build import build_engine
 from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import ReferenceStatistics, measured_by
 from e3rl.serve.access import Access
 from e3rl.serve.server import make_server
@@ -61,7 +62,7 @@ def reference(policy: Policy, config: Config) -> ReferenceStatistics:
     prompts = [Prompt(Problem(str(i), f"{i}+1"), tuple(policy.tokenizer.encode(f"{i}+1"))) for i in range(4)]
     rollout = replace(config.rollout, num_generations=4)
     engine = build_engine(rollout, policy.model, policy.eos_ids, 8)
-    groups = list(Scheduler(engine, rollout, config.erasure, seed=1).run(prompts, step=0, policy_version=0))
+    groups = list(run_groups(engine, prompts, GroupSettings(rollout, config.erasure, seed=1)))
     return ReferenceStatistics(measured_by(rollout, config.erasure)).including(groups)
 
 

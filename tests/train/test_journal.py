@@ -15,9 +15,9 @@ from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Engine
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import Journal, StepJournal, fingerprint, frame, pack, records, unpack
-from e3rl.train.journaled_engine import JournaledEngine
 from e3rl.types import Candidate, Draw, Group, Problem, Prompt
 from tests.engine.models import EOS, build, tiny
 
@@ -83,8 +83,8 @@ def _oracle() -> Engine:
     return RecomputeEngine(tiny("Qwen3"), eos_ids=EOS, cache_rows=9, max_length=64)
 
 
-def _groups(engine: Engine) -> list[Group]:
-    found = Scheduler(engine, ROLLOUT, ERASURE, seed=1).run(PROMPTS, step=1, policy_version=0)
+def _groups(engine: Engine, journal: StepJournal | None = None) -> list[Group]:
+    found = run_groups(engine, PROMPTS, GroupSettings(ROLLOUT, ERASURE, seed=1, step=1), memory=journal)
     return sorted(found, key=lambda g: g.prompt.problem.id)
 
 
@@ -101,7 +101,7 @@ def _killed_then_resumed(path: Path, kind: str, polls: list[int], append: bool =
         engine = _Dying(_torch() if kind == "torch" else _oracle(), left, append)
         journal = StepJournal(path, HEADER, lambda _: None)
         try:
-            groups = _groups(JournaledEngine(engine, lambda _, journal=journal: journal))
+            groups = _groups(engine, journal)
         except _Killed:
             pass
         finally:
@@ -144,7 +144,7 @@ def test_a_torn_file_gives_what_is_whole_and_is_written_on(tmp_path: Path):
         said: list[str] = []
         engine = _Dying(_torch(), None)
         journal = StepJournal(path, HEADER, said.append)
-        assert _groups(JournaledEngine(engine, lambda _, journal=journal: journal)) == expected
+        assert _groups(engine, journal) == expected
         journal.close()
         whole = max(0, sum(end <= cut for end in ends) - 1)
         assert engine.generated == count - whole

@@ -19,7 +19,9 @@ from e3rl.engine.protocol import Engine, Sampling
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.scheduler import Scheduler, summarise
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.stats import summarise
 from e3rl.types import Candidate, Draw, Prompt, Trajectory
 
 CONFIG = load_config(
@@ -95,9 +97,9 @@ def test_tokens_and_measures_are_the_oracles(loaded: Loaded, sampling: Sampling)
 
 
 def roll_out(loaded: Loaded, name: str, engine: Engine) -> list[Trajectory]:
-    scheduler = Scheduler(engine, CONFIG.rollout, CONFIG.erasure, seed=SEED)
+    settings = GroupSettings(CONFIG.rollout, CONFIG.erasure, SEED, step=STEP)
     began = time.perf_counter()
-    groups = {g.prompt.problem.id: g for g in scheduler.run(loaded.prompts, step=STEP, policy_version=0)}
+    groups = {g.prompt.problem.id: g for g in run_groups(engine, loaded.prompts, settings)}
     seconds = time.perf_counter() - began
     stats = summarise(groups.values())
     print(

@@ -1,4 +1,4 @@
-"""The scheduler under any order of engine events, deaths of engine and process included, over a journal on disk."""
+"""The driver under any order of engine events, deaths of engine and process included, over a journal on disk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Row
-from e3rl.rollout.scheduler import Scheduler
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.train.journal import StepJournal
-from e3rl.train.journaled_engine import JournaledEngine
 from e3rl.types import Candidate, Draw, Group, Problem, Prompt
 from tests.fuzz.cases import long, tried
 from tests.rollout.slow_reference import check_shape
@@ -56,7 +56,7 @@ class Unruly(ScriptedEngine):
         return done[turn:] + done[:turn]
 
 
-class SchedulerMachine(RuleBasedStateMachine):
+class DriverMachine(RuleBasedStateMachine):
     """Lives of one rollout: each goes on from the journal and ends by finishing, dying or being cut off on disk."""
 
     @initialize(
@@ -68,7 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kappa=st.sampled_from((-0.6, 0.0, 0.8)),
     )
     def begin(self, siblings: int, prompts: int, room: int, budget: int, exhausted: str, kappa: float) -> None:
-        tried["scheduler machine"] += 1
+        tried["driver machine"] += 1
         self.rollout = RolloutConfig(num_generations=siblings, segment_length=3, max_segments=3)
         baseline = "group" if siblings > 1 else "static"
         self.erasure = ErasureConfig(max_erasures=budget, on_exhausted=exhausted, kappa0=kappa, baseline=baseline)  # type: ignore[arg-type]
@@ -84,9 +84,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         engine = Unruly(self.room)
         engine.dies_at, engine.shuffle = dies_at, shuffle
         journal = StepJournal(self.path, HEADER, lambda _: None) if journaled else None
-        over = JournaledEngine(engine, lambda _: journal) if journal else engine
+        settings = GroupSettings(self.rollout, self.erasure, seed=1, step=1)
         try:
-            found = Scheduler(over, self.rollout, self.erasure, seed=1).run(self.prompts, step=1, policy_version=0)
+            found = run_groups(engine, self.prompts, settings, memory=journal)
             return sorted(found, key=lambda g: g.prompt.problem.id), engine
         finally:
             assert engine.free_rows() == self.room, "every row is given back, however the life ended"
@@ -126,5 +126,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.directory.cleanup()
 
 
-SchedulerMachine.TestCase.settings = long
-TestScheduler = SchedulerMachine.TestCase
+DriverMachine.TestCase.settings = long
+TestDriver = DriverMachine.TestCase

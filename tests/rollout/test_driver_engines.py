@@ -1,4 +1,4 @@
-"""The scheduler on real engines: their records hold, and the slot cache agrees with the engine that recomputes all."""
+"""The driver on real engines: their records hold, and the slot cache agrees with the engine that recomputes all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Engine
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.rollout.scheduler import Scheduler, summarise
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.stats import summarise
 from e3rl.types import Group, Problem, Prompt
 from tests.engine.models import EOS, tiny
 from tests.rollout.slow_reference import check_decisions, check_numbers, check_shape
@@ -27,7 +29,7 @@ def torch_engine(max_rows: int = 9, cache_rows: int = 9) -> TorchEngine:
 
 
 def groups_of(engine: Engine, prompts: Iterable[Prompt] = PROMPTS) -> list[Group]:
-    groups = Scheduler(engine, ROLLOUT, ERASURE, seed=1).run(prompts, step=1, policy_version=0)
+    groups = run_groups(engine, prompts, GroupSettings(ROLLOUT, ERASURE, seed=1, step=1))
     return sorted(groups, key=lambda g: g.prompt.problem.id)
 
 
@@ -72,10 +74,9 @@ def test_the_oracle_agrees():
 
 def test_what_is_drawn_at_one_temperature_can_be_judged_at_another():
     rollout = replace(ROLLOUT, temperature=0.5)
-    judged = Scheduler(torch_engine(), rollout, replace(ERASURE, entropy_temperature=1.0), seed=1).run(
-        PROMPTS[:1], 1, 0
-    )
-    own = Scheduler(torch_engine(), rollout, ERASURE, seed=1).run(PROMPTS[:1], 1, 0)
+    settings = GroupSettings(rollout, ERASURE, seed=1, step=1)
+    warmer = replace(settings, erasure=replace(ERASURE, entropy_temperature=1.0))
+    judged, own = (run_groups(torch_engine(), PROMPTS[:1], s) for s in (warmer, settings))
     first, other = (next(iter(groups)).trajectories[0] for groups in (judged, own))
     candidate = min((e for e in first.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate
     same = min((e for e in other.erasures if e.index == 0), key=lambda e: e.judgement.attempt).candidate

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from e3rl.errors import UserError
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.scheduler import summarise
 from e3rl.rollout.statistics import FILE_NAME, ReferenceStatistics, entropy_moments, measured_by
+from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted
 from tests.rollout.worlds import MEAN_ONLY, levels, roll, rollout
 

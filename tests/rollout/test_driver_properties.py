@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.scheduler import Scheduler, summarise
+from e3rl.rollout.driver import run_groups
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.types import Draw, Group
 from tests.rollout.slow_reference import check_decisions, check_numbers, check_shape
@@ -141,7 +143,8 @@ class Fragile(ScriptedEngine):
 @given(worlds(), st.integers(1, 40), st.integers(0, 3))
 def test_rows_are_released_whatever_happens(world, fail_at, taken):
     engine = Fragile(world.script, fail_at=fail_at, cache_rows=world.rollout.num_generations * 2)
-    groups = Scheduler(engine, world.rollout, world.erasure, seed=7).run([prompt(n) for n in world.names], 3, 5)
+    settings = GroupSettings(world.rollout, world.erasure, seed=7, step=3, policy_version=5)
+    groups = run_groups(engine, [prompt(n) for n in world.names], settings)
     try:
         for _, _ in zip(range(taken), groups, strict=False):
             assert engine.held <= world.rollout.num_generations * 2
@@ -157,9 +160,9 @@ def test_an_engine_that_stalls_is_an_error():
             return []
 
     engine = Stalled(lambda draw, tokens: Scripted((1.0,) * tokens))
-    scheduler = Scheduler(engine, RolloutConfig(num_generations=3), ErasureConfig(), seed=0)
+    settings = GroupSettings(RolloutConfig(num_generations=3), ErasureConfig(), seed=0)
     with pytest.raises(RuntimeError, match="completed nothing while 3 rows wait"):
-        list(scheduler.run([prompt()], 0, 0))
+        list(run_groups(engine, [prompt()], settings))
     assert engine.held == 0
 
 
@@ -172,7 +175,7 @@ def test_an_engine_that_returns_another_length_is_an_error(got):
     engine = Wrong(lambda draw, tokens: Scripted((1.0,) * tokens))
     config = RolloutConfig(num_generations=2, segment_length=4)
     with pytest.raises(RuntimeError, match=rf"asked for 4 .* returned {got} \(prompt 'p', sibling 0, segment 0"):
-        list(Scheduler(engine, config, ErasureConfig(), seed=0).run([prompt()], 0, 0))
+        list(run_groups(engine, [prompt()], GroupSettings(config, ErasureConfig(), seed=0)))
 
 
 def test_prompts_are_taken_only_when_their_rows_are_free():
@@ -185,7 +188,7 @@ def test_prompts_are_taken_only_when_their_rows_are_free():
 
     engine = ScriptedEngine(lambda draw, tokens: Scripted((1.0,) * tokens), cache_rows=2)
     config = RolloutConfig(num_generations=2, segment_length=2, max_segments=1)
-    groups = Scheduler(engine, config, ErasureConfig(), seed=0).run(stream(), 0, 0)
+    groups = run_groups(engine, stream(), GroupSettings(config, ErasureConfig(), seed=0))
     assert taken == []
     next(groups)
     assert taken == ["p", "q"]

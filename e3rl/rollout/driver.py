@@ -1,0 +1,303 @@
+"""One driver of an engine: groups are submitted, stepped and cancelled. Batches, the server and rollout workers use the same one.
+
+No request waits for another sibling's retry or for another group; the only wait is a group's barrier (`judge`). Nothing
+here knows what a KV cache or an entropy is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from e3rl.engine.protocol import Engine, Row
+from e3rl.errors import SickLogits, UserError
+from e3rl.rollout.group import Event, Extend, GroupRollout, GroupSettings, Order, Release
+from e3rl.types import Candidate, Draw, Group, Prompt
+
+Observer = Callable[[Event], None]
+
+
+def _ignore(event: Event) -> None:
+    """Nobody watches."""
+
+
+class Memory(Protocol):
+    """Candidates by draw, those of an earlier process among them (`e3rl.train.journal.StepJournal`)."""
+
+    def take(self, draw: Draw) -> Candidate | None:
+        """The candidate of this draw if it is known; each is given once."""
+
+    def add(self, draw: Draw, candidate: Candidate) -> None:
+        """Keep a candidate that was generated."""
+
+    def flush(self) -> None:
+        """What was added must survive this process."""
+
+
+@dataclass(eq=False, slots=True)
+class GroupJob:
+    """A submitted group. Once `Driver.step` returns it, it has a ``group``, or the ``error`` that stopped it."""
+
+    prompt: Prompt
+    settings: GroupSettings
+    rollout: GroupRollout | None = None
+    group: Group | None = None
+    error: Exception | None = None
+    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # what it will ask for when it gets its rows
+    rows: dict[int, Row] = field(default_factory=dict)  # by sibling
+    offsets: dict[int, int] = field(default_factory=dict)  # response tokens that a sibling's row has as its prompt
+
+    def result(self) -> Group:
+        """The group; raises what stopped it."""
+        if self.error is not None:
+            raise self.error
+        assert self.group is not None
+        return self.group
+
+
+class Driver:
+    """Decodes any number of groups on one engine, each by its own settings.
+
+    A group's failure is its own: bad settings, a prompt that doesn't fit, non-finite logits. Where the engine itself
+    fails, all groups that are decoding fail with it. What ``memory`` knows of a group is not generated again: it goes
+    through the group's state machine, and the engine goes on from there. Not thread-safe.
+    """
+
+    def __init__(self, engine: Engine, memory: Memory | None = None) -> None:
+        self._engine, self._memory = engine, memory
+        self._append = getattr(engine, "append", None)
+        self._waiting: deque[GroupJob] = deque()
+        self._decoding: list[GroupJob] = []
+        self._ended: list[GroupJob] = []  # and not yet returned by `step`
+        self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is at
+
+    @property
+    def decoding(self) -> int:
+        """Groups that have rows."""
+        return len(self._decoding)
+
+    @property
+    def waiting(self) -> int:
+        """Groups that wait for rows."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._waiting or self._decoding or self._ended)
+
+    def room(self, rows: int) -> bool:
+        """Whether a group of so many rows would be admitted by the next step."""
+        if not self._waiting and not self._decoding:
+            return True
+        return self._engine.free_rows() - sum(_rows_needed(job) for job in self._waiting) >= rows
+
+    def submit(self, prompt: Prompt, settings: GroupSettings, observe: Observer | None = None) -> GroupJob:
+        """Queue a group; ``observe`` is told of each `Committed`, `Erased` and `Finished`, of remembered ones at once."""
+        job = GroupJob(prompt, settings)
+        try:
+            settings.check()
+            job.rollout = GroupRollout(prompt, settings, observe or _ignore)
+            self._carry_out(job, job.rollout, job.rollout.start())
+        except Exception as error:
+            self._end(job, error)
+        if job.group is None and job.error is None:
+            self._waiting.append(job)
+        return job
+
+    def step(self) -> list[GroupJob]:
+        """Admit groups whose rows are free, let the engine complete something; return the groups that ended."""
+        self._admit()
+        if not self._ended and self._decoding:
+            self._advance()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel(self, job: GroupJob) -> None:
+        """Drop a group and give its rows back; `step` will not return it."""
+        for jobs in (self._waiting, self._decoding, self._ended):
+            if job in jobs:
+                jobs.remove(job)
+        self._release_rows(job)
+
+    def close(self) -> None:
+        """Drop all groups and give their rows back, each even where another one's release fails."""
+        jobs = [*self._waiting, *self._decoding, *self._ended]
+        with contextlib.ExitStack() as cancelled:
+            for job in jobs:
+                cancelled.callback(self.cancel, job)
+
+    def _admit(self) -> None:
+        """Give rows to waiting groups in their order, while all rows of the next fit. With none decoding it must fit."""
+        while self._waiting:
+            job, free = self._waiting[0], self._engine.free_rows()
+            if free < _rows_needed(job) and self._decoding:
+                return
+            self._decoding.append(self._waiting.popleft())
+            try:
+                self._start(job, free)
+            except Exception as error:  # such as memory that runs out
+                self._end(job, error)
+
+    def _start(self, job: GroupJob, free: int) -> None:
+        assert job.rollout is not None
+        siblings = job.rollout.unfinished()
+        if free < len(siblings):
+            raise UserError(
+                f"a group needs {len(siblings)} rows of the KV cache (rollout.num_generations) and the engine has {free}: "
+                "raise rollout.cache_rows or rollout.max_rows, or lower rollout.num_generations"
+            )
+        job.rows = dict(zip(siblings, self._engine.prefill(job.prompt.ids, len(siblings)), strict=True))
+        asked, job.asked = job.asked, []
+        for order, draw in asked:
+            self._extend(job, job.rollout, order, draw)
+
+    def _advance(self) -> None:
+        """Let the engine complete something and hand it on."""
+        try:
+            completed = self._engine.poll()
+            if not completed:
+                raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
+            delivered = [(*self._open.pop(row), candidate) for row, candidate in completed]
+        except SickLogits as error:
+            self._fail(self._jobs_of(error.draw) or self._decoding, error)
+            return
+        except Exception as error:
+            self._fail(self._decoding, error)
+            return
+        if self._memory is not None:
+            for _, _, draw, candidate in delivered:
+                self._memory.add(draw, candidate)
+            self._memory.flush()
+        for job, sibling, _, candidate in delivered:
+            if job.error is None:  # an earlier one of these may have failed the group
+                self._deliver(job, sibling, candidate)
+
+    def _deliver(self, job: GroupJob, sibling: int, candidate: Candidate) -> None:
+        assert job.rollout is not None
+        try:
+            self._carry_out(job, job.rollout, job.rollout.deliver(sibling, candidate))
+        except Exception as error:  # the other groups can go on
+            self._end(job, error)
+
+    def _carry_out(self, job: GroupJob, rollout: GroupRollout, orders: Iterable[Order]) -> None:
+        """Do what a group asks for, and what follows from it where the memory knows the answer."""
+        queue = deque(orders)
+        while queue:
+            order = queue.popleft()
+            if isinstance(order, Release):
+                if order.sibling in job.rows:
+                    self._engine.release(job.rows.pop(order.sibling))
+                continue
+            draw = job.settings.draw(job.prompt.problem.id, order)
+            known = None if self._memory is None else self._memory.take(draw)
+            if known is not None:
+                queue += rollout.deliver(order.sibling, known)
+            elif job.rows:
+                self._extend(job, rollout, order, draw)
+            else:
+                job.asked.append((order, draw))
+        if rollout.finished:
+            job.group = rollout.group()
+            self._end(job, None)
+
+    def _extend(self, job: GroupJob, rollout: GroupRollout, order: Extend, draw: Draw) -> None:
+        sibling, engine = order.sibling, self._engine
+        row, offset = job.rows[sibling], job.offsets.get(sibling, 0)
+        held = engine.length(row) + offset
+        if held > order.start:
+            engine.rollback(row, order.start - offset)
+        elif held < order.start:
+            row = self._take_up(job, sibling, rollout.committed_ids(sibling), held)
+        engine.extend(row, order.tokens, draw, job.settings.sampling)
+        self._open[row] = (job, sibling, draw)
+
+    def _take_up(self, job: GroupJob, sibling: int, ids: list[int], held: int) -> Row:
+        """Bring a row up to its sibling's committed ``ids``, of which it holds the first ``held``.
+
+        On a CPU everything after is as if there had been no break, to the last bit, where the engine can ``append``. Any
+        other engine gets prompt and tokens as one prompt.
+        """
+        row = job.rows[sibling]
+        if self._append is not None:
+            self._append(row, ids[held:])
+            return row
+        self._engine.release(job.rows.pop(sibling))
+        [row] = self._engine.prefill([*job.prompt.ids, *ids], 1)
+        job.rows[sibling], job.offsets[sibling] = row, len(ids)
+        return row
+
+    def _jobs_of(self, draw: Draw) -> list[GroupJob]:
+        """The group that asked for a draw. Groups of several clients may have equal draws: the object tells them apart."""
+        same = [job for job, _, asked in self._open.values() if asked is draw]
+        return same or [job for job, _, asked in self._open.values() if asked == draw]
+
+    def _fail(self, jobs: Iterable[GroupJob], error: Exception) -> None:
+        for job in dict.fromkeys(jobs):
+            self._end(job, error)
+
+    def _end(self, job: GroupJob, error: Exception | None) -> None:
+        job.error = error
+        if job in self._decoding:
+            self._decoding.remove(job)
+        self._ended.append(job)
+        try:
+            self._release_rows(job)
+        except Exception as failed:  # a row that the engine can't give back is lost; the other groups go on
+            job.error = job.error or failed
+
+    def _release_rows(self, job: GroupJob) -> None:
+        """Give back what a group still holds, each row even where another one's release fails."""
+        rows, job.rows = job.rows, {}
+        with contextlib.ExitStack() as releases:
+            for row in rows.values():
+                self._open.pop(row, None)
+                releases.callback(self._engine.release, row)
+
+
+def _rows_needed(job: GroupJob) -> int:
+    return len(job.rollout.unfinished()) if job.rollout else 0
+
+
+def run_groups(
+    engine: Engine,
+    prompts: Iterable[Prompt],
+    settings: GroupSettings,
+    *,
+    observe: Observer | None = None,
+    memory: Memory | None = None,
+) -> Iterator[Group]:
+    """Yield each prompt's group as it finishes; prompts are taken as rows become free. The settings are checked at once.
+
+    Every row is released when the iterator ends, whether exhausted, closed early or stopped by an error.
+    """
+    settings.check()
+    return _groups(Driver(engine, memory), iter(prompts), settings, observe)
+
+
+def _groups(
+    driver: Driver, prompts: Iterator[Prompt], settings: GroupSettings, observe: Observer | None
+) -> Iterator[Group]:
+    seen: set[str] = set()
+
+    def feed() -> None:
+        while driver.room(settings.rollout.num_generations) and (prompt := next(prompts, None)) is not None:
+            if prompt.problem.id in seen:
+                raise UserError(
+                    f"problem id '{prompt.problem.id}' occurs twice in one batch of rollouts: both groups would get "
+                    "the same random draws and be identical. Give every problem its own id (data.id_column)"
+                )
+            seen.add(prompt.problem.id)
+            driver.submit(prompt, settings, observe)
+
+    try:
+        feed()
+        while driver.busy:
+            groups = [job.result() for job in driver.step()]
+            feed()
+            yield from groups
+    finally:
+        driver.close()
