@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from e3rl_reproduce.output import Line, Panel, Plot, Table
-from e3rl_reproduce.results import Results
-from e3rl_reproduce.statistics import estimate
+from e3rl_reproduce.results import Results, estimate, tuning_score
+from e3rl_reproduce.study import tuning_cells
 from e3rl_reproduce.views import banded, text
 
 
@@ -82,9 +82,6 @@ def training_table(keys: Mapping[str, str], last: int = 5) -> Callable[[Results]
 
 def rates_table(results: Results) -> list[Table | Plot]:
     """The learning rates, and the sweep that chose them."""
-    from e3rl_reproduce.results import tuning_score
-    from e3rl_reproduce.study import tuning_cells
-
     cells = tuning_cells(results.study, results.scale, results.model)
     if not cells:
         return []

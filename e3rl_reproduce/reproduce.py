@@ -11,16 +11,12 @@ from pathlib import Path
 from e3rl.errors import UserError, unknown
 from e3rl.files import write_text
 from e3rl_reproduce.cells import Cell
-from e3rl_reproduce.exam import NAME as EXAM
-from e3rl_reproduce.exam import score
-from e3rl_reproduce.figures import NEEDS, can_draw
-from e3rl_reproduce.output import Plot, Table, slug, write_report
-from e3rl_reproduce.plan import missing_benchmarks, plan, requirements
+from e3rl_reproduce.measures import EXAM, score
+from e3rl_reproduce.output import NEEDS, Plot, Table, can_draw, slug, write_report
 from e3rl_reproduce.results import Results, study_cells
-from e3rl_reproduce.runner import Failure, run_cells
-from e3rl_reproduce.scales import Scale
+from e3rl_reproduce.running import Failure, missing_benchmarks, plan, requirements, run_cells
 from e3rl_reproduce.studies import find_studies
-from e3rl_reproduce.study import Study, models_of, tuning_cells
+from e3rl_reproduce.study import Scale, Study, models_of, tuning_cells
 
 Say = Callable[[str], None]
 Task = tuple[Study, Scale]

@@ -1,18 +1,50 @@
-"""What a study's cells came to: everything a view needs, read from disk; what is not there is None and gets named."""
+"""What a study's cells came to: everything a view needs, read from disk, with means and intervals over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from scipy import stats
 
 from e3rl.train.run_directory import read_lines
 from e3rl_reproduce.cells import Cell, Measure, read_measurement
-from e3rl_reproduce.exam import score
-from e3rl_reproduce.scales import Scale
-from e3rl_reproduce.statistics import Estimate, estimate
-from e3rl_reproduce.study import Row, Study, row_cell, tuning_cells
+from e3rl_reproduce.measures import score
+from e3rl_reproduce.study import Row, Scale, Study, row_cell, tuning_cells
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half width of its 95 % interval (NaN with one seed)."""
+
+    mean: float
+    half_width: float
+    seeds: int
+
+    def text(self, digits: int = 3, sign: bool = False) -> str:
+        """For tables; one seed has no interval, which is said by leaving it out."""
+        form = f"{'+' if sign else ''}.{digits}f"
+        spread = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
+        return f"{self.mean:{form}}{spread}"
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Student's t interval; None of nothing."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return Estimate(values[0], math.nan, 1)
+    half_width = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return Estimate(fmean(values), float(half_width), len(values))
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """Mean of the differences by seed, over the seeds that both have."""
+    return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
 def tuning_score(cell: Cell, out: Path) -> float | None:

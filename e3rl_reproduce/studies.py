@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from e3rl.errors import unknown
 from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.curves import rates_table, segment_curves, training_curves, training_table
-from e3rl_reproduce.probes import conciseness, entropy_histogram, perturbation_measures, perturbation_table
-from e3rl_reproduce.scales import ERPO_PAPER, Scale
-from e3rl_reproduce.study import Row, Study, View, pass_exam, plain_exams
+from e3rl_reproduce.perturb import conciseness, entropy_histogram, perturbation_measures, perturbation_table
+from e3rl_reproduce.study import ERPO_PAPER, Row, Scale, Study, View, pass_exam, plain_exams
 from e3rl_reproduce.views import Accuracy, accuracy, accuracy_bars, against_full, margins, paper_numbers, pass_curves
 from e3rl_reproduce.when import WHEN
 

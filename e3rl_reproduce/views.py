@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.output import Line, Panel, Plot, Table
 from e3rl_reproduce.paper import paper_mean, paper_models, paper_row
-from e3rl_reproduce.results import Results
-from e3rl_reproduce.statistics import Estimate, difference, estimate
+from e3rl_reproduce.results import Estimate, Results, difference, estimate
 from e3rl_reproduce.study import erasable_exam, pass_exam, plain_exams
 
 _AT = {"steps": "equal steps", "tokens": "equal generated tokens"}

@@ -14,12 +14,10 @@ import numpy as np
 
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl_reproduce.cells import Measure
-from e3rl_reproduce.decodings import NAME, Kind, Way
+from e3rl_reproduce.measures import DECODINGS, Kind, Way
 from e3rl_reproduce.output import Line, Panel, Plot, Table
-from e3rl_reproduce.results import Results
-from e3rl_reproduce.scales import LAB, SMOKE, SMOLLM2, Scale
-from e3rl_reproduce.statistics import estimate
-from e3rl_reproduce.study import Row, Study, View
+from e3rl_reproduce.results import Results, estimate
+from e3rl_reproduce.study import LAB, SMOKE, SMOLLM2, Row, Scale, Study, View
 from e3rl_reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
 
 _LAB = replace(
@@ -81,7 +79,9 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
 
 def _measures(scale: Scale) -> tuple[Measure, ...]:
     sizes = {"tuning": min(_TUNING, scale.problems), "problems": scale.problems}
-    return (Measure(NAME, "steps", {**sizes, "samples": scale.samples, "ways": [list(way) for way in ways(scale)]}),)
+    return (
+        Measure(DECODINGS, "steps", {**sizes, "samples": scale.samples, "ways": [list(way) for way in ways(scale)]}),
+    )
 
 
 def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, LATE_EPS_LENGTH
-from e3rl_reproduce.scales import Scale
+from e3rl_reproduce.study import Scale
 
 FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
 """What is trained on, by scale. At other scales it is the recipe's own data."""

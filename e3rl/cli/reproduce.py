@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import time
 from pathlib import Path
 
+from e3rl.cli.recipes import RESEARCH
 from e3rl.errors import UserError
 
 NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when"
@@ -32,9 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="start no further cell after so many minutes")
 
 
+def _require_research() -> None:
+    missing = [name for name in (RESEARCH, "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"e3rl reproduce needs {' and '.join(missing)}: pip install 'e3rl[reproduce]'")
+
+
 def run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UserError("--jobs must be at least 1")
+    _require_research()
     from e3rl_reproduce.reproduce import report, reproduce, show_plan, tasks
 
     todo = tasks(options.names, options.scale, options.overrides, model=options.model)

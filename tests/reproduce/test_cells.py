@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
 from e3rl_reproduce.cells import Cell, Measure, merged, missing, read_measurement
 from e3rl_reproduce.results import study_cells
-from e3rl_reproduce.scales import LAB, RECIPES, SCALES
 from e3rl_reproduce.studies import STUDIES
-from e3rl_reproduce.study import models_of, tuning_cells
+from e3rl_reproduce.study import LAB, SCALES, models_of, tuning_cells
 
 EXAM = Measure("package:function", "steps", {"samples": 4})
 
 
 def _cell(*overrides: str, measures: tuple[Measure, ...] = (EXAM,)) -> Cell:
-    return Cell(load_config(RECIPES / "lab.toml", overrides=overrides), measures)
+    return Cell(load_config(find_recipe("lab"), overrides=overrides), measures)
 
 
 def test_what_does_not_change_the_outcome_does_not_change_the_address():

@@ -7,7 +7,7 @@ import pytest
 
 from e3rl_reproduce.paper import paper_mean, paper_models, paper_row
 from e3rl_reproduce.perturb import positions
-from e3rl_reproduce.statistics import difference, estimate
+from e3rl_reproduce.results import difference, estimate
 
 
 def test_the_papers_headlines_follow_from_its_tables():
@@ -48,7 +48,7 @@ def test_the_interval_is_students():
     found = estimate([0.4, 0.5, 0.6])
     assert found is not None
     assert (found.mean, found.seeds) == (pytest.approx(0.5), 3)
-    assert found.half_width == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert found.half_width == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
     assert found.text() == "0.500 ± 0.248"
 
 
@@ -73,3 +73,11 @@ def test_perturbed_places_are_the_extremes_and_never_the_end():
     assert len(found["random"]) == 2
     assert 5 not in found["random"]
     assert [len(v) for v in positions(entropies, 0.05, Random(0)).values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("seeds", "t"), [(2, 12.706), (4, 3.182), (11, 2.228), (31, 2.042)])
+def test_the_quantile_is_students_for_any_number_of_seeds(seeds: int, t: float):
+    found = estimate([0.0, 1.0] * (seeds // 2) + [0.5] * (seeds % 2))
+    assert found is not None
+    spread = math.sqrt((seeds // 2 * 2) * 0.25 / (seeds - 1))
+    assert found.half_width == pytest.approx(t * spread / math.sqrt(seeds), rel=2e-4)

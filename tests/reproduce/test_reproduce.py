@@ -13,7 +13,7 @@ from e3rl.cli import main
 from e3rl.config import load_config
 from e3rl.files import write_json
 from e3rl_reproduce.cells import ERROR, Cell, Measure
-from e3rl_reproduce.exam import NAME
+from e3rl_reproduce.measures import EXAM
 from e3rl_reproduce.worker import main as worker_main
 from e3rl_reproduce.worker import run_cell
 
@@ -109,9 +109,9 @@ def test_a_cell_that_can_not_run_leaves_its_reason_and_lets_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     without_model = [f"model.path={tmp_path}/none", "objective.name=vanilla"]
-    wrong_option = Measure(NAME, "start", {"pupils": 3})
+    wrong_option = Measure(EXAM, "start", {"pupils": 3})
     for name, settings, measure in (
-        ("a", without_model, Measure(NAME)),
+        ("a", without_model, Measure(EXAM)),
         ("b", ["objective.name=vanilla"], wrong_option),
     ):
         write_json(tmp_path / name / "cell.json", Cell(load_config(overrides=settings), (measure,)).to_table())

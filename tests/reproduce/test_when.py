@@ -9,9 +9,8 @@ import pytest
 
 from e3rl.cli.main import main
 from e3rl.diagnose.decoding import SETTINGS
-from e3rl_reproduce.decodings import Way
-from e3rl_reproduce.scales import LAB, PAPER, SMOKE
-from e3rl_reproduce.study import row_config
+from e3rl_reproduce.measures import Way
+from e3rl_reproduce.study import LAB, PAPER, SMOKE, row_config
 from e3rl_reproduce.when import WHEN, chosen, figures
 from e3rl_reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
 

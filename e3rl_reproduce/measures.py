@@ -1,7 +1,4 @@
-"""The measure of `e3rl reproduce when`: one model decoded plainly over temperatures and with erasure, tuned and reported apart.
-
-Every decoding is examined on problems of the training half, which choose, and on held-out problems, which are reported.
-"""
+"""What is measured of a model: `exam`, accuracy on named benchmarks; `decodings`, one model decoded in several ways."""
 
 from __future__ import annotations
 
@@ -15,12 +12,66 @@ from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import SETTINGS
 from e3rl.engine.build import build_engine
 from e3rl.evaluate.evaluation import evaluate, spread
+from e3rl.evaluate.metrics import pass_at_k
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Prompt
-from e3rl_reproduce.exam import SEED
 
-NAME = "e3rl_reproduce.decodings:decodings"
+EXAM = "e3rl_reproduce.measures:exam"
+SEED = 1_000_003
+"""Exams draw from their own stream of random numbers."""
+
+
+def exam(
+    policy: Policy,
+    config: Config,
+    *,
+    benchmarks: Mapping[str, str],
+    problems: int,
+    samples: int,
+    erase: bool = False,
+    split: Literal["train", "eval"] = "eval",
+    reference: ReferenceStatistics | None = None,
+) -> dict[str, Any]:
+    """Right answers of ``samples`` to each problem of each benchmark (name to source), plain or with erasable decoding.
+
+    Sampled as [eval] of the config says.
+    """
+    config = replace(config, eval=replace(config.eval, num_samples=samples))
+    limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
+    loaded = {
+        name: render_prompts(
+            spread(load_problems(source, config=config.data, split=split), problems),
+            policy.tokenizer,
+            config.data,
+            **limits,
+        )
+        for name, source in benchmarks.items()
+    }
+    longest = max(len(prompt.ids) for prompts in loaded.values() for prompt in prompts)
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest)
+    results: dict[str, Any] = {}
+    with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
+        for name, prompts in loaded.items():
+            done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, reference=reference)
+            record = done.record()
+            kept = {key: record[key] for key in ("tokens", "finish_ratio", "boxed", "length", "r", "missing")}
+            results[name] = {"right": done.correct_PK.sum(axis=1).tolist(), "samples": samples, **kept}
+    return results
+
+
+def score(result: Mapping[str, Any], metric: str, k: int) -> float:
+    """``avg`` or ``pass`` at k of one benchmark of an exam, or ``boxed``, its share of responses with a boxed answer."""
+    if metric == "boxed":
+        return float(result["boxed"])
+    right: Sequence[int] = result["right"]
+    if metric == "avg":
+        return sum(right) / len(right) / result["samples"]
+    return sum(pass_at_k(c, result["samples"], k) for c in right) / len(right)
+
+
+DECODINGS = "e3rl_reproduce.measures:decodings"
 Kind = Literal["plain", "erasable"]
 
 
