@@ -7,7 +7,6 @@ overrides go through the same reader. Standard library only: importing this modu
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from e3rl.errors import UserError, unknown
+from e3rl.parsing import parse_toml, read_toml
 from e3rl.sections import build_section, convert, toml_value
 
 PAPER = "paper, app. D"
 PAPER_METHOD = "paper, method"
+_MOST = 1e6
+"""Largest weight or threshold: sums and products of a few of them stay far from infinity."""
 
 
 def setting(
@@ -61,7 +63,7 @@ class ModelConfig:
     trust_remote_code: bool = setting(
         False, "run Python code that comes with the model; off unless you trust its author"
     )
-    lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0)
+    lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0, max=65536)
     lora_alpha: int = setting(64, "LoRA scale", source="ERPO paper", min=1)
     lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)
     lora_target_modules: str = setting(
@@ -100,11 +102,13 @@ class RolloutConfig:
     segment_length: int = setting(1024, "L, tokens of a segment", source=PAPER, min=1)
     max_segments: int = setting(8, "N, most segments of a response", source=PAPER, min=1)
     max_completion_length: int = setting(0, "most response tokens; 0: N*L", min=0)
-    temperature: float = setting(1.0, "sampling temperature", source=PAPER, above=0)
+    temperature: float = setting(1.0, "sampling temperature", source=PAPER, min=0.001, max=1000)
     top_p: float = setting(1.0, "nucleus sampling; 1 keeps all (the paper samples at 0.9)", above=0, max=1)
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)
-    max_rows: int = setting(64, "sequences decoded together", min=1)
-    cache_rows: int = setting(0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0)
+    max_rows: int = setting(64, "sequences decoded together", min=1, max=2**20)
+    cache_rows: int = setting(
+        0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0, max=2**20
+    )
     kv_budget: int = setting(
         0, "most MiB that the torch engine's KV cache may take; rows beyond wait for room; 0: no bound", min=0
     )
@@ -129,11 +133,15 @@ class ErasureConfig:
 
     metric: str = setting("e3rl", "how U is measured: 'e3rl' (eq 13), or module:name", source=PAPER_METHOD)
     max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
-    base_weight: float = setting(1.0, "weight of the smoothed entropy in U (D14)", source=PAPER_METHOD, min=0)
-    gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0)
-    extremum_weight: float = setting(0.1, "lambda_M, weight of the largest entropy against the group's", min=0)
+    base_weight: float = setting(
+        1.0, "weight of the smoothed entropy in U (D14)", source=PAPER_METHOD, min=0, max=_MOST
+    )
+    gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0, max=_MOST)
+    extremum_weight: float = setting(
+        0.1, "lambda_M, weight of the largest entropy against the group's", min=0, max=_MOST
+    )
     perturbation_weight: float = setting(
-        0.0, "lambda_P, weight of the mean perturbation (D14); above 0 the method is E3RL+eps", min=0
+        0.0, "lambda_P, weight of the mean perturbation (D14); above 0 the method is E3RL+eps", min=0, max=_MOST
     )
     entropy_distribution: Literal["full", "truncated"] = setting(
         "full", "D1: entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
@@ -142,6 +150,7 @@ class ErasureConfig:
         0.0,
         "temperature that entropies and perturbations are measured at, whatever is drawn with; 0: rollout.temperature (eq 2)",
         min=0,
+        max=1000,
     )
     length_exponent: float = setting(
         0.0,
@@ -160,13 +169,15 @@ class ErasureConfig:
     quantile: float = setting(
         0.5, "share of the first candidates that stay below B_n where baseline = 'quantile'", min=0, max=1
     )
-    static_baseline: float = setting(1.0, "B_n where baseline = 'static' (the paper's 'w/o group dynamics')", above=0)
+    static_baseline: float = setting(
+        1.0, "B_n where baseline = 'static' (the paper's 'w/o group dynamics')", above=0, max=_MOST
+    )
     min_siblings: int = setting(2, "D5: with fewer siblings at a segment the group's last B stays in force", min=2)
-    kappa0: float = setting(1.0, "kappa_0 of eq 16")
-    kappa1: float = setting(0.0, "kappa_1 of eq 16")
-    sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0)
-    eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0)
-    delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0)
+    kappa0: float = setting(1.0, "kappa_0 of eq 16", min=-_MOST, max=_MOST)
+    kappa1: float = setting(0.0, "kappa_1 of eq 16", min=-_MOST, max=_MOST)
+    sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0, max=_MOST)
+    eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0, max=_MOST)
+    delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0, max=100)
     rho: float = setting(
         0.1,
         "rho of eq 18: strength of the history modulation; above 0, siblings that are all but alike are erased after a "
@@ -174,12 +185,14 @@ class ErasureConfig:
         min=0,
         max=0.99,
     )
-    first_modulation: float = setting(1.0, "D6: phi at the first segment, which has no history", above=0)
+    first_modulation: float = setting(1.0, "D6: phi at the first segment, which has no history", above=0, max=_MOST)
     on_exhausted: Literal["last", "least_uncertain"] = setting(
         "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
     )
 
     def __post_init__(self) -> None:
+        if 0 < self.entropy_temperature < 0.001:
+            raise UserError("erasure.entropy_temperature must be 0 or at least 0.001")
         if self.entropy_temperature and self.entropy_distribution == "truncated":
             raise UserError(
                 "erasure.entropy_distribution = 'truncated' is the distribution that is drawn from, "
@@ -288,7 +301,7 @@ class EvalConfig:
 
     limit: int = setting(0, "use only n held-out problems, evenly spread over all; 0: all", min=0)
     num_samples: int = setting(8, "samples of each problem, the k of Avg@k and Pass@k", min=1)
-    temperature: float = setting(1.0, "sampling temperature", above=0)
+    temperature: float = setting(1.0, "sampling temperature", min=0.001, max=1000)
     top_p: float = setting(1.0, "nucleus sampling", above=0, max=1)
     top_k: int = setting(0, "top-k sampling; 0 keeps all", min=0)
     erasable: bool = setting(True, "also evaluate erasable decoding, beside plain")
@@ -348,20 +361,6 @@ def build_config(tables: Mapping[str, Any]) -> Config:
     return Config(**built)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; problems name the file and line."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such recipe: {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory, not a recipe file") from None
-    except (UnicodeDecodeError, PermissionError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-
-
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``over`` laid on it, table by table."""
     merged = dict(base)
@@ -386,8 +385,8 @@ def parse_override(text: str) -> dict[str, Any]:
     if not (equals and dot and section and key):
         raise UserError(f"'{text}' is no override: write section.field=value, for example train.learning_rate=1e-5")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {raw}", text)["value"]
+    except UserError:
         value = raw
     return {section: {key: value}}
 

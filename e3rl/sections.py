@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from e3rl.errors import UserError, unknown
+from e3rl.parsing import is_text
 
 _T = TypeVar("_T")
 
@@ -26,6 +29,8 @@ def _type_name(kind: Any) -> str:
 def convert(value: Any, kind: Any, where: str) -> Any:
     """``value`` as a ``kind``: an int is a fine float, a string a fine list of one; nothing else changes type."""
     origin = typing.get_origin(kind)
+    if isinstance(value, str) and ("\0" in value or not is_text(value)):
+        raise UserError(f"{where}: {shown(value)} is no text: it holds a null byte, or bytes that are not UTF-8")
     if origin is Literal:
         if value in typing.get_args(kind):
             return value
@@ -36,23 +41,38 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, str) and typing.get_args(kind)[0] is str:
             return (value,) if value else ()
         if isinstance(value, list | tuple):
-            return tuple(convert(v, typing.get_args(kind)[0], where) for v in value)
+            return tuple(_ranged(convert(v, typing.get_args(kind)[0], where), {}, where) for v in value)
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+    raise UserError(f"{where}: expected {_type_name(kind)}, got {shown(value)}")
 
 
-def _check_range(value: Any, limits: Mapping[str, Any], where: str) -> None:
+def shown(value: Any) -> str:
+    """A value for a message: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number with more digits than Python writes out
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def _ranged(value: Any, limits: Mapping[str, Any], where: str) -> Any:
+    """The value; UserError where it is a number outside its limits, or none that a computation can use."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        return
+        return value
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} = {shown(value)} is out of range: it has more than 64 bits")
     low, high, above = limits.get("min"), limits.get("max"), limits.get("above")
     bounds = [f"at least {low:g}" if low is not None else "", f"above {above:g}" if above is not None else ""]
     bounds += [f"at most {high:g}" if high is not None else ""]
     inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if not inside:  # NaN fails every comparison and lands here whenever a bound exists
-        raise UserError(f"{where} = {value!r} is out of range: it must be {' and '.join(b for b in bounds if b)}")
+    if not (inside and math.isfinite(value)):  # NaN fails every comparison
+        wanted = " and ".join(b for b in bounds if b) or "a finite number"
+        raise UserError(f"{where} = {shown(value)} is out of range: it must be {wanted}")
+    return value
 
 
 def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
@@ -63,8 +83,8 @@ def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
     for key, value in table.items():
         if key not in known:
             raise UserError(f"[{where}] {unknown('key', key, known)}")
-        values[key] = convert(value, hints[key], f"{where}.{key}")
-        _check_range(values[key], known[key].metadata, f"{where}.{key}")
+        name = f"{where}.{key}"
+        values[key] = _ranged(convert(value, hints[key], name), known[key].metadata, name)
     return kind(**values)
 
 

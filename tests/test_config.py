@@ -1,8 +1,11 @@
 """Recipes: what is read, what is refused, and with which words."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from e3rl.config import Config, build_config, load_config, parse_override, to_toml
 from e3rl.errors import UserError
+from e3rl.parsing import parse_json
 
 
 def test_defaults_survive_a_round_trip_through_toml():
@@ -112,10 +116,28 @@ def test_an_override_is_toml_where_it_can_be_and_text_otherwise():
     assert parse_override("train.report_to=['wandb']") == {"train": {"report_to": ["wandb"]}}
 
 
-@given(st.text())
-def test_any_text_survives_as_a_run_name(name: str):
-    config = build_config({"run": {"name": name}})
-    assert build_config(tomllib.loads(to_toml(config))).run.name == name
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_any_text_survives_as_a_setting(text: str):
+    config = build_config({"data": {"system_prompt": text}})
+    assert build_config(tomllib.loads(to_toml(config))).data.system_prompt == text
+
+
+_INTO = {int: ("2**70", 10**400), float: (float("nan"), float("inf"), -float("inf"), 10**400), str: ("\0", "\udce9")}
+"""Values that no computation, file or path takes, by the type of a setting."""
+
+
+@pytest.mark.parametrize("section", [f.name for f in dataclasses.fields(Config)])
+def test_no_setting_takes_what_nothing_can_use(section: str):
+    kind = typing.get_type_hints(Config)[section]
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        inner = typing.get_args(hints[f.name])[0] if typing.get_origin(hints[f.name]) is tuple else hints[f.name]
+        for value in _INTO.get(inner, ()):
+            given = [value] if inner is not hints[f.name] else value
+            with pytest.raises(UserError) as caught:
+                build_config({section: {f.name: given}})
+            assert f"{section}.{f.name}" in str(caught.value)
+            assert len(str(caught.value)) < 300
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4))
@@ -132,3 +154,50 @@ def test_light_modules_import_no_heavy_library(module: str):
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'rich', 'pyarrow', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a=" + "[" * 100_000, "nested too deeply"),
+        ("a=" + "{a=" * 50_000, "nested too deeply"),
+        ("[" + "a." * 100 + "a]", "levels deep"),
+        ("a." * 100_000 + "a = 1", "hundreds of parts"),
+        ("a = " + "9" * 400, "300 digits"),
+        ("a = " + "9" * 5000, "not valid TOML"),
+        ("a = 0x" + "f" * 5000, "300 digits"),
+        ("a = '" + "x" * 2**18 + "'", "at most"),
+    ],
+)
+def test_a_recipe_without_measure_is_a_sentence(tmp_path: Path, text: str, words: str):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 70 + "]" * 70, "levels deep"),
+        ("9" * 400, "400 digits"),
+        ("[NaN]", "NaN is no number"),
+        ("[-Infinity]", "-Infinity is no number"),
+        ("[1e999]", "1e999 is too large"),
+        ('["\\ud800"]', "half of a surrogate pair"),
+        ('{"\\udfff": 1}', "half of a surrogate pair"),
+        (b'["\xff\xfe"]', "not valid UTF-8"),
+        ("[1,", "line 1, column 4"),
+    ],
+)
+def test_json_without_measure_is_a_sentence(text: str | bytes, words: str):
+    with pytest.raises(UserError, match=words):
+        parse_json(text, "file.json")
+
+
+def test_json_within_measure_is_read():
+    text = '{"a": [1, -2.5e3, null, true, "é \\ud83d\\ude00"], "b": ' + "9" * 300 + "}"
+    assert parse_json(text, "f") == json.loads(text)
+    assert str(parse_json("[NaN, 1e999]", "f", finite=False)) == "[nan, inf]"

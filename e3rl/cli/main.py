@@ -16,6 +16,7 @@ from e3rl import __version__
 from e3rl.cli.guard import Post, guarded
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
+from e3rl.sections import shown
 
 _COMMANDS = {
     "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
@@ -110,9 +111,25 @@ def _exit_code(options: argparse.Namespace) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise a RuntimeError
+        if not _is_out_of_memory(error):
+            raise
+        print(f"e3rl: out of memory: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a name too long for the file system, a disk that fails
+        if error.filename is None and error.errno is None:
+            raise
+        place = f"{shown(error.filename)}: " if error.filename else ""
+        print(f"e3rl: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("e3rl: stopped", file=sys.stderr)
         return 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    signs = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from e3rl import parsing
 from e3rl.errors import UserError
 from e3rl.evaluate.samples import Sample
 from e3rl.files import atomic_file, disk_full_is_a_sentence, write_json, write_text
@@ -200,11 +201,9 @@ def _drop_half_groups(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such file, UserError where it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsing.read_json(path, finite=False)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return value

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from e3rl.config import Config, to_tables
+from e3rl.errors import UserError
 from e3rl.evaluate.figures import evaluated_name
+from e3rl.parsing import read_json
 from e3rl.report.health import Logs, examine
 from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import METRICS
@@ -46,8 +47,8 @@ def _method(config: Config) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing where there is no whole one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_json(path, finite=False)
+    except (FileNotFoundError, UserError):
         return {}
     return value if isinstance(value, dict) else {}
 

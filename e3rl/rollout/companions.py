@@ -17,12 +17,12 @@ from e3rl.config import (
     RolloutConfig,
     build_config,
     layered,
-    read_toml,
     tables_to_toml,
     to_tables,
 )
 from e3rl.errors import UserError
 from e3rl.files import write_text
+from e3rl.parsing import read_toml
 from e3rl.plugins import foreign_code, require_named
 from e3rl.rollout.statistics import FILE_NAME, ReferenceStatistics
 from e3rl.sections import build_section

@@ -5,7 +5,6 @@ They are gathered from rollouts during training or calibration and saved beside 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,6 +14,7 @@ from typing import Any
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.files import write_json
+from e3rl.parsing import read_json
 from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
 from e3rl.types import Erasure, Group, Segment, Trajectory
@@ -142,10 +142,8 @@ class ReferenceStatistics:
         """Read what `save` wrote; UserError says what is wrong with a missing or damaged file."""
         path = directory / FILE_NAME
         try:
-            return ReferenceStatistics.from_tables(json.loads(path.read_text(encoding="utf-8")))
+            return ReferenceStatistics.from_tables(read_json(path))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: make it with 'e3rl calibrate'") from None
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}): make it again with 'e3rl calibrate'") from None

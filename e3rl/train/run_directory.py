@@ -9,7 +9,6 @@ import fcntl
 import itertools
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from e3rl.config import Config, build_config, to_tables, to_toml
 from e3rl.errors import UserError
 from e3rl.files import clear_litter, disk_full_is_a_sentence, is_litter, write_text
+from e3rl.parsing import parse_toml, read_text
 from e3rl.train.metrics import finite_or_none
 
 MAY_CHANGE = {
@@ -41,10 +41,10 @@ def read_config(directory: Path) -> Config:
     """The resolved config that a run directory was made with."""
     path = directory / "config.toml"
     try:
-        return build_config(tomllib.loads(path.read_text(encoding="utf-8")))
+        return build_config(parse_toml(read_text(path), path))
     except FileNotFoundError:
         raise UserError(f"{directory} is no run directory: it holds no config.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.config import DataConfig, build_config, load_config, parse_override, read_toml, to_toml
+from e3rl.config import DataConfig, build_config, load_config, parse_override, to_toml
 from e3rl.data.loading import load_problems
 from e3rl.doctor.run import check_run
 from e3rl.errors import UserError
+from e3rl.parsing import read_toml
 from e3rl.report.page import describe_run
 from e3rl.train.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from e3rl.train.journal import StepJournal

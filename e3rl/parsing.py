@@ -1,0 +1,127 @@
+"""The reader of JSON and TOML that may come from elsewhere: plain values within limits, or a sentence that names the place."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from e3rl.errors import UserError
+
+MAX_DEPTH = 64
+"""Lists and tables inside each other. Whatever walks through the values may do so by recursion."""
+MAX_DIGITS = 300
+"""Of a whole number: more would not fit a float, and Python refuses to write out some thousands."""
+MAX_TOML_BYTES = 2**18
+_MAX_KEY_PARTS = 256  # of a dotted key; the parser takes time that grows with their square
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; {MAX_DIGITS} are allowed")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large for a number")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def parse_json(text: str | bytes, where: object, *, finite: bool = True) -> Any:
+    """A JSON value. UserError where it is malformed, too deep, or holds halves of characters, endless numbers and, where
+    ``finite``, NaN or infinity."""
+    only_finite: dict[str, Any] = {"parse_float": _finite, "parse_constant": _constant} if finite else {}
+    try:
+        value = json.loads(text, parse_int=_whole, **only_finite)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: malformed JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not valid UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON is nested too deeply to read") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    _check(value, where)
+    return value
+
+
+def parse_toml(text: str, where: object) -> dict[str, Any]:
+    """The tables of a TOML text; as `parse_json`, but floats may be infinite or NaN: the settings' ranges refuse those."""
+    if len(text) > MAX_TOML_BYTES:
+        raise UserError(f"{where} has {len(text)} characters, and a recipe at most {MAX_TOML_BYTES}")
+    if "." * _MAX_KEY_PARTS in re.sub(r"[^.\n=,\[\]{}]+", "", text):
+        raise UserError(f"{where}: a key of hundreds of parts")
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{where}: TOML is nested too deeply to read") from None
+    except ValueError as error:  # malformed, or a whole number with more digits than Python converts
+        raise UserError(f"{where} is not valid TOML: {error}") from None
+    _check(tables, where)
+    return tables
+
+
+def read_text(path: Path, most: int | None = None) -> str:
+    """A UTF-8 file of at most ``most`` bytes; UserError where it can't be read. FileNotFoundError is the caller's."""
+    try:
+        if most is not None and path.stat().st_size > most:
+            raise UserError(f"{path} has {path.stat().st_size} bytes, and at most {most} are read")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} can't be read: it is not valid UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+
+
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """The JSON value of a file, as `parse_json`. FileNotFoundError is the caller's."""
+    return parse_json(read_text(path), path, finite=finite)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a recipe, as `parse_toml`."""
+    try:
+        return parse_toml(read_text(path, MAX_TOML_BYTES), path)
+    except FileNotFoundError:
+        raise UserError(f"no such recipe: {path}") from None
+    except UserError:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, not a recipe file") from None
+        raise
+
+
+def _check(value: Any, where: object) -> None:
+    """UserError for what is too deep, for endless whole numbers (TOML's may be hexadecimal) and for halves of characters."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+                inner += item.keys()
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, str):
+                if not is_text(item):
+                    raise UserError(f"{where}: contains half of a surrogate pair, which is no character")
+            elif isinstance(item, int) and item.bit_length() > 1000:
+                raise UserError(f"{where}: a whole number of more than {MAX_DIGITS} digits")
+        level, depth = inner, depth + 1
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: no half of a surrogate pair, which stands for a byte that is no text."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
