@@ -24,7 +24,7 @@ from typing import Any
 from e3rl.config import load_config
 from e3rl.train.environment import environment
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
+from e3rl.train.trainer import Trainer
 
 CORRECTED = ("train.importance_correction=token_truncate",)
 WAYS: dict[str, tuple[int, tuple[str, ...]]] = {

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from e3rl.config import load_config
     from e3rl.errors import UserError
     from e3rl.generation import Generation, generate
-    from e3rl.train.loop import Trainer
+    from e3rl.train.trainer import Trainer
 
 _HOMES = {
     "Generation": "e3rl.generation",
-    "Trainer": "e3rl.train.loop",
+    "Trainer": "e3rl.train.trainer",
     "UserError": "e3rl.errors",
     "generate": "e3rl.generation",
     "load_config": "e3rl.config",

@@ -22,7 +22,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}.")
 
 
-class SickLogits(UserError):
+class NonFiniteLogits(UserError):
     """The model's output is NaN or infinite, so there is nothing to sample from. ``draw`` names the row."""
 
     def __init__(self, draw: Draw) -> None:
@@ -33,9 +33,9 @@ class SickLogits(UserError):
             "or gradient just before) or overflow in the chosen dtype"
         )
 
-    def __reduce__(self) -> tuple[type[SickLogits], tuple[Draw]]:
+    def __reduce__(self) -> tuple[type[NonFiniteLogits], tuple[Draw]]:
         """What pickling needs to carry the error out of a worker process."""
-        return SickLogits, (self.draw,)
+        return NonFiniteLogits, (self.draw,)
 
 
 class RunStopped(Exception):

@@ -20,8 +20,8 @@ from e3rl.plugins import load
 from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.environment import environment
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
 from e3rl.train.run_directory import continue_or_put_aside, read_lines
+from e3rl.train.trainer import Trainer
 from e3rl_reproduce.cells import ERROR, Cell, Point
 
 SNAPSHOT = "at-tokens"

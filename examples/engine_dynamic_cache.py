@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
-from e3rl.engine.sampling import SICK, SamplingRows, sample
+from e3rl.engine.sampling import NON_FINITE, SamplingRows, sample
 from e3rl.engine.torch.cache import cache_argument, evaluating
-from e3rl.errors import SickLogits
+from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
 
 
@@ -53,8 +53,8 @@ class DynamicCacheEngine:
                 while not request.complete(self._eos_ids):
                     number = torch.tensor([request.uniforms[len(request.ids)]], device=self._model.device)
                     drawn = sample(self._next_logits(row.ids + request.ids, cache), settings, number)
-                    if drawn.ids_S.item() == SICK:
-                        raise SickLogits(request.draw)
+                    if drawn.ids_S.item() == NON_FINITE:
+                        raise NonFiniteLogits(request.draw)
                     request.ids += drawn.ids_S.tolist()
                     request.measures += drawn.measures()
                 return [(handle, row.close_request(self._eos_ids))]

@@ -25,7 +25,7 @@ Written by `python tools/run_directory_page.py`; do not edit.
 | `rollouts/step-NNNNNN.parquet` | every trajectory of the step and all that was erased on the way, below |
 | `checkpoints/step-NNNNNN/` | float32 weights, optimizer, random state, data position, statistics, with checksums |
 | `journal/step-NNNNNN.journal` | candidates of steps that no checkpoint holds yet, each as soon as it is generated |
-| `sick/step-NNNNNN/` | a step that was skipped because of NaN or exploding numbers: finding, batch, weights, for `e3rl replay` |
+| `skipped/step-NNNNNN/` | a step that was skipped because of NaN or exploding numbers: finding, batch, weights (`e3rl replay`) |
 | `model/` | the trained model as an ordinary Hugging Face directory, written at the end |
 | `summary.json` | before and after, r, erase rate, steps, seconds, tokens; written at the end |
 | `report.html` | the run as a page that opens from disk |

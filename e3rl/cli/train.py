@@ -84,13 +84,13 @@ def train_rank(
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
     from e3rl.report.listener import ReportListener
-    from e3rl.train.loop import Trainer
     from e3rl.train.trackers import build_trackers
+    from e3rl.train.trainer import Trainer
 
     quiet_libraries()
     listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
     trainer = Trainer(config, listeners=listeners, resume=resume)
-    on_stop(trainer.stop_request.ask)
+    on_stop(trainer.ask_to_stop)
     return trainer.run_path, trainer.train()
 
 

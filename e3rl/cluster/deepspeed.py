@@ -103,7 +103,7 @@ class DeepSpeedOptimizer:
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
             # ZeRO-2 does so by itself in the middle of the first step, and forgets all parameter groups but one
             self._zero._lazy_init_hp_params_optimizer_state()
-        self.sick: tuple[str, ...] = ()
+        self.nonfinite: tuple[str, ...] = ()
 
     def step(self, rate: float) -> float:
         """One update; DeepSpeed leaves all untouched where the norm is not finite."""

@@ -33,7 +33,7 @@ DIVIDED = ("zero2", "fsdp2", "deepspeed-zero3")
 class Optimizer(Protocol):
     """What a step is made with. All ranks call everything here together; names are those of the model's parameters."""
 
-    sick: tuple[str, ...]
+    nonfinite: tuple[str, ...]
 
     def step(self, rate: float) -> float:
         """Apply the gathered gradients at this learning rate; returns their norm. NaN or inf leaves all untouched."""

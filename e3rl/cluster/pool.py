@@ -16,7 +16,7 @@ from typing import Protocol
 
 from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, group_of
 from e3rl.cluster.wire import decode, encode
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Prompt
 
@@ -299,5 +299,5 @@ def _as_error(answer: Answer, name: str) -> Exception:
     fault = answer.fault
     assert fault is not None
     if fault.draw is not None:
-        return SickLogits(fault.draw)
+        return NonFiniteLogits(fault.draw)
     return UserError(f"rollout worker {name} can't go on: {fault.message}")

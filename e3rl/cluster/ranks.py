@@ -116,6 +116,10 @@ def join_ranks(config: Config) -> Ranks:
             f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
             "train.parallel to ddp, zero1, zero2, fsdp2, deepspeed-zero2 or deepspeed-zero3, or start one process"
         )
+    if config.rollout.ahead:
+        raise UserError(
+            "rollout.ahead generates beside the training, which ranks can't do yet: set it to 0, or start one"
+        )
     if config.train.prompts_per_step < world:
         raise UserError(
             f"{world} processes were started, and a step has only train.prompts_per_step = {config.train.prompts_per_step} "

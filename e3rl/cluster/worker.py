@@ -17,7 +17,7 @@ from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.weights import architecture
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import Event, GroupSettings
@@ -138,7 +138,7 @@ class RolloutWorker:
         self._beat += 1
 
     def _report(self, run: str, error: Exception) -> None:
-        draw = error.draw if isinstance(error, SickLogits) else None
+        draw = error.draw if isinstance(error, NonFiniteLogits) else None
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with self._changed:
             if self._run == run:

@@ -15,8 +15,8 @@ from e3rl.files import MANIFEST, damage, is_litter, write_text
 from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.journal import records
 from e3rl.train.ledger import FORMAT as LEDGER_FORMAT
+from e3rl.train.nonfinite import skipped_steps
 from e3rl.train.run_directory import RunDirectory, read_config, read_lines
-from e3rl.train.skipped import sick_steps
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 
@@ -114,8 +114,8 @@ def check_journal(run: Path) -> Iterator[Finding]:
 
 def check_state(run: Path) -> Iterator[Finding]:
     """What was skipped, what was left half written, and how to go on."""
-    if kept := sick_steps(run):
-        yield Finding("note", "sick", f"steps {', '.join(map(str, kept))} were skipped; see 'e3rl replay {run}'")
+    if kept := skipped_steps(run):
+        yield Finding("note", "skipped", f"steps {', '.join(map(str, kept))} were skipped; see 'e3rl replay {run}'")
     litter = [p for p in run.rglob(".*.tmp") if is_litter(p)]
     if litter:
         text = f"{len(litter)} half-written files of a killed process; the next start removes them"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
-from e3rl.engine.sampling import SICK, SamplingRows, sample
+from e3rl.engine.sampling import NON_FINITE, SamplingRows, sample
 from e3rl.engine.torch.cache import evaluating
-from e3rl.errors import SickLogits
+from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
 
 
@@ -61,8 +61,8 @@ class RecomputeEngine:
         logits_1V = self._model(input_ids=ids_1T, use_cache=False).logits[:, -1]
         number_1 = torch.tensor([request.uniforms[len(request.ids)]], device=device)
         samples = sample(logits_1V, SamplingRows.of([request.sampling], device), number_1)
-        if samples.ids_S.item() == SICK:
-            raise SickLogits(request.draw)
+        if samples.ids_S.item() == NON_FINITE:
+            raise NonFiniteLogits(request.draw)
         request.ids += samples.ids_S.tolist()
         request.measures += samples.measures()
 

@@ -18,7 +18,7 @@ from e3rl.engine.torch.storage import PACK
 from e3rl.equations import tokens
 from e3rl.errors import UserError
 
-SICK = -1
+NON_FINITE = -1
 """Stands in `Samples.ids_S` where a row's logits are not all finite."""
 
 _NO_TOP_K = 2**31
@@ -135,7 +135,7 @@ def sample(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> Samples
 
     Everything measured belongs to the distribution before truncation, unless the row asks for the truncated entropy; entropy
     and perturbation to the temperature that the row is measured at.
-    A row with NaN or infinite logits gets the id `SICK`.
+    A row with NaN or infinite logits gets the id `NON_FINITE`.
     """
     parts = _parts(logits_SV)
     if len(parts) == 1:
@@ -155,7 +155,7 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
     logp_SV = tokens.token_distribution(logits_SV.float(), rows.temperature_S1)
     p_SV = logp_SV.exp()
     entropies_S = tokens.token_entropy(p_SV, logp_SV)
-    sick_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
+    nonfinite_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
     kept_mass_S = torch.ones_like(entropies_S)
     if rows.depth:
         thresholds_S1 = truncation_thresholds(p_SV, rows)
@@ -175,7 +175,7 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
         perturbations_S = perturbations_S * ratio_S1.squeeze(1)
     likelier_SV = torch.gt(logp_SV, logprobs_S1, out=p_SV)  # as floats: several times as fast as a comparison to bool
     return Samples(
-        ids_S=ids_S.masked_fill(sick_S, SICK),
+        ids_S=ids_S.masked_fill(nonfinite_S, NON_FINITE),
         logprobs_S=logprobs_S1.squeeze(1),
         entropies_S=entropies_S.clamp(min=0.0),
         perturbations_S=perturbations_S,

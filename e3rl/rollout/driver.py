@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from e3rl.engine.protocol import Engine, Row
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import Event, Extend, GroupRollout, GroupSettings, Order, Release
 from e3rl.types import Candidate, Draw, Group, Prompt
 
@@ -162,7 +162,7 @@ class Driver:
             if not completed:
                 raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
             delivered = [(*self._open.pop(row), candidate) for row, candidate in completed]
-        except SickLogits as error:
+        except NonFiniteLogits as error:
             self._fail(self._jobs_of(error.draw) or self._decoding, error)
             return
         except Exception as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from e3rl.engine.protocol import Engine
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import Event, GroupSettings
 from e3rl.serve.errors import ApiError, as_api_error
@@ -125,7 +125,7 @@ class DecodingWorker:
 
 def _said_to_client(error: Exception) -> ApiError:
     """What stopped a group: the request's fault where the library says so, else the server's."""
-    if isinstance(error, SickLogits):
+    if isinstance(error, NonFiniteLogits):
         return ApiError(500, str(error))
     if isinstance(error, UserError):
         return as_api_error(error)

@@ -22,7 +22,7 @@ from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, To
 from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
 from e3rl.train.metrics import Means
-from e3rl.train.nonfinite import Finding, SickNumbers, find_sick
+from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
 from e3rl.train.packing import PackedRow, packed_rows, plan_rows
 from e3rl.train.scoring import AttributionSettings, Scores, score_rows
@@ -94,7 +94,7 @@ class Learner:
     ) -> None:
         self._policy, self._objective, self._config, self._updates = policy, objective, config, updates
         self._ranks = ranks or Ranks()
-        self._sick: Finding | None = None
+        self._found: NonFinite | None = None
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._lockstep = in_lockstep(config.train, self._ranks)
         way = make_ready(policy, config.train, self._ranks)
@@ -254,11 +254,13 @@ class Learner:
 
     def _step(self, rate: float, update: int) -> float:
         """One optimizer update with the gathered gradients; returns their norm."""
-        sick, self._sick = self._sick, None
+        found, self._found = self._found, None
         norm = self.optimizer.step(rate)
         if not math.isfinite(norm):
-            located = [f for f in self._ranks.gather(sick) if f is not None]
-            raise SickNumbers((located or [Finding("gradient", norm, parameters=self.optimizer.sick)])[0], update)
+            located = [f for f in self._ranks.gather(found) if f is not None]
+            raise NonFiniteNumbers(
+                (located or [NonFinite("gradient", norm, parameters=self.optimizer.nonfinite)])[0], update
+            )
         return norm
 
     def _accumulate(self, lessons: Sequence[Lesson], means: Means) -> None:
@@ -286,9 +288,11 @@ class Learner:
         """Gradients of one micro-batch, whose lessons are the rows of ``logprobs_ST``; returns its part of the loss."""
         batch = self._train_batch(lessons, logprobs_ST, totals)
         loss = self._objective.loss(batch)
-        sick = find_sick([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
-        self._sick = self._sick or sick
-        self._passes.backward(loss.value if sick is None else loss.value * math.nan)  # NaN reaches every rank's `_step`
+        found = find_nonfinite([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
+        self._found = self._found or found
+        self._passes.backward(
+            loss.value if found is None else loss.value * math.nan
+        )  # NaN reaches every rank's `_step`
         means.add(loss.metrics)
         return float(loss.value.detach())
 

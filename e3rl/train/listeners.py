@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,3 +51,9 @@ class Silent:
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         pass
+
+
+def tell(listeners: Iterable[Listener], event: str, *values: Any) -> None:
+    """Call the method ``event`` of every listener."""
+    for listener in listeners:
+        getattr(listener, event)(*values)

@@ -1,22 +1,41 @@
-"""NaN, infinite and exploding numbers of a training step: found before they reach a weight, and said where they are."""
+"""NaN, infinite and exploding numbers of a training step: found before they reach a weight, located, kept for replay.
+
+A skipped step is kept in ``skipped/step-NNNNNN/``: what was found (finding.json), the step's rollouts and rewards
+(batch.json) and the float32 weights before it, with checksums. The newest `KEPT` are kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from e3rl.cluster.messages import Finished, Response
+from e3rl.cluster.wire import from_plain, to_plain
 from e3rl.config import TrainConfig
 from e3rl.errors import UserError
+from e3rl.files import atomic_directory, damage, write_json
 from e3rl.objectives.base import TrainBatch
 from e3rl.train.sequences import TrainSequence
+from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
+
+FORMAT = 1
+KEPT = 3
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What is sick and where. ``group``: position in the step; fields that a kind does not have are None or empty."""
+class NonFinite:
+    """A number that is not finite or too large, and where it is. ``group``: position in the step.
+
+    Fields that a kind does not have are None or empty.
+    """
 
     what: str
     value: float
@@ -42,10 +61,10 @@ class Finding:
         return f"the {self.what} is {self.value:g}" + (f" at {', '.join(of)}" if of else "")
 
 
-class SickNumbers(UserError):
+class NonFiniteNumbers(UserError):
     """A training step has numbers that must not reach the weights, which were left as they were."""
 
-    def __init__(self, finding: Finding, update: int) -> None:
+    def __init__(self, finding: NonFinite, update: int) -> None:
         self.finding, self.update = finding, update
         super().__init__(
             f"{finding.sentence()}, at optimizer update {update}; the weights were left as they were. "
@@ -53,10 +72,10 @@ class SickNumbers(UserError):
         )
 
 
-def find_sick(
+def find_nonfinite(
     sequences: Sequence[TrainSequence], batch: TrainBatch, loss: Tensor, config: TrainConfig
-) -> Finding | None:
-    """The first sick number of a micro-batch, whose rows are ``sequences``; None where all are well.
+) -> NonFinite | None:
+    """The first such number of a micro-batch, whose rows are ``sequences``; None where all are well.
 
     One question to the device where all is well; where not, it is looked for.
     """
@@ -88,7 +107,7 @@ def find_sick(
     if float(kl_S.amax()) > config.max_kl:
         row = int(kl_S.argmax())
         return _at(sequences[row], "mean KL to the reference policy", float(kl_S[row]), None)
-    return Finding("loss", float(loss.detach()), group=sequences[0].group if len(sequences) == 1 else None)
+    return NonFinite("loss", float(loss.detach()), group=sequences[0].group if len(sequences) == 1 else None)
 
 
 def _kl(logprobs_ST: Tensor, reference_ST: Tensor | None, mask_ST: Tensor) -> Tensor:
@@ -99,6 +118,98 @@ def _kl(logprobs_ST: Tensor, reference_ST: Tensor | None, mask_ST: Tensor) -> Te
     return ((gap_ST.exp() - gap_ST - 1) * mask_ST).sum(1) / mask_ST.sum(1).clamp(min=1)
 
 
-def _at(sequence: TrainSequence, what: str, value: float, token: int | None) -> Finding:
+def _at(sequence: TrainSequence, what: str, value: float, token: int | None) -> NonFinite:
     segment = None if token is None else int(sequence.segments_T[token])
-    return Finding(what, value, sequence.group, sequence.sibling, segment, token, sequence.erased)
+    return NonFinite(what, value, sequence.group, sequence.sibling, segment, token, sequence.erased)
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step that was skipped: what was found, in words and located, its batch, and the weights before it."""
+
+    step: int
+    update: int
+    text: str
+    finding: NonFinite
+    batch: tuple[RewardedGroup, ...]
+    weights: Mapping[str, Tensor]
+
+
+def skipped_directory(run: Path, step: int) -> Path:
+    return run / "skipped" / f"step-{step:06d}"
+
+
+def skipped_steps(run: Path) -> list[int]:
+    """Steps whose batch is kept, newest first."""
+    return sorted((int(p.name.removeprefix("step-")) for p in (run / "skipped").glob("step-*")), reverse=True)
+
+
+def write_skipped(run: Path, skipped: SkippedStep) -> Path:
+    """Keep a skipped step, and forget the oldest beyond `KEPT`."""
+    directory = skipped_directory(run, skipped.step)
+    with atomic_directory(directory) as temporary:
+        facts = {"format": FORMAT, "step": skipped.step, "update": skipped.update, "text": skipped.text}
+        write_json(temporary / "finding.json", {**facts, "finding": asdict(skipped.finding)})
+        (temporary / "batch.json").write_text(json.dumps([_plain(item) for item in skipped.batch]), encoding="utf-8")
+        save_file(
+            {n: t.detach().cpu().contiguous().clone() for n, t in skipped.weights.items()},
+            temporary / "weights.safetensors",
+        )
+    for step in skipped_steps(run)[KEPT:]:
+        shutil.rmtree(skipped_directory(run, step), ignore_errors=True)
+    return directory
+
+
+def read_skipped(run: Path, step: int) -> SkippedStep:
+    """A skipped step whose checksums have been verified."""
+    directory = skipped_directory(run, step)
+    problem = damage(directory)
+    if problem:
+        raise UserError(f"{directory} is damaged: {problem}")
+    facts = json.loads((directory / "finding.json").read_text(encoding="utf-8"))
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{directory} has format {facts.get('format')}; this version reads {FORMAT}")
+    batch = json.loads((directory / "batch.json").read_text(encoding="utf-8"))
+    finding = NonFinite(**{**facts["finding"], "parameters": tuple(facts["finding"]["parameters"])})
+    weights = load_file(directory / "weights.safetensors")
+    return SkippedStep(facts["step"], facts["update"], facts["text"], finding, tuple(map(_rewarded, batch)), weights)
+
+
+def _plain(item: RewardedGroup) -> dict[str, Any]:
+    group = item.group
+    responses = tuple(Response(t.sibling, t.segments, t.erasures, t.finish) for t in group.trajectories)
+    finished = Finished(group.prompt.problem.id, group.policy_version or 0, responses)
+    return {"prompt_ids": group.prompt.ids, "finished": to_plain(finished), "rewards": to_plain(item.rewards)}
+
+
+def _rewarded(plain: Mapping[str, Any]) -> RewardedGroup:
+    finished = from_plain(Finished, plain["finished"], "finished")
+    prompt = Prompt(Problem(finished.prompt_id, ""), tuple(plain["prompt_ids"]))
+    trajectories = tuple(Trajectory(prompt, r.sibling, r.segments, r.erasures, r.finish) for r in finished.responses)
+    group = Group(prompt, trajectories, finished.policy_version)
+    return RewardedGroup(group, tuple(Reward(r["value"], r["parts"], r["error"]) for r in plain["rewards"]))
+
+
+def skip_step(
+    run: Path,
+    found: NonFiniteNumbers,
+    step: int,
+    batch: Sequence[RewardedGroup],
+    weights: Mapping[str, Tensor],
+    *,
+    before: int,
+    limit: int,
+) -> str:
+    """Keep a step for replay and say so; UserError where ``before`` steps were skipped already and that is the limit."""
+    group = found.finding.group
+    prompt_id = None if group is None else batch[group].group.prompt.problem.id
+    text = f"{found.finding.sentence(prompt_id)}, in step {step}"
+    write_skipped(run, SkippedStep(step, found.update, text, found.finding, tuple(batch), weights))
+    replay = f"'e3rl replay {run}' shows where it comes from"
+    if before >= limit:
+        already = f"; the {before} steps before were skipped already" if before else ""
+        raise UserError(
+            f"{text}{already} (train.max_skipped_steps = {limit}). The weights are those before it; {replay}. "
+            "Lower train.learning_rate, or use model.dtype=float32."
+        ) from found
+    return f"{text}: the step is skipped, the weights stay as they were; {replay}"

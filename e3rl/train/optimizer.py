@@ -93,7 +93,7 @@ class MasterOptimizer:
         self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self._model]
         self._sums = GradientSums(self._model)
         self._max_norm = config.max_grad_norm
-        self.sick: tuple[str, ...] = ()
+        self.nonfinite: tuple[str, ...] = ()
         """Parameters whose gradients were NaN or infinite in the last step."""
         self._adamw = adamw(self._masters, config)
         # AdamW numbers its state by position in its groups, not by position in the model
@@ -104,7 +104,7 @@ class MasterOptimizer:
         """Apply the gathered gradients at this learning rate; returns their norm. NaN or inf leaves all untouched."""
         self._collect()
         norm = self._clip()
-        self.sick = () if math.isfinite(norm) else self._sick_gradients()
+        self.nonfinite = () if math.isfinite(norm) else self._nonfinite_gradients()
         if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = rate
@@ -126,7 +126,7 @@ class MasterOptimizer:
             nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, norm)
         return float(norm)
 
-    def _sick_gradients(self) -> tuple[str, ...]:
+    def _nonfinite_gradients(self) -> tuple[str, ...]:
         named = zip(self._names, self._masters, strict=True)
         return tuple(name for name, m in named if m.grad is not None and not bool(m.grad.isfinite().all()))
 

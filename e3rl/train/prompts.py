@@ -1,17 +1,44 @@
-"""The prompts of a run: what it trains on, in how many steps, and what it is evaluated on."""
+"""What a run learns from and is evaluated on: prompts as token ids, and solutions where it learns from those."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from e3rl.config import Config
 from e3rl.data.loading import held_out_sources, load_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.data.rows import lookup
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import spread
 from e3rl.models import Policy
-from e3rl.types import Problem, Prompt
+from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
+
+NOT_MEASURED = math.nan
+"""No engine drew these tokens, so there is no log-probability, entropy or kept mass to report."""
+UNRANKED = 0
+"""Nor a rank; those of drawn tokens start at 1."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run. ``demonstrations``: by problem id; where there are any they take the place of rollouts."""
+
+    train: Sequence[Prompt]
+    held_out: Mapping[str, Sequence[Prompt]]  # by source
+    demonstrations: Mapping[str, RewardedGroup]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return max(len(p.ids) for prompts in (self.train, *self.held_out.values()) for p in prompts)
+
+
+def load_data(config: Config, policy: Policy, *, shown: bool) -> RunData:
+    """Prompts of both kinds; ``shown``: the objective learns from the data's solutions."""
+    train, held_out = load_prompts(config, policy)
+    return RunData(train, held_out, demonstrations(train, policy, config) if shown else {})
 
 
 def load_prompts(config: Config, policy: Policy) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
@@ -38,3 +65,68 @@ def number_of_steps(config: Config, problems: int) -> int:
             "lower it"
         )
     return config.train.steps or math.ceil(config.train.epochs * per_epoch)
+
+
+def demonstrations(prompts: Sequence[Prompt], policy: Policy, config: Config) -> dict[str, RewardedGroup]:
+    """Every problem's demonstration by its id, tokenised once; whatever is wrong with one is found here."""
+    _check_settings(config)
+    return {prompt.problem.id: demonstration(prompt, policy, config) for prompt in prompts}
+
+
+def _check_settings(config: Config) -> None:
+    """Refuse settings that ask something of rollouts which are not made."""
+    for name, value in (
+        ("filter.name", config.filter.name),
+        ("train.importance_correction", config.train.importance_correction),
+    ):
+        if value != "none":
+            raise UserError(
+                f"{name} = '{value}' is about rollouts, and objective '{config.objective.name}' trains on the data's "
+                f"solutions: set it to 'none'"
+            )
+    if config.train.max_tokens:
+        raise UserError(
+            f"train.max_tokens counts generated tokens, and objective '{config.objective.name}' generates none, so it "
+            "would never end the run: set it to 0, and train.steps or train.epochs to what you want"
+        )
+
+
+def solution(problem: Problem, config: Config) -> str:
+    """The problem's worked answer."""
+    column = config.data.solution_column
+    value = problem.answer if column == config.data.answer_column else lookup(problem.columns, column)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            f"problem '{problem.id}' has no solution to learn from: objective '{config.objective.name}' needs a text in "
+            f"column '{column}' (data.solution_column); its columns: {', '.join(problem.columns) or 'none'}"
+        )
+    return value
+
+
+def token_trajectory(prompt: Prompt, ids: Sequence[int], measured: float = NOT_MEASURED) -> Trajectory:
+    """A response of given tokens that no engine drew: one segment, nothing judged, ``measured`` in place of numbers."""
+    blank = (measured,) * len(ids)
+    segment = Segment(0, Candidate(ids, blank, blank, blank, blank, (UNRANKED,) * len(ids), ended=True), judgement=None)
+    return Trajectory(prompt, 0, (segment,), (), "stop")
+
+
+def answers_as_responses(prompts: Sequence[Prompt], policy: Policy) -> tuple[list[Trajectory], list[str]]:
+    """Responses that are nothing but the problem's answer ('0' where it has none), to try reward functions on."""
+    texts = [prompt.problem.answer or "0" for prompt in prompts]
+    ids = [policy.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [token_trajectory(prompt, i, measured=0.0) for prompt, i in zip(prompts, ids, strict=True)], texts
+
+
+def demonstration(prompt: Prompt, policy: Policy, config: Config) -> RewardedGroup:
+    """A group of one: the solution's tokens and the end of sequence. It was made by no policy and has no reward."""
+    text, end = solution(prompt.problem, config), policy.tokenizer.eos_token_id
+    ids = [
+        *policy.tokenizer.encode(text, add_special_tokens=False),
+        policy.eos_ids[0] if end is None else end,
+    ]
+    if len(prompt.ids) + len(ids) > policy.context_length:
+        raise UserError(
+            f"problem '{prompt.problem.id}': prompt and solution have {len(prompt.ids) + len(ids)} tokens, and the "
+            f"model's context holds {policy.context_length}; drop it or shorten it"
+        )
+    return RewardedGroup(Group(prompt, (token_trajectory(prompt, ids),), policy_version=None), (Reward(None, {}),))

@@ -1,4 +1,4 @@
-"""A step that was skipped, learnt again under observation: which prompt, and which module, the sick numbers come from."""
+"""A step that was skipped, learnt again under observation: which prompt, and which module, the non-finite numbers come from."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.plugins import foreign_code, require_trust
 from e3rl.train.learner import Learner
-from e3rl.train.nonfinite import SickNumbers
+from e3rl.train.nonfinite import NonFiniteNumbers, SkippedStep, read_skipped, skipped_steps
 from e3rl.train.run_directory import read_config
-from e3rl.train.skipped import SickStep, read_sick, sick_steps
 from e3rl.types import RewardedGroup
 
 
@@ -38,7 +37,7 @@ class Watch:
         return " and ".join(seen) or "every module's output and gradient is finite"
 
 
-def _sick(value: Any) -> bool:
+def _is_nonfinite(value: Any) -> bool:
     tensors = value if isinstance(value, tuple | list) else [value]
     return any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors)
 
@@ -50,11 +49,11 @@ def watching(model: nn.Module) -> Iterator[Watch]:
 
     def observe(name: str, module: nn.Module) -> list[Any]:
         def forward(module: nn.Module, inputs: Any, output: Any) -> None:
-            if watch.forward is None and _sick(output):
+            if watch.forward is None and _is_nonfinite(output):
                 watch.forward = name
 
         def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-            if watch.backward is None and _sick(grad_output):
+            if watch.backward is None and _is_nonfinite(grad_output):
                 watch.backward = name
 
         return [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
@@ -79,19 +78,19 @@ def _about(item: RewardedGroup) -> str:
 class Replay:
     """A run's policy and learner, set back to before the skipped step as often as needed."""
 
-    def __init__(self, config: Config, sick: SickStep) -> None:
-        self._sick, self._policy = sick, load_policy(config.model)
+    def __init__(self, config: Config, skipped: SkippedStep) -> None:
+        self._step, self._policy = skipped, load_policy(config.model)
         self._learner = Learner(
-            self._policy, build_objective(config.objective), config, updates=max(1, sick.update + 1)
+            self._policy, build_objective(config.objective), config, updates=max(1, skipped.update + 1)
         )
 
     def learn(self, batch: Sequence[RewardedGroup]) -> str | None:
-        """What is sick in these groups alone and where it comes from; None where all is well."""
-        self._learner.optimizer.load(self._sick.weights, {})
+        """What is not finite in these groups alone and where it comes from; None where all is well."""
+        self._learner.optimizer.load(self._step.weights, {})
         with watching(self._policy.model) as watch:
             try:
-                self._learner.learn(batch, self._sick.update)
-            except SickNumbers as found:
+                self._learner.learn(batch, self._step.update)
+            except NonFiniteNumbers as found:
                 group = found.finding.group
                 prompt_id = None if group is None else batch[group].group.prompt.problem.id
                 return f"{found.finding.sentence(prompt_id)}: {watch.words()}"
@@ -100,7 +99,11 @@ class Replay:
 
 def chosen_step(run: Path, step: int | None) -> int:
     """The step to replay: the newest that is kept, or the one that was asked for."""
-    kept = sick_steps(run)
+    kept = skipped_steps(run)
+    if not kept and (run / "sick").is_dir():
+        raise UserError(
+            f"{run} keeps skipped steps in the format of an earlier version (sick/): replay them with that one"
+        )
     if not kept:
         raise UserError(f"{run} has skipped no step: there is nothing to replay")
     if step is not None and step not in kept:
@@ -115,11 +118,11 @@ def replay(run: Path, step: int | None, say: Callable[[str], None], *, trusted: 
     """
     step, config = chosen_step(run, step), read_config(run)
     require_trust(foreign_code(config), run / "config.toml", trusted)
-    sick = read_sick(run, step)
-    say(f"step {sick.step} was skipped: {sick.text}")
+    skipped = read_skipped(run, step)
+    say(f"step {skipped.step} was skipped: {skipped.text}")
     torch.manual_seed(0)
-    again = Replay(config, sick)
-    whole = again.learn(sick.batch)
-    say(f"learnt again as a whole: {whole or 'all is well: here these numbers are not sick (is it another machine?)'}")
-    for item in sick.batch:
+    again = Replay(config, skipped)
+    whole = again.learn(skipped.batch)
+    say(f"learnt again as a whole: {whole or 'all is well: here these numbers are finite (is it another machine?)'}")
+    for item in skipped.batch:
         say(f"{_about(item)}: {again.learn([item]) or 'well'}")

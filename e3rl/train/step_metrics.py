@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from e3rl.objectives.metrics import sign_flips
-from e3rl.rollout.filters import Collected
 from e3rl.rollout.stats import summarise
+from e3rl.train.collect import StepGroups
 from e3rl.train.learner import Lesson, Update
 from e3rl.train.metrics import by_index, mean
 from e3rl.types import RewardedGroup, Segment
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds a step spent on each of its parts."""
-
-    rollout: float
-    reward: float
-    train: float
 
 
 def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
@@ -86,12 +76,12 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     }
 
 
-def filter_metrics(collected: Collected) -> dict[str, float]:
+def filter_metrics(groups: StepGroups) -> dict[str, float]:
     """What the filter kept, and what it cost."""
     return {
-        "groups_kept": len(collected.kept),
-        "refills": collected.refills,
-        "dropped_tokens": collected.dropped_tokens,
+        "groups_kept": len(groups.kept),
+        "refills": groups.refills,
+        "dropped_tokens": groups.dropped_tokens,
     }
 
 
@@ -141,39 +131,45 @@ def sign_flip_share(lessons: Sequence[Lesson], rewarded: Sequence[RewardedGroup]
 
 def step_record(
     step: int,
-    epoch: float,
-    collected: Collected,
+    groups: StepGroups,
     lessons: Sequence[Lesson],
     update: Update,
-    times: StepTimes,
+    *,
+    epochs: float,
+    version: int,
+    train_seconds: float,
     tokens_before: int,
+    reward_restarts: int,
 ) -> dict[str, Any]:
     """A line of metrics.jsonl; its keys are explained in `e3rl.train.metrics.METRICS`.
 
-    What is said of rewards and rollouts is said of all groups, dropped ones included: a filter shall not flatter them.
+    ``version``: optimizer updates before the step. Rewards and rollouts are those of all groups, also of those that the
+    filter dropped.
     """
-    rewarded = collected.all
-    made = rollout_metrics(rewarded)
-    seconds = times.rollout + times.reward + times.train
+    made = rollout_metrics(groups.all)
+    seconds = groups.rollout_seconds + groups.reward_seconds + train_seconds
     return {
         "step": step,
-        "epoch": epoch,
-        **reward_metrics(rewarded),
-        **filter_metrics(collected),
+        "epoch": epochs,
+        **reward_metrics(groups.all),
+        **filter_metrics(groups),
         **made,
-        **segment_metrics(rewarded, lessons),
+        **segment_metrics(groups.all, lessons),
         **lesson_metrics(lessons),
         **importance_metrics(lessons),
-        "sign_flips": sign_flip_share(lessons, rewarded),
+        "sign_flips": sign_flip_share(lessons, groups.all),
         **update.means,
         "grad_norm": update.grad_norm,
         "learning_rate": update.learning_rate,
         "tokens_total": tokens_before + made["tokens"],
         "tokens_per_second": made["tokens"] / seconds if seconds else math.nan,
-        "seconds_rollout": times.rollout,
-        "seconds_reward": times.reward,
-        "seconds_train": times.train,
+        "seconds_rollout": groups.rollout_seconds,
+        "seconds_reward": groups.reward_seconds,
+        "seconds_train": train_seconds,
         "memory_mb": peak_memory_mb(),
+        "reward_restarts": reward_restarts,
+        "skipped": int(math.isnan(update.grad_norm)),
+        "staleness": staleness(groups.all, version),
     }
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from e3rl.cluster.messages import Answer, Hello
 from e3rl.cluster.pool import Place, WorkerLost, _Batch
 from e3rl.cluster.wire import decode, encode
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.types import Group
 from tests.cluster.places import SETTINGS, Broken, World, ids, lost_once
 from tests.rollout.worlds import levels, roll
@@ -224,7 +224,7 @@ def test_broken_weights_are_named_by_their_draw(world, two):
     pool = world.pool(place(two[0]))
     # finite themselves, or a worker refuses them
     pool.load_weights(0, save({n: torch.full_like(p, 1e38) for n, p in world.policy.trainable()}))
-    with pytest.raises(SickLogits, match="of step 1"):
+    with pytest.raises(NonFiniteLogits, match="of step 1"):
         world.run(pool)
 
 

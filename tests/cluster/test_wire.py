@@ -21,7 +21,9 @@ from e3rl.types import Candidate, Draw, Erasure, Judgement, Segment, Threshold, 
 CANDIDATE = Candidate((3, 4), (-0.1, -1e-300), (0.1 + 0.2, 1.5), (0.0, 2.0), (1.0, 0.9), (1, 7), False)
 JUDGEMENT = Judgement(Uncertainty(1.5, 1.0, 0.3, 0.2, 0.0, 0.9), Threshold(1.2, 1.0, 1.1, 1.09), 0, Verdict.ERASE)
 RESPONSE = Response(0, (Segment(0, CANDIDATE, None),), (Erasure(0, 0, CANDIDATE, JUDGEMENT),), "length")
-ANSWER = Answer("r", (Finished("p", 3, (RESPONSE,)),), 12, Fault("SickLogits", "NaN", Draw(1, 2, "p\ud800", 0, 0, 1)))
+ANSWER = Answer(
+    "r", (Finished("p", 3, (RESPONSE,)),), 12, Fault("NonFiniteLogits", "NaN", Draw(1, 2, "p\ud800", 0, 0, 1))
+)
 REFERENCE = ReferenceStatistics(
     {"erasure.metric": "e3rl"}, (Distribution(Moments(3, 0.5, 0.1), (0.25, 0.75)),), Moments(2, math.pi, 0.0)
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from e3rl.config import load_config
-from e3rl.train.loop import Trainer
 from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 from tests.docs.pages import ROOT, blocks
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import (
     EngineContract,
@@ -307,26 +307,26 @@ def test_weights_of_another_model_are_refused():
 
 
 @pytest.mark.parametrize("make", [torch_engine, oracle])
-def test_sick_logits_name_the_row_and_spoil_no_other(make):
+def test_non_finite_logits_name_the_row_and_spoil_no_other(make):
     model = build("Llama")
     engine = make(model)
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = float("nan")
-    [sick], [healthy] = engine.prefill([4, 6, 5, 2, 9, 7], 1), engine.prefill([4, 5, 6], 1)
+    [broken], [healthy] = engine.prefill([4, 6, 5, 2, 9, 7], 1), engine.prefill([4, 5, 6], 1)
     engine.extend(healthy, 5, draw(), Sampling())
-    engine.extend(sick, 5, draw(sibling=3), Sampling())
-    with pytest.raises(SickLogits, match="sibling 3") as caught:
+    engine.extend(broken, 5, draw(sibling=3), Sampling())
+    with pytest.raises(NonFiniteLogits, match="sibling 3") as caught:
         drain(engine)
     assert caught.value.draw == draw(sibling=3)
-    engine.release(sick)
+    engine.release(broken)
     [reused] = engine.prefill([4, 5, 6], 1)  # shorter than what left NaN in this slot
     engine.extend(reused, 5, draw(), Sampling())
     candidates = drain(engine)
     assert_same(candidates[healthy], candidates[reused], TOLERANCE, "the healthy row")
 
 
-def test_sick_logits_travel_between_processes():
-    error = pickle.loads(pickle.dumps(SickLogits(draw())))
+def test_non_finite_logits_travel_between_processes():
+    error = pickle.loads(pickle.dumps(NonFiniteLogits(draw())))
     assert error.draw == draw()
     assert "prompt 'p'" in str(error)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3rl.engine.protocol import Sampling
-from e3rl.engine.sampling import SICK, SamplingRows, check_sampling, inverse_cdf, sample
+from e3rl.engine.sampling import NON_FINITE, SamplingRows, check_sampling, inverse_cdf, sample
 from e3rl.errors import UserError
 
 HALVES = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
@@ -217,12 +217,12 @@ def test_rows_worked_on_in_parts_come_out_as_all_at_once(monkeypatch):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3, top_p=0.9)])
-def test_a_sick_row_gets_no_token_and_spoils_no_other(poison, sampling):
+def test_a_non_finite_row_gets_no_token_and_spoils_no_other(poison, sampling):
     logits = HALVES.repeat(3, 1)
     logits[1, 2] = poison
     healthy = run(HALVES.repeat(2, 1), [sampling] * 2, [0.3, 0.7])
     samples = run(logits, [sampling] * 3, [0.3, 0.5, 0.7])
-    assert samples.ids_S.tolist() == [healthy.ids_S[0].item(), SICK, healthy.ids_S[1].item()]
+    assert samples.ids_S.tolist() == [healthy.ids_S[0].item(), NON_FINITE, healthy.ids_S[1].item()]
     assert samples.entropies_S[[0, 2]].tolist() == healthy.entropies_S.tolist()
 
 

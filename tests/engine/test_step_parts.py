@@ -14,7 +14,7 @@ from e3rl.engine.torch import fused as fused_model
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.norms import _by_head, head_norm, norm
 from e3rl.engine.torch.step_parts import Crew, Division, Pace, divided, division, operation_threads
-from e3rl.errors import SickLogits
+from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
 from tests.engine.models import ARCHITECTURES, EOS, tiny
 
@@ -94,8 +94,8 @@ def test_all_parts_stop_after_the_step_in_which_one_ended():
     assert fed == [3, 3]
 
 
-@pytest.mark.parametrize("sick", [0, 1])
-def test_a_part_that_fails_ends_the_others_and_is_heard(sick):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_part_that_fails_ends_the_others_and_is_heard(broken):
     pace, ended = Pace(2, 1_000_000), threading.Event()
 
     def part(number: int) -> None:
@@ -103,14 +103,14 @@ def test_a_part_that_fails_ends_the_others_and_is_heard(sick):
         try:
             while True:
                 step += 1
-                if number == sick and step == 3:
-                    raise SickLogits(Draw(0, 0, "p", 7, 0, 0))
+                if number == broken and step == 3:
+                    raise NonFiniteLogits(Draw(0, 0, "p", 7, 0, 0))
                 pace.over(step, ended=False)
         finally:
-            if number != sick:
+            if number != broken:
                 ended.set()
 
-    with pytest.raises(SickLogits, match="sibling 7"):
+    with pytest.raises(NonFiniteLogits, match="sibling 7"):
         Crew().run([partial(pace.run, partial(part, number)) for number in (0, 1)], 1)
     assert ended.is_set()
 

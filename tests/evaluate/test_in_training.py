@@ -10,8 +10,8 @@ import pytest
 
 from e3rl.report.overview import read_overview
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
 from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 
 SMALL = ["data.train_limit=4", "train.eval_steps=2", "train.save_steps=0", "eval.limit=2"]

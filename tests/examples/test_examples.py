@@ -13,8 +13,8 @@ from e3rl.engine.recompute import RecomputeEngine
 from e3rl.plugins import load
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import EngineContract
-from e3rl.train.loop import Trainer
 from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 from e3rl.types import Problem, Prompt
 from tests.engine.models import EOS, VOCAB, tiny
 from tests.train.random_lab import lab_config

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e3rl.train.loop import Trainer
+from e3rl.train.trainer import Trainer
 from tests.ranks.run import settings
 from tests.train.random_lab import lab_config, random_lab
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from e3rl.train.loop import Trainer
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 
 SETTINGS = (

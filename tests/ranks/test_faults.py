@@ -18,7 +18,7 @@ import torch
 from e3rl.cluster.deepspeed import _import_deepspeed, start_engine
 from e3rl.errors import UserError
 from e3rl.models import load_policy
-from e3rl.train.loop import Trainer
+from e3rl.train.trainer import Trainer
 from tests.ranks.launch import ANOTHER_LAUNCH, ENVIRONMENT, TORCHRUN, alone, curve, torchrun, weights
 from tests.ranks.run import settings
 from tests.train.random_lab import lab_config, random_lab
@@ -55,13 +55,13 @@ def test_deepspeed_that_is_too_old_is_a_sentence(monkeypatch: pytest.MonkeyPatch
 
 
 def test_deepspeed_is_not_imported_where_nobody_asks_for_it():
-    code = "import sys, e3rl.train.loop; sys.exit('e3rl.cluster.deepspeed' in sys.modules)"
+    code = "import sys, e3rl.train.trainer; sys.exit('e3rl.cluster.deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False).returncode == 0
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     trainer = Trainer(lab_config(tmp_path))
-    optimizer = trainer._learner.optimizer
+    optimizer = trainer.state.optimizer
     fitting = dict(optimizer.weights())
     name = next(n for n, w in fitting.items() if w.ndim == 2)
     with pytest.raises(UserError, match=rf"of another model: {name} has shape \(1, 2\) there and \("):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from e3rl.cluster.ray_workers import RayConnection, ray_places
 from e3rl.config import Config, to_toml
 from e3rl.errors import UserError
-from e3rl.train.loop import Trainer
+from e3rl.train.listeners import Silent
+from e3rl.train.trainer import Trainer
 from tests.cluster.places import LONGEST_PROMPT, SETTINGS, World, ids
 from tests.train.random_lab import lab_config
 
@@ -38,16 +39,25 @@ def test_any_number_of_workers_gives_the_groups_of_one_process(ray: Any, tmp_pat
     pool.close()
 
 
+class Notes(Silent):
+    """What a run noted."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def noted(self, text: str) -> None:
+        self.texts.append(text)
+
+
 def train(config: Config) -> tuple[list[Any], dict[str, torch.Tensor], list[str]]:
     """A run's responses with their verdicts, its final weights, and what it noted."""
-    notes: list[str] = []
-    trainer = Trainer(config)
-    trainer._tell = lambda event, *values: notes.append(str(values[0])) if event == "noted" else None  # type: ignore[method-assign]
+    notes = Notes()
+    trainer = Trainer(config, listeners=[notes])
     trainer.train()
     ledgers = sorted((trainer.run_path / "rollouts").glob("*.parquet"))
     columns = ["step", "problem_id", "sibling", "policy_version", "response", "finish", "reward"]
     rows = [row for ledger in ledgers for row in pq.read_table(ledger, columns=columns).to_pylist()]
-    return rows, load_file(trainer.run_path / "model" / "model.safetensors"), notes
+    return rows, load_file(trainer.run_path / "model" / "model.safetensors"), notes.texts
 
 
 def test_a_worker_killed_in_a_run_changes_neither_trajectories_nor_final_weights(

@@ -13,7 +13,7 @@ from e3rl.cluster.ray_ranks import train_on_ray
 from e3rl.cluster.training_worker import Begin
 from e3rl.errors import UserError
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 
 

@@ -138,16 +138,16 @@ def test_non_finite_logits_fail_the_group_that_they_belong_to(
     model = service._engine._slot_model
     prefill, decode = model.prefill, model.decode
 
-    def sick_prefill(ids: Any, slot: int) -> Any:
+    def broken_prefill(ids: Any, slot: int) -> Any:
         logits_V = prefill(ids, slot)
         return logits_V * math.nan if len(ids) >= far else logits_V
 
-    def sick_decode(rows: Any) -> Any:
+    def broken_decode(rows: Any) -> Any:
         return decode(rows).masked_fill((rows.positions_R >= far + 9).unsqueeze(1), math.nan)
 
     with serving(service) as url:
         alone = post(url, TEXT, VICTIM)[1]["choices"]
-        monkeypatch.setattr(model, where, sick_prefill if where == "prefill" else sick_decode)
+        monkeypatch.setattr(model, where, broken_prefill if where == "prefill" else broken_decode)
         (status, broken), victim = together(url, {**VICTIM, "prompt": [1] * far}, VICTIM)
         assert (status, "NaN" in broken["error"]["message"]) == (500, True)
         assert (victim[0], victim[1]["choices"]) == (200, alone)

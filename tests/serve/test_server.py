@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from e3rl.cli import main
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.serve.access import Access
 from e3rl.serve.errors import ApiError
 from e3rl.serve.requests import DecodingRequest
@@ -144,7 +144,7 @@ def test_an_error_of_ours_stays_ours(make_service: Callable[..., Service], monke
 
 def test_broken_weights_fail_the_request_and_not_the_server(make_service: Callable[..., Service], monkeypatch):
     service = make_service()
-    poll, failures = service._engine.poll, [SickLogits(Draw(0, 0, "p", 0, 0, 0)), MemoryError("secret")]
+    poll, failures = service._engine.poll, [NonFiniteLogits(Draw(0, 0, "p", 0, 0, 0)), MemoryError("secret")]
 
     def sometimes() -> Any:
         if failures:

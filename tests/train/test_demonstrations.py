@@ -18,21 +18,21 @@ from safetensors.torch import load_file
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
 from e3rl.models import load_policy
-from e3rl.train.demonstrations import demonstration, solution
 from e3rl.train.display import LiveDisplay
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
 from e3rl.train.metrics import METRICS
+from e3rl.train.prompts import demonstration, solution
 from e3rl.train.run_directory import read_lines
 from e3rl.train.scoring import score_sequences
 from e3rl.train.sequences import trajectory_sequence
+from e3rl.train.trainer import Trainer
 from e3rl.types import Problem, Prompt
 from tests.train.random_lab import lab_config
 
 
 def solution_logprob(trainer: Trainer) -> float:
     """Mean log-probability of the training problems' solutions, computed outside the trainer's own path."""
-    groups = [demonstration(p, trainer.policy, trainer.config).group for p in trainer._train_prompts]
+    groups = [demonstration(p, trainer.policy, trainer.config).group for p in trainer.run.data.train]
     sequences = [trajectory_sequence(g.trajectories[0], i) for i, g in enumerate(groups)]
     scores = score_sequences(trainer.policy.model, sequences, temperature=1.0, token_budget=4096)
     return float(torch.cat([s.logprobs_T for s in scores]).mean())
@@ -58,7 +58,7 @@ def test_sft_raises_the_probability_of_solutions_and_rolls_nothing_out(tmp_path:
     assert (records[0]["reward"], records[0]["reward_missing"], records[0]["mismatch_mean"]) == (None, 0, None)
     assert {k.partition("/")[0] for r in records for k in r} <= set(METRICS)
     rows = pq.read_table(trainer.run_path / "rollouts" / "step-000001.parquet").to_pylist()
-    by_id = {p.problem.id: p.problem for p in trainer._train_prompts}
+    by_id = {p.problem.id: p.problem for p in trainer.run.data.train}
     assert len(rows) == 8
     for row in rows:
         assert row["response"] == by_id[row["problem_id"]].columns["solution"] + trainer.policy.tokenizer.eos_token

@@ -164,14 +164,14 @@ def test_with_adapters_the_reference_is_the_model_without_them():
     assert all("lora" in n or n == "default" for n in names)
 
 
-def test_a_sick_gradient_stops_the_run_with_the_weights_untouched():
+def test_a_non_finite_gradient_stops_the_run_with_the_weights_untouched():
     learner = _learner(kl_coef=0.0, allocation="sequence")
     lessons = learner.prepare(GROUPS)
-    sick = [replace(lessons[0], advantages_T=torch.full_like(lessons[0].advantages_T, float("nan")))]
+    broken = [replace(lessons[0], advantages_T=torch.full_like(lessons[0].advantages_T, float("nan")))]
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
     place = "group 0, sibling 0, segment 0, response token 0, at optimizer update 7"
     with pytest.raises(UserError, match=f"the advantage is nan at {place}"):
-        learner.update(sick, 7)
+        learner.update(broken, 7)
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from e3rl.train.loop import Trainer
 from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 
 REWARD = '''

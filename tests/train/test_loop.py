@@ -25,11 +25,13 @@ from e3rl.data.stream import PromptStream
 from e3rl.errors import RunStopped, UserError
 from e3rl.lab.pretrain import CONTEXT, build_model
 from e3rl.lab.tokenizer import build_tokenizer
+from e3rl.train.collect import collect
 from e3rl.train.ledger import SCHEMA
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
 from e3rl.train.metrics import METRICS
 from e3rl.train.run_directory import read_lines
+from e3rl.train.state import group_settings
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 
 RECIPE = """
@@ -238,13 +240,14 @@ def test_updates_are_counted_through_all_steps(tmp_path: Path):
 
 def test_groups_are_learnt_in_the_order_of_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trainer = Trainer(lab_config(tmp_path, "train.prompts_per_step=4"))
-    with trainer._scorer:
-        run = trainer._rollouts.run
-        monkeypatch.setattr(trainer._rollouts, "run", lambda *a, **kw: reversed(list(run(*a, **kw))))
-        expected = PromptStream(trainer._train_prompts, seed=trainer.config.run.seed).take(4)
-        kept = trainer._collector.collect(trainer._assignment(1)).collected.kept
+    run, state = trainer.run, trainer.state
+    with run.scorer:
+        roll_out = run.rollouts.run
+        monkeypatch.setattr(run.rollouts, "run", lambda *a, **kw: reversed(list(roll_out(*a, **kw))))
+        expected = PromptStream(run.data.train, seed=trainer.config.run.seed).take(4)
+        kept = collect(run, state.stream, group_settings(run, state, 1), lambda: None).kept
     assert [item.group.prompt.problem.id for item in kept] == [p.problem.id for p in expected]
-    trainer.directory.release()
+    run.directory.release()
 
 
 def test_a_killed_run_goes_on_to_the_very_same_end(finished: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,20 @@ from e3rl.objectives import build as build_objective
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.train.learner import Learner, Lesson
 from e3rl.train.listeners import Silent
-from e3rl.train.loop import Trainer
-from e3rl.train.nonfinite import Finding, SickNumbers
+from e3rl.train.loop import learn_or_skip
+from e3rl.train.nonfinite import (
+    KEPT,
+    NonFinite,
+    NonFiniteNumbers,
+    SkippedStep,
+    read_skipped,
+    skip_step,
+    skipped_steps,
+    write_skipped,
+)
 from e3rl.train.prompts import load_prompts
 from e3rl.train.run_directory import RunDirectory, read_lines
-from e3rl.train.skipped import KEPT, SickBook, SickStep, read_sick, sick_steps, write_sick
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 from tests.train.rollouts import rewarded_group
 from tests.train.test_learner import GROUPS, _learner
@@ -43,10 +53,10 @@ def _changed(lessons: list[Lesson], index: int, position: int, **field: float) -
     return [*lessons[:index], lesson, *lessons[index + 1 :]]
 
 
-def _caught(learner: Learner, lessons: list[Lesson]) -> Finding:
+def _caught(learner: Learner, lessons: list[Lesson]) -> NonFinite:
     """What the learner finds; its weights must be as before."""
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
-    with pytest.raises(SickNumbers) as caught:
+    with pytest.raises(NonFiniteNumbers) as caught:
         learner.update(lessons, 7)
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
     assert not any(k.endswith("/step") for k in learner.optimizer.state())
@@ -64,7 +74,7 @@ def _caught(learner: Learner, lessons: list[Lesson]) -> Finding:
         ("reference_logprobs_T", 20.0, "mean KL to the reference policy"),
     ],
 )
-def test_a_sick_number_is_located(field: str, value: float, what: str):
+def test_a_non_finite_number_is_located(field: str, value: float, what: str):
     learner = _learner(kl_coef=0.1)
     lessons = learner.prepare(GROUPS)
     index = next(i for i, x in enumerate(lessons) if (x.sequence.group, x.sequence.sibling) == (1, 1))
@@ -98,7 +108,7 @@ class _RootLoss:
         return Loss((batch.logprobs_ST.sum() * 0).sqrt(), {})
 
 
-def test_parameters_with_a_sick_gradient_are_named():
+def test_parameters_with_a_non_finite_gradient_are_named():
     learner = _learner()
     learner._objective = _RootLoss()  # type: ignore[assignment]
     finding = _caught(learner, learner.prepare(GROUPS))
@@ -120,65 +130,75 @@ def test_the_limits_are_settings():
     assert _caught(close, moved).what == "mean KL to the reference policy"
 
 
-def _sick(step: int) -> SickStep:
-    finding = Finding("advantage", float("inf"), 1, 0, 2, 9)
-    return SickStep(step, step - 1, "text", finding, tuple(GROUPS), {"w": torch.tensor([float(step)])})
+def _skipped(step: int) -> SkippedStep:
+    finding = NonFinite("advantage", float("inf"), 1, 0, 2, 9)
+    return SkippedStep(step, step - 1, "text", finding, tuple(GROUPS), {"w": torch.tensor([float(step)])})
 
 
 def test_a_skipped_step_comes_back_whole(tmp_path: Path):
-    write_sick(tmp_path, _sick(7))
-    back = read_sick(tmp_path, 7)
-    assert (back.finding, back.text, back.update) == (_sick(7).finding, "text", 6)
+    write_skipped(tmp_path, _skipped(7))
+    back = read_skipped(tmp_path, 7)
+    assert (back.finding, back.text, back.update) == (_skipped(7).finding, "text", 6)
     assert [g.rewards for g in back.batch] == [tuple(g.rewards) for g in GROUPS]
     for found, made in zip(back.batch, GROUPS, strict=True):
         assert found.group.prompt.ids == made.group.prompt.ids
         assert [t.segments for t in found.group.trajectories] == [t.segments for t in made.group.trajectories]
         assert [t.erasures for t in found.group.trajectories] == [t.erasures for t in made.group.trajectories]
     assert torch.equal(back.weights["w"], torch.tensor([7.0]))
-    path = tmp_path / "sick" / "step-000007" / "batch.json"
+    path = tmp_path / "skipped" / "step-000007" / "batch.json"
     path.write_text(path.read_text().replace("0.5", "0.6"))
     with pytest.raises(UserError, match=r"step-000007 is damaged: batch\.json does not match"):
-        read_sick(tmp_path, 7)
+        read_skipped(tmp_path, 7)
 
 
 def test_only_the_newest_skipped_steps_are_kept(tmp_path: Path):
     for step in (1, 2, 5, 9):
-        write_sick(tmp_path, _sick(step))
-    assert sick_steps(tmp_path) == [9, 5, 2]
+        write_skipped(tmp_path, _skipped(step))
+    assert skipped_steps(tmp_path) == [9, 5, 2]
     assert KEPT == 3
 
 
-def test_steps_are_skipped_within_the_limit_and_only_in_a_row(tmp_path: Path):
-    log, said = tmp_path / "metrics.jsonl", []
-    book = SickBook(tmp_path, tmp_path, 2, said.append)
-    sick = SickNumbers(Finding("loss", float("nan"), group=1), 3)
+def test_steps_are_skipped_within_the_limit(tmp_path: Path):
+    found = NonFiniteNumbers(NonFinite("loss", float("nan"), group=1), 3)
 
-    def record(*skipped: int) -> None:
-        log.write_text("".join(f'{{"step": {i}, "skipped": {s}}}\n' for i, s in enumerate(skipped)))
+    def skip(step: int, before: int, limit: int) -> str:
+        return skip_step(tmp_path, found, step, GROUPS, {}, before=before, limit=limit)
 
-    record(1, 1, 0, 1)
-    book.skip(sick, 5, GROUPS, {})
-    assert said[0].startswith("the loss is nan at prompt 'second', in step 5: the step is skipped")
-    record(0, 1, 1)
+    assert skip(5, 1, 2).startswith("the loss is nan at prompt 'second', in step 5: the step is skipped")
     with pytest.raises(UserError, match=r"the 2 steps before were skipped already \(train\.max_skipped_steps = 2\)"):
-        book.skip(sick, 6, GROUPS, {})
+        skip(6, 2, 2)
     with pytest.raises(UserError, match=r"in step 7 \(train\.max_skipped_steps = 0\).*e3rl replay"):
-        SickBook(tmp_path, tmp_path / "none", 0, said.append).skip(sick, 7, GROUPS, {})
+        skip(7, 0, 0)
+    assert skipped_steps(tmp_path) == [7, 6, 5]
+
+
+def _learning(tmp_path: Path, learner: Learner) -> tuple[Any, Any]:
+    """What `learn_or_skip` needs of a run and its state."""
+    train = replace(TrainConfig(), max_skipped_steps=2)
+    run = SimpleNamespace(
+        learner=learner,
+        config=SimpleNamespace(train=train),
+        directory=SimpleNamespace(path=tmp_path),
+        note=lambda _: None,
+    )
+    return run, SimpleNamespace(optimizer=learner.optimizer, skipped=0)
 
 
 def test_a_skipped_step_teaches_nothing_and_the_next_one_does(tmp_path: Path):
     learner = _learner(kl_coef=0.0, train=TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_log_ratio=1e-12))
-    book = SickBook(tmp_path, tmp_path, 1, lambda _: None)
+    run, state = _learning(tmp_path, learner)
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
     learner._objective = _RootLoss()  # type: ignore[assignment]
-    lessons, update = book.learn(learner, GROUPS, 0, 1)
-    assert lessons == []
-    assert update.means == {}
+    lessons, update = learn_or_skip(run, state, GROUPS, 0, 1)
+    assert (lessons, update.means, state.skipped) == ([], {}, 1)
     assert update.grad_norm != update.grad_norm
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
-    assert all(torch.equal(before[k], v) for k, v in read_sick(tmp_path, 1).weights.items())
+    assert all(torch.equal(before[k], v) for k, v in read_skipped(tmp_path, 1).weights.items())
+    learn_or_skip(run, state, GROUPS, 1, 2)
+    assert state.skipped == 2
     learner._objective = _learner(kl_coef=0.0)._objective
-    assert book.learn(learner, GROUPS, 1, 2)[1].grad_norm > 0
+    assert learn_or_skip(run, state, GROUPS, 2, 3)[1].grad_norm > 0
+    assert state.skipped == 0, "only steps in a row count"
 
 
 def _skipped_run(tmp_path: Path, harm: str) -> Path:
@@ -192,7 +212,7 @@ def _skipped_run(tmp_path: Path, harm: str) -> Path:
         weight = policy.model.model.layers[1].mlp.down_proj.weight
         weight[3, 4] = float(harm)
     trajectories = [rewarded_group(p.problem.id, [1.0, 0.0], [[3], [4]]) for p in rendered]
-    SickBook(run, run, 1, lambda _: None).learn(learner, trajectories, 0, 1)
+    learn_or_skip(*_learning(run, learner), trajectories, 0, 1)
     return run
 
 
@@ -209,12 +229,12 @@ def test_replay_names_the_module_in_which_the_numbers_go_wrong(tmp_path: Path, c
 def test_replay_without_a_skipped_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["replay", str(tmp_path)]) == 2
     assert "has skipped no step" in capsys.readouterr().err
-    write_sick(tmp_path, _sick(7))
+    write_skipped(tmp_path, _skipped(7))
     assert main(["replay", str(tmp_path), "--step", "6"]) == 2
     assert "keeps no skipped step 6; it keeps 7" in capsys.readouterr().err
 
 
-class _Sick(Silent):
+class _Harm(Silent):
     """Makes a weight infinite before the second step, and well again before the third."""
 
     def __init__(self) -> None:
@@ -223,7 +243,7 @@ class _Sick(Silent):
 
     def stepped(self, record: Mapping[str, Any]) -> None:
         assert self.trainer is not None
-        learner = self.trainer._learner
+        learner = self.trainer.run.learner
         if record["step"] == 1:
             self._well, learner._objective = learner._objective, _RootLoss()  # type: ignore[assignment]
         elif record["step"] == 2:
@@ -233,8 +253,8 @@ class _Sick(Silent):
         self.notes.append(text)
 
 
-def test_a_run_skips_a_sick_step_and_goes_on(tmp_path: Path):
-    listener = _Sick()
+def test_a_run_skips_a_step_and_goes_on(tmp_path: Path):
+    listener = _Harm()
     trainer = listener.trainer = Trainer(lab_config(tmp_path, "train.steps=3"), listeners=[listener])
     trainer.train()
     records = read_lines(trainer.run_path / "metrics.jsonl")
@@ -243,11 +263,11 @@ def test_a_run_skips_a_sick_step_and_goes_on(tmp_path: Path):
     assert "loss" not in records[1]
     assert records[2]["grad_norm"] is not None
     assert [n for n in listener.notes if "in step 2: the step is skipped" in n]
-    assert sick_steps(trainer.run_path) == [2]
+    assert skipped_steps(trainer.run_path) == [2]
 
 
 def test_a_run_stops_where_the_limit_is_reached(tmp_path: Path):
-    listener = _Sick()
+    listener = _Harm()
     trainer = Trainer(lab_config(tmp_path, "train.steps=3", "train.max_skipped_steps=0"), listeners=[listener])
     listener.trainer = trainer
     with pytest.raises(UserError, match=r"the gradient is nan.*in step 2 \(train\.max_skipped_steps = 0\)"):

@@ -69,7 +69,7 @@ def test_small_updates_are_not_lost_on_bfloat16_weights():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_sick_gradient_changes_nothing(value: float):
+def test_a_non_finite_gradient_changes_nothing(value: float):
     parameter = _parameter(torch.float32)
     optimizer = MasterOptimizer([("w", parameter)], CONFIG)
     parameter.grad = torch.tensor([[1.0, value]])

@@ -8,8 +8,8 @@ import pytest
 
 from e3rl.cli import main
 from e3rl.errors import UserError
-from e3rl.train.loop import Trainer
 from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 
 SETTING = {

@@ -13,9 +13,8 @@ from e3rl.errors import UserError
 from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import ReferenceStatistics, measured_by
-from e3rl.train.loop import Trainer
-from e3rl.train.reference import first_reference
 from e3rl.train.run_directory import run_path
+from e3rl.train.trainer import Trainer, first_statistics
 from tests.train.random_lab import lab_config, random_lab
 
 USUAL = Distribution.of((3.0, 4.0, 5.0, 6.0))
@@ -71,17 +70,17 @@ def test_training_on_erased_rollouts_adds_only_to_statistics_of_its_own_settings
     config = _calibrated(tmp_path, "eval.num_samples=1", "rollout.temperature=0.5")
     ReferenceStatistics.load(Path(config.model.path)).check(measured_by(config.rollout, config.erasure))
     with pytest.raises(UserError, match=r"rollout.temperature: 0.5 then, 1.0 now"):
-        first_reference(config, trains=True, evaluates=True)
+        first_statistics(config, trains=True, evaluates=True)
 
 
 def test_groups_that_are_their_own_measure_begin_without_statistics(tmp_path: Path):
     config = _calibrated(tmp_path)
-    assert first_reference(config, trains=True, evaluates=True).segments == ()
+    assert first_statistics(config, trains=True, evaluates=True).segments == ()
 
 
 def test_demonstrations_need_no_statistics(tmp_path: Path):
     config = lab_config(tmp_path, "objective.name=sft", "rollout.num_generations=1", "eval.erasable=false")
-    assert first_reference(config, trains=False, evaluates=True).segments == ()
+    assert first_statistics(config, trains=False, evaluates=True).segments == ()
 
 
 def test_a_model_that_was_trained_plainly_claims_no_statistics(tmp_path: Path):

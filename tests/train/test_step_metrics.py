@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from e3rl.rollout.filters import Collected
+from e3rl.train.collect import StepGroups
 from e3rl.train.learner import Lesson, Update
 from e3rl.train.scoring import Scores
 from e3rl.train.sequences import trajectory_sequence
 from e3rl.train.step_metrics import (
-    StepTimes,
     lesson_metrics,
     reward_metrics,
     rollout_metrics,
@@ -103,11 +102,13 @@ def test_sign_flips_are_counted_group_by_group():
 
 
 def test_a_step_is_said_of_dropped_groups_too_and_adds_up_the_tokens():
-    collected = Collected((rewarded(1.0, 0.0),), (rewarded(1.0, 1.0),), refills=1)
-    record = step_record(3, 0.5, collected, [], Update({"loss": 2.0}, 0.1, 1e-4), StepTimes(1.0, 2.0, 3.0), 100)
+    groups = StepGroups((rewarded(1.0, 0.0),), (rewarded(1.0, 1.0),), 1, rollout_seconds=1.0, reward_seconds=2.0)
+    rest = {"epochs": 0.5, "version": 7, "tokens_before": 100, "reward_restarts": 4}
+    record = step_record(3, groups, [], Update({"loss": 2.0}, 0.1, 1e-4), train_seconds=3.0, **rest)
     assert (record["groups_kept"], record["refills"], record["dropped_tokens"]) == (1, 1, 18)
     assert (record["tokens"], record["tokens_total"], record["tokens_per_second"]) == (36, 136, 6.0)
     assert (record["reward"], record["degenerate_groups"], record["loss"]) == (0.75, 0.5, 2.0)
+    assert (record["step"], record["epoch"], record["reward_restarts"], record["staleness"]) == (3, 0.5, 4, 2.0)
 
 
 def test_staleness_is_the_mean_age_of_the_weights():

@@ -10,7 +10,7 @@ import torch
 
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.recompute import RecomputeEngine
-from e3rl.errors import SickLogits
+from e3rl.errors import NonFiniteLogits
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import EngineContract, assert_same
 from e3rl.types import Candidate, Draw
@@ -108,7 +108,7 @@ def test_broken_weights_end_in_an_error_that_names_the_draw(model: Any, make_eng
     engine.load_weights({name: torch.full_like(before, float("nan"))}, 1)
     [row] = engine.prefill((3, 4, 5), 1)
     try:
-        with pytest.raises(SickLogits, match="prompt 'p', sibling 0"):
+        with pytest.raises(NonFiniteLogits, match="prompt 'p', sibling 0"):
             generate(engine, row, 4)
     finally:
         engine.release(row)

@@ -29,7 +29,7 @@ from e3rl.engine.torch.step_part import Marks, SlotRow, StepPart
 from e3rl.engine.torch.step_parts import Crew, Division, Pace, divided, operation_threads
 from e3rl.engine.torch.storage import StepRows, bucketed, packed
 from e3rl.engine.weights import copy_weights
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.types import Candidate, Draw
 
 TURN = 24
@@ -90,7 +90,7 @@ class TorchEngine:
         self._crew = Crew()
         self._numbers = list(range(cache_rows))  # that no row has
         self._handles = count()
-        self._sick = False  # some slot may hold NaN
+        self._may_hold_nan = False  # some slot may hold NaN
 
     @staticmethod
     def own_settings(rollout: RolloutConfig) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class TorchEngine:
         self._open.pop(row, None)
         slot = self._slots.give_back(state)
         self._numbers.append(state.number)
-        if self._sick:
+        if self._may_hold_nan:
             self._slot_model.storage.scrub(slot)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -179,7 +179,7 @@ class TorchEngine:
         copy_weights(self._model, weights)
         self._slot_model.take_weights()
         self.policy_version = version
-        self._sick = False
+        self._may_hold_nan = False
 
     def _take_turns(self) -> None:
         """Draw what needs no forward pass; if that completes no request, decode those whose turn it is for some steps."""
@@ -193,8 +193,8 @@ class TorchEngine:
                 begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
                 self._catch_up([row for row in rows if row.cached < len(row.ids) - 1])
                 self._decode(self._pack(rows), division)
-            except SickLogits:
-                self._sick = True
+            except NonFiniteLogits:
+                self._may_hold_nan = True
                 raise
             finally:
                 self._count_held_tokens()

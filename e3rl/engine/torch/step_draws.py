@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from e3rl.engine.requests import Request
-from e3rl.engine.sampling import SICK, Samples, SamplingRows, sample
-from e3rl.errors import SickLogits
+from e3rl.engine.sampling import NON_FINITE, Samples, SamplingRows, sample
+from e3rl.errors import NonFiniteLogits
 
 
 class StepDraws:
@@ -35,12 +35,12 @@ class StepDraws:
         return self._samples[-1].ids_S
 
     def sample(self, logits_RV: Tensor) -> list[int]:
-        """One token per request; raises SickLogits, and draws for nobody, where a request's logits are not all finite."""
+        """One token per request; raises NonFiniteLogits, and draws for nobody, where a request's logits are not all finite."""
         samples = sample(logits_RV, self._settings, self._numbers_TS[len(self._samples)])
         ids: list[int] = samples.ids_S.tolist()
         ids = ids[: len(self._requests)]
-        if SICK in ids:
-            raise SickLogits(self._requests[ids.index(SICK)].draw)
+        if NON_FINITE in ids:
+            raise NonFiniteLogits(self._requests[ids.index(NON_FINITE)].draw)
         self._samples.append(samples)
         self._ids.append(ids)
         return ids

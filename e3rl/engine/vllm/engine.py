@@ -20,7 +20,7 @@ from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
 from e3rl.engine.vllm.core import Generated, VllmCore
 from e3rl.engine.weights import copy_weights
-from e3rl.errors import SickLogits
+from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
 
 _log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class VllmEngine:
     def _deliver(self, row: _VllmRow, generated: Generated) -> Candidate:
         request = row.open
         if any(not math.isfinite(measures.entropy) for measures in generated.measures):
-            raise SickLogits(request.draw)
+            raise NonFiniteLogits(request.draw)
         request.ids, request.measures = list(generated.ids), generated.measures
         self._count(row, generated)
         row.key, row.continued = None, True

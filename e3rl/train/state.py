@@ -1,0 +1,140 @@
+"""What a run works with (`Run`), and what of it a checkpoint holds (`State`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e3rl.cluster.parallel import Optimizer
+from e3rl.cluster.ranks import Ranks
+from e3rl.cluster.rollouts import Rollouts
+from e3rl.config import Config
+from e3rl.data.stream import PromptStream
+from e3rl.engine.protocol import Engine
+from e3rl.engine.weights import take_weights
+from e3rl.models import Policy
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.filters import GroupFilter
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.moments import Moments
+from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
+from e3rl.train.collect import Prefetch, StepGroups, from_table, to_table
+from e3rl.train.interrupt import StopRequest
+from e3rl.train.journal import Journal
+from e3rl.train.learner import Learner
+from e3rl.train.listeners import Listener, tell
+from e3rl.train.prompts import RunData
+from e3rl.train.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings, data, and who does the work. ``Trainer`` builds it; `e3rl.train.loop` uses it."""
+
+    config: Config
+    path: Path  # the run's directory, which the first rank writes and the others read
+    directory: RunDirectory  # where this rank writes
+    data: RunData
+    steps: int
+    policy: Policy  # what is trained
+    generating: Policy  # what rollouts are made by: the same, or a copy that `publish_weights` brings up to date
+    learner: Learner
+    engine: Engine  # this process's own, for evaluation
+    rollouts: Rollouts
+    remote: bool  # whether workers elsewhere make them
+    scorer: Scorer
+    keep: GroupFilter
+    journal: Journal
+    prefetch: Prefetch
+    ranks: Ranks
+    stop: StopRequest
+    listeners: Sequence[Listener]  # only the first rank has some
+
+    def tell(self, event: str, *values: Any) -> None:
+        """See `e3rl.train.listeners.tell`."""
+        tell(self.listeners, event, *values)
+
+    def note(self, text: str) -> None:
+        """Tell the user something."""
+        self.tell("noted", text)
+
+
+@dataclass
+class State:
+    """Where a run stands. A checkpoint holds exactly this, and PyTorch's random numbers."""
+
+    optimizer: Optimizer  # float32 weights, AdamW's moments
+    stream: PromptStream  # position in the training data
+    calibration: ReferenceStatistics  # of all first candidates so far
+    entropy_moments: Moments | None = None  # of the step before
+    prefetched: StepGroups | None = None  # collected for the next step already
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0  # steps skipped in a row because of non-finite numbers
+
+
+def version(run: Run, state: State) -> int:
+    """Optimizer updates so far: which weights generate now."""
+    return state.step * run.learner.updates_per_step()
+
+
+def group_settings(run: Run, state: State, step: int) -> GroupSettings:
+    """What the rollouts for ``step`` depend on beside their prompts, as things are now."""
+    config = run.config
+    return GroupSettings(
+        config.rollout,
+        config.erasure,
+        config.run.seed,
+        step=step,
+        policy_version=version(run, state),
+        reference=state.calibration,
+        entropy_moments=state.entropy_moments,
+    )
+
+
+def publish_weights(run: Run, state: State) -> None:
+    """Whoever generates takes the weights that are trained."""
+    if run.generating is not run.policy:
+        take_weights(run.generating.model, state.optimizer.weights())
+    run.rollouts.load_weights(version(run, state))
+
+
+def save(run: Run, state: State) -> None:
+    """Write a checkpoint; the journals of the steps that it holds are no longer needed."""
+    facts = {
+        "stream": state.stream.state(),
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "reference": state.calibration.to_tables(),
+        "entropy_moments": state.entropy_moments and state.entropy_moments.to_table(),
+        "ahead": state.prefetched and to_table(state.prefetched),
+    }
+    weights, moments = state.optimizer.weights(), state.optimizer.state()
+    checkpoint = Checkpoint(state.step, weights, moments, torch.get_rng_state(), facts)
+    save_checkpoint(run.path, checkpoint, run.config.train.save_total_limit, run.ranks)
+    run.journal.drop_through(state.step)
+
+
+def restore(run: Run, state: State) -> None:
+    """Go on from the newest intact checkpoint; from the beginning where a run was stopped before its first."""
+    if list_checkpoints(run.path):
+        checkpoint = newest_checkpoint(run.path, run.note, run.ranks)
+        facts, moments = checkpoint.facts, checkpoint.facts["entropy_moments"]
+        state.step, state.tokens, state.seconds = checkpoint.step, facts["tokens"], facts["seconds"]
+        state.skipped = facts.get("skipped", 0)
+        state.optimizer.load(checkpoint.weights, checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.rng)
+        state.stream.restore(facts["stream"])
+        state.calibration = ReferenceStatistics.from_tables(facts["reference"])
+        state.entropy_moments = moments and Moments.from_table(moments)
+        state.prefetched = from_table(run, facts["ahead"]) if facts.get("ahead") else None
+        publish_weights(run, state)
+        run.journal.drop_through(state.step)
+    run.directory.drop_after(state.step)

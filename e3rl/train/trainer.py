@@ -1,0 +1,199 @@
+"""`Trainer`: finds everything that can be wrong with a config, builds what its run works with, and trains."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from e3rl.cluster.parallel import divides_weights
+from e3rl.cluster.ranks import Ranks, join_ranks
+from e3rl.cluster.rollouts import build_rollouts
+from e3rl.config import Config
+from e3rl.data.contamination import overlap_notes
+from e3rl.data.stream import PromptStream
+from e3rl.engine.build import build_engine
+from e3rl.errors import RunStopped, UserError
+from e3rl.evaluate.evaluation import evaluation_settings
+from e3rl.files import write_json
+from e3rl.models import Policy, load_policy, resolve_model_path
+from e3rl.objectives import build as build_objective
+from e3rl.objectives import method_name
+from e3rl.objectives.base import Objective
+from e3rl.rewards.checks import check_rewards_run
+from e3rl.rewards.scorer import Scorer
+from e3rl.rollout.companions import find_companions
+from e3rl.rollout.filters import build_filter
+from e3rl.rollout.judge import needs_reference, require_reference
+from e3rl.rollout.metric import load_metric
+from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.train.collect import Prefetch
+from e3rl.train.environment import environment
+from e3rl.train.interrupt import Interrupted, StopRequest
+from e3rl.train.journal import Journal, fingerprint
+from e3rl.train.learner import Learner
+from e3rl.train.listeners import Listener, tell
+from e3rl.train.loop import train
+from e3rl.train.prompts import RunData, answers_as_responses, load_data, number_of_steps
+from e3rl.train.run_directory import RunDirectory, run_path
+from e3rl.train.scoring import require_scorable
+from e3rl.train.state import Run, State, restore, save
+
+RewardFunction = Callable[..., Any]
+
+
+class Trainer:
+    """Trains one model from one config. Whatever is wrong with the config is an error here, before the first step."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        reward_functions: Sequence[RewardFunction] = (),
+        listeners: Sequence[Listener] = (),
+        resume: bool = False,
+    ) -> None:
+        self.run, self.state = prepare(config, reward_functions, listeners, resume)
+        self.config, self.policy, self.run_path = self.run.config, self.run.policy, self.run.directory.path
+
+    def ask_to_stop(self) -> None:
+        """Ask the run to stop where its state is whole, as Ctrl-C does."""
+        self.run.stop.ask()
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end and return the summary. Interrupted: the state is saved and RunStopped says how to go on."""
+        run, state = self.run, self.state
+        write_json(self.run_path / "environment.json", environment())
+        run.tell("started", self.run_path, run.config, method_name(run.config), state.step + 1, run.steps)
+        for text in overlap_notes(run.config.data, run.data.train, run.data.held_out):
+            run.note(text)
+        if run.config.train.eval_steps and not run.data.held_out:
+            run.note("nothing is evaluated: data.eval is empty, though train.eval_steps is set")
+        try:
+            with run.ranks.guard(), run.stop, run.scorer:
+                return train(run, state)
+        except Interrupted:
+            save(run, state)
+            raise RunStopped(
+                f"stopped after step {state.step} of {run.steps}; everything is saved in {self.run_path}. "
+                "Go on with the same command and --resume."
+            ) from None
+        finally:
+            run.prefetch.close()
+            run.rollouts.close()
+            run.directory.release()
+
+
+def prepare(
+    config: Config, reward_functions: Sequence[RewardFunction], listeners: Sequence[Listener], resume: bool
+) -> tuple[Run, State]:
+    """Build what the run works with; its state is that of a new run, or of the newest checkpoint with ``resume``."""
+    ranks, path = join_ranks(config), run_path(config)
+    resume = ranks.gather(resume)[0]
+    remote = bool(config.rollout.workers or config.rollout.servers)
+    config = config if ranks.first else _aside(config, ranks)
+    note = partial(tell, listeners if ranks.first else (), "noted")
+
+    objective = build_objective(config.objective)
+    _require_siblings(config, objective)
+    torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
+    policy = load_policy(config.model)
+    require_scorable(policy.model)
+    data = load_data(config, policy, shown="demonstrations" in objective.needs)
+    steps = number_of_steps(config, len(data.train))
+    generating = policy
+    # rollouts need weights that training does not touch or divide
+    if config.rollout.ahead or divides_weights(config.train, ranks):
+        generating = replace(policy, model=copy.deepcopy(policy.model))
+    updates = steps * config.train.num_iterations * config.train.minibatches
+    learner = Learner(policy, objective, config, updates, ranks)
+    engine = build_engine(config.rollout, generating.model, policy.eos_ids, data.longest_prompt)
+    journal = Journal(run_path(config), partial(fingerprint, generating.model), note)
+    rollouts = build_rollouts(config, generating, engine, data.longest_prompt, journal, note)
+    scorer = _build_scorer(config, reward_functions, data, policy)
+    load_metric(config.erasure.metric)
+    calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
+    state = State(learner.optimizer, PromptStream(data.train, seed=config.run.seed), calibration)
+    run = Run(
+        config=config,
+        path=path,
+        directory=RunDirectory.resume(config) if resume and ranks.first else RunDirectory.create(config),
+        data=data,
+        steps=steps,
+        policy=policy,
+        generating=generating,
+        learner=learner,
+        engine=engine,
+        rollouts=rollouts,
+        remote=remote,
+        scorer=scorer,
+        keep=build_filter(config.filter),
+        journal=journal,
+        prefetch=Prefetch(),
+        ranks=ranks,
+        stop=StopRequest(ranks),
+        listeners=listeners if ranks.first else (),
+    )
+    if resume:
+        restore(run, state)
+    return run, state
+
+
+def _aside(config: Config, ranks: Ranks) -> Config:
+    """The config of a rank that is not the first: it writes to a directory of its own and starts no workers."""
+    aside = tempfile.mkdtemp(prefix=f"e3rl-rank-{ranks.rank}-")
+    atexit.register(shutil.rmtree, aside, ignore_errors=True)
+    run, rollout = replace(config.run, output_dir=aside), replace(config.rollout, workers=0, servers=())
+    return replace(config, run=run, rollout=rollout)
+
+
+def _require_siblings(config: Config, objective: Objective) -> None:
+    """Refuse single samples where the objective compares several."""
+    if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
+        raise UserError(
+            f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
+            "it needs at least 2 samples of each"
+        )
+
+
+def _build_scorer(config: Config, functions: Sequence[RewardFunction], data: RunData, policy: Policy) -> Scorer:
+    """The scorer, after its functions were tried on two of the data's own answers."""
+    limit = config.rollout.completion_limit
+    scorer = Scorer(config.rewards, functions=functions, max_completion_length=limit)
+    check_rewards_run(config.rewards, functions, *answers_as_responses(data.train[:2], policy), limit)
+    return scorer
+
+
+def first_statistics(config: Config, *, trains: bool, evaluates: bool) -> ReferenceStatistics:
+    """Those saved beside the model where thresholds of this run come from them, else none yet.
+
+    ``trains``: it learns from rollouts; ``evaluates``: it has held-out problems. UserError where statistics are missing, or
+    were measured with other settings.
+    """
+    mine = ReferenceStatistics(measured_by(config.rollout, config.erasure))
+    judged = {"training": config} if trains and config.rollout.erase else {}
+    if evaluates and config.eval.erasable:
+        name = f"eval.erasable with eval.num_samples = {config.eval.num_samples}"
+        judged[name] = evaluation_settings(config, erase=True)
+    needing = {n: c for n, c in judged.items() if needs_reference(c.rollout.num_generations, c.erasure)}
+    if not needing:
+        return mine
+    saved = find_companions(resolve_model_path(config.model.path)).reference
+    for name, settings in needing.items():
+        try:
+            require_reference(settings.rollout.num_generations, settings.erasure, saved)
+            assert saved is not None
+            saved.check(measured_by(settings.rollout, settings.erasure))
+            if "training" in judged:  # adds what it sees to them
+                saved.check(mine.settings)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    assert saved is not None
+    return saved

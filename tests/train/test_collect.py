@@ -1,0 +1,129 @@
+"""Prompts to rewarded groups: filters, refills, and never the same prompt twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e3rl.cluster.ranks import Ranks
+from e3rl.config import Config, FilterConfig
+from e3rl.data.stream import PromptStream
+from e3rl.rollout.filters import build_filter
+from e3rl.rollout.group import GroupSettings
+from e3rl.train.collect import StepGroups, collect
+from e3rl.train.interrupt import Interrupted
+from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
+from tests.rollout.test_filters import rewarded
+
+
+class World:
+    """A stream over ``size`` problems, of which those in ``good`` give groups with unequal rewards."""
+
+    def __init__(self, size: int, good: Callable[[int], bool]) -> None:
+        prompts = [Prompt(Problem(str(i), str(i)), (2,)) for i in range(size)]
+        self.stream, self.good, self.rounds = PromptStream(prompts, seed=1), good, list[list[str]]()
+        self.run: Any = SimpleNamespace(
+            data=SimpleNamespace(train=prompts, demonstrations={}),
+            policy=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda *_, **__: "")),
+            rollouts=SimpleNamespace(run=self.roll_out),
+            scorer=self,
+            ranks=Ranks(),
+            remote=False,
+            tell=lambda *_: None,
+            note=lambda _: None,
+        )
+
+    def roll_out(self, prompts: Sequence[Prompt], _: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
+        self.rounds.append([p.problem.id for p in prompts])
+        for name in reversed(self.rounds[-1]):  # groups come in any order
+            tick()
+            yield rewarded(name, [1.0, 1.0]).group
+
+    def score(self, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[Reward]:
+        values = [0.0 if t.sibling and self.good(int(t.prompt.problem.id)) else 1.0 for t in trajectories]
+        return [Reward(value, {"first": value}) for value in values]
+
+    def collect(
+        self, wanted: int, max_refills: int, name: str = "nonzero_spread", tick: Callable[[], None] = lambda: None
+    ) -> StepGroups:
+        config = Config(filter=FilterConfig(name, max_refills))
+        self.run.config = replace(config, train=replace(config.train, prompts_per_step=wanted))
+        self.run.keep = build_filter(config.filter)
+        settings = GroupSettings(config.rollout, config.erasure, 0, step=1, policy_version=0)
+        return collect(self.run, self.stream, settings, tick)
+
+
+def names(groups: Sequence[RewardedGroup]) -> list[str]:
+    return [item.group.prompt.problem.id for item in groups]
+
+
+def test_without_a_filter_a_step_is_one_round_of_the_streams_prompts():
+    world, expected = World(10, lambda i: False), World(10, lambda i: False).stream.take(4)
+    groups = world.collect(4, max_refills=8, name="none")
+    assert names(groups.kept) == [p.problem.id for p in expected]
+    assert (groups.dropped, groups.refills, groups.dropped_tokens) == ((), 0, 0)
+
+
+def test_a_refill_asks_for_as_many_groups_as_are_missing():
+    world = World(100, lambda i: i % 3 == 0)
+    groups = world.collect(6, max_refills=50)
+    missing = 6
+    for made in world.rounds:
+        assert len(made) == missing
+        missing -= sum(int(name) % 3 == 0 for name in made)
+    assert (len(groups.kept), missing) == (6, 0)
+    assert groups.refills == len(world.rounds) - 1 > 0
+    assert groups.dropped_tokens == 6 * len(groups.dropped)  # two siblings of three tokens
+    assert names(groups.all) == names(groups.kept) + names(groups.dropped)
+
+
+@pytest.mark.parametrize("max_refills", [0, 1, 3])
+def test_the_number_of_refills_is_bounded(max_refills: int):
+    world = World(100, lambda i: False)
+    groups = world.collect(5, max_refills)
+    assert (len(groups.kept), len(groups.dropped), groups.refills) == (0, 5 * (max_refills + 1), max_refills)
+
+
+def test_with_every_problem_tried_the_step_goes_on_with_what_there_is():
+    world = World(7, lambda i: i in (2, 5))
+    groups = world.collect(3, max_refills=50)
+    assert sorted(names(groups.kept)) == ["2", "5"]
+    assert sorted(names(groups.all)) == [str(i) for i in range(7)]
+
+
+@given(size=st.integers(4, 12), good=st.sets(st.integers(0, 11)), wanted=st.integers(1, 4), steps=st.integers(1, 5))
+def test_a_step_never_holds_a_problem_twice_and_keeps_what_passes(size: int, good: set[int], wanted: int, steps: int):
+    world = World(size, lambda i: i in good)
+    for _ in range(steps):
+        groups = world.collect(wanted, max_refills=20)
+        found = names(groups.all)
+        assert len(found) == len(set(found))
+        assert {int(n) for n in names(groups.kept)} == {int(n) for n in found} & good
+        assert len(groups.kept) == wanted or len(found) == size or groups.refills == 20
+
+
+def test_the_streams_position_alone_decides_what_a_step_holds():
+    world, again = World(9, lambda i: i % 2 == 0), World(9, lambda i: i % 2 == 0)
+    world.collect(4, max_refills=9)
+    again.stream.restore(world.stream.state())
+    assert names(world.collect(4, max_refills=9).all) == names(again.collect(4, max_refills=9).all)
+
+
+def test_a_stop_leaves_the_stream_where_it_was():
+    world = World(9, lambda i: False)
+    before, ticks = world.stream.state(), iter(range(6))
+
+    def tick() -> None:
+        if next(ticks) == 5:  # in the first refill
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        world.collect(3, max_refills=9, tick=tick)
+    assert len(world.rounds) == 2
+    assert world.stream.state() == before
