@@ -20,6 +20,7 @@ from e3rl.sections import shown
 
 _COMMANDS = {
     "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
+    "rehearse": ("e3rl.cli.rehearse", "run a recipe's commands and processes at a small size, before an expensive job"),
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
     "compare": ("e3rl.cli.compare", "compare two evaluations on the same problems, with p-values"),
     "grade": ("e3rl.cli.grade", "check answers: a file of references and responses, graded"),
@@ -39,7 +40,7 @@ _COMMANDS = {
 }
 
 _WITH_SETTINGS = (
-    *("train", "eval", "decode", "calibrate", "diagnose"),
+    *("train", "rehearse", "eval", "decode", "calibrate", "diagnose"),
     *("serve", "rollout-server", "plan", "reproduce"),
 )
 

@@ -1,0 +1,125 @@
+"""What takes the place of weights, tokenizer and data in a rehearsal, where the real ones are too large or out of reach."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from e3rl.config import Config, ModelConfig
+from e3rl.data.benchmarks import BENCHMARKS
+from e3rl.errors import UserError
+from e3rl.files import write_text
+
+ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures.json"
+"""The config.json of each model that a recipe names: facts about it, not its weights."""
+
+WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 64, 128, 2, 4, 512
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """The model's own config.json: from its directory, from the package, or from the hub."""
+    known = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    if model.path in known:
+        found: dict[str, Any] = known[model.path]
+        return found
+    from transformers import AutoConfig
+
+    from e3rl.models import resolve_model_path
+
+    try:
+        return dict(AutoConfig.from_pretrained(resolve_model_path(model.path)).to_dict())
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"the architecture of '{model.path}' can't be read ({reason[0] if reason else error!r}); known without a hub: "
+            f"{', '.join(known)}"
+        ) from None
+
+
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The same architecture, narrow and shallow. Every kind of layer that the model has stays."""
+    kinds = config.get("layer_types") or []
+    layers = max(LAYERS, len(set(kinds)))
+    ratio = max(1, config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"]))
+    small = {
+        **config,
+        "hidden_size": WIDTH,
+        "intermediate_size": FORWARD,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": max(1, HEADS // ratio),
+        "head_dim": WIDTH // HEADS,
+        "vocab_size": VOCABULARY,
+        "max_window_layers": layers,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+        "pad_token_id": 256,
+    }
+    if kinds:
+        small["layer_types"] = [*dict.fromkeys(kinds), *kinds][:layers]
+    return small
+
+
+def make_model(config: Config, directory: Path) -> dict[str, tuple[int, int]]:
+    """Write a model of random weights with a byte tokenizer; returns what shrank, from and to."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    real = architecture(config.model)
+    small = shrunk(real)
+    kind = small.pop("model_type")
+    small = {key: value for key, value in small.items() if key not in ("transformers_version", "dtype", "torch_dtype")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **small), dtype=getattr(torch, config.model.dtype)
+    )
+    model.generation_config.eos_token_id = [256, 258]
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return {key: (real[key], small[key]) for key in small if isinstance(real.get(key), int) and real[key] > small[key]}
+
+
+def byte_tokenizer() -> Any:
+    """A token a byte, with the special tokens and the chat template of the Qwen family's kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(_SPECIAL))
+    found = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    found.chat_template = _TEMPLATE
+    return found
+
+
+def make_problems(path: Path, rows: int, prompt_column: str, answer_column: str) -> None:
+    """Sums under the column names of the real data."""
+    numbers = random.Random(zlib.crc32(path.name.encode()))
+    lines = []
+    for i in range(rows):
+        a, b = numbers.randrange(1000), numbers.randrange(1000)
+        lines.append(json.dumps({"id": str(i), prompt_column: f"What is {a} + {b}?", answer_column: str(a + b)}))
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def make_benchmarks(directory: Path, names: Sequence[str]) -> None:
+    """A file for each benchmark, with as many rows as the real one has."""
+    for name in names:
+        make_problems(directory / f"{BENCHMARKS[name].files[0]}.jsonl", BENCHMARKS[name].count, "problem", "answer")
+
+
+def coin(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """Stands in for the answer checker while training: random weights are never right, and equal rewards teach nothing."""
+    return [float(zlib.crc32(repr(one).encode("utf-8", "surrogatepass")) & 1) for one in completions]
