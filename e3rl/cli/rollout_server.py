@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from e3rl.serve.access import Access
+    from e3rl.web.access import Access
 
     access = Access(options.host, options.token or os.environ.get(TOKEN_VARIABLE))
     if options.longest_prompt < 1:
@@ -40,17 +40,7 @@ def run(options: argparse.Namespace) -> int:
     policy = load_policy(config.model)
     largest = 2**24 + 2 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
 
-    def admits(host: str, token: str) -> bool:
-        return access.knows_host(host) and access.admits(token)
-
     worker = RolloutWorker(config, options.longest_prompt, policy)
-    with make_server(worker, access.host, options.port, admits, largest) as server:
-        host = f"[{access.host}]" if ":" in access.host else access.host
-        print(f"http://{host}:{server.server_address[1]}   (stop with Ctrl+C)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
-        finally:
-            worker.close()
+    with make_server(worker, access, options.port, largest) as server:
+        server.run_until_interrupted()
     return 0

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from e3rl.serve.access import Access
+    from e3rl.web.access import Access
 
     access = Access(options.host, options.token)
     if options.max_length < 2 or options.queue < 1:
@@ -32,7 +32,6 @@ def run(options: argparse.Namespace) -> int:
 
     from e3rl.serve.server import make_server
     from e3rl.serve.service import Service
-    from e3rl.serve.sockets import run_until_interrupted
 
     opened = open_model(options)
     service = Service(
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print("no reference statistics beside the model: single samples need 'erase': false", file=sys.stderr)
     with make_server(service, access, options.port) as server:
         try:
-            run_until_interrupted(server, "/v1")
+            server.run_until_interrupted("/v1")
         finally:
             service.close()
     return 0

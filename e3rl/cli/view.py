@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from e3rl.serve.access import Access
+    from e3rl.web.access import Access
 
     access = Access(options.host, options.token)
     for path in options.runs:

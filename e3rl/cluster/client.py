@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -11,6 +12,9 @@ from e3rl.cluster.server import WEIGHTS_DIGEST, digest
 from e3rl.errors import UserError
 
 _LONGEST_ANSWER = 2**32
+_SECONDS_KEPT = 30.0
+"""A connection that was not used for longer is opened anew: the server closes idle ones after a while."""
+_REFUSED = (400, 401, 403, 405, 411, 413, 421)
 
 
 class ServerConnection:
@@ -20,6 +24,7 @@ class ServerConnection:
         self._name = f"{host}:{port}"
         self._token, self._timeout = token, timeout
         self._http = http.client.HTTPConnection(host, port, timeout=timeout)
+        self._used = 0.0
 
     def hello(self) -> bytes:
         """See `RolloutWorker.hello`."""
@@ -37,6 +42,8 @@ class ServerConnection:
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> bytes:
         token = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        if time.monotonic() - self._used > _SECONDS_KEPT:
+            self._http.close()
         try:
             self._http.request(method, path, body, {**token, **(headers or {})})
             response = self._http.getresponse()
@@ -47,7 +54,8 @@ class ServerConnection:
         except (OSError, http.client.HTTPException) as error:
             self._http.close()
             raise WorkerLost(f"{self._name} can't be reached: {error or type(error).__name__}") from None
-        if response.status in (400, 403, 413):
+        self._used = time.monotonic()
+        if response.status in _REFUSED:
             raise UserError(f"rollout server {self._name} refused {path}: {answer[:500].decode(errors='replace')}")
         if response.status != 200:
             raise WorkerLost(

@@ -2,122 +2,89 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-import socket
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.errors import UserError
+from e3rl.web.access import Access
+from e3rl.web.door import Door
+from e3rl.web.server import WebServer
 
 WEIGHTS_DIGEST = "X-E3RL-Digest"
-_SECONDS_TO_ASK = 300  # for a whole request to arrive; weights are large
-_CHUNK = 2**22
 
 
-def make_server(
-    worker: RolloutWorker, host: str, port: int, admits: Callable[[str, str], bool], largest: int
-) -> ThreadingHTTPServer:
-    """A server that is bound and not yet running. ``admits`` decides by Host header and token; ``largest``: body bytes."""
-
-    class Handler(_Handler):
-        pass
-
-    Handler.worker, Handler.admits, Handler.largest = worker, staticmethod(admits), largest
-    try:
-        return _Server((host, port), Handler)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"can't listen on {host}:{port}: {error}. Choose another --port; 0 takes any free one"
-        ) from None
+def make_server(worker: RolloutWorker, access: Access, port: int, largest: int) -> WebServer:
+    """A server that is bound and not yet running. ``largest``: bytes of a body. It closes the worker when it stops."""
+    return WebServer(make_app(worker, access, largest), access, port, on_stop=worker.close)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
+    """The ASGI app, behind its door."""
+    loading = asyncio.Lock()
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
+    async def hello(request: Request) -> Response:
+        return Response(worker.hello())
 
+    async def exchange(request: Request) -> Response:
+        return await _called(worker.exchange, await request.body())
 
-class _Handler(BaseHTTPRequestHandler):
-    worker: RolloutWorker
-    admits: Callable[[str, str], bool]
-    largest: int
-    timeout = _SECONDS_TO_ASK
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or whatever follows the headers waits 40 ms for their acknowledgement
-    _loading = threading.Lock()
+    async def weights(request: Request) -> Response:
+        body, said = await request.body(), request.headers.get(WEIGHTS_DIGEST, "")
+        async with loading:
+            return await _called(_load, worker, request.query_params.get("version", ""), said, body)
 
-    def do_GET(self) -> None:
-        if self._allowed():
-            self._answer(200, self.worker.hello()) if self.path == "/hello" else self._answer(404, b"no such page")
+    routes = [
+        Route("/hello", hello),
+        Route("/exchange", exchange, methods=["POST"]),
+        Route("/weights", weights, methods=["POST"]),
+    ]
 
-    def do_POST(self) -> None:
-        if not self._allowed():
-            return
-        body = self._body()
-        path = urlsplit(self.path).path
-        if body is None:
-            return
-        try:
-            if path == "/exchange":
-                self._answer(200, self.worker.exchange(body))
-            elif path == "/weights":
-                self._load(body)
-            else:
-                self._answer(404, b"no such call")
-        except (ValueError, UserError) as error:
-            self._answer(400, str(error).encode())
-        except Exception as error:  # the server lives on; the trainer is told
-            self._answer(500, f"{type(error).__name__}: {error}".encode())
-
-    def _load(self, body: bytes) -> None:
-        version = int(parse_qs(urlsplit(self.path).query)["version"][0])
-        if not hmac.compare_digest(digest(body), self.headers.get(WEIGHTS_DIGEST, "")):
-            raise ValueError("the weights arrived damaged: their checksum differs")
-        with self._loading:
-            self.worker.load_weights(version, body)
-        self._answer(200, b"")
-
-    def _allowed(self) -> bool:
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        if self.admits(self.headers.get("Host", ""), token if scheme == "Bearer" else ""):
-            return True
-        self.close_connection = True
-        self._answer(403, b"not admitted: this server asks for a token (--token), or knows itself under another name")
-        return False
-
-    def _body(self) -> bytes | None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > self.largest:
-            self.close_connection = True
-            self._answer(413, f"a body of at most {self.largest} bytes is taken, with its length said".encode())
+    def admit(request: Request) -> Response | None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if access.knows_host(request.headers.get("host", "")) and access.admits(token if scheme == "Bearer" else ""):
             return None
-        parts, left = [], int(length)
-        while left:
-            part = self.rfile.read(min(left, _CHUNK))
-            if not part:
-                self.close_connection = True
-                return None
-            parts.append(part)
-            left -= len(part)
-        return b"".join(parts)
+        return _refusal(403, "not admitted: this server asks for a token (--token), or knows itself under another name")
 
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def no_such_call(request: Request, error: Exception) -> Response:
+        return _refusal(error.status_code if isinstance(error, HTTPException) else 404, "no such call")
 
-    def log_message(self, format: str, *values: Any) -> None:
-        """Quiet: a trainer asks once a second."""
+    app = Starlette(routes=routes, exception_handlers={HTTPException: no_such_call})
+    return Door(app, admit=admit, refuse=_refusal, largest=largest, budget=2 * largest)
 
 
 def digest(weights: bytes) -> str:
     """The checksum that travels with weights."""
     return hashlib.blake2b(weights, digest_size=16).hexdigest()
+
+
+def _load(worker: RolloutWorker, version: str, said: str, body: bytes) -> bytes:
+    if not (version.isascii() and version.isdigit() and len(version) < 20):
+        raise ValueError("version: a whole number is required")
+    if not hmac.compare_digest(digest(body).encode(), said.encode()):
+        raise ValueError("the weights arrived damaged: their checksum differs")
+    worker.load_weights(int(version), body)
+    return b""
+
+
+async def _called(call: Callable[..., bytes], *arguments: Any) -> Response:
+    """What a call of the worker gives, in a thread; what it can't use is status 400, its own failure 500."""
+    try:
+        return Response(await asyncio.to_thread(call, *arguments))
+    except (ValueError, UserError) as error:
+        return _refusal(400, str(error))
+    except Exception as error:  # the server lives on; the trainer is told
+        return _refusal(500, f"{type(error).__name__}: {error}")
+
+
+def _refusal(status: int, message: str) -> Response:
+    return PlainTextResponse(message.encode(errors="replace"), status)

@@ -7,28 +7,29 @@ names.
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from e3rl.errors import UserError
 from e3rl.report.embed import to_json
 from e3rl.report.page import RUN_SCRIPTS, describe_run, render_page
-from e3rl.serve.access import Access
-from e3rl.serve.sockets import Server, bind, run_until_interrupted
 from e3rl.train.run_directory import read_config
+from e3rl.web.access import Access
+from e3rl.web.door import Door
+from e3rl.web.server import WebServer
 
 POLL_MS = 2000
 _MAX_TARGET = 2048
-_SECONDS_TO_ASK = 10
-_AT_ONCE = 64
 _COOKIE = "e3rl"
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -42,16 +43,32 @@ _HEADERS = {
 def serve(runs: Sequence[Path], access: Access, port: int = 8000) -> None:
     """Show ``runs`` until interrupted, to those whom ``access`` admits."""
     with make_server(runs, access, port) as server:
-        run_until_interrupted(server, f"/?token={access.token}" if access.token else "/")
+        server.run_until_interrupted(f"/?token={access.token}" if access.token else "/")
 
 
-def make_server(runs: Sequence[Path], access: Access, port: int) -> Server:
+def make_server(runs: Sequence[Path], access: Access, port: int) -> WebServer:
     """A server that is bound and not yet running; port 0 takes any free one."""
     if not runs:
         raise UserError("no run to show: name at least one run directory")
     for run in runs:
         read_config(run)
-    return bind(access, port, functools.partial(_Handler, Site(tuple(runs), access)), _AT_ONCE)
+    return WebServer(make_app(Site(tuple(runs), access)), access, port)
+
+
+def make_app(site: Site) -> Door:
+    """The ASGI app, behind its door: sockets and headers only, `Site` decides."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await asyncio.to_thread(site.answer, _target(scope), Request(scope).headers)
+        await _response(answer)(scope, receive, send)
+
+    def admit(request: Request) -> Response | None:
+        if request.method != "GET":
+            return _response(Answer(405, "There is nothing to do but to look.", headers=(("Allow", "GET"),)))
+        answer = site.before(_target(request.scope), request.headers)
+        return None if answer is None else _response(answer)
+
+    return Door(app, admit=admit, refuse=lambda status, message: _response(Answer(status, message)), largest=0)
 
 
 @dataclass(frozen=True)
@@ -71,24 +88,36 @@ class Site:
     runs: tuple[Path, ...]
     access: Access
 
-    def answer(self, target: str, headers: Mapping[str, str]) -> Answer:
-        """The answer to a GET request; ``headers`` by lower-case name."""
+    def before(self, target: str, headers: Mapping[str, str]) -> Answer | None:
+        """What a GET request gets instead of what it asks for; None for those who may see it. ``headers`` by lower-case name."""
         if len(target) > _MAX_TARGET:
             return Answer(414, "The address is too long.")
         if not self.access.knows_host(headers.get("host", "")):
             return Answer(421, "This server does not go by that name.")
         try:
-            url = urlsplit(target)
+            query = parse_qs(urlsplit(target).query)
         except ValueError:
             return Answer(400, "The address can't be read.")
-        query = parse_qs(url.query)
         given = query.get("token", [""])[0]
         if given and self.access.token and self.access.admits(given):
             cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"
             return Answer(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
         if not self.access.admits(_token_of(headers)):
             return Answer(403, "Open the address that `e3rl view` printed: it carries the token.")
-        return self._route(url.path.strip("/").split("/"), query)
+        return None
+
+    def answer(self, target: str, headers: Mapping[str, str]) -> Answer:
+        """The answer to a GET request."""
+        refusal = self.before(target, headers)
+        if refusal is not None:
+            return refusal
+        url = urlsplit(target)
+        try:
+            return self._route(url.path.strip("/").split("/"), parse_qs(url.query))
+        except UserError as error:
+            return Answer(500, str(error))
+        except (OSError, ValueError) as error:
+            return Answer(500, f"The run can't be read: {error}")
 
     def _route(self, path: Sequence[str], query: Mapping[str, Sequence[str]]) -> Answer:
         match path:
@@ -139,36 +168,14 @@ def _small_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Sockets and headers only; `Site` decides."""
+def _target(scope: Scope) -> str:
+    """Path and query as they were sent."""
+    raw, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
+    return f"{raw}?{query}" if query else raw
 
-    timeout = _SECONDS_TO_ASK
-    server_version = "e3rl"
-    sys_version = ""
 
-    def __init__(self, site: Site, *args: Any) -> None:
-        self.site = site
-        super().__init__(*args)
-
-    def do_GET(self) -> None:
-        try:
-            answer = self.site.answer(self.path, {name.lower(): value for name, value in self.headers.items()})
-        except UserError as error:
-            answer = Answer(500, str(error))
-        except (OSError, ValueError) as error:
-            answer = Answer(500, f"The run can't be read: {error}")
-        self._send(answer)
-
-    def _send(self, answer: Answer) -> None:
-        body = answer.body.encode()
-        self.send_response(answer.status)
-        for name, value in (*_HEADERS.items(), *answer.headers):
-            self.send_header(name, value)
-        if answer.status != 204:
-            self.send_header("Content-Type", answer.kind + "; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the terminal belongs to whoever started the server."""
+def _response(answer: Answer) -> Response:
+    headers = {**_HEADERS, **dict(answer.headers)}
+    if answer.status == 204:
+        return Response(None, 204, headers)
+    return Response(answer.body, answer.status, headers, f"{answer.kind}; charset=utf-8")

@@ -1,4 +1,4 @@
-"""HTTP around the service: sockets, headers, JSON and server-sent events.
+"""HTTP around the service: routes, JSON and server-sent events.
 
 It listens on this machine alone unless a token is set, answers only under its own name, and takes only JSON, so that
 no web page can make a browser ask it.
@@ -6,159 +6,138 @@ no web page can make a browser ask it.
 
 from __future__ import annotations
 
-import functools
+import asyncio
+import contextlib
 import json
-import select
-import socket
 import sys
 import traceback
-from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from e3rl.serve.access import Access
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
 from e3rl.serve.errors import ApiError
-from e3rl.serve.forms import FORMS, Form, Writer
-from e3rl.serve.service import Gone, Running, Service
-from e3rl.serve.sockets import Server, bind
+from e3rl.serve.forms import FORMS, Writer
+from e3rl.serve.service import Running, Service
+from e3rl.serve.worker import Outbox
+from e3rl.web.access import Access
+from e3rl.web.door import Door, while_connected
+from e3rl.web.server import WebServer
 
 MAX_BODY = 4 * 2**20
-_SECONDS_TO_ASK = 10
-_MAX_CONNECTIONS = 256
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-    "Connection": "close",
-}
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
-def make_server(service: Service, access: Access, port: int) -> Server:
-    """A server that is bound and not yet running; port 0 takes any free one."""
-    return bind(access, port, functools.partial(_Handler, service, access), _MAX_CONNECTIONS)
+def make_server(service: Service, access: Access, port: int) -> WebServer:
+    """A server that is bound and not yet running; port 0 takes any free one. It closes the service when it stops."""
+    return WebServer(make_app(service, access), access, port, on_stop=service.close)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    timeout = _SECONDS_TO_ASK
-    protocol_version = "HTTP/1.1"
-    server_version = "e3rl"
-    sys_version = ""
+def make_app(service: Service, access: Access) -> Door:
+    """The ASGI app, behind its door."""
+    api = _Api(service)
+    routes = [
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.model),
+        Route("/health", api.health),
+        *(Route(path, api.post, methods=["POST"]) for path in FORMS),
+    ]
+    app = Starlette(
+        routes=routes, exception_handlers={ApiError: _refused, HTTPException: _unrouted, Exception: _broken}
+    )
+    app.router.redirect_slashes = False
 
-    def __init__(self, service: Service, access: Access, *args: Any) -> None:
-        self.service, self.access = service, access
-        super().__init__(*args)
+    def admit(request: Request) -> Response | None:
+        if not access.knows_host(request.headers.get("host", "")):
+            return _error(ApiError(421, "this server does not go by that name"))
+        if not access.admits(request.headers.get("authorization", "").removeprefix("Bearer ")):
+            message = "a valid token is required: Authorization: Bearer TOKEN"
+            return _error(ApiError(401, message, code="invalid_api_key"))
+        return None
 
-    def do_GET(self) -> None:
-        self._guarded(self._get)
+    return Door(app, admit=admit, refuse=lambda status, message: _error(ApiError(status, message)), largest=MAX_BODY)
 
-    def do_POST(self) -> None:
-        self._guarded(self._post)
 
-    def _guarded(self, answer: Callable[[], None]) -> None:
-        """Whatever goes wrong, the client gets an error object and never a traceback."""
-        try:
-            answer()
-        except ApiError as error:
-            self._send(error.status, error.body())
-        except (Gone, OSError):
-            pass
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
-            self._send(500, ApiError(500, "an internal error; the server's own output says more").body())
+@dataclass(frozen=True)
+class _Api:
+    """What is answered, by path."""
 
-    def _get(self) -> None:
-        self._check_caller()
-        path = unquote(urlsplit(self.path).path)
-        model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "e3rl"}
-        if path == "/v1/models":
-            self._send(200, {"object": "list", "data": [model]})
-        elif path == f"/v1/models/{self.service.name}":
-            self._send(200, model)
-        elif path == "/health":
-            self._send(200, {"status": "ok", **self.service.load()})
-        else:
-            raise ApiError(404, f"there is nothing at GET {path[:200]}")
+    service: Service
 
-    def _post(self) -> None:
-        raw = self._body()
-        self._check_caller()
-        path = urlsplit(self.path).path
-        if path not in FORMS:
-            raise ApiError(404, f"there is nothing at POST {path[:200]}; known: {', '.join(FORMS)}")
-        if self.headers.get_content_type() != "application/json":
+    def _card(self) -> dict[str, Any]:
+        limit = self.service.max_length
+        return {"id": self.service.name, "object": "model", "created": 0, "owned_by": "e3rl", "max_model_len": limit}
+
+    async def models(self, request: Request) -> Response:
+        return _json(200, {"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.service.name:
+            raise HTTPException(404)
+        return _json(200, self._card())
+
+    async def health(self, request: Request) -> Response:
+        return _json(200, {"status": "ok", **self.service.load()})
+
+    async def post(self, request: Request) -> _Reply:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the body as Content-Type: application/json")
-        running = self.service.start(FORMS[path].read(_parse(raw)))
-        if running.request.stream:
-            self._stream(FORMS[path], running)
-        else:
-            for _ in self.service.pieces(running, self._connected):
-                pass
-            self._send(200, Writer(FORMS[path], running, self.service.policy.tokenizer).whole())
+        form, body, outbox = FORMS[request.url.path], await request.body(), Outbox()
+        running = await asyncio.to_thread(lambda: self.service.start(form.read(_parse(body)), outbox))
+        return _Reply(self.service, running, Writer(form, running, self.service.policy.tokenizer))
 
-    def _stream(self, form: Form, running: Running) -> None:
-        """One event a committed segment. The status is sent with the first, so that early failures have their own."""
-        writer, started = Writer(form, running, self.service.policy.tokenizer), False
+
+@dataclass(frozen=True)
+class _Reply:
+    """The response to a decoding request, as Starlette calls it. A client that hangs up takes its rows' work with it."""
+
+    service: Service
+    running: Running
+    writer: Writer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            for choice, piece in self.service.pieces(running, self._connected):
-                if not started:
-                    self._start(200, "text/event-stream; charset=utf-8")
-                    self.end_headers()
-                    started = True
-                self._event(json.dumps(writer.chunk(choice, piece)))
-            if running.request.include_usage:
-                self._event(json.dumps(writer.usage_chunk()))
-            self._event("[DONE]")
+            if self.running.request.stream:
+                await while_connected(receive, self._stream(send))
+            else:
+                await while_connected(receive, self._whole(scope, receive, send))
+        finally:
+            self.service.drop(self.running)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in self.service.pieces(self.running):
+            pass
+        await _json(200, self.writer.whole())(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        """One event a committed segment. The status is sent with the first, so that early failures have their own."""
+        started = False
+
+        async def event(data: str) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+        try:
+            async with contextlib.aclosing(self.service.pieces(self.running)) as pieces:
+                async for choice, piece in pieces:
+                    if not started:
+                        headers = {**_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"}
+                        raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+                        await send({"type": "http.response.start", "status": 200, "headers": raw})
+                        started = True
+                    await event(json.dumps(self.writer.chunk(choice, piece)))
+            if self.running.request.include_usage:
+                await event(json.dumps(self.writer.usage_chunk()))
+            await event("[DONE]")
         except ApiError as error:
             if not started:
                 raise
-            self._event(json.dumps(error.body()))
-
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit() and len(length) < 20):
-            raise ApiError(411, "a Content-Length is required")
-        if int(length) > MAX_BODY:
-            self.rfile.read(min(int(length), 2 * MAX_BODY))  # or the client meets a reset instead of the answer
-            raise ApiError(413, f"the body has {length} bytes and the limit is {MAX_BODY}")
-        return self.rfile.read(int(length))
-
-    def _check_caller(self) -> None:
-        if not self.access.knows_host(self.headers.get("Host", "")):
-            raise ApiError(421, "this server does not go by that name")
-        if not self.access.admits(self.headers.get("Authorization", "").removeprefix("Bearer ")):
-            raise ApiError(401, "a valid token is required: Authorization: Bearer TOKEN", code="invalid_api_key")
-
-    def _connected(self) -> bool:
-        """Whether the client still holds the line."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return not readable or self.connection.recv(1, socket.MSG_PEEK) != b""
-
-    def _start(self, status: int, kind: str) -> None:
-        self.send_response(status)
-        for name, value in _HEADERS.items():
-            self.send_header(name, value)
-        self.send_header("Content-Type", kind)
-        if status == 503:
-            self.send_header("Retry-After", "1")
-
-    def _send(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value).encode()
-        self._start(status, "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _event(self, data: str) -> None:
-        self.wfile.write(f"data: {data}\n\n".encode())
-        self.wfile.flush()
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What is refused before it is read (a method, a request line), in the same form as all else."""
-        self._send(code, ApiError(code, message or HTTPStatus(code).phrase).body())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the terminal belongs to whoever started the server."""
+            await event(json.dumps(error.body()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _parse(raw: bytes) -> Any:
@@ -166,3 +145,35 @@ def _parse(raw: bytes) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not valid JSON") from None
+
+
+def _json(status: int, value: dict[str, Any]) -> Response:
+    return JSONResponse(value, status, _HEADERS)
+
+
+def _error(error: ApiError) -> Response:
+    response = _json(error.status, error.body())
+    if error.status == 503:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error(error)
+
+
+def _unrouted(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = f"; known: {', '.join(FORMS)}" if request.method == "POST" else ""
+    response = _error(
+        ApiError(error.status_code, f"there is nothing at {request.method} {request.url.path[:200]}{known}")
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _broken(request: Request, error: Exception) -> Response:
+    """Whatever goes wrong, the client gets an error object and never a traceback."""
+    traceback.print_exception(error, file=sys.stderr)
+    return _error(ApiError(500, "an internal error; the server's own output says more"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
 
 from e3rl.config import Config, DataConfig
 from e3rl.data.prompts import render_prompts
@@ -22,12 +20,6 @@ from e3rl.serve.settings import Decoding, decoding
 from e3rl.serve.text import TextStream
 from e3rl.serve.worker import DecodingWorker, Failed, Outbox, Ticket
 from e3rl.types import Problem, Prompt
-
-_SECONDS_BETWEEN_LOOKS = 0.1
-
-
-class Gone(Exception):
-    """The client has hung up."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,11 @@ class Service:
     ) -> None:
         self.name, self.policy = name, policy
         self._config, self._reference = config, reference
-        self._max_length = min(max_length, policy.context_length)
+        self.max_length = min(max_length, policy.context_length)
         rows = config.rollout.cache_rows or config.rollout.max_rows
         # a row holds prompt and response together; how the two divide it is each request's own affair
         rollout = replace(config.rollout, cache_rows=rows, max_completion_length=1)
-        self._engine = build_engine(rollout, policy.model, policy.eos_ids, self._max_length - 1)
+        self._engine = build_engine(rollout, policy.model, policy.eos_ids, self.max_length - 1)
         self._worker = DecodingWorker(self._engine, rows=rows, queue_limit=queue_limit)
 
     def close(self) -> None:
@@ -76,8 +68,8 @@ class Service:
         """How much is decoding and waiting, and how many more rows could be taken."""
         return {**self._worker.load(), "free_rows": self._engine.free_rows()}
 
-    def start(self, request: DecodingRequest) -> Running:
-        """Check a request and queue its groups; ApiError where it can't be served."""
+    def start(self, request: DecodingRequest, outbox: Outbox) -> Running:
+        """Check a request and queue its groups, whose events go to ``outbox``; ApiError where it can't be served."""
         if request.model != self.name:
             raise ApiError(
                 404, f"no model '{request.model}' here, only '{self.name}'", param="model", code="model_not_found"
@@ -86,39 +78,27 @@ class Service:
             raise ApiError(400, f"n = {request.n}, and the server holds {self._worker.rows} rows", param="n")
         try:
             prompts = tuple(self._prompt(i, p) for i, p in enumerate(request.prompts))
-            room = self._max_length - max(len(p.ids) for p in prompts)
+            room = self.max_length - max(len(p.ids) for p in prompts)
             settings = decoding(request, self._config, self._reference, room=room)
-            running = self._running(request, settings, prompts)
+            running = self._running(request, settings, prompts, outbox)
             self._worker.submit([self._ticket(running, i) for i in range(len(prompts))])
         except UserError as error:
             raise as_api_error(error) from None
         return running
 
-    def pieces(self, running: Running, connected: Callable[[], bool]) -> Iterator[tuple[Choice, Piece]]:
-        """Every committed segment with the sample it belongs to. Ending early for any reason frees the rows."""
-        looked = time.monotonic()
-        try:
-            while any(c.finish is None for c in running.choices):
-                found = self._next(running)
-                if time.monotonic() - looked >= _SECONDS_BETWEEN_LOOKS:
-                    looked = time.monotonic()
-                    if not connected():
-                        raise Gone
-                if found is not None:
-                    yield from self._apply(running, *found)
-        finally:
-            running.cancelled.set()
-            self._worker.wake()
+    async def pieces(self, running: Running) -> AsyncGenerator[tuple[Choice, Piece], None]:
+        """Every committed segment with the sample it belongs to, until all samples have ended; ApiError where they can't."""
+        while any(c.finish is None for c in running.choices):
+            message = await running.outbox.get()
+            if isinstance(message, Failed):
+                raise message.error
+            for found in self._apply(running, *message):
+                yield found
 
-    def _next(self, running: Running) -> tuple[int, Event] | None:
-        """The next event and the prompt it is about; None where there is none for a while."""
-        try:
-            message = running.outbox.get(timeout=_SECONDS_BETWEEN_LOOKS)
-        except Empty:
-            return None
-        if isinstance(message, Failed):
-            raise message.error
-        return message
+    def drop(self, running: Running) -> None:
+        """Nobody waits for the request any more: its rows become free."""
+        running.cancelled.set()
+        self._worker.wake()
 
     def _apply(self, running: Running, prompt: int, event: Event) -> Iterator[tuple[Choice, Piece]]:
         if isinstance(event, Committed | Erased):
@@ -128,11 +108,13 @@ class Service:
             elif piece := choice.committed(event):
                 yield choice, piece
 
-    def _running(self, request: DecodingRequest, settings: Decoding, prompts: tuple[Prompt, ...]) -> Running:
+    def _running(
+        self, request: DecodingRequest, settings: Decoding, prompts: tuple[Prompt, ...], outbox: Outbox
+    ) -> Running:
         limit, tokenizer = settings.rollout.completion_limit, self.policy.tokenizer
         indices = range(len(prompts) * request.n)
         choices = tuple(Choice(i, limit, TextStream(tokenizer, request.stop)) for i in indices)
-        return Running(request, settings, prompts, choices, SimpleQueue(), threading.Event())
+        return Running(request, settings, prompts, choices, outbox, threading.Event())
 
     def _ticket(self, running: Running, index: int) -> Ticket:
         chosen = running.settings
@@ -151,7 +133,7 @@ class Service:
             [Problem(name, prompt)],  # type: ignore[arg-type]
             self.policy.tokenizer,
             DataConfig(),
-            context_limit=self._max_length,
+            context_limit=self.max_length,
             completion_limit=1,
         )
         return rendered

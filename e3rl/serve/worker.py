@@ -6,11 +6,11 @@ over is the only thing that other threads do here: everything that touches the e
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import NonFiniteLogits, UserError
@@ -27,7 +27,21 @@ class Failed:
     error: ApiError
 
 
-Outbox = SimpleQueue[tuple[int, Event] | Failed]
+class Outbox:
+    """What becomes of a request, on its way from the decoding thread to the event loop that made this."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event] | Failed] = asyncio.Queue()
+
+    def put(self, message: tuple[int, Event] | Failed) -> None:
+        """Called by any thread. A message for a loop that has ended is for nobody."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
+
+    async def get(self) -> tuple[int, Event] | Failed:
+        """The next message, as soon as there is one."""
+        return await self._queue.get()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +106,7 @@ class DecodingWorker:
             while self._take_work():
                 for job in [job for job, ticket in self._tickets.items() if ticket.cancelled.is_set()]:
                     del self._tickets[job]
-                    with contextlib.suppress(
-                        Exception
-                    ):  # a row that the engine can't give back is lost; the others go on
+                    with contextlib.suppress(Exception):  # a row that can't be given back is lost; the others go on
                         self._driver.cancel(job)
                 for job in self._driver.step():
                     ticket = self._tickets.pop(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from e3rl.report.server import make_server
-from e3rl.serve.access import Access
+from e3rl.web.access import Access
 from tests.report.builder import SyntheticRun
+from tests.web.running import running
 
 RESPONSE_TOKEN = ".segment > .tokens .token"
 
@@ -20,16 +20,11 @@ RESPONSE_TOKEN = ".segment > .tokens .token"
 @contextmanager
 def serving(page: Any, *runs: Path) -> Iterator[str]:
     """The runs' address; the page leaves it before the server ends, for a live page that is left alone complains."""
-    server = make_server(runs, Access("127.0.0.1"), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        page.goto("about:blank")
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running(make_server(runs, Access("127.0.0.1"), 0)) as server:
+        try:
+            yield f"{server.url}/"
+        finally:
+            page.goto("about:blank")
 
 
 def rows_of(run: SyntheticRun, step: int) -> list[dict[str, Any]]:

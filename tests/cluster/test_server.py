@@ -27,8 +27,10 @@ from e3rl.cluster.server import make_server
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import load_config, to_toml
 from e3rl.errors import UserError
+from e3rl.web.access import Access
 from tests.cluster.places import LONGEST_PROMPT, SETTINGS, World, ids
 from tests.train.random_lab import lab_config
+from tests.web.running import running
 
 TOKEN = "a-token-of-some-length"
 
@@ -43,11 +45,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def address(world: World) -> Iterator[str]:
-    server = make_server(world.worker(), "127.0.0.1", 0, lambda host, token: token == TOKEN, 2**26)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with running(make_server(world.worker(), Access("127.0.0.1", TOKEN), 0, 2**26)) as server:
+        yield server.url
 
 
 def connect(address: str, token: str | None = TOKEN, timeout: float = 10) -> ServerConnection:
@@ -246,8 +245,8 @@ def test_what_is_no_address_is_refused(address: str):
 def test_a_port_that_is_taken_is_a_sentence(world: World):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"can't listen on 127.0.0.1:{port}: .*0 takes any free one"):
-            make_server(world.worker(), "127.0.0.1", port, lambda *_: True, 1)
+        with pytest.raises(UserError, match=f"can't listen on 127.0.0.1 port {port}: .*0 takes any free one"):
+            make_server(world.worker(), Access("127.0.0.1"), port, 1)
 
 
 def test_a_server_for_other_machines_needs_a_token(capsys: pytest.CaptureFixture[str]):

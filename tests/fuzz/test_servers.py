@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from hypothesis import strategies as st
 from e3rl.config import load_config
 from e3rl.models import load_policy
 from e3rl.report.server import make_server
-from e3rl.serve.access import Access
 from e3rl.serve.service import Service
+from e3rl.web.access import Access
 from tests.fuzz.cases import fuzzed, long
 from tests.report.builder import SyntheticRun
 from tests.serve.conftest import SETTINGS, serving
 from tests.train.random_lab import random_lab
+from tests.web.running import running
 
 PATHS = (
     "/",
@@ -102,13 +102,8 @@ def healthy(port: int, path: str) -> bool:
 @pytest.fixture(scope="module")
 def view_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     run = SyntheticRun(tmp_path_factory.mktemp("runs") / "demo").go(1).path
-    server = make_server([run], Access("127.0.0.1"), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server.server_address[1]
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running(make_server([run], Access("127.0.0.1"), 0)) as server:
+        yield server.port
 
 
 @pytest.fixture(scope="module")

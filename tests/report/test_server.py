@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import pytest
 
 from e3rl.errors import UserError
 from e3rl.report.server import Site, make_server
-from e3rl.serve.access import Access
+from e3rl.web.access import Access
 from tests.report.builder import SyntheticRun
+from tests.web.running import running
 
 TOKEN = "a-token-of-24-characters"
 LOOPBACK = Access("127.0.0.1")
@@ -27,15 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
 
 @contextlib.contextmanager
 def serving(run: Path, token: str | None = None) -> Iterator[int]:
-    server = make_server([run], Access("127.0.0.1", token), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running(make_server([run], Access("127.0.0.1", token), 0)) as server:
+        yield server.port
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +106,7 @@ def test_nothing_but_the_api_has_an_address(run: SyntheticRun, path: str) -> Non
 
 @pytest.mark.parametrize("path", ["/../config.toml", "/..%2fconfig.toml", "/api/runs/0/steps/..%2f..%2fconfig.toml"])
 def test_no_path_leads_out(port: int, path: str) -> None:
-    assert raw(port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).startswith(b"HTTP/1.0 404")
+    assert raw(port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).startswith(b"HTTP/1.1 404")
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:80", "LOCALHOST"])
@@ -129,7 +122,7 @@ def test_other_names_are_not(run: SyntheticRun, host: str) -> None:
 
 
 def test_a_request_without_host_is_refused(port: int) -> None:
-    assert raw(port, b"GET /api/runs HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 421")
+    assert raw(port, b"GET /api/runs HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 421")
 
 
 def test_an_open_address_is_answered_by_address_but_not_by_any_name(run: SyntheticRun) -> None:
@@ -183,7 +176,7 @@ def test_nonsense_is_survived(port: int, request_bytes: bytes) -> None:
     [
         (b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"414"),
         (b"GET http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
-        (b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"501"),
+        (b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"405"),
     ],
 )
 def test_refusals_have_their_status(port: int, request_bytes: bytes, status: bytes) -> None:

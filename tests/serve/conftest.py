@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from e3rl.models import Policy, load_policy
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import ReferenceStatistics, measured_by
-from e3rl.serve.access import Access
 from e3rl.serve.server import make_server
 from e3rl.serve.service import Service
 from e3rl.types import Problem, Prompt
+from e3rl.web.access import Access
+from tests.web.running import running
 
 SETTINGS = [
     "rollout.segment_length=6", "rollout.max_segments=3", "rollout.max_rows=8", "rollout.cache_rows=8",
@@ -85,11 +85,5 @@ def make_service(policy: Policy, config: Config, reference: ReferenceStatistics)
 @contextlib.contextmanager
 def serving(service: Service, token: str | None = None) -> Iterator[str]:
     """The address of a running server."""
-    with make_server(service, Access("127.0.0.1", token), 0) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(make_server(service, Access("127.0.0.1", token), 0)) as server:
+        yield server.url

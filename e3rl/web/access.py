@@ -1,4 +1,4 @@
-"""Who may ask a server of ours: by the name it is asked under, and by a token."""
+"""Who may send requests to a server: decided by the Host header and a token."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What the servers have in common: who may ask, what is read of a request, and the process around an ASGI app."""
