@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, default=4096, metavar="TOKENS", help="longest prompt and answer together"
     )
-    parser.add_argument("--queue", type=int, default=64, metavar="N", help="groups that may wait; more are refused")
+    parser.add_argument("--queue", type=int, default=256, metavar="N", help="groups that may wait; more are refused")
     add_setting_arguments(parser)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from e3rl.cluster.pool import Place, WorkerLost
-from e3rl.cluster.server import WEIGHTS_DIGEST, digest
 from e3rl.errors import UserError
 
+WEIGHTS_DIGEST = "X-E3RL-Digest"
 _LONGEST_ANSWER = 2**32
 _SECONDS_KEPT = 30.0
 """A connection that was not used for longer is opened anew: the server closes idle ones after a while."""
@@ -66,6 +67,11 @@ class ServerConnection:
     def close(self) -> None:
         """Hang up; the server goes on."""
         self._http.close()
+
+
+def digest(weights: bytes) -> str:
+    """The checksum that travels with weights."""
+    return hashlib.blake2b(weights, digest_size=16).hexdigest()
 
 
 def server_place(address: str, token: str | None, timeout: float) -> Place:

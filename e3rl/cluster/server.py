@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from e3rl.cluster.client import WEIGHTS_DIGEST, digest
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.errors import UserError
 from e3rl.web.access import Access
 from e3rl.web.door import Door
 from e3rl.web.server import WebServer
-
-WEIGHTS_DIGEST = "X-E3RL-Digest"
 
 
 def make_server(worker: RolloutWorker, access: Access, port: int, largest: int) -> WebServer:
@@ -60,11 +58,6 @@ def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_such_call})
     return Door(app, admit=admit, refuse=_refusal, largest=largest, budget=2 * largest)
-
-
-def digest(weights: bytes) -> str:
-    """The checksum that travels with weights."""
-    return hashlib.blake2b(weights, digest_size=16).hexdigest()
 
 
 def _load(worker: RolloutWorker, version: str, said: str, body: bytes) -> bytes:

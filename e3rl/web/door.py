@@ -57,13 +57,18 @@ class Door:
         try:
             refusal = await self._read(length or 0, receive, parts)
             if refusal is not None:
+                self._drop(parts)
                 await _answer_unread(refusal, scope, receive, send, unread=True)
             else:
                 await self._app(scope, _replay(b"".join(parts), scope, receive), send)
         except _Gone:
             return
         finally:
-            self._held -= sum(map(len, parts))
+            self._drop(parts)
+
+    def _drop(self, parts: list[bytes]) -> None:
+        self._held -= sum(map(len, parts))
+        parts.clear()
 
     async def _read(self, length: int, receive: Receive, parts: list[bytes]) -> Response | None:
         """Fill ``parts`` with the body; the refusal where it doesn't arrive in time or there is no room for it."""

@@ -206,4 +206,4 @@ class Connection(H11Protocol):
 def _most_connections() -> int:
     """As many as the limit of open files leaves room for."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, min(CONNECTIONS, files - _FILES_KEPT)) if files != resource.RLIM_INFINITY else CONNECTIONS
+    return CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, max(16, files - _FILES_KEPT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -185,6 +186,25 @@ def test_weights_that_arrive_by_half_make_no_group(world: World, monkeypatch: py
     answer = decode(Answer, worker.exchange(encode(Ask("run", world.settings, (task,), 5.0))))
     assert answer.fault is not None
     assert "it holds None" in answer.fault.message
+
+
+def test_a_stranger_reaches_neither_body_nor_connection(address: str):
+    host, port = address.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        line = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        line.sendall(b"POST /weights?version=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        assert line.recv(65536).startswith(b"HTTP/1.1 403")
+        connect(address).hello()
+
+
+def test_a_connection_that_was_idle_for_long_is_opened_anew(address: str):
+    connection = connect(address)
+    connection.hello()
+    connection._used -= 31
+    connection._http.sock.close()  # as the server does
+    assert decode(Hello, connection.hello()).rows == 9
 
 
 def test_nobody_there_is_said_and_tried_again_before_the_end(world: World):

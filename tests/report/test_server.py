@@ -183,6 +183,13 @@ def test_refusals_have_their_status(port: int, request_bytes: bytes, status: byt
     assert raw(port, request_bytes).split(b" ")[1] == status
 
 
+def test_silent_connections_lock_nobody_out(run: SyntheticRun) -> None:
+    with serving(run.path, TOKEN) as port, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert get(port, "/api/runs", {"Authorization": f"Bearer {TOKEN}"})[0] == 200
+
+
 def test_a_run_that_vanishes_is_a_sentence_not_a_crash(tmp_path: Path) -> None:
     made = SyntheticRun(tmp_path / "gone").go(1)
     with serving(made.path) as port:

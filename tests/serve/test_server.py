@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -28,6 +30,8 @@ from e3rl.web.access import Access
 from tests.serve.conftest import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+TOKEN = "a-token-of-some-length"
+JSON = {"Content-Type": "application/json"}
 HELLO = {"model": "tiny", "prompt": "3", "n": 2}
 
 
@@ -36,7 +40,7 @@ def post(
 ) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request(method, path, raw, {"Content-Type": "application/json", **(headers or {})})
+    connection.request(method, path, raw, JSON | (headers or {}))
     response = connection.getresponse()
     answer = json.loads(response.read())
     connection.close()
@@ -163,6 +167,45 @@ def test_broken_weights_fail_the_request_and_not_the_server(make_service: Callab
         assert settled(service)
 
 
+def test_silent_connections_lock_nobody_out_and_many_streams_are_all_answered(make_service: Callable[..., Service]):
+    with serving(make_service(queue_limit=300), TOKEN) as url, contextlib.ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(300):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        found: list[tuple[int, bytes]] = []
+
+        def stream() -> None:
+            connection = http.client.HTTPConnection(host, int(port), timeout=60)
+            body = json.dumps({**HELLO, "n": 1, "max_tokens": 4, "stream": True, "e3rl": {"erase": False}})
+            connection.request("POST", TEXT, body, JSON | {"Authorization": f"Bearer {TOKEN}"})
+            answer = connection.getresponse()
+            found.append((answer.status, answer.read()))
+            connection.close()
+
+        threads = [threading.Thread(target=stream) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [(status, text.endswith(b"data: [DONE]\n\n")) for status, text in found] == [(200, True)] * 200
+
+
+def test_a_token_is_asked_for_before_a_body_is_read(make_service: Callable[..., Service]):
+    with serving(make_service(), TOKEN) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as line:
+            line.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MAX_BODY}\r\n\r\n".encode())
+            assert line.recv(65536).startswith(b"HTTP/1.1 401")
+
+
+def test_the_longest_prompt_and_answer_are_told(make_service: Callable[..., Service]):
+    with serving(make_service()) as url:
+        (card,) = post(url, "/v1/models", b"", method="GET")[1]["data"]
+        assert card["max_model_len"] == 256
+        assert post(url, TEXT, {**HELLO, "prompt": [1] * 250, "max_tokens": 6})[0] == 200
+        assert post(url, TEXT, {**HELLO, "prompt": [1] * 250, "max_tokens": 7})[0] == 400
+
+
 def slowed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Make every poll of the engine take a while; returns the list of polls made."""
     poll, polls = service._engine.poll, []
@@ -185,8 +228,11 @@ def settled(service: Service) -> bool:
     return False
 
 
+@pytest.mark.parametrize("last", [b"", b"x"], ids=["", "having sent a byte more"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_rows(make_service: Callable[..., Service], monkeypatch, stream: bool):
+def test_a_client_that_hangs_up_frees_its_rows(
+    make_service: Callable[..., Service], monkeypatch, stream: bool, last: bytes
+):
     service = make_service(endless=True)
     polls = slowed(service, monkeypatch)
     body = json.dumps({**HELLO, "max_tokens": 240, "stream": stream, "e3rl": {"erase": False}}).encode()
@@ -197,6 +243,7 @@ def test_a_client_that_hangs_up_frees_its_rows(make_service: Callable[..., Servi
             line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             while not polls:
                 time.sleep(0.01)
+            line.sendall(last)
         assert settled(service)
     assert len(polls) < 30  # the whole answer takes 40
 
