@@ -30,7 +30,7 @@ VARIANTS: dict[str, list[str]] = {
     "vanilla": ["--objective", "vanilla", *PLAIN],
     "grpo": ["--objective", "grpo", *PLAIN],
     "dr_grpo": ["--objective", "dr_grpo", *PLAIN],
-    "dapo": ["--objective", "dapo", *PLAIN, "filter.name=nonzero_spread"],
+    "dapo": ["--objective", "dapo", *PLAIN, "filter.name=mixed_accuracy", "rewards.overlong=true"],
     "gspo": ["--objective", "gspo", *PLAIN],
     "sapo": ["--objective", "sapo", *PLAIN],
     "erpo": ["--objective", "erpo", *PLAIN],

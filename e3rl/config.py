@@ -207,7 +207,7 @@ class FilterConfig:
     name: str = setting(
         "none",
         "'none' keeps all groups, 'nonzero_spread' those whose rewards differ, 'mixed_accuracy' those with right and "
-        "wrong answers",
+        "wrong answers (DAPO)",
     )
     max_refills: int = setting(
         8, "times that a step may roll out further prompts in place of dropped groups; 0: drop without refill", min=0
@@ -230,6 +230,7 @@ class RewardsConfig:
         ("math",), "built-in names, or module:name or file.py:name; TRL and verl signatures"
     )
     weights: tuple[float, ...] = setting((), "weight of each function; empty: 1 each")
+    overlong: bool = setting(False, "add DAPO's punishment: 0, down to -1 over the last fifth of the length limit")
     workers: int = setting(1, "processes that check answers", min=1)
     timeout: float = setting(5.0, "seconds one answer may take to check; then the worker is killed", above=0)
     isolate: bool = setting(False, "run your own reward functions in the worker processes too")

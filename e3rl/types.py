@@ -269,6 +269,12 @@ class Reward:
     parts: Mapping[str, float | None]
     error: str | None = None
 
+    @property
+    def right(self) -> bool | None:
+        """Whether the answer is right: the first reward function gave at least 1, whatever others add. None: it gave nothing."""
+        first = next(iter(self.parts.values()), None)
+        return None if first is None else first >= 1
+
 
 @dataclass(frozen=True, slots=True)
 class RewardedGroup:

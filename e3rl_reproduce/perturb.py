@@ -120,8 +120,7 @@ def perturb(
         def right(trajectories: Sequence[Trajectory], before: Sequence[tuple[int, ...]]) -> list[bool]:
             ids = [[*head, *t.ids.tolist()] for head, t in zip(before, trajectories, strict=True)]
             texts = [policy.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
-            values = [next(iter(r.parts.values()), None) for r in scorer.score(trajectories, texts)]
-            return [value is not None and value >= 1 for value in values]
+            return [reward.right is True for reward in scorer.score(trajectories, texts)]
 
         plain = GroupSettings(rollout, config.erasure, config.run.seed + SEED)
         found = [t for group in run_groups(engine, prompts, plain) for t in group.trajectories]

@@ -19,7 +19,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
-from e3rl.types import Group, Prompt, Reward, Segment, Trajectory
+from e3rl.types import Group, Prompt, Segment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,7 @@ def roll_out(engine: Engine, prompts: Sequence[Prompt], config: Config) -> list[
 
 def grade(scorer: Scorer, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[bool | None]:
     """Whether each response's final answer is right, by the first reward function; None where it can't be graded."""
-    return [_right(reward) for reward in scorer.score(trajectories, texts)]
-
-
-def _right(reward: Reward) -> bool | None:
-    value = next(iter(reward.parts.values()), None)
-    return None if value is None else value >= 1
+    return [reward.right for reward in scorer.score(trajectories, texts)]
 
 
 def segment_signals(
@@ -102,7 +97,7 @@ def firsts(
     references = [group_entropies(g) for g in groups for _ in g.trajectories]
     texts = [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in trajectories]
     rewards = scorer.score(trajectories, texts)
-    rights = [_right(reward) for reward in rewards]
+    rights = [reward.right for reward in rewards]
     found = []
     for trajectory, reference, text, right in zip(trajectories, references, texts, rights, strict=True):
         if right is None:

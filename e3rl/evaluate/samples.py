@@ -56,7 +56,6 @@ def graded(
 
 def _sample(trajectory: Trajectory, text: str, reward: Reward, mode: str, round: int, number: int) -> Sample:
     problem = trajectory.prompt.problem
-    value = next(iter(reward.parts.values()), None)
     return Sample(
         problem=problem.id,
         mode=mode,
@@ -65,8 +64,8 @@ def _sample(trajectory: Trajectory, text: str, reward: Reward, mode: str, round:
         gold=problem.answer,
         pred=text,
         answer=extract_answer(text),
-        correct=None if value is None else value >= 1,
-        reason=reward.error if value is None else None,
+        correct=reward.right,
+        reason=reward.error if reward.right is None else None,
         boxed=last_box(text) is not None,
         finish=trajectory.finish,
         tokens=trajectory.committed_tokens,

@@ -26,9 +26,8 @@ def nonzero_spread(group: RewardedGroup) -> bool:
 
 
 def mixed_accuracy(group: RewardedGroup) -> bool:
-    """Groups with right and wrong answers by the first reward function, whatever other functions add (DAPO's rule)."""
-    first = [next(iter(r.parts.values()), None) for r in group.rewards]
-    return len({value >= 1 for value in first if value is not None}) > 1
+    """DAPO's dynamic sampling: groups with right and wrong answers (`Reward.right`), whatever else moves their rewards apart."""
+    return {True, False} <= {r.right for r in group.rewards}
 
 
 FILTERS: dict[str, GroupFilter] = {

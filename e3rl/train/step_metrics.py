@@ -20,12 +20,11 @@ def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     """Reward, accuracy, and how many groups can teach anything."""
     rewards = [r for item in rewarded for r in item.rewards]
     known = [r.value for r in rewards if r.value is not None]
-    first = [value for r in rewards if (value := next(iter(r.parts.values()), None)) is not None]
     asked = [item.rewards for item in rewarded if item.group.policy_version is not None]
     by_group = [{r.value for r in group if r.value is not None} for group in asked]
     return {
         "reward": mean(known),
-        "accuracy": mean(value >= 1 for value in first),
+        "accuracy": mean(r.right for r in rewards if r.right is not None),
         "reward_missing": sum(r.value is None for group in asked for r in group),
         "degenerate_groups": mean(len(values) < 2 for values in by_group),
     }
