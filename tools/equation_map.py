@@ -256,7 +256,8 @@ def render(functions: dict[Equation, list[Place]], tests: dict[Equation, list[Pl
         "",
         "Which function implements each equation of the papers, what calls it in training and decoding, and where it is",
         "tested. Written by `python tools/equation_map.py` from the first words of docstrings (`Eq 13.`, `ERPO eq 8.`) and from",
-        "imports; do not edit.",
+        "imports; do not edit. A changed term, coefficient or function in any of them changes a rollout or a loss",
+        "([test_mutations](../tests/equations/test_mutations.py)).",
     ]
     for paper, title in (
         ("E3RL", "E³RL (arXiv 2606.17735)"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def segment_advantages(rewards_GN: Tensor, eps: float = 1e-6) -> Tensor:
+def segment_advantages(rewards_GN: Tensor, eps: float) -> Tensor:
     """Eq 20. A_n^i, normalised over all G siblings with population statistics.
 
     A sibling without segment n counts with R_n = 0, so ``rewards_GN`` holds 0 there.
@@ -14,7 +14,7 @@ def segment_advantages(rewards_GN: Tensor, eps: float = 1e-6) -> Tensor:
     return centred_GN / (rewards_GN.std(0, correction=0) + eps)
 
 
-def sequence_advantages(rewards_G: Tensor, eps: float = 1e-6) -> Tensor:
+def sequence_advantages(rewards_G: Tensor, eps: float) -> Tensor:
     """Eq 20. The same normalisation of whole-sequence rewards (`allocation` = 'sequence')."""
     return (rewards_G - rewards_G.mean()) / (rewards_G.std(correction=0) + eps)
 

@@ -14,7 +14,7 @@ from e3rl.equations.policy import segment_sums
 
 def group_advantages(rewards_G: Tensor, eps: float) -> Tensor:
     """ERPO eq 3. (r - mean) / (std + eps) with the sample standard deviation; 0 for a group of one or of equals."""
-    if len(rewards_G) < 2 or bool((rewards_G == rewards_G[0]).all()):
+    if bool((rewards_G == rewards_G[:1]).all()):
         return torch.zeros_like(rewards_G)
     return (rewards_G - rewards_G.mean()) / (rewards_G.std() + eps)
 

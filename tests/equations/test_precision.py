@@ -66,8 +66,8 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token_attribution": lambda x, s: attribution.token_attribution(x[None, None], x[None, :, 0]),
     "attention_shares": lambda x, s: attribution.attention_shares(x.abs(), s >= 0),
     "segment_rewards": lambda x, s: attribution.segment_rewards(x[:, 0], x.abs()),
-    "segment_advantages": lambda x, s: advantage.segment_advantages(x),
-    "sequence_advantages": lambda x, s: advantage.sequence_advantages(x[:, 0]),
+    "segment_advantages": lambda x, s: advantage.segment_advantages(x, 1e-6),
+    "sequence_advantages": lambda x, s: advantage.sequence_advantages(x[:, 0], 1e-6),
     "anchored_advantages": lambda x, s: advantage.anchored_advantages(x[:, 0], x[:, :3], (s >= 0).sum(-1)),
 }
 
