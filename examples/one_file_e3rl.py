@@ -146,10 +146,10 @@ def uncertainty(candidate: Candidate, sibling: Sibling, usual: tuple[float, floa
 
 # ---- 3. Threshold (eq 14-18) ----
 def group_baseline(uncertainties: Floats, s: Settings) -> float:
-    """Eq 14-16. B_n from the siblings' first candidates; raised by a hair, so that equal siblings are all accepted."""
+    """Eq 14-16. B_n from the siblings' first candidates: above 0, and a hair higher, so that equal siblings are accepted."""
     mean, std = moments(uncertainties)
-    kappa = s.kappa0 + s.kappa1 * math.tanh((std - s.sigma0) / (s.sigma0 + EPS))
-    return (mean + kappa * std) * (1 + 1e-9)
+    baseline = mean + (s.kappa0 + s.kappa1 * math.tanh((std - s.sigma0) / (s.sigma0 + EPS))) * std
+    return EPS if baseline <= 0 < mean else baseline * (1 + 1e-9)
 
 
 def threshold(baselines: Floats, smoothed: Floats, attempt: int, s: Settings) -> float:

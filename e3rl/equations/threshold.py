@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LOWEST_BASELINE = 1e-6
-"""What B_n is where eq 16 gives nothing above 0: below it the attempt penalty would lower the threshold that it raises."""
+"""Below 0 the attempt penalty would lower the threshold that it is there to raise."""
 
 
 def group_moments(values_G: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,8 +20,13 @@ def offset(std: Tensor, kappa0: float, kappa1: float, sigma0: float, eps: float 
 
 
 def macro_baseline(mean: Tensor, std: Tensor, offset: Tensor) -> Tensor:
-    """Eq 16. B_n = mu + kappa(sigma) sigma. It can be below 0, with a kappa_0 below -mu/sigma: see `LOWEST_BASELINE`."""
+    """Eq 16. B_n = mu + kappa(sigma) sigma."""
     return mean + offset * std
+
+
+def floored(baseline: float, mean: float) -> float:
+    """Eq 16. B_n, or `LOWEST_BASELINE` where it is not above 0 though some U is: kappa(sigma) was below -mu/sigma."""
+    return LOWEST_BASELINE if baseline <= 0 < mean else baseline
 
 
 def quantile_baseline(values_G: Tensor, share: float) -> Tensor:

@@ -8,6 +8,7 @@ candidates arrive changes no digit.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from e3rl.rollout.metric import siblings_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
+
+_log = logging.getLogger(__name__)
 
 _FROM_SIBLINGS = ("group", "quantile")
 """The baselines that are taken from the group's own first candidates."""
@@ -204,7 +207,12 @@ class GroupJudge:
 
     def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
         kappa = threshold.offset(std, self._config.kappa0, self._config.kappa1, self._config.sigma0)
-        return _raised(float(threshold.macro_baseline(mean, std, kappa)))
+        baseline = float(threshold.macro_baseline(mean, std, kappa))
+        held = threshold.floored(baseline, float(mean))
+        if held != baseline:
+            _say_floored(self._config.kappa0)
+            return held
+        return _raised(baseline)
 
     def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
         """U of a candidate that would follow the sibling's committed segments, by the named metric."""
@@ -230,6 +238,17 @@ class GroupJudge:
 
 def _raised(baseline: float) -> float:
     return baseline + ROUNDING * abs(baseline)
+
+
+@functools.cache
+def _say_floored(kappa0: float) -> None:
+    """A word in the log, once for each setting."""
+    _log.warning(
+        "erasure.kappa0 = %g puts the baseline of some segments at or below 0, where it is held at %g: their candidates are "
+        "erased until the budget is spent. Raise erasure.kappa0; 'e3rl calibrate' finds one",
+        kappa0,
+        threshold.LOWEST_BASELINE,
+    )
 
 
 @functools.cache

@@ -283,6 +283,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "attribute": score_responses,
     "judge nothing": judge_nothing,
     "roll out": functools.partial(roll_out, ERASURE),
+    "roll out, low": functools.partial(roll_out, replace(ERASURE, length_exponent=0.0, kappa0=-1.5)),
     "roll out, quantile": functools.partial(
         roll_out, replace(ERASURE, baseline="quantile", quantile=0.4, on_exhausted="least_uncertain")
     ),
@@ -290,7 +291,7 @@ RUNS: dict[str, Callable[[], Any]] = {
 
 
 _FIRST = {"tokens": ("draw", "score"), "attribution": ("attribute",)} | dict.fromkeys(
-    ("erasure", "threshold", "uncertainty"), ("roll out", "roll out, quantile", "judge nothing")
+    ("erasure", "threshold", "uncertainty"), ("roll out", "roll out, low", "roll out, quantile", "judge nothing")
 )
 """Runs to try first, by module, to find a change soon."""
 

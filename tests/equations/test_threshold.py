@@ -76,6 +76,15 @@ def test_macro_baseline() -> None:
 
 
 @pytest.mark.parametrize(
+    ("baseline", "mean", "expected"),
+    [(0.5, 1.0, 0.5), (1e-9, 1.0, 1e-9), (0.0, 1.0, 1e-6), (-0.25, 0.25, 1e-6), (0.0, 0.0, 0.0)],
+)
+def test_floored(baseline: float, mean: float, expected: float) -> None:
+    """Eq 16. Not above 0 though U is: held just above it. A group without any uncertainty has B = 0 by right."""
+    assert th.floored(baseline, mean) == expected
+
+
+@pytest.mark.parametrize(
     ("attempt", "eta", "delta", "expected"),
     [
         (0, 0.3, 1.5, 1.0),

@@ -9,6 +9,7 @@ import pytest
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
+from e3rl.rollout import judge
 from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
@@ -212,3 +213,27 @@ def test_missing_reference():
         begin(ALONE, calmest, unmarked)
     begin(replace(ALONE, erase=False), PLAIN_GROUP)
     assert engine.calls == []
+
+
+def test_a_baseline_below_zero_is_held_above_it_with_a_word_in_the_log(caplog: pytest.LogCaptureFixture):
+    """Mean 0.5 and spread 0.3 with kappa_0 = -2.5 make B = -0.25: the threshold must still rise with every attempt."""
+    judge._say_floored.cache_clear()
+    config = replace(PLAIN_GROUP, kappa0=-2.5, eta=0.9, delta=1.0)
+    groups, _ = roll(levels({("p", 0, 0, 0): 0.2, ("p", 1, 0, 0): 0.8}), config, rollout(max_segments=1))
+    erased = [e.judgement.threshold for e in only(groups).erasures]
+    (committed,) = only(groups).segments
+    assert [t.baseline for t in erased] == [1e-6, 1e-6]
+    assert [t.total for t in [*erased, committed.judgement.threshold]] == pytest.approx(
+        [1e-6, 1e-6 * math.exp(0.9), 1e-6 * math.exp(1.8)]
+    )
+    assert verdicts(only(groups)) == [(2, Verdict.FORCED)]
+    (word,) = caplog.messages
+    assert "erasure.kappa0 = -2.5 puts the baseline of some segments at or below 0" in word
+
+
+def test_a_group_without_any_uncertainty_is_not_held(caplog: pytest.LogCaptureFixture):
+    """All U are 0, so B is 0: every candidate is accepted, and nothing is said."""
+    groups, _ = roll(levels({}, default=0.0), replace(PLAIN_GROUP, kappa0=-2.5))
+    assert not only(groups).erasures
+    assert [s.judgement.threshold.baseline for s in only(groups).segments] == [0.0] * 3
+    assert not caplog.messages
