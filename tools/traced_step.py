@@ -111,5 +111,5 @@ def trace() -> Trace:
     before = [float(x.scores.logprobs_T.sum()) for x in kept]
     update = learner.update(lessons, 0)
     after = logprobs_of(learner, rewarded)
-    ledger = ledger_rows(1, [rewarded], learnt([rewarded], lessons), policy.tokenizer)
+    ledger = ledger_rows(1, [rewarded], learnt([rewarded], lessons), policy.tokenizer).to_pylist()
     return Trace(row, config, policy, rewarded, lessons, update, before, after, ledger)

@@ -13,8 +13,8 @@ from e3rl.doctor.finding import Finding
 from e3rl.errors import UserError
 from e3rl.files import MANIFEST, damage, is_litter, write_text
 from e3rl.train.checkpoint import list_checkpoints
-from e3rl.train.journal import records
-from e3rl.train.ledger import FORMAT as LEDGER_FORMAT
+from e3rl.train.journal import survey
+from e3rl.train.ledger import READABLE
 from e3rl.train.nonfinite import skipped_steps
 from e3rl.train.run_directory import RunDirectory, read_config, read_lines
 
@@ -66,8 +66,8 @@ def check_logs(run: Path) -> Iterator[Finding]:
 def _ledger_problem(path: Path) -> str | None:
     try:
         found = (pq.read_schema(path).metadata or {}).get(b"format", b"none").decode("utf-8", "replace")
-        if found != str(LEDGER_FORMAT):
-            return f"has format {found}; this version reads {LEDGER_FORMAT}"
+        if found not in READABLE:
+            return f"has format {found}; this version reads {' and '.join(READABLE)}"
         pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         return f"can't be read: {str(error).splitlines()[0]}"
@@ -105,10 +105,8 @@ def check_checkpoints(run: Path) -> Iterator[Finding]:
 def check_journal(run: Path) -> Iterator[Finding]:
     """Journals of rollouts that no checkpoint holds."""
     for path in sorted((run / "journal").glob("step-*.journal")):
-        content = path.read_bytes()
-        ends = [end for end, _ in records(content)]
-        torn = len(content) - (ends[-1] if ends else 0)
-        text = f"{max(0, len(ends) - 1)} candidates" + (f", and {torn} bytes that a kill cut short" if torn else "")
+        kept, torn = survey(path.read_bytes())
+        text = kept + (f", and {torn} bytes that a kill cut short" if torn else "")
         yield Finding("note" if torn else "ok", f"journal/{path.name}", text)
 
 

@@ -6,8 +6,9 @@ all that is kept: the driver (`e3rl.rollout.driver`) asks the journal before it 
 group's state machine goes through what was drawn before.
 
 A file a step, for every step that no checkpoint holds yet: records of a length, a checksum and bytes. The first says
-which weights generated the rest; candidates of other weights are never used. A kill may tear the last record, which is
-dropped. Nothing waits for the disk: what a power cut takes is generated again, by the same draws.
+which weights generated the rest; candidates of other weights are never used. The others are the candidates of one poll, a row
+each (`e3rl.rollout.columns`), or a group that a worker sent. A kill may tear the last record, which is dropped. Nothing waits
+for the disk: what a power cut takes is generated again, by the same draws.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ import json
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from e3rl.cluster.messages import Finished
 from e3rl.cluster.wire import decode, encode
+from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence
+from e3rl.rollout.columns import Record, Row, decode_rows, encode_rows
+from e3rl.rollout.ipc import read_batch
 from e3rl.types import Candidate, Draw
 
-FORMAT = 1
+FORMAT = 2
 _FRAME = struct.Struct("<II")  # bytes of the record, CRC-32 of them
-_FLOATS = ("logprobs", "entropies", "perturbations", "kept_mass")
-_CANDIDATE, _GROUP = b"c", b"g"  # how a record begins
+_CANDIDATES, _GROUP = b"c", b"g"  # how a record begins
 _PROBES = 64  # numbers of each weight tensor that go into the fingerprint
 
 
@@ -64,27 +66,45 @@ def records(content: bytes) -> Iterator[tuple[int, bytes]]:
         yield position, payload
 
 
-def pack(draw: Draw, candidate: Candidate) -> bytes:
-    """A record: whose it is as JSON, a line end, then the numbers, in as few bytes as lose nothing."""
-    integers = np.array([candidate.ids, candidate.ranks], "<i4")
-    floats = np.array([getattr(candidate, name) for name in _FLOATS], "<f8")
-    with np.errstate(over="ignore"):  # what overflows is no longer equal
-        single = floats.astype("<f4")
-    if np.array_equal(single, floats, equal_nan=True):
-        floats = single
-    who = [draw.seed, draw.step, draw.prompt_id, draw.sibling, draw.segment, draw.attempt]
-    head = [who, candidate.ended, len(candidate.ids), floats.dtype.str]
-    return _CANDIDATE + json.dumps(head).encode() + b"\n" + integers.tobytes() + floats.tobytes()
+def pack(drawn: Sequence[tuple[Draw, Candidate]]) -> list[bytes]:
+    """Records of these candidates, one for each seed and step: which they are as JSON, a line end, then a record batch."""
+    found: dict[tuple[int, int], list[Row]] = {}
+    for draw, candidate in drawn:
+        kept = Record(draw.segment, 0, candidate, draw.attempt, None)
+        row = Row(draw.prompt_id, draw.sibling, None, (), None, [kept])
+        found.setdefault((draw.seed, draw.step), []).append(row)
+    return [
+        _CANDIDATES + json.dumps(named).encode() + b"\n" + encode_rows(rows).serialize().to_pybytes()
+        for named, rows in found.items()
+    ]
 
 
-def unpack(payload: bytes) -> tuple[Draw, Candidate]:
+def unpack(payload: bytes) -> list[tuple[Draw, Candidate]]:
     """What `pack` was given, to the last bit; ValueError or TypeError where it can't have come from it."""
-    head, _, numbers = payload.removeprefix(_CANDIDATE).partition(b"\n")
-    who, ended, size, kind = json.loads(head)
-    ids, ranks = np.frombuffer(numbers, "<i4", 2 * size).reshape(2, size).tolist()
-    floats = np.frombuffer(numbers, {"<f4": "<f4", "<f8": "<f8"}[kind], offset=8 * size).reshape(4, size).tolist()
-    fields = dict(zip(_FLOATS, map(tuple, floats), strict=True))
-    return Draw(*who), Candidate(ids=tuple(ids), ranks=tuple(ranks), ended=bool(ended), **fields)
+    head, _, body = payload.removeprefix(_CANDIDATES).partition(b"\n")
+    seed, step = json.loads(head)
+    found = []
+    for row in decode_rows(read_batch(body)):
+        [kept] = row.segments
+        if kept.attempt is None:
+            raise ValueError("a candidate without its attempt")
+        draw = Draw(seed, step, row.problem_id, row.sibling, kept.index, kept.attempt)
+        found.append((draw, kept.candidate))
+    return found
+
+
+def survey(content: bytes) -> tuple[str, int]:
+    """What a journal's file holds, in words, and how many bytes of its end are torn."""
+    held = list(records(content))
+    torn = len(content) - (held[-1][0] if held else 0)
+    try:
+        if held and json.loads(held[0][1]).get("format") != FORMAT:
+            return "of another version: not used", torn
+        candidates = sum(len(unpack(payload)) for _, payload in held[1:] if payload.startswith(_CANDIDATES))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"damaged: {error}", torn
+    groups = sum(payload.startswith(_GROUP) for _, payload in held[1:])
+    return f"{groups} groups" if groups else f"{candidates} candidates", torn
 
 
 class StepJournal:
@@ -95,7 +115,8 @@ class StepJournal:
         self.known: dict[Draw, deque[Candidate]] = {}
         """Candidates that an earlier process left, by draw: in the order they were made where one was drawn twice."""
         self.groups: dict[str, Finished] = {}
-        """Whole groups that it was sent by workers, by prompt id."""
+        """Whole groups that workers sent, by prompt id."""
+        self._drawn: list[tuple[Draw, Candidate]] = []  # not yet handed to the system
         with disk_full_is_a_sentence(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             good = self._read(header)
@@ -132,8 +153,8 @@ class StepJournal:
             finished = decode(Finished, payload.removeprefix(_GROUP))
             self.groups[finished.prompt_id] = finished
         else:
-            draw, candidate = unpack(payload)
-            self.known.setdefault(draw, deque()).append(candidate)
+            for draw, candidate in unpack(payload):
+                self.known.setdefault(draw, deque()).append(candidate)
 
     def take(self, draw: Draw) -> Candidate | None:
         """The candidate of this draw, where an earlier process made it."""
@@ -147,8 +168,7 @@ class StepJournal:
 
     def add(self, draw: Draw, candidate: Candidate) -> None:
         """Keep a candidate; after the next `flush` it survives the process."""
-        with disk_full_is_a_sentence(self.path):
-            self._file.write(frame(pack(draw, candidate)))
+        self._drawn.append((draw, candidate))
 
     def add_group(self, finished: Finished) -> None:
         """Keep a group that a worker sent."""
@@ -158,14 +178,20 @@ class StepJournal:
 
     def flush(self) -> None:
         """Hand to the system what was added."""
+        drawn, self._drawn = self._drawn, []
         with disk_full_is_a_sentence(self.path):
+            for payload in pack(drawn):
+                self._file.write(frame(payload))
             self._file.flush()
 
     def close(self) -> None:
         """Let go of the file. What could not be written to a full disk is given up."""
         try:
-            self._file.close()
-        except OSError:
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+        except (OSError, UserError):
             self._say(f"the end of {self.path} could not be written; what it held will be made again")
 
 

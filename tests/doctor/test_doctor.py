@@ -18,7 +18,7 @@ from e3rl.doctor.finding import Finding
 from e3rl.doctor.machine import check_exact, check_machine
 from e3rl.doctor.run import check_run
 from e3rl.train.checkpoint import Checkpoint, save_checkpoint
-from e3rl.train.journal import StepJournal
+from e3rl.train.journal import FORMAT, StepJournal
 from e3rl.train.ledger import SCHEMA
 from e3rl.train.run_directory import RunDirectory
 from e3rl.types import Candidate, Draw
@@ -36,7 +36,7 @@ def _run(tmp_path: Path) -> Path:
     for step in (0, 2):
         weights = {"w": torch.full((3,), float(step))}
         save_checkpoint(directory.path, Checkpoint(step, weights, weights, torch.get_rng_state(), {}), keep=0)
-    journal = StepJournal(directory.path / "journal" / "step-000004.journal", {"step": 4}, print)
+    journal = StepJournal(directory.path / "journal" / "step-000004.journal", {"format": FORMAT, "step": 4}, print)
     journal.add(Draw(0, 4, "p", 0, 0, 0), Candidate((1,), (0.5,), (1.0,), (0.0,), (1.0,), (1,), False))
     journal.close()
     directory.release()
@@ -98,7 +98,7 @@ def test_rollouts_of_another_format_are_no_damage_to_guess_at(tmp_path: Path):
     run = _run(tmp_path)
     path = run / "rollouts" / "step-000001.parquet"
     pq.write_table(pa.Table.from_pylist([], schema=SCHEMA.with_metadata({"format": "9"})), path)
-    assert [f.text for f in _problems(run)] == ["has format 9; this version reads 1"]
+    assert [f.text for f in _problems(run)] == ["has format 9; this version reads 1 and 2"]
 
 
 def test_half_written_files_are_removed_by_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from e3rl.config import Config, build_config
 from e3rl.equations.threshold import attempt_penalty
 from e3rl.train.ledger import Learnt, ledger_rows, write_ledger
@@ -208,7 +210,8 @@ def many_rollouts(run: Path, steps: int, groups: int, config: Config) -> int:
     made = [rewarded_group(draw, tokenizer, f"p{i:03d}", config, 0.5) for i in range(groups)]
     rows = ledger_rows(0, made, [signals(draw, group) for group in made], tokenizer)
     for step in range(1, steps + 1):
-        write_ledger(run, step, [row | {"step": step} for row in rows])
+        numbers = pa.array([step] * rows.num_rows, pa.int32())
+        write_ledger(run, step, rows.set_column(0, rows.schema.field(0), numbers))
     return steps * len(rows)
 
 

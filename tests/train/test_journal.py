@@ -17,14 +17,14 @@ from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.journal import Journal, StepJournal, fingerprint, frame, pack, records, unpack
+from e3rl.train.journal import FORMAT, Journal, StepJournal, fingerprint, frame, pack, records, survey, unpack
 from e3rl.types import Candidate, Draw, Group, Problem, Prompt
 from tests.engine.models import EOS, build, tiny
 
 ROLLOUT = RolloutConfig(num_generations=3, segment_length=5, max_segments=4, max_completion_length=18)
 ERASURE = ErasureConfig(kappa0=-0.5, max_erasures=2, perturbation_weight=0.5, on_exhausted="least_uncertain")
 PROMPTS = [Prompt(Problem(f"p{i}", ""), tuple(range(5 + i, 9 + 3 * i))) for i in range(3)]
-HEADER = {"format": 1, "step": 1, "weights": "w"}
+HEADER = {"format": FORMAT, "step": 1, "weights": "w"}
 
 NUMBERS = st.floats(width=32)
 
@@ -42,12 +42,12 @@ _DRAWS = st.builds(
 )
 
 
-@given(_DRAWS, _candidates())
-def test_a_record_gives_back_every_bit(draw: Draw, candidate: Candidate):
-    found, back = unpack(pack(draw, candidate))
-    assert found == draw
-    assert back == candidate
-    assert [np.signbit(x).tolist() for x in back.columns()] == [np.signbit(x).tolist() for x in candidate.columns()]
+@given(st.lists(st.tuples(_DRAWS, _candidates()), max_size=4))
+def test_records_give_back_every_bit(drawn: list[tuple[Draw, Candidate]]):
+    found = [pair for record in pack(drawn) for pair in unpack(record)]
+    assert sorted(found, key=repr) == sorted(drawn, key=repr)
+    for (_, back), (_, made) in zip(sorted(found, key=repr), sorted(drawn, key=repr), strict=True):
+        assert [np.signbit(x).tolist() for x in back.columns()] == [np.signbit(x).tolist() for x in made.columns()]
 
 
 class _Killed(Exception):
@@ -138,24 +138,26 @@ def test_a_torn_file_gives_what_is_whole_and_is_written_on(tmp_path: Path):
     ends = [end for end, _ in records(content)]
     assert ends[-1] == len(content)
     expected, count = _undisturbed("torch")
-    for cut in (3, ends[0], ends[5] + 9, len(content) - 1):
+    held = [len(unpack(payload)) for _, payload in list(records(content))[1:]]
+    for cut in (3, ends[0], ends[3] + 9, len(content) - 1):
         path = tmp_path / f"cut-{cut}"
         path.write_bytes(content[:cut])
+        whole = sum(count for end, count in zip(ends[1:], held, strict=True) if end <= cut)
+        assert survey(content[:cut])[0] == f"{whole} candidates"
         said: list[str] = []
         engine = _Dying(_torch(), None)
         journal = StepJournal(path, HEADER, said.append)
         assert _groups(engine, journal) == expected
         journal.close()
-        whole = max(0, sum(end <= cut for end in ends) - 1)
         assert engine.generated == count - whole
         assert any("incomplete" in s for s in said) == (cut not in ends)
-        assert sorted(p for _, p in records(path.read_bytes())) == sorted(p for _, p in records(content))
+        assert survey(path.read_bytes()) == survey(content)
 
 
-@given(st.integers(0, 3000), st.integers(0, 7))
+@given(st.integers(0, 20_000), st.integers(0, 7))
 def test_a_flipped_bit_never_becomes_a_candidate(position: int, bit: int):
     candidate = Candidate((1, 2), (0.5, 0.25), (1.0, 2.0), (0.0, 0.5), (1.0, 1.0), (1, 2), False)
-    content = bytearray(b"".join(frame(pack(Draw(0, 1, "p", i, 0, 0), candidate)) for i in range(6)))
+    content = bytearray(b"".join(frame(r) for i in range(6) for r in pack([(Draw(0, 1, "p", i, 0, 0), candidate)])))
     true = [payload for _, payload in records(bytes(content))]
     content[position % len(content)] ^= 1 << bit
     found = [payload for _, payload in records(bytes(content))]

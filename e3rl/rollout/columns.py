@@ -1,0 +1,263 @@
+"""Groups as Arrow record batches: the one form in which rollouts are sent, kept and read.
+
+`SCHEMA` has a row for each trajectory. Rollout workers answer with it, the journal appends it, a checkpoint's prefetched groups
+and a skipped step's batch are files of it, and the ledger (`e3rl.train.ledger`) is it with the text and what was learnt beside.
+Per-token numbers are float32 and int32 columns: encoding and decoding cost nothing for each token but copies in C.
+
+What comes from outside goes through `e3rl.rollout.ipc`, which lets nothing pass but this schema, whole and consistent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from e3rl.types import (
+    COLUMNS,
+    IDS,
+    Candidate,
+    Erasure,
+    Group,
+    Judgement,
+    Prompt,
+    Reward,
+    RewardedGroup,
+    Segment,
+    Threshold,
+    Trajectory,
+    Uncertainty,
+    Verdict,
+)
+
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_CANDIDATE = [
+    ("index", pa.int32(), "segment index, from 0"),
+    ("start", pa.int32(), "committed response tokens before it"),
+    ("ids", _INTS, "its token ids"),
+    ("logprobs", _FLOATS, "engine's log-probability of each token, temperature-scaled, untruncated"),
+    (
+        "entropies",
+        _FLOATS,
+        "full-vocabulary entropy at each token, nats, at erasure.entropy_temperature where that is set",
+    ),
+    ("perturbations", _FLOATS, "eq 5 at each token, at the same temperature"),
+    ("kept_mass", _FLOATS, "share of the distribution that top-k and top-p left to draw each token from"),
+    ("ranks", _INTS, "one more than the tokens that were likelier: 1 is the likeliest; 0 where nothing was drawn"),
+    ("ended", pa.bool_(), "its last token ends the sequence"),
+    ("attempt", pa.int32(), "erasures of this segment before this candidate; null where nothing was judged"),
+    ("verdict", pa.string(), "commit, erase or forced; null where nothing was judged"),
+    ("uncertainty", pa.float64(), "U (eq 13)"),
+    ("base", pa.float64(), "weighted smoothed entropy in U"),
+    ("gradient", pa.float64(), "weighted mean entropy step in U"),
+    ("extremum", pa.float64(), "weighted extremum deviation in U"),
+    ("perturbation", pa.float64(), "weighted mean perturbation in U"),
+    ("smoothed", pa.float64(), "smoothed entropy (eq 11) without its weight"),
+    ("threshold", pa.float64(), "Theta (eq 17)"),
+    ("baseline", pa.float64(), "B_n (eq 16)"),
+    ("penalty", pa.float64(), "Gamma (eq 17)"),
+    ("modulation", pa.float64(), "phi (eq 18)"),
+]
+CANDIDATE = pa.struct([(name, kind) for name, kind, _ in _CANDIDATE])
+_TRAJECTORY = [
+    ("problem_id", pa.string(), "id of the problem"),
+    ("sibling", pa.int32(), "which of the group's samples, from 0"),
+    (
+        "policy_version",
+        pa.int32(),
+        "optimizer updates behind the weights that generated it; null: a demonstration",
+    ),
+    ("prompt_ids", _INTS, "token ids of the prompt"),
+    ("finish", pa.string(), "'stop' (end of sequence) or 'length'"),
+    ("reward", pa.float64(), "reward; null where it is missing"),
+    ("reward_parts", pa.map_(pa.string(), pa.float64()), "each reward function's own value"),
+    ("reward_error", pa.string(), "why the reward is missing"),
+    ("segments", pa.list_(CANDIDATE), "committed segments, in order"),
+    ("erasures", pa.list_(CANDIDATE), "erased candidates, in the order they were erased"),
+]
+SCHEMA = pa.schema([(name, kind) for name, kind, _ in _TRAJECTORY])
+MEANING = {name: meaning for name, _, meaning in (*_TRAJECTORY, *_CANDIDATE)}
+"""What each column holds, those of a candidate included."""
+_HEAD = ("problem_id", "sibling", "policy_version", "finish")
+NUMBERS = [name for name, kind, _ in _CANDIDATE if kind == pa.float64()]
+"""U, its terms and the smoothed entropy, then Theta and its factors: the fields of `Uncertainty` and `Threshold` in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A candidate in its place: `Segment` and `Erasure` in one. ``attempt`` may be known where nothing was judged."""
+
+    index: int
+    start: int
+    candidate: Candidate
+    attempt: int | None
+    judgement: Judgement | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of `SCHEMA`. ``finish`` is None where the response is not complete: candidates that a journal keeps."""
+
+    problem_id: str
+    sibling: int
+    policy_version: int | None
+    prompt_ids: Sequence[int] | np.ndarray
+    finish: Literal["stop", "length"] | None
+    segments: Sequence[Record]
+    erasures: Sequence[Record] = ()
+    reward: Reward | None = None
+
+
+def encode(groups: Iterable[Group | RewardedGroup]) -> pa.RecordBatch:
+    """The groups' trajectories, a row each, siblings one after the other."""
+    return encode_rows(list(chain.from_iterable(map(_rows, groups))))
+
+
+def _rows(item: Group | RewardedGroup) -> Iterator[Row]:
+    group, rewards = (item.group, item.rewards) if isinstance(item, RewardedGroup) else (item, None)
+    prompt_ids = np.array(group.prompt.ids, np.int32)
+    for number, t in enumerate(group.trajectories):
+        starts = np.cumsum([0, *t.segment_lengths]).tolist()
+        segments = [_record(s, start) for s, start in zip(t.segments, starts[:-1], strict=True)]
+        erasures = [_record(e, e.start) for e in t.erasures]
+        reward = None if rewards is None else rewards[number]
+        version = group.policy_version
+        yield Row(group.prompt.problem.id, t.sibling, version, prompt_ids, t.finish, segments, erasures, reward)
+
+
+def _record(record: Segment | Erasure, start: int) -> Record:
+    judgement = record.judgement
+    return Record(record.index, start, record.candidate, None if judgement is None else judgement.attempt, judgement)
+
+
+def encode_rows(rows: Sequence[Row]) -> pa.RecordBatch:
+    """A record batch of these rows."""
+    rewards = [row.reward for row in rows]
+    columns = {
+        "problem_id": [row.problem_id for row in rows],
+        "sibling": [row.sibling for row in rows],
+        "policy_version": [row.policy_version for row in rows],
+        "prompt_ids": _lists([np.asarray(row.prompt_ids, np.int32) for row in rows], pa.int32()),
+        "finish": [row.finish for row in rows],
+        "reward": [None if r is None else r.value for r in rewards],
+        "reward_parts": [None if r is None else list(r.parts.items()) for r in rewards],
+        "reward_error": [None if r is None else r.error for r in rewards],
+        "segments": _candidates([row.segments for row in rows]),
+        "erasures": _candidates([row.erasures for row in rows]),
+    }
+    arrays = [
+        c if isinstance(c, pa.Array) else pa.array(c, f.type) for f, c in zip(SCHEMA, columns.values(), strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _offsets(sizes: Sequence[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *sizes], dtype=np.int32))
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    values = np.concatenate([np.empty(0, np.float32 if kind == pa.float32() else np.int32), *arrays])
+    return pa.ListArray.from_arrays(_offsets([len(a) for a in arrays]), pa.array(values, kind))
+
+
+def _candidates(rows: Sequence[Sequence[Record]]) -> pa.ListArray:
+    """The records of each row, as a list of `CANDIDATE`."""
+    records = list(chain.from_iterable(rows))
+    judgements = [r.judgement for r in records]
+    unjudged = np.array([j is None for j in judgements], bool)
+    numbers = np.array([_numbers(j) for j in judgements], np.float64).reshape(-1, len(NUMBERS)).T
+    columns = {
+        "index": pa.array([r.index for r in records], pa.int32()),
+        "start": pa.array([r.start for r in records], pa.int32()),
+        **{n: _lists([getattr(r.candidate, n) for r in records], CANDIDATE.field(n).type.value_type) for n in COLUMNS},
+        "ended": pa.array([bool(r.candidate.ended) for r in records], pa.bool_()),
+        "attempt": pa.array([r.attempt for r in records], pa.int32()),
+        "verdict": pa.array([None if j is None else j.verdict.value for j in judgements], pa.string()),
+        **{n: pa.array(c, mask=unjudged, from_pandas=False) for n, c in zip(NUMBERS, numbers, strict=True)},
+    }
+    struct = pa.StructArray.from_arrays(list(columns.values()), fields=list(CANDIDATE))
+    return pa.ListArray.from_arrays(_offsets([len(row) for row in rows]), struct)
+
+
+def _numbers(judgement: Judgement | None) -> tuple[float, ...]:
+    if judgement is None:
+        return (0.0,) * len(NUMBERS)
+    u, theta = judgement.uncertainty, judgement.threshold
+    terms = (u.total, u.base, u.gradient, u.extremum, u.perturbation, u.smoothed)
+    return (*terms, theta.total, theta.baseline, theta.penalty, theta.modulation)
+
+
+def decode_rows(batch: pa.RecordBatch) -> list[Row]:
+    """The rows of a batch. ValueError where one can't have come from `encode_rows`; per-token arrays are views of one buffer."""
+    plain = {name: batch[name].to_pylist() for name in (*_HEAD, "reward", "reward_parts", "reward_error")}
+    prompts, segments, erasures = batch["prompt_ids"], *(_records(batch[name]) for name in ("segments", "erasures"))
+    offsets, ids = prompts.offsets.to_pylist(), prompts.values.to_numpy()
+    rows = []
+    for n in range(batch.num_rows):
+        value, parts, error = (plain[name][n] for name in ("reward", "reward_parts", "reward_error"))
+        reward = None if parts is None else Reward(value, dict(parts), error)
+        problem_id, sibling, version, finish = (plain[name][n] for name in _HEAD)
+        prompt_ids = ids[offsets[n] : offsets[n + 1]]
+        rows.append(Row(problem_id, sibling, version, prompt_ids, finish, segments[n], erasures[n], reward))
+    return rows
+
+
+def _records(lists: pa.ListArray) -> list[list[Record]]:
+    """The records of each row."""
+    struct, bounds = lists.values, lists.offsets.to_pylist()
+    tokens = _tokens(struct)
+    places = struct.field("ids").offsets.to_pylist()
+    plain = {n: struct.field(n).to_pylist() for n in ("index", "start", "ended", "attempt", "verdict")}
+    numbers = np.array([struct.field(n).to_numpy(zero_copy_only=False) for n in NUMBERS]).T.tolist()
+    found = []
+    for n in range(len(struct)):
+        here = slice(places[n], places[n + 1])
+        candidate = Candidate.wrap(*(column[here] for column in tokens), ended=plain["ended"][n])
+        attempt, verdict = plain["attempt"][n], plain["verdict"][n]
+        judgement = None
+        if verdict is not None:
+            terms, factors = numbers[n][:6], numbers[n][6:]
+            judgement = Judgement(Uncertainty(*terms), Threshold(*factors), attempt, Verdict(verdict))
+        found.append(Record(plain["index"][n], plain["start"][n], candidate, attempt, judgement))
+    return [found[a:b] for a, b in pairwise(bounds)]
+
+
+def _tokens(struct: pa.StructArray) -> list[np.ndarray]:
+    """The per-token columns of all candidates, in the order of `COLUMNS` and the types of `Candidate`."""
+    columns = []
+    for name in COLUMNS:
+        values = struct.field(name).values.to_numpy()
+        column = values.astype(np.int32 if name in IDS else np.float64)
+        column.flags.writeable = False
+        columns.append(column)
+    return columns
+
+
+def decode(batch: pa.RecordBatch, prompt_of: Callable[[Row], Prompt]) -> list[RewardedGroup]:
+    """The groups of a batch with their rewards, which are missing where they are in the batch. ValueError where a row is no
+    complete response."""
+    groups: list[list[Row]] = []
+    for row in decode_rows(batch):
+        if groups and groups[-1][-1].problem_id == row.problem_id and groups[-1][-1].sibling < row.sibling:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [_group(rows, prompt_of(rows[0])) for rows in groups]
+
+
+def _group(rows: Sequence[Row], prompt: Prompt) -> RewardedGroup:
+    trajectories = []
+    for row in rows:
+        if row.finish is None:
+            raise ValueError(f"problem '{row.problem_id}': a response that is not complete")
+        if any(r.judgement is None for r in row.erasures):
+            raise ValueError(f"problem '{row.problem_id}': an erased candidate without a judgement")
+        segments = tuple(Segment(r.index, r.candidate, r.judgement) for r in row.segments)
+        erasures = tuple(Erasure(r.index, r.start, r.candidate, r.judgement) for r in row.erasures if r.judgement)
+        trajectories.append(Trajectory(prompt, row.sibling, segments, erasures, row.finish))
+    rewards = tuple(row.reward or Reward(None, {}) for row in rows)
+    return RewardedGroup(Group(prompt, tuple(trajectories), rows[0].policy_version), rewards)
