@@ -76,7 +76,7 @@ Read back, they are {pieces}.
 def candidate_block(t: Trace, candidate: Candidate) -> str:
     return code(
         f"text           {t.text(candidate.ids)!r}\n"
-        f"ids            {list(candidate.ids)}\n"
+        f"ids            {candidate.ids.tolist()}\n"
         f"logprobs       {numbers(candidate.logprobs)}\n"
         f"entropies      {numbers(candidate.entropies)}\n"
         f"perturbations  {numbers(candidate.perturbations)}"
