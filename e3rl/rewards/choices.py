@@ -46,7 +46,7 @@ def read_choice(text: str) -> Choice | None:
     if found is None or (found[1] is None and found[2].islower()):
         return None
     content = text[found.end() :].strip().removesuffix("}").strip(" .")
-    if re.match(r"(?:or|and)\b|[,/&]", content):
+    if re.match(r"(?:\\text ?\{ ?)?(?:or|and)\b|[,/&]", content):
         return None
     if content.startswith(
         ("=", "+", "-", "*", "/", "^", "_", "<", ">", "\\cup", "\\cap", "\\le", "\\ge", "\\in", "\\to")

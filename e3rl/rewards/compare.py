@@ -5,7 +5,6 @@ What is left, an expression against an expression, is compared by its values.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 
@@ -187,7 +186,9 @@ def _value(sides: Sequence[str]) -> str | None:
     if len(sides) < 2:
         return None
     arithmetic = [s for s in sides if _ARITHMETIC.fullmatch(s)]
-    if any(not _by_value(one, two) for one, two in itertools.pairwise(arithmetic)):
+    if len(sides) > 2 and any(not _by_value(side, sides[-1]) for side in arithmetic):
+        return None
+    if len(arithmetic) == len(sides) and not _by_value(sides[0], sides[1]):
         return None
     if len(sides) > 2 or _is_name(sides[0]) or len(arithmetic) == len(sides):
         return sides[-1]

@@ -8,6 +8,7 @@ A node is a tuple: ``("n", Fraction)``, ``("s", symbol)``, ``("+", nodes)``, ``(
 from __future__ import annotations
 
 import functools
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -71,7 +72,7 @@ class _Reader:
                 factors.append(("inv", self.signed()))
             elif not self.begins_factor(token):
                 return factors[0] if len(factors) == 1 else ("*", tuple(factors))
-            elif token[0].isdigit() or token[0] == ".":
+            elif token[0] in _DIGITS and self.tokens[self.at - 1][0] in _DIGITS:
                 raise NotUnderstood("two numbers side by side")
             else:
                 factors.append(self.power())
@@ -261,12 +262,17 @@ class _Reader:
             else:
                 self.at += 4 if mark == "^" else 1
                 name += mark if mark != "^" else "'"
-        if name.rstrip("'") in APPLIED and self.peek() == "(":
+        if self.peek() == "(" and (name.rstrip("'") in APPLIED or self.applied()):
             self.take()
             value = self.sum()
             self.expect(")")
             return ("call", name, value)
         return ("s", name)
+
+    def applied(self) -> bool:
+        """Whether the bracket that follows holds one number or letter, as in I(0) or x(t)."""
+        inside = self.tokens[self.at + 1 : self.at + 3]
+        return len(inside) == 2 and inside[1] == ")" and (inside[0].isdigit() or inside[0].isalpha())
 
     def raw(self) -> str:
         """A subscript as it is written: one sign or what stands in braces."""
@@ -284,12 +290,16 @@ class _Reader:
         return "".join(self.tokens[start : self.at - 1])
 
 
+_DIGITS = frozenset(".0123456789")
+_DERIVATIVE = re.compile(r"\\frac ?\{ ?(?:d|\\partial)[^{}]{0,40}\} ?\{ ?(?:d|\\partial) ?[A-Za-z\\]")
 _PRIME = ["^", "{", "\\prime", "}"]
 
 
 @functools.lru_cache(maxsize=4096)
 def read_expression(text: str) -> Node | None:
-    """The expression that cleaned text is, whole; None where any of it is not understood."""
+    """The expression that cleaned text is, whole; None where any of it is not understood, such as a derivative."""
+    if _DERIVATIVE.search(text):
+        return None
     try:
         reader = _Reader(tokens_of(text))
         found = reader.sum()

@@ -21,12 +21,13 @@ _LOW, _HIGH = "-\\infty", "\\infty"
 
 @dataclass(frozen=True)
 class Interval:
-    """Ends as they are written, and whether each belongs to it."""
+    """Ends as they are written, whether each belongs to it, and the variable that an inequality bounds."""
 
     low: str
     high: str
     low_closed: bool
     high_closed: bool
+    name: str = ""
 
 
 def read_intervals(text: str) -> list[Interval] | None:
@@ -34,7 +35,10 @@ def read_intervals(text: str) -> list[Interval] | None:
     if squeezed(text).replace(" ", "") in _ALL:
         return [Interval(_LOW, _HIGH, False, False)]
     if (excluded := re.fullmatch(rf"({_VARIABLE.pattern}) ?\\ne ?([^,<>=]+)", text)) is not None:
-        return [Interval(_LOW, excluded[2], False, False), Interval(excluded[2], _HIGH, False, False)]
+        return [
+            Interval(_LOW, excluded[2], False, False, excluded[1]),
+            Interval(excluded[2], _HIGH, False, False, excluded[1]),
+        ]
     found: list[Interval] = []
     parts = [part.strip() for part in _UNION.split(text)]
     for part in parts:
@@ -91,7 +95,7 @@ def _related(text: str) -> Interval | None:
             high = (_infinite(bound), closed)
         else:
             low = (_infinite(bound), closed)
-    return Interval(low[0], high[0], low[1], high[1])
+    return Interval(low[0], high[0], low[1], high[1], squeezed(sides[names[0]]))
 
 
 def by_intervals(gold: str, answer: str, equal: Equal) -> bool | None:
@@ -103,6 +107,8 @@ def by_intervals(gold: str, answer: str, equal: Equal) -> bool | None:
         return False
 
     def same(one: Interval, two: Interval) -> bool:
+        if one.name and two.name and one.name != two.name:
+            return False
         closed = (one.low_closed, one.high_closed) == (two.low_closed, two.high_closed)
         ends = ((one.low, two.low), (one.high, two.high))
         return closed and all(equal(g, a) for g, a in ends)

@@ -95,8 +95,8 @@ def by_words(gold: str, answer: str) -> bool | None:
 
 def by_quantity(gold: str, answer: str) -> bool | None:
     left, right = read_quantity(gold), read_quantity(answer)
-    if left is None or right is None:
-        return None
+    if left is None or right is None or (left.comma and not right.comma):
+        return None  # a comma in a reference divides a list
     if same_number(left, right):
         return not units_conflict(left.unit, right.unit)
     return None if _may_be_list(left, right) else False

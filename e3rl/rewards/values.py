@@ -206,7 +206,7 @@ def point(names: frozenset[str], number: int) -> dict[str, Fraction]:
 def same_value(left: Node, right: Node) -> bool:
     """Whether two expressions are equal."""
     names = (symbols_of(left) | symbols_of(right)) - _CONSTANTS
-    if len(names) > _MOST_SYMBOLS:
+    if len(names) > _MOST_SYMBOLS or constant(left) != constant(right):
         return False
     try:
         if not names:
