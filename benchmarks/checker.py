@@ -65,6 +65,8 @@ def _balanced(text: str) -> bool:
 
 def _is_expression(gold: str) -> bool:
     """One mathematical expression, with no words, lists, relations or units."""
+    if _CHOICE.fullmatch(gold) or gold.endswith(".") or not _balanced(gold) or "[" in gold.replace("sqrt[", ""):
+        return False
     return len(_parts(gold)) == len(_inside(gold)[1]) == 1 and not re.search(
         r"[=<>:&%~$;\]]|\\(?:text|mbox|le|ge|ne|in|cup|cap|infty|begin|pm|mathrm|circ|approx|equiv|%|\{|ldots|dots|overline|mathb)"
         r"|[A-Za-z]{3,}(?<!frac)(?<!sqrt)(?<!pi)(?<!cdot)(?<!times)(?<!left)(?<!right)(?<!binom)|_",
@@ -161,7 +163,7 @@ def misses(gold: str, others: Sequence[str], rng: random.Random) -> Iterator[tup
         yield "part", parts[0]
         yield "part", f"{opening}{', '.join(parts[:-1])}{closing}"
         yield "repeated", f"{opening}{', '.join([*parts, parts[-1]])}{closing}"
-        if opening in ("(", "["):
+        if opening in ("(", "[") and parts[0] != parts[1]:
             yield "swapped", f"{opening}{', '.join([parts[1], parts[0], *parts[2:]])}{closing}"
             yield "bracket", f"[{', '.join(parts)})" if opening == "(" else f"({', '.join(parts)}]"
         yield "element + 1", f"{opening}{', '.join([_plus_one(parts[0]), *parts[1:]])}{closing}"
@@ -206,7 +208,7 @@ def _single_misses(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         for token in re.findall(r"[A-Za-z]|\d+", re.sub(r"\\[A-Za-z]+", " ", gold))[:3]:
             yield "part", token
     letters = re.findall(r"(?<![\\A-Za-z])[a-zA-Z](?![A-Za-z])", gold)
-    if letters and "\\in " not in gold and not _CHOICE.fullmatch(gold):
+    if letters and not re.search(r"\\in |p\.m|a\.m|\\text|_\{?\d", gold) and not _CHOICE.fullmatch(gold):
         yield "case", re.sub(rf"(?<![\\A-Za-z]){letters[0]}(?![A-Za-z])", letters[0].swapcase(), gold)
 
 
@@ -219,7 +221,8 @@ def _edits(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         at = rng.choice(places)
         yield "digit more", gold[:at] + str(rng.randint(1, 9)) + gold[at:]
         at = rng.choice(places)
-        yield "digit less", gold[:at] + gold[at + 1 :]
+        if gold[at] != "0":
+            yield "digit less", gold[:at] + gold[at + 1 :]
     signs = [m.start() for m in re.finditer(r"(?<=[\w)} ])[+-](?=[\w(\\ ])", gold)]
     if signs:
         at = rng.choice(signs)
@@ -300,7 +303,7 @@ def main() -> None:
     print("| data | answers | spellings | accepted | near misses | accepted |\n|---|---:|---:|---:|---:|---:|")
     notes = []
     for file in options.files:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         golds = list(dict.fromkeys(str(row["answer"]) for row in rows))[: options.limit or None]
         counts, misjudged = measure(golds, pool, options.wrong)
         right = sum(n for (_, same), n in counts.items() if same)

@@ -234,6 +234,8 @@ class RewardsConfig:
     workers: int = setting(1, "processes that check answers", min=1)
     timeout: float = setting(5.0, "seconds one answer may take to check; then the worker is killed", above=0)
     isolate: bool = setting(False, "run your own reward functions in the worker processes too")
+    unboxed: Literal["last", "stated", "none"] = setting("last", "math: what counts without a box (docs/answers.md)")
+    cut_off_needs_box: bool = setting(False, "math: a response cut off at the length limit is wrong without a box")
 
 
 @dataclass(frozen=True)

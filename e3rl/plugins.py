@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import shlex
@@ -16,16 +17,27 @@ from e3rl.errors import UserError, unknown
 from e3rl.sections import toml_value
 
 
+def _module_name(path: Path) -> str:
+    """The name under which a file is imported: its own, unless another module has it, such as for a file torch.py."""
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        other = sys.modules.get(path.stem) or importlib.util.find_spec(path.stem)
+        origin = getattr(other, "__file__", None) or getattr(other, "origin", None)
+        if other is not None and (origin is None or Path(origin).resolve() != path):
+            return f"plugin_{path.stem}"
+    return path.stem
+
+
 def _load_module(source: str, kind: str) -> ModuleType:
     try:
         if not source.endswith(".py"):
             return importlib.import_module(source)
         path = Path(source).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        name = _module_name(path)
+        spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None or not path.is_file():
             raise UserError(f"{kind}: no such file {source}")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         return module
     except UserError:

@@ -18,6 +18,12 @@ _BATCH = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="JSON lines with 'gold' and 'pred'; either may be running text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write here; default: standard output")
+    parser.add_argument(
+        "--unboxed",
+        choices=("last", "stated", "none"),
+        default="last",
+        help="what counts without a box: what is stated as the answer, or else the last number too (default), or nothing",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that check answers (default 1)")
     parser.add_argument(
         "--timeout", type=float, default=5.0, metavar="S", help="seconds that one check may take (default 5)"
@@ -53,17 +59,31 @@ def _grade(options: argparse.Namespace, out: IO[str]) -> Counter[bool | None]:
     try:
         for batch in _batches(options.file):
             good = [row for row, fault in batch if fault is None]
-            grades = iter(grade_all([(_text(row["gold"]), _text(row["pred"])) for row in good], pool))
+            pairs = [(_text(row["gold"]), _text(row["pred"])) for row in good]
+            grades = iter(grade_all(pairs, pool, unboxed=options.unboxed))
             for row, fault in batch:
                 grade = Grade(None, fault) if fault is not None else next(grades)
                 counts[grade.correct] += 1
                 out.write(
-                    json.dumps({**row, "correct": grade.correct, "reason": grade.reason}, ensure_ascii=False) + "\n"
+                    _line(
+                        {**row, "correct": grade.correct, "reason": grade.reason},
+                        getattr(out, "encoding", None) or "utf-8",
+                    )
                 )
             out.flush()
     finally:
         pool.close()
     return counts
+
+
+def _line(row: dict[str, Any], encoding: str) -> str:
+    """A row as JSON; escaped where it has characters that the output can't hold, such as halves of surrogate pairs."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(row) + "\n"
+    return line
 
 
 def _batches(path: Path) -> Iterator[list[tuple[dict[str, Any], str | None]]]:

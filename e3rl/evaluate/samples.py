@@ -49,12 +49,14 @@ def graded(
     texts = [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
     rewards = scorer.score(group.trajectories, texts)
     return tuple(
-        _sample(t, text, reward, mode, round, first + i)
+        _sample(t, text, reward, mode, round, first + i, scorer)
         for i, (t, text, reward) in enumerate(zip(group.trajectories, texts, rewards, strict=True))
     )
 
 
-def _sample(trajectory: Trajectory, text: str, reward: Reward, mode: str, round: int, number: int) -> Sample:
+def _sample(
+    trajectory: Trajectory, text: str, reward: Reward, mode: str, round: int, number: int, scorer: Scorer
+) -> Sample:
     problem = trajectory.prompt.problem
     return Sample(
         problem=problem.id,
@@ -63,7 +65,7 @@ def _sample(trajectory: Trajectory, text: str, reward: Reward, mode: str, round:
         sample=number,
         gold=problem.answer,
         pred=text,
-        answer=extract_answer(text),
+        answer=extract_answer(text, scorer.unboxed),
         correct=reward.right,
         reason=reward.error if reward.right is None else None,
         boxed=last_box(text) is not None,

@@ -1,17 +1,27 @@
-"""Reward functions that users already have, unchanged: TRL's and verl's signatures, ordinary or async."""
+"""Reward functions that users already have, unchanged: TRL's and verl's signatures, ordinary or async, here or isolated."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from e3rl.plugins import load
 from e3rl.rewards.batch import Batch, Log, Part
-from e3rl.rewards.waiting import wait_for_all
+from e3rl.rewards.pool import Outcome, Task, WorkerPool
 from e3rl.types import Problem
 
 RewardFunction = Callable[..., Any]
+
+LARGEST = 1e15
+"""The largest reward: beyond it advantages overflow."""
 
 _VERL_PARAMETERS = {"solution_str", "ground_truth"}
 
@@ -37,7 +47,7 @@ def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
-    return f"raised {type(error).__name__}: {error}"
+    return str(error) if isinstance(error, Misbehaviour) else f"raised {type(error).__name__}: {error}"
 
 
 def _to_part(value: Any) -> Part:
@@ -50,7 +60,81 @@ def _to_part(value: Any) -> Part:
         number = float(value)
     except Exception as error:
         return Part(error=f"returned what is not a number: {error}")
-    return Part(number) if math.isfinite(number) else Part(error=f"returned {number}")
+    if not math.isfinite(number):
+        return Part(error=f"returned {number}")
+    if abs(number) > LARGEST:
+        return Part(error=f"returned {number:g}; a reward may be {LARGEST:g} at most")
+    return Part(number)
+
+
+# --- what a function must not do to the process it runs in
+
+
+class Misbehaviour(Exception):
+    """A reward function tried to end the process or moved it to another directory."""
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Around the code of other authors: ``sys.exit`` becomes an error, a changed directory is changed back and reported,
+    and a forked child that returns ends here instead of going on as a second run."""
+    process, place = os.getpid(), os.getcwd()
+    try:
+        yield
+    except SystemExit as error:
+        raise Misbehaviour(f"called sys.exit({'' if error.code is None else error.code})") from error
+    finally:
+        if os.getpid() != process:
+            sys.stderr.write("e3rl: a reward function forked and its child returned; the child ends here\n")
+            sys.stderr.flush()
+            os._exit(70)
+        if (now := _directory()) != place:
+            os.chdir(place)
+            raise Misbehaviour(f"changed the working directory to {now}; it was changed back")
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "a directory that is gone"
+
+
+# --- asynchronous functions
+#
+# One event loop for the life of the process, in a thread of its own: clients that a user's module keeps between calls are
+# bound to the loop that made them, and a caller may already be inside a loop, as in a notebook.
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="e3rl-async-rewards", daemon=True).start()
+    return loop
+
+
+async def _one(awaitable: Awaitable[Any]) -> Any:
+    try:
+        return await awaitable
+    except SystemExit as error:  # it would end the loop's thread
+        raise Misbehaviour(f"called sys.exit({error.code})") from error
+
+
+async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*map(_one, awaitables), return_exceptions=True)
+
+
+def wait_for_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Run them together; each one's result, or the exception that it raised."""
+    future = asyncio.run_coroutine_threadsafe(_gather(awaitables), _loop())
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C while waiting: nothing may run on behind the caller's back
+        future.cancel()
+        raise
+
+
+# --- TRL's signature, and verl's
 
 
 class TrlFunction:
@@ -70,7 +154,8 @@ class TrlFunction:
 
     def __call__(self, batch: Batch, log: Log) -> list[Part]:
         try:
-            returned = self._function(**self._arguments(batch, log))
+            with contained():
+                returned = self._function(**self._arguments(batch, log))
             if inspect.isawaitable(returned):
                 (returned,) = wait_for_all([returned])
             if isinstance(returned, Exception):
@@ -136,7 +221,8 @@ class VerlFunction:
                 "ground_truth": _ground_truth(problem),
                 "extra_info": columns.get("extra_info", dict(columns)),
             }
-            return self._function(**{name: value for name, value in known.items() if name in self._names})
+            with contained():
+                return self._function(**{name: value for name, value in known.items() if name in self._names})
         except Exception as error:  # the user's code may raise anything
             return error
 
@@ -160,3 +246,40 @@ def _verl_part(returned: Any) -> Part:
     main = _to_part(returned["score"])
     others = {str(name): _to_part(value).value for name, value in returned.items() if name != "score"}
     return Part(main.value, main.error, {name: value for name, value in others.items() if value is not None})
+
+
+# --- isolated: in the killable workers a hang or a crash costs one reward
+
+
+def prepare(name: str) -> Callable[[Batch], dict[str, Any]]:
+    """In the worker: the function that ``name`` stands for, taking a batch and returning plain values."""
+    adapter = adapt(load("reward", name, {}))
+
+    def score(batch: Batch) -> dict[str, Any]:
+        log = Log()
+        parts = [{"value": p.value, "error": p.error, "details": dict(p.details)} for p in adapter(batch, log)]
+        return {"parts": parts, "metrics": log.metrics, "extras": log.extras}
+
+    return score
+
+
+class IsolatedFunction:
+    """Calls a function by name in the workers, one trajectory at a time."""
+
+    def __init__(self, name: str, pool: WorkerPool) -> None:
+        self._name, self._pool = name, pool
+
+    def __call__(self, batch: Batch, log: Log) -> list[Part]:
+        target = f"{prepare.__module__}:{prepare.__name__}"
+        tasks = [Task(target, {"batch": batch.only(i)}, setup=self._name) for i in range(len(batch))]
+        outcomes = self._pool.map(tasks)
+        return [self._part(i, outcome, log, len(batch)) for i, outcome in enumerate(outcomes)]
+
+    def _part(self, index: int, outcome: Outcome, log: Log, count: int) -> Part:
+        if outcome.error is not None:
+            return Part(error=outcome.error)
+        for name, values in outcome.value["metrics"].items():
+            log.metrics.setdefault(name, []).extend(values)
+        for column, values in outcome.value["extras"].items():
+            log.extras.setdefault(column, [None] * count)[index] = values[0] if values else None
+        return Part(**outcome.value["parts"][0])

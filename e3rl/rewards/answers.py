@@ -34,7 +34,7 @@ _MARKERS = re.compile(
     re.MULTILINE,
 )
 _SPAN = (
-    r"(?:\$\$[^$]{1,600}\$\$|\$(?:\\.|[^$\\\n]){1,600}\$|\\\((?:[^\\]|\\(?![()])){1,600}\\\)"
+    r"(?:\$\$[^$]{1,600}\$\$|\$(?:\\.|[^$\\\n]|\n(?!\n)){1,600}\$|\\\((?:[^\\]|\\(?![()])){1,600}\\\)"
     r"|\\\[(?:[^\\]|\\(?![\[\]])){1,600}\\\])"
 )
 _RUN = re.compile(
@@ -88,7 +88,7 @@ _CHANGED = re.compile(
     r"[\s-]?(?:\(?(?:squared|cubed|factorial|tenths?|halves|half|thirds?|quarters?|ninths|twelfths|hundredths?|thousandths?"
     r"|[a-z]{3,}ths|pairs?|couples?|ppm|ppb|percent|per cent|dozens?|hundreds?|thousands?|[mbtr]+illions?|times|divided"
     r"|multiplied|plus|minus|over|mod|modulo|choose|raised|to the|root|point|wrong|incorrect|or|light"
-    r"|is (?:wrong|incorrect|not))\b|[!^*/+=<>×÷]|\s[-–−]\s)",
+    r"|is (?:wrong|incorrect|not))\b|\\(?![)\]])|[!^*/+=<>×÷]|\s[-–−]\s)",
     re.I,
 )
 """What behind a number makes it another one, or takes it back."""

@@ -7,9 +7,11 @@ from typing import Any
 
 from e3rl.errors import UserError
 from e3rl.rewards.adapters import RewardFunction
-from e3rl.rewards.answers import last_box
+from e3rl.rewards.answers import Unboxed, last_box
 from e3rl.rewards.batch import Batch, BatchReward, Part
 from e3rl.rewards.grading import Grade, grade_all
+from e3rl.rewards.pool import WorkerPool
+from e3rl.types import Trajectory
 
 REWARDS = {
     "math": "e3rl.rewards.builtin:MathReward",
@@ -20,12 +22,24 @@ REWARDS = {
 
 
 class MathReward(BatchReward):
-    """1 if the response's final answer equals the problem's, else 0; missing where the check takes too long."""
+    """1 if the response's final answer equals the problem's, else 0; missing where the check takes too long.
+
+    ``unboxed``: what counts where there is no box. ``cut_off_needs_box``: a response that reached its length limit counts
+    by its box alone.
+    """
+
+    def __init__(self, pool: WorkerPool, unboxed: Unboxed = "last", cut_off_needs_box: bool = False) -> None:
+        super().__init__(pool)
+        self._unboxed, self._cut_off_needs_box = unboxed, cut_off_needs_box
 
     def score(self, batch: Batch) -> list[Part]:
         golds = [problem.answer for problem in batch.problems]
-        grades = grade_all(list(zip(golds, batch.texts, strict=True)), self.pool)
+        unboxed = [self._counts(trajectory) for trajectory in batch.trajectories]
+        grades = grade_all(list(zip(golds, batch.texts, strict=True)), self.pool, unboxed=unboxed)
         return [self._part(gold, grade) for gold, grade in zip(golds, grades, strict=True)]
+
+    def _counts(self, trajectory: Trajectory) -> Unboxed:
+        return "none" if self._cut_off_needs_box and trajectory.finish == "length" else self._unboxed
 
     @staticmethod
     def _part(gold: str | None, grade: Grade) -> Part:

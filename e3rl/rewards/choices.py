@@ -18,7 +18,7 @@ _CLAUSE = re.compile(
 _BECAUSE = re.compile(
     r"[,.;]?\s+(?:because|since|as|for|which|where|so)\s|,\s+(?:not|it|this|the|we|he|she|they)\b|\n|\.\s"
 )
-_CONNECTED = re.compile(r"[\s,;/&()*]*(?:\b(?:or|and)\b)?[\s,;/&()*]*")
+_CONNECTED = re.compile(r"[\s,;/&()*]{0,10}(?:\b(?:or|and)\b)?[\s,;/&()*]{0,10}")
 _DOUBT = re.compile(
     r"\b(?:not|isn't|no|wait|maybe|perhaps|possibly|either|neither|nor|wrong|incorrect|actually|instead|rather|unsure|might|"
     r"could|cannot|can't|eliminate|rule out|except|unless)\b",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from e3rl.rewards.choices import doubtful
 from e3rl.rewards.expression import Node, read_expression
 from e3rl.rewards.intervals import by_intervals, by_relations
-from e3rl.rewards.notation import CURRENCY, clean, matching, split_at, split_list, squeezed, unwrapped
+from e3rl.rewards.notation import CURRENCY, clean, matching, read_matrix, split_at, split_list, squeezed, unwrapped
 from e3rl.rewards.quantities import SIGNIFICANT, Quantity, read_quantity
 from e3rl.rewards.rules import RULES
 from e3rl.rewards.units import read_unit, units_conflict
@@ -95,22 +96,10 @@ def _approximates(decimal: Quantity, other: Node) -> bool:
 # --- matrices
 
 
-_MATRIX = re.compile(r"\\begin ?\{([pbBv]?matrix|array)\}(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\1\}", re.DOTALL)
-_ROW, _CELL = re.compile(r"\\\\"), re.compile("&")
-
-
-def _matrix(text: str) -> tuple[bool, list[list[str]]] | None:
-    """Whether it is a determinant, and its rows."""
-    found = _MATRIX.fullmatch(text.strip("()[] ") if "array" in text else text)
-    if found is None or "\\begin" in found[2]:
-        return None
-    return found[1] == "vmatrix", [split_at(row, _CELL) for row in split_at(found[2], _ROW)]
-
-
 def _by_matrix(gold: str, answer: str, depth: int) -> bool | None:
     if "\\begin" not in gold and "\\begin" not in answer:
         return None
-    left, right = _matrix(gold), _matrix(answer)
+    left, right = read_matrix(gold), read_matrix(answer)
     if left is None or right is None or left[0] != right[0] or list(map(len, left[1])) != list(map(len, right[1])):
         return False
     return all(_all_same(g, a, depth) for g, a in zip(left[1], right[1], strict=True))
@@ -119,17 +108,19 @@ def _by_matrix(gold: str, answer: str, depth: int) -> bool | None:
 # --- units and approximations
 
 
-_WORDS_BEHIND = re.compile(r"(?:\\[A-Za-z]+)?((?: [A-Za-z.]{2,})+)$")
+_WORDS_BEHIND = re.compile(r"(?:\\[A-Za-z]{1,20})?((?: [A-Za-z.]{2,20}){1,5})$")
 
 
 def _split_unit(text: str) -> tuple[str, str | None]:
     """An expression and the unit behind it."""
+    if split_list(text) != [text]:
+        return text, None
     start = text.find("\\text")
     if start > 0:
         unit = read_unit(text[start:])
         return (text[:start].strip(), unit) if unit else (text, None)
     words = _WORDS_BEHIND.search(text, max(0, len(text) - 50))
-    if words is None or split_list(text) != [text]:
+    if words is None:
         return text, None
     unit = read_unit(words[1])
     return (text[: words.start(1)].strip(), unit) if unit else (text, None)
@@ -153,9 +144,13 @@ def _by_approximation(gold: str, answer: str, depth: int) -> bool | None:
 
 def _exact_side(text: str) -> str:
     parts = split_at(text, _APPROXIMATELY)
-    if len(parts) == 1:
-        return parts[0] if _APPROXIMATELY.match(text) else text
-    return parts[1] if _is_name(parts[0]) else parts[0]
+    if len(parts) < 2:
+        return parts[0] if parts and _APPROXIMATELY.match(text) else text
+    if _is_name(parts[0]):
+        return parts[1]
+    exact, about = _expression(parts[0]), read_quantity(parts[1])
+    rough = exact is not None and about is not None and near(exact, about.value, abs(about.value) / 20)
+    return parts[0] if len(parts) == 2 and rough else text
 
 
 # --- equations
@@ -168,11 +163,12 @@ _NAME = re.compile(
     rf"|{_SIMPLE}(?:{_SIMPLE}){{0,3}}|[A-Za-z ]{{4,}}"
 )
 _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
-_ARITHMETIC = re.compile(r"(?:[\d\s+*/().,^{}¤!-]|\\times|\\cdot|\\frac|\\sqrt)+")
 
 
 def _is_name(text: str) -> bool:
-    return len(text) <= 40 and _NAME.fullmatch(squeezed(text)) is not None and text not in ("i", "e", "\\pi")
+    if len(text) > 40 or text in ("i", "e", "\\pi") or doubtful(text):
+        return False
+    return _NAME.fullmatch(squeezed(text)) is not None
 
 
 def _sides(text: str) -> list[str]:
@@ -185,15 +181,15 @@ def _value(sides: Sequence[str]) -> str | None:
     """What a chain of equations says its name or its arithmetic is; None where it is an equation in its own right, or false."""
     if len(sides) < 2:
         return None
-    arithmetic = [s for s in sides if _ARITHMETIC.fullmatch(s)]
-    if len(sides) > 2 and any(not _by_value(side, sides[-1]) for side in arithmetic):
+    nodes = [_expression(side) for side in sides]
+    numbers = [side for side, node in zip(sides, nodes, strict=True) if node is not None and constant(node)]
+    if len(sides) > 2 and any(not _by_value(side, sides[-1]) for side in numbers):
         return None
-    if len(arithmetic) == len(sides) and not _by_value(sides[0], sides[1]):
+    if len(numbers) == len(sides) and not _by_value(sides[0], sides[1]):
         return None
-    if len(sides) > 2 or _is_name(sides[0]) or len(arithmetic) == len(sides):
+    if len(sides) > 2 or _is_name(sides[0]) or len(numbers) == len(sides):
         return sides[-1]
-    node = _expression(sides[0])
-    turned = re.fullmatch(r"\\?[A-Za-z](?:_\{?\w+\}?)?", squeezed(sides[1])) and node is not None and constant(node)
+    turned = re.fullmatch(r"\\?[A-Za-z](?:_\{?\w{1,20}\}?)?", squeezed(sides[1])) and len(numbers) == 1
     return sides[0] if turned else None
 
 

@@ -22,21 +22,30 @@ class Grade:
     reason: str
 
 
-def grade_all(pairs: Sequence[tuple[str | None, str]], pool: WorkerPool, *, unboxed: Unboxed = "last") -> list[Grade]:
-    """The grade of every (reference, response). Each distinct pair is looked at once, in the killable workers: nothing
-    of a response is read in this process."""
-    distinct = list(dict.fromkeys((g, r) for g, r in pairs if g is not None and g.strip()))
+def grade_all(
+    pairs: Sequence[tuple[str | None, str]], pool: WorkerPool, *, unboxed: Unboxed | Sequence[Unboxed] = "last"
+) -> list[Grade]:
+    """The grade of every (reference, response); ``unboxed`` for all, or for each.
+
+    Each distinct pair is looked at once, in the killable workers: nothing of a response is read in this process.
+    """
+    modes = [unboxed] * len(pairs) if isinstance(unboxed, str) else unboxed
+    items = [
+        (gold, response[-LONGEST_RESPONSE:], mode) if gold is not None and gold.strip() else None
+        for (gold, response), mode in zip(pairs, modes, strict=True)
+    ]
+    distinct = list(dict.fromkeys(item for item in items if item is not None))
     tasks = [
         Task(
             "e3rl.rewards.math_check:check",
-            {"gold": gold, "response": response[-LONGEST_RESPONSE:], "unboxed": unboxed},
+            {"gold": gold, "response": response, "unboxed": mode},
             CHECK_MEMORY,
         )
-        for gold, response in distinct
+        for gold, response, mode in distinct
     ]
     outcomes = dict(zip(distinct, pool.map(tasks), strict=True)) if tasks else {}
     nothing = Grade(None, "there is no reference answer to compare with")
-    return [_grade(outcomes[g, r]) if g is not None and g.strip() else nothing for g, r in pairs]
+    return [nothing if item is None else _grade(outcomes[item]) for item in items]
 
 
 def _grade(outcome: Outcome) -> Grade:

@@ -22,7 +22,7 @@ from e3rl.rewards.rules import same_choice
 
 Verdict = tuple[bool | None, str]
 _SHOWN = 80
-_OPEN_BOX = re.compile(r"\\+(?:boxed|fbox)\s?\{")
+_OPEN_BOX = re.compile(r"\\{1,4}(?:boxed|fbox)\s?\{")
 
 
 def check(gold: str, response: str, unboxed: Unboxed = "last") -> Verdict:

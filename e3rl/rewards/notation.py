@@ -172,3 +172,15 @@ def split_at(text: str, separator: re.Pattern[str]) -> list[str]:
         position += 1
     parts.append(text[start:])
     return [part.strip() for part in parts if part.strip()]
+
+
+_MATRIX = re.compile(r"\\begin ?\{([pbBv]?matrix|array)\}(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\1\}", re.DOTALL)
+_ROW, _CELL = re.compile(r"\\\\"), re.compile("&")
+
+
+def read_matrix(text: str) -> tuple[bool, list[list[str]]] | None:
+    """Whether it is a determinant, and its rows."""
+    found = _MATRIX.fullmatch(text.strip("()[] ") if "array" in text else text)
+    if found is None or "\\begin" in found[2]:
+        return None
+    return found[1] == "vmatrix", [split_at(row, _CELL) for row in split_at(found[2], _ROW)]

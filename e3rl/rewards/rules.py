@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from e3rl.rewards.choices import Choice, read_choice, settled
-from e3rl.rewards.notation import clean, squeezed
+from e3rl.rewards.notation import clean, split_list, squeezed
 from e3rl.rewards.quantities import Quantity, read_quantity, same_number
 from e3rl.rewards.units import units_conflict
 
@@ -68,7 +68,7 @@ def _words(text: str) -> str | None:
     short = len(words) == 1 and len(words[0]) < 4 and words[0].casefold() not in ("yes", "no", "odd", "red", "dne")
     if short and not wrapped:
         return None
-    if len(words) > 1 and words[0].casefold() in ("a", "an", "the"):
+    if len(words) > 1 and len(words[1]) > 1 and words[0].casefold() in ("a", "an", "the"):
         words = words[1:]
     return " ".join(w if len(w) == 1 else w.casefold() for w in words)
 
@@ -86,7 +86,8 @@ def by_words(gold: str, answer: str) -> bool | None:
     if all(numbers):
         return None  # number words
     if left is not None and right is not None:
-        return squeezed(left) == squeezed(right)
+        same = squeezed(left) == squeezed(right)
+        return None if not same and len(split_list(gold)) > 1 else same  # a list has no order
     text = left if left is not None else right
     if text is None:
         return None

@@ -11,10 +11,9 @@ from typing import Any
 from e3rl.config import RewardsConfig
 from e3rl.errors import UserError
 from e3rl.plugins import load
-from e3rl.rewards.adapters import Adapter, RewardFunction, adapt, describe
+from e3rl.rewards.adapters import LARGEST, Adapter, IsolatedFunction, RewardFunction, adapt, contained, describe
 from e3rl.rewards.batch import Batch, BatchReward, Log, Part, TrainerState
-from e3rl.rewards.builtin import REWARDS
-from e3rl.rewards.isolated import IsolatedFunction
+from e3rl.rewards.builtin import REWARDS, MathReward
 from e3rl.rewards.pool import WorkerPool
 from e3rl.types import Reward, Trajectory
 
@@ -40,6 +39,7 @@ class Scorer:
     """The weighted sum of the config's reward functions, or of ``functions`` given in their place.
 
     Use it in a ``with`` block or call `close`: it may own worker processes, which start when they are first needed.
+    ``unboxed`` says what counts as the answer of a response without a box.
     ``log`` holds what the functions logged during the last `score`; ``trainer_state`` is what they are told.
     """
 
@@ -51,6 +51,7 @@ class Scorer:
         max_completion_length: int | None = None,
     ) -> None:
         self._limit = max_completion_length
+        self.unboxed = config.unboxed
         self._pool = WorkerPool(config.workers, config.timeout)
         self._functions = _weighted(config, functions, self._pool)
         self.trainer_state = TrainerState()
@@ -101,6 +102,8 @@ class Scorer:
                 total = (total or 0.0) + function.weight * part.value
         for function, part in zip(self._functions, parts, strict=True):
             shown |= {f"{function.name}/{name}": value for name, value in part.details.items()}
+        if not failures and total is not None and not abs(total) <= LARGEST:
+            failures.append(f"the weighted sum is {total:g}; a reward may be {LARGEST:g} at most")
         if failures:
             return Reward(None, shown, "; ".join(failures))
         return Reward(total, shown, None if total is not None else "no reward function gave a value")
@@ -117,9 +120,9 @@ def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: 
         raise UserError("rewards.isolate needs functions that a worker can import: name them in rewards.functions")
     chosen: list[tuple[str, Adapter]]
     if functions:
-        chosen = [(_name(function), _adapter(function, pool)) for function in functions]
+        chosen = [(_name(function), _adapter(function, pool, config)) for function in functions]
     else:
-        chosen = [_named(name, config.isolate, pool) for name in config.functions]
+        chosen = [_named(name, config, pool) for name in config.functions]
     weights = config.weights or (1.0,) * len(chosen)
     if len(weights) != len(chosen):
         raise UserError(f"rewards.weights has {len(weights)} values for {len(chosen)} reward functions")
@@ -130,20 +133,22 @@ def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: 
     return [_Weighted(n, w, call) for n, w, (_, call) in zip(names, weights, chosen, strict=True)]
 
 
-def _named(name: str, isolate: bool, pool: WorkerPool) -> tuple[str, Adapter]:
+def _named(name: str, config: RewardsConfig, pool: WorkerPool) -> tuple[str, Adapter]:
     """A function of the config: its short name, and how to call it. Importing it here finds mistakes before the run."""
     function = load("reward", name, REWARDS)
     if not callable(function):
         raise UserError(f"reward '{name}' is {type(function).__name__}, not a function")
-    apart = isolate and name not in REWARDS and not _is_batch_reward(function)
-    return name.rpartition(":")[2], IsolatedFunction(name, pool) if apart else _adapter(function, pool)
+    apart = config.isolate and name not in REWARDS and not _is_batch_reward(function)
+    return name.rpartition(":")[2], IsolatedFunction(name, pool) if apart else _adapter(function, pool, config)
 
 
 def _is_batch_reward(function: Any) -> bool:
     return isinstance(function, type) and issubclass(function, BatchReward)
 
 
-def _adapter(function: Any, pool: WorkerPool) -> Adapter:
+def _adapter(function: Any, pool: WorkerPool, config: RewardsConfig) -> Adapter:
+    if function is MathReward:
+        return _guarded(MathReward(pool, config.unboxed, config.cut_off_needs_box).score)
     if _is_batch_reward(function):
         return _guarded(function(pool).score)
     return adapt(function)
@@ -152,7 +157,8 @@ def _adapter(function: Any, pool: WorkerPool) -> Adapter:
 def _guarded(score: Callable[[Batch], list[Part]]) -> Adapter:
     def call(batch: Batch, log: Log) -> list[Part]:
         try:
-            return score(batch)
+            with contained():
+                return score(batch)
         except Exception as error:  # also the code of other authors
             return [Part(error=describe(error))] * len(batch)
 

@@ -92,9 +92,11 @@ def read_unit(rest: str) -> str | None:
 
 
 def _plausible(rest: str) -> bool:
-    """Whether plain letters behind a number may be a unit: after a space, or longer than one letter, or with a power."""
+    """Whether plain letters behind a number may be a unit: longer than one letter, or after a space; s^2 is a variable's."""
     first = re.match(r"[A-Za-zµÅ]+|\\AA", rest.strip())
-    return first is not None and (rest[0] == " " or len(first[0]) > 1 or "^" in rest)
+    if first is None or (len(first[0]) == 1 and "^" in rest and first[0] != "m"):
+        return False
+    return rest[0] == " " or len(first[0]) > 1
 
 
 def _canonical(text: str) -> str | None:
@@ -112,8 +114,9 @@ def _canonical(text: str) -> str | None:
         elif lower in _POWERS:
             pending = _POWERS[lower]
         elif last and (word[0] == "^" or lower in ("squared", "cubed")):
-            factor = int(re.sub(r"[^-\d]", "", word)) if word[0] == "^" else 2 if lower == "squared" else 3
-            powers[last] *= factor
+            if abs(powers[last]) != 1:
+                return None
+            powers[last] *= int(re.sub(r"[^-\d]", "", word)) if word[0] == "^" else 2 if lower == "squared" else 3
         elif lower in _SPEEDS:
             above, below = _SPEEDS[lower]
             powers |= {above: 1, below: -1}

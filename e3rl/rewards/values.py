@@ -205,8 +205,8 @@ def point(names: frozenset[str], number: int) -> dict[str, Fraction]:
 
 def same_value(left: Node, right: Node) -> bool:
     """Whether two expressions are equal."""
-    names = (symbols_of(left) | symbols_of(right)) - _CONSTANTS
-    if len(names) > _MOST_SYMBOLS or constant(left) != constant(right):
+    names = symbols_of(left) - _CONSTANTS
+    if len(names) > _MOST_SYMBOLS or names != symbols_of(right) - _CONSTANTS:
         return False
     try:
         if not names:
@@ -282,8 +282,8 @@ def proportional(left: Node, right: Node, *, positive: bool = False) -> bool:
 
     With ``positive``, by a factor above 0: inequalities agree.
     """
-    names = (symbols_of(left) | symbols_of(right)) - _CONSTANTS
-    if not names:
+    names = symbols_of(left) - _CONSTANTS
+    if not names or len(names) > _MOST_SYMBOLS or names != symbols_of(right) - _CONSTANTS:
         return False
     ratios: list[Any] = []
     real = "i" not in symbols_of(left) | symbols_of(right)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +387,81 @@ def test_batch_rewards_run_here_even_when_others_are_isolated() -> None:
 def test_isolation_needs_names() -> None:
     with pytest.raises(UserError, match="name them in"):
         Scorer(RewardsConfig(isolate=True), functions=[len])
+
+
+# --- what a function must not do to the run
+
+
+def leaves(completions: Any, **kwargs: Any) -> list[float]:
+    sys.exit(0)
+
+
+async def leaves_later(completions: Any, **kwargs: Any) -> list[float]:
+    sys.exit(0)
+
+
+def test_a_function_that_ends_the_process_costs_its_rewards_and_is_named() -> None:
+    for function in (leaves, leaves_later):
+        assert score(function)[0].error == f"{function.__name__}: called sys.exit(0)"
+
+
+def test_a_function_that_moves_the_process_is_named_and_undone(tmp_path: Path) -> None:
+    def moves(completions: Any) -> list[float]:
+        os.chdir(tmp_path)
+        return [1.0] * len(completions)
+
+    here = os.getcwd()
+    error = f"moves: changed the working directory to {tmp_path}; it was changed back"
+    assert [r.error for r in score(moves)] == [error] * 2
+    assert os.getcwd() == here
+
+
+def test_a_forked_child_that_returns_is_no_second_run(tmp_path: Path) -> None:
+    def forks(completions: Any) -> list[float]:
+        child = os.fork()
+        if child:
+            (tmp_path / "status").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        return [1.0] * len(completions)
+
+    process = os.getpid()
+    rewards = score(forks)
+    assert os.getpid() == process, os._exit(1)  # a second run would go on here
+    assert values(rewards) == [1.0, 1.0]
+    assert (tmp_path / "status").read_text() == "70"
+
+
+def test_a_plug_in_does_not_take_the_place_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json as real
+
+    monkeypatch.chdir(tmp_path)
+    Path("json.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    assert values(named("json.py:one")) == [1.0, 1.0]
+    assert sys.modules["json"] is real
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (1e308, "returned 1e+308; a reward may be 1e+15 at most"),
+        (-1e16, "returned -1e+16; a reward may be 1e+15 at most"),
+        (10**400, "returned what is not a number: int too large to convert to float"),
+        (10**20, "returned 1e+20; a reward may be 1e+15 at most"),
+    ],
+)
+def test_rewards_too_large_to_compare_are_missing(value: float, error: str) -> None:
+    def large(completions: Any) -> list[float]:
+        return [value, 1.0]
+
+    rewards = score(large)
+    assert rewards[0].error == f"large: {error}"
+    assert rewards[1].value == 1.0
+
+
+def test_a_weighted_sum_too_large_is_missing() -> None:
+    def large(completions: Any) -> list[float]:
+        return [1e15, 1.0]
+
+    with Scorer(RewardsConfig(weights=(100.0,)), functions=[large]) as scorer:
+        rewards = scorer.score(TWO, ["", ""])
+    assert [r.value for r in rewards] == [None, 100.0]
+    assert rewards[0].error == "the weighted sum is 1e+17; a reward may be 1e+15 at most"
