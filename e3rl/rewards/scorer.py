@@ -127,7 +127,7 @@ def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: 
     if len(weights) != len(chosen):
         raise UserError(f"rewards.weights has {len(weights)} values for {len(chosen)} reward functions")
     if config.overlong and "overlong" not in config.functions:
-        chosen.append(_named("overlong", False, pool))
+        chosen.append(_named("overlong", config, pool))
         weights = (*weights, 1.0)
     names = _distinct([name for name, _ in chosen])
     return [_Weighted(n, w, call) for n, w, (_, call) in zip(names, weights, chosen, strict=True)]
