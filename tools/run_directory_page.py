@@ -23,7 +23,7 @@ Written by `python tools/run_directory_page.py`; do not edit.
 | `metrics.jsonl` | one line a step, below |
 | `evaluations.jsonl` | one line an evaluation: step, mode, `data` (of several sources), Avg@k, Pass@k, intervals, tokens |
 | `rollouts/step-NNNNNN.parquet` | every trajectory of the step and all that was erased on the way, below |
-| `checkpoints/step-NNNNNN/` | float32 weights, optimizer, random state, data position, statistics, with checksums |
+| `checkpoints/step-NNNNNN/` | float32 weights, optimizer, random state, position, statistics, prefetched rollouts, checksums |
 | `journal/step-NNNNNN.journal` | candidates of steps that no checkpoint holds yet, each as soon as it is generated |
 | `skipped/step-NNNNNN/` | a step that was skipped because of NaN or exploding numbers: finding, batch, weights (`e3rl replay`) |
 | `model/` | the trained model as an ordinary Hugging Face directory, written at the end |
@@ -53,7 +53,9 @@ def page() -> str:
     return (
         f"{HEAD}\n## metrics.jsonl\n\nNumbers that do not exist in a step are null or absent; objectives may add their own "
         f"after a `/`.\n\n| key | meaning |\n| --- | --- |\n{metrics}\n\n"
-        f"## rollouts\n\nOne row a trajectory. pandas and DuckDB read the files without e3rl.\n\n"
+        "## rollouts\n\nOne row a trajectory. pandas and DuckDB read the files without e3rl. Journals, prefetched rollouts "
+        "(`prefetched.arrow`) and a skipped\nstep's batch (`batch.arrow`) hold the same rows, but for the text and what was "
+        "learnt; so do the answers of rollout workers.\n\n"
         f"| column | type | meaning |\n| --- | --- | --- |\n{columns}\n"
     )
 

@@ -1,15 +1,24 @@
-"""What a trainer and a rollout worker say to each other. A group is the unit of work; its draws name it."""
+"""What a trainer and a rollout worker say to each other. A group is the unit of work; its draws name it.
+
+Messages are JSON (`e3rl.cluster.wire`); groups travel as record batches (`e3rl.rollout.columns`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+import numpy as np
+import pyarrow as pa
 
 from e3rl import __version__
+from e3rl.cluster.wire import decode, encode
+from e3rl.rollout.columns import decode as decode_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.types import Candidate, Draw, Erasure, Group, Prompt, Segment, Trajectory
+from e3rl.rollout.ipc import from_ipc, problem_of, to_ipc
+from e3rl.types import MEASURES, Draw, Group, Prompt
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True)
@@ -43,25 +52,6 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Response:
-    """A trajectory without its prompt."""
-
-    sibling: int
-    segments: tuple[Segment, ...]
-    erasures: tuple[Erasure, ...]
-    finish: Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A group that is done, and the policy version that made it."""
-
-    prompt_id: str
-    policy_version: int
-    responses: tuple[Response, ...]
-
-
-@dataclass(frozen=True)
 class Fault:
     """Why a worker can't go on, where another attempt would end in the same way."""
 
@@ -72,48 +62,62 @@ class Fault:
 
 @dataclass(frozen=True)
 class Answer:
-    """``beat`` counts candidates since the worker started: one that stands still has hung."""
+    """What goes before the groups that are done. ``beat`` counts candidates since the worker started: one that stands still
+    has hung."""
 
     run: str
-    finished: tuple[Finished, ...]
     beat: int
     fault: Fault | None = None
 
 
-def finished_of(group: Group) -> Finished:
-    """A group on its way to the trainer."""
-    assert group.policy_version is not None
-    responses = tuple(Response(t.sibling, t.segments, t.erasures, t.finish) for t in group.trajectories)
-    return Finished(group.prompt.problem.id, group.policy_version, responses)
+def encode_answer(answer: Answer, groups: Sequence[pa.RecordBatch]) -> bytes:
+    """An answer as JSON in a line, then its groups, if there are any, as an Arrow IPC stream."""
+    return encode(answer) + b"\n" + (to_ipc(groups) if groups else b"")
 
 
-def group_of(finished: Finished, prompt: Prompt, settings: GroupSettings, vocabulary: int) -> Group:
-    """The group with its prompt. ValueError where it can't be an answer to what was asked."""
+def decode_answer(body: bytes) -> tuple[Answer, list[pa.RecordBatch]]:
+    """What `encode_answer` was given; ValueError where it is anything else."""
+    head, _, groups = body.partition(b"\n")
+    return decode(Answer, head), from_ipc(groups) if groups else []
+
+
+def group_of(batch: pa.RecordBatch, prompt: Prompt, settings: GroupSettings, vocabulary: int) -> Group:
+    """The group that a batch of `from_ipc` holds. ValueError where it can't be an answer to what was asked."""
     rollout, version = settings.rollout, settings.policy_version
-    if finished.policy_version != version:
-        raise ValueError(f"rollouts of policy version {finished.policy_version}; version {version} was asked for")
-    if [r.sibling for r in finished.responses] != list(range(rollout.num_generations)):
-        raise ValueError(f"{len(finished.responses)} responses of {rollout.num_generations} that were asked for")
-    for response in finished.responses:
-        candidates = [s.candidate for s in response.segments] + [e.candidate for e in response.erasures]
-        for candidate in candidates:
-            _check_candidate(candidate, rollout.segment_length, vocabulary)
-        tokens = sum(len(s.candidate.ids) for s in response.segments)
+    siblings, versions = batch["sibling"].to_pylist(), set(batch["policy_version"].to_pylist())
+    if problem_of(batch) != prompt.problem.id:
+        raise ValueError(f"a group of problem '{problem_of(batch)}'; '{prompt.problem.id}' was asked for")
+    if versions != {version}:
+        raise ValueError(f"rollouts of policy version {versions}; version {version} was asked for")
+    if siblings != list(range(rollout.num_generations)):
+        raise ValueError(f"{len(siblings)} responses of {rollout.num_generations} that were asked for")
+    if any(ids != list(prompt.ids) for ids in batch["prompt_ids"].to_pylist()):
+        raise ValueError("responses to other tokens than those of the prompt")
+    for name in ("segments", "erasures"):
+        _check_candidates(batch[name].values, rollout.segment_length, vocabulary)
+    [item] = decode_groups(batch, lambda _: prompt)
+    for trajectory in item.group.trajectories:
+        tokens = trajectory.committed_tokens
         if not 0 < tokens <= rollout.completion_limit:
             raise ValueError(f"a response of {tokens} tokens; between 1 and {rollout.completion_limit} were asked for")
-    trajectories = (Trajectory(prompt, r.sibling, r.segments, r.erasures, r.finish) for r in finished.responses)
-    return Group(prompt, tuple(trajectories), version)
+        if [s.index for s in trajectory.segments] != list(range(len(trajectory.segments))):
+            raise ValueError("segments that are not in order")
+    return item.group
 
 
-def _check_candidate(candidate: Candidate, longest: int, vocabulary: int) -> None:
-    size = len(candidate.ids)
-    columns = (candidate.logprobs, candidate.entropies, candidate.perturbations, candidate.kept_mass, candidate.ranks)
-    if not 0 < size <= longest or any(len(column) != size for column in columns):
-        raise ValueError(f"a candidate of {size} tokens with {[len(c) for c in columns]} measures")
-    if not all(0 <= i < vocabulary for i in candidate.ids):
+def _check_candidates(struct: pa.StructArray, longest: int, vocabulary: int) -> None:
+    """Sizes, tokens and measures of all candidates at once."""
+    ids, entropies = (struct.field(name).values.to_numpy() for name in ("ids", "entropies"))
+    sizes = np.diff(struct.field("ids").offsets.to_numpy())
+    for size in sizes[(sizes < 1) | (sizes > longest)].tolist():
+        raise ValueError(f"a candidate of {size} tokens; between 1 and {longest} were asked for")
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocabulary:
         raise ValueError(f"token ids outside the vocabulary of {vocabulary}")
-    if not all(0 <= h < float("inf") for h in candidate.entropies):  # NaN too
+    if not ((entropies >= 0) & (entropies < np.inf)).all():  # NaN too
         raise ValueError("entropies that are no entropies")
+    for name in MEASURES:
+        if not np.isfinite(struct.field(name).values.to_numpy()).all():
+            raise ValueError(f"{name} that are not finite")
 
 
 def check_hello(hello: Hello, architecture: str, longest: int, siblings: int) -> str | None:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, group_of
+from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, decode_answer, group_of
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.ipc import problem_of
 from e3rl.types import Group, Prompt
 
 
@@ -269,14 +270,13 @@ class _Shift:
         tasks = tuple(Task(p.problem.id, p.ids) for p in prompts)
         body = self._worker.exchange(encode(Ask(self._run, self._settings, tasks, self._terms.poll)))
         try:
-            answer = decode(Answer, body)
-            groups = [
-                group_of(f, self._mine[f.prompt_id], self._settings, self._terms.vocabulary)
-                for f in answer.finished
-                if f.prompt_id in self._mine
-            ]
-            if len(groups) < len(answer.finished) or answer.run != self._run:
+            answer, batches = decode_answer(body)
+            if answer.run != self._run or any(problem_of(batch) not in self._mine for batch in batches):
                 raise ValueError("it speaks of groups that it was not asked for")
+            groups = [
+                group_of(batch, self._mine[problem_of(batch)], self._settings, self._terms.vocabulary)
+                for batch in batches
+            ]
         except ValueError as error:
             raise WorkerLost(f"what it answers can't be used: {error}") from None
         if answer.fault is not None:
@@ -285,12 +285,12 @@ class _Shift:
             del self._mine[group.prompt.problem.id]
             self._seat.useful = True
             self._batch.deliver(group)
-        self._watch(answer)
+        self._watch(answer.beat, bool(groups))
 
-    def _watch(self, answer: Answer) -> None:
+    def _watch(self, beat: int, useful: bool) -> None:
         now = time.monotonic()
-        if answer.beat != self._beat or answer.finished:
-            self._beat, self._alive = answer.beat, now
+        if beat != self._beat or useful:
+            self._beat, self._alive = beat, now
         elif now - self._alive > self._terms.timeout:
             raise WorkerLost(f"it has generated nothing for {self._terms.timeout:g} s (rollout.worker_timeout)")
 

@@ -10,7 +10,7 @@ from safetensors.torch import save as save_safetensors
 
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.cluster.client import server_place
-from e3rl.cluster.messages import finished_of, group_of
+from e3rl.cluster.messages import group_of
 from e3rl.cluster.pool import Place, Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
 from e3rl.config import Config
@@ -66,14 +66,14 @@ class RemoteRollouts:
         """See `Rollouts.run`: first the groups that are known, then those that have to be made."""
         journal, missing = self._journal.of(settings.step), []
         for prompt in prompts:
-            finished = journal.groups.pop(prompt.problem.id, None)
-            if finished is None:
+            known = journal.groups.pop(prompt.problem.id, None)
+            if known is None:
                 missing.append(prompt)
             else:
-                yield group_of(finished, prompt, settings, self._policy.vocabulary)
+                yield group_of(known, prompt, settings, self._policy.vocabulary)
         if missing:
             for group in self._pool.run(missing, settings, tick):
-                journal.add_group(finished_of(group))
+                journal.add_group(group)
                 yield group
 
     def load_weights(self, version: int) -> None:

@@ -11,10 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
-import numpy as np
-
 _T = TypeVar("_T")
-_ARRAYS = {"Ids": tuple[int, ...], "Numbers": tuple[float, ...]}  # how the arrays of `Candidate` travel
 
 
 def to_plain(value: Any) -> Any:
@@ -23,8 +20,6 @@ def to_plain(value: Any) -> Any:
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, np.ndarray):
-        return value.tolist()
     if isinstance(value, Mapping):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -85,7 +80,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 @functools.cache
 def _fields(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind, localns=_ARRAYS)
+    hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
+import pyarrow as pa
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from e3rl import __version__
-from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Finished, Hello, Task, finished_of
+from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Hello, Task, encode_answer
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.weights import architecture
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.models import Policy, load_policy
+from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import Event, GroupSettings
 from e3rl.types import Problem, Prompt
@@ -40,7 +42,7 @@ class RolloutWorker:
         self._changed = threading.Condition()
         self._run, self._settings = "", None  # type: tuple[str, GroupSettings | None]
         self._tasks: list[Task] = []  # that the thread has not taken up
-        self._finished: list[Finished] = []
+        self._finished: list[pa.RecordBatch] = []
         self._fault: Fault | None = None
         self._beat, self._closed = 0, False
         self._holding = False  # the engine may hold rows
@@ -78,7 +80,7 @@ class RolloutWorker:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._finished or self._fault or ask.run != self._run, ask.wait)
             finished, self._finished = self._finished, []
-            return encode(Answer(self._run, tuple(finished), self._beat, self._fault))
+            return encode_answer(Answer(self._run, self._beat, self._fault), finished)
 
     def close(self) -> None:
         """Stop generating."""
@@ -128,7 +130,7 @@ class RolloutWorker:
                 )
             driver.submit(Prompt(Problem(task.prompt_id, ""), task.ids), settings, self._observe)
         for job in driver.step():
-            finished = finished_of(job.result())
+            finished = encode_groups([job.result()])
             with self._changed:
                 if self._run == run:
                     self._finished.append(finished)

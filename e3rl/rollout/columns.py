@@ -145,7 +145,9 @@ def encode_rows(rows: Sequence[Row]) -> pa.RecordBatch:
         "finish": [row.finish for row in rows],
         "reward": [None if r is None else r.value for r in rewards],
         "reward_parts": [None if r is None else list(r.parts.items()) for r in rewards],
-        "reward_error": [None if r is None else r.error for r in rewards],
+        "reward_error": [
+            None if r is None or r.error is None else r.error.encode("utf-8", "replace").decode() for r in rewards
+        ],
         "segments": _candidates([row.segments for row in rows]),
         "erasures": _candidates([row.erasures for row in rows]),
     }

@@ -48,6 +48,14 @@ def read_batch(content: bytes) -> pa.RecordBatch:
     return batch
 
 
+def problem_of(batch: pa.RecordBatch) -> str:
+    """The id of the problem that all rows are about; ValueError where there is not one."""
+    found = set(batch["problem_id"].to_pylist())
+    if len(found) != 1:
+        raise ValueError(f"a group of {len(found)} problems")
+    return str(found.pop())
+
+
 def check(batch: pa.RecordBatch) -> None:
     """ValueError where a batch that has this schema is inconsistent: it may come from a damaged file or a hostile process."""
     try:

@@ -22,6 +22,7 @@ from e3rl.train.lazy_tensors import LazyTensors
 
 FORMAT = 1
 _PREFIX = "step-"
+_PREFETCHED = "prefetched.arrow"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     rng: Tensor
     facts: Mapping[str, Any]
+    prefetched: bytes = b""  # groups that were collected for the next step already, as an Arrow IPC stream
 
 
 def checkpoint_directory(run: Path, step: int) -> Path:
@@ -98,6 +100,8 @@ def _finish(checkpoint: Checkpoint, temporary: Path, stack: contextlib.ExitStack
     """Write what is no tensor of the model's; ``stack`` then puts the directory into its place."""
     save_file({"cpu": checkpoint.rng}, temporary / "rng.safetensors")
     write_json(temporary / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts})
+    if checkpoint.prefetched:
+        (temporary / _PREFETCHED).write_bytes(checkpoint.prefetched)
     stack.close()
 
 
@@ -125,12 +129,14 @@ def _read(directory: Path) -> Checkpoint:
     facts = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     if facts.pop("format") != FORMAT:
         raise UserError(f"checkpoint {directory} has another format than this version reads ({FORMAT})")
+    prefetched = directory / _PREFETCHED
     return Checkpoint(
         step=facts.pop("step"),
         weights=_stored(directory, "weights"),
         optimizer=_stored(directory, "optimizer"),
         rng=load_file(directory / "rng.safetensors")["cpu"],
         facts=facts,
+        prefetched=prefetched.read_bytes() if prefetched.exists() else b"",
     )
 
 

@@ -9,12 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from e3rl.cluster.messages import Finished, finished_of, group_of
-from e3rl.cluster.wire import from_plain, to_plain
 from e3rl.data.stream import PromptStream
+from e3rl.errors import UserError
 from e3rl.rewards.scorer import require_some
+from e3rl.rollout.columns import decode, encode
 from e3rl.rollout.filters import fresh_prompts
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.rollout.stats import summarise
 from e3rl.train.interrupt import Interrupted
 from e3rl.types import Group, Prompt, Reward, RewardedGroup
@@ -131,29 +132,24 @@ class Prefetch:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def to_table(groups: StepGroups) -> dict[str, Any]:
-    """The groups as plain JSON values, prompts by their ids."""
-    return {
-        **{name: [_to_plain(g) for g in getattr(groups, name)] for name in ("kept", "dropped")},
+def pack_groups(groups: StepGroups) -> tuple[dict[str, Any], bytes]:
+    """The groups for a checkpoint: the facts as JSON values, and what was generated as an Arrow IPC stream."""
+    facts = {
+        "kept": len(groups.kept),
         "refills": groups.refills,
         "seconds": [groups.rollout_seconds, groups.reward_seconds],
     }
+    return facts, to_ipc([encode(groups.all)])
 
 
-def from_table(run: Run, table: Mapping[str, Any]) -> StepGroups:
-    """The groups that `to_table` wrote down."""
+def unpack_groups(run: Run, facts: Mapping[str, Any], content: bytes) -> StepGroups:
+    """The groups that `pack_groups` was given."""
+    if not content:
+        raise UserError(
+            f"the newest checkpoint of {run.path} holds prefetched rollouts in the format of an earlier version: "
+            "continue the run with that version, or start it under another name"
+        )
     prompts = {prompt.problem.id: prompt for prompt in run.data.train}
-    kept, dropped = (tuple(_from_plain(run, prompts, g) for g in table[name]) for name in ("kept", "dropped"))
-    return StepGroups(kept, dropped, table["refills"], *table["seconds"])
-
-
-def _to_plain(item: RewardedGroup) -> dict[str, Any]:
-    return {"group": to_plain(finished_of(item.group)), "rewards": to_plain(item.rewards)}
-
-
-def _from_plain(run: Run, prompts: Mapping[str, Prompt], plain: Mapping[str, Any]) -> RewardedGroup:
-    finished: Finished = from_plain(Finished, plain["group"], "group")
-    config = run.config
-    settings = GroupSettings(config.rollout, config.erasure, 0, step=0, policy_version=finished.policy_version)
-    group = group_of(finished, prompts[finished.prompt_id], settings, run.policy.vocabulary)
-    return RewardedGroup(group, tuple(from_plain(Reward, r, "reward") for r in plain["rewards"]))
+    found = [g for batch in from_ipc(content) for g in decode(batch, lambda row: prompts[row.problem_id])]
+    kept, dropped = tuple(found[: facts["kept"]]), tuple(found[facts["kept"] :])
+    return StepGroups(kept, dropped, facts["refills"], *facts["seconds"])

@@ -6,9 +6,9 @@ all that is kept: the driver (`e3rl.rollout.driver`) asks the journal before it 
 group's state machine goes through what was drawn before.
 
 A file a step, for every step that no checkpoint holds yet: records of a length, a checksum and bytes. The first says
-which weights generated the rest; candidates of other weights are never used. The others are the candidates of one poll, a row
-each (`e3rl.rollout.columns`), or a group that a worker sent. A kill may tear the last record, which is dropped. Nothing waits
-for the disk: what a power cut takes is generated again, by the same draws.
+which weights generated the rest; candidates of other weights are never used. The others are record batches
+(`e3rl.rollout.columns`): the candidates of one poll, a row each, or a group that a worker sent. A kill may tear the last
+record, which is dropped. Nothing waits for the disk: what a power cut takes is generated again, by the same draws.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
-from e3rl.cluster.messages import Finished
-from e3rl.cluster.wire import decode, encode
 from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence
-from e3rl.rollout.columns import Record, Row, decode_rows, encode_rows
-from e3rl.rollout.ipc import read_batch
-from e3rl.types import Candidate, Draw
+from e3rl.rollout.columns import Record, Row, decode_rows, encode, encode_rows
+from e3rl.rollout.ipc import problem_of, read_batch
+from e3rl.types import Candidate, Draw, Group
 
 FORMAT = 2
 _FRAME = struct.Struct("<II")  # bytes of the record, CRC-32 of them
@@ -114,7 +113,7 @@ class StepJournal:
         self.path, self._say = path, say
         self.known: dict[Draw, deque[Candidate]] = {}
         """Candidates that an earlier process left, by draw: in the order they were made where one was drawn twice."""
-        self.groups: dict[str, Finished] = {}
+        self.groups: dict[str, pa.RecordBatch] = {}
         """Whole groups that workers sent, by prompt id."""
         self._drawn: list[tuple[Draw, Candidate]] = []  # not yet handed to the system
         with disk_full_is_a_sentence(path):
@@ -150,8 +149,8 @@ class StepJournal:
 
     def _remember(self, payload: bytes) -> None:
         if payload.startswith(_GROUP):
-            finished = decode(Finished, payload.removeprefix(_GROUP))
-            self.groups[finished.prompt_id] = finished
+            batch = read_batch(payload.removeprefix(_GROUP))
+            self.groups[problem_of(batch)] = batch
         else:
             for draw, candidate in unpack(payload):
                 self.known.setdefault(draw, deque()).append(candidate)
@@ -170,10 +169,10 @@ class StepJournal:
         """Keep a candidate; after the next `flush` it survives the process."""
         self._drawn.append((draw, candidate))
 
-    def add_group(self, finished: Finished) -> None:
+    def add_group(self, group: Group) -> None:
         """Keep a group that a worker sent."""
         with disk_full_is_a_sentence(self.path):
-            self._file.write(frame(_GROUP + encode(finished)))
+            self._file.write(frame(_GROUP + encode([group]).serialize().to_pybytes()))
         self.flush()
 
     def flush(self) -> None:

@@ -1,7 +1,7 @@
 """NaN, infinite and exploding numbers of a training step: found before they reach a weight, located, kept for replay.
 
 A skipped step is kept in ``skipped/step-NNNNNN/``: what was found (finding.json), the step's rollouts and rewards
-(batch.json) and the float32 weights before it, with checksums. The newest `KEPT` are kept.
+(batch.arrow) and the float32 weights before it, with checksums. The newest `KEPT` are kept.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from e3rl.cluster.messages import Finished, Response
-from e3rl.cluster.wire import from_plain, to_plain
 from e3rl.config import TrainConfig
 from e3rl.errors import UserError
 from e3rl.files import atomic_directory, damage, write_json
 from e3rl.objectives.base import TrainBatch
+from e3rl.rollout.columns import Row, decode, encode
+from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.train.sequences import TrainSequence
-from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
+from e3rl.types import Problem, Prompt, RewardedGroup
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 3
 
 
@@ -150,7 +150,7 @@ def write_skipped(run: Path, skipped: SkippedStep) -> Path:
     with atomic_directory(directory) as temporary:
         facts = {"format": FORMAT, "step": skipped.step, "update": skipped.update, "text": skipped.text}
         write_json(temporary / "finding.json", {**facts, "finding": asdict(skipped.finding)})
-        (temporary / "batch.json").write_text(json.dumps([_plain(item) for item in skipped.batch]), encoding="utf-8")
+        (temporary / "batch.arrow").write_bytes(to_ipc([encode(skipped.batch)]))
         save_file(
             {n: t.detach().cpu().contiguous().clone() for n, t in skipped.weights.items()},
             temporary / "weights.safetensors",
@@ -169,25 +169,16 @@ def read_skipped(run: Path, step: int) -> SkippedStep:
     facts = json.loads((directory / "finding.json").read_text(encoding="utf-8"))
     if facts.get("format") != FORMAT:
         raise UserError(f"{directory} has format {facts.get('format')}; this version reads {FORMAT}")
-    batch = json.loads((directory / "batch.json").read_text(encoding="utf-8"))
+    batches = from_ipc((directory / "batch.arrow").read_bytes())
+    batch = tuple(item for found in batches for item in decode(found, _prompt_of))
     finding = NonFinite(**{**facts["finding"], "parameters": tuple(facts["finding"]["parameters"])})
     weights = load_file(directory / "weights.safetensors")
-    return SkippedStep(facts["step"], facts["update"], facts["text"], finding, tuple(map(_rewarded, batch)), weights)
+    return SkippedStep(facts["step"], facts["update"], facts["text"], finding, batch, weights)
 
 
-def _plain(item: RewardedGroup) -> dict[str, Any]:
-    group = item.group
-    responses = tuple(Response(t.sibling, t.segments, t.erasures, t.finish) for t in group.trajectories)
-    finished = Finished(group.prompt.problem.id, group.policy_version or 0, responses)
-    return {"prompt_ids": group.prompt.ids, "finished": to_plain(finished), "rewards": to_plain(item.rewards)}
-
-
-def _rewarded(plain: Mapping[str, Any]) -> RewardedGroup:
-    finished = from_plain(Finished, plain["finished"], "finished")
-    prompt = Prompt(Problem(finished.prompt_id, ""), tuple(plain["prompt_ids"]))
-    trajectories = tuple(Trajectory(prompt, r.sibling, r.segments, r.erasures, r.finish) for r in finished.responses)
-    group = Group(prompt, trajectories, finished.policy_version)
-    return RewardedGroup(group, tuple(Reward(r["value"], r["parts"], r["error"]) for r in plain["rewards"]))
+def _prompt_of(row: Row) -> Prompt:
+    """The tokens of a prompt whose problem is known by its id alone."""
+    return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
 
 
 def skip_step(

@@ -23,7 +23,7 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import ReferenceStatistics
 from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
-from e3rl.train.collect import Prefetch, StepGroups, from_table, to_table
+from e3rl.train.collect import Prefetch, StepGroups, pack_groups, unpack_groups
 from e3rl.train.interrupt import StopRequest
 from e3rl.train.journal import Journal
 from e3rl.train.learner import Learner
@@ -107,6 +107,7 @@ def publish_weights(run: Run, state: State) -> None:
 
 def save(run: Run, state: State) -> None:
     """Write a checkpoint; the journals of the steps that it holds are no longer needed."""
+    ahead, prefetched = pack_groups(state.prefetched) if state.prefetched else (None, b"")
     facts = {
         "stream": state.stream.state(),
         "tokens": state.tokens,
@@ -114,10 +115,10 @@ def save(run: Run, state: State) -> None:
         "skipped": state.skipped,
         "reference": state.calibration.to_tables(),
         "entropy_moments": state.entropy_moments and state.entropy_moments.to_table(),
-        "ahead": state.prefetched and to_table(state.prefetched),
+        "ahead": ahead,
     }
     weights, moments = state.optimizer.weights(), state.optimizer.state()
-    checkpoint = Checkpoint(state.step, weights, moments, torch.get_rng_state(), facts)
+    checkpoint = Checkpoint(state.step, weights, moments, torch.get_rng_state(), facts, prefetched)
     save_checkpoint(run.path, checkpoint, run.config.train.save_total_limit, run.ranks)
     run.journal.drop_through(state.step)
 
@@ -134,7 +135,8 @@ def restore(run: Run, state: State) -> None:
         state.stream.restore(facts["stream"])
         state.calibration = ReferenceStatistics.from_tables(facts["reference"])
         state.entropy_moments = moments and Moments.from_table(moments)
-        state.prefetched = from_table(run, facts["ahead"]) if facts.get("ahead") else None
+        ahead = facts.get("ahead")
+        state.prefetched = unpack_groups(run, ahead, checkpoint.prefetched) if ahead else None
         publish_weights(run, state)
         run.journal.drop_through(state.step)
     run.directory.drop_after(state.step)

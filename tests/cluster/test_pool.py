@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save
 
-from e3rl.cluster.messages import Answer, Hello
+from e3rl.cluster.messages import Hello, decode_answer, encode_answer
 from e3rl.cluster.pool import Place, WorkerLost, _Batch
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import NonFiniteLogits, UserError
+from e3rl.rollout.columns import SCHEMA
+from e3rl.rollout.ipc import problem_of
 from e3rl.types import Group
 from tests.cluster.places import SETTINGS, Broken, World, ids, lost_once
 from tests.rollout.worlds import levels, roll
@@ -71,7 +74,7 @@ def test_both_workers_get_groups(world, two):
             if number == 1:
                 meeting.wait()
             body = answer()
-            asked[index] += len(decode(Answer, body).finished)
+            asked[index] += len(decode_answer(body)[1])
             return body
 
         return change
@@ -108,9 +111,9 @@ def test_a_worker_that_gets_on_may_be_lost_any_number_of_times(world, expected, 
             if given:
                 losses.append(1)
                 raise WorkerLost("out of memory")
-            body = decode(Answer, answer())
-            given.extend(f.prompt_id for f in body.finished[:1])
-            return encode(dataclasses.replace(body, finished=body.finished[:1]))
+            head, groups = decode_answer(answer())
+            given.extend(map(problem_of, groups[:1]))
+            return encode_answer(head, groups[:1])
 
         return change
 
@@ -129,43 +132,58 @@ def test_with_no_worker_left_the_run_ends_and_says_why(world, two):
 
 def test_a_worker_that_generates_nothing_is_lost_in_bounded_time(world, expected, two):
     def hung(_: int, answer: Callable[[], bytes]) -> bytes:
-        body = decode(Answer, answer())
-        return encode(dataclasses.replace(body, finished=(), beat=7))
+        head, _ = decode_answer(answer())
+        return encode_answer(dataclasses.replace(head, beat=7), [])
 
     began = time.monotonic()
     assert ids(world.run(world.pool(place(two[0]), broken(two[1], hung), timeout=0.5))) == ids(expected)
     assert time.monotonic() - began < 60
 
 
-def _garbled(change: Callable[[Any], Any]) -> Callable[[int, Callable[[], bytes]], bytes]:
+def _garbled(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[int, Callable[[], bytes]], bytes]:
+    """Every group's rows are changed."""
+
     def through(_: int, answer: Callable[[], bytes]) -> bytes:
-        body = decode(Answer, answer())
-        return encode(dataclasses.replace(body, finished=tuple(change(f) for f in body.finished)))
+        head, groups = decode_answer(answer())
+        rows = [group.to_pylist() for group in groups]
+        for group in rows:
+            change(group)
+        return encode_answer(head, [pa.RecordBatch.from_pylist(group, schema=SCHEMA) for group in rows])
 
     return through
 
 
-def _candidate(finished: Any, **fields: Any) -> Any:
-    response = finished.responses[0]
-    segment = response.segments[0]
-    changed = dataclasses.replace(segment, candidate=dataclasses.replace(segment.candidate, **fields))
-    first = dataclasses.replace(response, segments=(changed, *response.segments[1:]))
-    return dataclasses.replace(finished, responses=(first, *finished.responses[1:]))
+def _candidate(**fields: Callable[[int], list[float]]) -> Callable[[int, Callable[[], bytes]], bytes]:
+    """A candidate of each group has other numbers, made from how many tokens it has."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        candidate = rows[0]["segments"][0]
+        size = len(candidate["ids"])
+        candidate.update({name: make(size) for name, make in fields.items()})
+
+    return _garbled(change)
+
+
+def _another_run(_: int, answer: Callable[[], bytes]) -> bytes:
+    head, groups = decode_answer(answer())
+    return encode_answer(dataclasses.replace(head, run="x"), groups)
+
+
+def _cut_short(_: int, answer: Callable[[], bytes]) -> bytes:
+    body = answer()
+    return body[: len(body) // 2] if len(body) > 1000 else body
 
 
 GARBAGE = {
     "a web page": lambda _, answer: b"<html>502 Bad Gateway</html>",
-    "another run": lambda _, answer: encode(dataclasses.replace(decode(Answer, answer()), run="x")),
-    "another policy version": _garbled(lambda f: dataclasses.replace(f, policy_version=9)),
-    "a sibling too few": _garbled(lambda f: dataclasses.replace(f, responses=f.responses[1:])),
-    "tokens outside the vocabulary": _garbled(
-        lambda f: _candidate(f, ids=(10**6,) * len(f.responses[0].segments[0].candidate.ids))
-    ),
-    "fewer measures than tokens": _garbled(lambda f: _candidate(f, entropies=())),
-    "entropies of NaN": _garbled(
-        lambda f: _candidate(f, entropies=(float("nan"),) * len(f.responses[0].segments[0].candidate.ids))
-    ),
-    "groups nobody asked for": _garbled(lambda f: dataclasses.replace(f, prompt_id="stranger")),
+    "another run": _another_run,
+    "half of an answer": _cut_short,
+    "another policy version": _garbled(lambda rows: [row.update(policy_version=9) for row in rows]),
+    "a sibling too few": _garbled(lambda rows: rows.pop()),
+    "tokens outside the vocabulary": _candidate(ids=lambda size: [10**6] * size),
+    "fewer measures than tokens": _candidate(entropies=lambda size: []),
+    "entropies of NaN": _candidate(entropies=lambda size: [float("nan")] * size),
+    "groups nobody asked for": _garbled(lambda rows: [row.update(problem_id="stranger") for row in rows]),
 }
 
 

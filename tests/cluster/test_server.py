@@ -22,7 +22,7 @@ from torch import Tensor
 
 from e3rl.cli.main import main
 from e3rl.cluster.client import ServerConnection, server_place
-from e3rl.cluster.messages import Answer, Ask, Hello, Task
+from e3rl.cluster.messages import Ask, Hello, Task, decode_answer
 from e3rl.cluster.pool import Place, WorkerLost, WorkerPool
 from e3rl.cluster.server import make_server
 from e3rl.cluster.wire import decode, encode
@@ -183,7 +183,7 @@ def test_weights_that_arrive_by_half_make_no_group(world: World, monkeypatch: py
         worker.load_weights(1, world.weights)
     assert decode(Hello, worker.hello()).policy_version is None
     task = Task("p", (1, 2))
-    answer = decode(Answer, worker.exchange(encode(Ask("run", world.settings, (task,), 5.0))))
+    answer, _ = decode_answer(worker.exchange(encode(Ask("run", world.settings, (task,), 5.0))))
     assert answer.fault is not None
     assert "it holds None" in answer.fault.message
 

@@ -9,28 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.cluster.messages import Answer, Ask, Fault, Finished, Response, Task
+from e3rl.cluster.messages import Answer, Ask, Fault, Task, decode_answer, encode_answer
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config, ErasureConfig, RolloutConfig
+from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import ReferenceStatistics
-from e3rl.types import Candidate, Draw, Erasure, Judgement, Segment, Threshold, Uncertainty, Verdict
+from e3rl.types import Draw
+from tests.rollout.worlds import levels, roll
 
-CANDIDATE = Candidate((3, 4), (-0.1, -1e-300), (0.1 + 0.2, 1.5), (0.0, 2.0), (1.0, 0.9), (1, 7), False)
-JUDGEMENT = Judgement(Uncertainty(1.5, 1.0, 0.3, 0.2, 0.0, 0.9), Threshold(1.2, 1.0, 1.1, 1.09), 0, Verdict.ERASE)
-RESPONSE = Response(0, (Segment(0, CANDIDATE, None),), (Erasure(0, 0, CANDIDATE, JUDGEMENT),), "length")
-ANSWER = Answer(
-    "r", (Finished("p", 3, (RESPONSE,)),), 12, Fault("NonFiniteLogits", "NaN", Draw(1, 2, "p\ud800", 0, 0, 1))
-)
+FAULT = Fault("NonFiniteLogits", "two\nlines", Draw(1, 2, "p\ud800", 0, 0, 1))
+ANSWER = Answer("r", 12, FAULT)
+GROUPS = [encode_groups([group]) for group in roll(levels({("p", 0, 0, 0): 2.0}))[0].values()]
 REFERENCE = ReferenceStatistics(
     {"erasure.metric": "e3rl"}, (Distribution(Moments(3, 0.5, 0.1), (0.25, 0.75)),), Moments(2, math.pi, 0.0)
 )
 
 
 def test_an_answer_comes_back_as_it_was():
-    assert decode(Answer, encode(ANSWER)) == ANSWER
+    assert decode_answer(encode_answer(ANSWER, GROUPS)) == (ANSWER, GROUPS)
+    assert decode_answer(encode_answer(ANSWER, [])) == (ANSWER, [])
 
 
 def test_an_assignment_with_statistics_comes_back_as_it_was():
@@ -55,7 +55,9 @@ def test_numbers_come_back_bit_by_bit(value: float):
 )
 def test_what_is_no_answer_is_refused(body: bytes):
     with pytest.raises(ValueError):
-        decode(Answer, body)
+        decode_answer(body)
+    with pytest.raises(ValueError):
+        decode_answer(encode(ANSWER) + b"\n" + (body or b" "))
 
 
 @pytest.mark.parametrize(
@@ -63,10 +65,8 @@ def test_what_is_no_answer_is_refused(body: bytes):
     [
         (("beat",), "12"),
         (("beat",), True),
-        (("finished", 0, "policy_version"), None),
-        (("finished", 0, "responses", 0, "finish"), "timeout"),
-        (("finished", 0, "responses", 0, "segments", 0, "candidate", "ids"), [1.5]),
-        (("finished", 0, "responses", 0, "erasures", 0, "judgement", "verdict"), "maybe"),
+        (("fault", "draw", "attempt"), 1.5),
+        (("fault", "draw"), {"seed": 1}),
         (("fault", "kind"), 3),
     ],
     ids=str,

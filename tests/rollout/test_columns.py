@@ -73,7 +73,7 @@ def _groups(draw: st.DrawFn) -> RewardedGroup:
 
 
 def prompt_of(row: Row) -> Prompt:
-    return Prompt(Problem(row.problem_id, ""), tuple(row.prompt_ids.tolist()))
+    return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
 
 
 @settings(max_examples=50)

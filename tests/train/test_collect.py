@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config, FilterConfig
 from e3rl.data.stream import PromptStream
+from e3rl.errors import UserError
 from e3rl.rollout.filters import build_filter
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.collect import StepGroups, collect
+from e3rl.train.collect import StepGroups, collect, pack_groups, unpack_groups
 from e3rl.train.interrupt import Interrupted
 from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
 from tests.rollout.test_filters import rewarded
@@ -127,3 +129,19 @@ def test_a_stop_leaves_the_stream_where_it_was():
         world.collect(3, max_refills=9, tick=tick)
     assert len(world.rounds) == 2
     assert world.stream.state() == before
+
+
+def test_groups_come_back_from_a_checkpoint_in_their_order():
+    world = World(6, good=lambda i: i < 3)
+    groups = world.collect(3, 5)
+    facts, content = pack_groups(groups)
+    assert unpack_groups(world.run, json.loads(json.dumps(facts)), content) == groups
+    assert groups.dropped
+
+
+def test_prefetched_groups_of_an_earlier_version_are_refused():
+    run: Any = SimpleNamespace(path="runs/a", data=SimpleNamespace(train=[]))
+    with pytest.raises(
+        UserError, match="runs/a holds prefetched rollouts in the format of an earlier version: continue"
+    ):
+        unpack_groups(run, {"kept": [{"group": {}}], "dropped": [], "refills": 0, "seconds": [0, 0]}, b"")

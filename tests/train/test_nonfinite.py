@@ -145,9 +145,9 @@ def test_a_skipped_step_comes_back_whole(tmp_path: Path):
         assert [t.segments for t in found.group.trajectories] == [t.segments for t in made.group.trajectories]
         assert [t.erasures for t in found.group.trajectories] == [t.erasures for t in made.group.trajectories]
     assert torch.equal(back.weights["w"], torch.tensor([7.0]))
-    path = tmp_path / "skipped" / "step-000007" / "batch.json"
-    path.write_text(path.read_text().replace("0.5", "0.6"))
-    with pytest.raises(UserError, match=r"step-000007 is damaged: batch\.json does not match"):
+    path = tmp_path / "skipped" / "step-000007" / "batch.arrow"
+    path.write_bytes(path.read_bytes().replace(b"first", b"First"))
+    with pytest.raises(UserError, match=r"step-000007 is damaged: batch\.arrow does not match"):
         read_skipped(tmp_path, 7)
 
 
