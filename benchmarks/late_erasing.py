@@ -36,7 +36,7 @@ from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.lab.problems import Split, load
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.train.environment import environment
 from e3rl.types import Prompt
 
@@ -105,7 +105,7 @@ def evaluated(
     config: Config,
     *,
     erase: bool,
-    reference: ReferenceStatistics | None = None,
+    reference: CalibrationStatistics | None = None,
 ) -> Evaluation:
     """A family sampled and graded under ``config.eval``."""
     prompts, engine = opened(policy, family, split, problems, config)

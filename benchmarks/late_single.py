@@ -18,12 +18,12 @@ import torch
 from late_erasing import PLAIN, TEMPERATURES, Counts, configured, evaluated, interval, measured, shown
 from late_variants import arguments
 
-from e3rl.calibrate import calibrate
 from e3rl.config import Config
 from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
 from e3rl.lab.problems import Split
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.calibrate import calibrate
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.train.environment import environment
 
 ERASING = tuple((setting, t) for setting in (LATE_EPS, HALF_EPS) for t in TEMPERATURES)
@@ -34,7 +34,7 @@ class Calibrated:
     """A way to erase and the statistics that stand in for siblings."""
 
     config: Config
-    reference: ReferenceStatistics
+    reference: CalibrationStatistics
 
 
 def calibrated(policy: Policy, family: str, setting: str, temperature: float, prompts: int) -> Calibrated:

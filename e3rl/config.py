@@ -163,7 +163,7 @@ class ErasureConfig:
     entropy_reference: Literal["group", "batch"] = setting("group", "D3: where mu_E and sigma_E of eq 13 come from")
     baseline: Literal["group", "quantile", "reference", "static"] = setting(
         "group",
-        "D4: B_n from mean and spread of the siblings' first candidates, from their quantile, from saved reference "
+        "D4: B_n from mean and spread of the siblings' first candidates, from their quantile, from saved calibration "
         "statistics, or static_baseline",
     )
     quantile: float = setting(
@@ -189,6 +189,11 @@ class ErasureConfig:
     on_exhausted: Literal["last", "least_uncertain"] = setting(
         "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
     )
+
+    @property
+    def strictness(self) -> str:
+        """Name of the setting that says how much is erased; the larger its value, the less."""
+        return {"quantile": "quantile", "static": "static_baseline"}.get(self.baseline, "kappa0")
 
     def __post_init__(self) -> None:
         if 0 < self.entropy_temperature < 0.001:

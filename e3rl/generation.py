@@ -14,7 +14,7 @@ from e3rl.models import Policy, load_policy, resolve_model_path
 from e3rl.rollout.companions import find_companions
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Message, Problem, Prompt, Trajectory
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sample(
     prompts: Sequence[Prompt],
     config: Config,
     *,
-    reference: ReferenceStatistics | None,
+    reference: CalibrationStatistics | None,
     observe: Callable[[Any], None] | None = None,
 ) -> list[list[Trajectory]]:
     """``rollout.num_generations`` trajectories of every prompt, in the prompts' order."""
@@ -71,7 +71,7 @@ def generate(
 
     ``model`` is a directory, a hub id, 'lab', 'smollm2', a loaded `Policy`, or a loaded transformers model with its
     ``tokenizer``. Without ``config`` the settings saved beside the model are used, or the defaults; they run no code. With
-    one sample the thresholds come from reference statistics saved beside the model (`e3rl calibrate`); several samples of a
+    one sample the thresholds come from calibration statistics saved beside the model (`e3rl calibrate`); several samples of a
     prompt are a group of their own.
     """
     loaded = None if isinstance(model, str) else _loaded(model, tokenizer)

@@ -34,7 +34,7 @@ class Policy:
     def of(cls, model: Any, tokenizer: Any, *, source: str | None = None) -> Policy:
         """A policy around a transformers model that is loaded already; the model is used as it is, where it is.
 
-        ``source`` is where settings and reference statistics are looked for: by default, where the model came from.
+        ``source`` is where settings and calibration statistics are looked for: by default, where the model came from.
         """
         found = source or getattr(model.config, "_name_or_path", "") or "(a model in memory)"
         context = getattr(model.config, "max_position_embeddings", None) or 2048

@@ -15,7 +15,7 @@ from e3rl.evaluate.evaluation import evaluate, spread
 from e3rl.evaluate.metrics import pass_at_k
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Prompt
 
 EXAM = "e3rl_reproduce.measures:exam"
@@ -32,7 +32,7 @@ def exam(
     samples: int,
     erase: bool = False,
     split: Literal["train", "eval"] = "eval",
-    reference: ReferenceStatistics | None = None,
+    reference: CalibrationStatistics | None = None,
 ) -> dict[str, Any]:
     """Right answers of ``samples`` to each problem of each benchmark (name to source), plain or with erasable decoding.
 

@@ -19,7 +19,7 @@ from e3rl.generation import generate as decode
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate, half
 from e3rl.rollout.companions import find_companions
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 
 TINY_RUN = [
     "data.train=lab:chain:1", "data.train_limit=4", "rollout.num_generations=2", "rollout.segment_length=6",
@@ -217,7 +217,7 @@ def test_single_samples_of_the_recommended_recipe_are_judged_by_calibrated_quant
     assert "Recommended: erasure.quantile = 0.2" in told
     assert "│ quantile = 0.2 │" in told  # whole, in a terminal of 80 columns
     assert "…" not in told
-    (usual, *_) = ReferenceStatistics.load(Path(model)).segments
+    (usual, *_) = CalibrationStatistics.load(Path(model)).segments
     assert len(usual.markers) == 64  # 8 prompts × 8 siblings
     ((answer,),) = decode(model, "pb;jp;nt;ph;pn;ht;j>t:")
     first = answer.trajectory.segments[0].judgement.threshold
@@ -233,7 +233,7 @@ def test_calibration_gathers_the_statistics_that_a_reference_baseline_needs(
     assert "Recommended: erasure.kappa0" in capsys.readouterr().out
     [[answer]] = decode(model, LAB_PROBLEM)
     first = answer.trajectory.segments[0].judgement
-    usual = ReferenceStatistics.load(tmp_path / "model").at(0).moments
+    usual = CalibrationStatistics.load(tmp_path / "model").at(0).moments
     config = find_companions(model).config().erasure
     assert config.baseline == "reference"
     assert first.threshold.baseline == pytest.approx(usual.mean + config.kappa0 * usual.std)

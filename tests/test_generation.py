@@ -15,8 +15,8 @@ from e3rl.generation import generate
 from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.rollout.companions import save_companions
-from e3rl.rollout.distribution import Distribution
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.moments import Distribution
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 
 SETTINGS = ["rollout.segment_length=5", "rollout.max_segments=3", "erasure.max_erasures=2"]
 
@@ -36,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     tokenizer.save_pretrained(path)
     usual = Distribution.of([0.1, 0.1])
     measured = measured_by(config.rollout, config.erasure)
-    save_companions(path, config, ReferenceStatistics(measured, (usual,), usual.moments))
+    save_companions(path, config, CalibrationStatistics(measured, (usual,), usual.moments))
     return path
 
 

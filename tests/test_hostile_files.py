@@ -13,7 +13,7 @@ from e3rl.config import Config, ErasureConfig, RolloutConfig, to_toml
 from e3rl.errors import UserError
 from e3rl.generation import generate
 from e3rl.rollout.companions import RECIPE_NAME, find_companions, save_companions
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.train.replay import replay
 from tests.train.random_lab import lab_config, random_lab
 
@@ -118,7 +118,7 @@ _AHEAD = lab_config(Path(), "rollout.ahead=1", "train.importance_correction=toke
 
 def test_what_is_saved_beside_a_model_is_taken_from_there(tmp_path: Path):
     rollout = RolloutConfig(segment_length=7, top_k=3, workers=2)
-    save_companions(tmp_path, Config(rollout=rollout, erasure=ErasureConfig(quantile=0.25)), ReferenceStatistics({}))
+    save_companions(tmp_path, Config(rollout=rollout, erasure=ErasureConfig(quantile=0.25)), CalibrationStatistics({}))
     said: list[str] = []
     found = find_companions(str(tmp_path)).config(say=said.append)
     assert said == []

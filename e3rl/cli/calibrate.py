@@ -1,4 +1,4 @@
-"""`e3rl calibrate`: which erasure settings suit a model, and the reference statistics that go with them."""
+"""`e3rl calibrate`: which erasure settings suit a model, and the calibration statistics that go with them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--target must lie between 0 and 1, --prompts must be at least 1")
     from rich.console import Console
 
-    from e3rl.calibrate import calibrate, calibration_directory, calibration_table
+    from e3rl.rollout.calibrate import calibrate, calibration_directory, calibration_table
     from e3rl.rollout.companions import save_companions
 
     directory = calibration_directory(options.model, options.output)
@@ -41,5 +41,5 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     console.print(calibration_table(result))
     save_companions(directory, result.config, result.reference)
-    console.print(f"Saved reference statistics and settings in {directory}", soft_wrap=True, highlight=False)
+    console.print(f"Saved calibration statistics and settings in {directory}", soft_wrap=True, highlight=False)
     return 0

@@ -25,7 +25,7 @@ _COMMANDS = {
     "compare": ("e3rl.cli.compare", "compare two evaluations on the same problems, with p-values"),
     "grade": ("e3rl.cli.grade", "check answers: a file of references and responses, graded"),
     "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
-    "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its reference statistics"),
+    "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its calibration statistics"),
     "diagnose": ("e3rl.cli.diagnose", "find out whether erasing can help a model on given problems"),
     "serve": ("e3rl.cli.serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
     "rollout-server": ("e3rl.cli.rollout_server", "generate groups for a trainer on another machine"),

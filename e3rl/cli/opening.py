@@ -15,7 +15,7 @@ from e3rl.plugins import foreign_code, foreign_code_lines, require_named
 
 if TYPE_CHECKING:
     from e3rl.models import Policy
-    from e3rl.rollout.statistics import ReferenceStatistics
+    from e3rl.rollout.statistics import CalibrationStatistics
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Opening:
     """A model's settings, resolved, and what lies beside it. ``own_settings``: a recipe, or settings saved with the model."""
 
     config: Config
-    reference: ReferenceStatistics | None
+    reference: CalibrationStatistics | None
     own_settings: bool
 
     def load_policy(self) -> Policy:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         queue_limit=options.queue,
     )
     if opened.reference is None:
-        print("no reference statistics beside the model: single samples need 'erase': false", file=sys.stderr)
+        print("no calibration statistics beside the model: single samples need 'erase': false", file=sys.stderr)
     with make_server(service, access, options.port) as server:
         try:
             server.run_until_interrupted("/v1")

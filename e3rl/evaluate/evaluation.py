@@ -18,7 +18,7 @@ from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Group, Problem, Prompt, Trajectory
 
 SEED_OFFSET = 1_000_003
@@ -93,7 +93,7 @@ def draw(
     erase: bool,
     first: int,
     size: int,
-    reference: ReferenceStatistics | None = None,
+    reference: CalibrationStatistics | None = None,
 ) -> Iterator[Group]:
     """One round: samples ``first`` to ``first + size - 1`` of every prompt, each prompt's as they finish.
 
@@ -113,7 +113,7 @@ def evaluate(
     config: Config,
     *,
     erase: bool,
-    reference: ReferenceStatistics | None = None,
+    reference: CalibrationStatistics | None = None,
     keep_trajectories: bool = False,
 ) -> Evaluation:
     """Sample every prompt ``eval.num_samples`` times and grade the answers with the run's first reward function.
@@ -142,7 +142,7 @@ def held_out_records(
     tokenizer: Any,
     config: Config,
     *,
-    reference: ReferenceStatistics | None,
+    reference: CalibrationStatistics | None,
     done: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """The figures of every source, plain and, where asked for, erasable, but for those that ``done`` holds.

@@ -10,7 +10,7 @@ from typing import Any
 
 from e3rl.config import Config
 from e3rl.evaluate.evaluation import round_sizes
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Prompt
 
 _PROBED = 4096  # values of each tensor that its digest reads: two trained models differ nearly everywhere
@@ -74,7 +74,7 @@ def identity(
     config: Config,
     *,
     erase: bool,
-    reference: ReferenceStatistics | None,
+    reference: CalibrationStatistics | None,
 ) -> dict[str, Any]:
     """What `SampleStore.claim` compares; ``source`` is the name of the data."""
     found: dict[str, Any] = {

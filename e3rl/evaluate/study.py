@@ -19,7 +19,7 @@ from e3rl.evaluate.store import FIGURES, SampleStore, Shard, Unit
 from e3rl.files import write_json
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Prompt
 
 Progress = Callable[[Sequence[Sample]], None]
@@ -82,7 +82,7 @@ class Sampler:
     prompts: Sequence[Prompt]
     config: Config
     scorer: Scorer
-    reference: ReferenceStatistics | None
+    reference: CalibrationStatistics | None
     deadline: float = math.inf
 
     def run(self, plan: Plan, store: SampleStore, shard: Shard, progress: Progress) -> bool:

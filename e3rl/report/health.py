@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from e3rl.config import Config
 from e3rl.evaluate.figures import overall
-from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import mean
 
 Level = Literal["bad", "warn", "note", "good"]
@@ -109,7 +108,7 @@ def never_erases(logs: Logs) -> Finding | None:
     return Finding(
         "warn",
         "Erase rate 0: nothing was ever erased, so this is a plain run in disguise. Lower "
-        f"erasure.{strictness(logs.config.erasure)}{_or_calibrate(logs.config)}.",
+        f"erasure.{logs.config.erasure.strictness}{_or_calibrate(logs.config)}.",
     )
 
 
@@ -120,13 +119,13 @@ def erases_too_much(logs: Logs) -> Finding | None:
     return Finding(
         "warn",
         f"Erased tokens come to {ratio:.0%} of the committed ones, which makes rollouts as much dearer. Raise "
-        f"erasure.{strictness(logs.config.erasure)}{_or_calibrate(logs.config)}.",
+        f"erasure.{logs.config.erasure.strictness}{_or_calibrate(logs.config)}.",
     )
 
 
 def _or_calibrate(config: Config) -> str:
     """Calibration chooses kappa_0 alone."""
-    return ", or run `e3rl calibrate`" if strictness(config.erasure) == "kappa0" else ""
+    return ", or run `e3rl calibrate`" if config.erasure.strictness == "kappa0" else ""
 
 
 def budget_spent(logs: Logs) -> Finding | None:

@@ -12,7 +12,6 @@ from e3rl.errors import UserError
 from e3rl.evaluate.figures import evaluated_name
 from e3rl.parsing import read_json
 from e3rl.report.health import Logs, examine
-from e3rl.rollout.calibration import strictness
 from e3rl.train.metrics import METRICS
 from e3rl.train.run_directory import read_config, read_lines
 
@@ -96,7 +95,7 @@ def facts(config: Config) -> list[list[str]]:
     learned = f"{train.prompts_per_step} prompts × {rollout.num_generations} siblings a step"
     ending = "" if rollout.max_segments == 1 else "s"
     if rollout.erase:
-        name = strictness(erasure)
+        name = erasure.strictness
         chosen = f"{name.replace('kappa0', 'κ₀')} = {getattr(erasure, name):g}"
         erasing = f"up to {erasure.max_erasures} a segment, {chosen}, {erasure.baseline} baseline"
     else:

@@ -1,4 +1,4 @@
-"""What is saved beside a model so that it can be decoded with erasure: reference statistics, and the settings they fit.
+"""What is saved beside a model so that it can be decoded with erasure: calibration statistics, and the settings they fit.
 
 A model's directory may come from anyone, so the settings in it are numbers and choices of decoding and nothing else. Code that
 they name runs only where the caller names it too.
@@ -24,7 +24,7 @@ from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.parsing import read_toml
 from e3rl.plugins import foreign_code, require_named
-from e3rl.rollout.statistics import FILE_NAME, ReferenceStatistics
+from e3rl.rollout.statistics import FILE_NAME, CalibrationStatistics
 from e3rl.sections import build_section
 
 RECIPE_NAME = "e3rl_recipe.toml"
@@ -43,7 +43,7 @@ class Companions:
     """Either is None where the model has none. ``recipe`` is a file that may come from anyone."""
 
     recipe: Path | None
-    reference: ReferenceStatistics | None
+    reference: CalibrationStatistics | None
 
     def config(
         self,
@@ -87,7 +87,7 @@ def _saved_settings(path: Path, own: Mapping[str, Any], say: Callable[[str], obj
     return taken
 
 
-def save_companions(directory: Path, config: Config, reference: ReferenceStatistics) -> None:
+def save_companions(directory: Path, config: Config, reference: CalibrationStatistics) -> None:
     """Write the settings of decoding, and the statistics where there are any, into a model's directory."""
     if reference.segments:
         reference.save(directory)
@@ -101,4 +101,4 @@ def find_companions(model: str) -> Companions:
     directory = Path(model)
     recipe = directory / RECIPE_NAME
     known = (directory / FILE_NAME).is_file()
-    return Companions(recipe if recipe.is_file() else None, ReferenceStatistics.load(directory) if known else None)
+    return Companions(recipe if recipe.is_file() else None, CalibrationStatistics.load(directory) if known else None)

@@ -15,9 +15,9 @@ import numpy as np
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Sampling
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
-from e3rl.rollout.judge import GroupJudge, needs_reference, require_reference
+from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.types import Candidate, Draw, Erasure, Group, Judgement, Prompt, Segment, Trajectory, Verdict
 
 
@@ -74,7 +74,7 @@ Order = Extend | Release
 class GroupSettings:
     """What a group depends on beside its prompt and the weights. All groups of a batch share it.
 
-    ``reference`` is needed where thresholds can't come from the group (see `require_reference`); ``entropy_moments`` of
+    ``reference`` is needed where thresholds can't come from the group (see `require_calibration`); ``entropy_moments`` of
     the previous batch serve ``erasure.entropy_reference = "batch"``. ``first_sibling`` is the number under which a
     group's first sibling draws: many samples of a prompt, divided into small groups, then draw as those of a large one.
     """
@@ -84,7 +84,7 @@ class GroupSettings:
     seed: int
     step: int = 0
     policy_version: int = 0
-    reference: ReferenceStatistics | None = None
+    reference: CalibrationStatistics | None = None
     entropy_moments: Moments | None = None
     first_sibling: int = 0
 
@@ -102,11 +102,11 @@ class GroupSettings:
         return Draw(self.seed, self.step, prompt_id, sibling, order.segment, order.attempt)
 
     def check(self) -> None:
-        """Raise UserError where reference statistics are needed and missing, or were measured with other settings."""
+        """Raise UserError where calibration statistics are needed and missing, or were measured with other settings."""
         if self.rollout.erase:
             siblings = self.rollout.num_generations
-            require_reference(siblings, self.erasure, self.reference)
-            if self.reference is not None and needs_reference(siblings, self.erasure):
+            require_calibration(siblings, self.erasure, self.reference)
+            if self.reference is not None and needs_calibration(siblings, self.erasure):
                 self.reference.check(measured_by(self.rollout, self.erasure))
 
 

@@ -23,7 +23,7 @@ from e3rl.equations import erasure, threshold
 from e3rl.errors import UserError
 from e3rl.rollout.metric import siblings_metric
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
 
 _log = logging.getLogger(__name__)
@@ -35,15 +35,15 @@ ROUNDING = 1e-9
 """Share by which a computed baseline is raised, so that siblings that are all alike are not erased over rounding."""
 
 
-def needs_reference(siblings: int, config: ErasureConfig) -> bool:
-    """Whether B_n has to come from reference statistics: asked for, or no group is large enough for its own."""
+def needs_calibration(siblings: int, config: ErasureConfig) -> bool:
+    """Whether B_n has to come from calibration statistics: asked for, or no group is large enough for its own."""
     too_few = config.baseline in _FROM_SIBLINGS and siblings < config.min_siblings
     return config.baseline == "reference" or too_few
 
 
-def require_reference(siblings: int, config: ErasureConfig, reference: ReferenceStatistics | None) -> None:
-    """Raise UserError where reference statistics are needed and there are none."""
-    if not needs_reference(siblings, config):
+def require_calibration(siblings: int, config: ErasureConfig, reference: CalibrationStatistics | None) -> None:
+    """Raise UserError where calibration statistics are needed and there are none."""
+    if not needs_calibration(siblings, config):
         return
     if reference is None or not reference.segments:
         why = (
@@ -52,13 +52,13 @@ def require_reference(siblings: int, config: ErasureConfig, reference: Reference
             else f"{siblings} sample(s) of a prompt are fewer than erasure.min_siblings = {config.min_siblings}"
         )
         raise UserError(
-            f"{why}, so thresholds come from reference statistics, and the model has none: make them with "
+            f"{why}, so thresholds come from calibration statistics, and the model has none: make them with "
             "'e3rl calibrate', sample more of each prompt, or set erasure.baseline = 'static'"
         )
     if config.baseline == "quantile" and not all(usual.markers for usual in reference.segments):
         raise UserError(
-            "the model's reference statistics hold no quantiles of U, which erasure.baseline = 'quantile' needs: make them again "
-            "with 'e3rl calibrate'"
+            "the model's calibration statistics hold no quantiles of U, which erasure.baseline = 'quantile' needs: make them "
+            "again with 'e3rl calibrate'"
         )
 
 
@@ -101,13 +101,13 @@ class GroupJudge:
         siblings: int,
         config: ErasureConfig,
         *,
-        reference: ReferenceStatistics | None = None,
+        reference: CalibrationStatistics | None = None,
         entropy_moments: Moments | None = None,
     ) -> None:
-        require_reference(siblings, config, reference)
+        require_calibration(siblings, config, reference)
         self._config = config
         self._metric = siblings_metric(config.metric)
-        self._reference = reference if needs_reference(siblings, config) else None
+        self._reference = reference if needs_calibration(siblings, config) else None
         self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
         if self._fixed_entropies is None and self._reference is not None:
             self._fixed_entropies = self._reference.entropies

@@ -1,4 +1,4 @@
-"""Reference statistics (spec: inference): what U usually is at each segment index, for prompts that have no siblings.
+"""Calibration statistics: what U usually is at each segment index, for prompts that have no siblings.
 
 They are gathered from rollouts during training or calibration and saved beside the model.
 """
@@ -15,8 +15,7 @@ from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl.parsing import read_json
-from e3rl.rollout.distribution import Distribution
-from e3rl.rollout.moments import Moments
+from e3rl.rollout.moments import Distribution, Moments
 from e3rl.types import Erasure, Group, Segment, Trajectory
 
 FILE_NAME = "e3rl_reference.json"
@@ -68,7 +67,7 @@ def entropy_moments(groups: Iterable[Group]) -> Moments:
 
 
 @dataclass(frozen=True)
-class ReferenceStatistics:
+class CalibrationStatistics:
     """How first candidates' U is distributed, by segment index, and mean and spread of their token entropies.
 
     ``settings`` are those of `measured_by` that U was measured with.
@@ -82,18 +81,18 @@ class ReferenceStatistics:
         """U at a segment index; beyond the last known index, at the last known."""
         if not self.segments:
             raise UserError(
-                f"the reference statistics hold no segments: gather them with 'e3rl calibrate' ({FILE_NAME})"
+                f"the calibration statistics hold no segments: gather them with 'e3rl calibrate' ({FILE_NAME})"
             )
         return self.segments[min(index, len(self.segments) - 1)]
 
-    def merged(self, other: ReferenceStatistics) -> ReferenceStatistics:
+    def merged(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """Both sets of observations together."""
         other.check(self.settings)
         pairs = zip_longest(self.segments, other.segments, fillvalue=Distribution())
         segments = tuple(a.merged(b) for a, b in pairs)
-        return ReferenceStatistics(self.settings, segments, self.entropies.merged(other.entropies))
+        return CalibrationStatistics(self.settings, segments, self.entropies.merged(other.entropies))
 
-    def including(self, groups: Iterable[Group]) -> ReferenceStatistics:
+    def including(self, groups: Iterable[Group]) -> CalibrationStatistics:
         """These statistics with the judged first candidates of ``groups`` added. Retries never feed them."""
         by_index: dict[int, list[float]] = {}
         entropies = Moments()
@@ -102,7 +101,7 @@ class ReferenceStatistics:
                 by_index.setdefault(record.index, []).append(record.judgement.uncertainty.total)
                 entropies = entropies.merged(Moments.of(record.candidate.entropies))
         segments = tuple(Distribution.of(by_index.get(n, [])) for n in range(max(by_index, default=-1) + 1))
-        return self.merged(ReferenceStatistics(self.settings, segments, entropies))
+        return self.merged(CalibrationStatistics(self.settings, segments, entropies))
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError where these statistics were measured with other settings. One that a file doesn't name is younger
@@ -112,7 +111,9 @@ class ReferenceStatistics:
         differing = [n for n in sorted(then | now) if then.get(n) != now.get(n)]
         if differing:
             details = "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in differing)
-            raise UserError(f"the reference statistics were measured with other settings ({details}): calibrate again")
+            raise UserError(
+                f"the calibration statistics were measured with other settings ({details}): calibrate again"
+            )
 
     def to_tables(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -124,12 +125,12 @@ class ReferenceStatistics:
         }
 
     @staticmethod
-    def from_tables(tables: Mapping[str, Any]) -> ReferenceStatistics:
+    def from_tables(tables: Mapping[str, Any]) -> CalibrationStatistics:
         """What `to_tables` gave; KeyError, TypeError or ValueError where the tables can't have come from it."""
         if tables["format"] != FORMAT:
             raise ValueError(f"format {tables['format']!r}, and this version of e3rl reads format {FORMAT}")
         segments = tuple(Distribution.from_table(table) for table in tables["segments"])
-        return ReferenceStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]))
+        return CalibrationStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]))
 
     def save(self, directory: Path) -> Path:
         """Write them beside a model, atomically."""
@@ -138,11 +139,11 @@ class ReferenceStatistics:
         return path
 
     @staticmethod
-    def load(directory: Path) -> ReferenceStatistics:
+    def load(directory: Path) -> CalibrationStatistics:
         """Read what `save` wrote; UserError says what is wrong with a missing or damaged file."""
         path = directory / FILE_NAME
         try:
-            return ReferenceStatistics.from_tables(read_json(path))
+            return CalibrationStatistics.from_tables(read_json(path))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: make it with 'e3rl calibrate'") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -12,7 +12,7 @@ from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rollout.group import Committed, Erased, Event, GroupSettings
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.serve.choices import Choice, Piece, usage
 from e3rl.serve.errors import ApiError, as_api_error
 from e3rl.serve.requests import DecodingRequest
@@ -45,7 +45,7 @@ class Service:
         self,
         policy: Policy,
         config: Config,
-        reference: ReferenceStatistics | None,
+        reference: CalibrationStatistics | None,
         *,
         name: str,
         max_length: int,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from e3rl.config import Config, ErasureConfig, RolloutConfig
 from e3rl.errors import unknown
-from e3rl.rollout.judge import needs_reference
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.judge import needs_calibration
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.sections import build_section
 from e3rl.serve.errors import ApiError, invalid
 from e3rl.serve.requests import MIN_TEMPERATURE, DecodingRequest
@@ -46,7 +46,9 @@ class Decoding:
     return_erased: bool
 
 
-def decoding(request: DecodingRequest, config: Config, reference: ReferenceStatistics | None, *, room: int) -> Decoding:
+def decoding(
+    request: DecodingRequest, config: Config, reference: CalibrationStatistics | None, *, room: int
+) -> Decoding:
     """The server's settings with the client's laid over them. ``room`` is what the prompt leaves of the context."""
     rollout, erasure = _extended(request.extension, config)
     greedy, limit = request.temperature == 0, _limit(request, rollout, room)
@@ -123,14 +125,16 @@ def _limit(request: DecodingRequest, rollout: RolloutConfig, room: int) -> int:
     return request.max_tokens or min(room, rollout.completion_limit)
 
 
-def _require_statistics(rollout: RolloutConfig, erasure: ErasureConfig, reference: ReferenceStatistics | None) -> None:
+def _require_statistics(
+    rollout: RolloutConfig, erasure: ErasureConfig, reference: CalibrationStatistics | None
+) -> None:
     """Say in the client's own terms what a single sample needs to be judged."""
     missing = reference is None or not reference.segments
-    if missing and needs_reference(rollout.num_generations, erasure):
+    if missing and needs_calibration(rollout.num_generations, erasure):
         raise ApiError(
             400,
             f"n = {rollout.num_generations}: too few samples to set thresholds for each other, and the model has no "
-            "reference statistics ('e3rl calibrate' makes them). Ask for more samples with n, send "
+            "calibration statistics ('e3rl calibrate' makes them). Ask for more samples with n, send "
             '"e3rl": {"erase": false} to decode plainly, or "e3rl": {"baseline": "static", "static_baseline": …}',
             code="no_reference_statistics",
         )

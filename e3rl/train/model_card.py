@@ -20,7 +20,7 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
 
 
 def model_card(config: Config, summary: Mapping[str, Any], *, has_statistics: bool) -> str:
-    """A Hugging Face model card. ``has_statistics``: reference statistics are saved beside the model."""
+    """A Hugging Face model card. ``has_statistics``: calibration statistics are saved beside the model."""
     statistics = (
         "`e3rl_reference.json` beside it holds the statistics that erasable decoding of a single sample needs."
         if has_statistics

@@ -21,7 +21,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.filters import GroupFilter
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
 from e3rl.train.collect import Prefetch, StepGroups, pack_groups, unpack_groups
 from e3rl.train.interrupt import StopRequest
@@ -70,7 +70,7 @@ class State:
 
     optimizer: Optimizer  # float32 weights, AdamW's moments
     stream: PromptStream  # position in the training data
-    calibration: ReferenceStatistics  # of all first candidates so far
+    calibration: CalibrationStatistics  # of all first candidates so far
     entropy_moments: Moments | None = None  # of the step before
     prefetched: StepGroups | None = None  # collected for the next step already
     step: int = 0
@@ -133,7 +133,7 @@ def restore(run: Run, state: State) -> None:
         state.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)
         state.stream.restore(facts["stream"])
-        state.calibration = ReferenceStatistics.from_tables(facts["reference"])
+        state.calibration = CalibrationStatistics.from_tables(facts["reference"])
         state.entropy_moments = moments and Moments.from_table(moments)
         ahead = facts.get("ahead")
         state.prefetched = unpack_groups(run, ahead, checkpoint.prefetched) if ahead else None

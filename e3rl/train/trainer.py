@@ -31,9 +31,9 @@ from e3rl.rewards.checks import check_rewards_run
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.companions import find_companions
 from e3rl.rollout.filters import build_filter
-from e3rl.rollout.judge import needs_reference, require_reference
+from e3rl.rollout.judge import needs_calibration, require_calibration
 from e3rl.rollout.metric import load_metric
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.train.collect import Prefetch
 from e3rl.train.environment import environment
 from e3rl.train.interrupt import Interrupted, StopRequest
@@ -171,24 +171,24 @@ def _build_scorer(config: Config, functions: Sequence[RewardFunction], data: Run
     return scorer
 
 
-def first_statistics(config: Config, *, trains: bool, evaluates: bool) -> ReferenceStatistics:
+def first_statistics(config: Config, *, trains: bool, evaluates: bool) -> CalibrationStatistics:
     """Those saved beside the model where thresholds of this run come from them, else none yet.
 
     ``trains``: it learns from rollouts; ``evaluates``: it has held-out problems. UserError where statistics are missing, or
     were measured with other settings.
     """
-    mine = ReferenceStatistics(measured_by(config.rollout, config.erasure))
+    mine = CalibrationStatistics(measured_by(config.rollout, config.erasure))
     judged = {"training": config} if trains and config.rollout.erase else {}
     if evaluates and config.eval.erasable:
         name = f"eval.erasable with eval.num_samples = {config.eval.num_samples}"
         judged[name] = evaluation_settings(config, erase=True)
-    needing = {n: c for n, c in judged.items() if needs_reference(c.rollout.num_generations, c.erasure)}
+    needing = {n: c for n, c in judged.items() if needs_calibration(c.rollout.num_generations, c.erasure)}
     if not needing:
         return mine
     saved = find_companions(resolve_model_path(config.model.path)).reference
     for name, settings in needing.items():
         try:
-            require_reference(settings.rollout.num_generations, settings.erasure, saved)
+            require_calibration(settings.rollout.num_generations, settings.erasure, saved)
             assert saved is not None
             saved.check(measured_by(settings.rollout, settings.erasure))
             if "training" in judged:  # adds what it sees to them

@@ -13,17 +13,16 @@ from e3rl.cluster.messages import Answer, Ask, Fault, Task, decode_answer, encod
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config, ErasureConfig, RolloutConfig
 from e3rl.rollout.columns import encode as encode_groups
-from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.moments import Distribution, Moments
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Draw
 from tests.rollout.worlds import levels, roll
 
 FAULT = Fault("NonFiniteLogits", "two\nlines", Draw(1, 2, "p\ud800", 0, 0, 1))
 ANSWER = Answer("r", 12, FAULT)
 GROUPS = [encode_groups([group]) for group in roll(levels({("p", 0, 0, 0): 2.0}))[0].values()]
-REFERENCE = ReferenceStatistics(
+REFERENCE = CalibrationStatistics(
     {"erasure.metric": "e3rl"}, (Distribution(Moments(3, 0.5, 0.1), (0.25, 0.75)),), Moments(2, math.pi, 0.0)
 )
 

@@ -8,7 +8,7 @@ import pytest
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.rollout.calibration import Setting, assess, grid, recommend
+from e3rl.rollout.calibrate import Setting, assess, grid, recommend
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Problem, Prompt

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.rollout.distribution import MARKERS, Distribution
-from e3rl.rollout.moments import Moments
+from e3rl.rollout.moments import MARKERS, Distribution, Moments
 
 NUMBERS = st.lists(st.floats(-10, 10), max_size=200)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from e3rl.errors import UserError
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import FILE_NAME, ReferenceStatistics, entropy_moments, measured_by
+from e3rl.rollout.statistics import FILE_NAME, CalibrationStatistics, entropy_moments, measured_by
 from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted
 from tests.rollout.worlds import MEAN_ONLY, levels, roll, rollout
@@ -70,9 +70,9 @@ def test_merged_moments_are_those_of_all_values(parts):
         assert merged.std == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)), abs=1e-6)
 
 
-def gathered(config=TWO_BY_TWO) -> ReferenceStatistics:
+def gathered(config=TWO_BY_TWO) -> CalibrationStatistics:
     groups, _ = roll(levels(TABLE), config=config)
-    return ReferenceStatistics(measured_by(config, MEAN_ONLY)).including(groups.values())
+    return CalibrationStatistics(measured_by(config, MEAN_ONLY)).including(groups.values())
 
 
 def test_only_first_candidates_feed_the_reference():
@@ -103,7 +103,7 @@ def test_merging_references():
 
 def test_a_setting_that_is_younger_than_the_statistics_had_its_default():
     now = measured_by(rollout(), MEAN_ONLY)
-    old = ReferenceStatistics({name: value for name, value in now.items() if name != "erasure.length_exponent"})
+    old = CalibrationStatistics({name: value for name, value in now.items() if name != "erasure.length_exponent"})
     old.check(now)
     with pytest.raises(UserError, match=r"erasure.length_exponent: 0.0 then, 0.5 now"):
         old.check(measured_by(rollout(), replace(MEAN_ONLY, length_exponent=0.5)))
@@ -111,7 +111,7 @@ def test_a_setting_that_is_younger_than_the_statistics_had_its_default():
 
 def test_plain_rollouts_have_no_uncertainty_to_learn():
     groups, _ = roll(lambda draw, tokens: Scripted((1.0,) * tokens), config=replace(rollout(), erase=False))
-    empty = ReferenceStatistics(measured_by(rollout(), MEAN_ONLY))
+    empty = CalibrationStatistics(measured_by(rollout(), MEAN_ONLY))
     assert empty.including(groups.values()) == empty
     with pytest.raises(UserError, match="e3rl calibrate"):
         empty.at(0)
@@ -120,13 +120,13 @@ def test_plain_rollouts_have_no_uncertainty_to_learn():
 def test_reference_survives_the_disk(tmp_path):
     reference = gathered()
     assert reference.save(tmp_path) == tmp_path / FILE_NAME
-    assert ReferenceStatistics.load(tmp_path) == reference
+    assert CalibrationStatistics.load(tmp_path) == reference
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_missing_reference_file(tmp_path):
     with pytest.raises(UserError, match=rf"{FILE_NAME} does not exist: make it with 'e3rl calibrate'"):
-        ReferenceStatistics.load(tmp_path)
+        CalibrationStatistics.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_missing_reference_file(tmp_path):
 def test_damaged_reference_file(tmp_path, damage):
     (tmp_path / FILE_NAME).write_text(damage(gathered().to_tables()), encoding="utf-8")
     with pytest.raises(UserError, match=rf"{FILE_NAME} is damaged .*e3rl calibrate"):
-        ReferenceStatistics.load(tmp_path)
+        CalibrationStatistics.load(tmp_path)

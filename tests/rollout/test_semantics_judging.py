@@ -10,15 +10,14 @@ import pytest
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.rollout import judge
-from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics
+from e3rl.rollout.moments import Distribution, Moments
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.types import Verdict
-from tests.rollout.worlds import ALONE, MEAN_ONLY, PLAIN_GROUP, levels, only, reference_of, roll, rollout, verdicts
+from tests.rollout.worlds import ALONE, MEAN_ONLY, PLAIN_GROUP, calibration_of, levels, only, roll, rollout, verdicts
 
 EXTREMUM = replace(MEAN_ONLY, base_weight=0.0, extremum_weight=1.0, max_erasures=1)
 
@@ -169,9 +168,9 @@ def test_static_baseline():
 
 
 def test_single_sample():
-    """23. A single sample is judged by reference statistics (spread or quantile), beyond their last index by the last known."""
+    """23. A single sample is judged by calibration statistics (spread or quantile), beyond their last index by the last known."""
     config = replace(PLAIN_GROUP, extremum_weight=1.0)
-    reference = reference_of(ALONE, config, Distribution.of([1.0, 3.0]), Distribution.of([4.0, 8.0]))
+    reference = calibration_of(ALONE, config, Distribution.of([1.0, 3.0]), Distribution.of([4.0, 8.0]))
     groups, _ = roll(levels({}), config, ALONE, reference=reference)
     judgements = [s.judgement for s in only(groups).segments]
     assert [j.threshold.baseline for j in judgements] == pytest.approx([2 + 1, 6 + 2, 6 + 2])
@@ -183,19 +182,19 @@ def test_single_sample():
 
 @pytest.mark.parametrize(("source", "largest"), [("group", -0.5), ("batch", -1.5)])
 def test_entropies_beside_a_reference_baseline(source, largest):
-    """With reference statistics mu_E and sigma_E are theirs (mean 1), unless they are the previous batch's (mean 2)."""
+    """With calibration statistics mu_E and sigma_E are theirs (mean 1), unless they are the previous batch's (mean 2)."""
     config = replace(PLAIN_GROUP, extremum_weight=1.0, entropy_reference=source)
-    reference = reference_of(ALONE, config, Distribution.of([1.0, 3.0]))
+    reference = calibration_of(ALONE, config, Distribution.of([1.0, 3.0]))
     groups, _ = roll(levels({}), config, ALONE, reference=reference, entropy_moments=Moments.of([1.0, 3.0]))
     extremum = only(groups).segments[0].judgement.uncertainty.extremum
     assert extremum == pytest.approx(sigmoid(largest / (1 + 1e-6)))
 
 
 def test_missing_reference():
-    """24. Needed reference statistics that are missing or were measured otherwise are an error before any token."""
+    """24. Needed calibration statistics that are missing or were measured otherwise are an error before any token."""
     engine = ScriptedEngine(levels({}))
 
-    def begin(config: RolloutConfig, erasure: ErasureConfig, reference: ReferenceStatistics | None = None) -> None:
+    def begin(config: RolloutConfig, erasure: ErasureConfig, reference: CalibrationStatistics | None = None) -> None:
         run_groups(engine, [], GroupSettings(config, erasure, seed=0, reference=reference))
 
     with pytest.raises(UserError, match=r"fewer than erasure.min_siblings = 2.*e3rl calibrate"):
@@ -203,12 +202,12 @@ def test_missing_reference():
     with pytest.raises(UserError, match=r"erasure.baseline = 'reference'.*e3rl calibrate"):
         begin(rollout(), replace(PLAIN_GROUP, baseline="reference"))
     with pytest.raises(UserError, match="e3rl calibrate"):
-        begin(ALONE, PLAIN_GROUP, reference_of(ALONE, PLAIN_GROUP))
-    measured = reference_of(replace(ALONE, segment_length=9), PLAIN_GROUP, Distribution.of([1.0]))
+        begin(ALONE, PLAIN_GROUP, calibration_of(ALONE, PLAIN_GROUP))
+    measured = calibration_of(replace(ALONE, segment_length=9), PLAIN_GROUP, Distribution.of([1.0]))
     with pytest.raises(UserError, match=r"rollout.segment_length: 9 then, 2 now"):
         begin(ALONE, PLAIN_GROUP, measured)
     calmest = replace(PLAIN_GROUP, baseline="quantile")
-    unmarked = reference_of(ALONE, calmest, Distribution(Moments.of([1.0])))
+    unmarked = calibration_of(ALONE, calmest, Distribution(Moments.of([1.0])))
     with pytest.raises(UserError, match=r"hold no quantiles of U.*e3rl calibrate"):
         begin(ALONE, calmest, unmarked)
     begin(replace(ALONE, erase=False), PLAIN_GROUP)

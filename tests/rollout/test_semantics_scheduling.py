@@ -8,14 +8,13 @@ import pytest
 
 from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
-from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import Committed, Erased, Finished, GroupSettings
-from e3rl.rollout.moments import Moments
+from e3rl.rollout.moments import Distribution, Moments
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Draw
 from tests.rollout.slow_reference import check_numbers
-from tests.rollout.worlds import MEAN_ONLY, PLAIN_GROUP, levels, only, prompt, reference_of, roll, rollout
+from tests.rollout.worlds import MEAN_ONLY, PLAIN_GROUP, calibration_of, levels, only, prompt, roll, rollout
 
 
 def ticks_of(engine: ScriptedEngine, kind: str, sibling: int, segment: int, attempt: int = 0, prompt: str = "p") -> int:
@@ -69,7 +68,7 @@ def test_no_barrier(source):
     """28. Where no statistic comes from the siblings there is no barrier."""
     config = replace(MEAN_ONLY, baseline=source, entropy_reference="batch")
     outside = {
-        "reference": reference_of(rollout(), config, Distribution.of([1.0])),
+        "reference": calibration_of(rollout(), config, Distribution.of([1.0])),
         "entropy_moments": Moments.of([0.5, 1.0]),
     }
     _, engine = roll(levels({}), config, engine={"ticks": slow("p", 1, 50)}, **outside)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.distribution import Distribution
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import Event, GroupSettings
-from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.moments import Distribution, Moments
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.testing.scripted import Script, Scripted, ScriptedEngine
 from e3rl.types import Draw, Group, Problem, Prompt, Trajectory, Verdict
 
@@ -89,6 +88,6 @@ def verdicts(trajectory: Trajectory) -> list[tuple[int, Verdict]]:
     return [(j.attempt, j.verdict) for j in judgements]
 
 
-def reference_of(config: RolloutConfig, erasure: ErasureConfig, *segments: Distribution) -> ReferenceStatistics:
-    """Reference statistics that fit the settings; token entropies have mean 1 and standard deviation 1."""
-    return ReferenceStatistics(measured_by(config, erasure), segments, Moments.of([0.0, 2.0]))
+def calibration_of(config: RolloutConfig, erasure: ErasureConfig, *segments: Distribution) -> CalibrationStatistics:
+    """Calibration statistics that fit the settings; token entropies have mean 1 and standard deviation 1."""
+    return CalibrationStatistics(measured_by(config, erasure), segments, Moments.of([0.0, 2.0]))

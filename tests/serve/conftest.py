@@ -1,4 +1,4 @@
-"""A small random model with reference statistics, and a server around it."""
+"""A small random model with calibration statistics, and a server around it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.serve.server import make_server
 from e3rl.serve.service import Service
 from e3rl.types import Problem, Prompt
@@ -57,22 +57,22 @@ def policy(directory: Path) -> Policy:
 
 
 @pytest.fixture(scope="session")
-def reference(policy: Policy, config: Config) -> ReferenceStatistics:
+def reference(policy: Policy, config: Config) -> CalibrationStatistics:
     """Gathered from groups of the same model, as calibration does."""
     prompts = [Prompt(Problem(str(i), f"{i}+1"), tuple(policy.tokenizer.encode(f"{i}+1"))) for i in range(4)]
     rollout = replace(config.rollout, num_generations=4)
     engine = build_engine(rollout, policy.model, policy.eos_ids, 8)
     groups = list(run_groups(engine, prompts, GroupSettings(rollout, config.erasure, seed=1)))
-    return ReferenceStatistics(measured_by(rollout, config.erasure)).including(groups)
+    return CalibrationStatistics(measured_by(rollout, config.erasure)).including(groups)
 
 
 @pytest.fixture
-def make_service(policy: Policy, config: Config, reference: ReferenceStatistics) -> Iterator[Callable[..., Service]]:
+def make_service(policy: Policy, config: Config, reference: CalibrationStatistics) -> Iterator[Callable[..., Service]]:
     """Makes services of the model 'tiny', by default with statistics, and closes them."""
     with contextlib.ExitStack() as stack:
 
         def make(
-            known: ReferenceStatistics | None = reference, *, queue_limit: int = 8, endless: bool = False
+            known: CalibrationStatistics | None = reference, *, queue_limit: int = 8, endless: bool = False
         ) -> Service:
             served = replace(policy, eos_ids=(10**6,)) if endless else policy
             service = Service(served, config, known, name="tiny", max_length=256, queue_limit=queue_limit)

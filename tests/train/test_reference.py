@@ -10,9 +10,8 @@ import pytest
 
 from e3rl.config import Config
 from e3rl.errors import UserError
-from e3rl.rollout.distribution import Distribution
-from e3rl.rollout.moments import Moments
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.moments import Distribution, Moments
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.train.run_directory import run_path
 from e3rl.train.trainer import Trainer, first_statistics
 from tests.train.random_lab import lab_config, random_lab
@@ -27,7 +26,7 @@ def _calibrated(tmp_path: Path, *overrides: str) -> Config:
     model = tmp_path / "calibrated"
     shutil.copytree(random_lab(), model)
     config = lab_config(tmp_path, f"model.path={model}", *overrides)
-    ReferenceStatistics(measured_by(config.rollout, config.erasure), (USUAL,), Moments.of((1.0, 2.0))).save(model)
+    CalibrationStatistics(measured_by(config.rollout, config.erasure), (USUAL,), Moments.of((1.0, 2.0))).save(model)
     return config
 
 
@@ -36,7 +35,7 @@ def test_thresholds_of_training_come_from_the_statistics_beside_the_model(tmp_pa
     trainer.train()
     [first, *_] = pq.read_table(trainer.run_path / "rollouts" / "step-000001.parquet").to_pylist()
     assert first["segments"][0]["baseline"] == pytest.approx(USUAL.moments.mean + 0.5 * USUAL.moments.std)
-    counts = [d.moments.count for d in ReferenceStatistics.load(trainer.run_path / "model").segments]
+    counts = [d.moments.count for d in CalibrationStatistics.load(trainer.run_path / "model").segments]
     assert (
         counts[0] == USUAL.moments.count + 2 * 2 * 2
     )  # and every first candidate of two steps, two prompts, two siblings
@@ -68,7 +67,7 @@ def test_statistics_of_another_temperature_than_the_evaluations_are_an_error_bef
 
 def test_training_on_erased_rollouts_adds_only_to_statistics_of_its_own_settings(tmp_path: Path):
     config = _calibrated(tmp_path, "eval.num_samples=1", "rollout.temperature=0.5")
-    ReferenceStatistics.load(Path(config.model.path)).check(measured_by(config.rollout, config.erasure))
+    CalibrationStatistics.load(Path(config.model.path)).check(measured_by(config.rollout, config.erasure))
     with pytest.raises(UserError, match=r"rollout.temperature: 0.5 then, 1.0 now"):
         first_statistics(config, trains=True, evaluates=True)
 

@@ -1,8 +1,12 @@
-"""Calibration of a model, whole: sample, compare settings, check the recommended one for real, save what decoding needs."""
+"""Calibration: how often a setting would erase for a model and prompts, and the statistics that decoding needs.
+
+One set of unjudged rollouts serves the whole grid: the production judge is replayed over it with each setting. The
+recommended one is then rolled out for real.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,14 +16,86 @@ from e3rl.config import Config, ErasureConfig
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
+from e3rl.equations.threshold import attempt_penalty
 from e3rl.errors import UserError
 from e3rl.models import Policy, resolve_model_path
-from e3rl.rollout.calibration import Setting, assess, grid, recommend, strictness
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.statistics import ReferenceStatistics, measured_by
+from e3rl.rollout.judge import GroupJudge
+from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.rollout.stats import RolloutStats, summarise
-from e3rl.types import Group
+from e3rl.types import Group, Judgement
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid, and what it would do. ``r_low`` and ``r_high`` bound the regeneration ratio: retries that
+    are as good as a sibling's draw, and retries that are no better than what they replace."""
+
+    erasure: ErasureConfig
+    erase_share: float
+    r_low: float
+    r_high: float
+
+
+def _replayed(group: Group, erasure: ErasureConfig) -> list[Judgement]:
+    """Judgements of every segment of a plain group, as if it had been generated under ``erasure`` without budget."""
+    unspent = replace(erasure, max_erasures=0)
+    judge = GroupJudge(len(group.trajectories), unspent)
+    judgements: list[Judgement] = []
+    longest = max(len(t.segments) for t in group.trajectories)
+    for n in range(longest):
+        present = [t for t in group.trajectories if len(t.segments) > n]
+        for trajectory in group.trajectories:
+            if len(trajectory.segments) == n:
+                judge.finish(trajectory.sibling)
+        for trajectory in present:
+            judge.deliver(trajectory.sibling, trajectory.segments[n].candidate)
+        decided = [(t, judge.judge(t.sibling, t.segments[n].candidate, 0)) for t in present]
+        for trajectory, judgement in decided:
+            judge.commit(trajectory.sibling, trajectory.segments[n].candidate, judgement)
+            judgements.append(judgement)
+    return judgements
+
+
+def _chain(share_above: Sequence[float]) -> float:
+    """Expected erasures of a segment when attempt e is erased with probability ``share_above[e]``."""
+    expected, reached = 0.0, 1.0
+    for share in share_above:
+        reached *= share
+        expected += reached
+    return expected
+
+
+def assess(groups: Sequence[Group], erasure: ErasureConfig) -> Setting:
+    """What ``erasure`` would have done to these plain rollouts. Its baseline must be the group's or static."""
+    judgements = [j for group in groups for j in _replayed(group, erasure)]
+    pairs = [(j.uncertainty.total, j.threshold.total) for j in judgements]
+    penalties = [float(attempt_penalty(e, erasure.eta, erasure.delta)) for e in range(erasure.max_erasures)]
+    above = [sum(u > theta * penalty for u, theta in pairs) for penalty in penalties]
+    first = above[0] / len(pairs) if above else 0.0
+    independent = _chain([count / len(pairs) for count in above])
+    hopeless = sum(above) / len(pairs)  # every retry repeats its U: only the rising threshold ends the chain
+    return Setting(erasure, first, independent, hopeless)
+
+
+def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
+    """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. A quantile says itself how
+    much is erased, and a static baseline has no kappa_0: with these there is nothing to compare."""
+    if base.baseline in ("quantile", "static"):
+        return [base]
+    others = base.base_weight + base.gradient_weight + base.extremum_weight
+    return [
+        replace(base, kappa0=kappa0, perturbation_weight=weight)
+        for weight in perturbation_weights
+        for kappa0 in kappa0s
+        if others + weight > 0
+    ]
+
+
+def recommend(settings: Sequence[Setting], target: float) -> Setting:
+    """The setting whose share of erased first candidates is nearest to ``target``; of equals, the stricter one."""
+    return min(settings, key=lambda s: (abs(s.erase_share - target), -s.erasure.kappa0))
 
 
 @dataclass(frozen=True)
@@ -30,7 +106,7 @@ class Calibration:
     config: Config
     recommended: Setting
     measured: RolloutStats
-    reference: ReferenceStatistics
+    reference: CalibrationStatistics
 
 
 def calibrate(
@@ -38,7 +114,7 @@ def calibrate(
 ) -> Calibration:
     """Compare settings on plain rollouts, then roll out once with the recommended one and measure it.
 
-    Where thresholds are to come from reference statistics, siblings stand in for them: those are what is being made.
+    Where thresholds are to come from calibration statistics, siblings stand in for them: those are what is being made.
     """
     asked = config.erasure.baseline
     if asked == "reference":
@@ -66,7 +142,7 @@ def calibrate(
     best = recommend([s for s in assessed if s.erasure in mine], target)
     chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
     real = roll_out(chosen)
-    reference = ReferenceStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
+    reference = CalibrationStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
     chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked))
     return Calibration(tuple(assessed), chosen, best, summarise(real), reference)
 
@@ -102,7 +178,7 @@ def calibration_table(result: Calibration) -> Table:
 
 def _threshold(erasure: ErasureConfig) -> str:
     """The setting that says how much is erased."""
-    name = strictness(erasure)
+    name = erasure.strictness
     return f"{name} = {getattr(erasure, name):g}"
 
 
