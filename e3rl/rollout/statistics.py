@@ -146,5 +146,8 @@ class CalibrationStatistics:
             return CalibrationStatistics.from_tables(read_json(path))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: make it with 'e3rl calibrate'") from None
+        except UserError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path} is damaged ({reason}): make it again with 'e3rl calibrate'") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}): make it again with 'e3rl calibrate'") from None
