@@ -133,18 +133,16 @@ class ErasureConfig:
 
     metric: str = setting("e3rl", "how U is measured: 'e3rl' (eq 13), or module:name", source=PAPER_METHOD)
     max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
-    base_weight: float = setting(
-        1.0, "weight of the smoothed entropy in U (D14)", source=PAPER_METHOD, min=0, max=_MOST
-    )
+    base_weight: float = setting(1.0, "weight of the smoothed entropy in U", source=PAPER_METHOD, min=0, max=_MOST)
     gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0, max=_MOST)
     extremum_weight: float = setting(
         0.1, "lambda_M, weight of the largest entropy against the group's", min=0, max=_MOST
     )
     perturbation_weight: float = setting(
-        0.0, "lambda_P, weight of the mean perturbation (D14); above 0 the method is E3RL+eps", min=0, max=_MOST
+        0.0, "lambda_P, weight of the mean perturbation; above 0 the method is E3RL+eps", min=0, max=_MOST
     )
     entropy_distribution: Literal["full", "truncated"] = setting(
-        "full", "D1: entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
+        "full", "entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
     )
     entropy_temperature: float = setting(
         0.0,
@@ -158,12 +156,12 @@ class ErasureConfig:
         min=0,
         max=1,
     )
-    smoothing_window: int = setting(1, "W of eq 11; D2: causal, so W earlier segments", min=0)
+    smoothing_window: int = setting(1, "W of eq 11: causal, so W earlier segments", min=0)
     smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
-    entropy_reference: Literal["group", "batch"] = setting("group", "D3: where mu_E and sigma_E of eq 13 come from")
+    entropy_reference: Literal["group", "batch"] = setting("group", "where mu_E and sigma_E of eq 13 come from")
     baseline: Literal["group", "quantile", "reference", "static"] = setting(
         "group",
-        "D4: B_n from mean and spread of the siblings' first candidates, from their quantile, from saved calibration "
+        "B_n from mean and spread of the siblings' first candidates, from their quantile, from saved calibration "
         "statistics, or static_baseline",
     )
     quantile: float = setting(
@@ -172,7 +170,7 @@ class ErasureConfig:
     static_baseline: float = setting(
         1.0, "B_n where baseline = 'static' (the paper's 'w/o group dynamics')", above=0, max=_MOST
     )
-    min_siblings: int = setting(2, "D5: with fewer siblings at a segment the group's last B stays in force", min=2)
+    min_siblings: int = setting(2, "with fewer siblings at a segment the group's last B stays in force", min=2)
     kappa0: float = setting(1.0, "kappa_0 of eq 16", min=-_MOST, max=_MOST)
     kappa1: float = setting(0.0, "kappa_1 of eq 16", min=-_MOST, max=_MOST)
     sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0, max=_MOST)
@@ -185,9 +183,9 @@ class ErasureConfig:
         min=0,
         max=0.99,
     )
-    first_modulation: float = setting(1.0, "D6: phi at the first segment, which has no history", above=0, max=_MOST)
+    first_modulation: float = setting(1.0, "phi at the first segment, which has no history", above=0, max=_MOST)
     on_exhausted: Literal["last", "least_uncertain"] = setting(
-        "last", "D8: which attempt is committed when the budget is spent", source=PAPER_METHOD
+        "last", "which attempt is committed when the budget is spent", source=PAPER_METHOD
     )
 
     @property

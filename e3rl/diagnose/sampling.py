@@ -82,7 +82,7 @@ def _mean_entropy(segment: Segment) -> float:
 
 
 def group_entropies(group: Group) -> Moments:
-    """D3 'group', over all segments of the group."""
+    """Moments of the token entropies of all segments of the group."""
     moments = Moments()
     for trajectory in group.trajectories:
         moments = moments.merged(Moments.of(trajectory.entropies))

@@ -26,7 +26,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    entropy_distribution: str = "full"  # D1: or "truncated"
+    entropy_distribution: str = "full"  # or "truncated"
     measured_at: float = 0.0  # temperature that entropy and perturbation are measured at; 0: the one that is drawn with
 
 

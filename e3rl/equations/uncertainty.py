@@ -77,6 +77,6 @@ def uncertainty_terms(
     )
 
 
-def uncertainty(base_G: Tensor, gradient_G: Tensor, extremum_G: Tensor, perturbation_G: Tensor) -> Tensor:
-    """Eq 13. U_n, the sum of its weighted terms."""
-    return base_G + gradient_G + extremum_G + perturbation_G
+def uncertainty(base: float, gradient: float, extremum: float, perturbation: float) -> float:
+    """Eq 13. U_n of a candidate, the sum of its weighted terms."""
+    return base + gradient + extremum + perturbation

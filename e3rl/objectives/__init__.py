@@ -74,7 +74,7 @@ def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
 
 
 def method_name(config: Config) -> str:
-    """What a run may be called in reports and tables: E³RL is only what the paper describes (D14, D15)."""
+    """What a run may be called in reports and tables: E³RL is only what the paper describes."""
     objective, metric = config.objective, config.erasure.metric
     erase = config.rollout.erase and objective.name != "sft"  # which rolls nothing out
     title = _TITLES.get(objective.name, objective.name.rpartition(":")[2])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Need = Literal["shares", "reference", "erased", "demonstrations", "frozen"]
 """What a trainer must provide beyond log-probabilities and entropies: attention shares (eq 19), reference-policy
-log-probabilities, erased candidates as sequences of their own (D15), the data's solutions in place of rollouts, or weights
+log-probabilities, erased candidates as sequences of their own, the data's solutions in place of rollouts, or weights
 that stay as they are (no backward pass, no optimizer step)."""
 
 
@@ -81,7 +81,7 @@ class Objective(Protocol):
 
 
 class AttributionOptions(Protocol):
-    """What an objective that needs "shares" has besides: how attention is read (eq 19, D9)."""
+    """What an objective that needs "shares" has besides: how attention is read (eq 19)."""
 
     @property
     def attribution_window(self) -> int:

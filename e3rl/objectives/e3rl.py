@@ -23,20 +23,20 @@ class E3RL:
     clip_low: float = setting(0.2, "the segment ratio is clipped below 1 - clip_low", min=0, max=1)
     clip_high: float = setting(0.2, "the segment ratio is clipped above 1 + clip_high", min=0)
     allocation: Literal["causal", "sequence", "anchored"] = setting(
-        "causal", "D12: reward divided by attention, undivided, or divided with its sign kept", source=PAPER_METHOD
+        "causal", "reward divided by attention, undivided, or divided with its sign kept", source=PAPER_METHOD
     )
     ratio: Literal["segment", "segment_mean"] = setting(
-        "segment", "D13: ratio of segment probabilities, or its root of the segment's length", source=PAPER_METHOD
+        "segment", "ratio of segment probabilities, or its root of the segment's length", source=PAPER_METHOD
     )
     degenerate_groups: Literal["zero", "paper"] = setting(
-        "zero", "D11: no advantages where all sequence rewards are equal, or eq 20 as it stands"
+        "zero", "no advantages where all sequence rewards are equal, or eq 20 as it stands"
     )
     erased: Literal["drop", "contrast"] = setting(
-        "drop", "D15: forget erased candidates, or push away from them where what followed won", source=PAPER_METHOD
+        "drop", "forget erased candidates, or push away from them where what followed won", source=PAPER_METHOD
     )
     contrast_weight: float = setting(1.0, "lambda_C, size of an erased candidate's negative advantage", above=0)
     attribution_window: int = setting(64, "L', last response tokens whose attention divides the reward (eq 19)", min=1)
-    attribution_layers: Literal["last", "all"] = setting("last", "D9: layers whose attention divides the reward")
+    attribution_layers: Literal["last", "all"] = setting("last", "layers whose attention divides the reward")
     advantage_eps: float = setting(1e-4, "epsilon of eq 20, added to the standard deviation", above=0)
 
     @property

@@ -94,10 +94,12 @@ def _of_one_shape(
         perturbation_weight=config.perturbation_weight,
     )
     weight = uncertainty.length_weight(entropies_GT.shape[1], config.length_exponent)
-    weighted_G5 = weight * torch.stack([*terms, smoothed_G], 1)
-    totals_G = uncertainty.uncertainty(*weighted_G5[:, :4].unbind(1))
-    each = torch.cat([totals_G[:, None], weighted_G5], 1).tolist()
-    return [Uncertainty(*numbers) for numbers in each]
+    each = (weight * torch.stack([*terms, smoothed_G], 1)).tolist()
+    total = uncertainty.uncertainty
+    return [
+        Uncertainty(total(base, step, peak, eps), base, step, peak, eps, smoothed)
+        for base, step, peak, eps, smoothed in each
+    ]
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def first_candidates(trajectory: Trajectory) -> Iterator[Segment | Erasure]:
 
 
 def entropy_moments(groups: Iterable[Group]) -> Moments:
-    """D3 'batch'. Moments of the token entropies of a batch's first candidates and committed segments.
+    """Moments of the token entropies of a batch's first candidates and committed segments.
 
     Demonstrations have none.
     """

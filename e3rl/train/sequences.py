@@ -52,7 +52,7 @@ def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
 
 
 def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:
-    """D15: every erased candidate, conditioned on the prefix that it was drawn from."""
+    """Every erased candidate, conditioned on the prefix that it was drawn from."""
     sequences = []
     for erasure in trajectory.erasures:
         candidate, size = erasure.candidate, len(erasure.candidate.ids)

@@ -29,7 +29,7 @@ def gradient(x: Tensor) -> Tensor:
 
 
 def u(x: Tensor) -> Tensor:
-    return uncertainty.uncertainty(*uncertainty.uncertainty_terms(*x[:, :4].T, **WEIGHTS))
+    return torch.stack(uncertainty.uncertainty_terms(*x[:, :4].T, **WEIGHTS))
 
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -56,7 +56,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "largest_entropy": lambda x, s: uncertainty.largest_entropy(x),
     "entropy_variation": lambda x, s: uncertainty.entropy_variation(x),
     "extremum_deviation": lambda x, s: uncertainty.extremum_deviation(x[:, 0], 0.3, 0.7),
-    "uncertainty": lambda x, s: u(x),
+    "uncertainty_terms": lambda x, s: u(x),
     "group_moments": lambda x, s: torch.stack(threshold.group_moments(x[0])),
     "quantile_baseline": lambda x, s: threshold.quantile_baseline(x[0], 0.3),
     "offset": lambda x, s: threshold.offset(x[0, 0], 1.0, 0.5, 0.1),

@@ -92,7 +92,7 @@ def test_extremum_deviation_agrees_with_the_reference(largest: float, mean: floa
 
 def total(*values: float, **named: float) -> Tensor:
     """U of one candidate from its four unweighted terms."""
-    return u.uncertainty(*u.uncertainty_terms(*map(f64, values), **named))
+    return f64(u.uncertainty(*[t.item() for t in u.uncertainty_terms(*map(f64, values), **named)]))
 
 
 def test_uncertainty_by_hand() -> None:
@@ -123,7 +123,7 @@ def test_uncertainty_is_the_sum_of_its_terms(values: list[float], factors: list[
     named = dict(zip(WEIGHTS, factors, strict=True))
     terms = u.uncertainty_terms(*map(f64, values), **named)
     assert [t.item() for t in terms] == [v * w for v, w in zip(values, factors, strict=True)]
-    close(u.uncertainty(*terms), sum(v * w for v, w in zip(values, factors, strict=True)))
+    close(total(*values, **named), sum(v * w for v, w in zip(values, factors, strict=True)))
 
 
 @given(st.lists(entropies, min_size=1, max_size=4), decays, windows, st.floats(0, 6), st.floats(0, 3))
@@ -135,7 +135,7 @@ def test_uncertainty_from_entropies_agrees_with_the_reference(
     means = torch.stack([u.segment_entropy(f64(s)) for s in segments])
     peak = u.extremum_deviation(u.largest_entropy(last), mean, std)
     smooth = u.smooth_causal(means, decay, window)
-    found = u.uncertainty(*u.uncertainty_terms(smooth, u.entropy_variation(last), peak, f64(0.0), **WEIGHTS))
+    found = total(float(smooth), float(u.entropy_variation(last)), float(peak), 0.0, **WEIGHTS)
     n = len(segments) - 1
     smoothed = reference.smooth([reference.mean(s) for s in segments], n, decay, window, n)
     outlier = reference.sigmoid((max(segments[-1]) - mean) / (std + 1e-6))

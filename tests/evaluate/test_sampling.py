@@ -31,7 +31,7 @@ class Grader:
 
 
 def test_a_sample_is_charged_for_all_that_was_drawn_for_it():
-    """6 tokens are committed, 4 erased, and 2 drawn a second time to be committed after all (D8)."""
+    """6 tokens are committed, 4 erased, and 2 drawn a second time to be committed after all."""
     table = {("p", 0, 0, 0): 1.2, ("p", 0, 0, 1): 1.5, ("p", 0, 0, 2): 1.8}
     groups, _ = roll(levels(table), replace(MEAN_ONLY, on_exhausted="least_uncertain"), ALONE)
     grader, words = Grader(), Words()

@@ -283,7 +283,7 @@ def without_reference(signals: GroupSignals) -> GroupSignals:
 
 
 def test_equal_rewards_give_no_signal() -> None:
-    """D11. Eq 20 would turn attention noise into unit variance; 'paper' keeps it."""
+    """Eq 20 would turn attention noise into unit variance; 'paper' keeps it."""
     group = random_group(random.Random(0), 4)
     signals = signals_of(group, [1.0] * 4)
     for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo", "disco"):

@@ -22,7 +22,7 @@ def candidates_of(trajectory: Trajectory, index: int) -> dict[int, Segment | Era
 
 
 def entropies_up_to(group: Group, index: int) -> list[float]:
-    """D3. Tokens of first candidates up to ``index``, and of retries committed before it."""
+    """Tokens of first candidates up to ``index``, and of retries committed before it."""
     tokens: list[float] = []
     for trajectory in group.trajectories:
         for segment in trajectory.segments:
@@ -52,7 +52,7 @@ def uncertainty_of(
 
 
 def baselines_of(group: Group, config: ErasureConfig) -> list[float]:
-    """Eq 14-16, D4, D5."""
+    """Eq 14-16."""
     baselines: list[float] = []
     for index in range(max(len(t.segments) for t in group.trajectories)):
         pool = entropies_up_to(group, index)
@@ -81,7 +81,7 @@ def baselines_of(group: Group, config: ErasureConfig) -> list[float]:
 def threshold_of(
     trajectory: Trajectory, index: int, attempt: int, baselines: list[float], config: ErasureConfig
 ) -> Threshold:
-    """Eq 17-18, D6."""
+    """Eq 17-18."""
     penalty = math.exp(config.eta * attempt**config.delta)
     phi = config.first_modulation
     if index:

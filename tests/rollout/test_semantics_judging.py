@@ -27,7 +27,7 @@ def sigmoid(x: float) -> float:
 
 
 def test_smoothing():
-    """13. Smoothing looks back over the sibling's own committed segments: not ahead, not at what was erased (D2)."""
+    """13. Smoothing looks back over the sibling's own committed segments: not ahead, not at what was erased."""
     table = {("p", 0, 0, 0): 9.0, ("p", 0, 0, 1): 0.4, ("p", 0, 1, 0): 0.8, ("p", 0, 2, 0): 0.1, ("p", 1, 0, 0): 0.9}
     groups, _ = roll(levels(table), replace(MEAN_ONLY, smoothing_window=1, smoothing_decay=0.5))
     smoothed = [s.judgement.uncertainty.smoothed for s in only(groups).segments]
@@ -35,7 +35,7 @@ def test_smoothing():
 
 
 def test_reference_entropies():
-    """14. Reference entropies are those of first candidates up to n and of retries committed before n (D3)."""
+    """14. Reference entropies are those of first candidates up to n and of retries committed before n."""
     table = {
         ("p", 0, 0, 0): (1.0, 3.0),  # above the mean of 2, so erased; its tokens stay in the reference
         ("p", 0, 0, 1): (1.0, 1.0),  # committed retry: counts from segment 1 on
@@ -78,7 +78,7 @@ def test_batch_entropies():
     ],
 )
 def test_weights(weight, term, value):
-    """16. The terms of U are recorded weighted and add up to it, and a weight of 0 takes its term out (D14)."""
+    """16. The terms of U are recorded weighted and add up to it, and a weight of 0 takes its term out."""
     weights = {"base_weight": 2.0, "gradient_weight": 3.0, "extremum_weight": 5.0, "perturbation_weight": 7.0}
     config = replace(MEAN_ONLY, static_baseline=99.0, **weights)
 
@@ -98,7 +98,7 @@ def test_weights(weight, term, value):
 
 
 def test_frozen_threshold():
-    """17. Group statistics are over first candidates only: a retry never moves the threshold that judges it (D4)."""
+    """17. Group statistics are over first candidates only: a retry never moves the threshold that judges it."""
     table = {("p", 2, 0, 0): 2.0, ("p", 2, 0, 1): 9.0, ("p", 2, 0, 2): 1.0}
     groups, _ = roll(levels(table), PLAIN_GROUP, rollout(num_generations=3))
     trajectory = only(groups, 2)
@@ -122,14 +122,14 @@ def test_finished_siblings_do_not_count():
 
 
 def test_too_few_siblings():
-    """19. With fewer than min_siblings at a segment the group's last baseline stays in force (D5)."""
+    """19. With fewer than min_siblings at a segment the group's last baseline stays in force."""
     table = {("p", 0, 0, 0): 0.3, ("p", 1, 0, 0): 0.6, ("p", 1, 1, 0): 0.1}
     groups, _ = roll(levels(table, ends=[("p", 0, 0, 0)]), PLAIN_GROUP)
     assert [s.judgement.threshold.baseline for s in only(groups, 1).segments] == pytest.approx([0.6] * 3)
 
 
 def test_modulation():
-    """20. phi is first_modulation at the first segment (D6), then follows the sibling's own history (eq 18)."""
+    """20. phi is first_modulation at the first segment, then follows the sibling's own history (eq 18)."""
     config = replace(MEAN_ONLY, static_baseline=2.0, rho=0.5, first_modulation=0.75)
     groups, _ = roll(levels({("p", 0, 0, 0): 1.0, ("p", 0, 1, 0): 1.5, ("p", 1, 0, 0): 0.1}), config)
     phi = [s.judgement.threshold.modulation for s in only(groups).segments]
@@ -151,7 +151,7 @@ def test_penalty():
 
 
 def test_quantile_baseline():
-    """A quantile baseline keeps its share of the first candidates, whatever the largest is; it is frozen as well (D4)."""
+    """A quantile baseline keeps its share of the first candidates, whatever the largest is; it is frozen as well."""
     table = {("p", i, 0, 0): u for i, u in enumerate([0.1, 0.2, 0.3, 50.0])} | {("p", 3, 0, 1): 0.1}
     config = replace(PLAIN_GROUP, baseline="quantile", quantile=0.5)
     groups, _ = roll(levels(table), config, rollout(num_generations=4))
