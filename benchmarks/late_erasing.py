@@ -105,12 +105,12 @@ def evaluated(
     config: Config,
     *,
     erase: bool,
-    reference: CalibrationStatistics | None = None,
+    calibration: CalibrationStatistics | None = None,
 ) -> Evaluation:
     """A family sampled and graded under ``config.eval``."""
     prompts, engine = opened(policy, family, split, problems, config)
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
-        return evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, reference=reference)
+        return evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, calibration=calibration)
 
 
 def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice) -> Counts:

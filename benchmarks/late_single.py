@@ -34,14 +34,14 @@ class Calibrated:
     """A way to erase and the statistics that stand in for siblings."""
 
     config: Config
-    reference: CalibrationStatistics
+    calibration: CalibrationStatistics
 
 
 def calibrated(policy: Policy, family: str, setting: str, temperature: float, prompts: int) -> Calibrated:
     config = SETTINGS[setting].applied(configured(family, ("", temperature)))
     config = replace(config, rollout=replace(config.rollout, temperature=temperature))
     found = calibrate(policy, family, config, prompts=prompts, target=0.5, kappa0s=())
-    return Calibrated(found.config, found.reference)
+    return Calibrated(found.config, found.calibration)
 
 
 def answered(policy: Policy, family: str, split: Split, problems: int, way: Calibrated, times: int) -> Counts:
@@ -50,7 +50,7 @@ def answered(policy: Policy, family: str, split: Split, problems: int, way: Cali
         way.config, eval=replace(way.config.eval, num_samples=1, temperature=way.config.rollout.temperature)
     )
     runs = [
-        evaluated(policy, family, split, problems, seeded, erase=True, reference=way.reference)
+        evaluated(policy, family, split, problems, seeded, erase=True, calibration=way.calibration)
         for seeded in (replace(config, run=replace(config.run, seed=seed)) for seed in range(times))
     ]
     correct_PK = np.concatenate([run.correct_PK for run in runs], axis=1)

@@ -45,13 +45,13 @@ def sample(
     prompts: Sequence[Prompt],
     config: Config,
     *,
-    reference: CalibrationStatistics | None,
+    calibration: CalibrationStatistics | None,
     observe: Callable[[Any], None] | None = None,
 ) -> list[list[Trajectory]]:
     """``rollout.num_generations`` trajectories of every prompt, in the prompts' order."""
     longest = max(len(p.ids) for p in prompts)
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest)
-    settings = GroupSettings(config.rollout, config.erasure, config.run.seed, reference=reference)
+    settings = GroupSettings(config.rollout, config.erasure, config.run.seed, calibration=calibration)
     groups = run_groups(engine, prompts, settings, observe=observe)
     by_id = {g.prompt.problem.id: list(g.trajectories) for g in groups}
     return [by_id[p.problem.id] for p in prompts]
@@ -91,7 +91,7 @@ def generate(
         context_limit=policy.context_length,
         completion_limit=rollout.completion_limit,
     )
-    found = sample(policy, rendered, config, reference=companions.reference, observe=observe)
+    found = sample(policy, rendered, config, calibration=companions.calibration, observe=observe)
     decode = policy.tokenizer.decode
     return [[Generation(decode(t.ids.tolist(), skip_special_tokens=True), t) for t in group] for group in found]
 

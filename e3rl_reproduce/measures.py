@@ -32,7 +32,7 @@ def exam(
     samples: int,
     erase: bool = False,
     split: Literal["train", "eval"] = "eval",
-    reference: CalibrationStatistics | None = None,
+    calibration: CalibrationStatistics | None = None,
 ) -> dict[str, Any]:
     """Right answers of ``samples`` to each problem of each benchmark (name to source), plain or with erasable decoding.
 
@@ -54,7 +54,7 @@ def exam(
     results: dict[str, Any] = {}
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         for name, prompts in loaded.items():
-            done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, reference=reference)
+            done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, calibration=calibration)
             record = done.record()
             kept = {key: record[key] for key in ("tokens", "finish_ratio", "boxed", "length", "r", "missing")}
             results[name] = {"right": done.correct_PK.sum(axis=1).tolist(), "samples": samples, **kept}

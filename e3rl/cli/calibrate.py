@@ -40,6 +40,6 @@ def run(options: argparse.Namespace) -> int:
     )
     console = Console()
     console.print(calibration_table(result))
-    save_companions(directory, result.config, result.reference)
+    save_companions(directory, result.config, result.calibration)
     console.print(f"Saved calibration statistics and settings in {directory}", soft_wrap=True, highlight=False)
     return 0

@@ -75,12 +75,12 @@ def run(options: argparse.Namespace) -> int:
     reported_ks(config.eval.num_samples, options.k)
     console, policy = Console(), None
     for source in options.data:
-        policy = _evaluate(source, options, config, opened.reference, console, policy)
+        policy = _evaluate(source, options, config, opened.calibration, console, policy)
     return 0
 
 
 def _evaluate(
-    source: str, options: argparse.Namespace, config: Config, reference: Any, console: Console, policy: Policy | None
+    source: str, options: argparse.Namespace, config: Config, calibration: Any, console: Console, policy: Policy | None
 ) -> Policy | None:
     """One set of problems, to the end or to a stop; the policy, where it had to be loaded."""
     from e3rl.evaluate.evaluation import spread
@@ -101,7 +101,7 @@ def _evaluate(
             finished = _divide(source, options, plan, store)
         else:
             policy = policy or load_policy(config.model)
-            finished = _sample(source, options, config, reference, policy, problems, plan, store)
+            finished = _sample(source, options, config, calibration, policy, problems, plan, store)
     except KeyboardInterrupt:
         finished = False
     if not finished:
@@ -151,7 +151,7 @@ def _sample(
     source: str,
     options: argparse.Namespace,
     config: Config,
-    reference: Any,
+    calibration: Any,
     policy: Policy,
     problems: Sequence[Problem],
     plan: Plan,
@@ -169,7 +169,7 @@ def _sample(
     prompts = render_prompts(
         problems, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
     )
-    store.claim(identity(policy.model, source, prompts, config, erase=options.erase, reference=reference))
+    store.claim(identity(policy.model, source, prompts, config, erase=options.erase, calibration=calibration))
     shard = Shard.parse(options.shard) if options.shard else Shard()
     todo = shard.take(missing(plan, store), plan.problems)
     deadline = time.monotonic() + options.stop_after
@@ -177,7 +177,7 @@ def _sample(
         Scorer(config.rewards, max_completion_length=limit) as scorer,
         LiveSamples(source, sum(unit.size for unit in todo)) as live,
     ):
-        sampler = Sampler(policy, prompts, config, scorer, reference, deadline)
+        sampler = Sampler(policy, prompts, config, scorer, calibration, deadline)
         return sampler.run(plan, store, shard, live.add)
 
 

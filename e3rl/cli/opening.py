@@ -23,7 +23,7 @@ class Opening:
     """A model's settings, resolved, and what lies beside it. ``own_settings``: a recipe, or settings saved with the model."""
 
     config: Config
-    reference: CalibrationStatistics | None
+    calibration: CalibrationStatistics | None
     own_settings: bool
 
     def load_policy(self) -> Policy:
@@ -49,7 +49,7 @@ def open_model(options: argparse.Namespace) -> Opening:
     config = replace(config, model=replace(config.model, path=options.model))
     announce_foreign_code(config)
     quiet_libraries()
-    return Opening(config, companions.reference, bool(getattr(options, "recipe", None) or companions.recipe))
+    return Opening(config, companions.calibration, bool(getattr(options, "recipe", None) or companions.recipe))
 
 
 def read_recipe(options: argparse.Namespace, overrides: Sequence[str] = ()) -> Config:

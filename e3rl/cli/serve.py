@@ -37,12 +37,12 @@ def run(options: argparse.Namespace) -> int:
     service = Service(
         opened.load_policy(),
         opened.config,
-        opened.reference,
+        opened.calibration,
         name=options.name or options.model,
         max_length=options.max_length,
         queue_limit=options.queue,
     )
-    if opened.reference is None:
+    if opened.calibration is None:
         print("no calibration statistics beside the model: single samples need 'erase': false", file=sys.stderr)
     with make_server(service, access, options.port) as server:
         try:

@@ -93,7 +93,7 @@ def draw(
     erase: bool,
     first: int,
     size: int,
-    reference: CalibrationStatistics | None = None,
+    calibration: CalibrationStatistics | None = None,
 ) -> Iterator[Group]:
     """One round: samples ``first`` to ``first + size - 1`` of every prompt, each prompt's as they finish.
 
@@ -101,7 +101,7 @@ def draw(
     """
     chosen = evaluation_settings(config, erase=erase)
     rollout, seed = replace(chosen.rollout, num_generations=size), config.run.seed + SEED_OFFSET
-    settings = GroupSettings(rollout, chosen.erasure, seed, reference=reference, first_sibling=first)
+    settings = GroupSettings(rollout, chosen.erasure, seed, calibration=calibration, first_sibling=first)
     return run_groups(engine, prompts, settings)
 
 
@@ -113,7 +113,7 @@ def evaluate(
     config: Config,
     *,
     erase: bool,
-    reference: CalibrationStatistics | None = None,
+    calibration: CalibrationStatistics | None = None,
     keep_trajectories: bool = False,
 ) -> Evaluation:
     """Sample every prompt ``eval.num_samples`` times and grade the answers with the run's first reward function.
@@ -125,7 +125,7 @@ def evaluate(
     trajectories: dict[str, list[Trajectory]] = {p.problem.id: [] for p in prompts}
     first = 0
     for number, size in enumerate(round_sizes(config)):
-        for group in draw(engine, prompts, config, erase=erase, first=first, size=size, reference=reference):
+        for group in draw(engine, prompts, config, erase=erase, first=first, size=size, calibration=calibration):
             done = graded(group, scorer, tokenizer, mode=mode, round=number, first=first)
             samples[group.prompt.problem.id] += [replace(sample, pred="") for sample in done]
             if keep_trajectories:
@@ -142,7 +142,7 @@ def held_out_records(
     tokenizer: Any,
     config: Config,
     *,
-    reference: CalibrationStatistics | None,
+    calibration: CalibrationStatistics | None,
     done: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """The figures of every source, plain and, where asked for, erasable, but for those that ``done`` holds.
@@ -157,7 +157,7 @@ def held_out_records(
             if name in there:
                 continue
             found = evaluate(
-                engine, prompts, scorer, tokenizer, config, erase=mode == "erasable", reference=reference
+                engine, prompts, scorer, tokenizer, config, erase=mode == "erasable", calibration=calibration
             ).record()
             there[name] = {**found, "data": name} if several else found
             yield there[name]

@@ -74,7 +74,7 @@ def identity(
     config: Config,
     *,
     erase: bool,
-    reference: CalibrationStatistics | None,
+    calibration: CalibrationStatistics | None,
 ) -> dict[str, Any]:
     """What `SampleStore.claim` compares; ``source`` is the name of the data."""
     found: dict[str, Any] = {
@@ -88,6 +88,6 @@ def identity(
         **settings_of(config),
     }
     if erase:
-        tables = json.dumps(reference.to_tables(), sort_keys=True) if reference else ""
+        tables = json.dumps(calibration.to_tables(), sort_keys=True) if calibration else ""
         found["erasure"] = {**dataclasses.asdict(config.erasure), "reference": _digest([tables])}
     return found

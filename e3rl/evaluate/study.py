@@ -82,7 +82,7 @@ class Sampler:
     prompts: Sequence[Prompt]
     config: Config
     scorer: Scorer
-    reference: CalibrationStatistics | None
+    calibration: CalibrationStatistics | None
     deadline: float = math.inf
 
     def run(self, plan: Plan, store: SampleStore, shard: Shard, progress: Progress) -> bool:
@@ -112,7 +112,7 @@ class Sampler:
                 lambda _: time.monotonic() < self.deadline, (prompts[u.problem] for u in chosen)
             )
             place = {"first": unit.first, "size": unit.size}
-            for group in draw(engine, in_time, self.config, erase=erase, reference=self.reference, **place):
+            for group in draw(engine, in_time, self.config, erase=erase, calibration=self.calibration, **place):
                 yield graded(
                     group, self.scorer, self.policy.tokenizer, mode=unit.mode, round=unit.round, first=unit.first
                 )

@@ -106,7 +106,7 @@ class Calibration:
     config: Config
     recommended: Setting
     measured: RolloutStats
-    reference: CalibrationStatistics
+    calibration: CalibrationStatistics
 
 
 def calibrate(
@@ -142,9 +142,9 @@ def calibrate(
     best = recommend([s for s in assessed if s.erasure in mine], target)
     chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
     real = roll_out(chosen)
-    reference = CalibrationStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
+    calibration = CalibrationStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
     chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked))
-    return Calibration(tuple(assessed), chosen, best, summarise(real), reference)
+    return Calibration(tuple(assessed), chosen, best, summarise(real), calibration)
 
 
 def calibration_table(result: Calibration) -> Table:

@@ -43,7 +43,7 @@ class Companions:
     """Either is None where the model has none. ``recipe`` is a file that may come from anyone."""
 
     recipe: Path | None
-    reference: CalibrationStatistics | None
+    calibration: CalibrationStatistics | None
 
     def config(
         self,
@@ -87,10 +87,10 @@ def _saved_settings(path: Path, own: Mapping[str, Any], say: Callable[[str], obj
     return taken
 
 
-def save_companions(directory: Path, config: Config, reference: CalibrationStatistics) -> None:
+def save_companions(directory: Path, config: Config, calibration: CalibrationStatistics) -> None:
     """Write the settings of decoding, and the statistics where there are any, into a model's directory."""
-    if reference.segments:
-        reference.save(directory)
+    if calibration.segments:
+        calibration.save(directory)
     tables = to_tables(config)
     saved = {section: {name: tables[section][name] for name in names} for section, names in SAVED.items()}
     write_text(directory / RECIPE_NAME, tables_to_toml(saved))

@@ -74,7 +74,7 @@ Order = Extend | Release
 class GroupSettings:
     """What a group depends on beside its prompt and the weights. All groups of a batch share it.
 
-    ``reference`` is needed where thresholds can't come from the group (see `require_calibration`); ``entropy_moments`` of
+    ``calibration`` is needed where thresholds can't come from the group (see `require_calibration`); ``entropy_moments`` of
     the previous batch serve ``erasure.entropy_reference = "batch"``. ``first_sibling`` is the number under which a
     group's first sibling draws: many samples of a prompt, divided into small groups, then draw as those of a large one.
     """
@@ -84,7 +84,7 @@ class GroupSettings:
     seed: int
     step: int = 0
     policy_version: int = 0
-    reference: CalibrationStatistics | None = None
+    calibration: CalibrationStatistics | None = None
     entropy_moments: Moments | None = None
     first_sibling: int = 0
 
@@ -105,9 +105,9 @@ class GroupSettings:
         """Raise UserError where calibration statistics are needed and missing, or were measured with other settings."""
         if self.rollout.erase:
             siblings = self.rollout.num_generations
-            require_calibration(siblings, self.erasure, self.reference)
-            if self.reference is not None and needs_calibration(siblings, self.erasure):
-                self.reference.check(measured_by(self.rollout, self.erasure))
+            require_calibration(siblings, self.erasure, self.calibration)
+            if self.calibration is not None and needs_calibration(siblings, self.erasure):
+                self.calibration.check(measured_by(self.rollout, self.erasure))
 
 
 @dataclass(slots=True)
@@ -140,7 +140,7 @@ class GroupRollout:
             self._judge = GroupJudge(
                 self._config.num_generations,
                 settings.erasure,
-                reference=settings.reference,
+                calibration=settings.calibration,
                 entropy_moments=settings.entropy_moments,
             )
 

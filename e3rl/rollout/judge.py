@@ -41,11 +41,11 @@ def needs_calibration(siblings: int, config: ErasureConfig) -> bool:
     return config.baseline == "reference" or too_few
 
 
-def require_calibration(siblings: int, config: ErasureConfig, reference: CalibrationStatistics | None) -> None:
+def require_calibration(siblings: int, config: ErasureConfig, calibration: CalibrationStatistics | None) -> None:
     """Raise UserError where calibration statistics are needed and there are none."""
     if not needs_calibration(siblings, config):
         return
-    if reference is None or not reference.segments:
+    if calibration is None or not calibration.segments:
         why = (
             "erasure.baseline = 'reference'"
             if config.baseline == "reference"
@@ -55,7 +55,7 @@ def require_calibration(siblings: int, config: ErasureConfig, reference: Calibra
             f"{why}, so thresholds come from calibration statistics, and the model has none: make them with "
             "'e3rl calibrate', sample more of each prompt, or set erasure.baseline = 'static'"
         )
-    if config.baseline == "quantile" and not all(usual.markers for usual in reference.segments):
+    if config.baseline == "quantile" and not all(usual.markers for usual in calibration.segments):
         raise UserError(
             "the model's calibration statistics hold no quantiles of U, which erasure.baseline = 'quantile' needs: make them "
             "again with 'e3rl calibrate'"
@@ -92,7 +92,7 @@ class GroupJudge:
     """Judges the candidates of one group of siblings.
 
     ``entropy_moments`` are the previous rollout batch's, used where ``config.entropy_reference`` is 'batch'; without
-    them (the first batch) the group's own stand in. Where the baseline comes from ``reference``, so do the entropy
+    them (the first batch) the group's own stand in. Where the baseline comes from ``calibration``, so do the entropy
     moments, unless they are the batch's.
     """
 
@@ -101,16 +101,16 @@ class GroupJudge:
         siblings: int,
         config: ErasureConfig,
         *,
-        reference: CalibrationStatistics | None = None,
+        calibration: CalibrationStatistics | None = None,
         entropy_moments: Moments | None = None,
     ) -> None:
-        require_calibration(siblings, config, reference)
+        require_calibration(siblings, config, calibration)
         self._config = config
         self._metric = siblings_metric(config.metric)
-        self._reference = reference if needs_calibration(siblings, config) else None
+        self._calibration = calibration if needs_calibration(siblings, config) else None
         self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
-        if self._fixed_entropies is None and self._reference is not None:
-            self._fixed_entropies = self._reference.entropies
+        if self._fixed_entropies is None and self._calibration is not None:
+            self._fixed_entropies = self._calibration.entropies
         self._pooled_entropies = Moments()
         self._histories = [_History() for _ in range(siblings)]
         self._reached: list[float] = [0] * siblings  # segments whose first candidate no longer has to be waited for
@@ -159,7 +159,7 @@ class GroupJudge:
 
     @property
     def _has_group_baseline(self) -> bool:
-        return self._reference is None and self._config.baseline in _FROM_SIBLINGS
+        return self._calibration is None and self._config.baseline in _FROM_SIBLINGS
 
     def _open(self, segment: int) -> None:
         """Fix what the segment's candidates are judged against, and measure the siblings that are there, all at once."""
@@ -189,8 +189,8 @@ class GroupJudge:
 
     def _baseline(self, totals: Sequence[float], segment: int) -> float:
         """B_n from where `ErasureConfig.baseline` says; ``totals``: U of the siblings that are there."""
-        if self._reference is not None:
-            usual = self._reference.at(segment)
+        if self._calibration is not None:
+            usual = self._calibration.at(segment)
             if self._config.baseline == "quantile":
                 return self._quantile_baseline(usual.markers)
             return self._macro_baseline(_tensor(usual.moments.mean), _tensor(usual.moments.std))

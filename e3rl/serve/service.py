@@ -45,14 +45,14 @@ class Service:
         self,
         policy: Policy,
         config: Config,
-        reference: CalibrationStatistics | None,
+        calibration: CalibrationStatistics | None,
         *,
         name: str,
         max_length: int,
         queue_limit: int,
     ) -> None:
         self.name, self.policy = name, policy
-        self._config, self._reference = config, reference
+        self._config, self._calibration = config, calibration
         self.max_length = min(max_length, policy.context_length)
         rows = config.rollout.cache_rows or config.rollout.max_rows
         # a row holds prompt and response together; how the two divide it is each request's own affair
@@ -79,7 +79,7 @@ class Service:
         try:
             prompts = tuple(self._prompt(i, p) for i, p in enumerate(request.prompts))
             room = self.max_length - max(len(p.ids) for p in prompts)
-            settings = decoding(request, self._config, self._reference, room=room)
+            settings = decoding(request, self._config, self._calibration, room=room)
             running = self._running(request, settings, prompts, outbox)
             self._worker.submit([self._ticket(running, i) for i in range(len(prompts))])
         except UserError as error:
@@ -118,7 +118,7 @@ class Service:
 
     def _ticket(self, running: Running, index: int) -> Ticket:
         chosen = running.settings
-        settings = GroupSettings(chosen.rollout, chosen.erasure, chosen.seed, reference=self._reference)
+        settings = GroupSettings(chosen.rollout, chosen.erasure, chosen.seed, calibration=self._calibration)
         settings.check()
         return Ticket(running.prompts[index], settings, index, running.outbox, running.cancelled)
 

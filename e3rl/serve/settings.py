@@ -47,7 +47,7 @@ class Decoding:
 
 
 def decoding(
-    request: DecodingRequest, config: Config, reference: CalibrationStatistics | None, *, room: int
+    request: DecodingRequest, config: Config, calibration: CalibrationStatistics | None, *, room: int
 ) -> Decoding:
     """The server's settings with the client's laid over them. ``room`` is what the prompt leaves of the context."""
     rollout, erasure = _extended(request.extension, config)
@@ -65,7 +65,7 @@ def decoding(
         max_segments=math.ceil(limit / rollout.segment_length),
     )
     if rollout.erase:
-        _require_statistics(rollout, erasure, reference)
+        _require_statistics(rollout, erasure, calibration)
     seed = secrets.randbits(63) if request.seed is None else request.seed
     return Decoding(rollout, erasure, seed, _flag(request.extension, "return_erased"))
 
@@ -126,10 +126,10 @@ def _limit(request: DecodingRequest, rollout: RolloutConfig, room: int) -> int:
 
 
 def _require_statistics(
-    rollout: RolloutConfig, erasure: ErasureConfig, reference: CalibrationStatistics | None
+    rollout: RolloutConfig, erasure: ErasureConfig, calibration: CalibrationStatistics | None
 ) -> None:
     """Say in the client's own terms what a single sample needs to be judged."""
-    missing = reference is None or not reference.segments
+    missing = calibration is None or not calibration.segments
     if missing and needs_calibration(rollout.num_generations, erasure):
         raise ApiError(
             400,

@@ -142,7 +142,7 @@ def evaluate_policy(run: Run, state: State) -> None:
         run.scorer,
         run.policy.tokenizer,
         run.config,
-        reference=state.calibration,
+        calibration=state.calibration,
         done=present,
     ):
         line = {"step": state.step, **figures}

@@ -93,7 +93,7 @@ def group_settings(run: Run, state: State, step: int) -> GroupSettings:
         config.run.seed,
         step=step,
         policy_version=version(run, state),
-        reference=state.calibration,
+        calibration=state.calibration,
         entropy_moments=state.entropy_moments,
     )
 

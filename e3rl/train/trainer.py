@@ -185,7 +185,7 @@ def first_statistics(config: Config, *, trains: bool, evaluates: bool) -> Calibr
     needing = {n: c for n, c in judged.items() if needs_calibration(c.rollout.num_generations, c.erasure)}
     if not needing:
         return mine
-    saved = find_companions(resolve_model_path(config.model.path)).reference
+    saved = find_companions(resolve_model_path(config.model.path)).calibration
     for name, settings in needing.items():
         try:
             require_calibration(settings.rollout.num_generations, settings.erasure, saved)

@@ -94,7 +94,7 @@ def test_training_and_the_command_draw_alike():
 def _held_out(config: Config, sources: Sequence[str], done: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     engine: Any = ScriptedEngine(levels({}))
     prompts = {source: [prompt("p"), prompt(f"q{i}")][: 1 + i] for i, source in enumerate(sources)}
-    return list(held_out_records(engine, prompts, Grader(), Words(), config, reference=None, done=done))  # type: ignore[arg-type]
+    return list(held_out_records(engine, prompts, Grader(), Words(), config, calibration=None, done=done))  # type: ignore[arg-type]
 
 
 def test_several_sources_have_figures_each_and_a_mean():

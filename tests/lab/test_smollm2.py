@@ -106,6 +106,6 @@ def test_neither_problems_nor_smollm2_import_torch() -> None:
 def test_its_decoding_settings_fit_its_reference_statistics():
     companions = find_companions(str(smollm2.COMPANIONS))
     config = companions.config()
-    assert companions.reference is not None
-    companions.reference.check(measured_by(config.rollout, config.erasure))
-    assert len(companions.reference.segments) == config.rollout.max_segments
+    assert companions.calibration is not None
+    companions.calibration.check(measured_by(config.rollout, config.erasure))
+    assert len(companions.calibration.segments) == config.rollout.max_segments

@@ -76,12 +76,12 @@ def gathered(config=TWO_BY_TWO) -> CalibrationStatistics:
 
 
 def test_only_first_candidates_feed_the_reference():
-    reference = gathered()
-    assert [m.moments.count for m in reference.segments] == [2, 2]
-    assert [m.moments.mean for m in reference.segments] == pytest.approx([(2.0 + 0.5) / 2, (0.5 + 3.0) / 2])
-    assert [m.moments.std for m in reference.segments] == pytest.approx([0.75, 1.25])
-    assert reference.entropies == Moments.of([2.0, 2.0, 0.5, 0.5, 0.5, 0.5, 3.0, 3.0])
-    assert reference.at(7) == reference.segments[1]
+    calibration = gathered()
+    assert [m.moments.count for m in calibration.segments] == [2, 2]
+    assert [m.moments.mean for m in calibration.segments] == pytest.approx([(2.0 + 0.5) / 2, (0.5 + 3.0) / 2])
+    assert [m.moments.std for m in calibration.segments] == pytest.approx([0.75, 1.25])
+    assert calibration.entropies == Moments.of([2.0, 2.0, 0.5, 0.5, 0.5, 0.5, 3.0, 3.0])
+    assert calibration.at(7) == calibration.segments[1]
 
 
 def test_batch_entropies_are_of_first_candidates_and_committed_segments():
@@ -118,9 +118,9 @@ def test_plain_rollouts_have_no_uncertainty_to_learn():
 
 
 def test_reference_survives_the_disk(tmp_path):
-    reference = gathered()
-    assert reference.save(tmp_path) == tmp_path / FILE_NAME
-    assert CalibrationStatistics.load(tmp_path) == reference
+    calibration = gathered()
+    assert calibration.save(tmp_path) == tmp_path / FILE_NAME
+    assert CalibrationStatistics.load(tmp_path) == calibration
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 

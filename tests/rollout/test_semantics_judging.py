@@ -170,13 +170,13 @@ def test_static_baseline():
 def test_single_sample():
     """23. A single sample is judged by calibration statistics (spread or quantile), beyond their last index by the last known."""
     config = replace(PLAIN_GROUP, extremum_weight=1.0)
-    reference = calibration_of(ALONE, config, Distribution.of([1.0, 3.0]), Distribution.of([4.0, 8.0]))
-    groups, _ = roll(levels({}), config, ALONE, reference=reference)
+    calibration = calibration_of(ALONE, config, Distribution.of([1.0, 3.0]), Distribution.of([4.0, 8.0]))
+    groups, _ = roll(levels({}), config, ALONE, calibration=calibration)
     judgements = [s.judgement for s in only(groups).segments]
     assert [j.threshold.baseline for j in judgements] == pytest.approx([2 + 1, 6 + 2, 6 + 2])
     assert judgements[0].uncertainty.extremum == pytest.approx(sigmoid((0.5 - 1) / (1 + 1e-6)))
     calmest = replace(config, baseline="quantile", quantile=0.25)
-    groups, _ = roll(levels({}), calmest, ALONE, reference=reference)
+    groups, _ = roll(levels({}), calmest, ALONE, calibration=calibration)
     assert [s.judgement.threshold.baseline for s in only(groups).segments] == pytest.approx([1.5, 5.0, 5.0])
 
 
@@ -184,8 +184,8 @@ def test_single_sample():
 def test_entropies_beside_a_reference_baseline(source, largest):
     """With calibration statistics mu_E and sigma_E are theirs (mean 1), unless they are the previous batch's (mean 2)."""
     config = replace(PLAIN_GROUP, extremum_weight=1.0, entropy_reference=source)
-    reference = calibration_of(ALONE, config, Distribution.of([1.0, 3.0]))
-    groups, _ = roll(levels({}), config, ALONE, reference=reference, entropy_moments=Moments.of([1.0, 3.0]))
+    calibration = calibration_of(ALONE, config, Distribution.of([1.0, 3.0]))
+    groups, _ = roll(levels({}), config, ALONE, calibration=calibration, entropy_moments=Moments.of([1.0, 3.0]))
     extremum = only(groups).segments[0].judgement.uncertainty.extremum
     assert extremum == pytest.approx(sigmoid(largest / (1 + 1e-6)))
 
@@ -194,8 +194,8 @@ def test_missing_reference():
     """24. Needed calibration statistics that are missing or were measured otherwise are an error before any token."""
     engine = ScriptedEngine(levels({}))
 
-    def begin(config: RolloutConfig, erasure: ErasureConfig, reference: CalibrationStatistics | None = None) -> None:
-        run_groups(engine, [], GroupSettings(config, erasure, seed=0, reference=reference))
+    def begin(config: RolloutConfig, erasure: ErasureConfig, calibration: CalibrationStatistics | None = None) -> None:
+        run_groups(engine, [], GroupSettings(config, erasure, seed=0, calibration=calibration))
 
     with pytest.raises(UserError, match=r"fewer than erasure.min_siblings = 2.*e3rl calibrate"):
         begin(ALONE, PLAIN_GROUP)

@@ -57,7 +57,7 @@ def policy(directory: Path) -> Policy:
 
 
 @pytest.fixture(scope="session")
-def reference(policy: Policy, config: Config) -> CalibrationStatistics:
+def calibration(policy: Policy, config: Config) -> CalibrationStatistics:
     """Gathered from groups of the same model, as calibration does."""
     prompts = [Prompt(Problem(str(i), f"{i}+1"), tuple(policy.tokenizer.encode(f"{i}+1"))) for i in range(4)]
     rollout = replace(config.rollout, num_generations=4)
@@ -67,12 +67,14 @@ def reference(policy: Policy, config: Config) -> CalibrationStatistics:
 
 
 @pytest.fixture
-def make_service(policy: Policy, config: Config, reference: CalibrationStatistics) -> Iterator[Callable[..., Service]]:
+def make_service(
+    policy: Policy, config: Config, calibration: CalibrationStatistics
+) -> Iterator[Callable[..., Service]]:
     """Makes services of the model 'tiny', by default with statistics, and closes them."""
     with contextlib.ExitStack() as stack:
 
         def make(
-            known: CalibrationStatistics | None = reference, *, queue_limit: int = 8, endless: bool = False
+            known: CalibrationStatistics | None = calibration, *, queue_limit: int = 8, endless: bool = False
         ) -> Service:
             served = replace(policy, eos_ids=(10**6,)) if endless else policy
             service = Service(served, config, known, name="tiny", max_length=256, queue_limit=queue_limit)

@@ -40,9 +40,9 @@ def test_models_lists_what_is_served(client: openai.OpenAI):
 
 @pytest.mark.parametrize(("n", "erase"), [(1, True), (4, True), (4, False)])
 def test_an_answer_is_what_the_library_decodes(
-    client: openai.OpenAI, policy: Policy, config: Config, reference: object, n: int, erase: bool, monkeypatch
+    client: openai.OpenAI, policy: Policy, config: Config, calibration: object, n: int, erase: bool, monkeypatch
 ):
-    monkeypatch.setattr("e3rl.generation.find_companions", lambda path: _Companions(reference))
+    monkeypatch.setattr("e3rl.generation.find_companions", lambda path: _Companions(calibration))
     seeded = replace(config, run=replace(config.run, seed=5))
     expected = generate(policy, "1+1", samples=n, erase=erase, config=seeded)[0]
     answer = client.chat.completions.create(
@@ -61,8 +61,8 @@ def test_an_answer_is_what_the_library_decodes(
 class _Companions:
     recipe = None
 
-    def __init__(self, reference: object) -> None:
-        self.reference = reference
+    def __init__(self, calibration: object) -> None:
+        self.calibration = calibration
 
 
 def test_a_text_prompt_and_its_token_ids_are_the_same(client: openai.OpenAI, policy: Policy):
@@ -189,7 +189,7 @@ def test_the_embedded_model_is_served_with_its_own_statistics():
     companions = find_companions(resolve_model_path("lab"))
     config = companions.config()
     problem = problems("chain", 3, "heldout", 1)[0]
-    service = Service(policy, config, companions.reference, name="lab", max_length=256, queue_limit=4)
+    service = Service(policy, config, companions.calibration, name="lab", max_length=256, queue_limit=4)
     with contextlib.closing(service), serving(service) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         question = [{"role": "user", "content": str(problem.prompt)}]
