@@ -18,7 +18,7 @@ from rollout_workloads import (
     load,
 )
 
-from e3rl.engine.torch.step_parts import operation_threads
+from e3rl.engine.torch.threads import operation_threads
 
 Values = dict[str, Any]
 

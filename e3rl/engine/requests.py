@@ -1,18 +1,37 @@
-"""What every in-process engine keeps about its rows, and what it refuses: no tensors, no model."""
+"""What every in-process engine keeps about its rows, how draws become random numbers, what is refused: no tensors, no model."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
-from e3rl.engine.draws import uniforms
 from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.sampling import Measures, check_sampling
 from e3rl.errors import UserError
 from e3rl.types import Candidate, Draw
+
+_PERSON = b"e3rl-draw"
+
+
+def draw_key(draw: Draw) -> int:
+    """The draw's 128-bit key. The free text comes last, so that no two draws share an encoding."""
+    fields = (draw.seed, draw.step, draw.sibling, draw.segment, draw.attempt, draw.prompt_id)
+    encoded = "|".join(map(str, fields)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=16, person=_PERSON).digest(), "little")
+
+
+def uniforms(draw: Draw, n: int) -> np.ndarray:
+    """The first ``n`` numbers of the draw's stream: float64, uniform in [0, 1).
+
+    A longer stream starts with the shorter one. The raw bits of the counter-based generator are turned into floats
+    here, since numpy promises to keep the former for ever and not the latter.
+    """
+    raw = np.random.Philox(key=draw_key(draw)).random_raw(n)
+    return (raw >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(slots=True)

@@ -58,6 +58,10 @@ class GroupJob:
         return self.group
 
 
+Delivery = tuple[GroupJob, int, Draw, Candidate]
+"""A candidate, its group and sibling, and the draw that names it."""
+
+
 class Driver:
     """Decodes any number of groups on one engine, each by its own settings.
 
@@ -112,7 +116,14 @@ class Driver:
         """Admit groups whose rows are free, let the engine complete something; return the groups that ended."""
         self._admit()
         if not self._ended and self._decoding:
-            self._advance()
+            try:
+                delivered = self._delivered(self._engine.poll())
+            except NonFiniteLogits as error:
+                self._fail(self._jobs_of(error.draw) or self._decoding, error)
+            except Exception as error:
+                self._fail(self._decoding, error)
+            else:
+                self._hand_on(delivered)
         ended, self._ended = self._ended, []
         return ended
 
@@ -155,19 +166,14 @@ class Driver:
         for order, draw in asked:
             self._extend(job, job.rollout, order, draw)
 
-    def _advance(self) -> None:
-        """Let the engine complete something and hand it on."""
-        try:
-            completed = self._engine.poll()
-            if not completed:
-                raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
-            delivered = [(*self._open.pop(row), candidate) for row, candidate in completed]
-        except NonFiniteLogits as error:
-            self._fail(self._jobs_of(error.draw) or self._decoding, error)
-            return
-        except Exception as error:
-            self._fail(self._decoding, error)
-            return
+    def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
+        """Whose candidates these are."""
+        if not completed:
+            raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
+        return [(*self._open.pop(row), candidate) for row, candidate in completed]
+
+    def _hand_on(self, delivered: list[Delivery]) -> None:
+        """Remember the candidates, all before any is judged, then give them to their groups."""
         if self._memory is not None:
             for _, _, draw, candidate in delivered:
                 self._memory.add(draw, candidate)

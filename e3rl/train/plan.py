@@ -19,8 +19,7 @@ from e3rl.config import Config, ModelConfig
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.torch.fused import decoding_copy_bytes
-from e3rl.engine.torch.kv_budget import MIB, rows_within
-from e3rl.engine.torch.storage import bucketed, physical_slots
+from e3rl.engine.torch.storage import MIB, bucketed, physical_slots, rows_within
 from e3rl.errors import UserError
 from e3rl.models import add_lora, resolve_device, resolve_model_path
 from e3rl.objectives import build as build_objective

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from e3rl.engine.draws import draw_key, uniforms
+from e3rl.engine.requests import draw_key, uniforms
 from e3rl.types import Draw
 
 DRAW = Draw(seed=1, step=2, prompt_id="gsm-7", sibling=3, segment=4, attempt=5)

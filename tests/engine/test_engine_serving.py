@@ -12,7 +12,7 @@ import transformers
 from e3rl.engine.torch.cache import cache_argument
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.fused import FusedSlotModel
-from e3rl.engine.torch.servable import check_exactness, require_servable
+from e3rl.engine.torch.model import check_exactness, require_servable
 from e3rl.errors import UserError
 from tests.engine.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3rl.engine.torch.slots import Move, SlotMap
+from e3rl.engine.torch.storage import Move, SlotMap
 
 
 def filled(slots: int, rows: str) -> SlotMap[str]:

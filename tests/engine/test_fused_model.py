@@ -11,8 +11,15 @@ from e3rl.engine.torch.cache import GenericSlotModel
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, fusable
 from e3rl.engine.torch.model import slot_model
-from e3rl.engine.torch.projections import _LARGE, _InPlace, _Packed, _Stacked, project
-from e3rl.engine.torch.step_attention import _by_kernel, _by_products
+from e3rl.engine.torch.operations import (
+    _LARGE,
+    _by_kernel,
+    _by_products,
+    _Packed,
+    _ProjectionInPlace,
+    _Stacked,
+    project,
+)
 from e3rl.engine.torch.storage import StepRows
 from e3rl.types import Draw
 from tests.engine.models import ARCHITECTURES, build, tiny
@@ -99,7 +106,7 @@ def test_every_layout_gives_the_layers_outputs_side_by_side(bias):
     layers = [nn.Linear(24, size, bias=bias) for size in (8, 4, 4)]
     x_RD = torch.randn(8, 24)
     expected = torch.cat([layer(x_RD) for layer in layers], -1)
-    for layout in (_Packed, _Stacked, _InPlace):
+    for layout in (_Packed, _Stacked, _ProjectionInPlace):
         with torch.no_grad():
             assert torch.allclose(layout(layers)(x_RD), expected, atol=1e-6)
 

@@ -7,8 +7,7 @@ import pytest
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.build import build_engine
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.engine.torch.kv_budget import MIB, rows_within
-from e3rl.engine.torch.storage import physical_slots
+from e3rl.engine.torch.storage import MIB, physical_slots, rows_within
 from e3rl.errors import UserError
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings

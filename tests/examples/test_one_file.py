@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from e3rl.config import Config, ErasureConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
-from e3rl.engine.draws import uniforms
+from e3rl.engine.requests import uniforms
 from e3rl.equations.policy import segment_sums
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from e3rl.engine.protocol import Row
-from e3rl.errors import SickLogits, UserError
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import Committed, Event, Finished, GroupSettings
 from e3rl.testing.scripted import ScriptedEngine
@@ -79,27 +79,27 @@ def test_cancelling_gives_the_rows_to_whoever_waits():
     assert engine.held == 0
 
 
-class Sick(ScriptedEngine):
-    """Raises for the draw that is sick, as long as it is open."""
+class NonFinite(ScriptedEngine):
+    """Raises for one draw, as long as it is open."""
 
-    sick: Draw | None = None
+    broken: Draw | None = None
 
     def poll(self) -> list[tuple[Row, Candidate]]:
-        if self.sick is not None and any(self._request(row).draw is self.sick for row in self._open):
-            raise SickLogits(self.sick)
+        if self.broken is not None and any(self._request(row).draw is self.broken for row in self._open):
+            raise NonFiniteLogits(self.broken)
         return super().poll()
 
 
 @pytest.mark.parametrize("same_seed", [False, True])
 def test_non_finite_logits_fail_the_group_that_they_belong_to(same_seed: bool):
     """With the same seed and the same name, two groups have equal draws: the very object tells them apart."""
-    engine, healthy = Sick(SCRIPT), replace(SETTINGS, seed=7 if same_seed else 8)
+    engine, healthy = NonFinite(SCRIPT), replace(SETTINGS, seed=7 if same_seed else 8)
     driver = Driver(engine)
     jobs = [driver.submit(prompt("p"), settings) for settings in (healthy, SETTINGS)]
     driver.step()
-    engine.sick = next(draw for job, _, draw in driver._open.values() if job is jobs[1])
+    engine.broken = next(draw for job, _, draw in driver._open.values() if job is jobs[1])
     drive(driver)
-    with pytest.raises(SickLogits, match="prompt 'p', sibling 0"):
+    with pytest.raises(NonFiniteLogits, match="prompt 'p', sibling 0"):
         jobs[1].result()
     assert jobs[0].result() == alone("p", healthy)
     assert engine.held == 0

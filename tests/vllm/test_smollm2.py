@@ -14,9 +14,9 @@ import torch
 from e3rl.config import load_config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.engine.draws import uniforms
 from e3rl.engine.protocol import Engine, Sampling
 from e3rl.engine.recompute import RecomputeEngine
+from e3rl.engine.requests import uniforms
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.driver import run_groups

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from e3rl.engine.torch.step_parts import Division
 from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
+from e3rl.engine.torch.threads import Division
 from e3rl.models import sliding_window, unwrapped
 
 

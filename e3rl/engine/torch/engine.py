@@ -8,7 +8,8 @@ before it is fed once more; `EngineStats.refed_tokens` counts those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -20,14 +21,10 @@ from torch import Tensor
 from e3rl.config import RolloutConfig
 from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.requests import check_prompt, check_siblings, find_row
-from e3rl.engine.torch.kv_budget import MIB, rows_within
-from e3rl.engine.torch.model import slot_model
-from e3rl.engine.torch.servable import check_exactness, require_servable
-from e3rl.engine.torch.slots import SlotMap
-from e3rl.engine.torch.step_draws import StepDraws
-from e3rl.engine.torch.step_part import Marks, SlotRow, StepPart
-from e3rl.engine.torch.step_parts import Crew, Division, Pace, divided, operation_threads
-from e3rl.engine.torch.storage import StepRows, bucketed, packed
+from e3rl.engine.torch.decode import Marks, SlotRow, StepDraws, StepPart
+from e3rl.engine.torch.model import check_exactness, require_servable, slot_model
+from e3rl.engine.torch.storage import MIB, SlotMap, StepRows, bucketed, packed, rows_within
+from e3rl.engine.torch.threads import Crew, Division, Pace, divided, operation_threads
 from e3rl.engine.weights import copy_weights
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.types import Candidate, Draw
@@ -142,13 +139,29 @@ class TorchEngine:
         """Continue the row by tokens that were generated before: their keys come out as if it had been here."""
         self._row(row).append(ids, self._vocabulary, self._max_length)
 
+    @torch.inference_mode()
     def poll(self) -> list[tuple[Row, Candidate]]:
         """Decode requests in turns, up to max_rows together, until at least one is complete; return all that are."""
         done: list[Row] = []
-        while self._open and not done:
-            with torch.inference_mode():
-                self._take_turns()
-            done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
+        try:
+            while self._open and not done:
+                active = dict(islice(self._open.items(), self._max_rows))
+                division = self._slot_model.division(len(active))
+                if parts := self._next_parts(list(active.values()), division):
+                    begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
+                    pace = Pace(len(parts), parts[0].steps)
+                    beside = self._crew.beside([partial(part.run, pace) for part in parts[1:]], division.threads)
+                    with self._delivering(parts), beside:
+                        parts[0].run(pace)
+                    for handle, row in active.items():
+                        if row.open.turns(TURN) > begun[handle]:
+                            self._open[handle] = self._open.pop(handle)  # the next turn is behind all that wait
+                done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
+        except NonFiniteLogits:
+            self._may_hold_nan = True
+            raise
+        finally:
+            self._count_held_tokens()
         return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
 
     def rollback(self, row: Row, length: int) -> None:
@@ -181,26 +194,22 @@ class TorchEngine:
         self.policy_version = version
         self._may_hold_nan = False
 
-    def _take_turns(self) -> None:
-        """Draw what needs no forward pass; if that completes no request, decode those whose turn it is for some steps."""
-        active = dict(islice(self._open.items(), self._max_rows))
-        rows = list(active.values())
-        division = self._slot_model.division(len(rows))
+    def _next_parts(self, rows: list[SlotRow], division: Division) -> list[StepPart]:
+        """Draw what needs no forward pass; if that completes no request, the parts in which ``rows`` are to be decoded."""
         with operation_threads(division.threads):
-            try:
-                if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
-                    return
-                begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
-                self._catch_up([row for row in rows if row.cached < len(row.ids) - 1])
-                self._decode(self._pack(rows), division)
-            except NonFiniteLogits:
-                self._may_hold_nan = True
-                raise
-            finally:
-                self._count_held_tokens()
-        for handle, row in active.items():
-            if row.open.turns(TURN) > begun[handle]:
-                self._open[handle] = self._open.pop(handle)  # the next turn is behind all that wait
+            if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
+                return []
+            self._catch_up([row for row in rows if row.cached < len(row.ids) - 1])
+            rows = self._pack(rows)
+            first = self._slots.slot(rows[0])
+            steps = min(row.open.remaining for row in rows)
+            if len(self._open) > len(rows):  # others wait: a turn
+                steps = min(steps, TURN)
+            self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
+            return [
+                StepPart(rows[part], first + part.start, self._slot_model, self._marks, self._eos_ids, steps)
+                for part in divided(len(rows), division.parts)
+            ]
 
     def _row(self, row: Row) -> SlotRow:
         return find_row(self._rows, row)
@@ -239,26 +248,17 @@ class TorchEngine:
         self.stats.sampled_tokens += draws.deliver()
         return marked
 
-    def _decode(self, rows: list[SlotRow], division: Division) -> None:
-        """Step all rows, in neighbouring slots, until a request is complete, or for a turn where others wait."""
-        first = self._slots.slot(rows[0])
-        steps = min(row.open.remaining for row in rows)
-        if len(self._open) > len(rows):
-            steps = min(steps, TURN)
-        work = [
-            StepPart(rows[part], first + part.start, self._slot_model, self._marks, self._eos_ids, steps)
-            for part in divided(len(rows), division.parts)
-        ]
-        pace = Pace(len(work), steps)
-        self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
+    @contextmanager
+    def _delivering(self, parts: list[StepPart]) -> Iterator[None]:
+        """In the end give the requests what was drawn for them, of steps before one that failed too."""
         try:
-            self._crew.run([partial(pace.run, partial(part.run, pace)) for part in work], division.threads)
+            yield
         finally:
-            for part in work:
+            for part in parts:
                 self.stats.sampled_tokens += part.close()
                 self.stats.decode_row_steps += part.fed * len(part.rows)
                 self.stats.filling_row_steps += part.fed * part.spare
-            self.stats.decode_steps += max(part.fed for part in work)
+            self.stats.decode_steps += max(part.fed for part in parts)
 
     def _count_held_tokens(self) -> None:
         self.stats.peak_tokens = max(self.stats.peak_tokens, sum(row.total for row in self._rows.values()))

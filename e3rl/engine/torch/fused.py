@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from e3rl.engine.torch.norms import Norm, head_norm, norm
-from e3rl.engine.torch.projections import Projection, fingerprint, project
-from e3rl.engine.torch.recorded import RecordedSteps, TensorStep, cuda_graph
-from e3rl.engine.torch.step_attention import step_attention
-from e3rl.engine.torch.step_parts import Division, division, wake_seconds
+from e3rl.engine.torch.operations import Norm, Projection, fingerprint, head_norm, norm, project, step_attention
+from e3rl.engine.torch.recorded import RecordedSteps, cuda_graph
 from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
+from e3rl.engine.torch.threads import Division, division, wake_seconds
 from e3rl.models import sliding_window
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -155,10 +153,10 @@ class FusedSlotModel:
         self.storage.add_layers(len(weights.layers), weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
         self._columns = torch.arange(self.storage.capacity, device=self.device)
         self._attention = step_attention(self.device)
-        self._run: TensorStep = self.step
+        self._recorded: RecordedSteps | None = None
         if self.device.type == "cuda":
             slots = self.storage.scratch + 1
-            self._run = RecordedSteps(self.step, cuda_graph, slots, self.storage.capacity, self.device)
+            self._recorded = RecordedSteps(self.step, cuda_graph, slots, self.storage.capacity, self.device)
 
     def refresh(self) -> None:
         """Take the model's weights again where they have changed."""
@@ -193,14 +191,21 @@ class FusedSlotModel:
 
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
-        return self._run(rows.ids_R, rows.positions_R, rows.slots_R, bucketed(rows.last + 1), rows.first)
+        width = bucketed(rows.last + 1)
+        if self._recorded is not None:
+            return self._recorded(rows.ids_R, rows.positions_R, rows.slots_R, width, rows.first)
+        attend = self._over_cache(rows.positions_R, rows.slots_R, width, rows.first)
+        return self._weights.head(self._forward(rows.ids_R, rows.positions_R, attend))
 
     def step(self, ids_R: Tensor, positions_R: Tensor, slots_R: Tensor, width: int, first: int = 0) -> Tensor:
-        """`decode` of tensors alone: the same operations whatever they hold.
+        """`decode` of tensors alone, to be recorded: the same operations whatever they hold."""
+        return self._weights.head(
+            self._forward(ids_R, positions_R, self._over_cache(positions_R, slots_R, width, first))
+        )
 
-        Row i reads slot ``first`` + i and writes ``slots_R[i]``.
-        """
-        storage, read = self.storage, slice(first, first + len(ids_R))
+    def _over_cache(self, positions_R: Tensor, slots_R: Tensor, width: int, first: int) -> Attend:
+        """Attention of row i over ``width`` positions of slot ``first`` + i; its own keys are written to ``slots_R[i]``."""
+        storage, read = self.storage, slice(first, first + len(positions_R))
         unseen_RW = self._columns[:width] > positions_R.unsqueeze(1)
         mask_RW = torch.zeros_like(unseen_RW, dtype=self._cos_TD.dtype).masked_fill_(unseen_RW, -torch.inf)
         attention = self._attention(mask_RW, self._weights.heads, self._weights.kv_heads, self._weights.scale)
@@ -211,7 +216,7 @@ class FusedSlotModel:
             values[slots_R, :, positions_R] = v_RKD
             return attention(q_RHD, keys[read, :, :width], values[read, :, :width])
 
-        return self._weights.head(self._forward(ids_R, positions_R, attend))
+        return attend
 
     def _forward(self, ids_R: Tensor, positions_R: Tensor, attend: Attend) -> Tensor:
         """The last hidden states of R tokens, normalised."""

@@ -1,4 +1,4 @@
-"""Keys and values of rows that have lengths of their own.
+"""Slots: keys and values of rows that have lengths of their own, which row lives in which slot, how many fit.
 
 Keys and values of a layer are one tensor each, ``[slots, kv_heads, capacity, head_dim]``. What lies behind a row's length
 is stale and masked out, so that rolling a row back is nothing but forgetting a number. The storage does not know the
@@ -7,10 +7,17 @@ lengths: whoever uses it says where to write and how far to read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from e3rl.errors import UserError
+
+K = TypeVar("K", bound=Hashable)
+
+MIB = 2**20
 
 PACK = 4
 """Rows of a decode step come in multiples of this: with one to three rows the CPU's matrix kernels round otherwise than
@@ -102,3 +109,86 @@ class StepRows:
         self.ids_R = ids_R.clamp(min=0) if self.spare else ids_R
         self.positions_R = self.positions_R + 1
         self.last += 1
+
+
+class Move(NamedTuple, Generic[K]):
+    """``row`` goes from slot ``source`` to slot ``target``; ``evicted``, if any, goes the other way."""
+
+    row: K
+    source: int
+    target: int
+    evicted: K | None
+
+
+class SlotMap(Generic[K]):
+    """A one-to-one map of rows to slots in which chosen rows can be packed side by side."""
+
+    def __init__(self, slots: int) -> None:
+        self._row_at: list[K | None] = [None] * slots
+        self._slot_of: dict[K, int] = {}
+
+    @property
+    def free(self) -> int:
+        """Slots without a row."""
+        return len(self._row_at) - len(self._slot_of)
+
+    def slot(self, row: K) -> int:
+        """Where the row lives now."""
+        return self._slot_of[row]
+
+    def take(self, row: K) -> int:
+        """Give the row the first free slot."""
+        slot = self._row_at.index(None)
+        self._put(row, slot)
+        return slot
+
+    def give_back(self, row: K) -> int:
+        """Forget the row; its slot is free at once."""
+        slot = self._slot_of.pop(row)
+        self._row_at[slot] = None
+        return slot
+
+    def fullest(self, rows: Sequence[K], starts: Sequence[int]) -> int:
+        """The one of ``starts`` from which on as many slots as there are ``rows`` hold the most of them already."""
+        slots = [self._slot_of[row] for row in rows]
+        return max(starts, key=lambda start: sum(start <= slot < start + len(rows) for slot in slots))
+
+    def pack(self, rows: Sequence[K], first: int = 0) -> list[Move[K]]:
+        """Bring ``rows`` into the slots from ``first`` on, in any order, with as few moves as possible.
+
+        The moves are already made in the map; the caller makes them in the cache, in the order given.
+        """
+        window, wanted = range(first, first + len(rows)), set(rows)
+        open_slots = [slot for slot in window if self._row_at[slot] not in wanted]
+        strays = [row for row in rows if self._slot_of[row] not in window]
+        return [self._move(row, target) for row, target in zip(strays, open_slots, strict=True)]
+
+    def _move(self, row: K, target: int) -> Move[K]:
+        source, evicted = self._slot_of[row], self._row_at[target]
+        self._put(row, target)
+        self._row_at[source] = None
+        if evicted is not None:
+            self._put(evicted, source)
+        return Move(row, source, target, evicted)
+
+    def _put(self, row: K, slot: int) -> None:
+        self._row_at[slot] = row
+        self._slot_of[row] = slot
+
+
+def rows_within(budget: int, row_bytes: int, wanted: int, group: int, positions: int) -> int:
+    """The most rows, up to ``wanted``, whose slots take at most ``budget`` bytes; 0 sets no bound.
+
+    Raises UserError where a group of ``group`` rows could never be held: it would wait for ever.
+    """
+    if not budget:
+        return wanted
+    rows = max((n for n in range(1, wanted + 1) if physical_slots(n) * row_bytes <= budget), default=0)
+    if rows < min(group, wanted):
+        needed = -(-physical_slots(group) * row_bytes // MIB)
+        raise UserError(
+            f"rollout.kv_budget = {budget // MIB} MiB holds {rows} rows of {positions} tokens "
+            f"({row_bytes / MIB:.3g} MiB each), and a group of {group} siblings needs {needed} MiB: raise it to that, or "
+            "lower rollout.num_generations, segment_length, max_segments or max_completion_length"
+        )
+    return rows

@@ -12,8 +12,8 @@ import torch
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.torch import fused as fused_model
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.engine.torch.norms import _by_head, head_norm, norm
-from e3rl.engine.torch.step_parts import Crew, Division, Pace, divided, division, operation_threads
+from e3rl.engine.torch.operations import _by_head, head_norm, norm
+from e3rl.engine.torch.threads import Crew, Division, Pace, divided, division, operation_threads
 from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
 from tests.engine.models import ARCHITECTURES, EOS, tiny
@@ -90,7 +90,8 @@ def test_all_parts_stop_after_the_step_in_which_one_ended():
             step += 1
         fed[number] = step
 
-    Crew().run([partial(part, 0), partial(part, 1)], 1)
+    with Crew().beside([partial(part, 1)], 1):
+        part(0)
     assert fed == [3, 3]
 
 
@@ -101,17 +102,18 @@ def test_a_part_that_fails_ends_the_others_and_is_heard(broken):
     def part(number: int) -> None:
         step = 0
         try:
-            while True:
-                step += 1
-                if number == broken and step == 3:
-                    raise NonFiniteLogits(Draw(0, 0, "p", 7, 0, 0))
-                pace.over(step, ended=False)
+            with pace:
+                while True:
+                    step += 1
+                    if number == broken and step == 3:
+                        raise NonFiniteLogits(Draw(0, 0, "p", 7, 0, 0))
+                    pace.over(step, ended=False)
         finally:
             if number != broken:
                 ended.set()
 
-    with pytest.raises(NonFiniteLogits, match="sibling 7"):
-        Crew().run([partial(pace.run, partial(part, number)) for number in (0, 1)], 1)
+    with pytest.raises(NonFiniteLogits, match="sibling 7"), Crew().beside([partial(part, 1)], 1):
+        part(0)
     assert ended.is_set()
 
 

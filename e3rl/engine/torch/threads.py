@@ -82,15 +82,16 @@ class Pace:
         self._barrier.wait()
         return step >= self._last
 
-    def run(self, part: Callable[[], None]) -> None:
-        """Run a part; where it fails, the others stop at the step they are at."""
-        try:
-            part()
-        except threading.BrokenBarrierError:
-            return  # another part failed and says why
-        except BaseException:
+    def __enter__(self) -> None:
+        """A part begins."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """A part ends. Where it failed, the others stop at the step they are at; they end quietly, since it says why."""
+        if kind is not None and issubclass(kind, threading.BrokenBarrierError):
+            return True
+        if error is not None:
             self._barrier.abort()
-            raise
+        return False
 
 
 class Crew:
@@ -99,12 +100,16 @@ class Crew:
     def __init__(self) -> None:
         self._helpers = ThreadPoolExecutor(MOST_PARTS - 1, thread_name_prefix="e3rl-decoding")
 
-    def run(self, tasks: Sequence[Callable[[], None]], threads: int) -> None:
-        """Run all tasks at once, each operation with ``threads`` threads; raise the first failure once all have ended."""
-        others = [self._helpers.submit(_run, task, threads) for task in tasks[1:]]
+    @contextmanager
+    def beside(self, tasks: Sequence[Callable[[], None]], threads: int) -> Iterator[None]:
+        """Run ``tasks`` while the calling thread runs the body, each operation with ``threads`` threads.
+
+        Ends when all have ended; raises the first failure of a task where the body has none.
+        """
+        others = [self._helpers.submit(_run, task, threads) for task in tasks]
         try:
             with operation_threads(threads):
-                tasks[0]()
+                yield
         finally:
             failures = [failure for other in others if (failure := other.exception())]
         if failures:

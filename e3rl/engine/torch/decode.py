@@ -1,17 +1,20 @@
-"""Rows in neighbouring slots that are decoded together for a few steps, in one thread (`e3rl.engine.torch.step_parts`)."""
+"""Rows in neighbouring slots that are decoded together for a few steps, in one thread (`e3rl.engine.torch.threads`)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from e3rl.engine.requests import RowState
+from e3rl.engine.requests import Request, RowState
+from e3rl.engine.sampling import NON_FINITE, Samples, SamplingRows, sample
 from e3rl.engine.torch.model import SlotModel
-from e3rl.engine.torch.step_draws import StepDraws
-from e3rl.engine.torch.step_parts import Pace
 from e3rl.engine.torch.storage import StepRows
+from e3rl.engine.torch.threads import Pace
+from e3rl.errors import NonFiniteLogits
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +57,50 @@ class Marks:
         return self._logits_SV[[row.number for row in rows]]
 
 
+class StepDraws:
+    """The next ``steps`` draws of some requests, with settings and random numbers on the device beforehand.
+
+    What is drawn and measured stays on the device until `deliver` hands it to the requests, for all steps at once. Logits
+    come with ``spare`` rows more than there are requests; those are drawn for nobody.
+    """
+
+    def __init__(self, requests: Sequence[Request], steps: int, spare: int, device: torch.device) -> None:
+        self._requests = requests
+        drawn = [*requests, *[requests[0]] * spare]
+        self._settings = SamplingRows.of([request.sampling for request in drawn], device)
+        numbers_ST = np.stack([r.uniforms[len(r.ids) : len(r.ids) + steps] for r in drawn])
+        self._numbers_TS = torch.from_numpy(numbers_ST.T.copy()).to(device)
+        self._samples: list[Samples] = []
+        self._ids: list[list[int]] = []
+
+    @property
+    def ids_R(self) -> Tensor:
+        """The tokens of the latest step, spare rows included."""
+        return self._samples[-1].ids_S
+
+    def sample(self, logits_RV: Tensor) -> list[int]:
+        """One token per request; raises NonFiniteLogits, and draws for nobody, where a request's logits are not all finite."""
+        samples = sample(logits_RV, self._settings, self._numbers_TS[len(self._samples)])
+        ids: list[int] = samples.ids_S.tolist()
+        ids = ids[: len(self._requests)]
+        if NON_FINITE in ids:
+            raise NonFiniteLogits(self._requests[ids.index(NON_FINITE)].draw)
+        self._samples.append(samples)
+        self._ids.append(ids)
+        return ids
+
+    def deliver(self) -> int:
+        """Give the requests their tokens and measures; how many tokens that is."""
+        if not self._samples:
+            return 0
+        together = Samples(*(torch.stack(field, 1).flatten() for field in zip(*self._samples, strict=True))).measures()
+        steps = len(self._ids)
+        for index, (request, ids) in enumerate(zip(self._requests, zip(*self._ids, strict=True), strict=True)):
+            request.ids += ids
+            request.measures += together[index * steps : (index + 1) * steps]
+        return steps * len(self._requests)
+
+
 class StepPart:
     """Decodes ``rows``, which lie in the slots from ``first`` on, until its `Pace` says that it is enough."""
 
@@ -61,6 +108,7 @@ class StepPart:
         self, rows: Sequence[SlotRow], first: int, model: SlotModel, marks: Marks, eos_ids: Collection[int], steps: int
     ) -> None:
         self.rows = rows
+        self.steps = steps  # at most
         self.fed = 0  # tokens of each row run through the model
         self._starts = [row.total - 1 for row in rows]
         self._model, self._marks, self._eos_ids = model, marks, frozenset(eos_ids)
@@ -70,15 +118,16 @@ class StepPart:
 
     def run(self, pace: Pace) -> None:
         """Step until it is enough."""
-        while True:
-            logits_RV = self._model.decode(self._step_rows)
-            self.fed += 1
-            if self.fed == 1:
-                self._mark(logits_RV)
-            ids = self._draws.sample(logits_RV)
-            if pace.over(self.fed, ended=not self._eos_ids.isdisjoint(ids)):
-                return
-            self._step_rows.advance(self._draws.ids_R)
+        with pace:
+            while True:
+                logits_RV = self._model.decode(self._step_rows)
+                self.fed += 1
+                if self.fed == 1:
+                    self._mark(logits_RV)
+                ids = self._draws.sample(logits_RV)
+                if pace.over(self.fed, ended=not self._eos_ids.isdisjoint(ids)):
+                    return
+                self._step_rows.advance(self._draws.ids_R)
 
     def close(self) -> int:
         """Give the requests what was drawn for them; how many tokens that is."""

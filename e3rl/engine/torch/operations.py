@@ -1,0 +1,165 @@
+"""What the written-out forward pass (`e3rl.engine.torch.fused`) is made of: norms, products, attention of one query a row.
+
+Each in as few operations as the device allows. On a CPU the weights are copied: several linear layers that share an input are
+stacked, and large ones laid out for oneDNN, whose kernels are faster for few rows than those behind
+`torch.nn.functional.linear`. On a GPU they are used where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+Norm = Callable[[Tensor], Tensor]
+"""Normalises the last dimension."""
+
+
+def norm(weight_D: Tensor, eps: float) -> Norm:
+    """x / sqrt(mean x² + eps) times the weight."""
+    return _NormByLength(weight_D, eps) if _exact_by_length(weight_D) else _NormInPlace(weight_D, eps)
+
+
+def head_norm(query_norm_D: Tensor, key_norm_D: Tensor, heads: int, kv_heads: int, eps: float) -> Norm:
+    """Norms of each head of queries and keys side by side, [..., heads + kv_heads, dim]."""
+    if _exact_by_length(query_norm_D):
+        return _NormByLength(_by_head(query_norm_D, key_norm_D, heads, kv_heads), eps)
+    return lambda x: rms_norm(x, query_norm_D.shape, None, eps) * _by_head(query_norm_D, key_norm_D, heads, kv_heads)
+
+
+def _by_head(query_norm_D: Tensor, key_norm_D: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return torch.cat([query_norm_D.expand(heads, -1), key_norm_D.expand(kv_heads, -1)])
+
+
+def _exact_by_length(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+class _NormByLength:
+    """x / sqrt(|x|² + dim * eps) times sqrt(dim) * weight: four small operations where `rms_norm` takes seven on a CPU."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        dim = weight.shape[-1]
+        self._weight = weight.detach() * dim**0.5
+        self._eps = weight.new_full((1,) * max(weight.dim(), 2), dim * eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / torch.addcmul(self._eps, length, length).sqrt_()).mul_(self._weight)
+
+
+class _NormInPlace:
+    """The weight as it is: no copy."""
+
+    def __init__(self, weight_D: Tensor, eps: float) -> None:
+        self._weight_D, self._eps = weight_D, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self._weight_D.shape, self._weight_D, self._eps)
+
+
+Projection = Callable[[Tensor], Tensor]
+"""From the layers' common input to their outputs side by side."""
+
+
+_LARGE = 2**17
+"""Entries of a weight from which oneDNN's kernels save more than the 12 microseconds that a call of them costs."""
+
+
+def project(layers: Sequence[nn.Linear]) -> Projection:
+    """The layers' outputs, concatenated."""
+    weight = layers[0].weight
+    if weight.device.type != "cpu":
+        return _ProjectionInPlace(layers)
+    large = sum(layer.weight.numel() for layer in layers) >= _LARGE
+    packs = large and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return _Packed(layers) if packs else _Stacked(layers)
+
+
+def _stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
+
+
+class _Stacked:
+    """A copy of the weights on top of each other. What is written to the layers later is not seen."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._weight, self._bias = _stacked(layers)
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        return nn.functional.linear(x_RD, self._weight, self._bias)
+
+
+class _Packed:
+    """As `_Stacked`, in oneDNN's own layout."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        weight, self._bias = _stacked(layers)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_RD, self._weight, self._bias, "none", [], "")
+        return product
+
+
+class _ProjectionInPlace:
+    """The layers as they are: no copy."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._layers = layers
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        return torch.cat([nn.functional.linear(x_RD, layer.weight, layer.bias) for layer in self._layers], -1)
+
+
+def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Where the parameters lie and how often they were written to: changes when the weights do.
+
+    Writes through ``parameter.data`` are not counted: after such, say so by `Engine.load_weights`.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of a decode step: one query token a row over that row's own keys, with heads in groups. R rows, H query heads, K heads of keys
+and values (H is a multiple of K), W positions read.
+
+From queries [R, H, dim], keys and values [R, K, W, dim] to [R, H * dim]."""
+
+StepAttention = Callable[[Tensor, int, int, float], Attention]
+"""From an additive mask [R, W], H, K and the scale to what each layer does."""
+
+
+def step_attention(device: torch.device) -> StepAttention:
+    """The fastest for the device."""
+    return _by_products if device.type == "cpu" else _by_kernel
+
+
+def _by_products(mask_RW: Tensor, heads: int, kv_heads: int, scale: float) -> Attention:
+    """Two batched products. PyTorch's CPU kernel goes head by head, which costs more than it saves for one query."""
+    shared = heads // kv_heads
+    mask_BGW = mask_RW[:, None, None].expand(-1, kv_heads, shared, -1).flatten(0, 1)  # B: rows by heads of keys
+
+    def attend(q_RHD: Tensor, keys_RKWD: Tensor, values_RKWD: Tensor) -> Tensor:
+        rows, _, dim = q_RHD.shape
+        q_BGD = q_RHD.reshape(rows * kv_heads, shared, dim)  # G: query heads that share keys
+        scores_BGW = torch.baddbmm(mask_BGW, q_BGD, keys_RKWD.flatten(0, 1).transpose(1, 2), alpha=scale)
+        return torch.bmm(scores_BGW.softmax(-1), values_RKWD.flatten(0, 1)).view(rows, -1)
+
+    return attend
+
+
+def _by_kernel(mask_RW: Tensor, heads: int, kv_heads: int, scale: float) -> Attention:
+    """One fused kernel."""
+    mask_R11W = mask_RW[:, None, None]
+
+    def attend(q_RHD: Tensor, keys_RKWD: Tensor, values_RKWD: Tensor) -> Tensor:
+        seen_RH1D = scaled_dot_product_attention(
+            q_RHD.unsqueeze(2), keys_RKWD, values_RKWD, attn_mask=mask_R11W, scale=scale, enable_gqa=True
+        )
+        return seen_RH1D.flatten(1)
+
+    return attend
