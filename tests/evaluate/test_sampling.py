@@ -26,6 +26,8 @@ class Words:
 class Grader:
     """The first function gives 0.5, which is not right; the second is not looked at."""
 
+    unboxed = "last"
+
     def score(self, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[Reward]:
         return [Reward(None, {"first": 0.5, "second": 1.0}) for _ in trajectories]
 

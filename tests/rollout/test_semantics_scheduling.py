@@ -68,7 +68,7 @@ def test_no_barrier(source):
     """28. Where no statistic comes from the siblings there is no barrier."""
     config = replace(MEAN_ONLY, baseline=source, entropy_reference="batch")
     outside = {
-        "reference": calibration_of(rollout(), config, Distribution.of([1.0])),
+        "calibration": calibration_of(rollout(), config, Distribution.of([1.0])),
         "entropy_moments": Moments.of([0.5, 1.0]),
     }
     _, engine = roll(levels({}), config, engine={"ticks": slow("p", 1, 50)}, **outside)
