@@ -59,54 +59,43 @@ def make_app(site: Site) -> Door:
     """The ASGI app, behind its door: sockets and headers only, `Site` decides."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await asyncio.to_thread(site.answer, _target(scope), Request(scope).headers)
-        await _response(answer)(scope, receive, send)
+        response = await asyncio.to_thread(site.answer, _target(scope), Request(scope).headers)
+        await response(scope, receive, send)
 
     def admit(request: Request) -> Response | None:
         if request.method != "GET":
-            return _response(Answer(405, "There is nothing to do but to look.", headers=(("Allow", "GET"),)))
-        answer = site.before(_target(request.scope), request.headers)
-        return None if answer is None else _response(answer)
+            return _answer(405, "There is nothing to do but to look.", Allow="GET")
+        return site.before(_target(request.scope), request.headers)
 
-    return Door(app, admit=admit, refuse=lambda status, message: _response(Answer(status, message)), largest=0)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What goes back to the browser."""
-
-    status: int
-    body: str = ""
-    kind: str = "text/plain"
-    headers: tuple[tuple[str, str], ...] = ()
+    return Door(app, admit=admit, refuse=_answer, largest=0)
 
 
 @dataclass(frozen=True)
 class Site:
-    """What may be seen, and by whom. Knows nothing of sockets: a request's parts in, an answer out."""
+    """What may be seen, and by whom. Knows nothing of sockets: a request's parts in, a response out."""
 
     runs: tuple[Path, ...]
     access: Access
 
-    def before(self, target: str, headers: Mapping[str, str]) -> Answer | None:
+    def before(self, target: str, headers: Mapping[str, str]) -> Response | None:
         """What a GET request gets instead of what it asks for; None for those who may see it. ``headers`` by lower-case name."""
         if len(target) > _MAX_TARGET:
-            return Answer(414, "The address is too long.")
+            return _answer(414, "The address is too long.")
         if not self.access.knows_host(headers.get("host", "")):
-            return Answer(421, "This server does not go by that name.")
+            return _answer(421, "This server does not go by that name.")
         try:
             query = parse_qs(urlsplit(target).query)
         except ValueError:
-            return Answer(400, "The address can't be read.")
+            return _answer(400, "The address can't be read.")
         given = query.get("token", [""])[0]
         if given and self.access.token and self.access.admits(given):
             cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"
-            return Answer(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
+            return _answer(303, Location="/", Set_Cookie=cookie)
         if not self.access.admits(_token_of(headers)):
-            return Answer(403, "Open the address that `e3rl view` printed: it carries the token.")
+            return _answer(403, "Open the address that `e3rl view` printed: it carries the token.")
         return None
 
-    def answer(self, target: str, headers: Mapping[str, str]) -> Answer:
+    def answer(self, target: str, headers: Mapping[str, str]) -> Response:
         """The answer to a GET request."""
         refusal = self.before(target, headers)
         if refusal is not None:
@@ -115,34 +104,34 @@ class Site:
         try:
             return self._route(url.path.strip("/").split("/"), parse_qs(url.query))
         except UserError as error:
-            return Answer(500, str(error))
+            return _answer(500, str(error))
         except (OSError, ValueError) as error:
-            return Answer(500, f"The run can't be read: {error}")
+            return _answer(500, f"The run can't be read: {error}")
 
-    def _route(self, path: Sequence[str], query: Mapping[str, Sequence[str]]) -> Answer:
+    def _route(self, path: Sequence[str], query: Mapping[str, Sequence[str]]) -> Response:
         match path:
             case [""]:
                 page = to_json({"live": True, "every": POLL_MS})
-                return Answer(200, render_page("E³RL", RUN_SCRIPTS, {"run": page}, charts=True), "text/html")
+                return _answer(200, render_page("E³RL", RUN_SCRIPTS, {"run": page}, charts=True), "text/html")
             case ["api", "runs"]:
                 return self._overview(query.get("since", [""])[0])
             case ["api", "runs", run, "steps", step] if _small_number(run) and _small_number(step):
                 return self._rollouts(int(run), int(step))
-        return Answer(404, "There is no such page.")
+        return _answer(404, "There is no such page.")
 
-    def _overview(self, since: str) -> Answer:
+    def _overview(self, since: str) -> Response:
         version = fingerprint(self.runs)
         if version == since:
-            return Answer(204)
+            return _answer(204)
         described = [describe_run(run)[0] for run in self.runs]
-        return Answer(200, to_json({"version": version, "runs": described}), "application/json")
+        return _answer(200, to_json({"version": version, "runs": described}), "application/json")
 
-    def _rollouts(self, run: int, step: int) -> Answer:
+    def _rollouts(self, run: int, step: int) -> Response:
         steps = describe_run(self.runs[run])[1].steps if run < len(self.runs) else ()
         for found in steps:
             if found.step == step:
-                return Answer(200, found.json, "application/json")
-        return Answer(404, "There are no such rollouts.")
+                return _answer(200, found.json, "application/json")
+        return _answer(404, "There are no such rollouts.")
 
 
 def fingerprint(runs: Iterable[Path]) -> str:
@@ -174,8 +163,6 @@ def _target(scope: Scope) -> str:
     return f"{raw}?{query}" if query else raw
 
 
-def _response(answer: Answer) -> Response:
-    headers = {**_HEADERS, **dict(answer.headers)}
-    if answer.status == 204:
-        return Response(None, 204, headers)
-    return Response(answer.body, answer.status, headers, f"{answer.kind}; charset=utf-8")
+def _answer(status: int, body: str = "", kind: str = "text/plain", **headers: str) -> Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(body, status, _HEADERS | named, f"{kind}; charset=utf-8" if body else None)

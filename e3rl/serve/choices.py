@@ -21,7 +21,7 @@ class Piece:
 
 
 @dataclass
-class Choice:
+class ServedChoice:
     """Collects the events of one sample. A sample that met a stop string takes no more."""
 
     index: int
@@ -90,7 +90,7 @@ def _judged(judgement: Judgement) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
+def usage(prompt_tokens: int, choices: Sequence[ServedChoice]) -> dict[str, int]:
     """Tokens of a request. Erased ones are counted apart: they were generated and are in no answer."""
     completion = sum(c.tokens for c in choices)
     return {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from e3rl.serve.choices import Choice, Piece
+from e3rl.serve.choices import Piece, ServedChoice
 from e3rl.serve.requests import DecodingRequest, read_chat, read_text
 from e3rl.serve.service import Running
 
@@ -49,7 +49,7 @@ FORMS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
 
 
 @dataclass(frozen=True)
-class Writer:
+class AnswerWriter:
     """Words one answer; all its parts share an id."""
 
     form: Form
@@ -63,7 +63,7 @@ class Writer:
         choices = [self._choice(c, self.form.content(c.text), c.finish, self._summary(c)) for c in self.running.choices]
         return {**self._head(self.form.whole), "choices": choices, "usage": self.running.usage()}
 
-    def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+    def chunk(self, choice: ServedChoice, piece: Piece) -> dict[str, Any]:
         """A committed segment. The sample's last one says how it ended and sums it up."""
         delta = self.form.delta(piece.text, piece.facts["segment"] == 0)
         facts = piece.facts if choice.finish is None else {**piece.facts, "total": self._summary(choice)}
@@ -86,10 +86,10 @@ class Writer:
             "e3rl": {"erase": settings.rollout.erase, "seed": settings.seed},
         }
 
-    def _summary(self, choice: Choice) -> dict[str, Any]:
+    def _summary(self, choice: ServedChoice) -> dict[str, Any]:
         return choice.summary(self.tokenizer, erased_texts=self.running.settings.return_erased)
 
     def _choice(
-        self, choice: Choice, content: dict[str, Any], finish: str | None, facts: dict[str, Any]
+        self, choice: ServedChoice, content: dict[str, Any], finish: str | None, facts: dict[str, Any]
     ) -> dict[str, Any]:
         return {"index": choice.index, **content, "finish_reason": finish, "logprobs": None, "e3rl": facts}

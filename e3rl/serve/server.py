@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from e3rl.serve.errors import ApiError
-from e3rl.serve.forms import FORMS, Writer
+from e3rl.serve.forms import FORMS, AnswerWriter
 from e3rl.serve.service import Running, Service
 from e3rl.serve.worker import Outbox
 from e3rl.web.access import Access
@@ -89,7 +89,7 @@ class _Api:
             raise ApiError(415, "send the body as Content-Type: application/json")
         form, body, outbox = FORMS[request.url.path], await request.body(), Outbox()
         running = await asyncio.to_thread(lambda: self.service.start(form.read(_parse(body)), outbox))
-        return _Reply(self.service, running, Writer(form, running, self.service.policy.tokenizer))
+        return _Reply(self.service, running, AnswerWriter(form, running, self.service.policy.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Reply:
 
     service: Service
     running: Running
-    writer: Writer
+    writer: AnswerWriter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -13,10 +13,10 @@ from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rollout.group import Committed, Erased, Event, GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
-from e3rl.serve.choices import Choice, Piece, usage
+from e3rl.serve.choices import Piece, ServedChoice, usage
 from e3rl.serve.errors import ApiError, as_api_error
 from e3rl.serve.requests import DecodingRequest
-from e3rl.serve.settings import Decoding, decoding
+from e3rl.serve.settings import RequestSettings, decoding
 from e3rl.serve.text import TextStream
 from e3rl.serve.worker import DecodingWorker, Failed, Outbox, Ticket
 from e3rl.types import Problem, Prompt
@@ -27,9 +27,9 @@ class Running:
     """A request under way."""
 
     request: DecodingRequest
-    settings: Decoding
+    settings: RequestSettings
     prompts: tuple[Prompt, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[ServedChoice, ...]
     outbox: Outbox
     cancelled: threading.Event
 
@@ -86,7 +86,7 @@ class Service:
             raise as_api_error(error) from None
         return running
 
-    async def pieces(self, running: Running) -> AsyncGenerator[tuple[Choice, Piece], None]:
+    async def pieces(self, running: Running) -> AsyncGenerator[tuple[ServedChoice, Piece], None]:
         """Every committed segment with the sample it belongs to, until all samples have ended; ApiError where they can't."""
         while any(c.finish is None for c in running.choices):
             message = await running.outbox.get()
@@ -100,7 +100,7 @@ class Service:
         running.cancelled.set()
         self._worker.wake()
 
-    def _apply(self, running: Running, prompt: int, event: Event) -> Iterator[tuple[Choice, Piece]]:
+    def _apply(self, running: Running, prompt: int, event: Event) -> Iterator[tuple[ServedChoice, Piece]]:
         if isinstance(event, Committed | Erased):
             choice = running.choices[prompt * running.request.n + event.sibling]
             if isinstance(event, Erased):
@@ -109,11 +109,11 @@ class Service:
                 yield choice, piece
 
     def _running(
-        self, request: DecodingRequest, settings: Decoding, prompts: tuple[Prompt, ...], outbox: Outbox
+        self, request: DecodingRequest, settings: RequestSettings, prompts: tuple[Prompt, ...], outbox: Outbox
     ) -> Running:
         limit, tokenizer = settings.rollout.completion_limit, self.policy.tokenizer
         indices = range(len(prompts) * request.n)
-        choices = tuple(Choice(i, limit, TextStream(tokenizer, request.stop)) for i in indices)
+        choices = tuple(ServedChoice(i, limit, TextStream(tokenizer, request.stop)) for i in indices)
         return Running(request, settings, prompts, choices, outbox, threading.Event())
 
     def _ticket(self, running: Running, index: int) -> Ticket:

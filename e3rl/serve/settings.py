@@ -37,7 +37,7 @@ _LIMITS = {"eta": 10.0, "delta": 10.0}
 
 
 @dataclass(frozen=True)
-class Decoding:
+class RequestSettings:
     """How one request is decoded."""
 
     rollout: RolloutConfig
@@ -48,7 +48,7 @@ class Decoding:
 
 def decoding(
     request: DecodingRequest, config: Config, calibration: CalibrationStatistics | None, *, room: int
-) -> Decoding:
+) -> RequestSettings:
     """The server's settings with the client's laid over them. ``room`` is what the prompt leaves of the context."""
     rollout, erasure = _extended(request.extension, config)
     greedy, limit = request.temperature == 0, _limit(request, rollout, room)
@@ -67,7 +67,7 @@ def decoding(
     if rollout.erase:
         _require_statistics(rollout, erasure, calibration)
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    return Decoding(rollout, erasure, seed, _flag(request.extension, "return_erased"))
+    return RequestSettings(rollout, erasure, seed, _flag(request.extension, "return_erased"))
 
 
 def _extended(extension: Mapping[str, Any], config: Config) -> tuple[RolloutConfig, ErasureConfig]:

@@ -52,7 +52,7 @@ class WebServer:
         self._host, self.port = access.host, int(self._socket.getsockname()[1])
         config = uvicorn.Config(
             app,
-            http=Connection,
+            http=HttpConnection,
             ws="none",
             lifespan="off",
             proxy_headers=False,
@@ -105,7 +105,7 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-class Connection(H11Protocol):
+class HttpConnection(H11Protocol):
     """Uvicorn's connection, with deadlines for clients that don't send or don't read.
 
     There is always room for a new one: beyond the limit, the connection that has been without an admitted request for
@@ -178,7 +178,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and bool(self.cycle.scope.get(ADMITTED))
 
     def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, Connection) and not (c._busy and c._admitted)]
+        idle = [c for c in self.connections if isinstance(c, HttpConnection) and not (c._busy and c._admitted)]
         others = [c for c in idle if c is not self]
         if not others:
             self.transport.write(_FULL)

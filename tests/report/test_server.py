@@ -71,7 +71,7 @@ def test_runs_are_told_once_and_again_only_when_they_changed(tmp_path: Path) -> 
     site = Site((made.path,), LOOPBACK)
     first = json.loads(site.answer("/api/runs", LOCAL).body)
     assert first["runs"][0]["step"] == 1
-    assert site.answer(f"/api/runs?since={first['version']}", LOCAL).status == 204
+    assert site.answer(f"/api/runs?since={first['version']}", LOCAL).status_code == 204
     made.step()
     second = json.loads(site.answer(f"/api/runs?since={first['version']}", LOCAL).body)
     assert (second["runs"][0]["step"], second["version"] != first["version"]) == (2, True)
@@ -101,7 +101,10 @@ def test_a_steps_rollouts(port: int) -> None:
 )
 def test_nothing_but_the_api_has_an_address(run: SyntheticRun, path: str) -> None:
     answer = Site((run.path,), LOOPBACK).answer(path, LOCAL)
-    assert (answer.status, answer.body) in ((404, "There is no such page."), (404, "There are no such rollouts."))
+    assert (answer.status_code, answer.body) in (
+        (404, b"There is no such page."),
+        (404, b"There are no such rollouts."),
+    )
 
 
 @pytest.mark.parametrize("path", ["/../config.toml", "/..%2fconfig.toml", "/api/runs/0/steps/..%2f..%2fconfig.toml"])
@@ -111,14 +114,14 @@ def test_no_path_leads_out(port: int, path: str) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:80", "LOCALHOST"])
 def test_names_of_this_machine_are_answered(run: SyntheticRun, host: str) -> None:
-    assert Site((run.path,), LOOPBACK).answer("/api/runs", {"host": host}).status == 200
+    assert Site((run.path,), LOOPBACK).answer("/api/runs", {"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "localhost.evil.example", "", "10.0.0.5", "localhost@evil", "[::1", "x y"]
 )
 def test_other_names_are_not(run: SyntheticRun, host: str) -> None:
-    assert Site((run.path,), LOOPBACK).answer("/api/runs", {"host": host}).status == 421
+    assert Site((run.path,), LOOPBACK).answer("/api/runs", {"host": host}).status_code == 421
 
 
 def test_a_request_without_host_is_refused(port: int) -> None:
@@ -128,9 +131,9 @@ def test_a_request_without_host_is_refused(port: int) -> None:
 def test_an_open_address_is_answered_by_address_but_not_by_any_name(run: SyntheticRun) -> None:
     site = Site((run.path,), Access("0.0.0.0", TOKEN))
     bearer = {"authorization": f"Bearer {TOKEN}"}
-    assert site.answer("/api/runs", bearer | {"host": "10.0.0.5:8000"}).status == 200
-    assert site.answer("/api/runs", bearer | {"host": socket.gethostname()}).status == 200
-    assert site.answer("/api/runs", bearer | {"host": "evil.example"}).status == 421
+    assert site.answer("/api/runs", bearer | {"host": "10.0.0.5:8000"}).status_code == 200
+    assert site.answer("/api/runs", bearer | {"host": socket.gethostname()}).status_code == 200
+    assert site.answer("/api/runs", bearer | {"host": "evil.example"}).status_code == 421
 
 
 def test_the_token_opens_the_door_once_and_a_cookie_from_then_on(run: SyntheticRun) -> None:

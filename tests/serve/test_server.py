@@ -306,6 +306,21 @@ def test_a_stopping_server_leaves_nobody_waiting(make_service: Callable[..., Ser
     asyncio.run(ask())
 
 
+def test_a_stream_in_progress_ends_with_an_error_event_when_the_server_stops(
+    make_service: Callable[..., Service], monkeypatch
+):
+    service = make_service(endless=True)
+    slowed(service, monkeypatch)
+    with serving(service) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        body = {**HELLO, "max_tokens": 240, "stream": True, "e3rl": {"erase": False}}
+        connection.request("POST", TEXT, json.dumps(body), JSON)
+        answer = connection.getresponse()
+    *_, last, end = answer.read().decode().split("\n\n")
+    assert end == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
+
+
 def test_the_command_serves_a_directory(directory: Path):
     command = [sys.executable, "-m", "e3rl", "serve", str(directory), "--port", "0", "--name", "mine"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
