@@ -22,8 +22,8 @@ from statistics import median
 from typing import Any
 
 from e3rl.config import load_config
-from e3rl.train.environment import environment
 from e3rl.train.listeners import Silent
+from e3rl.train.summary import environment
 from e3rl.train.trainer import Trainer
 
 CORRECTED = ("train.importance_correction=token_truncate",)

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 
 
 def run_one(seed: int, directory: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from e3rl.lab.problems import Split, load
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.statistics import CalibrationStatistics
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 from e3rl.types import Prompt
 
 FAMILIES = ("lab:path:2", "lab:path:3", "lab:ways:2", "lab:ways:3", "lab:chain:3")

@@ -24,7 +24,7 @@ from e3rl.diagnose.signals import LATE_EPS_WEIGHT
 from e3rl.engine.protocol import AppendingEngine, Row, Sampling
 from e3rl.lab.problems import grade
 from e3rl.models import Policy, load_policy
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 from e3rl.types import Draw, Prompt
 
 TOGETHER = 16

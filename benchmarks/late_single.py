@@ -24,7 +24,7 @@ from e3rl.lab.problems import Split
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.calibrate import calibrate
 from e3rl.rollout.statistics import CalibrationStatistics
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 
 ERASING = tuple((setting, t) for setting in (LATE_EPS, HALF_EPS) for t in TEMPERATURES)
 

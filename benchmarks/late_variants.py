@@ -29,7 +29,7 @@ from e3rl.models import Policy, load_policy
 from e3rl.rewards.answers import extract_answer
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 from e3rl.types import Trajectory
 
 GROUP, REPEATS = 8, 4

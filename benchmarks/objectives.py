@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 
 PLAIN = ["rollout.erase=false"]
 SFT_TOKENS_PER_STEP = 16 * 45  # a demonstration a problem, of 45 tokens at the training level

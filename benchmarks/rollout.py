@@ -49,7 +49,7 @@ from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import RolloutStats, summarise
-from e3rl.train.environment import environment
+from e3rl.train.summary import environment
 from e3rl.types import Draw
 
 MODELS = ("lab", "qwen3-3m", "smollm2")

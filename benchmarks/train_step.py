@@ -33,15 +33,14 @@ from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, Tra
 from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
+from e3rl.plan.memory import make_plan
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.attribution import attribution_layers
-from e3rl.train.environment import environment
 from e3rl.train.learner import Learner
-from e3rl.train.packing import packed_size, plan_rows
-from e3rl.train.plan import make_plan
+from e3rl.train.packing import group_sequences, packed_size, plan_rows
 from e3rl.train.scoring import AttributionSettings, score_sequences
-from e3rl.train.sequences import group_sequences
+from e3rl.train.summary import environment
 from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
 
 SEGMENT, KL, RATE, THREADS = 16, 0.04, 1e-6, 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from e3rl.train.logits import head_scores
+from e3rl.train.scoring import head_scores
 
 
 def _resident(field: str) -> float:

@@ -18,9 +18,9 @@ from e3rl.files import atomic_directory, write_json
 from e3rl.models import Policy, load_policy, save_pretrained
 from e3rl.plugins import load
 from e3rl.train.checkpoint import list_checkpoints
-from e3rl.train.environment import environment
 from e3rl.train.listeners import Silent
 from e3rl.train.run_directory import continue_or_put_aside, read_lines
+from e3rl.train.summary import environment
 from e3rl.train.trainer import Trainer
 from e3rl_reproduce.cells import ERROR, Cell, Point
 

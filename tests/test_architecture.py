@@ -18,7 +18,7 @@ FLOORS = [
     {"engine", "objectives", "rewards", "data", "lab", "models", "web"},
     {"rollout"},
     {"train", "cluster", "evaluate", "testing"},
-    {"report", "generation", "doctor", "diagnose", "serve", "integrations", "rehearse"},
+    {"report", "generation", "doctor", "diagnose", "plan", "serve", "integrations", "rehearse"},
     {"cli", "__main__"},
 ]
 """A module may import from its own floor and from those above it in this list."""

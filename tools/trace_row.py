@@ -21,7 +21,7 @@ from traced_step import LEVEL, SIBLINGS, Trace, trace
 
 from e3rl.cli.opening import quiet_libraries
 from e3rl.equations.policy import segment_sums
-from e3rl.train.learner import Lesson
+from e3rl.train.lessons import Lesson
 from e3rl.types import Candidate, Erasure, Judgement, Problem, Segment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

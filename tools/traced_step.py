@@ -21,8 +21,9 @@ from e3rl.objectives import build
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.learner import Learner, Lesson, Update
+from e3rl.train.learner import Learner, Update
 from e3rl.train.ledger import learnt, ledger_rows
+from e3rl.train.lessons import Lesson
 from e3rl.types import Group, Prompt, RewardedGroup
 
 SIBLINGS = 4

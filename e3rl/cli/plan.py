@@ -47,7 +47,7 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
     """A line for each number of GPUs: all of them generate and then train; some generate while the others train."""
     from rich.table import Table
 
-    from e3rl.cluster.simulation import Work, roofline, simulate_rollouts, simulate_step
+    from e3rl.plan.simulation import Work, roofline, simulate_rollouts, simulate_step
 
     work = Work(
         groups=config.train.prompts_per_step,

@@ -60,8 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     from e3rl.cluster.ray_ranks import train_on_ray
     from e3rl.cluster.training_worker import Begin
-    from e3rl.train.closing import closing
-    from e3rl.train.display import build_display
+    from e3rl.report.display import build_display, closing
 
     quiet_libraries()
     console = Console()
@@ -84,7 +83,7 @@ def train_rank(
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
     from e3rl.report.listener import ReportListener
-    from e3rl.train.trackers import build_trackers
+    from e3rl.report.trackers import build_trackers
     from e3rl.train.trainer import Trainer
 
     quiet_libraries()
@@ -95,9 +94,9 @@ def train_rank(
 
 
 def _plan(config: Config, gib: float | None, ranks: int) -> int:
-    from e3rl.cli.plan_text import plan_text
     from e3rl.models import resolve_device
-    from e3rl.train.plan import GIB, device_bytes, make_plan
+    from e3rl.plan.memory import GIB, device_bytes, make_plan
+    from e3rl.plan.text import plan_text
 
     quiet_libraries()
     available = device_bytes(config.model) if gib is None else int(gib * GIB)

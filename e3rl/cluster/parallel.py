@@ -19,9 +19,8 @@ from e3rl.config import TrainConfig
 from e3rl.models import Policy
 from e3rl.train.attribution import packed_attention
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.packing import PackedRow
+from e3rl.train.packing import PackedRow, TrainSequence
 from e3rl.train.scoring import ModulePasses, Passes
-from e3rl.train.sequences import TrainSequence
 
 LOCKSTEP = ("zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
 """Values of ``train.parallel`` under which all ranks must run the same number of passes: they exchange tensors in them."""

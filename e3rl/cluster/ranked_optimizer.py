@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import TrainConfig
-from e3rl.train.lazy_tensors import LazyTensors
+from e3rl.train.checkpoint import LazyTensors
 from e3rl.train.optimizer import GradientSums, MasterOptimizer
 
 Named = list[tuple[str, nn.Parameter]]

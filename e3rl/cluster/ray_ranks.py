@@ -17,8 +17,7 @@ from e3rl.cluster.ray_cluster import SECONDS_TO_START, Head, join_cluster, last_
 from e3rl.cluster.training_worker import Begin, Job, News, Outcome, TrainingWorker
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
-from e3rl.train.interrupt import Interrupted, StopRequest
-from e3rl.train.listeners import Listener
+from e3rl.train.listeners import Interrupted, Listener, StopRequest
 
 LOSSES = 3
 """Losses in a row, with no new step between them, after which the run ends."""

@@ -21,7 +21,7 @@ from e3rl.cluster.ranks import Ranks
 from e3rl.config import TrainConfig
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
-from e3rl.train.lazy_tensors import LazyTensors
+from e3rl.train.checkpoint import LazyTensors
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.scoring import RowScorer
 

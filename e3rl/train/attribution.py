@@ -21,8 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from e3rl.equations.attribution import attention_shares, token_attribution
 from e3rl.models import unwrapped
-from e3rl.train.packing import Branch, PackedRow
-from e3rl.train.sequences import pad
+from e3rl.train.packing import Branch, PackedRow, pad
 
 ATTENTION_NAME = "e3rl_packed"
 _PAIRS = 2**19  # of queries and keys that shares are computed of at once: 64 MiB with 32 heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,31 @@ from torch import Tensor
 from e3rl.cluster.ranks import Ranks
 from e3rl.errors import UserError
 from e3rl.files import atomic_directory, damage, disk_full_is_a_sentence, write_json
-from e3rl.train.lazy_tensors import LazyTensors
 
 FORMAT = 1
 _PREFIX = "step-"
 _PREFETCHED = "prefetched.arrow"
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, made when they are looked up and not kept: read from a file, or brought together from all ranks.
+
+    Ranks that bring tensors together look up the same names in the same order.
+    """
+
+    def __init__(self, names: Iterable[str], bring: Callable[[str], Tensor]) -> None:
+        self._names, self._bring = dict.fromkeys(names), bring
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._bring(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from e3rl.rollout.filters import fresh_prompts
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.rollout.stats import summarise
-from e3rl.train.interrupt import Interrupted
+from e3rl.train.listeners import Interrupted
 from e3rl.types import Group, Prompt, Reward, RewardedGroup
 
 if TYPE_CHECKING:

@@ -18,31 +18,15 @@ from e3rl.cluster.parallel import idle_passes, in_lockstep, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, unwrapped
-from e3rl.objectives.base import AttributionOptions, GroupSignals, Objective, Totals, TrainBatch
+from e3rl.objectives.base import AttributionOptions, Objective, Totals, TrainBatch
 from e3rl.train.attribution import attribution_layers, packed_attention
-from e3rl.train.importance import ImportanceWeights, importance_weights, weigh_gradient
+from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, weigh_gradient
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
-from e3rl.train.packing import PackedRow, packed_rows, plan_rows
+from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, pad, plan_rows
 from e3rl.train.scoring import AttributionSettings, Scores, score_rows
-from e3rl.train.sequences import TrainSequence, group_sequences, pad
 from e3rl.types import RewardedGroup
-
-Scored = tuple[TrainSequence, Scores, Tensor | None]
-"""A sequence, what the policy says of it, and its reference log-probabilities where they are needed."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A sequence with everything that its loss is made of."""
-
-    sequence: TrainSequence
-    scores: Scores
-    reference_logprobs_T: Tensor | None
-    advantages_T: Tensor
-    group_size: int
-    importance: ImportanceWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -52,32 +36,6 @@ class Update:
     means: dict[str, float]
     grad_norm: float
     learning_rate: float
-
-
-def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupSignals:
-    """The siblings' tensors, padded together."""
-    cpu = torch.device("cpu")
-    sequences, scores, references = zip(*lessons, strict=True)
-    return GroupSignals(
-        rewards_G=torch.tensor(rewards, dtype=torch.float64),
-        mask_GT=pad([s.mask_T for s in sequences], False, cpu),
-        segments_GT=pad([s.segments_T for s in sequences], -1, cpu),
-        entropies_GT=pad([s.entropies_T for s in scores], 0.0, cpu),
-        old_logprobs_GT=pad([s.logprobs_T for s in scores], 0.0, cpu),
-        reference_logprobs_GT=None if references[0] is None else pad(references, 0.0, cpu),
-        shares_GT=None if scores[0].shares_T is None else pad([s.shares_T for s in scores], 0.0, cpu),
-    )
-
-
-def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Totals:
-    """Counts of an optimizer step, over trajectories alone."""
-    kept = [s for s in sequences if not s.erased]
-    return Totals(
-        groups=len({s.group for s in kept}),
-        sequences=len(kept),
-        tokens=sum(len(s.response_ids) for s in kept),
-        completion_limit=completion_limit,
-    )
 
 
 def has_dropout(model: Any) -> bool:

@@ -21,7 +21,7 @@ from e3rl.train.pieces import Pieces, pieces_of
 from e3rl.types import Group, RewardedGroup, Trajectory
 
 if TYPE_CHECKING:
-    from e3rl.train.learner import Lesson
+    from e3rl.train.lessons import Lesson
 
 FORMAT = 2
 READABLE = ("1", "2")

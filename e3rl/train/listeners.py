@@ -1,11 +1,15 @@
-"""Who is told how a run goes: the terminal, trackers, the report. The trainer only calls; it never looks."""
+"""How a run and its surroundings speak: listeners are told what happens; a signal asks the run to stop."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
+from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 
 
@@ -57,3 +61,47 @@ def tell(listeners: Iterable[Listener], event: str, *values: Any) -> None:
     """Call the method ``event`` of every listener."""
     for listener in listeners:
         getattr(listener, event)(*values)
+
+
+class Interrupted(Exception):
+    """Raised at a safe place after the user asked the run to stop."""
+
+
+class StopRequest:
+    """While active, the first SIGINT or SIGTERM asks the run to stop; a second one stops it at once.
+
+    Of several ranks none may stop alone: they stop together, at the end of a step, however often they are asked.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def ask(self) -> None:
+        """Ask the run to stop, as a signal does."""
+        self._asked = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and self._ranks.world == 1:
+            raise KeyboardInterrupt
+        self.ask()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a stop was asked for. Called where nothing is half done."""
+        if self._asked and self._ranks.world == 1:
+            raise Interrupted
+
+    def check_together(self) -> None:
+        """`check` at the end of a step: every rank stops where any was asked to."""
+        if self._ranks.any(self._asked):
+            raise Interrupted
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

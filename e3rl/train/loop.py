@@ -18,14 +18,14 @@ from e3rl.models import save_pretrained
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.statistics import entropy_moments
 from e3rl.train.collect import StepGroups, collect
-from e3rl.train.learner import Lesson, Update
+from e3rl.train.learner import Update
 from e3rl.train.ledger import learnt, ledger_rows, write_ledger
-from e3rl.train.model_card import model_card
+from e3rl.train.lessons import Lesson
 from e3rl.train.nonfinite import NonFiniteNumbers, skip_step
 from e3rl.train.run_directory import read_lines
 from e3rl.train.state import Run, State, group_settings, publish_weights, save, version
 from e3rl.train.step_metrics import step_record
-from e3rl.train.summary import run_summary
+from e3rl.train.summary import model_card, run_summary
 from e3rl.types import RewardedGroup
 
 

@@ -23,7 +23,7 @@ from e3rl.files import atomic_directory, damage, write_json
 from e3rl.objectives.base import TrainBatch
 from e3rl.rollout.columns import Row, decode, encode
 from e3rl.rollout.ipc import from_ipc, to_ipc
-from e3rl.train.sequences import TrainSequence
+from e3rl.train.packing import TrainSequence
 from e3rl.types import Problem, Prompt, RewardedGroup
 
 FORMAT = 2

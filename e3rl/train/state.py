@@ -24,10 +24,9 @@ from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.train.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, save_checkpoint
 from e3rl.train.collect import Prefetch, StepGroups, pack_groups, unpack_groups
-from e3rl.train.interrupt import StopRequest
 from e3rl.train.journal import Journal
 from e3rl.train.learner import Learner
-from e3rl.train.listeners import Listener, tell
+from e3rl.train.listeners import Listener, StopRequest, tell
 from e3rl.train.prompts import RunData
 from e3rl.train.run_directory import RunDirectory
 

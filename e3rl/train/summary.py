@@ -1,11 +1,19 @@
-"""summary.json: what a run came to, from its logs."""
+"""What a run leaves to be read: summary.json, the model card, and environment.json (versions, machine, commit)."""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from e3rl.config import Config
+import torch
+
+from e3rl import __version__
+from e3rl.config import Config, to_toml
 from e3rl.evaluate.figures import evaluated_name, overall
 from e3rl.objectives import method_name
 from e3rl.train.run_directory import read_lines
@@ -35,3 +43,88 @@ def run_summary(run: Path, config: Config, *, step: int, seconds: float, tokens:
         "train_seconds": seconds,
         "tokens_generated": tokens,
     }
+
+
+def _figures(summary: Mapping[str, Any]) -> list[str]:
+    rows = ["| held-out | decoding | Avg | 95 % interval | Pass | k |", "| --- | --- | --- | --- | --- | --- |"]
+    for when in ("before", "after"):
+        for mode, record in summary[when].items():
+            k, (low, high) = record["samples"], record["ci95"]
+            avg, passed = record[f"avg@{k}"], record[f"pass@{k}"]
+            rows.append(f"| {when} | {mode} | {avg:.3f} | {low:.3f} to {high:.3f} | {passed:.3f} | {k} |")
+    return rows if len(rows) > 2 else ["No held-out evaluation was made."]
+
+
+def model_card(config: Config, summary: Mapping[str, Any], *, has_statistics: bool) -> str:
+    """A Hugging Face model card. ``has_statistics``: calibration statistics are saved beside the model."""
+    statistics = (
+        "`e3rl_reference.json` beside it holds the statistics that erasable decoding of a single sample needs."
+        if has_statistics
+        else "Nothing was erased in training: erasable decoding of a single sample needs statistics that `e3rl calibrate` makes."
+    )
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [e3rl, reinforcement-learning]",
+            "---",
+            f"# {config.run.name}",
+            "",
+            f"Trained from `{config.model.path}` with {summary['method']} by e3rl {__version__}: {summary['steps']} steps, "
+            f"{summary['tokens_generated']} generated tokens, {summary['train_seconds']:.0f} s.",
+            "",
+            *_figures(summary),
+            "",
+            f"It is an ordinary causal language model. {statistics}",
+            "",
+            "## Settings",
+            "",
+            "```toml",
+            to_toml(config).strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package runs from, marked where the tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def environment() -> dict[str, str]:
+    """Name to value, in the order a reader wants them."""
+    facts = {
+        "e3rl": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}

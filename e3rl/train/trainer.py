@@ -35,16 +35,15 @@ from e3rl.rollout.judge import needs_calibration, require_calibration
 from e3rl.rollout.metric import load_metric
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.train.collect import Prefetch
-from e3rl.train.environment import environment
-from e3rl.train.interrupt import Interrupted, StopRequest
 from e3rl.train.journal import Journal, fingerprint
 from e3rl.train.learner import Learner
-from e3rl.train.listeners import Listener, tell
+from e3rl.train.listeners import Interrupted, Listener, StopRequest, tell
 from e3rl.train.loop import train
 from e3rl.train.prompts import RunData, answers_as_responses, load_data, number_of_steps
 from e3rl.train.run_directory import RunDirectory, run_path
 from e3rl.train.scoring import require_scorable
 from e3rl.train.state import Run, State, restore, save
+from e3rl.train.summary import environment
 
 RewardFunction = Callable[..., Any]
 

@@ -16,9 +16,8 @@ from e3rl.cluster.sharding import ShardedOptimizer, shard
 from e3rl.config import TrainConfig
 from e3rl.models import load_policy
 from e3rl.train.attribution import packed_attention
-from e3rl.train.packing import PackedRow
+from e3rl.train.packing import PackedRow, TrainSequence
 from e3rl.train.scoring import RowScorer
-from e3rl.train.sequences import TrainSequence
 from tests.train.random_lab import lab_config
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3rl.equations import tokens
+from e3rl.train.packing import TrainSequence
 from e3rl.train.scoring import score_sequences
-from e3rl.train.sequences import TrainSequence
 from tests.engine.models import build
 from tests.equations import reference
 from tests.equations.support import close, distributions, f64, logits, matrix

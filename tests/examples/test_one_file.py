@@ -26,7 +26,8 @@ from e3rl.objectives import build
 from e3rl.plugins import load
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.learner import Learner, Lesson
+from e3rl.train.learner import Learner
+from e3rl.train.lessons import Lesson
 from e3rl.train.metrics import Means
 from e3rl.types import Draw, Group, Prompt, Reward, RewardedGroup, Trajectory
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from e3rl.train.sequences import TrainSequence
+from e3rl.train.packing import TrainSequence
 
 
 def sequence(prompt: Sequence[int], response: Sequence[int], masked: int = 0, erased: bool = False) -> TrainSequence:

@@ -19,7 +19,7 @@ from e3rl.errors import UserError
 from e3rl.rollout.filters import build_filter
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.collect import StepGroups, collect, pack_groups, unpack_groups
-from e3rl.train.interrupt import Interrupted
+from e3rl.train.listeners import Interrupted
 from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
 from tests.rollout.test_filters import rewarded
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
 from e3rl.models import load_policy
-from e3rl.train.display import LiveDisplay
+from e3rl.report.display import LiveDisplay
 from e3rl.train.listeners import Silent
 from e3rl.train.metrics import METRICS
+from e3rl.train.packing import trajectory_sequence
 from e3rl.train.prompts import demonstration, solution
 from e3rl.train.run_directory import read_lines
 from e3rl.train.scoring import score_sequences
-from e3rl.train.sequences import trajectory_sequence
 from e3rl.train.trainer import Trainer
 from e3rl.types import Problem, Prompt
 from tests.train.random_lab import lab_config

@@ -15,9 +15,10 @@ from e3rl.errors import UserError
 from e3rl.models import Policy, add_lora
 from e3rl.objectives import build
 from e3rl.objectives.base import Totals
-from e3rl.train.learner import Learner, totals_of
+from e3rl.train.learner import Learner
+from e3rl.train.lessons import totals_of
 from e3rl.train.metrics import Means
-from e3rl.train.sequences import group_sequences
+from e3rl.train.packing import group_sequences
 from e3rl.types import RewardedGroup
 from tests.engine.models import EOS, tiny
 from tests.train.rollouts import rewarded_group

@@ -9,8 +9,8 @@ from torch import nn
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
 from e3rl.models import add_lora
-from e3rl.train import logits
-from e3rl.train.logits import head_scores, output_matrix
+from e3rl.train import scoring
+from e3rl.train.scoring import head_scores, output_matrix
 from tests.engine.models import build
 
 
@@ -35,8 +35,8 @@ def _plain(head: nn.Linear, hidden_KD: torch.Tensor, ids_K: torch.Tensor, temper
 def test_values_and_gradients_equal_those_of_the_whole_matrix(
     bias: bool, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(logits, "_CHUNK_ELEMENTS", 40 * chunk)
-    monkeypatch.setattr(logits, "_SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 40 * chunk)
+    monkeypatch.setattr(scoring, "_SMALLEST_CHUNK", 1)
     head, hidden_KD, ids_K, weights_K = _case(bias)
     leaves = [hidden_KD, *head.parameters()]
     expected = _plain(head, hidden_KD, ids_K, temperature)

@@ -15,8 +15,8 @@ from e3rl.config import Config, ObjectiveConfig, RolloutConfig, TrainConfig
 from e3rl.models import Policy
 from e3rl.objectives import OBJECTIVES, build
 from e3rl.objectives.base import TrainBatch
-from e3rl.train.importance import importance_weights, weigh_gradient
-from e3rl.train.learner import Learner, Lesson
+from e3rl.train.learner import Learner
+from e3rl.train.lessons import Lesson, importance_weights, weigh_gradient
 from e3rl.train.metrics import METRICS, Means
 from e3rl.train.step_metrics import importance_metrics
 from tests.engine.models import EOS, tiny

@@ -17,7 +17,8 @@ from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.objectives.base import Loss, TrainBatch
-from e3rl.train.learner import Learner, Lesson
+from e3rl.train.learner import Learner
+from e3rl.train.lessons import Lesson
 from e3rl.train.listeners import Silent
 from e3rl.train.loop import learn_or_skip
 from e3rl.train.nonfinite import (

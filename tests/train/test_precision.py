@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from e3rl.config import TrainConfig
-from e3rl.train import logits
-from e3rl.train.logits import head_scores
+from e3rl.train import scoring
 from e3rl.train.optimizer import GradientSums, MasterOptimizer
+from e3rl.train.scoring import head_scores
 
 MICRO_BATCHES = 512
 
@@ -50,7 +50,7 @@ def test_the_optimizer_steps_with_the_exact_sum():
 
 def test_the_output_matrix_s_gradient_adds_up_its_chunks_in_float32(monkeypatch: pytest.MonkeyPatch):
     """2,048 tokens in chunks of 16 against one float64 product."""
-    monkeypatch.setattr(logits, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 1)
     generator = torch.Generator().manual_seed(1)
     head = nn.Linear(32, 48, bias=False).bfloat16()
     hidden, ids = torch.randn(2048, 32, generator=generator).bfloat16(), torch.randint(48, (2048,), generator=generator)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from e3rl.errors import UserError
-from e3rl.train.packing import PackedRow
+from e3rl.train.packing import PackedRow, TrainSequence
 from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
-from e3rl.train.sequences import TrainSequence
 from tests.engine.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from e3rl.train.collect import StepGroups
-from e3rl.train.learner import Lesson, Update
+from e3rl.train.learner import Update
+from e3rl.train.lessons import Lesson
+from e3rl.train.packing import trajectory_sequence
 from e3rl.train.scoring import Scores
-from e3rl.train.sequences import trajectory_sequence
 from e3rl.train.step_metrics import (
     lesson_metrics,
     reward_metrics,

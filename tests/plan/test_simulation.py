@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from e3rl.cli.main import main
-from e3rl.cluster.simulation import Costs, Work, roofline, simulate_rollouts, simulate_step
 from e3rl.errors import UserError
+from e3rl.plan.simulation import Costs, Work, roofline, simulate_rollouts, simulate_step
 
 COSTS = Costs(step=1.0, row=0.25, prompt=2.0, train_token=0.01, sync=3.0, reward=1.0)
 WORK = Work(groups=4, siblings=2, segment_length=10, segments=3, erase=0.0, end=0.0, prompt_tokens=5)

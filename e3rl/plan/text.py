@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from e3rl.config import Config
-from e3rl.train.plan import ASSUMED_PROMPT, GIB, Plan
+from e3rl.plan.memory import ASSUMED_PROMPT, GIB, Plan
 
 _LORA = "model.lora_r trains adapters instead of all weights"
 _REMEDIES = {

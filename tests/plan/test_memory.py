@@ -9,14 +9,14 @@ import torch
 import transformers
 
 from e3rl.cli.main import main
-from e3rl.cli.plan_text import plan_text
 from e3rl.config import Config, ModelConfig
 from e3rl.errors import UserError
 from e3rl.models import load_policy
-from e3rl.train import plan as planning
+from e3rl.plan import memory as planning
+from e3rl.plan.memory import GIB, make_plan, saved_bytes, shape_of
+from e3rl.plan.text import plan_text
 from e3rl.train.attribution import packed_attention
 from e3rl.train.packing import PackedRow
-from e3rl.train.plan import GIB, make_plan, saved_bytes, shape_of
 from e3rl.train.scoring import score_row
 from tests.train.packs import sequence
 from tests.train.random_lab import lab_config

@@ -1,0 +1,91 @@
+"""Lessons: sequences with everything that their loss is made of.
+
+Importance weights are those from the engine that generated to the trainer that learns, whose probabilities are never quite
+equal. A weight multiplies the *gradient* of a token's log-probability, not an advantage: every objective's terms are
+weighed, its KL term among them, while clip decisions and the reported loss stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from e3rl.objectives.base import GroupSignals, Totals
+from e3rl.train.packing import TrainSequence, pad
+from e3rl.train.scoring import Scores
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """A sequence's weights, and where the cap changed them."""
+
+    weights_T: Tensor
+    limited_T: Tensor  # bool
+
+
+def importance_weights(
+    trainer_logprobs_T: Tensor, engine_logprobs_T: Tensor, mask_T: Tensor, correction: str, cap: float
+) -> ImportanceWeights:
+    """pi_trainer / pi_engine of each token, or of the whole sequence on each of its tokens, kept within ``cap``.
+
+    ``correction`` is 'token_' or 'sequence_' and then 'truncate' (a larger weight becomes ``cap``) or 'mask' (it becomes
+    0). Outside ``mask_T`` weights are 0 and nothing counts: a sequence's ratio is over the tokens that the loss is about.
+    """
+    level, _, action = correction.partition("_")
+    log_ratios_T = (trainer_logprobs_T - engine_logprobs_T).double().where(mask_T, 0.0)
+    if level == "sequence":
+        log_ratios_T = log_ratios_T.sum().expand_as(log_ratios_T)
+    ratios_T = log_ratios_T.exp()
+    limited_T = (ratios_T > cap) & mask_T
+    weights_T = torch.where(limited_T, cap if action == "truncate" else 0.0, ratios_T).where(mask_T, 0.0)
+    return ImportanceWeights(weights_T.to(trainer_logprobs_T.dtype), limited_T)
+
+
+def weigh_gradient(logprobs_ST: Tensor, weights_ST: Tensor) -> Tensor:
+    """The same log-probabilities, their gradient multiplied by the weights."""
+    return logprobs_ST.detach() + weights_ST * (logprobs_ST - logprobs_ST.detach())
+
+
+Scored = tuple[TrainSequence, Scores, Tensor | None]
+"""A sequence, what the policy says of it, and its reference log-probabilities where they are needed."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A sequence with everything that its loss is made of."""
+
+    sequence: TrainSequence
+    scores: Scores
+    reference_logprobs_T: Tensor | None
+    advantages_T: Tensor
+    group_size: int
+    importance: ImportanceWeights | None = None
+
+
+def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupSignals:
+    """The siblings' tensors, padded together."""
+    cpu = torch.device("cpu")
+    sequences, scores, references = zip(*lessons, strict=True)
+    return GroupSignals(
+        rewards_G=torch.tensor(rewards, dtype=torch.float64),
+        mask_GT=pad([s.mask_T for s in sequences], False, cpu),
+        segments_GT=pad([s.segments_T for s in sequences], -1, cpu),
+        entropies_GT=pad([s.entropies_T for s in scores], 0.0, cpu),
+        old_logprobs_GT=pad([s.logprobs_T for s in scores], 0.0, cpu),
+        reference_logprobs_GT=None if references[0] is None else pad(references, 0.0, cpu),
+        shares_GT=None if scores[0].shares_T is None else pad([s.shares_T for s in scores], 0.0, cpu),
+    )
+
+
+def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Totals:
+    """Counts of an optimizer step, over trajectories alone."""
+    kept = [s for s in sequences if not s.erased]
+    return Totals(
+        groups=len({s.group for s in kept}),
+        sequences=len(kept),
+        tokens=sum(len(s.response_ids) for s in kept),
+        completion_limit=completion_limit,
+    )
