@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from e3rl.config import DataConfig
+from e3rl.data.templates import encode_chats
 from e3rl.errors import UserError, unknown
 from e3rl.types import Problem, Prompt
 
@@ -22,7 +23,8 @@ def render_prompts(
     messages of the prompt.
     """
     limit = prompt_limit(config, context_limit, completion_limit)
-    return [_checked(problem, _encode(problem, tokenizer, config), limit) for problem in problems]
+    encode = _through_template if getattr(tokenizer, "chat_template", None) else _as_they_stand
+    return [_checked(p, ids, limit) for p, ids in zip(problems, encode(problems, tokenizer, config), strict=True)]
 
 
 def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) -> int:
@@ -47,22 +49,19 @@ def _checked(problem: Problem, ids: Sequence[int], limit: int) -> Prompt:
     return Prompt(problem, tuple(int(i) for i in ids))
 
 
-def _encode(problem: Problem, tokenizer: Any, config: DataConfig) -> Sequence[int]:
-    if getattr(tokenizer, "chat_template", None):
-        return _through_template(
-            problem, tokenizer, _messages(problem, config.system_prompt), config.chat_template_kwargs
-        )
-    if not isinstance(problem.prompt, str):
-        raise UserError(
-            f"problem '{problem.id}' has a chat prompt, but the tokenizer has no chat template; use prompts that are "
-            f"plain strings, or a model with a template"
-        )
+def _as_they_stand(problems: Sequence[Problem], tokenizer: Any, config: DataConfig) -> list[Sequence[int]]:
+    for problem in problems:
+        if not isinstance(problem.prompt, str):
+            raise UserError(
+                f"problem '{problem.id}' has a chat prompt, but the tokenizer has no chat template; use prompts that are "
+                f"plain strings, or a model with a template"
+            )
     for setting in ("system_prompt", "chat_template_kwargs"):
         if getattr(config, setting):
             raise UserError(
                 f"data.{setting} needs a chat template, and this tokenizer has none; write it into the prompts"
             )
-    return tokenizer.encode(problem.prompt)
+    return [tokenizer.encode(problem.prompt) for problem in problems]
 
 
 def _messages(problem: Problem, system_prompt: str) -> list[dict[str, str]]:
@@ -82,14 +81,10 @@ def _messages(problem: Problem, system_prompt: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def _through_template(
-    problem: Problem, tokenizer: Any, messages: list[dict[str, str]], arguments: Mapping[str, Any]
-) -> Sequence[int]:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: data.chat_template_kwargs names what is set here
-        raise UserError(f"problem '{problem.id}': the model's chat template refuses it: {error}") from None
+def _through_template(problems: Sequence[Problem], tokenizer: Any, config: DataConfig) -> list[Sequence[int]]:
+    chats = [_messages(problem, config.system_prompt) for problem in problems]
+    encoded = encode_chats(tokenizer, chats, config.chat_template_kwargs)
+    for problem, ids in zip(problems, encoded, strict=True):
+        if isinstance(ids, str):
+            raise UserError(f"problem '{problem.id}': the model's chat template refuses it: {ids}")
+    return [ids for ids in encoded if not isinstance(ids, str)]

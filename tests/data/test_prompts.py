@@ -9,8 +9,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from e3rl.config import DataConfig
+from e3rl.data import templates
 from e3rl.data.prompts import prompt_limit, render_prompts
 from e3rl.errors import UserError
+from e3rl.rewards.pool import WorkerPool
 from e3rl.types import Message, Problem, Prompt
 
 TEMPLATE = (
@@ -111,3 +113,43 @@ def test_the_lower_limit_counts() -> None:
     assert prompt_limit(DataConfig(), 100, 30) == 70
     assert prompt_limit(DataConfig(max_prompt_length=50), 100, 30) == 50
     assert prompt_limit(DataConfig(max_prompt_length=90), 100, 30) == 70
+
+
+ENDLESS = {
+    "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "memory": "{% set s = namespace(t='xxxxxxxx') %}{% for a in range(60) %}{% set s.t = s.t ~ s.t %}{% endfor %}{{ s.t }}",
+    "length": "{{ 'x' * 100000000 }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_a_sentence(tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = WorkerPool(1, 0.5)
+    monkeypatch.setattr(templates, "_pool", lambda: pool)
+    tokenizer.chat_template = ENDLESS[name]
+    message = refusal(tokenizer, "1+1?")
+    assert message.startswith("problem 'p': the model's chat template refuses it: ")
+    tokenizer.chat_template = TEMPLATE
+    assert text(render(tokenizer, "1+1?")) == "<user>1+1?\n<assistant>"  # the next one has a worker again
+    pool.close()
+
+
+def test_a_template_gives_what_transformers_gives(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"bos_token": "<", "eos_token": ">"})
+    tokenizer.chat_template = (
+        "{{ bos_token }}{%- for m in messages %}{% generation %}{{ m.content | trim }}{% endgeneration %}"
+        "{% break %}\n  {% endfor %}"
+        "{{ tools | tojson }} {{ depth }}{{ eos_token }}{% if add_generation_prompt %}!{% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    arguments = {"tools": tools, "depth": 3}
+    chat = [{"role": "user", "content": " 1+1? "}, {"role": "user", "content": "2"}]
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **arguments)
+    assert templates.encode_chats(tokenizer, [chat, chat], arguments) == [expected, expected]
+
+
+def test_arguments_that_are_none_of_a_templates_are_refused(tokenizer: Any) -> None:
+    for name in ("add_generation_prompt", "chat_template", "max_length", "conversation"):
+        assert f"data.chat_template_kwargs sets '{name}'" in refusal(tokenizer, "1", chat_template_kwargs={name: 1})
