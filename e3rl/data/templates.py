@@ -99,8 +99,8 @@ def renderer(setup: str) -> Callable[..., str]:
 
     def render(chat: list[dict[str, str]]) -> str:
         try:
-            texts, _ = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **given)
-            text = str(texts[0])
+            made: Any = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **given)
+            text = str(made[0][0])
         except TemplateError as error:
             raise UserError(str(error)) from None
         if len(text) > _MOST_CHARACTERS:
