@@ -204,7 +204,7 @@ def _single_misses(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         yield "part", found[2]
         yield "part", found[3]
         yield "digits", f"{float(Fraction(int(found[2]), int(found[3]) or 1)):.3g}1"
-    if "=" not in gold and not _CHOICE.fullmatch(gold):
+    if "=" not in gold and not _CHOICE.fullmatch(gold) and not re.fullmatch(r"\\(?:text|mathbf)\{.*\}", gold):
         for token in re.findall(r"[A-Za-z]|\d+", re.sub(r"\\[A-Za-z]+", " ", gold))[:3]:
             yield "part", token
     letters = re.findall(r"(?<![\\A-Za-z])[a-zA-Z](?![A-Za-z])", gold)
@@ -230,15 +230,16 @@ def _edits(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 _PERCENT = re.compile(r"\\?%")
+_TYPOGRAPHY = re.compile(
+    r"\\[!,;$]|[\s$]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\\(?:text|textnormal|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?"
+    r"|\^\{?\\circ\}?|^[A-Za-z]="
+)
 
 
 def _number(text: str) -> Fraction | None:
     """The value of a plain number, read without the checker."""
-    plain = re.sub(
-        r"\\[!,]|[\s$]|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))|\\(?:text|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?|\^\{?\\circ\}?|^[A-Za-z]=",
-        "",
-        text,
-    )
+    plain = re.sub(r"\\(?:mathbf|text)\{([\d.]+)\}", r"\1", text)
+    plain = _TYPOGRAPHY.sub("", plain)
     plain = _PERCENT.sub("", plain)
     plain = re.sub(
         r"^(-?)(\d+)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?$",

@@ -30,7 +30,7 @@ _BARE = re.compile(r"[^\s${}\\.,]{1,40}")
 _MARKERS = re.compile(
     r"(?i:\banswer(?: is| would be| must be)? ?[:=]|\banswer (?:is|would be|must be|equals)\b|\banswer\b\s?(?=\$|\\\(|\\\[)"
     r"|\br[ée]ponse(?: est\b| ?:)|\brespuesta(?: es\b| ?:)|\bantwort(?: ist\b| ?:))|答案 ?(?:是|为|[:：])?"
-    r"|####|(?:^|(?<=[;\n])) ?A:",
+    r"|####|(?:^|(?<=[;\n])) ?A:(?![A-Z])",
     re.MULTILINE,
 )
 _SPAN = (

@@ -20,9 +20,8 @@ _BECAUSE = re.compile(
 )
 _CONNECTED = re.compile(r"[\s,;/&()*]{0,10}(?:\b(?:or|and)\b)?[\s,;/&()*]{0,10}")
 _DOUBT = re.compile(
-    r"\b(?:not|isn't|no|wait|maybe|perhaps|possibly|either|neither|nor|wrong|incorrect|actually|instead|rather|unsure|might|"
-    r"could|cannot|can't|eliminate|rule out|except|unless)\b",
-    re.IGNORECASE,
+    r"\b(?:(?i:not|isn't|wait|maybe|perhaps|possibly|either|neither|wrong|incorrect|actually|instead|rather|unsure|might|could"
+    r"|cannot|can't|eliminate|rule out|except|unless)|[Nn]or?)\b"
 )
 
 

@@ -1,0 +1,69 @@
+"""Every answer in other spellings, and made wrong in many ways: the generators of benchmarks/checker.py on a small file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checker import measure, plainly_equal
+from e3rl.rewards.pool import WorkerPool
+
+GOLDS = [json.loads(line)["answer"] for line in Path(__file__).with_name("golds.jsonl").read_text("utf-8").splitlines()]
+
+
+KNOWN = {
+    ("digit more", "12.0625", "The answer is $12.06245$."),  # it rounds to the reference
+    ("part", "12 J", "\\boxed{12}"),  # a unit may be left out
+    ("doubled", "12 J", "\\boxed{\\frac{2(12 J)}{2}}"),
+    ("turned", "12 J", "\\boxed{3 + 12 J - 3}"),
+}
+"""Judged otherwise than the generator expects; the last two are spellings that are refused."""
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]]:
+    pool = WorkerPool(1, 5.0)
+    try:
+        return measure(GOLDS, pool, 60)
+    finally:
+        pool.close()
+
+
+def test_no_near_miss_is_accepted(measured: tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]]) -> None:
+    counts, misjudged = measured
+    assert {case[:3] for case in misjudged if not case[3]} <= KNOWN
+    kinds = {kind for kind, same in counts if not same}
+    assert kinds >= {
+        "+ 1",
+        "sign",
+        "swapped",
+        "part",
+        "another",
+        "in a list",
+        "word",
+        "denied",
+        "nearly",
+        "case",
+        "digit",
+        "equation",
+    }
+    assert sum(n for (_, same), n in counts.items() if not same) > 1200
+
+
+def test_every_spelling_is_accepted(
+    measured: tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]],
+) -> None:
+    counts, misjudged = measured
+    assert {case[:3] for case in misjudged if case[3]} <= KNOWN
+    assert sum(n for (_, same), n in counts.items() if same) > 600
+
+
+def test_the_generators_know_what_is_equal_after_all() -> None:
+    assert plainly_equal(r"\frac{1}{2}", "1/2")
+    assert plainly_equal(r"10\;\text{edges}", "10")
+    assert plainly_equal(r"35\%", "0.35")
+    assert not plainly_equal("2", "-2")
+    assert not plainly_equal(r"\frac{1}{2}", r"\frac{2}{1}")
