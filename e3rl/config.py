@@ -349,7 +349,10 @@ class Config:
 
 def _build_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
     """The objective's own options are checked by the objective itself, before training starts."""
-    options = {k: v for k, v in table.items() if k != "name"}
+    options = {k: v for k, v in table.items() if k not in ("name", "others")}
+    others = convert(table.get("others", {}), Mapping[str, Any], "objective.others")
+    for name, own in others.items():  # options that another objective takes, where an overlay or override names it
+        convert(own, Mapping[str, Any], f"objective.others.{name}")
     name = convert(table.get("name", "e3rl"), str, "objective.name")
     return ObjectiveConfig(name=name, options=options)
 
@@ -377,10 +380,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` on ``base``. Options belong to the objective they were written for: another name starts without them."""
+    """``over`` on ``base``. Options belong to the objective they were written for: another name starts without them, or with
+    those that ``objective.others`` holds for it."""
     name = over.get("objective", {}).get("name") if isinstance(over.get("objective"), Mapping) else None
     if name is not None and name != base.get("objective", {}).get("name", name):
-        base = {**base, "objective": {}}
+        others = base["objective"].get("others", {})
+        base = {**base, "objective": {**others.get(name, {}), "others": others}}
     return merge(base, over)
 
 
