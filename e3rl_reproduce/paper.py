@@ -99,10 +99,3 @@ def deviations(config: Config, entries: Sequence[Stated | Filled], *, but: Seque
             if not (same or absent or name in but):
                 found.append(f"{name} is {value!r}, not {wanted!r}{said}")
     return found
-
-
-def require_static_baseline(config: Config) -> str | None:
-    """What is missing where a threshold is to be static and nobody has said at which height."""
-    if config.rollout.erase and config.erasure.baseline == "static" and not config.erasure.static_baseline:
-        return "erasure.static_baseline: e3rl calibrate finds the model's (erasure.static_baseline=VALUE)"
-    return None

@@ -54,6 +54,10 @@ def requirements(config: Config) -> list[str]:
     source = config.data.train
     if not source.startswith("lab:") and not Path(source).exists():
         found.append(f"the training data {source}: a local file (data.train=FILE), or a hub to load it from")
+    if config.rollout.erase and config.erasure.baseline == "static" and not config.erasure.static_baseline:
+        found.append(
+            "a static baseline of the model, for 'w/o group dynamics': erasure.static_baseline=VALUE (e3rl calibrate)"
+        )
     if config.model.lora_r and importlib.util.find_spec("peft") is None:
         found.append("PEFT: pip install 'e3rl[lora]'")
     return found

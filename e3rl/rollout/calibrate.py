@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from e3rl.config import Config, ErasureConfig
@@ -79,6 +80,13 @@ def assess(groups: Sequence[Group], erasure: ErasureConfig) -> Setting:
     return Setting(erasure, first, independent, hopeless)
 
 
+def static_baseline(groups: Sequence[Group], erasure: ErasureConfig, target: float) -> float:
+    """The static B_n that U exceeds in a share ``target`` of these plain rollouts' segments."""
+    fixed = replace(erasure, baseline="static", static_baseline=1.0)
+    totals = [j.uncertainty.total for group in groups for j in _replayed(group, fixed)]
+    return float(np.quantile(totals, 1 - target))
+
+
 def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
     """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. A quantile says itself how
     much is erased, and a static baseline has no kappa_0: with these there is nothing to compare."""
@@ -143,7 +151,8 @@ def calibrate(
     chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
     real = roll_out(chosen)
     calibration = CalibrationStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
-    chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked))
+    height = config.erasure.static_baseline if asked == "static" else static_baseline(plain, best.erasure, target)
+    chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked, static_baseline=height))
     return Calibration(tuple(assessed), chosen, best, summarise(real), calibration)
 
 
@@ -170,7 +179,8 @@ def calibration_table(result: Calibration) -> Table:
     stats = result.measured
     table.caption = (
         f"Recommended: erasure.{_threshold(result.recommended.erasure)}. Rolled out for real it erased "
-        f"{stats.erase_rate:.3f} of all candidates, r = {stats.r:.3f}, forced accepts {stats.forced_rate:.3f}."
+        f"{stats.erase_rate:.3f} of all candidates, r = {stats.r:.3f}, forced accepts {stats.forced_rate:.3f}. "
+        f"One threshold for all groups: static_baseline = {result.config.erasure.static_baseline:.3g}."
     )
     table.caption_justify = "left"
     return table

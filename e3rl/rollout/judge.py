@@ -42,7 +42,12 @@ def needs_calibration(siblings: int, config: ErasureConfig) -> bool:
 
 
 def require_calibration(siblings: int, config: ErasureConfig, calibration: CalibrationStatistics | None) -> None:
-    """Raise UserError where calibration statistics are needed and there are none."""
+    """Raise UserError where thresholds come from what there is none of: calibration statistics, or a static baseline."""
+    if config.baseline == "static" and not config.static_baseline:
+        raise UserError(
+            "erasure.baseline = 'static' needs erasure.static_baseline, and it is 0: 'e3rl calibrate' finds a value for the "
+            "model and saves it in e3rl_recipe.toml, which can be laid on a recipe with --overlay"
+        )
     if not needs_calibration(siblings, config):
         return
     if calibration is None or not calibration.segments:
