@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from e3rl.config import Config
-from e3rl.data.loading import load_problems
+from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import SETTINGS
 from e3rl.engine.build import build_engine
-from e3rl.evaluate.evaluation import evaluate, spread
+from e3rl.evaluate.evaluation import evaluate
 from e3rl.evaluate.metrics import pass_at_k
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def setting_of(config: Config, name: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def deviations(config: Config, entries: Sequence[Stated | Filled], *, but: Sequence[str] = ()) -> list[str]:
+def deviations(config: Config, entries: Sequence[Stated | Filled], *, but: Collection[str] = ()) -> list[str]:
     """Where a resolved recipe is not what the entries say, a sentence each. ``but``: settings that a row is there to vary.
 
     A list stands for itself where the setting is one, else for alternatives. An option that the objective lacks counts not.

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from e3rl.config import Config
-from e3rl.data.loading import load_problems
+from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
-from e3rl.evaluate.evaluation import spread
 from e3rl.evaluate.metrics import paired_difference
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer

@@ -14,7 +14,7 @@ from e3rl_reproduce.cells import Cell
 from e3rl_reproduce.measures import EXAM, score
 from e3rl_reproduce.output import NEEDS, Plot, Table, can_draw, slug, write_report
 from e3rl_reproduce.results import Results, study_cells
-from e3rl_reproduce.running import Failure, missing_benchmarks, plan, requirements, run_cells
+from e3rl_reproduce.running import Failure, departures, missing_benchmarks, plan, requirements, run_cells
 from e3rl_reproduce.studies import find_studies
 from e3rl_reproduce.study import Scale, Study, models_of, tuning_cells
 
@@ -106,6 +106,8 @@ def report(study: Study, scale: Scale, out: Path, failures: Sequence[Failure] = 
         name = study.name if len(models) == 1 else f"{study.name}-{slug(model)}"
         write_text(out / f"{name}-values.csv", values_csv(results))
     heading = [_made_with(scale, environments), *(["", study.notes] if study.notes else [])]
+    if departed := departures(study, scale):
+        heading += ["", "**Not as in the paper:**", "", *(f"- {departure}" for departure in departed)]
     return write_report(study.name, study.title, parts, [*heading, *notes], out)
 
 

@@ -19,7 +19,8 @@ from e3rl.data.benchmarks import load_benchmark
 from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl_reproduce.cells import ERROR, Cell, merged, missing
-from e3rl_reproduce.study import Scale, Study
+from e3rl_reproduce.paper import deviations, paper_of, stated
+from e3rl_reproduce.study import Scale, Study, models_of, row_config, varied
 
 PARAMETERS = {"Qwen3-4B": 4.0e9, "Qwen3-8B": 8.2e9, "Qwen2.5-1.5B": 1.5e9, "Qwen2.5-3B": 3.1e9, "Qwen2.5-7B": 7.6e9}
 """Of the papers' models, for estimates."""
@@ -79,6 +80,20 @@ def missing_benchmarks(scale: Scale) -> list[str]:
     return found
 
 
+def departures(study: Study, scale: Scale) -> list[str]:
+    """Where the papers' own scale is not what the papers state, for settings that no row is there to vary. Where model and data
+    lie is everybody's own."""
+    if scale.name != "paper":
+        return []
+    found: dict[str, None] = {}
+    for model in models_of(study, scale):
+        entries = stated(paper_of(scale.models[model]))
+        for row in study.rows(scale):
+            config = row_config(scale, model, row, seed=scale.seeds[0], learning_rate=None)
+            found |= dict.fromkeys(deviations(config, entries, but={"model.path", "data.train", *varied(row)}))
+    return list(found)
+
+
 def _size(count: float) -> str:
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
@@ -108,9 +123,10 @@ def plan(study: Study, scale: Scale, cells: Mapping[str, Sequence[Cell]], out: P
                 lines.append(
                     f"  arithmetic: about {10 * PARAMETERS[model] * tokens:.1e} operations (generate, score, learn)"
                 )
-        for need in requirements(together[0].config):
-            lines.append(f"  missing: {need}")
+        needs = dict.fromkeys(need for cell in left for need in requirements(cell.config))
+        lines += [f"  missing: {need}" for need in needs]
     lines += [f"  missing: {need}" for need in missing_benchmarks(scale)]
+    lines += [f"  not as in the paper: {departure}" for departure in departures(study, scale)]
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free / 2**30
     lines += ["", f"results go to {out} ({free:.0f} GiB free)"]
     return lines

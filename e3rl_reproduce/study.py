@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from e3rl.cli.recipes import find_recipe, find_recipes
-from e3rl.config import Config, load_config
+from e3rl.config import Config, load_config, parse_override, read_toml
 from e3rl_reproduce.cells import Cell, Measure
 from e3rl_reproduce.measures import EXAM
 from e3rl_reproduce.output import Plot, Table
@@ -158,8 +158,9 @@ class Row:
     """A line of a table: overlays and overrides on the scale's recipe.
 
     ``tuned_as``: the row whose learning-rate sweep decides this row's; empty: its own. ``erasable``: also examined with
-    erasable decoding, at its own settings. ``whole``: a response is one segment, as long as the recipe lets it
-    become. ``measures`` are taken beside the study's. ``paper``: the row's name in the paper, where that is another one.
+    erasable decoding, at its own settings. ``segments``: a response is so many segments, together as long as the recipe lets
+    it become; 0: the recipe's. ``measures`` are taken beside the study's. ``paper``: the row's name in the paper, where that
+    is another one.
     """
 
     label: str
@@ -167,7 +168,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     tuned_as: str = ""
     erasable: bool = False
-    whole: bool = False
+    segments: int = 0
     measures: tuple[Measure, ...] = ()
     paper: str = ""
 
@@ -239,10 +240,18 @@ def row_config(scale: Scale, model: str, row: Row, *, seed: int, learning_rate: 
     rate = [] if learning_rate is None else [f"train.learning_rate={learning_rate!r}"]
     settings = [*scale.overrides, *row.overrides, *rate, f"run.seed={seed}"]
     config = load_config(scale.recipe(model), find_recipes(row.overlays), settings)
-    if not row.whole:
+    if not row.segments:
         return config
-    one = replace(config.rollout, segment_length=config.rollout.completion_limit, max_segments=1)
-    return replace(config, rollout=one)
+    length = config.rollout.completion_limit // row.segments
+    return replace(config, rollout=replace(config.rollout, segment_length=length, max_segments=row.segments))
+
+
+def varied(row: Row) -> set[str]:
+    """The settings, as section.field, that a row is there to vary: its overrides, its ablations', its division."""
+    ablations = [name for name in row.overlays if name.startswith("ablations/")]
+    tables = [*map(read_toml, find_recipes(ablations)), *map(parse_override, row.overrides)]
+    names = {f"{section}.{field}" for table in tables for section, fields in table.items() for field in fields}
+    return names | ({"rollout.segment_length", "rollout.max_segments"} if row.segments else set())
 
 
 def row_cell(study: Study, scale: Scale, model: str, row: Row, *, seed: int, learning_rate: float | None) -> Cell:

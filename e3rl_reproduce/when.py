@@ -70,7 +70,7 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
             (f"methods/{METHODS[name].overlay}",),
             (*((f"data.train={family}",) if family else ()), *METHODS[name].overrides),
             tuned_as="Vanilla",
-            whole=METHODS[name].whole,
+            segments=METHODS[name].segments,
         )
         for family in families(scale)
         for name in methods(scale)

@@ -14,11 +14,11 @@ FAMILIES = {"lab": ("lab:path:2", "lab:ways:2"), "smoke": ("lab:path:1",)}
 
 @dataclass(frozen=True)
 class Method:
-    """A row's overlay of the recipe and its overrides. ``whole``: it judges whole responses, as one segment."""
+    """A row's overlay of the recipe and its overrides. ``segments``: of a response; 0: the recipe's."""
 
     overlay: str
     overrides: tuple[str, ...] = ()
-    whole: bool = False
+    segments: int = 0
 
 
 _EPS = (
@@ -35,22 +35,21 @@ _LATE = (
     "erasure.rho=0.0",
     "erasure.kappa0=-0.5",
 )
-_HALVES = ("rollout.segment_length=4", "rollout.max_segments=2")
 _LATE_EPS = (*_LATE, "erasure.perturbation_weight=0.3", "erasure.baseline=quantile", "erasure.quantile=0.2")
 _CONTRAST = "objective.erased=contrast"
 _ALLOCATIONS = ("causal", "sequence", "anchored")
 
 
 def _erasing(
-    name: str, overrides: tuple[str, ...], allocations: Sequence[str] = _ALLOCATIONS, *, whole: bool = False
+    name: str, overrides: tuple[str, ...], allocations: Sequence[str] = _ALLOCATIONS, *, segments: int = 0
 ) -> dict[str, Method]:
     """A way to erase under every allocation, with erased candidates dropped and as contrast."""
     found = {}
     for allocation in allocations:
         title = name if allocation == "causal" else f"{name}, {allocation}"
         allocated = (*overrides, f"objective.allocation={allocation}")
-        found[title] = Method("e3rl", allocated, whole)
-        found[f"{title}+contrast"] = Method("e3rl", (*allocated, _CONTRAST), whole)
+        found[title] = Method("e3rl", allocated, segments)
+        found[f"{title}+contrast"] = Method("e3rl", (*allocated, _CONTRAST), segments)
     return found
 
 
@@ -64,9 +63,9 @@ METHODS: Mapping[str, Method] = {
     "ERPO": Method("erpo"),
     **_erasing("E³RL", ()),
     **_erasing("E³RL+ε", _EPS),
-    **_erasing("E³RL late", _LATE, ("causal",), whole=True),
-    **_erasing("E³RL late+ε", _LATE_EPS, ("causal",), whole=True),
-    **_erasing("E³RL halves+ε", (*_LATE_EPS, *_HALVES), ("causal",)),
+    **_erasing("E³RL late", _LATE, ("causal",), segments=1),
+    **_erasing("E³RL late+ε", _LATE_EPS, ("causal",), segments=1),
+    **_erasing("E³RL halves+ε", _LATE_EPS, ("causal",), segments=2),
 }
 """Every way to train that is compared. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one
 segment, so allocations don't differ. 'halves': that of each half."""

@@ -43,6 +43,19 @@ def test_another_objective_does_not_inherit_the_options_of_the_one_it_replaces(t
     assert (changed.name, dict(changed.options)) == ("grpo", {"kl_coef": 0.5})
 
 
+def test_a_recipe_may_hold_options_for_other_objectives(tmp_path: Path):
+    recipe, overlay = tmp_path / "base.toml", tmp_path / "overlay.toml"
+    recipe.write_text("[objective]\nname = 'e3rl'\nclip_low = 0.1\n[objective.others]\ngspo.kl_coef = 0.3\n")
+    overlay.write_text("[objective]\nname = 'gspo'\n")
+    assert load_config(recipe).objective.options == {"clip_low": 0.1}
+    assert load_config(recipe, [overlay]).objective.options == {"kl_coef": 0.3}
+    assert load_config(recipe, [], ["objective.name=gspo", "objective.kl_coef=0.5"]).objective.options == {"kl_coef": 0.5}
+    assert load_config(recipe, [], ["objective.name=sapo"]).objective.options == {}
+    assert load_config(recipe, [overlay], ["objective.name=e3rl"]).objective.options == {}
+    with pytest.raises(UserError, match=r"objective\.others\.gspo: expected a table"):
+        load_config(None, [], ["objective.others={gspo = 3}"])
+
+
 def test_a_string_is_a_list_of_one_and_an_empty_one_of_none(tmp_path: Path):
     assert load_config(None, [], ["data.eval=aime24"]).data.eval == ("aime24",)
     assert load_config(None, [], ["data.eval=['aime24', 'amc23']"]).data.eval == ("aime24", "amc23")

@@ -83,7 +83,7 @@ def _evaluate(
     source: str, options: argparse.Namespace, config: Config, calibration: Any, console: Console, policy: Policy | None
 ) -> Policy | None:
     """One set of problems, to the end or to a stop; the policy, where it had to be loaded."""
-    from e3rl.evaluate.evaluation import spread
+    from e3rl.data.loading import spread
     from e3rl.evaluate.identity import settings_of
     from e3rl.evaluate.store import SampleStore
     from e3rl.evaluate.study import Plan, conclude, missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,12 @@ def held_out_sources(config: DataConfig) -> tuple[str, ...]:
     if len(set(config.eval)) < len(config.eval):
         raise UserError(f"data.eval names a source twice: {', '.join(config.eval)}")
     return config.eval or ((config.train,) if config.train.startswith("lab:") else ())
+
+
+def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
+    """``limit`` of the problems, evenly spread: data are often sorted by difficulty. 0 keeps all."""
+    count = min(limit or len(problems), len(problems))
+    return [problems[i * len(problems) // count] for i in range(count)]
 
 
 def _rows(source: str, config: DataConfig, split: Split) -> Iterable[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from e3rl.config import Config
-from e3rl.data.loading import load_problems
+from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import SETTINGS, TEMPERATURES, Contest, Decoding, compare, contest
 from e3rl.diagnose.labels import knows_steps, require_rewards
@@ -19,7 +19,6 @@ from e3rl.diagnose.signals import LATE, RESPONSE_SIGNALS, SIGNALS
 from e3rl.diagnose.statistics import UNKNOWN, Estimate, mean_by_problem, overall_auroc, within_prefix_auroc
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
-from e3rl.evaluate.evaluation import spread
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.types import Prompt

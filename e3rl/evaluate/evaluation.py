@@ -19,7 +19,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
-from e3rl.types import Group, Problem, Prompt, Trajectory
+from e3rl.types import Group, Prompt, Trajectory
 
 SEED_OFFSET = 1_000_003
 """Evaluation draws from its own stream of random numbers, the same before and after training."""
@@ -40,12 +40,6 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """The figures, as they stand in evaluations.jsonl and summary.json."""
         return figures(self.mode, self.samples_PK)
-
-
-def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
-    """``limit`` of the problems, evenly spread: data are often sorted by difficulty. 0 keeps all."""
-    count = min(limit or len(problems), len(problems))
-    return [problems[i * len(problems) // count] for i in range(count)]
 
 
 def even_sizes(samples: int, most: int, least: int = 1) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from e3rl.config import Config, ErasureConfig
-from e3rl.data.loading import load_problems
+from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.equations.threshold import attempt_penalty
@@ -135,7 +135,7 @@ def calibrate(
         raise UserError(
             "the four weights of [erasure] are all 0, so U has no term to calibrate: set one of them above 0"
         )
-    problems = load_problems(data, config=config.data, split="train")[:prompts]
+    problems = spread(load_problems(data, config=config.data, split="train"), prompts)
     limit = config.rollout.completion_limit
     rendered = render_prompts(
         problems, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from e3rl.config import Config
-from e3rl.data.loading import held_out_sources, load_problems
+from e3rl.data.loading import held_out_sources, load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.data.rows import lookup
 from e3rl.errors import UserError
-from e3rl.evaluate.evaluation import spread
 from e3rl.models import Policy
 from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.evaluate.evaluation import spread
+from e3rl.data.loading import spread
 from e3rl.evaluate.metrics import (
     avg_at_k,
     bootstrap_interval,
