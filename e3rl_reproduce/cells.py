@@ -22,8 +22,8 @@ Point = Literal["start", "steps", "tokens"]
 
 _UNIMPORTANT = {
     "run": {"name", "output_dir"},
-    "train": {"save_steps", "save_total_limit", "report_to"},
-    "rollout": {"max_rows", "cache_rows"},
+    "train": {"save_steps", "save_total_limit", "report_to", "parallel", "workers", "worker_gpus", "rank_timeout"},
+    "rollout": {"max_rows", "cache_rows", "workers", "worker_gpus", "worker_timeout", "servers", "address"},
 }
 """Settings that change where and how fast a cell runs, not what comes out."""
 

@@ -22,8 +22,15 @@ Say = Callable[[str], None]
 Task = tuple[Study, Scale]
 
 
-def tasks(names: Sequence[str], scale: str, overrides: Sequence[str] = (), *, model: str | None = None) -> list[Task]:
-    """The studies behind names, each with its scale; ``overrides`` are laid on every recipe, ``model`` is the only one."""
+def tasks(
+    names: Sequence[str],
+    scale: str,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    overlays: Sequence[str] = (),
+) -> list[Task]:
+    """The studies behind names, each with its scale; overlays and overrides are laid on every recipe. ``model``: only this."""
     found = []
     for study in (study for name in names for study in find_studies(name)):
         own = study.at(scale)
@@ -31,7 +38,8 @@ def tasks(names: Sequence[str], scale: str, overrides: Sequence[str] = (), *, mo
         if model is not None and model not in known:
             raise unknown(f"model of {study.name} at scale {scale}", model, known)
         chosen = known if model is None else {model: known[model]}
-        found.append((study, replace(own, models=chosen, overrides=(*own.overrides, *overrides))))
+        laid = replace(own, overlays=(*own.overlays, *overlays), overrides=(*own.overrides, *overrides))
+        found.append((study, replace(laid, models=chosen)))
     return found
 
 

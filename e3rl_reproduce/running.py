@@ -18,16 +18,10 @@ from e3rl.config import Config, load_config
 from e3rl.data.benchmarks import load_benchmark
 from e3rl.errors import UserError
 from e3rl.files import write_json
+from e3rl.plan.memory import GIB, make_plan
 from e3rl_reproduce.cells import ERROR, Cell, merged, missing
 from e3rl_reproduce.paper import deviations, paper_of, stated
 from e3rl_reproduce.study import Scale, Study, models_of, row_config, varied
-
-PARAMETERS = {"Qwen3-4B": 4.0e9, "Qwen3-8B": 8.2e9, "Qwen2.5-1.5B": 1.5e9, "Qwen2.5-3B": 3.1e9, "Qwen2.5-7B": 7.6e9}
-"""Of the papers' models, for estimates."""
-
-_BYTES = {"full": 18, "lora": 4}
-"""A parameter's memory in training, activations aside: bfloat16 weights and reference, float32 master, gradient and Adam's
-two moments; or, under LoRA, the weights alone (the reference is the model without its adapters) with room to work."""
 
 
 def _prompts(config: Config) -> int:
@@ -59,9 +53,15 @@ def requirements(config: Config) -> list[str]:
         found.append(
             "a static baseline of the model, for 'w/o group dynamics': erasure.static_baseline=VALUE (e3rl calibrate)"
         )
-    if config.model.lora_r and importlib.util.find_spec("peft") is None:
-        found.append("PEFT: pip install 'e3rl[lora]'")
-    return found
+    extras = {
+        "lora": ("peft", config.model.lora_r > 0),
+        "ray": ("ray", config.train.workers or config.rollout.workers),
+        "deepspeed": ("deepspeed", config.train.parallel.startswith("deepspeed")),
+        "vllm": ("vllm", config.rollout.engine == "vllm"),
+    }
+    wanted = {extra: package for extra, (package, needed) in extras.items() if needed}
+    absent = [extra for extra, package in wanted.items() if importlib.util.find_spec(package) is None]
+    return found + [f"{wanted[extra]}: pip install 'e3rl[{extra}]'" for extra in absent]
 
 
 def missing_benchmarks(scale: Scale) -> list[str]:
@@ -101,6 +101,30 @@ def _size(count: float) -> str:
     return f"{count:.0f} "
 
 
+def _demands(trained: Sequence[Cell], tokens: float) -> list[str]:
+    """Memory on each device and arithmetic of the most demanding method, as `e3rl train --plan` counts them."""
+    try:
+        plans = {
+            cell.config.objective.name: (make_plan(cell.config, max(1, cell.config.train.workers), on_cpu=False), cell)
+            for cell in trained
+        }
+    except UserError as error:
+        return [f"  memory: not known, {error}"]
+    if not plans:
+        return []
+    name, (counted, cell) = max(plans.items(), key=lambda item: item[1][0].largest)
+    ranks = max(1, cell.config.train.workers)
+    where = f"on each of {ranks} devices that train" if ranks > 1 else "on one device"
+    lines = [
+        f"  memory: {counted.largest / GIB:.1f} GiB {where} at the worst moment ({name}), as e3rl train --plan counts it"
+    ]
+    if cell.config.rollout.workers:
+        lines.append(f"  beside them {cell.config.rollout.workers} rollout workers with a device each")
+    if tokens:
+        lines.append(f"  arithmetic: about {10 * counted.parameters * tokens:.1e} operations (generate, score, learn)")
+    return lines
+
+
 def plan(study: Study, scale: Scale, cells: Mapping[str, Sequence[Cell]], out: Path) -> list[str]:
     """Lines for the terminal, a block a model."""
     lines = [f"{study.title}, scale {scale.name}: {len(scale.seeds)} seeds, {len(scale.benchmarks)} benchmarks"]
@@ -112,17 +136,7 @@ def plan(study: Study, scale: Scale, cells: Mapping[str, Sequence[Cell]], out: P
         tokens = sum(training_tokens(cell.config) for cell in trained)
         known = f"at most {_size(tokens)}tokens" if tokens else "as many tokens as the data ask for"
         lines.append(f"  generate {known} in training, were nothing erased")
-        if model in PARAMETERS:
-            config = together[0].config
-            kind = "lora" if config.model.lora_r else "full"
-            memory = PARAMETERS[model] * _BYTES[kind] / 2**30
-            lines.append(
-                f"  memory: about {memory:.0f} GiB for weights, gradients and optimizer, beside caches and activations"
-            )
-            if tokens:
-                lines.append(
-                    f"  arithmetic: about {10 * PARAMETERS[model] * tokens:.1e} operations (generate, score, learn)"
-                )
+        lines += _demands(trained, tokens) if scale.name == "paper" else []
         needs = dict.fromkeys(need for cell in left for need in requirements(cell.config))
         lines += [f"  missing: {need}" for need in needs]
     lines += [f"  missing: {need}" for need in missing_benchmarks(scale)]

@@ -21,7 +21,7 @@ class Scale:
     ``learning_rates``: the sweep that every method goes through; empty: the recipe's own.
     ``tuning_overrides`` make the sweep cheaper than the training it decides on.
     ``token_budget``: generated tokens at which methods are compared beside the comparison after equal steps; 0: only that.
-    ``together``: cells that one process runs.
+    ``together``: cells that one process runs. ``overlays`` are laid on every recipe before a row's own: where it runs.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Scale:
     learning_rates: tuple[float, ...]
     segments: tuple[tuple[int, int], ...]
     token_budget: int = 0
+    overlays: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     validation: Mapping[str, str] = field(default_factory=dict)
     tuning_seed: int = 1000
@@ -239,7 +240,7 @@ def row_config(scale: Scale, model: str, row: Row, *, seed: int, learning_rate: 
     """The recipe of the model, the row's overlays, then the overrides of scale and row."""
     rate = [] if learning_rate is None else [f"train.learning_rate={learning_rate!r}"]
     settings = [*scale.overrides, *row.overrides, *rate, f"run.seed={seed}"]
-    config = load_config(scale.recipe(model), find_recipes(row.overlays), settings)
+    config = load_config(scale.recipe(model), find_recipes([*scale.overlays, *row.overlays]), settings)
     if not row.segments:
         return config
     length = config.rollout.completion_limit // row.segments

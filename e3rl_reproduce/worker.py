@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from e3rl.cli.train import launch
+from e3rl.cluster.training_worker import Begin
 from e3rl.errors import RunStopped, UserError
 from e3rl.files import atomic_directory, write_json
 from e3rl.models import Policy, load_policy, save_pretrained
@@ -45,7 +47,11 @@ class KeepWeights(Silent):
 def _train(cell: Cell, directory: Path) -> None:
     """Train to the end. A finished training keeps its weights, not what it would go on from: that is several times as large."""
     run = directory / "run"
-    if not (run / "summary.json").exists():
+    if not (run / "summary.json").exists() and cell.config.train.workers:
+        if cell.token_budget:
+            raise UserError("a cell with a token budget is trained in one process: leave train.workers at 0")
+        launch(cell.config, Begin(again=True), Silent())
+    elif not (run / "summary.json").exists():
         keep = KeepWeights(cell.token_budget, directory / SNAPSHOT)
         resume = continue_or_put_aside(cell.config)
         trainer = Trainer(cell.config, listeners=[keep], resume=resume)

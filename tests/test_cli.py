@@ -14,7 +14,7 @@ import pytest
 
 from e3rl.cli import main
 from e3rl.cli.decode import LAB_PROBLEM
-from e3rl.config import Config
+from e3rl.config import Config, load_config
 from e3rl.generation import generate as decode
 from e3rl.lab.directories import lab_directory
 from e3rl.lab.problems import generate, half
@@ -237,6 +237,25 @@ def test_calibration_gathers_the_statistics_that_a_reference_baseline_needs(
     config = find_companions(model).config().erasure
     assert config.baseline == "reference"
     assert first.threshold.baseline == pytest.approx(usual.mean + config.kappa0 * usual.std)
+
+
+def test_calibration_samples_all_of_the_data_and_finds_a_static_baseline(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Of a mix of families the first problems are all of one; what is saved can be laid on a recipe that knows no height."""
+    mix = ["lab:chain:3+lab:path:3", "--recipe", "lab", "--prompts", "8"]
+    assert main(["calibrate", "lab", *mix, "--output", str(tmp_path / "mix")]) == 0
+    height = load_config(tmp_path / "mix" / "e3rl_recipe.toml").erasure.static_baseline
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"One threshold for all groups: static_baseline = {height:.3g}." in told
+    assert main(["calibrate", "lab", "lab:path:3", *mix[1:], "--output", str(tmp_path / "path")]) == 0
+    assert main(["calibrate", "lab", "lab:chain:3", *mix[1:], "--output", str(tmp_path / "chain")]) == 0
+    chain, path = (load_config(tmp_path / n / "e3rl_recipe.toml").erasure.static_baseline for n in ("chain", "path"))
+    assert chain < height < path
+    capsys.readouterr()
+    unknown = ["train", "lab", "--overlay", "ablations/without-group", f"run.output_dir={tmp_path}", "train.steps=1"]
+    unknown += ["train.prompts_per_step=2", "eval.limit=1", "erasure.static_baseline=0.0"]
+    assert "needs erasure.static_baseline, and it is 0: 'e3rl calibrate'" in _fails(capsys, unknown)
 
 
 def test_an_uncertainty_without_terms_can_not_be_calibrated(capsys: pytest.CaptureFixture[str]):

@@ -49,7 +49,9 @@ def test_a_recipe_may_hold_options_for_other_objectives(tmp_path: Path):
     overlay.write_text("[objective]\nname = 'gspo'\n")
     assert load_config(recipe).objective.options == {"clip_low": 0.1}
     assert load_config(recipe, [overlay]).objective.options == {"kl_coef": 0.3}
-    assert load_config(recipe, [], ["objective.name=gspo", "objective.kl_coef=0.5"]).objective.options == {"kl_coef": 0.5}
+    assert load_config(recipe, [], ["objective.name=gspo", "objective.kl_coef=0.5"]).objective.options == {
+        "kl_coef": 0.5
+    }
     assert load_config(recipe, [], ["objective.name=sapo"]).objective.options == {}
     assert load_config(recipe, [overlay], ["objective.name=e3rl"]).objective.options == {}
     with pytest.raises(UserError, match=r"objective\.others\.gspo: expected a table"):

@@ -15,24 +15,31 @@ PAGE = Path(__file__).parents[1] / "docs" / "paper-scale.md"
 HEAD = """# The papers' scale
 
 The recipes `qwen3-4b` and `qwen3-8b` are E³RL's (arXiv 2606.17735, appendix D), `erpo-qwen2.5-1.5b`, `-3b` and `-7b` are ERPO's
-(section 4.1). Below is every number that the papers state, with its sentence, and then what they leave open. It is written from
-`e3rl_reproduce/stated.toml` by `tools/paper_page.py`; tests hold every method's resolved recipe to it, and `e3rl reproduce --scale
-paper` names what a run's own settings change of it.
+(section 4.1). Below is every number that the papers state, with its sentence, and then what they leave open. The page is written
+from `e3rl_reproduce/stated.toml`; tests hold every method's resolved recipe to it, and `e3rl reproduce --scale paper` names what
+a run's own settings change of it.
 """
 
-TAIL = """## Machines
+TAIL = """## What the comparison can't give
 
-An overlay says where a recipe runs (`--overlay topologies/…`, or with `reproduce --scale paper`); `e3rl train RECIPE --overlay … --plan`
-says whether it fits.
+- Eq 22's ratio is a product over up to 1,024 tokens: a drift of 0.001 a token clips 44 % of segments. Every run logs the clip
+  fraction by segment; `objective.ratio = "segment_mean"` takes the root.
+- Rows of table 2 change φ as well (eq 18 compares an entropy with a B_n that lacks a term): φ is in the ledger of every run.
+- Pass@k here is the unbiased estimate from all samples; E³RL's table 6 was made from exactly k samples at each k.
+
+## Machines
+
+An overlay says where a recipe runs: `--overlay topologies/…`, also with `reproduce --scale paper`. `e3rl train RECIPE --overlay …
+--plan` says whether it fits.
 
 | overlay | GPUs | who does what |
 | --- | --- | --- |
 | `topologies/one-h200` | 1 × 139 GiB | one process generates and trains: Qwen3-4B, and ERPO's models |
 | `topologies/8xh100` | 8 × 80 GiB | eight ranks generate and train together (FSDP2): Qwen3-4B |
-| `topologies/32xh100` | 32 × 80 GiB | 16 rollout workers with vLLM beside 16 ranks under DeepSpeed's ZeRO-2, as in the paper |
+| `topologies/32xh100` | 32 × 80 GiB | 16 rollout workers with vLLM, 16 ranks under DeepSpeed's ZeRO-2, as in the paper |
 
-The last two start their processes on Ray; `rollout.address` names a cluster that is there. What these set-ups do on such GPUs has not
-been run by us: only memory is counted.
+The last two start their processes on Ray; `rollout.address` names a cluster that is there. Only their memory is counted: we have
+run none of them.
 """
 
 

@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher", default="", metavar="CMD", help="put before each cell's command, such as 'nice -n 19'"
     )
+    parser.add_argument(
+        "--overlay", action="append", default=[], metavar="RECIPE",
+        help="lay it on every recipe, such as topologies/32xh100: where cells are trained",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="start no further cell after so many minutes")
 
 
@@ -46,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     _require_research()
     from e3rl_reproduce.reproduce import report, reproduce, show_plan, tasks
 
-    todo = tasks(options.names, options.scale, options.overrides, model=options.model)
+    todo = tasks(options.names, options.scale, options.overrides, model=options.model, overlays=options.overlay)
     out = options.out or Path("runs/reproduce") / options.scale
     if options.plan:
         print("\n".join(show_plan(todo, out)))

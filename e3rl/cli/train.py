@@ -58,21 +58,27 @@ def run(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from e3rl.cluster.ray_ranks import train_on_ray
     from e3rl.cluster.training_worker import Begin
     from e3rl.report.display import build_display, closing
 
     quiet_libraries()
     console = Console()
     display = build_display(console)
-    begin, job = Begin(options.resume, options.again), partial(train_rank, config)
     try:
-        path, summary = train_on_ray(config, job, begin, display) if config.train.workers else job(begin, display)
+        path, summary = launch(config, Begin(options.resume, options.again), display)
     finally:
         display.close()
     if summary:  # of several ranks the first has one
         console.print(closing(path, summary))
     return 0
+
+
+def launch(config: Config, begin: Begin, listener: Listener) -> tuple[Path, Mapping[str, Any]]:
+    """Train in the processes that the config asks for: ranks on Ray, or this one."""
+    from e3rl.cluster.ray_ranks import train_on_ray
+
+    job = partial(train_rank, config)
+    return train_on_ray(config, job, begin, listener) if config.train.workers else job(begin, listener)
 
 
 def train_rank(

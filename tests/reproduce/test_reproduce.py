@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from e3rl.cli import main
-from e3rl.config import load_config
+from e3rl.cli.recipes import find_recipe
+from e3rl.cli.train import train_rank
+from e3rl.cluster import ray_ranks
+from e3rl.cluster.training_worker import Begin
+from e3rl.config import Config, load_config
+from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl_reproduce.cells import ERROR, Cell, Measure
 from e3rl_reproduce.measures import EXAM
@@ -131,6 +140,50 @@ def test_the_papers_scale_says_what_it_lacks(tmp_path: Path, capsys: pytest.Capt
         assert words in plan
     assert main(arguments) == 2
     assert "missing are\n  the model Qwen/Qwen3-4B" in capsys.readouterr().err
+
+
+def test_the_plan_of_the_papers_scale_is_the_launcher_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    where = ["--scale", "paper", "--out", str(tmp_path), "--overlay", "topologies/32xh100"]
+    assert main(["reproduce", "table3", "table4", *where, "--plan"]) == 0
+    plan = capsys.readouterr().out
+    assert main(["train", "qwen3-8b", "--overlay", "topologies/32xh100", "--plan", "--device-memory", "79"]) == 0
+    told = re.search(r"fits: ([\d.]+) GiB", capsys.readouterr().out)
+    assert told
+    assert f"memory: {float(told[1]):.1f} GiB on each of 16 devices that train" in plan
+    assert "beside them 16 rollout workers" in plan
+    assert "missing: a static baseline of the model" in plan
+    for extra in ("ray", "deepspeed", "vllm"):
+        assert importlib.util.find_spec(extra) or f"pip install 'e3rl[{extra}]'" in plan
+
+
+def test_a_cell_with_ranks_is_trained_by_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`train.workers` start ranks on Ray; here in their place, what they would be asked to do is done in this process."""
+    started = []
+
+    def on_ray(config: Config, job: Any, begin: Begin, listener: Any) -> Any:
+        started.append((config.train.workers, begin))
+        return train_rank(replace(config, train=replace(config.train, workers=0)), begin, listener)
+
+    monkeypatch.setattr(ray_ranks, "train_on_ray", on_ray)
+    settings = [
+        "data.train=lab:chain:1",
+        "train.steps=1",
+        "train.prompts_per_step=2",
+        "eval.limit=1",
+        "train.workers=2",
+    ]
+    exam = Measure(EXAM, "steps", {"benchmarks": {"c": "lab:chain:1"}, "problems": 2, "samples": 2})
+    cell = Cell(load_config(find_recipe("lab"), overrides=[*settings, "train.minibatches=1"]), (exam,))
+    one = load_config(find_recipe("lab"), overrides=[*settings[:-1], "train.minibatches=1"])
+    assert cell.address == Cell(one, ()).address, "where a cell is trained does not change what it is"
+    for name, budget in (("cell", 0), ("budget", 100)):
+        write_json(tmp_path / name / "cell.json", replace(cell, token_budget=budget).to_table())
+    run_cell(tmp_path / "cell")
+    assert started == [(2, Begin(again=True))]
+    assert (tmp_path / "cell" / "run" / "summary.json").exists()
+    assert len(list((tmp_path / "cell" / "measures").iterdir())) == 1
+    with pytest.raises(UserError, match="a cell with a token budget is trained in one process"):
+        run_cell(tmp_path / "budget")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from e3rl_reproduce.studies import STUDIES
 from e3rl_reproduce.study import models_of, row_config, varied
 from tests.reproduce.means import FILE, means
 
+PROJECT = Path(__file__).parents[2]
 RECIPES = ("qwen3-4b", "qwen3-8b", "erpo-qwen2.5-1.5b", "erpo-qwen2.5-3b", "erpo-qwen2.5-7b")
 METHODS = ("e3rl", "grpo", "dapo", "gspo", "sapo", "erpo", "sft", "vanilla")
 SAME = (
@@ -136,6 +138,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def test_an_ablation_switches_off_what_it_is_named_for_and_nothing_else(name: str):
     table = read_toml(find_recipe(f"ablations/{name}"))
     assert {f"{s}.{k}": v for s, fields in table.items() for k, v in fields.items()} == ABLATIONS[name]
+
+
+def test_the_page_of_the_settings_is_fresh():
+    assert runpy.run_path(str(PROJECT / "tools" / "paper_page.py"))["main"](["--check"]) == 0
 
 
 def test_a_user_s_own_settings_are_named_where_the_paper_is_reproduced():
