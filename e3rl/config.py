@@ -167,9 +167,7 @@ class ErasureConfig:
     quantile: float = setting(
         0.5, "share of the first candidates that stay below B_n where baseline = 'quantile'", min=0, max=1
     )
-    static_baseline: float = setting(
-        1.0, "B_n where baseline = 'static'; 0: not known, refused there", min=0, max=_MOST
-    )
+    static_baseline: float = setting(1.0, "B_n where baseline = 'static'; 0: not known, refused", min=0, max=_MOST)
     min_siblings: int = setting(2, "with fewer siblings at a segment the group's last B stays in force", min=2)
     kappa0: float = setting(1.0, "kappa_0 of eq 16", min=-_MOST, max=_MOST)
     kappa1: float = setting(0.0, "kappa_1 of eq 16", min=-_MOST, max=_MOST)
