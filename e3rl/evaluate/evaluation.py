@@ -5,6 +5,7 @@ Training, `e3rl eval`, `e3rl diagnose` and `e3rl reproduce` draw through `draw`,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from e3rl.engine.protocol import Engine
 from e3rl.evaluate.figures import MEAN, correct_table, figures, mean_figures
 from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.driver import run_jobs
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Group, Prompt, Trajectory
@@ -81,22 +82,26 @@ def evaluation_settings(config: Config, *, erase: bool) -> Config:
 
 def draw(
     engine: Engine,
-    prompts: Iterable[Prompt],
+    wanted: Iterable[tuple[Prompt, int, int]],
     config: Config,
     *,
     erase: bool,
-    first: int,
-    size: int,
     calibration: CalibrationStatistics | None = None,
-) -> Iterator[Group]:
-    """One round: samples ``first`` to ``first + size - 1`` of every prompt, each prompt's as they finish.
+) -> Iterator[tuple[int, Group]]:
+    """For each prompt, first sample and size that is wanted, the first sample and the group, as they finish.
 
     A sample's random draws are named by its number, so plain samples are the same however they are divided into rounds.
     """
-    chosen = evaluation_settings(config, erase=erase)
-    rollout, seed = replace(chosen.rollout, num_generations=size), config.run.seed + SEED_OFFSET
-    settings = GroupSettings(rollout, chosen.erasure, seed, calibration=calibration, first_sibling=first)
-    return run_groups(engine, prompts, settings)
+    chosen, seed = evaluation_settings(config, erase=erase), config.run.seed + SEED_OFFSET
+
+    def settings(first: int, size: int) -> GroupSettings:
+        rollout = replace(chosen.rollout, num_generations=size)
+        return GroupSettings(rollout, chosen.erasure, seed, calibration=calibration, first_sibling=first)
+
+    settings(0, chosen.rollout.num_generations).check()
+    jobs = ((prompt, settings(first, size)) for prompt, first, size in wanted)
+    for job in run_jobs(engine, jobs, round_sizes(config)[0]):
+        yield job.settings.first_sibling, job.result()
 
 
 def evaluate(
@@ -114,19 +119,20 @@ def evaluate(
 
     Texts are not kept, nor trajectories unless asked for: many long samples would not fit into memory.
     """
-    mode = "erasable" if erase else "plain"
-    samples: dict[str, list[Sample]] = {p.problem.id: [] for p in prompts}
-    trajectories: dict[str, list[Trajectory]] = {p.problem.id: [] for p in prompts}
-    first = 0
-    for number, size in enumerate(round_sizes(config)):
-        for group in draw(engine, prompts, config, erase=erase, first=first, size=size, calibration=calibration):
-            done = graded(group, scorer, tokenizer, mode=mode, round=number, first=first)
-            samples[group.prompt.problem.id] += [replace(sample, pred="") for sample in done]
-            if keep_trajectories:
-                trajectories[group.prompt.problem.id] += group.trajectories
-        first += size
-    kept = tuple(map(tuple, trajectories.values())) if keep_trajectories else ()
-    return Evaluation(mode, tuple(map(tuple, samples.values())), kept)
+    mode, sizes = "erasable" if erase else "plain", round_sizes(config)
+    firsts = list(itertools.accumulate(sizes[:-1], initial=0))
+    wanted = [(prompt, first, size) for first, size in zip(firsts, sizes, strict=True) for prompt in prompts]
+    samples: dict[tuple[str, int], tuple[Sample, ...]] = {}
+    kept: dict[tuple[str, int], tuple[Trajectory, ...]] = {}
+    for first, group in draw(engine, wanted, config, erase=erase, calibration=calibration):
+        done = graded(group, scorer, tokenizer, mode=mode, round=firsts.index(first), first=first)
+        samples[group.prompt.problem.id, first] = tuple(replace(sample, pred="") for sample in done)
+        kept[group.prompt.problem.id, first] = group.trajectories if keep_trajectories else ()
+
+    def rows(parts: Mapping[tuple[str, int], tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(x for first in firsts for x in parts[p.problem.id, first]) for p in prompts)
+
+    return Evaluation(mode, rows(samples), rows(kept) if keep_trajectories else ())
 
 
 def held_out_records(

@@ -103,19 +103,16 @@ class Sampler:
         return build_engine(self.config.rollout, self.policy.model, self.policy.eos_ids, longest)
 
     def _sample(self, engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Sample, ...]]:
-        """The units' samples as they finish. Units of one mode, round and size are decoded together."""
+        """The units' samples as they finish; units of one mode are decoded together."""
         prompts = {p.problem.id: p for p in self.prompts}
-        for _, batch in itertools.groupby(units, key=lambda u: (u.mode, u.round, u.first, u.size)):
+        for mode, batch in itertools.groupby(units, key=lambda u: u.mode):
             chosen = list(batch)
-            unit, erase = chosen[0], chosen[0].mode == "erasable"
-            in_time = itertools.takewhile(
-                lambda _: time.monotonic() < self.deadline, (prompts[u.problem] for u in chosen)
-            )
-            place = {"first": unit.first, "size": unit.size}
-            for group in draw(engine, in_time, self.config, erase=erase, calibration=self.calibration, **place):
-                yield graded(
-                    group, self.scorer, self.policy.tokenizer, mode=unit.mode, round=unit.round, first=unit.first
-                )
+            rounds = {unit.first: unit.round for unit in chosen}
+            in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, chosen)
+            wanted = ((prompts[unit.problem], unit.first, unit.size) for unit in in_time)
+            drawn = draw(engine, wanted, self.config, erase=mode == "erasable", calibration=self.calibration)
+            for first, group in drawn:
+                yield graded(group, self.scorer, self.policy.tokenizer, mode=mode, round=rounds[first], first=first)
 
 
 def conclude(plan: Plan, store: SampleStore, facts: dict[str, Any], ks: Sequence[int] = ()) -> dict[str, Any]:

@@ -281,29 +281,40 @@ def run_groups(
     Every row is released when the iterator ends, whether exhausted, closed early or stopped by an error.
     """
     settings.check()
-    return _groups(Driver(engine, memory), iter(prompts), settings, observe)
+    jobs = run_jobs(engine, ((p, settings) for p in prompts), settings.rollout.num_generations, observe, memory)
+    return (job.result() for job in jobs)
 
 
-def _groups(
-    driver: Driver, prompts: Iterator[Prompt], settings: GroupSettings, observe: Observer | None
-) -> Iterator[Group]:
-    seen: set[str] = set()
+def run_jobs(
+    engine: Engine,
+    wanted: Iterable[tuple[Prompt, GroupSettings]],
+    rows: int,
+    observe: Observer | None = None,
+    memory: Memory | None = None,
+) -> Iterator[GroupJob]:
+    """`run_groups` for groups with settings of their own, none of more than ``rows`` samples."""
+    seen: set[tuple[str, int]] = set()
+    driver, left = Driver(engine, memory), iter(wanted)
 
     def feed() -> None:
-        while driver.room(settings.rollout.num_generations) and (prompt := next(prompts, None)) is not None:
-            if prompt.problem.id in seen:
+        while driver.room(rows) and (following := next(left, None)) is not None:
+            prompt, settings = following
+            name = (prompt.problem.id, settings.first_sibling)
+            if name in seen:
                 raise UserError(
                     f"problem id '{prompt.problem.id}' occurs twice in one batch of rollouts: both groups would get "
                     "the same random draws and be identical. Give every problem its own id (data.id_column)"
                 )
-            seen.add(prompt.problem.id)
+            seen.add(name)
             driver.submit(prompt, settings, observe)
 
     try:
         feed()
         while driver.busy:
-            groups = [job.result() for job in driver.step()]
+            ended = driver.step()
+            for job in ended:
+                job.result()
             feed()
-            yield from groups
+            yield from ended
     finally:
         driver.close()

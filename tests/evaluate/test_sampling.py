@@ -93,6 +93,15 @@ def test_training_and_the_command_draw_alike():
     assert result.trajectories_PK == ()
 
 
+def test_rounds_share_the_rows_and_none_waits_for_the_last_sample_of_another():
+    config = Config(rollout=rollout(num_generations=2), eval=EvalConfig(num_samples=6))
+    engine: Any = ScriptedEngine(levels({}))
+    evaluate(engine, [prompt("p"), prompt("q")], Grader(), Words(), config, erase=False)  # type: ignore[arg-type]
+    names = [call.kind for call in engine.calls]
+    assert names.count("prefill") == 2 * 6  # rows
+    assert "release" not in names[: len(names) - names[::-1].index("prefill")]
+
+
 def _held_out(config: Config, sources: Sequence[str], done: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     engine: Any = ScriptedEngine(levels({}))
     prompts = {source: [prompt("p"), prompt(f"q{i}")][: 1 + i] for i, source in enumerate(sources)}
