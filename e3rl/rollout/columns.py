@@ -63,6 +63,7 @@ _CANDIDATE = [
     ("modulation", pa.float64(), "phi (eq 18)"),
 ]
 CANDIDATE = pa.struct([(name, kind) for name, kind, _ in _CANDIDATE])
+_FIELDS = list(CANDIDATE)
 _TRAJECTORY = [
     ("problem_id", pa.string(), "id of the problem"),
     ("sibling", pa.int32(), "which of the group's samples, from 0"),
@@ -136,18 +137,13 @@ def _record(record: Segment | Erasure, start: int) -> Record:
 
 def encode_rows(rows: Sequence[Row]) -> pa.RecordBatch:
     """A record batch of these rows."""
-    rewards = [row.reward for row in rows]
     columns = {
         "problem_id": [row.problem_id for row in rows],
         "sibling": [row.sibling for row in rows],
         "policy_version": [row.policy_version for row in rows],
-        "prompt_ids": _lists([np.asarray(row.prompt_ids, np.int32) for row in rows], pa.int32()),
+        "prompt_ids": _prompts([row.prompt_ids for row in rows]),
         "finish": [row.finish for row in rows],
-        "reward": [None if r is None else r.value for r in rewards],
-        "reward_parts": [None if r is None else list(r.parts.items()) for r in rewards],
-        "reward_error": [
-            None if r is None or r.error is None else r.error.encode("utf-8", "replace").decode() for r in rewards
-        ],
+        **_rewards([row.reward for row in rows]),
         "segments": _candidates([row.segments for row in rows]),
         "erasures": _candidates([row.erasures for row in rows]),
     }
@@ -161,28 +157,58 @@ def _offsets(sizes: Sequence[int]) -> pa.Array:
     return pa.array(np.cumsum([0, *sizes], dtype=np.int32))
 
 
-def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
-    values = np.concatenate([np.empty(0, np.float32 if kind == pa.float32() else np.int32), *arrays])
-    return pa.ListArray.from_arrays(_offsets([len(a) for a in arrays]), pa.array(values, kind))
+def _prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> pa.ListArray:
+    ids = np.concatenate([np.empty(0, np.int32), *(np.asarray(prompt, np.int32) for prompt in prompts)])
+    return pa.ListArray.from_arrays(_offsets([len(prompt) for prompt in prompts]), pa.array(ids))
+
+
+def _rewards(rewards: Sequence[Reward | None]) -> dict[str, pa.Array | list]:
+    names = ("reward", "reward_parts", "reward_error")
+    if all(r is None for r in rewards):
+        return {name: pa.nulls(len(rewards), SCHEMA.field(name).type) for name in names}
+    errors = [None if r is None or r.error is None else r.error.encode("utf-8", "replace").decode() for r in rewards]
+    parts = [None if r is None else list(r.parts.items()) for r in rewards]
+    return dict(zip(names, ([None if r is None else r.value for r in rewards], parts, errors), strict=True))
 
 
 def _candidates(rows: Sequence[Sequence[Record]]) -> pa.ListArray:
     """The records of each row, as a list of `CANDIDATE`."""
     records = list(chain.from_iterable(rows))
-    judgements = [r.judgement for r in records]
-    unjudged = np.array([j is None for j in judgements], bool)
-    numbers = np.array([_numbers(j) for j in judgements], np.float64).reshape(-1, len(NUMBERS)).T
     columns = {
         "index": pa.array([r.index for r in records], pa.int32()),
         "start": pa.array([r.start for r in records], pa.int32()),
-        **{n: _lists([getattr(r.candidate, n) for r in records], CANDIDATE.field(n).type.value_type) for n in COLUMNS},
+        **_tokens([r.candidate for r in records]),
         "ended": pa.array([bool(r.candidate.ended) for r in records], pa.bool_()),
         "attempt": pa.array([r.attempt for r in records], pa.int32()),
-        "verdict": pa.array([None if j is None else j.verdict.value for j in judgements], pa.string()),
-        **{n: pa.array(c, mask=unjudged, from_pandas=False) for n, c in zip(NUMBERS, numbers, strict=True)},
+        **_judgements([r.judgement for r in records]),
     }
-    struct = pa.StructArray.from_arrays(list(columns.values()), fields=list(CANDIDATE))
+    struct = pa.StructArray.from_arrays(list(columns.values()), fields=_FIELDS)
     return pa.ListArray.from_arrays(_offsets([len(row) for row in rows]), struct)
+
+
+def _tokens(candidates: Sequence[Candidate]) -> dict[str, pa.ListArray]:
+    """The per-token columns. They share their offsets."""
+    offsets, found = _offsets([len(c.ids) for c in candidates]), {}
+    for name in COLUMNS:
+        kind = np.int32 if name in IDS else np.float32
+        values = [getattr(c, name) for c in candidates]
+        joined = np.concatenate(values, dtype=kind, casting="same_kind") if values else np.empty(0, kind)
+        found[name] = pa.ListArray.from_arrays(offsets, pa.array(joined))
+    return found
+
+
+def _judgements(judgements: Sequence[Judgement | None]) -> dict[str, pa.Array]:
+    """The columns that are null where nothing was judged."""
+    unjudged = np.array([j is None for j in judgements], bool)
+    if unjudged.all():
+        numbers = dict.fromkeys(NUMBERS, pa.nulls(len(judgements), pa.float64()))
+        return {"verdict": pa.nulls(len(judgements), pa.string()), **numbers}
+    verdicts = pa.array([None if j is None else j.verdict.value for j in judgements], pa.string())
+    table = np.array([_numbers(j) for j in judgements], np.float64).T
+    return {
+        "verdict": verdicts,
+        **{n: pa.array(c, mask=unjudged, from_pandas=False) for n, c in zip(NUMBERS, table, strict=True)},
+    }
 
 
 def _numbers(judgement: Judgement | None) -> tuple[float, ...]:
@@ -211,7 +237,7 @@ def decode_rows(batch: pa.RecordBatch) -> list[Row]:
 def _records(lists: pa.ListArray) -> list[list[Record]]:
     """The records of each row."""
     struct, bounds = lists.values, lists.offsets.to_pylist()
-    tokens = _tokens(struct)
+    tokens = _arrays(struct)
     places = struct.field("ids").offsets.to_pylist()
     plain = {n: struct.field(n).to_pylist() for n in ("index", "start", "ended", "attempt", "verdict")}
     numbers = np.array([struct.field(n).to_numpy(zero_copy_only=False) for n in NUMBERS]).T.tolist()
@@ -228,7 +254,7 @@ def _records(lists: pa.ListArray) -> list[list[Record]]:
     return [found[a:b] for a, b in pairwise(bounds)]
 
 
-def _tokens(struct: pa.StructArray) -> list[np.ndarray]:
+def _arrays(struct: pa.StructArray) -> list[np.ndarray]:
     """The per-token columns of all candidates, in the order of `COLUMNS` and the types of `Candidate`."""
     columns = []
     for name in COLUMNS:
