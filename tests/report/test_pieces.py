@@ -1,5 +1,9 @@
 """Pieces of text by token add up to the text, whatever the tokenizer does to bytes and spaces."""
 
+import itertools
+import random
+
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -48,6 +52,31 @@ def test_a_cut_character_is_kept_as_the_decoder_shows_it(byte_level: PreTrainedT
 
 def test_spaces_before_words_are_kept(sentence_pieces: PreTrainedTokenizerFast) -> None:
     assert Pieces(sentence_pieces).split([1, 2, 3, 1]) == ["the", " end", "s", " the"]
+
+
+class Context:
+    """A tokenizer whose text depends on neighbours: a point takes the space before it away."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join([" a", " .", "b"][i] for i in ids).replace(" .", ".")
+
+
+def test_pieces_add_up_where_what_a_token_says_depends_on_its_neighbours() -> None:
+    texts, pieces = Pieces(Context()).columns(np.array([0, 2, 0, 1, 1, 0], np.int32), np.array([0, 2, 5, 6]))
+    assert texts.to_pylist() == [" ab", " a..", " a"]
+    assert pieces.to_pylist() == [" a", "b", " a", ".", ".", " a"]
+
+
+def test_the_text_and_pieces_of_many_candidates_are_those_of_each(byte_level: PreTrainedTokenizerFast) -> None:
+    rng, made = random.Random(0), Pieces(byte_level)
+    whole = byte_level.encode(TEXT * 3)
+    cuts = sorted(rng.choices(range(len(whole)), k=40))
+    bounds = [0, *cuts, len(whole)]  # some are empty, some begin or end inside a character
+    texts, pieces = made.columns(np.array(whole, np.int32), np.array(bounds))
+    for n, (a, b) in enumerate(itertools.pairwise(bounds)):
+        assert texts[n].as_py() == byte_level.decode(whole[a:b])
+        assert "".join(pieces.to_pylist()[a:b]) == texts[n].as_py()
+        assert pieces.to_pylist()[a:b] == Pieces(byte_level).split(whole[a:b])
 
 
 def test_nothing_has_no_pieces(byte_level: PreTrainedTokenizerFast) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Engine
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.rollout.columns import decode
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import FORMAT, Journal, StepJournal, fingerprint, frame, pack, records, survey, unpack
@@ -178,6 +180,28 @@ def test_candidates_of_other_weights_are_not_used(tmp_path: Path):
         "was made by other weights or another version: its rollout is made again",
     ]
     assert not StepJournal(tmp_path / "j", HEADER, said.append).known, "what was refused is gone"
+
+
+def test_a_journal_of_the_format_before_is_not_used(tmp_path: Path):
+    old = frame(json.dumps({**HEADER, "format": 1}).encode()) + frame(
+        b'c[[0, 1, "p", 0, 0, 0], false, 1, "<f4"]\n' + bytes(24)
+    )
+    (tmp_path / "j").write_bytes(old)
+    assert survey(old) == ("of another version: not used", 0)
+    said: list[str] = []
+    assert not StepJournal(tmp_path / "j", HEADER, said.append).known
+    assert said == [f"{tmp_path / 'j'} was made by other weights or another version: its rollout is made again"]
+
+
+def test_a_group_that_a_worker_sent_is_kept(tmp_path: Path):
+    group = _undisturbed("torch")[0][0]
+    journal = StepJournal(tmp_path / "j", HEADER, print)
+    journal.add_group(group)
+    journal.close()
+    assert survey((tmp_path / "j").read_bytes()) == ("1 groups", 0)
+    again = StepJournal(tmp_path / "j", HEADER, lambda _: None)
+    [item] = decode(again.groups[group.prompt.problem.id], lambda _: group.prompt)
+    assert item.group == group
 
 
 def test_a_candidate_drawn_twice_is_kept_twice_in_order(tmp_path: Path):
