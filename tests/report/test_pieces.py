@@ -54,17 +54,29 @@ def test_spaces_before_words_are_kept(sentence_pieces: PreTrainedTokenizerFast) 
     assert Pieces(sentence_pieces).split([1, 2, 3, 1]) == ["the", " end", "s", " the"]
 
 
-class Context:
-    """A tokenizer whose text depends on neighbours: a point takes the space before it away."""
+class Stripping:
+    """A tokenizer that drops spaces at the end of a text, so what a space says depends on what follows."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join([" a", " .", "b"][i] for i in ids).replace(" .", ".")
+        return "".join(["a", " ", "b"][i] for i in ids).rstrip()
 
 
 def test_pieces_add_up_where_what_a_token_says_depends_on_its_neighbours() -> None:
-    texts, pieces = Pieces(Context()).columns(np.array([0, 2, 0, 1, 1, 0], np.int32), np.array([0, 2, 5, 6]))
-    assert texts.to_pylist() == [" ab", " a..", " a"]
-    assert pieces.to_pylist() == [" a", "b", " a", ".", ".", " a"]
+    texts, pieces = Pieces(Stripping()).columns(np.array([0, 2, 0, 1, 2, 1], np.int32), np.array([0, 2, 5, 6]))
+    assert texts.to_pylist() == ["ab", "a b", ""]
+    assert pieces.to_pylist() == ["a", "b", "a", "", " b", ""]
+
+
+def test_a_candidate_whose_tokens_are_known_is_decoded_once(
+    byte_level: PreTrainedTokenizerFast, sentence_pieces: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has characters of several tokens, or begins with a token that says something else inside a text."""
+    for tokenizer, ids in ((byte_level, byte_level.encode(TEXT)), (sentence_pieces, [1, 2, 3, 2])):
+        made, calls = Pieces(tokenizer), []
+        found = made.columns(np.array(ids * 3, np.int32), np.arange(4) * len(ids))
+        monkeypatch.setattr(made, "decode", lambda ids, decode=made.decode, calls=calls: calls.append(1) or decode(ids))
+        assert made.columns(np.array(ids * 3, np.int32), np.arange(4) * len(ids)) == found
+        assert len(calls) == 3
 
 
 def test_the_text_and_pieces_of_many_candidates_are_those_of_each(byte_level: PreTrainedTokenizerFast) -> None:
