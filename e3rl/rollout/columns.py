@@ -89,7 +89,7 @@ NUMBERS = [name for name, kind, _ in _CANDIDATE if kind == pa.float64()]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class CandidateRecord:
     """A candidate in its place: `Segment` and `Erasure` in one. ``attempt`` may be known where nothing was judged."""
 
     index: int
@@ -100,7 +100,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrajectoryRow:
     """A row of `SCHEMA`. ``finish`` is None where the response is not complete: candidates that a journal keeps."""
 
     problem_id: str
@@ -108,8 +108,8 @@ class Row:
     policy_version: int | None
     prompt_ids: Sequence[int] | np.ndarray
     finish: Literal["stop", "length"] | None
-    segments: Sequence[Record]
-    erasures: Sequence[Record] = ()
+    segments: Sequence[CandidateRecord]
+    erasures: Sequence[CandidateRecord] = ()
     reward: Reward | None = None
 
 
@@ -118,7 +118,7 @@ def encode(groups: Iterable[Group | RewardedGroup]) -> pa.RecordBatch:
     return encode_rows(list(chain.from_iterable(map(_rows, groups))))
 
 
-def _rows(item: Group | RewardedGroup) -> Iterator[Row]:
+def _rows(item: Group | RewardedGroup) -> Iterator[TrajectoryRow]:
     group, rewards = (item.group, item.rewards) if isinstance(item, RewardedGroup) else (item, None)
     prompt_ids = np.array(group.prompt.ids, np.int32)
     for number, t in enumerate(group.trajectories):
@@ -127,15 +127,19 @@ def _rows(item: Group | RewardedGroup) -> Iterator[Row]:
         erasures = [_record(e, e.start) for e in t.erasures]
         reward = None if rewards is None else rewards[number]
         version = group.policy_version
-        yield Row(group.prompt.problem.id, t.sibling, version, prompt_ids, t.finish, segments, erasures, reward)
+        yield TrajectoryRow(
+            group.prompt.problem.id, t.sibling, version, prompt_ids, t.finish, segments, erasures, reward
+        )
 
 
-def _record(record: Segment | Erasure, start: int) -> Record:
+def _record(record: Segment | Erasure, start: int) -> CandidateRecord:
     judgement = record.judgement
-    return Record(record.index, start, record.candidate, None if judgement is None else judgement.attempt, judgement)
+    return CandidateRecord(
+        record.index, start, record.candidate, None if judgement is None else judgement.attempt, judgement
+    )
 
 
-def encode_rows(rows: Sequence[Row]) -> pa.RecordBatch:
+def encode_rows(rows: Sequence[TrajectoryRow]) -> pa.RecordBatch:
     """A record batch of these rows."""
     columns = {
         "problem_id": [row.problem_id for row in rows],
@@ -171,7 +175,7 @@ def _rewards(rewards: Sequence[Reward | None]) -> dict[str, pa.Array | list]:
     return dict(zip(names, ([None if r is None else r.value for r in rewards], parts, errors), strict=True))
 
 
-def _candidates(rows: Sequence[Sequence[Record]]) -> pa.ListArray:
+def _candidates(rows: Sequence[Sequence[CandidateRecord]]) -> pa.ListArray:
     """The records of each row, as a list of `CANDIDATE`."""
     records = list(chain.from_iterable(rows))
     columns = {
@@ -219,7 +223,7 @@ def _numbers(judgement: Judgement | None) -> tuple[float, ...]:
     return (*terms, theta.total, theta.baseline, theta.penalty, theta.modulation)
 
 
-def decode_rows(batch: pa.RecordBatch) -> list[Row]:
+def decode_rows(batch: pa.RecordBatch) -> list[TrajectoryRow]:
     """The rows of a batch. ValueError where one can't have come from `encode_rows`; per-token arrays are views of one buffer."""
     plain = {name: batch[name].to_pylist() for name in (*_HEAD, "reward", "reward_parts", "reward_error")}
     prompts, segments, erasures = batch["prompt_ids"], *(_records(batch[name]) for name in ("segments", "erasures"))
@@ -230,11 +234,11 @@ def decode_rows(batch: pa.RecordBatch) -> list[Row]:
         reward = None if parts is None else Reward(value, dict(parts), error)
         problem_id, sibling, version, finish = (plain[name][n] for name in _HEAD)
         prompt_ids = ids[offsets[n] : offsets[n + 1]]
-        rows.append(Row(problem_id, sibling, version, prompt_ids, finish, segments[n], erasures[n], reward))
+        rows.append(TrajectoryRow(problem_id, sibling, version, prompt_ids, finish, segments[n], erasures[n], reward))
     return rows
 
 
-def _records(lists: pa.ListArray) -> list[list[Record]]:
+def _records(lists: pa.ListArray) -> list[list[CandidateRecord]]:
     """The records of each row."""
     struct, bounds = lists.values, lists.offsets.to_pylist()
     tokens = _arrays(struct)
@@ -250,7 +254,7 @@ def _records(lists: pa.ListArray) -> list[list[Record]]:
         if verdict is not None:
             terms, factors = numbers[n][:6], numbers[n][6:]
             judgement = Judgement(Uncertainty(*terms), Threshold(*factors), attempt, Verdict(verdict))
-        found.append(Record(plain["index"][n], plain["start"][n], candidate, attempt, judgement))
+        found.append(CandidateRecord(plain["index"][n], plain["start"][n], candidate, attempt, judgement))
     return [found[a:b] for a, b in pairwise(bounds)]
 
 
@@ -265,10 +269,10 @@ def _arrays(struct: pa.StructArray) -> list[np.ndarray]:
     return columns
 
 
-def decode(batch: pa.RecordBatch, prompt_of: Callable[[Row], Prompt]) -> list[RewardedGroup]:
+def decode(batch: pa.RecordBatch, prompt_of: Callable[[TrajectoryRow], Prompt]) -> list[RewardedGroup]:
     """The groups of a batch with their rewards, which are missing where they are in the batch. ValueError where a row is no
     complete response."""
-    groups: list[list[Row]] = []
+    groups: list[list[TrajectoryRow]] = []
     for row in decode_rows(batch):
         if groups and groups[-1][-1].problem_id == row.problem_id and groups[-1][-1].sibling < row.sibling:
             groups[-1].append(row)
@@ -277,7 +281,7 @@ def decode(batch: pa.RecordBatch, prompt_of: Callable[[Row], Prompt]) -> list[Re
     return [_group(rows, prompt_of(rows[0])) for rows in groups]
 
 
-def _group(rows: Sequence[Row], prompt: Prompt) -> RewardedGroup:
+def _group(rows: Sequence[TrajectoryRow], prompt: Prompt) -> RewardedGroup:
     trajectories = []
     for row in rows:
         if row.finish is None:

@@ -28,7 +28,7 @@ import torch
 
 from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence
-from e3rl.rollout.columns import Record, Row, decode_rows, encode, encode_rows
+from e3rl.rollout.columns import CandidateRecord, TrajectoryRow, decode_rows, encode, encode_rows
 from e3rl.rollout.ipc import problem_of, read_batch
 from e3rl.types import Candidate, Draw, Group
 
@@ -67,10 +67,10 @@ def records(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 def pack(drawn: Sequence[tuple[Draw, Candidate]]) -> list[bytes]:
     """Records of these candidates, one for each seed and step: which they are as JSON, a line end, then a record batch."""
-    found: dict[tuple[int, int], list[Row]] = {}
+    found: dict[tuple[int, int], list[TrajectoryRow]] = {}
     for draw, candidate in drawn:
-        kept = Record(draw.segment, 0, candidate, draw.attempt, None)
-        row = Row(draw.prompt_id, draw.sibling, None, (), None, [kept])
+        kept = CandidateRecord(draw.segment, 0, candidate, draw.attempt, None)
+        row = TrajectoryRow(draw.prompt_id, draw.sibling, None, (), None, [kept])
         found.setdefault((draw.seed, draw.step), []).append(row)
     return [
         _CANDIDATES + json.dumps(named).encode() + b"\n" + encode_rows(rows).serialize().to_pybytes()

@@ -21,7 +21,7 @@ from e3rl.config import TrainConfig
 from e3rl.errors import UserError
 from e3rl.files import atomic_directory, damage, write_json
 from e3rl.objectives.base import TrainBatch
-from e3rl.rollout.columns import Row, decode, encode
+from e3rl.rollout.columns import TrajectoryRow, decode, encode
 from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.train.packing import TrainSequence
 from e3rl.types import Problem, Prompt, RewardedGroup
@@ -176,7 +176,7 @@ def read_skipped(run: Path, step: int) -> SkippedStep:
     return SkippedStep(facts["step"], facts["update"], facts["text"], finding, batch, weights)
 
 
-def _prompt_of(row: Row) -> Prompt:
+def _prompt_of(row: TrajectoryRow) -> Prompt:
     """The tokens of a prompt whose problem is known by its id alone."""
     return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3rl.rollout.columns import SCHEMA, Record, Row, decode, decode_rows, encode, encode_rows
+from e3rl.rollout.columns import SCHEMA, CandidateRecord, TrajectoryRow, decode, decode_rows, encode, encode_rows
 from e3rl.rollout.ipc import check, from_ipc, read_batch, to_ipc
 from e3rl.types import (
     Candidate,
@@ -72,7 +72,7 @@ def _groups(draw: st.DrawFn) -> RewardedGroup:
     return RewardedGroup(Group(prompt, tuple(trajectories), version), tuple(draw(_REWARDS) for _ in trajectories))
 
 
-def prompt_of(row: Row) -> Prompt:
+def prompt_of(row: TrajectoryRow) -> Prompt:
     return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
 
 
@@ -166,7 +166,7 @@ def test_a_batch_that_is_inconsistent_is_refused(batch: Callable[[], pa.RecordBa
 
 
 def test_a_response_under_way_is_no_group():
-    batch = encode_rows([Row("p", 0, None, (), None, [Record(0, 0, candidate(), 2, None)])])
+    batch = encode_rows([TrajectoryRow("p", 0, None, (), None, [CandidateRecord(0, 0, candidate(), 2, None)])])
     check(batch)
     [row] = decode_rows(batch)
     assert (row.finish, row.segments[0].attempt, row.segments[0].candidate) == (None, 2, candidate())
