@@ -65,7 +65,12 @@ def _balanced(text: str) -> bool:
 
 def _is_expression(gold: str) -> bool:
     """One mathematical expression, with no words, lists, relations or units."""
-    if _CHOICE.fullmatch(gold) or gold.endswith(".") or not _balanced(gold) or "[" in gold.replace("sqrt[", ""):
+    if (
+        _CHOICE.fullmatch(gold)
+        or re.search(r"\.$|[\d}] [A-Za-z]$", gold)
+        or not _balanced(gold)
+        or "[" in gold.replace("sqrt[", "")
+    ):
         return False
     return len(_parts(gold)) == len(_inside(gold)[1]) == 1 and not re.search(
         r"[=<>:&%~$;\]]|\\(?:text|mbox|le|ge|ne|in|cup|cap|infty|begin|pm|mathrm|circ|approx|equiv|%|\{|ldots|dots|overline|mathb)"
@@ -206,7 +211,8 @@ def _single_misses(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         yield "digits", f"{float(Fraction(int(found[2]), int(found[3]) or 1)):.3g}1"
     if "=" not in gold and not _CHOICE.fullmatch(gold) and not re.fullmatch(r"\\(?:text|mathbf)\{.*\}", gold):
         for token in re.findall(r"[A-Za-z]|\d+", re.sub(r"\\[A-Za-z]+", " ", gold))[:3]:
-            yield "part", token
+            if not re.fullmatch(rf"{token} [A-Z]", gold):  # a unit that is left out is no mistake
+                yield "part", token
     letters = re.findall(r"(?<![\\A-Za-z])[a-zA-Z](?![A-Za-z])", gold)
     if letters and not re.search(r"\\in |p\.m|a\.m|\\text|_\{?\d", gold) and not _CHOICE.fullmatch(gold):
         yield "case", re.sub(rf"(?<![\\A-Za-z]){letters[0]}(?![A-Za-z])", letters[0].swapcase(), gold)
@@ -221,7 +227,7 @@ def _edits(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         at = rng.choice(places)
         yield "digit more", gold[:at] + str(rng.randint(1, 9)) + gold[at:]
         at = rng.choice(places)
-        if gold[at] != "0":
+        if gold[at] != "0" and "approx" not in gold:
             yield "digit less", gold[:at] + gold[at + 1 :]
     signs = [m.start() for m in re.finditer(r"(?<=[\w)} ])[+-](?=[\w(\\ ])", gold)]
     if signs:

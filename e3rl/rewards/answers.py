@@ -124,7 +124,7 @@ def _box_at(text: str, start: int) -> tuple[str, int] | None:
 
 
 _BETWEEN = re.compile(r"\\text ?\{([^{}]*)\}|\\(?:quad|qquad|[,;:! ()\[\]])|[$&]")
-_CONNECTED = re.compile(r"[,;]?(?:(?:[\w()]{1,20} ){0,3}(?:and|or))?(?:[A-Za-z]\w{0,3} ?=)?", re.IGNORECASE)
+_CONNECTED = re.compile(r"[,;]?(?:(?:[\w()]{1,20} ){0,3}(?:and|or))? ?(?:[A-Za-z]\w{0,3} ?=)?", re.IGNORECASE)
 
 
 def _connects(between: str) -> bool:

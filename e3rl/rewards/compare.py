@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from e3rl.rewards.choices import doubtful
 from e3rl.rewards.expression import Node, read_expression
 from e3rl.rewards.intervals import by_intervals, by_relations
 from e3rl.rewards.notation import CURRENCY, clean, matching, read_matrix, split_at, split_list, squeezed, unwrapped
-from e3rl.rewards.quantities import SIGNIFICANT, Quantity, read_quantity
+from e3rl.rewards.quantities import SIGNIFICANT, Quantity, read_quantity, written_for
 from e3rl.rewards.rules import RULES
 from e3rl.rewards.units import read_unit, units_conflict
-from e3rl.rewards.values import constant, near, proportional, same_value
+from e3rl.rewards.values import between, constant, proportional, same_value
 
 _DEPTH = 4  # lists in lists, at most
 _MOST = 64  # elements of a list that are compared one by one
@@ -90,7 +91,7 @@ def _by_value(gold: str, answer: str) -> bool:
 
 def _approximates(decimal: Quantity, other: Node) -> bool:
     """Whether a decimal of many digits is a constant, rounded or cut off."""
-    return decimal.digits is not None and decimal.digits >= SIGNIFICANT and near(other, decimal.value, decimal.ulp)
+    return decimal.digits is not None and decimal.digits >= SIGNIFICANT and between(other, *written_for(decimal))
 
 
 # --- matrices
@@ -149,8 +150,10 @@ def _exact_side(text: str) -> str:
     if _is_name(parts[0]):
         return parts[1]
     exact, about = _expression(parts[0]), read_quantity(parts[1])
-    rough = exact is not None and about is not None and near(exact, about.value, abs(about.value) / 20)
-    return parts[0] if len(parts) == 2 and rough else text
+    if exact is None or about is None or len(parts) > 2:
+        return text
+    low, high = sorted((about.value * Fraction(19, 20), about.value * Fraction(21, 20)))
+    return parts[0] if between(exact, low, high) else text
 
 
 # --- equations

@@ -179,13 +179,22 @@ def same_number(left: Quantity, right: Quantity) -> bool:
     return _close(percent, other) or _close(replace(percent, value=percent.value / 100, ulp=percent.ulp / 100), other)
 
 
+def written_for(decimal: Quantity) -> tuple[Fraction, Fraction]:
+    """The numbers that a decimal may stand for, between two: those that are rounded to it, or cut off there."""
+    half = decimal.ulp / 2
+    if decimal.value < 0:
+        return decimal.value - decimal.ulp, decimal.value + half
+    return decimal.value - half, decimal.value + decimal.ulp
+
+
 def _close(left: Quantity, right: Quantity) -> bool:
     """Exact, unless one is a decimal of so many digits that it is plainly the other one rounded or cut off."""
     if left.value == right.value:
         return True
     if left.digits is not None and left.digits == right.digits:
         return False
-    decimals = [q for q in (left, right) if q.digits is not None]
-    if not decimals or min(q.digits or 0 for q in decimals) < SIGNIFICANT:
+    decimals = sorted((q for q in (left, right) if q.digits is not None), key=lambda q: q.digits or 0)
+    if not decimals or (decimals[0].digits or 0) < SIGNIFICANT:
         return False
-    return abs(left.value - right.value) < max(q.ulp for q in decimals)
+    low, high = written_for(decimals[0])
+    return low < (right if decimals[0] is left else left).value < high

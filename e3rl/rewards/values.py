@@ -259,20 +259,17 @@ def constant(node: Node) -> bool:
     return not symbols_of(node) - _CONSTANTS
 
 
-def near(node: Node, value: Fraction, ulp: Fraction) -> bool:
-    """Whether a constant differs from ``value`` by less than ``ulp``."""
+def between(node: Node, low: Fraction, high: Fraction) -> bool:
+    """Whether a constant lies between two numbers, the numbers themselves left out."""
     if not constant(node):
         return False
     try:
-        return abs(exact(node, {}) - value) < ulp
-    except Inexact:
-        pass
-    except (TooBig, Undefined):
-        return False
-    try:
-        with mp.workdps(_DIGITS):
-            found = _Evaluator({}, True)(node)
-            return bool(abs(found - mpf(value.numerator) / value.denominator) < mpf(ulp.numerator) / ulp.denominator)
+        try:
+            return low < exact(node, {}) < high
+        except Inexact:
+            with mp.workdps(_DIGITS):
+                ends = (mpf(end.numerator) / end.denominator for end in (low, high))
+                return bool(next(ends) < _Evaluator({}, True)(node) < next(ends))
     except (TooBig, Undefined):
         return False
 

@@ -47,6 +47,7 @@ from e3rl.rewards.answers import LONGEST_ANSWER, extract_answer, last_box, norma
         ("<think>the answer is 5", None),
         (r"\boxed{1} and \boxed{2}", "1, 2"),
         (r"\boxed{7}. Final answer: 8", "8"),
+        (r"\(y_1 = \boxed{5}\) and \(y_2 = \boxed{6}\)", "5, 6"),
         (r"The largest $n$ is $34$.", "$34$"),
         ("", None),
     ],

@@ -46,6 +46,7 @@ REFUSED = {
         ("5", "5 blorks"), ("5 kilograms", "5 pounds"), (r"\$5", "5 cents"), ("5 people", "5 years"), ("5 hours", r"5^\circ"),
     ],
     "what the data sets found": [
+        ("12.0625", "12.06245"), (r"\frac{NO}{BO}=2", "NO"),
         ("3s^2", "3"), ("3 s^2", "3"), (r"12\text{ square units}", r"12\text{ square units} cubed"), ("x-3z=0", "x-3z=0 ppm"),
         (r"\text{A,D}", "D"), (r"\text{A,D}", r"\text{a,D}"), ("1,2,3", r"1,2,3,\text{circle}"), ("k=6", r"83^\circ = k=6"),
         ("8.24", r"\text{not } \approx 8.24"), (r"\frac23", r"\frac23 \approx 0.67, -2x-1"), (r"\frac23", r"\frac23 \approx 7"),

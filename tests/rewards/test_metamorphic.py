@@ -14,15 +14,6 @@ from e3rl.rewards.pool import WorkerPool
 GOLDS = [json.loads(line)["answer"] for line in Path(__file__).with_name("golds.jsonl").read_text("utf-8").splitlines()]
 
 
-KNOWN = {
-    ("digit more", "12.0625", "The answer is $12.06245$."),  # it rounds to the reference
-    ("part", "12 J", "\\boxed{12}"),  # a unit may be left out
-    ("doubled", "12 J", "\\boxed{\\frac{2(12 J)}{2}}"),
-    ("turned", "12 J", "\\boxed{3 + 12 J - 3}"),
-}
-"""Judged otherwise than the generator expects; the last two are spellings that are refused."""
-
-
 @pytest.fixture(scope="module")
 def measured() -> tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]]:
     pool = WorkerPool(1, 5.0)
@@ -34,7 +25,7 @@ def measured() -> tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, boo
 
 def test_no_near_miss_is_accepted(measured: tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]]) -> None:
     counts, misjudged = measured
-    assert {case[:3] for case in misjudged if not case[3]} <= KNOWN
+    assert [case for case in misjudged if not case[3]] == []
     kinds = {kind for kind, same in counts if not same}
     assert kinds >= {
         "+ 1",
@@ -57,7 +48,7 @@ def test_every_spelling_is_accepted(
     measured: tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]],
 ) -> None:
     counts, misjudged = measured
-    assert {case[:3] for case in misjudged if case[3]} <= KNOWN
+    assert [case for case in misjudged if case[3]] == []
     assert sum(n for (_, same), n in counts.items() if same) > 600
 
 
