@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,7 @@ from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
-from e3rl.lab.directories import lab_directory
-from e3rl.lab.smollm2 import smollm2_directory
-
-_BUILT_IN: dict[str, Callable[[], Path]] = {"lab": lab_directory, "smollm2": smollm2_directory}
+from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,6 @@ class Policy:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that training changes, by name, in a stable order."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-
-
-def resolve_model_path(path: str) -> str:
-    """A directory or hub id; the names of the built-in models become their directories."""
-    return str(_BUILT_IN[path]()) if path in _BUILT_IN else path
 
 
 def resolve_device(name: str) -> torch.device:
@@ -101,10 +93,13 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
 _OTHER_HEADS = ("Classification", "QuestionAnswering", "MaskedLM", "MultipleChoice", "RewardModel")
 
 
-def _require_causal(config: ModelConfig, source: str) -> None:
-    """UserError for a checkpoint whose weights are no causal language model: transformers would add an untrained head."""
-    from transformers import AutoConfig
+def _causal_config(config: ModelConfig, source: str) -> Any:
+    """The model's config. UserError where its weights are no causal language model: transformers would add an untrained head,
+    and where it names kernels of the hub."""
+    from transformers import AutoConfig, PreTrainedConfig
 
+    if not config.trust_remote_code:
+        refuse_kernels(PreTrainedConfig.get_config_dict(source)[0], f"the config of model '{config.path}'")
     found: Any = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     other = [name for name in found.architectures or [] if any(head in name for head in _OTHER_HEADS)]
     if other or found.is_encoder_decoder:
@@ -112,6 +107,7 @@ def _require_causal(config: ModelConfig, source: str) -> None:
         raise UserError(
             f"model '{config.path}' is no causal language model but {kind}: e3rl samples from and trains decoder-only models"
         )
+    return found
 
 
 def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy:
@@ -119,22 +115,53 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(directory) if directory else resolve_model_path(config.path)
+    require_model(source)
     try:
-        _require_causal(config, source)
+        described = _causal_config(config, source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
+            config=described,  # given apart, or an implementation that it names would go before ours
             dtype=getattr(torch, config.dtype),
             attn_implementation="sdpa",
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a file may be damaged in any way, and the library documents no closed list
         reason = str(error).strip().splitlines()
+        if type(error).__name__ == "UnpicklingError":
+            reason = [
+                "its weights are a pickle that holds more than tensors, which may run code; save them as safetensors"
+            ]
         raise UserError(f"model '{config.path}' can't be loaded: {reason[0] if reason else error!r}") from None
+    model, found = loaded
+    _check_weights(model, found["missing_keys"], config.path)
     model.to(resolve_device(config.device))
     if config.lora_r:
         model = add_lora(model, config)
     return Policy.of(model, tokenizer, source=config.path)
+
+
+def _check_weights(model: nn.Module, missing: Collection[str], path: str) -> None:
+    """UserError where the files lack tensors, which transformers would draw at random, or hold NaN or infinity."""
+    if missing:
+        raise UserError(f"the weights of model '{path}' are incomplete: {_some(sorted(missing))}")
+    broken = [name for name, p in model.named_parameters() if not _finite(p)]
+    if broken:
+        raise UserError(f"the weights of model '{path}' hold NaN or infinity: {_some(broken)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor '{names[0]}'{more}"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are. A sum, which takes no memory, is nearly always enough to say so."""
+    flat = tensor.detach()
+    return flat.is_meta or bool(flat.sum(dtype=torch.float32).isfinite()) or bool(flat.isfinite().all())
 
 
 class ReferencePolicy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Collection, Mapping
@@ -44,6 +45,15 @@ def _load_module(source: str, kind: str) -> ModuleType:
         raise
     except Exception as error:  # a plug-in may fail in any way while it is imported
         raise UserError(f"{kind} '{source}' can't be imported: {type(error).__name__}: {error}") from error
+
+
+def own_python(module: str) -> list[str]:
+    """The command that runs a module in a process of its own, to which arguments are added.
+
+    It imports what lies in the working directory only where this process does, so no torch.py there is taken for torch.
+    """
+    safely = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+    return [sys.executable, *safely, "-m", module]
 
 
 def load(kind: str, name: str, table: Mapping[str, str]) -> Any:

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from e3rl.data.benchmarks import load_benchmark
 from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl.plan.memory import GIB, make_plan
+from e3rl.plugins import own_python
 from e3rl_reproduce.cells import ERROR, Cell, merged, missing
 from e3rl_reproduce.paper import deviations, paper_of, stated
 from e3rl_reproduce.study import Scale, Study, models_of, row_config, varied
@@ -170,7 +170,7 @@ def _run(cells: Sequence[Cell], out: Path, launcher: Sequence[str], jobs: int) -
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "cell.json", cell.to_table())
         (directory / ERROR).unlink(missing_ok=True)
-    command = [*launcher, sys.executable, "-m", "e3rl_reproduce.worker", *(str(d.resolve()) for d in directories)]
+    command = [*launcher, *own_python("e3rl_reproduce.worker"), *(str(d.resolve()) for d in directories)]
     with (directories[0] / LOG).open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(

@@ -73,7 +73,7 @@ def test_settings_explains_all_of_them(capsys: pytest.CaptureFixture[str]):
         ("data.train=lab:chian", "Did you mean 'chain'?"),
         ("rewards.functions=['mth']", "Did you mean 'math'?"),
         ("rewards.functions=['nowhere:f']", "nowhere"),
-        ("model.path=./no-such-model", "can't be loaded"),
+        ("model.path=./no-such-model", "no such directory: './no-such-model'"),
         ("model.device=tpu9", "model.device"),
         ("rollout.engine=fast", "unknown engine 'fast'"),
         ("rollout.segment_length=4000", "context"),

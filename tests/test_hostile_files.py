@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from e3rl.cli.main import main
 from e3rl.config import Config, ErasureConfig, RolloutConfig, to_toml
 from e3rl.errors import UserError
 from e3rl.generation import generate
+from e3rl.plugins import load
 from e3rl.rollout.companions import RECIPE_NAME, find_companions, save_companions
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.train.replay import replay
@@ -174,3 +182,170 @@ def test_a_runs_own_config_as_recipe_runs_no_code_that_only_it_names(
     if command == ["train", "--resume"] and setting == "objective.name":
         _sentence(capsys, ["train", str(run / "config.toml"), "--resume", _CODE[setting](canary)])
         assert _dead(canary)
+
+
+def _edited(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _remote_code(model: Path, canary: Path) -> None:
+    """Python files of the model's own, as trust_remote_code would import them."""
+    shutil.copy(canary, model / "modeling_evil.py")
+    (model / "modeling_evil.py").write_text(f"open({str(canary.with_suffix('.dead'))!r}, 'w')\n")
+    classes = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
+    _edited(model / "config.json", auto_map=classes, model_type="evil")
+    _edited(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.T", None]})
+
+
+def _pickled(model: Path, canary: Path) -> None:
+    (model / "model.safetensors").unlink()
+    torch.save({"weight": _Touch(str(canary.with_suffix(".dead")))}, model / "pytorch_model.bin")
+
+
+def _template(model: Path, canary: Path) -> None:
+    (model / "chat_template.jinja").write_text(
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.mkdir('"
+        + str(canary.with_suffix(".dead"))
+        + "') }}"
+    )
+
+
+def _adapter(model: Path, canary: Path) -> None:
+    (model / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "evil/model", "peft_type": "LORA"})
+    )
+
+
+_MODELS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "code of its own": (_remote_code, "custom code"),
+    "a pickle": (_pickled, "save them as safetensors"),
+    "a template that leaves its sandbox": (_template, "chat template refuses it"),
+    "an adapter of another model": (_adapter, "loads its weights from elsewhere"),
+    **{
+        f"a kernel in {key}": (
+            lambda model, canary, key=key, value=value: _edited(model / "config.json", **{key: value}),
+            "names code of the hub",
+        )
+        for key, value in {
+            "_attn_implementation": "evil/kernel",
+            "attn_implementation": "evil/kernel@v1:f",
+            "_experts_implementation": {"": "evil/kernel"},
+            "text_config": {"attn_implementation": "paged|evil/kernel"},
+            "kernel_config": {"RMSNorm": "evil/kernel:RMSNorm"},
+        }.items()
+    },
+}
+
+
+class _Touch:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_models_files_run_no_code(name: str, model: Path, canary: Path, capsys: pytest.CaptureFixture[str]):
+    prepare, words = _MODELS[name]
+    prepare(model, canary)
+    assert words in _sentence(capsys, ["decode", str(model), "1+1", "--samples", "2", *_SHORT])
+    assert not _dead(canary)
+
+
+def test_a_config_may_name_implementations_of_the_library(model: Path, capsys: pytest.CaptureFixture[str]):
+    _edited(model / "config.json", _attn_implementation="flash_attention_2", conv_kernel=4)
+    assert main(["decode", str(model), "1+1", "--samples", "2", *_SHORT]) == 0
+
+
+def _tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+_NAME = "model.layers.0.mlp.up_proj.weight"
+_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NaN": (
+        lambda m: _tensors(m, lambda t: t[_NAME].view(-1)[5:6].fill_(math.nan)),
+        f"NaN or infinity: tensor '{_NAME}'",
+    ),
+    "infinite": (lambda m: _tensors(m, lambda t: t[_NAME].view(-1)[5:6].fill_(math.inf)), f"tensor '{_NAME}'"),
+    "missing": (lambda m: _tensors(m, lambda t: t.pop(_NAME)), f"incomplete: tensor '{_NAME}'"),
+    "other shape": (lambda m: _tensors(m, lambda t: t.update({_NAME: torch.zeros(3)})), "can't be loaded"),
+    "cut short": (lambda m: os.truncate(m / "model.safetensors", 5000), "model.safetensors is damaged or cut short"),
+    "no tensors": (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 500), "is damaged or cut short"),
+    "empty": (lambda m: (m / "model.safetensors").write_bytes(b""), "is damaged or cut short"),
+    "absent": (lambda m: (m / "model.safetensors").unlink(), "can't be loaded"),
+    "no config": (lambda m: (m / "config.json").unlink(), "it holds no config.json"),
+    "deep config": (lambda m: (m / "config.json").write_text("[" * 10_000), "nested too deeply"),
+    "config of 400 digits": (lambda m: _edited(m / "config.json", hidden_size=10**399), "400 digits"),
+    "list for a config": (lambda m: (m / "config.json").write_text("[]"), "holds no table"),
+    "odd statistics": (lambda m: (m / "e3rl_reference.json").write_text('{"format": 1, "segments": 3}'), "is damaged"),
+    "NaN statistics": (lambda m: (m / "e3rl_reference.json").write_text("[NaN]"), "NaN is no number"),
+}
+
+
+@pytest.mark.parametrize("name", _WEIGHTS)
+def test_damaged_files_of_a_model_are_a_sentence(name: str, model: Path, capsys: pytest.CaptureFixture[str]):
+    damage, words = _WEIGHTS[name]
+    damage(model)
+    assert words in _sentence(capsys, ["decode", str(model), "1+1", "--samples", "2", *_SHORT])
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("./nowhere", "no such directory: './nowhere'"),
+        ("runs/demo/modle", "Did you mean 'runs/demo/model'?"),
+        ("labb", "Did you mean 'lab'?"),
+        ("weights.gguf", "GGUF files can't be trained"),
+        ("runs/demo", "Did you mean runs/demo/model?"),
+        ("x" * 300, "no such directory"),
+        ("caf\udce9", "no such directory"),
+    ],
+)
+@pytest.mark.parametrize("command", [["decode"], ["serve"], ["eval"], ["calibrate"], ["train"]])
+def test_a_mistyped_model_is_said_before_anything_is_loaded(
+    command: list[str],
+    path: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "model" / "config.json").write_text("{}")
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    data = ["lab:chain:1"] if command[0] in ("eval", "calibrate") else []
+    arguments = [*command, "demo", f"model.path={path}"] if command == ["train"] else [*command, path, *data]
+    said = _sentence(capsys, arguments)
+    assert words in said or "not UTF-8" in said
+    assert len(said) < 600
+
+
+def test_a_mistyped_model_is_said_at_once():
+    code = "import sys; from e3rl.cli import main; print(main(['decode', './nowhere']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+
+
+def test_a_plugin_takes_no_modules_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "torch.py").write_text("value = 7\n")
+    assert load("kind", f"{tmp_path / 'torch.py'}:value", {}) == 7
+    assert sys.modules["torch"] is torch
+
+
+def test_processes_of_ours_import_nothing_from_the_working_directory(tmp_path: Path, canary: Path):
+    """As a command that was started by its script, not by ``python -m``, does not."""
+    (tmp_path / "here").mkdir()
+    shutil.copy(canary, tmp_path / "here" / "tomllib.py")
+    code = "import sys, subprocess; sys.path[0] = '/nowhere'; from e3rl.plugins import own_python\n"
+    code += "sys.exit(subprocess.run([*own_python('e3rl'), 'settings', 'run']).returncode)"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "here", env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert done.returncode == 0
+    assert not (tmp_path / "here" / "tomllib.dead").exists()

@@ -27,13 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not 0 < options.target < 1 or options.prompts < 1:
         raise UserError("--target must lie between 0 and 1, --prompts must be at least 1")
+    opened = open_model(options)
+
     from rich.console import Console
 
-    from e3rl.rollout.calibrate import calibrate, calibration_directory, calibration_table
+    from e3rl.data.loading import load_problems
+    from e3rl.rollout.calibrate import calibrate, calibration_directory, calibration_table, compared_settings
     from e3rl.rollout.companions import save_companions
 
     directory = calibration_directory(options.model, options.output)
-    opened = open_model(options)
+    compared_settings(opened.config, KAPPAS)  # what can be wrong is found before the model is loaded
+    load_problems(options.data, config=opened.config.data, split="train")
     policy = opened.load_policy()
     result = calibrate(
         policy, options.data, opened.config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS

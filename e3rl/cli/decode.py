@@ -45,13 +45,14 @@ def run(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise UserError("--samples must be at least 1")
 
+    prompt = _prompt(options.prompt)
+    opened = open_model(options)
+
     from rich.console import Console
 
     from e3rl.cli.live_text import LiveText
     from e3rl.generation import generate
 
-    prompt = _prompt(options.prompt)
-    opened = open_model(options)
     policy = opened.load_policy()
     text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)
     generations = generate(

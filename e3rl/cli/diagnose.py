@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--problems must be at least 4, --retries at least 1")
     from rich.console import Console
 
+    from e3rl.data.loading import load_problems
     from e3rl.diagnose import decoding
     from e3rl.diagnose.advice import advise
     from e3rl.diagnose.diagnosis import diagnose
@@ -55,6 +56,9 @@ def run(options: argparse.Namespace) -> int:
     config = replace(config, eval=replace(config.eval, num_samples=config.rollout.num_generations))
     if config.rollout.num_generations < max(2, config.erasure.min_siblings):
         raise UserError("a diagnosis compares samples of a problem: rollout.num_generations must be at least 2")
+    load_problems(
+        options.data, config=config.data, split="train"
+    )  # what is wrong with them is found before the model loads
     console = Console()
     result = diagnose(
         opened.load_policy(),

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from e3rl.errors import UserError
+from e3rl.plugins import own_python
 
 _POST = "E3RL_GUARDED"
 _SECONDS_TO_END = 60.0  # after the command has come to its end, for what libraries do at theirs
@@ -25,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 def guarded(arguments: Sequence[str]) -> int:
     """The exit code of ``e3rl arguments``, run in a child; UserError where it ended without coming to one."""
     read, write = os.pipe()
-    command = [sys.executable, "-m", "e3rl", *arguments]
+    command = [*own_python("e3rl"), *arguments]
     environment = {**os.environ, _POST: str(write)}
     child = subprocess.Popen(command, env=environment, pass_fds=(write,), process_group=0)
     os.close(write)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from e3rl.cli.recipes import find_recipe, find_recipes
 from e3rl.config import Config, layered, load_config
+from e3rl.model_files import require_model, resolve_model_path
 from e3rl.plugins import foreign_code, foreign_code_lines, require_named
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def open_model(options: argparse.Namespace) -> Opening:
 
     Code that is not e3rl's is named on stderr before it runs.
     """
-    from e3rl.models import resolve_model_path
+    require_model(options.model)
     from e3rl.rollout.companions import find_companions
 
     companions = find_companions(resolve_model_path(options.model))
@@ -61,6 +62,7 @@ def read_recipe(options: argparse.Namespace, overrides: Sequence[str] = ()) -> C
     config = load_config(recipe, overlays, own)
     if is_run_config(recipe):
         require_named(foreign_code(config), config, layered({}, overlays, own), recipe)
+    require_model(config.model.path)
     return config
 
 

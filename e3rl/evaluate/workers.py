@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from e3rl.errors import UserError
+from e3rl.plugins import own_python
 
 
 def _environment(index: int, of: int, gpus: int) -> dict[str, str]:
@@ -32,7 +32,7 @@ def run_workers(arguments: Sequence[str], workers: int, logs: Path, *, gpus: int
     try:
         for index in range(1, workers + 1):
             log = logs / f"worker-{index}of{workers}.log"
-            command = [sys.executable, "-m", "e3rl", *arguments, "--shard", f"{index}/{workers}"]
+            command = [*own_python("e3rl"), *arguments, "--shard", f"{index}/{workers}"]
             with log.open("wb") as file:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment(index, workers, gpus)

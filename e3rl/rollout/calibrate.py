@@ -120,21 +120,10 @@ class Calibration:
 def calibrate(
     policy: Policy, data: str, config: Config, *, prompts: int, target: float, kappa0s: Sequence[float]
 ) -> Calibration:
-    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it.
-
-    Where thresholds are to come from calibration statistics, siblings stand in for them: those are what is being made.
-    """
+    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it."""
     asked = config.erasure.baseline
-    if asked == "reference":
-        config = replace(config, erasure=replace(config.erasure, baseline="group"))
-    if config.rollout.num_generations < config.erasure.min_siblings:
-        raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
-    settings = grid(config.erasure, kappa0s, sorted({0.0, 1.0, config.erasure.perturbation_weight}))
+    config, settings = compared_settings(config, kappa0s)
     mine = [s for s in settings if s.perturbation_weight == config.erasure.perturbation_weight]
-    if not mine:
-        raise UserError(
-            "the four weights of [erasure] are all 0, so U has no term to calibrate: set one of them above 0"
-        )
     problems = spread(load_problems(data, config=config.data, split="train"), prompts)
     limit = config.rollout.completion_limit
     rendered = render_prompts(
@@ -154,6 +143,23 @@ def calibrate(
     height = config.erasure.static_baseline if asked == "static" else static_baseline(plain, best.erasure, target)
     chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked, static_baseline=height))
     return Calibration(tuple(assessed), chosen, best, summarise(real), calibration)
+
+
+def compared_settings(config: Config, kappa0s: Sequence[float]) -> tuple[Config, list[ErasureConfig]]:
+    """The config that a calibration samples by, and the erasure settings that it compares; UserError where there is none.
+
+    Where thresholds are to come from calibration statistics, siblings stand in for them: those are what is being made.
+    """
+    if config.erasure.baseline == "reference":
+        config = replace(config, erasure=replace(config.erasure, baseline="group"))
+    if config.rollout.num_generations < config.erasure.min_siblings:
+        raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
+    settings = grid(config.erasure, kappa0s, sorted({0.0, 1.0, config.erasure.perturbation_weight}))
+    if not any(s.perturbation_weight == config.erasure.perturbation_weight for s in settings):
+        raise UserError(
+            "the four weights of [erasure] are all 0, so U has no term to calibrate: set one of them above 0"
+        )
+    return config, settings
 
 
 def calibration_table(result: Calibration) -> Table:

@@ -113,7 +113,7 @@ def test_other_sampling_is_not_mixed_in(done: Path, capsys: pytest.CaptureFixtur
         (["eval", "lab", "lab:chain:1", "--shard", "3/2"], "write I/N"),
         (["eval", "lab", "lab:chain:1", "--workers", "2", "--shard", "1/2"], "give one of them"),
         (["eval", "lab", "lab:chain:1", "--workers", "0"], "--workers must be at least 1"),
-        (["eval", "no/such/model/here", "lab:chain:1"], "can't be loaded"),
+        (["eval", "no/such/model/here", "lab:chain:1"], "no such directory"),
         (["grade", "none.jsonl"], "no such file: none.jsonl"),
         (["compare", "none", "none"], "there is no directory none"),
     ],

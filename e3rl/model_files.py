@@ -1,0 +1,109 @@
+"""A model by its path, and what its directory holds: looked at before any library reads it, and without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from e3rl.errors import UserError
+from e3rl.lab.directories import lab_directory
+from e3rl.lab.smollm2 import smollm2_directory
+from e3rl.parsing import read_json
+from e3rl.sections import shown
+
+BUILT_IN: Mapping[str, Callable[[], Path]] = {"lab": lab_directory, "smollm2": smollm2_directory}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LONGEST_HUB_ID = 96
+_MERGED = "adapters have to be merged into their model first (PEFT: merge_and_unload, then save_pretrained)"
+
+
+def resolve_model_path(path: str) -> str:
+    """A directory or hub id; the names of the built-in models become their directories."""
+    return str(BUILT_IN[path]()) if path in BUILT_IN else path
+
+
+def require_model(path: str) -> None:
+    """UserError where ``path`` is no built-in model, no hub id and no directory that holds a model. Looks at no weights."""
+    if path in BUILT_IN:
+        return
+    directory = Path(path)
+    if os.path.isdir(path):  # unlike Path's, these take names that no file system has
+        _check_directory(directory)
+    elif os.path.isfile(path):
+        kind = (
+            "GGUF files can't be trained" if path.endswith(".gguf") else "it holds config.json, a tokenizer and weights"
+        )
+        raise UserError(f"{shown(path)} is a file, and a model is a directory: {kind}")
+    elif _is_local(path) or difflib.get_close_matches(path, BUILT_IN, n=1, cutoff=0.75):
+        names = [*BUILT_IN, *_beside(directory)]
+        nearest = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+        raise UserError(f"no such directory: {shown(path)}, and it is no built-in model ({', '.join(BUILT_IN)}).{hint}")
+
+
+def _is_local(path: str) -> bool:
+    """Whether it can only be meant as a path on this machine."""
+    owner, slash, _ = path.partition("/")
+    return (
+        not _HUB_ID.fullmatch(path)
+        or len(path) > _LONGEST_HUB_ID
+        or path.startswith(".")
+        or (bool(slash) and os.path.isdir(owner))
+    )
+
+
+def _beside(directory: Path) -> list[str]:
+    if not os.path.isdir(directory.parent):
+        return []
+    return sorted(str(p) for p in directory.parent.iterdir() if p.is_dir())
+
+
+def _check_directory(directory: Path) -> None:
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds an adapter, which loads its weights from elsewhere: {_MERGED}")
+    try:
+        config = read_json(directory / "config.json", finite=False)
+    except FileNotFoundError:
+        hint = f" Did you mean {directory / 'model'}?" if (directory / "model" / "config.json").is_file() else ""
+        raise UserError(f"{directory} is no model: it holds no config.json.{hint}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / 'config.json'} holds no table")
+    refuse_kernels(config, str(directory / "config.json"))
+    _check_weights(directory)
+
+
+def refuse_kernels(config: Mapping[str, Any], where: str) -> None:
+    """UserError where a model's config names kernels of the hub: compiled code that transformers would fetch and run."""
+    for key, value in _named(config):
+        if any(word in key.lower() for word in ("implementation", "kernel")) and re.search("[/:]", value):
+            raise UserError(
+                f"{where} names code of the hub: {key} = {value!r}. A model's config runs none here: remove that key"
+            )
+
+
+def _named(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested tables and lists, with the keys that lead to it."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _named(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named(inner, key)
+    elif isinstance(value, str):
+        yield key, value
+
+
+def _check_weights(directory: Path) -> None:
+    """UserError for a safetensors file that is cut short or damaged, by its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or cut short: {error}") from None
