@@ -126,7 +126,7 @@ def test_a_cell_that_can_not_run_leaves_its_reason_and_lets_the_next_run(
         write_json(tmp_path / name / "cell.json", Cell(load_config(overrides=settings), (measure,)).to_table())
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "a"), str(tmp_path / "b")])
     assert worker_main() == 2
-    assert "can't be loaded" in (tmp_path / "a" / ERROR).read_text(encoding="utf-8")
+    assert "no such directory" in (tmp_path / "a" / ERROR).read_text(encoding="utf-8")
     said = (tmp_path / "b" / ERROR).read_text(encoding="utf-8")
     assert said.startswith("TypeError: ")
     assert "pupils" in said
