@@ -133,11 +133,11 @@ def test_the_papers_recipes_are_planned_without_a_hub(recipe: str, ranks: str, c
 
     plan = told()
     assert "\nfits: " in plan
-    assert "512 tokens, assumed: set data.max_prompt_length" in plan
+    assert "longest prompt    5120 tokens" in plan
     assert "796, at most" in plan
     unbounded = told("rollout.kv_budget=0")
     assert "does not fit" in unbounded
-    assert "KV cache: 154.20 GiB; set rollout.kv_budget, or lower" in unbounded
+    assert "KV cache: 235.83 GiB; set rollout.kv_budget, or lower" in unbounded
 
 
 def test_decoding_on_a_cpu_copies_the_linear_layers(tmp_path: Path):
