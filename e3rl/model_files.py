@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,16 @@ BUILT_IN: Mapping[str, Callable[[], Path]] = {"lab": lab_directory, "smollm2": s
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LONGEST_HUB_ID = 96
 _MERGED = "adapters have to be merged into their model first (PEFT: merge_and_unload, then save_pretrained)"
+
+
+ARCHITECTURES = Path(__file__).parent / "recipes" / "architectures.json"
+"""The config.json of each model that a recipe names, so that it can be planned and rehearsed without a hub."""
+
+
+def known_architecture(path: str) -> dict[str, Any] | None:
+    """The config.json of a model that comes with the package; None for others."""
+    found: dict[str, Any] | None = json.loads(ARCHITECTURES.read_text(encoding="utf-8")).get(path)
+    return found
 
 
 def resolve_model_path(path: str) -> str:

@@ -24,16 +24,17 @@ from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.rehearse import standins
 
-STEPS, SEGMENT, PROMPTS, LIMIT = 3, 8, 4, 1
+STEPS, SEGMENT, PROMPTS, LIMIT, RANKS = 3, 8, 4, 1, 2
 LARGEST_K = 256
 SECONDS = 900
 """How long one process may take."""
 _SIZES = (
-    "model.path", "data.train", "data.eval", "data.directory", "data.train_limit", "data.train_split", "data.max_prompt_length",
-    "rollout.segment_length", "rollout.max_completion_length", "rollout.kv_budget", "rollout.max_rows", "rollout.cache_rows",
-    "rollout.servers", "train.steps", "train.epochs", "train.prompts_per_step", "train.micro_batch_tokens", "train.eval_steps",
-    "train.save_steps", "train.save_total_limit", "train.report_to", "eval.limit", "run.name", "run.output_dir",
-    "rewards.functions", "rewards.workers", "model.device",
+    "model.path", "model.device", "data.train", "data.directory", "data.train_limit", "data.train_split",
+    "data.max_prompt_length", "rollout.segment_length", "rollout.max_completion_length", "rollout.kv_budget",
+    "rollout.servers", "rollout.workers", "rollout.worker_gpus", "train.workers", "train.worker_gpus", "train.steps",
+    "train.prompts_per_step", "train.micro_batch_tokens", "train.eval_steps", "train.save_steps",
+    "train.save_total_limit", "train.report_to", "eval.limit", "run.name", "run.output_dir", "rewards.functions",
+    "rewards.workers",
 )  # fmt: skip
 """Settings that a rehearsal may change. A test holds that it changes no other."""
 
@@ -77,10 +78,12 @@ def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int
         "run": {"name": "rehearsal", "output_dir": str(directory)},
         "model": {"path": str(model), "device": "cpu"},
         "data": {"train_limit": 0, "max_prompt_length": 0},
-        "rollout": {"segment_length": min(SEGMENT, config.rollout.segment_length), "max_completion_length": 0, "kv_budget": 0},
+        "rollout": {"segment_length": min(SEGMENT, config.rollout.segment_length), "max_completion_length": 0, "kv_budget": 0,
+            "workers": min(1, config.rollout.workers), "worker_gpus": 0.0},
         "rewards": {"functions": ["e3rl.rehearse.standins:coin", *config.rewards.functions[1:]], "workers": 1},
         "train": {
             "steps": STEPS, "prompts_per_step": min(PROMPTS, config.train.prompts_per_step), "micro_batch_tokens": 2048,
+            "workers": min(RANKS, config.train.workers), "worker_gpus": 0.0,
             "eval_steps": STEPS if config.train.eval_steps else 0, "save_steps": 1, "save_total_limit": 2, "report_to": [],
         },
         "eval": {"limit": LIMIT},
@@ -111,14 +114,33 @@ def changed(recipe: Config, small: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def require_extras(config: Config) -> None:
+    """UserError, before anything runs, where a process of the recipe needs what is not installed."""
+    needs = {
+        "vllm": config.rollout.engine == "vllm",
+        "ray": bool(config.rollout.workers or config.train.workers),
+        "deepspeed": config.train.parallel.startswith("deepspeed"),
+        "peft": config.model.lora_r > 0,
+    }
+    missing = [name for name, needed in needs.items() if needed and find_spec(name) is None]
+    if missing:
+        extras = ",".join("lora" if name == "peft" else name for name in missing)
+        raise UserError(
+            f"this recipe's processes need {', '.join(missing)}: pip install 'e3rl[{extras}]', or rehearse it with other "
+            "settings (rollout.engine=torch, rollout.workers=0, train.workers=0, train.parallel=fsdp2)"
+        )
+
+
 def rehearse(config: Config, directory: Path, say: Callable[[str], None]) -> Rehearsal:
     """Run everything; UserError where a process fails, with its last lines."""
+    require_extras(config)
     small, sizes, notes = shrink(config, directory)
     recipe = directory / "rehearsal.toml"
     differing = changed(config, small)
-    kept = {name: value for name, (value, _) in changed(config, Config()).items() if name not in differing}
+    idle = {"train.epochs", "data.train_limit"}  # steps are counted, not epochs
+    kept = {name: value for name, (value, _) in changed(config, Config()).items() if name not in {*differing, *idle}}
     found = Rehearsal(differing, sizes, kept, notes=notes)
-    ranks = 2 if config.train.parallel != "none" else 1
+    ranks = RANKS if config.train.parallel != "none" and not config.train.workers else 1  # workers are ranks on Ray
     with _servers(config, recipe, small, found, directory, say) as addresses:
         small = build_config(lay(to_tables(small), {"rollout": {"servers": addresses}}))
         write_text(recipe, to_toml(small))
@@ -240,7 +262,16 @@ def _check_run(found: Rehearsal, small: Config, run: Path) -> None:
         return
     lines = (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
     last = [record for record in map(json.loads, lines) if record["step"] == STEPS]
-    found.notes.append(f"evaluated at step {STEPS}: {len(last)} records, k = {small.eval.num_samples}")
+    missing = [
+        s
+        for s in sources(small)
+        if not any(r.get("data", s) == s and f"avg@{small.eval.num_samples}" in r for r in last)
+    ]
+    if missing:
+        raise UserError(
+            f"rehearsal: {', '.join(missing)} not evaluated at k = {small.eval.num_samples} in step {STEPS}"
+        )
+    found.notes.append(f"evaluated at step {STEPS}: {', '.join(sources(small))}, k = {small.eval.num_samples}")
 
 
 def _exported(found: Rehearsal, model: Path, small: Config, directory: Path, say: Callable[[str], None]) -> None:

@@ -13,9 +13,7 @@ from e3rl.config import Config, ModelConfig
 from e3rl.data.benchmarks import BENCHMARKS
 from e3rl.errors import UserError
 from e3rl.files import write_text
-
-ARCHITECTURES = Path(__file__).parents[1] / "recipes" / "architectures.json"
-"""The config.json of each model that a recipe names: facts about it, not its weights."""
+from e3rl.model_files import known_architecture, resolve_model_path
 
 WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 64, 128, 2, 4, 512
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -28,21 +26,18 @@ _TEMPLATE = (
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
     """The model's own config.json: from its directory, from the package, or from the hub."""
-    known = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
-    if model.path in known:
-        found: dict[str, Any] = known[model.path]
-        return found
+    known = known_architecture(model.path)
+    if known is not None:
+        return known
     from transformers import AutoConfig
-
-    from e3rl.models import resolve_model_path
 
     try:
         return dict(AutoConfig.from_pretrained(resolve_model_path(model.path)).to_dict())
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"the architecture of '{model.path}' can't be read ({reason[0] if reason else error!r}); known without a hub: "
-            f"{', '.join(known)}"
+            f"the architecture of '{model.path}' can't be read ({reason[0] if reason else error!r}); those of the papers' "
+            "models come with the package"
         ) from None
 
 

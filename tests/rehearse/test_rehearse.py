@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from e3rl.cli import main
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, load_config
+from e3rl.errors import UserError
 from e3rl.rehearse import rehearsal, standins
 from e3rl.rehearse.rehearsal import changed, shrink
 
@@ -30,6 +31,39 @@ def test_only_sizes_change(name: str, method: str, tmp_path: Path, monkeypatch: 
     small, _, _ = shrink(config, tmp_path)
     assert set(changed(config, small)) <= set(rehearsal._SIZES)
     assert small.eval.num_samples == config.eval.num_samples
+
+
+@pytest.mark.parametrize("name", ["one-h200", "8xh100", "32xh100"])
+def test_topologies_keep_their_processes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fewer of a kind, none less: what generates apart and what trains together still does, without GPUs."""
+    monkeypatch.setattr(standins, "make_model", lambda config, directory: {})
+    config = _recipe("qwen3-4b", f"topologies/{name}")
+    small, _, _ = shrink(config, tmp_path)
+    assert set(changed(config, small)) <= set(rehearsal._SIZES)
+    assert (small.rollout.workers > 0, small.train.workers > 0) == (
+        config.rollout.workers > 0,
+        config.train.workers > 0,
+    )
+    assert small.rollout.workers <= 1
+    assert small.train.workers <= rehearsal.RANKS
+    assert small.rollout.worker_gpus == small.train.worker_gpus == 0
+
+
+def test_what_a_topology_needs_and_is_not_installed_is_said_first(capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(rehearsal, "find_spec", lambda name: None)
+    assert main(["rehearse", "qwen3-4b", "--overlay", "topologies/32xh100"]) == 2
+    assert "need vllm, ray, deepspeed: pip install 'e3rl[vllm,ray,deepspeed]'" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_was_not_evaluated_is_noticed(tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    line = '{"step": %d, "loss": 0.0, "grad_norm": 0.0, "r": 0.0}\n'
+    (run / "metrics.jsonl").write_text("".join(line % n for n in (1, 2, 3)))
+    (run / "evaluations.jsonl").write_text('{"step": 3, "data": "amc23", "avg@32": 0.0}\n')
+    found = rehearsal.Rehearsal({}, {}, {})
+    with pytest.raises(UserError, match=r"aime24, .* not evaluated at k = 32"):
+        rehearsal._check_run(found, _recipe("qwen3-4b"), run)
 
 
 @pytest.mark.parametrize("name", sorted(["Qwen/Qwen3-8B", "Qwen/Qwen2.5-7B"]))
@@ -75,3 +109,4 @@ def test_from_the_command_to_the_exported_model(tmp_path: Path, capsys: pytest.C
         assert outcome in shown
     assert "rollout.segment_length" in shown
     assert "last step: loss" in shown
+    assert "eval at k = 256" in shown
