@@ -250,7 +250,7 @@ class TrainConfig:
     num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
     minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
     micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
-    learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0)
+    learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0, max=1)
     warmup_ratio: float = setting(
         0.05,
         "share of `steps` that the learning rate rises, also where max_tokens ends the run sooner",
@@ -259,7 +259,7 @@ class TrainConfig:
         max=1,
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")
-    weight_decay: float = setting(0.0, "AdamW weight decay", min=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay", min=0, max=1)
     adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
     adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
     max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)

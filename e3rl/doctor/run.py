@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +16,7 @@ from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.journal import survey
 from e3rl.train.ledger import READABLE
 from e3rl.train.nonfinite import skipped_steps
-from e3rl.train.run_directory import RunDirectory, read_config, read_lines
-
-LOGS = ("metrics.jsonl", "evaluations.jsonl")
+from e3rl.train.run_directory import LOGS, RunDirectory, keep_copy, ranges, read_config, read_lines, survey_lines
 
 
 def _put_aside(path: Path) -> Callable[[], None]:
@@ -28,9 +26,14 @@ def _put_aside(path: Path) -> Callable[[], None]:
     return repair
 
 
-def _cut(path: Path, whole: str) -> Callable[[], None]:
+def _without(path: Path, damaged: Sequence[int]) -> Callable[[], None]:
+    """Leaves damaged lines out of a log, of which a copy is kept."""
+
     def repair() -> None:
-        write_text(path, whole)
+        keep_copy(path)
+        lines = path.read_bytes().split(b"\n")
+        whole = b"".join(line + b"\n" for number, line in enumerate(lines, 1) if line and number not in damaged)
+        write_text(path, whole.decode("utf-8"))
 
     return repair
 
@@ -50,12 +53,13 @@ def check_logs(run: Path) -> Iterator[Finding]:
     for name in LOGS:
         path = run / name
         if not path.exists():
+            if name == "metrics.jsonl" and any(list_checkpoints(run)[:-1]):
+                yield Finding("problem", name, "is missing, though steps were trained")
             continue
-        lines = [line + b"\n" for line in path.read_bytes().split(b"\n") if line]
-        kept = read_lines(path)
-        if len(kept) < len(lines):
-            text = f"line {len(kept) + 1} of {len(lines)} can't be read: cut short by a crash, or damaged"
-            yield Finding("problem", name, text, _cut(path, b"".join(lines[: len(kept)]).decode("utf-8")))
+        kept, damaged = survey_lines(path)
+        if damaged:
+            text = f"line {', '.join(map(str, damaged))} can't be read: cut short by a crash, or damaged"
+            yield Finding("problem", name, text, _without(path, damaged))
         else:
             yield Finding("ok", name, f"{len(kept)} lines")
     steps = [r.get("step") for r in read_lines(run / "metrics.jsonl")]
@@ -84,7 +88,7 @@ def check_rollouts(run: Path) -> Iterator[Finding]:
     logged = {r.get("step") for r in read_lines(run / "metrics.jsonl")}
     missing = sorted(s for s in logged - {int(p.stem.removeprefix("step-")) for p in paths} if isinstance(s, int))
     if missing:
-        yield Finding("problem", "rollouts", f"the rollouts of steps {', '.join(map(str, missing))} are missing")
+        yield Finding("problem", "rollouts", f"the rollouts of step {ranges(missing)} are missing")
     yield Finding("ok", "rollouts", f"{len(paths)} files")
 
 

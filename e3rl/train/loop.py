@@ -23,7 +23,7 @@ from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.lessons import Lesson
 from e3rl.train.nonfinite import NonFiniteNumbers, skip_step
 from e3rl.train.run_directory import read_lines
-from e3rl.train.state import Run, State, group_settings, publish_weights, save, version
+from e3rl.train.state import Run, State, group_settings, publish_weights, require_finite_weights, save, version
 from e3rl.train.step_metrics import step_record
 from e3rl.train.summary import model_card, run_summary
 from e3rl.types import RewardedGroup
@@ -61,6 +61,7 @@ def step(run: Run, state: State) -> None:
     began = time.perf_counter()
     lessons, update = learn_or_skip(run, state, groups.kept, updates, number)
     seconds = time.perf_counter() - began
+    require_finite_weights(run, f"after step {number}")
     state.step = number
 
     state.prefetched = run.prefetch.wait()

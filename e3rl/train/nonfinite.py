@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from e3rl.config import TrainConfig
 from e3rl.errors import UserError
@@ -108,6 +108,16 @@ def find_nonfinite(
         row = int(kl_S.argmax())
         return _at(sequences[row], "mean KL to the reference policy", float(kl_S[row]), None)
     return NonFinite("loss", float(loss.detach()), group=sequences[0].group if len(sequences) == 1 else None)
+
+
+@torch.no_grad()
+def nonfinite_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters whose part in this process holds NaN or infinite numbers. One question to the device."""
+    named = {n: getattr(p, "_local_tensor", p) for n, p in model.named_parameters() if p.requires_grad}
+    finite = {n: p.isfinite().all() for n, p in named.items() if p.numel()}
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return []
+    return [n for n, well in finite.items() if not bool(well)]
 
 
 def _kl(logprobs_ST: Tensor, reference_ST: Tensor | None, mask_ST: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from e3rl.config import Config, build_config, to_tables, to_toml
 from e3rl.errors import UserError
 from e3rl.files import clear_litter, disk_full_is_a_sentence, is_litter, write_text
 from e3rl.parsing import parse_toml, read_text
+from e3rl.sections import shown
 from e3rl.train.metrics import finite_or_none
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl")
 
 MAY_CHANGE = {
     *("run.name", "run.output_dir", "model.device"),
@@ -48,25 +52,45 @@ def read_config(directory: Path) -> Config:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log; a last line cut short by a crash is left out."""
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of a log: a JSON object that says its step. None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def survey_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The intact records of a JSON-lines log, and the numbers of the lines that are damaged, from 1."""
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):  # by line ends alone: a text may hold what Unicode calls a line break
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict):
-            break
-        records.append(record)
-    return records
+        return [], []
+    lines = path.read_bytes().split(b"\n")  # by line ends alone: a text may hold what Unicode calls a line break
+    found = {number: _record(line) for number, line in enumerate(lines, 1) if line}
+    return [r for r in found.values() if r is not None], [number for number, r in found.items() if r is None]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log; damaged lines are left out, as is a last one cut short by a crash."""
+    return survey_lines(path)[0]
+
+
+def keep_copy(path: Path) -> Path:
+    """Copy a damaged file to the first free name of NAME.damaged, NAME.damaged.1, …"""
+    names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged.{n}" for n in itertools.count(1)))
+    copy = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    shutil.copyfile(path, copy)
+    return copy
 
 
 def run_path(config: Config) -> Path:
     """Where a config's run lives."""
-    return Path(config.run.output_dir) / config.run.name
+    name = config.run.name
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise UserError(
+            f"run.name = {shown(name)} must be the name of one directory; run.output_dir says where it lies"
+        )
+    return Path(config.run.output_dir) / name
 
 
 def continue_or_put_aside(config: Config) -> bool:
@@ -88,6 +112,17 @@ def changed_settings(before: Config, now: Config) -> list[str]:
     then, today = _flat(before), _flat(now)
     keys = [k for k in sorted(then | today) if then.get(k) != today.get(k) and k not in MAY_CHANGE]
     return [f"{k} ({then.get(k)!r} then, {today.get(k)!r} now)" for k in keys]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers in words: 1 to 3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 _claims: dict[Path, int] = {}
@@ -163,11 +198,25 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def drop_after(self, step: int) -> None:
-        """Forget what was logged of steps after ``step``: they are about to be done again."""
-        for log in ("metrics.jsonl", "evaluations.jsonl"):
-            kept = [r for r in read_lines(self.path / log) if r["step"] <= step]
-            write_text(self.path / log, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    def drop_after(self, step: int, note: Callable[[str], None]) -> None:
+        """Forget what was logged of steps after ``step``: they are about to be done again.
+
+        A log with damaged lines is copied before they are left out, and ``note`` says so. A kill cuts the last line short at
+        most, of a step that is done again: that is no damage.
+        """
+        for log in LOGS:
+            path = self.path / log
+            records, damaged = survey_lines(path)
+            cut_short = [path.read_bytes().count(b"\n") + 1] if damaged else []
+            if damaged and damaged != cut_short:
+                lines = ", ".join(map(str, damaged))
+                note(
+                    f"{path}: can't read line {lines}; left out, and the file as it was is kept as {keep_copy(path).name}"
+                )
+            if log == "metrics.jsonl" and (missing := sorted(set(range(1, step + 1)) - {r["step"] for r in records})):
+                note(f"{path}: nothing is logged of step {ranges(missing)}; curves and summary lack what is missing")
+            kept = [r for r in records if r["step"] <= step]
+            write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
         for ledger in (self.path / "rollouts").glob("step-*.parquet"):
             if int(ledger.stem.removeprefix("step-")) > step:
                 ledger.unlink()

@@ -16,6 +16,7 @@ from e3rl.config import Config
 from e3rl.data.stream import PromptStream
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import take_weights
+from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.filters import GroupFilter
@@ -27,6 +28,7 @@ from e3rl.train.collect import Prefetch, StepGroups, pack_groups, unpack_groups
 from e3rl.train.journal import Journal
 from e3rl.train.learner import Learner
 from e3rl.train.listeners import Listener, StopRequest, tell
+from e3rl.train.nonfinite import nonfinite_parameters
 from e3rl.train.prompts import RunData
 from e3rl.train.run_directory import RunDirectory
 
@@ -104,8 +106,20 @@ def publish_weights(run: Run, state: State) -> None:
     run.rollouts.load_weights(version(run, state))
 
 
+def require_finite_weights(run: Run, after: str) -> None:
+    """UserError, in every rank, where a weight that is trained is NaN or infinite: nothing is saved or published then."""
+    named = run.ranks.gather(nonfinite_parameters(run.policy.model))
+    if bad := sorted(set().union(*named)):
+        raise UserError(
+            f"{after}, {len(bad)} parameters hold NaN or infinite numbers ({bad[0]} for one): nothing of it is saved. "
+            f"The newest checkpoint in {run.path / 'checkpoints'} is from before; start again with a lower "
+            "train.learning_rate or train.weight_decay"
+        )
+
+
 def save(run: Run, state: State) -> None:
     """Write a checkpoint; the journals of the steps that it holds are no longer needed."""
+    require_finite_weights(run, f"at step {state.step}")
     ahead, prefetched = pack_groups(state.prefetched) if state.prefetched else (None, b"")
     facts = {
         "stream": state.stream.state(),
@@ -138,4 +152,4 @@ def restore(run: Run, state: State) -> None:
         state.prefetched = unpack_groups(run, ahead, checkpoint.prefetched) if ahead else None
         publish_weights(run, state)
         run.journal.drop_through(state.step)
-    run.directory.drop_after(state.step)
+    run.directory.drop_after(state.step, run.note)

@@ -83,13 +83,28 @@ def test_damage_is_named_and_repaired(tmp_path: Path, subject: str, capsys: pyte
     assert subject not in [f.subject for f in _problems(run)]
 
 
+def test_repair_keeps_a_copy_of_a_damaged_log(tmp_path: Path):
+    run = _run(tmp_path)
+    damaged = (run / "metrics.jsonl").read_bytes().replace(b'"step": 2', b'"step": ?')
+    (run / "metrics.jsonl").write_bytes(damaged)
+    main(["doctor", str(run), "--repair"])
+    assert (run / "metrics.jsonl").read_bytes() == damaged.replace(b'{"step": ?}\n', b"")
+    assert (run / "metrics.jsonl.damaged").read_bytes() == damaged
+
+
+def test_a_missing_log_is_named(tmp_path: Path):
+    run = _run(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    assert "metrics.jsonl" in [f.subject for f in _problems(run)]
+
+
 def test_what_can_not_be_repaired_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = _run(tmp_path)
     (run / "rollouts" / "step-000001.parquet").unlink()
     (run / "config.toml").write_text("[run")
     assert main(["doctor", str(run), "--repair"]) == 1
     said = capsys.readouterr().out
-    assert "the rollouts of steps 1 are missing" in said
+    assert "the rollouts of step 1 are missing" in said
     assert "config.toml is damaged" in said
     assert "put right: 0 of 2" in said
 

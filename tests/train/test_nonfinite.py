@@ -17,6 +17,7 @@ from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.objectives.base import Loss, TrainBatch
+from e3rl.train.checkpoint import newest_checkpoint
 from e3rl.train.learner import Learner
 from e3rl.train.lessons import Lesson
 from e3rl.train.listeners import Silent
@@ -33,6 +34,7 @@ from e3rl.train.nonfinite import (
 )
 from e3rl.train.prompts import load_prompts
 from e3rl.train.run_directory import RunDirectory, read_lines
+from e3rl.train.state import save
 from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 from tests.train.rollouts import rewarded_group
@@ -273,3 +275,43 @@ def test_a_run_stops_where_the_limit_is_reached(tmp_path: Path):
     listener.trainer = trainer
     with pytest.raises(UserError, match=r"the gradient is nan.*in step 2 \(train\.max_skipped_steps = 0\)"):
         trainer.train()
+
+
+class _Overflow(Silent):
+    """Makes a weight infinite while step 2 is told."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        assert self.trainer is not None
+        if record["step"] == 2:
+            learner = self.trainer.run.learner
+            real = learner.optimizer.step
+
+            def step(rate: float) -> float:
+                norm = real(rate)
+                next(self.trainer.policy.model.parameters()).data.view(-1)[3] = float("inf")  # type: ignore[union-attr]
+                return norm
+
+            learner.optimizer.step = step  # type: ignore[method-assign]
+
+
+def test_weights_that_are_no_longer_finite_are_never_saved(tmp_path: Path):
+    listener = _Overflow()
+    trainer = listener.trainer = Trainer(
+        lab_config(tmp_path, "train.steps=4", "train.save_steps=1"), listeners=[listener]
+    )
+    with pytest.raises(UserError, match=r"after step 3, 1 parameters hold NaN or infinite numbers \(model\.embed"):
+        trainer.train()
+    saved = newest_checkpoint(trainer.run_path)
+    assert saved.step == 2
+    assert all(bool(t.isfinite().all()) for t in saved.weights.values())
+    with pytest.raises(UserError, match="at step 2, 1 parameters hold"):
+        save(trainer.run, trainer.state)
+
+
+def test_settings_that_overflow_weights_are_refused(tmp_path: Path):
+    for setting in ("train.weight_decay=1e300", "train.learning_rate=1e3"):
+        with pytest.raises(UserError, match="is out of range"):
+            lab_config(tmp_path, setting)

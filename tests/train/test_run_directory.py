@@ -79,8 +79,42 @@ def test_logs_can_be_cut_back_and_a_half_written_line_is_left_out(tmp_path: Path
         file.write('{"step": 4, "rew')
     assert [r["step"] for r in read_lines(run.path / "metrics.jsonl")] == [1, 2, 3]
     assert read_lines(run.path / "metrics.jsonl")[0] == {"step": 1, "reward": None, "series": [1.0, None]}
-    run.drop_after(2)
+    said: list[str] = []
+    run.drop_after(2, said.append)
     assert [r["step"] for r in read_lines(run.path / "metrics.jsonl")] == [1, 2]
+    assert said == [], "a last line cut short is what a kill leaves: no damage"
+
+
+def test_a_damaged_line_costs_itself_alone_and_a_copy_of_the_file_is_kept(tmp_path: Path):
+    run = RunDirectory.create(_config(tmp_path))
+    for step in range(1, 6):
+        run.append("metrics.jsonl", {"step": step, "reward": 0.5})
+    log = run.path / "metrics.jsonl"
+    damaged = log.read_bytes().replace(b'{"step": 2', b'{"st\xffp": 2')
+    log.write_bytes(damaged)
+    said: list[str] = []
+    run.drop_after(4, said.append)
+    assert [r["step"] for r in read_lines(log)] == [1, 3, 4]
+    assert (run.path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert ["can't read line 2" in said[0], "nothing is logged of step 2;" in said[1], len(said)] == [True, True, 2]
+    log.write_bytes(damaged)
+    run.drop_after(4, said.append)
+    assert (run.path / "metrics.jsonl.damaged.1").exists(), "an older copy is not written over"
+
+
+def test_a_log_that_is_gone_is_said(tmp_path: Path):
+    run = RunDirectory.create(_config(tmp_path))
+    said: list[str] = []
+    run.drop_after(3, said.append)
+    assert ["nothing is logged of step 1 to 3" in text for text in said] == [True]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "/tmp/x", "a\\b"])
+def test_a_run_stays_in_its_output_directory(tmp_path: Path, name: str):
+    config = Config(run=RunConfig(name=name, output_dir=str(tmp_path / "runs")))
+    with pytest.raises(UserError, match="must be the name of one directory"):
+        RunDirectory.create(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_again_continues_what_is_unfinished_and_puts_aside_what_is_done(tmp_path: Path):
