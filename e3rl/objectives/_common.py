@@ -38,6 +38,10 @@ def from_segments(values_GN: Tensor, segments_GT: Tensor) -> Tensor:
     return values_GN.gather(-1, segments_GT.clamp(min=0)).where(segments_GT >= 0, 0.0)
 
 
+REWARDS_ONLY = frozenset[Need]({"rewards_only"})
+"""Advantages of rewards, mask and segments alone."""
+
+
 def kl_needs(kl_coef: float) -> frozenset[Need]:
     """The reference policy is needed only where its KL term has a weight."""
     return frozenset({"reference"}) if kl_coef > 0 else frozenset()

@@ -11,10 +11,12 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Need = Literal["shares", "reference", "erased", "demonstrations", "frozen"]
+Need = Literal["shares", "reference", "erased", "demonstrations", "frozen", "rewards_only"]
 """What a trainer must provide beyond log-probabilities and entropies: attention shares (eq 19), reference-policy
 log-probabilities, erased candidates as sequences of their own, the data's solutions in place of rollouts, or weights
-that stay as they are (no backward pass, no optimizer step)."""
+that stay as they are (no backward pass, no optimizer step). "rewards_only" asks for less: `advantages` looks at rewards,
+mask and segments alone, so a group larger than a micro-batch needs no pass before that of its loss; log-probabilities
+and entropies may then be placeholders."""
 
 
 @dataclass(frozen=True)

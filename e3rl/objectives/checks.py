@@ -76,6 +76,21 @@ def check_needs(name: str, objective: Objective) -> None:
     for option in ("attribution_window", "attribution_layers") if "shares" in needs else ():
         if not hasattr(objective, option):
             raise broken(name, f"it needs 'shares' and has no option `{option}`")
+    if {"rewards_only", "shares"} <= needs:
+        raise broken(name, "'rewards_only' says that advantages are made without shares, which it needs")
+
+
+def check_rewards_only(name: str, objective: Objective, signals: GroupSignals) -> None:
+    """Advantages that are said to be of rewards alone don't change with the policy's numbers."""
+    if "rewards_only" not in objective.needs:
+        return
+    others = {
+        key: value * 2 - 1
+        for key in ("entropies_GT", "old_logprobs_GT", "reference_logprobs_GT")
+        if (value := getattr(signals, key)) is not None
+    }
+    if not torch.equal(objective.advantages(signals), objective.advantages(dataclasses.replace(signals, **others))):
+        raise broken(name, "`needs` has 'rewards_only', but `advantages` depends on log-probabilities or entropies")
 
 
 def check_advantages(name: str, advantages_GT: Any, signals: GroupSignals) -> Tensor:
@@ -111,6 +126,7 @@ def check_objective_runs(name: str, objective: Objective) -> None:
     try:
         advantages_GT = objective.advantages(signals)
         check_advantages(name, advantages_GT, signals)
+        check_rewards_only(name, objective, signals)
         check_loss(name, objective.loss(toy_batch(signals, advantages_GT)))
         erased = objective.erased_advantage(1.0)
     except UserError:

@@ -21,7 +21,7 @@ class DrGRPO(TrajectoriesOnly):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return common.kl_needs(self.kl_coef)
+        return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """The reward less the group's mean, on every token."""

@@ -41,7 +41,7 @@ class E3RL:
 
     @property
     def needs(self) -> frozenset[Need]:
-        shares: frozenset[Need] = frozenset() if self.allocation == "sequence" else frozenset({"shares"})
+        shares: frozenset[Need] = common.REWARDS_ONLY if self.allocation == "sequence" else frozenset({"shares"})
         erased: frozenset[Need] = frozenset({"erased"}) if self.erased == "contrast" else frozenset()
         return common.kl_needs(self.kl_coef) | shares | erased
 

@@ -27,7 +27,7 @@ class GRPO(TrajectoriesOnly):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return common.kl_needs(self.kl_coef)
+        return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """The group-normalised reward, on every token."""

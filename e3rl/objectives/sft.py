@@ -16,7 +16,7 @@ from e3rl.objectives.metrics import measured
 class SFT(TrajectoriesOnly):
     """Supervised fine-tuning (ERPO's baseline) on the data's solutions: nothing is rolled out, rewards don't count."""
 
-    needs = frozenset[Need]({"demonstrations"})
+    needs = frozenset[Need]({"demonstrations", "rewards_only"})
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """1 on every token."""

@@ -101,6 +101,7 @@ class AttributionTap:
         self._row, self._layers = row, layers
         self._ends = [_Ends.of(row, members, window) for members in _together(row, window)]
         self._sums: list[Tensor] = [ends.response_SK.float() * 0.0 for ends in self._ends]
+        self._closed = False
 
     @torch.no_grad()
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
@@ -108,7 +109,7 @@ class AttributionTap:
 
         A query sees so many tokens as ``window`` says, itself included; None: all up to itself.
         """
-        if layer in self._layers:
+        if layer in self._layers and not self._closed:
             for ends, sum_SK in zip(self._ends, self._sums, strict=True):
                 sum_SK += ends.attention(query, key, scaling, window)
 
@@ -117,7 +118,8 @@ class AttributionTap:
         return self._by_sequence([sum_SK / len(self._layers) for sum_SK in self._sums])
 
     def shares(self) -> list[Tensor | None]:
-        """a_t of each trajectory, made to add up to 1."""
+        """a_t of each trajectory, made to add up to 1. Layers that a backward pass runs again are no longer observed."""
+        self._closed = True
         return self._by_sequence(
             [attention_shares(s, e.response_SK) for s, e in zip(self._sums, self._ends, strict=True)]
         )

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from e3rl.cluster.parallel import idle_passes, in_lockstep, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, unwrapped
-from e3rl.objectives.base import AttributionOptions, Objective, Totals, TrainBatch
+from e3rl.objectives.base import AttributionOptions, Objective, Totals
 from e3rl.train.attribution import attribution_layers, packed_attention
-from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, weigh_gradient
+from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, train_batch, unscored
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
-from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, pad, plan_rows
-from e3rl.train.scoring import AttributionSettings, Scores, score_rows
+from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, plan_rows
+from e3rl.train.scoring import AttributionSettings, RowScores, Scores, score_rows
 from e3rl.types import RewardedGroup
 
 
@@ -65,11 +64,12 @@ class Learner:
         train = config.train
         self._one_pass = (
             train.num_iterations == train.minibatches == 1
-            and train.importance_correction == "none"
             and "frozen" not in objective.needs
             and not has_dropout(policy.model)
-            and not self._lockstep  # its ranks run the same passes, which whole groups of all sizes do not make
         )
+        self._rewards_only = "rewards_only" in objective.needs
+        # a pass that keeps its layers' inputs alone can wait for its backward pass; ranks in lockstep wait for each other
+        self._keeps_passes = train.gradient_checkpointing and not self._lockstep
         if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
 
@@ -88,11 +88,14 @@ class Learner:
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
         totals = totals_of(itertools.chain(*by_group), self._config.rollout.completion_limit)
         means, lessons, loss, mine = Means(), [], 0.0, self._ranks.share(by_group)
-        for indices in plan_rows(mine, self._config.train.micro_batch_tokens):
-            part = [s for i in indices for s in mine[i]]
-            learnt, value = self._learn_together(part, rewarded, totals, means)
+        plan = plan_rows(mine, self._config.train.micro_batch_tokens)
+        parts = [self._packed([s for i in indices for s in mine[i]]) for indices in plan]
+        references = iter(self._reference_logprobs([row for _, rows in parts for row in rows]))
+        for part, scores in zip(parts, self._scored_apart([rows for _, rows in parts]), strict=True):
+            learnt, value = self._learn_part(*part, scores, references, rewarded, totals, means)
             lessons += learnt
             loss += value
+        self._keep_pace(sum(len(rows) for _, rows in parts), backward=True)
         lessons = self._of_all_ranks(lessons)
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
@@ -105,22 +108,72 @@ class Learner:
         together = itertools.chain(*self._ranks.gather(lessons))
         return sorted(together, key=lambda lesson: lesson.sequence.group)
 
-    def _learn_together(
-        self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup], totals: Totals, means: Means
-    ) -> tuple[list[Lesson], float]:
-        """Lessons and gradients of whole groups; a group too large for one forward pass is scored first, in parts."""
-        model, row = self._policy.model, PackedRow.of(sequences, self._policy.device)
-        if len(row.ids_N) > self._config.train.micro_batch_tokens:
-            lessons = self._scored_lessons(sequences, rewarded)
-            return lessons, self._gradients(lessons, totals, means)
-        references = self._reference_logprobs([row])
-        model.train()
-        with packed_attention(model):
-            found = self._passes.score_row(model, row, self._config.rollout.temperature, self._attribution)
-            lessons = self._lessons(zip(sequences, found.by_sequence(), references, strict=True), rewarded)
-            return lessons, self._backward(lessons, found.logprobs_ST(), totals, means)
+    def _scored_apart(self, parts: Sequence[Sequence[PackedRow]]) -> list[list[Scores] | None]:
+        """Scores of the parts that need passes of their own for them; None for the others.
 
-    def _reference_logprobs(self, rows: Sequence[PackedRow]) -> list[Tensor] | list[None]:
+        That is a group larger than a micro-batch where scores make the advantages and passes are not kept.
+        """
+        apart = [len(rows) > 1 and not (self._rewards_only or self._keeps_passes) for rows in parts]
+        chosen = [row for rows in itertools.compress(parts, apart) for row in rows]
+        scores = iter(self._scores(self._policy.model, chosen, self._attribution))
+        return [
+            list(itertools.islice(scores, sum(len(row.paths) for row in rows))) if is_apart else None
+            for rows, is_apart in zip(parts, apart, strict=True)
+        ]
+
+    def _learn_part(
+        self,
+        sequences: list[TrainSequence],
+        rows: list[PackedRow],
+        scores: list[Scores] | None,
+        references: Iterator[Tensor | None],
+        rewarded: Sequence[RewardedGroup],
+        totals: Totals,
+        means: Means,
+    ) -> tuple[list[Lesson], float]:
+        """Lessons of whole groups and their part of the loss, whose gradients are gathered in one pass through each row.
+
+        Without ``scores``, advantages that are made of them need every row's forward pass before the first backward pass.
+        """
+        waiting = scores is None and len(rows) > 1 and self._rewards_only
+        passes = self._forward(rows, None if scores or waiting else self._attribution)
+        self._policy.model.train()
+        with packed_attention(self._policy.model):
+            if waiting:  # for scores, which the loss needs and advantages don't
+                scores = [unscored(sequence) for sequence in sequences]
+            elif scores is None:
+                passes = list(passes)
+                scores = [of_sequence for found in passes for of_sequence in found.by_sequence()]
+            lessons = self._lessons(zip(sequences, scores, references, strict=False), rewarded)
+            return self._backward_rows(lessons, passes, totals, means, waiting)
+
+    def _forward(
+        self, rows: Iterable[PackedRow], attribution: AttributionSettings | None = None
+    ) -> Iterable[RowScores]:
+        """A pass through each row, made when it is asked for."""
+        temperature = self._config.rollout.temperature
+        return (self._passes.score_row(self._policy.model, row, temperature, attribution) for row in rows)
+
+    def _backward_rows(
+        self,
+        lessons: Iterable[Lesson],
+        passes: Iterable[RowScores],
+        totals: Totals,
+        means: Means,
+        waiting: bool = False,
+    ) -> tuple[list[Lesson], float]:
+        """Gradients of rows; the lessons, with the scores that they were ``waiting`` for, and their part of the loss."""
+        left, learnt, total = iter(lessons), list[Lesson](), 0.0
+        for found in passes:
+            these = list(itertools.islice(left, len(found.row.paths)))
+            if waiting:
+                scored = zip(these, found.by_sequence(), strict=True)
+                these = [self._weighed(replace(lesson, scores=scores)) for lesson, scores in scored]
+            total += self._backward(these, found.logprobs_ST(), totals, means)
+            learnt += these
+        return learnt, total
+
+    def _reference_logprobs(self, rows: Sequence[PackedRow]) -> Sequence[Tensor | None]:
         if self.reference is None:
             return [None] * sum(len(row.paths) for row in rows)
         with self.reference.model() as model:
@@ -150,18 +203,19 @@ class Learner:
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
-        mine = [*itertools.chain(*self._ranks.share(by_group))]
-        return self._of_all_ranks(self._scored_lessons(mine, rewarded))
+        sequences, rows = self._packed([*itertools.chain(*self._ranks.share(by_group))])
+        scores = self._scores(self._policy.model, rows, self._attribution)
+        scored = zip(sequences, scores, self._reference_logprobs(rows), strict=True)
+        return self._of_all_ranks(self._lessons(scored, rewarded))
 
     def _keep_pace(self, mine: int, *, backward: bool) -> None:
         """Where tensors are exchanged in passes, of which this rank ran ``mine``, run as many as the busiest rank."""
         if self._lockstep:
             idle_passes(self._passes, self._policy.model, mine, self._ranks, backward=backward)
 
-    def _scored_lessons(self, sequences: Sequence[TrainSequence], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
-        rows = packed_rows(sequences, self._config.train.micro_batch_tokens, self._policy.device)
-        scores = self._scores(self._policy.model, rows, self._attribution)
-        return self._lessons(zip(sequences, scores, self._reference_logprobs(rows), strict=True), rewarded)
+    def _packed(self, sequences: list[TrainSequence]) -> tuple[list[TrainSequence], list[PackedRow]]:
+        """Sequences, and the rows that they make."""
+        return sequences, packed_rows(sequences, self._config.train.micro_batch_tokens, self._policy.device)
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""
@@ -230,21 +284,17 @@ class Learner:
 
     def _gradients(self, lessons: Sequence[Lesson], totals: Totals, means: Means) -> float:
         """Gradients of scored lessons, row by row; returns their part of the loss."""
-        model, total = self._policy.model, 0.0
+        model = self._policy.model
         model.train()
-        rows = plan_rows([[lesson.sequence] for lesson in lessons], self._config.train.micro_batch_tokens)
-        for indices in rows:
-            part = [lessons[i] for i in indices]
-            row = PackedRow.of([lesson.sequence for lesson in part], self._policy.device)
-            with packed_attention(model):
-                found = self._passes.score_row(model, row, self._config.rollout.temperature)
-                total += self._backward(part, found.logprobs_ST(), totals, means)
+        _, rows = self._packed([lesson.sequence for lesson in lessons])
+        with packed_attention(model):
+            _, total = self._backward_rows(lessons, self._forward(rows), totals, means)
         self._keep_pace(len(rows), backward=True)
         return total
 
     def _backward(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals, means: Means) -> float:
         """Gradients of one micro-batch, whose lessons are the rows of ``logprobs_ST``; returns its part of the loss."""
-        batch = self._train_batch(lessons, logprobs_ST, totals)
+        batch = train_batch(lessons, logprobs_ST, totals)
         loss = self._objective.loss(batch)
         found = find_nonfinite([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
         self._found = self._found or found
@@ -253,24 +303,3 @@ class Learner:
         )  # NaN reaches every rank's `_step`
         means.add(loss.metrics)
         return float(loss.value.detach())
-
-    def _train_batch(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals) -> TrainBatch:
-        device = self._policy.device
-        sequences = [lesson.sequence for lesson in lessons]
-        weights = [lesson.importance.weights_T for lesson in lessons if lesson.importance is not None]
-        if weights:
-            logprobs_ST = weigh_gradient(logprobs_ST, pad(weights, 0.0, device))
-        references = [lesson.reference_logprobs_T for lesson in lessons]
-        return TrainBatch(
-            logprobs_ST=logprobs_ST,
-            old_logprobs_ST=pad([lesson.scores.logprobs_T for lesson in lessons], 0.0, device),
-            reference_logprobs_ST=None
-            if references[0] is None
-            else pad([r for r in references if r is not None], 0.0, device),
-            advantages_ST=pad([lesson.advantages_T for lesson in lessons], 0.0, device),
-            mask_ST=pad([s.mask_T for s in sequences], False, device),
-            segments_ST=pad([s.segments_T for s in sequences], -1, device),
-            group_sizes_S=torch.tensor([lesson.group_size for lesson in lessons], device=device),
-            erased_S=torch.tensor([s.erased for s in sequences], device=device),
-            totals=totals,
-        )

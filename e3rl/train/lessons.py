@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from e3rl.objectives.base import GroupSignals, Totals
+from e3rl.objectives.base import GroupSignals, Totals, TrainBatch
 from e3rl.train.packing import TrainSequence, pad
 from e3rl.train.scoring import Scores
 
@@ -80,6 +80,11 @@ def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupS
     )
 
 
+def unscored(sequence: TrainSequence) -> Scores:
+    """Holds the place of scores until a sequence's pass, for advantages that don't depend on them."""
+    return Scores(sequence.rollout_logprobs_T, torch.zeros_like(sequence.rollout_logprobs_T), None)
+
+
 def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Totals:
     """Counts of an optimizer step, over trajectories alone."""
     kept = [s for s in sequences if not s.erased]
@@ -88,4 +93,27 @@ def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Tota
         sequences=len(kept),
         tokens=sum(len(s.response_ids) for s in kept),
         completion_limit=completion_limit,
+    )
+
+
+def train_batch(lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals) -> TrainBatch:
+    """A micro-batch as the loss sees it: the lessons are the rows of ``logprobs_ST``."""
+    device = logprobs_ST.device
+    sequences = [lesson.sequence for lesson in lessons]
+    weights = [lesson.importance.weights_T for lesson in lessons if lesson.importance is not None]
+    if weights:
+        logprobs_ST = weigh_gradient(logprobs_ST, pad(weights, 0.0, device))
+    references = [lesson.reference_logprobs_T for lesson in lessons]
+    return TrainBatch(
+        logprobs_ST=logprobs_ST,
+        old_logprobs_ST=pad([lesson.scores.logprobs_T for lesson in lessons], 0.0, device),
+        reference_logprobs_ST=None
+        if references[0] is None
+        else pad([r for r in references if r is not None], 0.0, device),
+        advantages_ST=pad([lesson.advantages_T for lesson in lessons], 0.0, device),
+        mask_ST=pad([s.mask_T for s in sequences], False, device),
+        segments_ST=pad([s.segments_T for s in sequences], -1, device),
+        group_sizes_S=torch.tensor([lesson.group_size for lesson in lessons], device=device),
+        erased_S=torch.tensor([s.erased for s in sequences], device=device),
+        totals=totals,
     )

@@ -9,8 +9,9 @@ shares (its *context*), so every number is that of the sequence alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -138,6 +139,15 @@ def _ranges(path: Sequence[int], starts: Sequence[int]) -> tuple[tuple[int, int,
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=2)  # a row's layers ask for one, or two where some have a window
+@torch.inference_mode(False)
+def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    place_L = torch.arange(length, device=device)
+    back_LL = place_L[:, None] - place_L
+    unseen_LL = back_LL < 0 if window is None else (back_LL < 0) | (back_LL >= window)
+    return torch.zeros(unseen_LL.shape, dtype=dtype, device=device).masked_fill_(unseen_LL, -torch.inf)
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """A prefix tree as model input: N tokens, the branches that they lie in, and where each sequence's tokens are."""
@@ -149,7 +159,6 @@ class PackedRow:
     paths: tuple[Tensor, ...]  # row positions of each sequence's tokens, prompt and response
     prompt_lengths: tuple[int, ...]
     erased: tuple[bool, ...]
-    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, sequences: Sequence[TrainSequence], device: torch.device) -> PackedRow:
@@ -176,15 +185,8 @@ class PackedRow:
         )
 
     def causal_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """To add to attention: 0 where a place of the longest sequence sees another, -inf elsewhere. Made once."""
-        key = (window, dtype)
-        if key not in self._masks:
-            place_L = torch.arange(max(map(len, self.paths)), device=self.ids_N.device)
-            back_LL = place_L[:, None] - place_L
-            unseen_LL = back_LL < 0 if window is None else (back_LL < 0) | (back_LL >= window)
-            zeros_LL = torch.zeros(unseen_LL.shape, dtype=dtype, device=self.ids_N.device)
-            self._masks[key] = zeros_LL.masked_fill_(unseen_LL, -torch.inf)
-        return self._masks[key]
+        """To add to attention: 0 where a place of the longest sequence sees another, -inf elsewhere."""
+        return _causal_mask(max(map(len, self.paths)), window, dtype, self.ids_N.device)
 
     def response_paths(self) -> list[Tensor]:
         """Row positions of each sequence's response tokens."""

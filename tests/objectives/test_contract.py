@@ -151,6 +151,14 @@ class Peeking(Good):
 
 
 @dataclass(frozen=True)
+class NotOnlyRewards(Good):
+    needs = frozenset({"rewards_only"})
+
+    def advantages(self, signals: GroupSignals) -> Tensor:
+        return super().advantages(signals) * (1 + signals.entropies_GT)
+
+
+@dataclass(frozen=True)
 class Random(Good):
     def advantages(self, signals: GroupSignals) -> Tensor:
         return torch.rand_like(signals.old_logprobs_GT).where(signals.mask_GT, 0.0)
@@ -184,6 +192,7 @@ class DividesByZero(Good):
         (OwnMean(), "don't add up"),
         (Unmasked(), "depends on what stands in the padding"),
         (Peeking(), "`advantages` depends on what stands in the padding"),
+        (NotOnlyRewards(), "depends on log-probabilities or entropies"),
         (Random(), "two different results"),
         (InPlace(), "in place"),
         (Overflowing(), "finite"),

@@ -187,11 +187,23 @@ OBJECTIVES_TO_COMPARE = [
 ]
 
 
-@pytest.mark.parametrize("budget", [10_000, 30, 8], ids=["one row", "a group a row", "groups in parts"])
+@pytest.mark.parametrize(
+    ("budget", "settings"),
+    [
+        (10_000, {}),
+        (30, {}),
+        (8, {}),
+        (8, {"gradient_checkpointing": True}),
+        (8, {"importance_correction": "token_mask", "importance_cap": 1.1}),
+    ],
+    ids=["one row", "a group a row", "groups in parts", "passes kept", "importance weights"],
+)
 @pytest.mark.parametrize(("objective", "options"), OBJECTIVES_TO_COMPARE)
-def test_one_pass_learns_what_scoring_first_learns(objective: str, options: dict[str, object], budget: int):
+def test_one_pass_learns_what_scoring_first_learns(
+    objective: str, options: dict[str, object], budget: int, settings: dict[str, Any]
+):
     """Lessons, metrics and the updated weights are the same, whatever the rows."""
-    train = TrainConfig(learning_rate=1e-3, warmup_ratio=0.0)
+    train = TrainConfig(learning_rate=1e-3, warmup_ratio=0.0, **settings)
     apart = _learner(objective, train, **options)
     expected = apart.prepare(GROUPS)
     expected_update = apart.update(expected, 0)
@@ -224,7 +236,9 @@ def _forward_passes(learner: Learner, monkeypatch: pytest.MonkeyPatch, step: Cal
         ({"micro_batch_tokens": 30}, 2),  # a group each
         ({"num_iterations": 2}, 3),
         ({"minibatches": 2}, 3),
-        ({"importance_correction": "token_truncate"}, 2),
+        ({"importance_correction": "token_truncate"}, 1),
+        ({"micro_batch_tokens": 8}, 12),  # six sequences: all scored before the first backward pass
+        ({"micro_batch_tokens": 8, "gradient_checkpointing": True}, 6),
     ],
 )
 def test_the_old_policy_is_scored_apart_only_where_it_is_another_one(
@@ -232,6 +246,25 @@ def test_the_old_policy_is_scored_apart_only_where_it_is_another_one(
 ):
     learner = _learner(train=TrainConfig(learning_rate=1e-3, warmup_ratio=0.0, **settings))
     assert _forward_passes(learner, monkeypatch, lambda: learner.learn(GROUPS, 0)) == passes
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo", "dr_grpo", "gspo", "sapo", "bapo", "sft"])
+def test_advantages_of_rewards_alone_need_no_pass_of_their_own(objective: str, monkeypatch: pytest.MonkeyPatch):
+    """Six sequences in six rows, whatever the memory that the passes would keep."""
+    learner = _learner(objective, TrainConfig(learning_rate=1e-3, warmup_ratio=0.0, micro_batch_tokens=8))
+    assert _forward_passes(learner, monkeypatch, lambda: learner.learn(GROUPS, 0)) == 6
+
+
+@pytest.mark.parametrize(("objective", "settings"), [("grpo", {}), ("e3rl", {"gradient_checkpointing": True})])
+def test_one_pass_of_a_large_group_has_the_bits_of_two(objective: str, settings: dict[str, Any]):
+    """The same rows in the same order: losses, gradients and weights are those of scoring first, to the last bit."""
+    train = TrainConfig(learning_rate=1e-3, warmup_ratio=0.0, micro_batch_tokens=12, **settings)
+    apart, together = _learner(objective, train), _learner(objective, train)
+    expected = apart.update(apart.prepare(GROUPS[:1]), 0)
+    _, found = together.learn(GROUPS[:1], 0)
+    assert (found.means["loss"], found.grad_norm) == (expected.means["loss"], expected.grad_norm)
+    before, after = apart.optimizer.weights(), together.optimizer.weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_dropout_is_no_measure_of_the_policy(monkeypatch: pytest.MonkeyPatch):
