@@ -15,7 +15,7 @@ PACKAGE = ROOT / "e3rl"
 FLOORS = [
     {"types", "config", "sections", "errors", "parsing", "plugins", "files", "__init__"},
     {"equations"},
-    {"engine", "objectives", "rewards", "data", "lab", "models", "model_files", "web"},
+    {"engine", "environments", "objectives", "rewards", "data", "lab", "models", "model_files", "web"},
     {"rollout"},
     {"train", "cluster", "evaluate", "testing"},
     {"report", "generation", "doctor", "diagnose", "plan", "serve", "integrations", "rehearse"},

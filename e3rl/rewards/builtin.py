@@ -17,6 +17,7 @@ REWARDS = {
     "math": "e3rl.rewards.builtin:MathReward",
     "format": "e3rl.rewards.builtin:format_reward",
     "overlong": "e3rl.rewards.builtin:overlong_reward",
+    "code": "e3rl.rewards.code:CodeReward",
     "lab": "e3rl.lab.reward:lab_reward",
 }
 

@@ -94,7 +94,7 @@ class WorkerPool:
     """Up to ``workers`` processes, started when first needed; each task may take ``timeout`` seconds."""
 
     def __init__(self, workers: int, timeout: float) -> None:
-        self._size, self._timeout = workers, timeout
+        self._size, self.timeout = workers, timeout
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_all, self._workers, os.getpid())
@@ -149,7 +149,7 @@ class _Batch:
                 idle.append(workers[-1])
             worker, index = idle.pop(), self._waiting.popleft()
             try:
-                worker.begin(index, self._tasks[index], self._pool._timeout)
+                worker.begin(index, self._tasks[index], self._pool.timeout)
             except OSError:  # it died while idle; its end of the pipe is closed
                 self._died(worker)
             except Exception as error:  # arguments that can't be pickled
@@ -176,7 +176,7 @@ class _Batch:
             self._died(worker)
             return
         if reply.get("started"):
-            worker.deadline = time.monotonic() + self._pool._timeout + GRACE
+            worker.deadline = time.monotonic() + self._pool.timeout + GRACE
             return
         assert worker.index is not None
         self._outcomes[worker.index] = Outcome(reply.get("value"), reply.get("error"))
@@ -185,7 +185,7 @@ class _Batch:
     def _expired(self, worker: _Worker) -> None:
         assert worker.index is not None
         self._outcomes[worker.index] = Outcome(
-            error=f"took longer than {self._pool._timeout:g} s; its worker was killed"
+            error=f"took longer than {self._pool.timeout:g} s; its worker was killed"
         )
         self._retire([worker])
 

@@ -1,0 +1,1 @@
+"""Environments with tools, and the sandbox that programs run in."""
