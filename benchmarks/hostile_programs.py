@@ -2,8 +2,8 @@
 
     python -m benchmarks.hostile_programs
 
-Each attack of `tests/environments/hostile.py` in five packings. A verdict is wrong where an unsolved problem counts as solved, or a
-program whose attack was refused and which then solves the problem does not.
+Each attack of `tests/environments/hostile.py` in five packings. A verdict is wrong where an unsolved problem counts as solved, or
+a program whose attack was refused and which then solves the problem does not.
 """
 
 from __future__ import annotations
