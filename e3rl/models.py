@@ -35,7 +35,7 @@ class Policy:
         """
         found = source or getattr(model.config, "_name_or_path", "") or "(a model in memory)"
         context = getattr(model.config, "max_position_embeddings", None) or 2048
-        return cls(model, tokenizer, found, _eos_ids(model, tokenizer), int(context))
+        return cls(model, tokenizer, found, _eos_ids(model.generation_config, tokenizer), int(context))
 
     @property
     def device(self) -> torch.device:
@@ -64,9 +64,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def _eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a response, as generation config and tokenizer name them."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = getattr(generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     found = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
     if not found:
@@ -110,23 +110,39 @@ def _causal_config(config: ModelConfig, source: str) -> Any:
     return found
 
 
-def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy:
-    """The policy that ``config`` names, its weights taken from ``directory`` where one is given."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights: enough to render prompts and to check data."""
+
+    tokenizer: Any
+    source: str
+    eos_ids: tuple[int, ...]
+    context_length: int
+    config: Any  # transformers' own
+
+
+def load_outline(config: ModelConfig, *, directory: Path | None = None) -> Outline:
+    """Tokenizer, context and end tokens of the model that ``config`` names. Takes moments; loads no weights."""
+    from transformers import AutoTokenizer, GenerationConfig
 
     source = str(directory) if directory else resolve_model_path(config.path)
     require_model(source)
-    try:
+    with _loading_errors(config.path):
         described = _causal_config(config, source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=described,  # given apart, or an implementation that it names would go before ours
-            dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
+        try:
+            generation = GenerationConfig.from_pretrained(source)
+        except OSError:  # a model without generation_config.json
+            generation = GenerationConfig.from_model_config(described)
+    context = getattr(described, "max_position_embeddings", None) or 2048
+    return Outline(tokenizer, config.path, _eos_ids(generation, tokenizer), int(context), described)
+
+
+@contextlib.contextmanager
+def _loading_errors(path: str) -> Iterator[None]:
+    """Whatever transformers raises, as a UserError of one line."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # a file may be damaged in any way, and the library documents no closed list
@@ -135,13 +151,30 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None) -> Policy
             reason = [
                 "its weights are a pickle that holds more than tensors, which may run code; save them as safetensors"
             ]
-        raise UserError(f"model '{config.path}' can't be loaded: {reason[0] if reason else error!r}") from None
+        raise UserError(f"model '{path}' can't be loaded: {reason[0] if reason else error!r}") from None
+
+
+def load_policy(config: ModelConfig, *, directory: Path | None = None, outline: Outline | None = None) -> Policy:
+    """The policy that ``config`` names, its weights taken from ``directory`` where one is given."""
+    from transformers import AutoModelForCausalLM
+
+    outline = outline or load_outline(config, directory=directory)
+    source = str(directory) if directory else resolve_model_path(config.path)
+    with _loading_errors(config.path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=outline.config,  # given apart, or an implementation that it names would go before ours
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
     model, found = loaded
     _check_weights(model, found["missing_keys"], config.path)
     model.to(resolve_device(config.device))
     if config.lora_r:
         model = add_lora(model, config)
-    return Policy.of(model, tokenizer, source=config.path)
+    return Policy.of(model, outline.tokenizer, source=config.path)
 
 
 def _check_weights(model: nn.Module, missing: Collection[str], path: str) -> None:

@@ -19,6 +19,8 @@ from e3rl.errors import RunStopped, UserError
 from e3rl.sections import shown
 
 _COMMANDS = {
+    "init": ("e3rl.cli.init", "write a starter recipe for a model and a dataset, each choice with its reason"),
+    "data": ("e3rl.cli.data", "show a recipe's prompts as the model will see them, with lengths, columns and answers"),
     "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
     "rehearse": ("e3rl.cli.rehearse", "run a recipe's commands and processes at a small size, before an expensive job"),
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
@@ -40,7 +42,7 @@ _COMMANDS = {
 }
 
 _WITH_SETTINGS = (
-    *("train", "rehearse", "eval", "decode", "calibrate", "diagnose"),
+    *("data", "train", "rehearse", "eval", "decode", "calibrate", "diagnose"),
     *("serve", "rollout-server", "plan", "reproduce"),
 )
 

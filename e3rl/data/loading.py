@@ -33,7 +33,7 @@ def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Prob
         return _lab_problems(source, split, limit)
     if source in BENCHMARKS:
         return list(load_benchmark(source, config.directory).problems)
-    rows = _rows(source, config, split)
+    rows = rows_of(source, config, split)
     problems = _to_problems(itertools.islice(rows, limit) if limit else rows, source, config)
     if not problems:
         raise UserError(
@@ -55,7 +55,8 @@ def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
-def _rows(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
+def rows_of(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
+    """The rows of a file, a directory or a hub dataset, each with where it stands."""
     path = Path(source)
     if path.suffix.lower() in READERS and not path.is_dir():
         return read_file(path)

@@ -14,7 +14,7 @@ from e3rl.config import DataConfig
 from e3rl.errors import UserError
 from e3rl.types import Message, Problem
 
-_PROMPT_NAMES = ("problem", "question", "query", "instruction", "input", "messages", "text")
+PROMPT_NAMES = ("problem", "question", "query", "instruction", "input", "messages", "text")
 _ABSENT = object()
 
 
@@ -40,7 +40,7 @@ def _lookup(row: Mapping[str, Any], column: str) -> Any:
 def missing_prompt(row: Mapping[str, Any], column: str, where: str) -> UserError:
     """The error for a row without its prompt column: lists the columns and names the setting to change."""
     columns = [str(name) for name in row]
-    common = [name for name in _PROMPT_NAMES if name in columns]
+    common = [name for name in PROMPT_NAMES if name in columns]
     nearest = common or difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
     hint = f"Set data.prompt_column, perhaps to '{nearest[0]}'." if nearest else "Set data.prompt_column."
     return UserError(f"{where}: no column '{column}'. {hint} Columns found: {', '.join(columns) or 'none'}.")
