@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from e3rl.config import DataConfig
 from e3rl.data.benchmarks import BENCHMARKS, load_benchmark
@@ -17,6 +17,7 @@ from e3rl.errors import UserError, unknown
 from e3rl.types import Problem
 
 Split = Literal["train", "eval"]
+_T = TypeVar("_T")
 
 _ENCODED_FORMATS = (".csv", ".parquet")
 _DEFAULT_COLUMNS = {f.name: f.default for f in fields(DataConfig)}
@@ -49,8 +50,8 @@ def held_out_sources(config: DataConfig) -> tuple[str, ...]:
     return config.eval or ((config.train,) if config.train.startswith("lab:") else ())
 
 
-def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
-    """``limit`` of the problems, evenly spread: data are often sorted by difficulty. 0 keeps all."""
+def spread(problems: Sequence[_T], limit: int) -> list[_T]:
+    """``limit`` of the problems (or of their prompts), evenly spread: data are often sorted by difficulty. 0 keeps all."""
     count = min(limit or len(problems), len(problems))
     return [problems[i * len(problems) // count] for i in range(count)]
 

@@ -264,10 +264,10 @@ def look_at(source: str, config: DataConfig) -> tuple[Columns | None, DataConfig
     if source.startswith("lab:"):
         return None, config
     columns = find_columns([row for _, row in islice(rows_of(source, config, "train"), LOOKED_AT)], source)
-    named = {"prompt_column": columns.prompt, "answer_column": columns.answer or config.answer_column}
+    named: dict[str, Any] = {"prompt_column": columns.prompt, "answer_column": columns.answer or config.answer_column}
     if columns.solution:
         named["solution_column"] = columns.solution
-    return columns, replace(config, **named, train=source)
+    return columns, replace(config, **named)
 
 
 def recipe_text(title: Sequence[str], choices: Sequence[Choice]) -> str:
