@@ -5,6 +5,7 @@ python benchmarks/journal.py
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ SETTINGS = ("model.path=lab", "data.train=lab:chain", "rollout.segment_length=12
 
 def main() -> None:
     """Print the medians."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     config = load_config(None, [], SETTINGS)
     policy = load_policy(config.model)

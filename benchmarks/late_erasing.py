@@ -110,14 +110,15 @@ def evaluated(
     """A family sampled and graded under ``config.eval``."""
     prompts, engine = opened(policy, family, split, problems, config)
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
-        return evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, calibration=calibration)
+        way: dict[str, Any] = {"erase": erase, "calibration": calibration, "keep_trajectories": True}
+        return evaluate(engine, prompts, scorer, policy.tokenizer, config, **way)
 
 
 def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice) -> Counts:
     """One way to decode, on one half of a family."""
     done = evaluated(policy, family, split, problems, configured(family, choice), erase=bool(choice[0]))
     suspicion_PK = {
-        x: np.array([[late_suspicion(t, x) for t in g.trajectories] for g in done.groups])
+        x: np.array([[late_suspicion(t, x) for t in row] for row in done.trajectories_PK])
         for x in (0.0, LENGTH_EXPONENT)
     }
     return Counts(done.correct_PK, suspicion_PK, done.record()["tokens"] / done.correct_PK.size)

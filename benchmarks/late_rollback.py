@@ -13,7 +13,8 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -169,9 +170,13 @@ def by_segment(length: int, following: int = 0, *, share: float = 0.5, erasures:
             def judged(answer: Answer, start: int = position, end: int = end, stop: int = stop) -> float:
                 return _mean(answer.entropies[start:stop]) + LATE_EPS_WEIGHT * _mean(answer.perturbations[start:end])
 
-            _again(desk, open_groups, lambda _, at=position: at, stop, judged, share, erasures, from_best=True)
+            _again(desk, open_groups, partial(_fixed, position), stop, judged, share, erasures, from_best=True)
 
     return complete
+
+
+def _fixed(position: int, _: Answer) -> int:
+    return position
 
 
 def _largest_eps(answer: Answer) -> int:
@@ -207,7 +212,7 @@ def generated(policy: Policy, family: str, problems: int, seed: int, way: Way) -
     config = configured(family, ("", 1.0))
     limit = config.rollout.completion_limit
     prompts, engine = opened(policy, family, "train", problems, config)
-    desk = Desk(engine, limit, policy.eos_ids, seed)
+    desk = Desk(cast(AppendingEngine, engine), limit, policy.eos_ids, seed)
     right = []
     for start in range(0, problems, TOGETHER):
         part = prompts[start : start + TOGETHER]

@@ -55,7 +55,7 @@ def answered(policy: Policy, family: str, split: Split, problems: int, way: Cali
     ]
     correct_PK = np.concatenate([run.correct_PK for run in runs], axis=1)
     tokens = sum(run.record()["tokens"] for run in runs)
-    return Counts(correct_PK, np.zeros_like(correct_PK, dtype=float), tokens / correct_PK.size)
+    return Counts(correct_PK, {}, tokens / correct_PK.size)
 
 
 def compared(policy: Policy, family: str, tuning: int, problems: int, times: int) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def draw(policy: Policy, family: str, problems: int, samples: int, temperature: 
             (*_numbers(t, r), answers.index(a)) for t, r, a in zip(group.trajectories, rights, answers, strict=True)
         ]
     table = np.array([found[p.problem.id] for p in prompts]).transpose(2, 0, 1)
-    return Pool(*table[:6], right=table[6].astype(bool), tokens=table[7], answer=table[8])
+    columns = [*table[:6], table[6].astype(bool), *table[7:]]
+    return Pool(*columns)
 
 
 def replay(

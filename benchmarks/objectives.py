@@ -113,7 +113,8 @@ def main() -> None:
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.only]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         directory = options.runs or Path(temporary)
-        runs = pool.map(lambda job: run_one(*job, options.tokens, options.limit, directory), jobs)
+        sizes = {"tokens": options.tokens, "limit": options.limit, "directory": directory}
+        runs = pool.map(lambda job: run_one(job[0], job[1], **sizes), jobs)
         found = dict(zip(jobs, runs, strict=True))
     rows = {name: row([found[name, seed] for seed in range(options.seeds)]) for name in options.only}
     result = {"environment": environment(), "tokens": options.tokens, "problems": options.limit, "rows": rows}

@@ -18,6 +18,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +45,7 @@ from rollout_workloads import (
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import Samples, SamplingRows, inverse_cdf
-from e3rl.engine.torch import step_draws
+from e3rl.engine.torch import decode
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
@@ -143,7 +144,7 @@ def monitoring(name: str, repeats: int) -> Values:
     blind = replace(ROLLOUT, erase=False)
 
     def without() -> None:
-        with mock.patch.object(step_draws, "sample", _without_measures):
+        with mock.patch.object(decode, "sample", _without_measures):
             _roll(engine, blind, watching, vocabulary, 8)
 
     watched, unwatched = in_turns(repeats, lambda: _roll(engine, ROLLOUT, watching, vocabulary, 8), without)
@@ -205,26 +206,20 @@ def parts(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Valu
     found: list[tuple[str, str, Callable[[], Values]]] = [("linear_memory", "qwen3-3m", memory)]
     for name in ("lab", "qwen3-3m"):
         found += [
-            ("erase_cost", name, lambda name=name: erasing(name, 6)),
-            ("monitor_overhead", name, lambda name=name: monitoring(name, 16)),
+            ("erase_cost", name, partial(erasing, name, 6)),
+            ("monitor_overhead", name, partial(monitoring, name, 16)),
         ]
         found += [
-            (
-                f"{kind}_{batch}",
-                name,
-                lambda name=name, b=batch, r=kind == "ragged": against_peers(name, b, r, 4 if r else 6, 32),
-            )
+            (f"{kind}_{batch}", name, partial(against_peers, name, batch, ragged, repeats, 32))
             for batch in (16, 64)
-            for kind in ("full", "ragged")
+            for kind, ragged, repeats in (("full", False, 6), ("ragged", True, 4))
         ]
     found += [
-        ("full_16", "smollm2", lambda: against_peers("smollm2", 16, False, 2, 16)),
-        ("ragged_16", "smollm2", lambda: against_peers("smollm2", 16, True, 2, 16)),
-        ("roofline_fraction", "smollm2", lambda: roofline("smollm2", 4)),
+        ("full_16", "smollm2", partial(against_peers, "smollm2", 16, False, 2, 16)),
+        ("ragged_16", "smollm2", partial(against_peers, "smollm2", 16, True, 2, 16)),
+        ("roofline_fraction", "smollm2", partial(roofline, "smollm2", 4)),
     ]
-    found += [
-        ("profile", name, lambda name=name, b=b: profile(name, b)) for name, b in (("qwen3-3m", 64), ("smollm2", 16))
-    ]
+    found += [("profile", name, partial(profile, name, b)) for name, b in (("qwen3-3m", 64), ("smollm2", 16))]
     return [part for part in found if _wanted(part[0], options.only) and _wanted(part[1], options.model)]
 
 

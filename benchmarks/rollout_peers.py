@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -71,7 +72,7 @@ def _peers(model: Any, trial: Workload, ragged: bool) -> dict[str, tuple[str, Se
     found = {"generate": _fastest(plain, trial)}
     if ragged:
         continuous: dict[str, Setting] = {
-            f"{n} threads, {batching}": (lambda work, b=batching: by_continuous_batching(model, work, b), n)
+            f"{n} threads, {batching}": (partial(by_continuous_batching, model, batching=batching), n)
             for n in threads
             for batching in BATCHINGS
         }

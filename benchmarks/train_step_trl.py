@@ -53,7 +53,7 @@ def make_trainer(directory: Path, work: Work, settings: TrlSettings, steps: Step
         zeros = [[0.0] * len(c) for c in completions]
         return {"prompt_ids": [work.prompts[p] for p, _ in places], "completion_ids": completions, "logprobs": zeros}
 
-    def reward(prompts: list[str], **_: Any) -> list[float]:
+    def reward(prompts: list[str], **_: Any) -> list[float | None]:
         return [work.rewards[work.texts.index(text)][number % SIBLINGS] for number, text in enumerate(prompts)]
 
     count = len(work.texts) * SIBLINGS

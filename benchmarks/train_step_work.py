@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def text_work(directory: Path, prompt_count: int) -> Work:
     from transformers import AutoTokenizer
 
     rng = random.Random(7)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     if tokenizer.chat_template:
         questions = [
             f"What is {rng.randint(10, 99)} + {rng.randint(10, 99)}? Explain briefly." for _ in range(prompt_count)
@@ -75,7 +76,7 @@ def text_work(directory: Path, prompt_count: int) -> Work:
         texts = [
             " ".join(f"w{rng.randrange(10, 2048)}" for _ in range(rng.randint(16, 32))) for _ in range(prompt_count)
         ]
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return Work(texts, prompts, [], [[0.0, 1.0] * (SIBLINGS // 2)] * prompt_count)
 
 
@@ -92,7 +93,7 @@ def random_model(directory: Path) -> Path:
         num_key_value_heads=4, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model: Any = Qwen3ForCausalLM(config)
     with torch.no_grad():  # a channel that is the same for every token tells nothing, but lifts the end token's logit
         embeddings = model.get_input_embeddings().weight
         embeddings[:, 0] = 0.5

@@ -22,6 +22,7 @@ from typing import NamedTuple
 PAGE = Path("docs/equations.md")
 _NUMBERS = r"(\d+(?:-\d+)?(?:, \d+(?:-\d+)?)*)"
 CITATION = re.compile(rf"(?:Eq {_NUMBERS})?(?:; )?(?:ERPO eq {_NUMBERS})?\. ?")
+_PLUG_IN = re.compile(r"e3rl[\w.]*:\w+")
 ROOTS = ("e3rl.train.loop", "e3rl.engine")
 """Modules whose imports, and the imports of those, are what trains and decodes."""
 
@@ -185,7 +186,7 @@ class Source:
                 names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
             elif isinstance(node, ast.Import):
                 names |= {a.asname or a.name: a.name for a in node.names}
-            elif isinstance(node, ast.Constant) and re.fullmatch(r"e3rl[\w.]*:\w+", str(node.value)):
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _PLUG_IN.fullmatch(node.value):
                 names[node.value] = node.value.replace(":", ".")
         return names
 

@@ -39,7 +39,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
-def numbers(values: Sequence[float]) -> str:
+def numbers(values: Iterable[float]) -> str:
     return " ".join(f"{v:.3f}" for v in values)
 
 

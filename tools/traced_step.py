@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Trace:
         pairs = zip(self.group.trajectories, self.rewarded.rewards, strict=True)
         return next(t.sibling for t, reward in pairs if t.erasures and reward.value)
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Iterable[int]) -> str:
         return str(self.policy.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 

@@ -118,7 +118,7 @@ class RowState:
         del self.ids[self.prompt_length + length :]
 
 
-S = TypeVar("S", bound=RowState)
+S = TypeVar("S")
 
 
 def find_row(rows: Mapping[Row, S], row: Row) -> S:
