@@ -19,7 +19,7 @@ from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import StepJournal
 

@@ -27,7 +27,7 @@ from e3rl.evaluate.metrics import pass_at_k
 from e3rl.lab.problems import grade
 from e3rl.models import Policy, load_policy
 from e3rl.rewards.answers import extract_answer
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.summary import environment
 from e3rl.types import Trajectory

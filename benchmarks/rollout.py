@@ -47,7 +47,7 @@ from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import Samples, SamplingRows, inverse_cdf
 from e3rl.engine.torch import decode
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import RolloutStats, summarise
 from e3rl.train.summary import environment

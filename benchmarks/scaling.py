@@ -33,7 +33,7 @@ from e3rl.engine.protocol import Sampling
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy, load_policy
 from e3rl.plan.simulation import Costs, Work, simulate_rollouts
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import summarise
 from e3rl.types import Draw, Prompt

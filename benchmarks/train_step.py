@@ -34,7 +34,7 @@ from e3rl.engine.build import build_engine
 from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.plan.memory import make_plan
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.attribution import attribution_layers
 from e3rl.train.learner import Learner

@@ -263,11 +263,9 @@ class TrainConfig:
     adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
     adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
     max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
-    importance_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
-        setting(
-            "none", "weigh tokens or sequences by trainer's over engine's probability; above the cap: the cap, or 0"
-        )
-    )
+    importance_correction: Literal[
+        "none", "token_truncate", "token_mask", "segment_truncate", "segment_mask", "sequence_truncate", "sequence_mask"
+    ] = setting("none", "weigh these by trainer's over engine's probability; above the cap: the cap, or 0")
     importance_cap: float = setting(2.0, "largest importance weight", above=0)
     parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = setting(
         "none",

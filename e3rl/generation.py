@@ -11,8 +11,8 @@ from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy, load_policy, resolve_model_path
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.companions import find_companions
-from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Message, Problem, Prompt, Trajectory

@@ -76,7 +76,8 @@ class Candidate:
     ``entropies`` (nats) and ``perturbations``, eq 5's log p(argmax) - log p(sampled), unless
     `ErasureConfig.entropy_temperature` names another temperature for these two. ``kept_mass`` is the share of the
     distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more than the tokens that
-    were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token.
+    were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token. ``version``: optimizer
+    updates behind the weights that drew it, which the driver knows; no number of the candidate's, so not compared.
     """
 
     ids: Ids
@@ -86,6 +87,7 @@ class Candidate:
     kept_mass: Numbers
     ranks: Ids
     ended: bool
+    version: int | None = None
 
     if TYPE_CHECKING:
 
@@ -98,6 +100,7 @@ class Candidate:
             kept_mass: ArrayLike,
             ranks: ArrayLike,
             ended: bool,
+            version: int | None = None,
         ) -> None: ...
 
     else:
@@ -111,13 +114,18 @@ class Candidate:
                 object.__setattr__(self, name, _read_only(np.array(getattr(self, name), np.float32).astype(np.float64)))
 
     @classmethod
-    def wrap(cls, *columns: Any, ended: bool) -> Candidate:
+    def wrap(cls, *columns: Any, ended: bool, version: int | None = None) -> Candidate:
         """A candidate of arrays, in the fields' order, that are already as one keeps them: nothing is checked or copied."""
         made = object.__new__(cls)
         for name, column in zip(COLUMNS, columns, strict=True):
             object.__setattr__(made, name, column)
         object.__setattr__(made, "ended", ended)
+        object.__setattr__(made, "version", version)
         return made
+
+    def drawn_by(self, version: int) -> Candidate:
+        """The same numbers, with the version of the weights that drew them."""
+        return Candidate.wrap(*self.columns(), ended=self.ended, version=version)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Candidate):
@@ -131,7 +139,7 @@ class Candidate:
         return hash((self.ids.tobytes(), self.ended))
 
     def __reduce__(self) -> tuple[Any, ...]:  # unpickled arrays could be written to
-        return Candidate, (*self.columns(), self.ended)
+        return Candidate, (*self.columns(), self.ended, self.version)
 
     def columns(self) -> tuple[Any, ...]:
         """The per-token arrays, in the fields' order."""
@@ -251,7 +259,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All siblings of one prompt, by sibling number, and the policy version that made them (None: a demonstration)."""
+    """All siblings of one prompt, by sibling number, and the policy version that they were begun with (None: a demonstration)."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]

@@ -26,7 +26,7 @@ from e3rl.errors import UserError
 from e3rl.evaluate.metrics import paired_difference
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Prompt, Trajectory
 from e3rl_reproduce.cells import Measure

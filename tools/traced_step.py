@@ -19,7 +19,7 @@ from e3rl.lab.problems import generate
 from e3rl.models import Policy, load_policy
 from e3rl.objectives import build
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.learner import Learner, Update
 from e3rl.train.ledger import learnt, ledger_rows

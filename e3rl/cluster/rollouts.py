@@ -17,7 +17,7 @@ from e3rl.config import Config
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import Journal
 from e3rl.types import Group, Prompt

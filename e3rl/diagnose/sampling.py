@@ -16,7 +16,7 @@ from e3rl.diagnose.signals import measure
 from e3rl.engine.protocol import Engine
 from e3rl.equations.uncertainty import segment_entropy
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Moments
 from e3rl.types import Group, Prompt, Segment, Trajectory

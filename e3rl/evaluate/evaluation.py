@@ -17,7 +17,7 @@ from e3rl.engine.protocol import Engine
 from e3rl.evaluate.figures import MEAN, correct_table, figures, mean_figures
 from e3rl.evaluate.samples import Sample, graded
 from e3rl.rewards.scorer import Scorer
-from e3rl.rollout.driver import run_jobs
+from e3rl.rollout.batches import run_jobs
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Group, Prompt, Trajectory

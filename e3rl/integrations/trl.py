@@ -16,7 +16,7 @@ from e3rl.config import Config, RolloutConfig
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import Event, GroupSettings
 from e3rl.types import Problem, Prompt, Trajectory
 

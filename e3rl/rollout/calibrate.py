@@ -20,7 +20,7 @@ from e3rl.engine.build import build_engine
 from e3rl.equations.threshold import attempt_penalty
 from e3rl.errors import UserError
 from e3rl.models import Policy, resolve_model_path
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.judge import GroupJudge
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by

@@ -49,6 +49,7 @@ _CANDIDATE = [
     ("kept_mass", _FLOATS, "share of the distribution that top-k and top-p left to draw each token from"),
     ("ranks", _INTS, "one more than the tokens that were likelier: 1 is the likeliest; 0 where nothing was drawn"),
     ("ended", pa.bool_(), "its last token ends the sequence"),
+    ("version", pa.int32(), "optimizer updates behind the weights that drew it; null where none did"),
     ("attempt", pa.int32(), "erasures of this segment before this candidate; null where nothing was judged"),
     ("verdict", pa.string(), "commit, erase or forced; null where nothing was judged"),
     ("uncertainty", pa.float64(), "U (eq 13)"),
@@ -70,7 +71,7 @@ _TRAJECTORY = [
     (
         "policy_version",
         pa.int32(),
-        "optimizer updates behind the weights that generated it; null: a demonstration",
+        "optimizer updates behind the weights that it was begun with; null: a demonstration",
     ),
     ("prompt_ids", _INTS, "token ids of the prompt"),
     ("finish", pa.string(), "'stop' (end of sequence) or 'length'"),
@@ -183,6 +184,7 @@ def _candidates(rows: Sequence[Sequence[CandidateRecord]]) -> pa.ListArray:
         "start": pa.array([r.start for r in records], pa.int32()),
         **_tokens([r.candidate for r in records]),
         "ended": pa.array([bool(r.candidate.ended) for r in records], pa.bool_()),
+        "version": pa.array([r.candidate.version for r in records], pa.int32()),
         "attempt": pa.array([r.attempt for r in records], pa.int32()),
         **_judgements([r.judgement for r in records]),
     }
@@ -243,12 +245,13 @@ def _records(lists: pa.ListArray) -> list[list[CandidateRecord]]:
     struct, bounds = lists.values, lists.offsets.to_pylist()
     tokens = _arrays(struct)
     places = struct.field("ids").offsets.to_pylist()
-    plain = {n: struct.field(n).to_pylist() for n in ("index", "start", "ended", "attempt", "verdict")}
+    plain = {n: struct.field(n).to_pylist() for n in ("index", "start", "ended", "version", "attempt", "verdict")}
     numbers = np.array([struct.field(n).to_numpy(zero_copy_only=False) for n in NUMBERS]).T.tolist()
     found = []
     for n in range(len(struct)):
         here = slice(places[n], places[n + 1])
-        candidate = Candidate.wrap(*(column[here] for column in tokens), ended=plain["ended"][n])
+        beside = {name: plain[name][n] for name in ("ended", "version")}
+        candidate = Candidate.wrap(*(column[here] for column in tokens), **beside)
         attempt, verdict = plain["attempt"][n], plain["verdict"][n]
         judgement = None
         if verdict is not None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from e3rl.engine.protocol import Engine, Row
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import Event, Extend, GroupRollout, GroupSettings, Order, Release
 from e3rl.types import Candidate, Draw, Group, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Observer = Callable[[Event], None]
 
@@ -46,6 +49,7 @@ class GroupJob:
     rollout: GroupRollout | None = None
     group: Group | None = None
     error: Exception | None = None
+    version: int = 0  # of the weights that draw its next segments
     asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # what it will ask for when it gets its rows
     rows: dict[int, Row] = field(default_factory=dict)  # by sibling
     offsets: dict[int, int] = field(default_factory=dict)  # response tokens that a sibling's row has as its prompt
@@ -76,6 +80,7 @@ class Driver:
         self._waiting: deque[GroupJob] = deque()
         self._decoding: list[GroupJob] = []
         self._ended: list[GroupJob] = []  # and not yet returned by `step`
+        self._parking = False  # no segment may begin
         self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is at
 
     @property
@@ -101,7 +106,7 @@ class Driver:
 
     def submit(self, prompt: Prompt, settings: GroupSettings, observe: Observer | None = None) -> GroupJob:
         """Queue a group; ``observe`` is told of each `Committed`, `Erased` and `Finished`, of remembered ones at once."""
-        job = GroupJob(prompt, settings)
+        job = GroupJob(prompt, settings, version=settings.policy_version)
         try:
             settings.check()
             job.rollout = GroupRollout(prompt, settings, observe or _ignore)
@@ -115,15 +120,23 @@ class Driver:
     def step(self) -> list[GroupJob]:
         """Admit groups whose rows are free, let the engine complete something; return the groups that ended."""
         self._admit()
-        if not self._ended and self._decoding:
-            try:
-                delivered = self._delivered(self._engine.poll())
-            except NonFiniteLogits as error:
-                self._fail(self._jobs_of(error.draw) or self._decoding, error)
-            except Exception as error:
-                self._fail(self._decoding, error)
-            else:
-                self._hand_on(delivered)
+        if self._ended or not self._decoding:
+            return self._take_ended()
+        return self._poll()
+
+    def _poll(self) -> list[GroupJob]:
+        """Let the engine complete something and hand it on; the groups that ended."""
+        try:
+            delivered = self._delivered(self._engine.poll())
+        except NonFiniteLogits as error:
+            self._fail(self._jobs_of(error.draw) or self._decoding, error)
+        except Exception as error:
+            self._fail(self._decoding, error)
+        else:
+            self._hand_on(delivered)
+        return self._take_ended()
+
+    def _take_ended(self) -> list[GroupJob]:
         ended, self._ended = self._ended, []
         return ended
 
@@ -133,6 +146,33 @@ class Driver:
             if job in jobs:
                 jobs.remove(job)
         self._release_rows(job)
+
+    def park(self) -> list[GroupJob]:
+        """Finish the segments under way, begin none, and give back all rows; return the groups that ended with that.
+
+        The engine is free then, for new weights or other work. The next `step` gives the groups rows again and brings these
+        up to what is committed: their next segments are drawn by the engine's weights of then, behind a prefix that was run
+        through the same weights.
+        """
+        self._parking, ended = True, []
+        try:
+            while self._open:
+                ended += self._poll()
+        finally:
+            self._parking = False
+        for job in reversed(self._decoding):
+            self._release_rows(job)
+            self._waiting.appendleft(job)
+        self._decoding.clear()
+        return ended + self._take_ended()
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> list[GroupJob]:
+        """Give the engine new weights between two segments of the groups under way; returns as `park`."""
+        ended = self.park()
+        self._engine.load_weights(weights, version)
+        for job in self._waiting:
+            job.version = version
+        return ended
 
     def close(self) -> None:
         """Drop all groups and give their rows back, each even where another one's release fails."""
@@ -170,7 +210,8 @@ class Driver:
         """Whose candidates these are."""
         if not completed:
             raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
-        return [(*self._open.pop(row), candidate) for row, candidate in completed]
+        asked = [(self._open.pop(row), candidate) for row, candidate in completed]
+        return [(job, sibling, draw, found.drawn_by(job.version)) for (job, sibling, draw), found in asked]
 
     def _hand_on(self, delivered: list[Delivery]) -> None:
         """Remember the candidates, all before any is judged, then give them to their groups."""
@@ -202,7 +243,7 @@ class Driver:
             known = None if self._memory is None else self._memory.take(draw)
             if known is not None:
                 queue += rollout.deliver(order.sibling, known)
-            elif job.rows:
+            elif job.rows and not self._parking:
                 self._extend(job, rollout, order, draw)
             else:
                 job.asked.append((order, draw))
@@ -258,6 +299,7 @@ class Driver:
     def _release_rows(self, job: GroupJob) -> None:
         """Give back what a group still holds, each row even where another one's release fails."""
         rows, job.rows = job.rows, {}
+        job.offsets.clear()
         with contextlib.ExitStack() as releases:
             for row in rows.values():
                 self._open.pop(row, None)
@@ -266,55 +308,3 @@ class Driver:
 
 def _rows_needed(job: GroupJob) -> int:
     return len(job.rollout.unfinished()) if job.rollout else 0
-
-
-def run_groups(
-    engine: Engine,
-    prompts: Iterable[Prompt],
-    settings: GroupSettings,
-    *,
-    observe: Observer | None = None,
-    memory: Memory | None = None,
-) -> Iterator[Group]:
-    """Yield each prompt's group as it finishes; prompts are taken as rows become free. The settings are checked at once.
-
-    Every row is released when the iterator ends, whether exhausted, closed early or stopped by an error.
-    """
-    settings.check()
-    jobs = run_jobs(engine, ((p, settings) for p in prompts), settings.rollout.num_generations, observe, memory)
-    return (job.result() for job in jobs)
-
-
-def run_jobs(
-    engine: Engine,
-    wanted: Iterable[tuple[Prompt, GroupSettings]],
-    rows: int,
-    observe: Observer | None = None,
-    memory: Memory | None = None,
-) -> Iterator[GroupJob]:
-    """`run_groups` for groups with settings of their own, none of more than ``rows`` samples."""
-    seen: set[tuple[str, int]] = set()
-    driver, left = Driver(engine, memory), iter(wanted)
-
-    def feed() -> None:
-        while driver.room(rows) and (following := next(left, None)) is not None:
-            prompt, settings = following
-            name = (prompt.problem.id, settings.first_sibling)
-            if name in seen:
-                raise UserError(
-                    f"problem id '{prompt.problem.id}' occurs twice in one batch of rollouts: both groups would get "
-                    "the same random draws and be identical. Give every problem its own id (data.id_column)"
-                )
-            seen.add(name)
-            driver.submit(prompt, settings, observe)
-
-    try:
-        feed()
-        while driver.busy:
-            ended = driver.step()
-            for job in ended:
-                job.result()
-            feed()
-            yield from ended
-    finally:
-        driver.close()

@@ -144,12 +144,14 @@ def pack_groups(groups: StepGroups) -> tuple[dict[str, Any], bytes]:
 
 def unpack_groups(run: Run, facts: Mapping[str, Any], content: bytes) -> StepGroups:
     """The groups that `pack_groups` was given."""
-    if not content:
+    try:
+        batches = from_ipc(content)
+    except ValueError:
         raise UserError(
             f"the newest checkpoint of {run.path} holds prefetched rollouts in the format of an earlier version: "
             "continue the run with that version, or start it under another name"
-        )
+        ) from None
     prompts = {prompt.problem.id: prompt for prompt in run.data.train}
-    found = [g for batch in from_ipc(content) for g in decode(batch, lambda row: prompts[row.problem_id])]
+    found = [g for batch in batches for g in decode(batch, lambda row: prompts[row.problem_id])]
     kept, dropped = tuple(found[: facts["kept"]]), tuple(found[facts["kept"] :])
     return StepGroups(kept, dropped, facts["refills"], *facts["seconds"])

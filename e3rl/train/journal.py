@@ -32,7 +32,7 @@ from e3rl.rollout.columns import CandidateRecord, TrajectoryRow, decode_rows, en
 from e3rl.rollout.ipc import problem_of, read_batch
 from e3rl.types import Candidate, Draw, Group
 
-FORMAT = 2
+FORMAT = 3
 _FRAME = struct.Struct("<II")  # bytes of the record, CRC-32 of them
 _CANDIDATES, _GROUP = b"c", b"g"  # how a record begins
 _PROBES = 64  # numbers of each weight tensor that go into the fingerprint

@@ -229,10 +229,8 @@ class Learner:
         correction, cap = self._config.train.importance_correction, self._config.train.importance_cap
         if correction == "none":
             return lesson
-        trainer_T, engine_T = lesson.scores.logprobs_T, lesson.sequence.rollout_logprobs_T
-        return replace(
-            lesson, importance=importance_weights(trainer_T, engine_T, lesson.sequence.mask_T, correction, cap)
-        )
+        weights = importance_weights(lesson.scores.logprobs_T, lesson.sequence, correction, cap)
+        return replace(lesson, importance=weights)
 
     def _group_lessons(self, scored: Sequence[Scored], rewarded: RewardedGroup) -> list[Lesson]:
         kept = [s for s in scored if not s[0].erased]

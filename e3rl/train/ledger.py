@@ -23,9 +23,9 @@ from e3rl.types import Group, RewardedGroup, Trajectory
 if TYPE_CHECKING:
     from e3rl.train.lessons import Lesson
 
-FORMAT = 2
-READABLE = ("1", "2")
-"""Formats that the report and the doctor read: 1 lacks columns that they don't need."""
+FORMAT = 3
+READABLE = ("1", "2", "3")
+"""Formats that the report and the doctor read: earlier ones lack columns that they don't need."""
 
 _TEXTS = pa.list_(pa.string())
 _MEANING = {

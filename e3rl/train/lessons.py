@@ -27,17 +27,23 @@ class ImportanceWeights:
 
 
 def importance_weights(
-    trainer_logprobs_T: Tensor, engine_logprobs_T: Tensor, mask_T: Tensor, correction: str, cap: float
+    trainer_logprobs_T: Tensor, sequence: TrainSequence, correction: str, cap: float
 ) -> ImportanceWeights:
-    """pi_trainer / pi_engine of each token, or of the whole sequence on each of its tokens, kept within ``cap``.
+    """pi_trainer / pi_engine of each token, or of its whole segment or sequence, kept within ``cap``.
 
-    ``correction`` is 'token_' or 'sequence_' and then 'truncate' (a larger weight becomes ``cap``) or 'mask' (it becomes
-    0). Outside ``mask_T`` weights are 0 and nothing counts: a sequence's ratio is over the tokens that the loss is about.
+    ``correction`` is 'token_', 'segment_' or 'sequence_' and then 'truncate' (a larger weight becomes ``cap``) or 'mask' (it
+    becomes 0). Outside the sequence's mask weights are 0 and nothing counts: a ratio is over the tokens that the loss is
+    about. The engine's log-probabilities are those of the weights that drew each segment, so each ratio is against the
+    right old policy, however many versions a response has.
     """
+    engine_logprobs_T, mask_T = sequence.rollout_logprobs_T, sequence.mask_T
     level, _, action = correction.partition("_")
     log_ratios_T = (trainer_logprobs_T - engine_logprobs_T).double().where(mask_T, 0.0)
     if level == "sequence":
         log_ratios_T = log_ratios_T.sum().expand_as(log_ratios_T)
+    elif level == "segment":
+        _, places_T = sequence.segments_T.unique(return_inverse=True)
+        log_ratios_T = torch.zeros_like(log_ratios_T).index_add(0, places_T, log_ratios_T)[places_T]
     ratios_T = log_ratios_T.exp()
     limited_T = (ratios_T > cap) & mask_T
     weights_T = torch.where(limited_T, cap if action == "truncate" else 0.0, ratios_T).where(mask_T, 0.0)

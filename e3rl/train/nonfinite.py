@@ -26,7 +26,7 @@ from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.train.packing import TrainSequence
 from e3rl.types import Problem, Prompt, RewardedGroup
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 3
 
 

@@ -113,7 +113,7 @@ def test_rollouts_of_another_format_are_no_damage_to_guess_at(tmp_path: Path):
     run = _run(tmp_path)
     path = run / "rollouts" / "step-000001.parquet"
     pq.write_table(pa.Table.from_pylist([], schema=SCHEMA.with_metadata({"format": "9"})), path)
-    assert [f.text for f in _problems(run)] == ["has format 9; this version reads 1 and 2"]
+    assert [f.text for f in _problems(run)] == ["has format 9; this version reads 1 and 2 and 3"]
 
 
 def test_half_written_files_are_removed_by_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,7 +9,7 @@ from e3rl.engine.build import build_engine
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.storage import MIB, physical_slots, rows_within
 from e3rl.errors import UserError
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Problem, Prompt
 from tests.engine.models import EOS, build, tiny

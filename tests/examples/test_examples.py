@@ -98,7 +98,7 @@ def test_the_four_examples_train_together(tmp_path: Path):
 def test_the_two_engines_give_the_same_rollouts():
     """Whatever the cache, the same draws give the same tokens."""
     from e3rl.config import ErasureConfig, RolloutConfig
-    from e3rl.rollout.driver import run_groups
+    from e3rl.rollout.batches import run_groups
     from e3rl.rollout.group import GroupSettings
 
     model, rollout = tiny("Qwen3"), RolloutConfig(segment_length=4, max_segments=3, num_generations=3)

@@ -24,7 +24,7 @@ from e3rl.lab.problems import generate
 from e3rl.models import load_policy
 from e3rl.objectives import build
 from e3rl.plugins import load
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.learner import Learner
 from e3rl.train.lessons import Lesson

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Row
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.train.journal import StepJournal

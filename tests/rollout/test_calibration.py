@@ -8,8 +8,8 @@ import pytest
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.calibrate import Setting, assess, grid, recommend
-from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Problem, Prompt
 from tests.engine.models import EOS, tiny

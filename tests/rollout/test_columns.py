@@ -39,7 +39,7 @@ def _candidates(draw: st.DrawFn) -> Candidate:
     size = draw(st.integers(1, 5))
     floats = [draw(st.lists(_NUMBER, min_size=size, max_size=size)) for _ in range(4)]
     ids, ranks = (draw(st.lists(_COUNT, min_size=size, max_size=size)) for _ in range(2))
-    return Candidate(ids, *floats, ranks, draw(st.booleans()))
+    return Candidate(ids, *floats, ranks, draw(st.booleans()), draw(st.none() | _COUNT))
 
 
 _FINITE = st.floats(allow_nan=False)
@@ -82,7 +82,14 @@ def test_groups_come_back_as_they_were(groups: list[RewardedGroup]):
     for n, item in enumerate(groups):  # a problem stands once in a step
         groups[n] = _renamed(item, f"{n} {item.group.prompt.problem.id}")
     batches = from_ipc(to_ipc([encode(groups), encode([])]))
-    assert [item for batch in batches for item in decode(batch, prompt_of)] == groups
+    found = [item for batch in batches for item in decode(batch, prompt_of)]
+    assert found == groups
+    assert _versions(found) == _versions(groups)
+
+
+def _versions(groups: list[RewardedGroup]) -> list[int | None]:
+    """No part of what is compared."""
+    return [c.candidate.version for g in groups for t in g.group.trajectories for c in (*t.segments, *t.erasures)]
 
 
 def _renamed(item: RewardedGroup, name: str) -> RewardedGroup:
@@ -103,7 +110,7 @@ def judgement(verdict: Verdict) -> Judgement:
 def group() -> Group:
     prompt = Prompt(Problem("p", "", answer="4"), (5, 6))
     segments = tuple(Segment(n, candidate(), judgement(Verdict.FORCED)) for n in range(2))
-    erasures = (Erasure(1, 3, candidate(2), judgement(Verdict.ERASE)),)
+    erasures = (Erasure(1, 3, candidate(2).drawn_by(6), judgement(Verdict.ERASE)),)
     return Group(prompt, tuple(Trajectory(prompt, n, segments, erasures, "stop") for n in range(2)), 8)
 
 
@@ -116,7 +123,7 @@ def test_a_row_reads_as_its_columns_say():
     assert [s["start"] for s in row["segments"]] == [0, 3]
     assert row["erasures"] == [
         {"index": 1, "start": 3, "ids": [0, 1], "logprobs": [-0.5, -0.5], "entropies": [1.5, 1.5],
-         "perturbations": [0.25, 0.25], "kept_mass": [1.0, 1.0], "ranks": [1, 1], "ended": False, "attempt": 1,
+         "perturbations": [0.25, 0.25], "kept_mass": [1.0, 1.0], "ranks": [1, 1], "ended": False, "version": 6, "attempt": 1,
          "verdict": "erase", "uncertainty": 1, "base": 2, "gradient": 3, "extremum": 4, "perturbation": 5, "smoothed": 6,
          "threshold": 7, "baseline": 8, "penalty": 9, "modulation": 10}
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted, ScriptedEngine

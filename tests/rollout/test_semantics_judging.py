@@ -10,7 +10,7 @@ import pytest
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.rollout import judge
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Distribution, Moments
 from e3rl.rollout.statistics import CalibrationStatistics

@@ -8,7 +8,7 @@ import pytest
 
 from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import Committed, Erased, Finished, GroupSettings
 from e3rl.rollout.moments import Distribution, Moments
 from e3rl.testing.scripted import ScriptedEngine

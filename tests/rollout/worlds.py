@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import Event, GroupSettings
 from e3rl.rollout.moments import Distribution, Moments
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by

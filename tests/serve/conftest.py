@@ -15,7 +15,7 @@ from e3rl.engine.build import build_engine
 from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.serve.server import make_server

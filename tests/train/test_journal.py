@@ -16,8 +16,8 @@ from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Engine
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.columns import decode
-from e3rl.rollout.driver import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import FORMAT, Journal, StepJournal, fingerprint, frame, pack, records, survey, unpack
 from e3rl.types import Candidate, Draw, Group, Problem, Prompt

@@ -65,7 +65,7 @@ def test_every_column_holds_what_it_says(tmp_path: Path) -> None:
     learnt = [[Learnt(np.arange(t.committed_tokens), None, (0.5,)) for t in g.group.trajectories] for g in groups]
     write_ledger(tmp_path, 7, ledger_rows(7, groups, learnt, Words()))
     table = pq.read_table(ledger_path(tmp_path, 7))
-    assert (table.schema.names, table.schema.metadata) == (SCHEMA.names, {b"format": b"2"})
+    assert (table.schema.names, table.schema.metadata) == (SCHEMA.names, {b"format": b"3"})
     assert all(field.metadata[b"meaning"] for field in table.schema)
     rows, words = iter(table.to_pylist()), Words()
     for item in groups:

@@ -18,24 +18,29 @@ from e3rl.objectives.base import TrainBatch
 from e3rl.train.learner import Learner
 from e3rl.train.lessons import Lesson, importance_weights, weigh_gradient
 from e3rl.train.metrics import METRICS, Means
+from e3rl.train.packing import TrainSequence
 from e3rl.train.step_metrics import importance_metrics
 from tests.engine.models import EOS, tiny
 from tests.objectives.support import batch_of, make, random_group
 from tests.train.rollouts import rewarded_group
 
-MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+MODES = tuple(f"{level}_{action}" for level in ("token", "segment", "sequence") for action in ("truncate", "mask"))
 GROUPS = [
     rewarded_group("first", [1.0, 0.0, 1.0], [[4, 2], [4, 4, 1], [3]], [[0], [1], []]),
     rewarded_group("second", [0.0, 1.0, 0.5], [[4], [4, 3], [2]]),
 ]
 
 
-def plain_weights(trainer: list[float], engine: list[float], mask: list[bool], mode: str, cap: float) -> list[float]:
+def plain_weights(
+    trainer: list[float], engine: list[float], mask: list[bool], segments: list[int], mode: str, cap: float
+) -> list[float]:
     """The same in plain Python numbers, a token at a time."""
     level, action = mode.split("_")
     weights = []
     for t in range(len(trainer)):
-        members = range(len(trainer)) if level == "sequence" else [t]
+        everywhere = range(len(trainer))
+        same = [m for m in everywhere if segments[m] == segments[t]]
+        members = {"token": [t], "segment": same, "sequence": everywhere}[level]
         ratio = math.prod(math.exp(trainer[m]) / math.exp(engine[m]) for m in members if mask[m])
         if not mask[t]:
             ratio = 0.0
@@ -45,8 +50,21 @@ def plain_weights(trainer: list[float], engine: list[float], mask: list[bool], m
     return weights
 
 
-def tensors(trainer: list[float], engine: list[float], mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.tensor(trainer).double(), torch.tensor(engine).double(), torch.tensor(mask)
+def tensors(
+    trainer: list[float], engine: list[float], mask: list[bool], segments: list[int]
+) -> tuple[Tensor, TrainSequence]:
+    size = len(trainer)
+    sequence = TrainSequence(
+        prompt_ids=(5,),
+        response_ids=tuple(range(size)),
+        segments_T=torch.tensor(segments),
+        mask_T=torch.tensor(mask),
+        rollout_logprobs_T=torch.tensor(engine).double(),
+        group=0,
+        sibling=0,
+        erased=False,
+    )
+    return torch.tensor(trainer).double(), sequence
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -57,8 +75,9 @@ def test_weights_are_those_of_the_plain_computation(mode: str):
         size, cap = rng.randint(1, 6), rng.choice([0.5, 1.0, 2.0])
         trainer, engine = ([rng.uniform(-3, 0) for _ in range(size)] for _ in range(2))
         mask = [rng.random() < 0.8 for _ in range(size)]
-        found = importance_weights(*tensors(trainer, engine, mask), mode, cap)
-        expected = plain_weights(trainer, engine, mask, mode, cap)
+        segments = sorted(rng.randint(-1, 2) for _ in range(size))
+        found = importance_weights(*tensors(trainer, engine, mask, segments), mode, cap)
+        expected = plain_weights(trainer, engine, mask, segments, mode, cap)
         assert found.weights_T.tolist() == pytest.approx(expected, rel=1e-6)
         assert not bool(found.limited_T[~torch.tensor(mask)].any())
         limited += int(found.limited_T.sum())
@@ -70,29 +89,30 @@ def test_weights_are_those_of_the_plain_computation(mode: str):
     [
         ("token_truncate", [2.0, 0.5, 1.5]),
         ("token_mask", [0.0, 0.5, 1.5]),
+        ("segment_truncate", [2.0, 0.75, 0.75]),
+        ("segment_mask", [0.0, 0.75, 0.75]),
         ("sequence_truncate", [2.0, 2.0, 2.0]),
         ("sequence_mask", [0.0, 0.0, 0.0]),
     ],
 )
 def test_weights_by_hand(mode: str, expected: list[float]):
-    """Ratios 4, 1/2 and 3/2: the sequence's is 3."""
+    """Ratios 4, 1/2 and 3/2: the sequence's is 3, that of its second segment 3/4."""
     trainer = [math.log(0.8), math.log(0.1), math.log(0.3)]
     engine = [math.log(0.2), math.log(0.2), math.log(0.2)]
-    assert importance_weights(*tensors(trainer, engine, [True] * 3), mode, 2.0).weights_T.tolist() == pytest.approx(
-        expected
-    )
+    found = importance_weights(*tensors(trainer, engine, [True] * 3, [0, 1, 1]), mode, 2.0)
+    assert found.weights_T.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_where_engine_and_trainer_agree_every_weight_is_one(mode: str):
-    found = importance_weights(*tensors([-1.0, -2.0], [-1.0, -2.0], [True, True]), mode, 2.0)
+    found = importance_weights(*tensors([-1.0, -2.0], [-1.0, -2.0], [True, True], [0, 1]), mode, 2.0)
     assert found.weights_T.tolist() == [1.0, 1.0]
     assert not found.limited_T.any()
 
 
 def test_a_token_that_the_engine_held_impossible_is_limited_not_infinite():
     for mode, weight in (("token_truncate", 2.0), ("token_mask", 0.0)):
-        found = importance_weights(*tensors([-1.0], [-math.inf], [True]), mode, 2.0)
+        found = importance_weights(*tensors([-1.0], [-math.inf], [True], [0]), mode, 2.0)
         assert found.weights_T.tolist() == [weight]
 
 
@@ -149,7 +169,8 @@ def test_the_learner_weighs_by_its_own_log_probabilities_over_the_engines(mode: 
     lessons = made.prepare(GROUPS)
     for lesson in lessons:
         trainer, engine = lesson.scores.logprobs_T.tolist(), lesson.sequence.rollout_logprobs_T.tolist()
-        expected = plain_weights(trainer, engine, lesson.sequence.mask_T.tolist(), mode, cap)
+        mask, segments = lesson.sequence.mask_T.tolist(), lesson.sequence.segments_T.tolist()
+        expected = plain_weights(trainer, engine, mask, segments, mode, cap)
         assert lesson.importance.weights_T.tolist() == pytest.approx(expected, rel=1e-4)
     found = importance_metrics(lessons)
     weights = [w for lesson in lessons for w in lesson.importance.weights_T.tolist()]

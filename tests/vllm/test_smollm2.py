@@ -19,7 +19,7 @@ from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.requests import uniforms
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.models import Policy, load_policy
-from e3rl.rollout.driver import run_groups
+from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import summarise
 from e3rl.types import Candidate, Draw, Prompt, Trajectory
