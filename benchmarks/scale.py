@@ -11,12 +11,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from scale_figure import Figure
+from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
+from scale_precision import grad_error_512, head_grad_error
+from scale_ranks import fsdp_roots, gather_bytes_ratio, rank_files
 
 from e3rl.cluster.messages import Answer, decode_answer, encode_answer, group_of
 from e3rl.config import ErasureConfig, RolloutConfig
@@ -24,83 +26,16 @@ from e3rl.rollout.columns import encode
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import StepJournal
 from e3rl.train.ledger import Learnt, ledger_rows, write_ledger
-from e3rl.types import (
-    Candidate,
-    Erasure,
-    Group,
-    Judgement,
-    Problem,
-    Prompt,
-    Reward,
-    RewardedGroup,
-    Segment,
-    Threshold,
-    Trajectory,
-    Uncertainty,
-    Verdict,
-)
+from e3rl.types import Reward, RewardedGroup
 
-ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measurement, what it must reach at most, and what it is made of."""
-
-    value: float
-    limit: float
-    parts: Mapping[str, float]
-
-
-SIBLINGS, SEGMENTS, SEGMENT_LENGTH, ERASED = 8, 32, 128, 8
-"""A group of 8 responses of 4,096 tokens; every 8th segment was erased once."""
-
-
-def _tokenizer_and_ids() -> tuple[Any, np.ndarray]:
-    """A byte-level tokenizer trained on the documentation, and that text's ids: prose, code, tables, Greek and symbols."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=8000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    ids = [i for text in texts for i in tokenizer.encode(text).ids]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), np.array(ids, np.int32)
-
-
-def _group(ids: np.ndarray, rng: np.random.Generator) -> Group:
-    """A group whose text is cut from ``ids``."""
-
-    def candidate() -> Candidate:
-        start = rng.integers(len(ids) - SEGMENT_LENGTH)
-        entropies, perturbations = rng.exponential(0.5, (2, SEGMENT_LENGTH))
-        logprobs, mass, ranks = -entropies, np.ones(SEGMENT_LENGTH), rng.integers(1, 9, SEGMENT_LENGTH)
-        taken = ids[start : start + SEGMENT_LENGTH]
-        return Candidate(taken, logprobs, entropies, perturbations, mass, ranks, ended=False)
-
-    def judgement(attempt: int, verdict: Verdict) -> Judgement:
-        return Judgement(Uncertainty(*rng.random(6).tolist()), Threshold(*rng.random(4).tolist()), attempt, verdict)
-
-    prompt = Prompt(Problem("gsm8k-train-000001", "", answer="42"), tuple(ids[:300].tolist()))
-    trajectories = []
-    for sibling in range(SIBLINGS):
-        erased = range(0, SEGMENTS, ERASED)
-        segments = tuple(Segment(n, candidate(), judgement(int(n in erased), Verdict.COMMIT)) for n in range(SEGMENTS))
-        erasures = tuple(Erasure(n, n * SEGMENT_LENGTH, candidate(), judgement(0, Verdict.ERASE)) for n in erased)
-        trajectories.append(Trajectory(prompt, sibling, segments, erasures, "length"))
-    return Group(prompt, tuple(trajectories), 0)
 
 
 def python_us_per_token() -> Figure:
     """CPU µs that the first rank spends on a token of a remote group: decode and check, journal, ledger."""
-    tokenizer, ids = _tokenizer_and_ids()
+    tokenizer, ids = tokenizer_and_ids()
     rng = np.random.default_rng(0)
-    groups = [_group(ids, rng) for _ in range(ROUNDS + 1)]
+    groups = [random_group(ids, rng) for _ in range(ROUNDS + 1)]
     rollout = RolloutConfig(num_generations=SIBLINGS, segment_length=SEGMENT_LENGTH, max_segments=SEGMENTS)
     settings = GroupSettings(rollout, ErasureConfig(), seed=0, step=1, policy_version=0)
     rewards = tuple(Reward(float(n % 2), {"math": float(n % 2)}) for n in range(SIBLINGS))
@@ -129,7 +64,14 @@ def python_us_per_token() -> Figure:
     return Figure(sum(parts.values()), 1.5, {**parts, "bytes on the wire": len(bodies[0]) / tokens})
 
 
-KEYS: dict[str, Callable[[], Figure]] = {"python_us_per_token": python_us_per_token}
+KEYS: dict[str, Callable[[], Figure]] = {
+    "python_us_per_token": python_us_per_token,
+    "gather_bytes_ratio": gather_bytes_ratio,
+    "rank_files": rank_files,
+    "grad_error_512": grad_error_512,
+    "head_grad_error": head_grad_error,
+    "fsdp_roots": fsdp_roots,
+}
 """What is measured, by the name it has in the output."""
 
 

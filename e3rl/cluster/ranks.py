@@ -60,6 +60,25 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_bytes(self, mine: bytes) -> list[bytes]:
+        """The bytes of every rank, in every rank. Each goes out once, at its own length."""
+        if self.world == 1:
+            return [mine]
+        found: list[bytes] = []
+        with self.guard():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            for rank, size in enumerate(self.gather(len(mine))):
+                if not size:
+                    found.append(b"")
+                elif rank == self.rank:
+                    dist.broadcast(torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), src=rank)
+                    found.append(mine)
+                else:
+                    received = torch.empty(size, dtype=torch.uint8, device=device)
+                    dist.broadcast(received, src=rank)
+                    found.append(received.cpu().numpy().tobytes())
+        return found
+
     def merge(self, mine: Sequence[_T]) -> list[_T]:
         """The items that every rank made of its `share`, in the order of the whole."""
         parts = self.gather(list(mine))

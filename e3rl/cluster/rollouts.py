@@ -37,14 +37,14 @@ class Rollouts(Protocol):
 
 
 class LocalRollouts:
-    """This process generates; the journal keeps every candidate."""
+    """This process generates; the journal, which the first rank has, keeps every candidate."""
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+    def __init__(self, engine: Engine, journal: Journal | None) -> None:
         self._engine, self._journal = engine, journal
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`."""
-        memory = self._journal.of(settings.step)
+        memory = self._journal.of(settings.step) if self._journal is not None else None
         return run_groups(self._engine, prompts, settings, observe=lambda _: tick(), memory=memory)
 
     def load_weights(self, version: int) -> None:
@@ -91,7 +91,12 @@ class RemoteRollouts:
 
 
 def build_rollouts(
-    config: Config, policy: Policy, engine: Engine, longest_prompt: int, journal: Journal, note: Callable[[str], None]
+    config: Config,
+    policy: Policy,
+    engine: Engine,
+    longest_prompt: int,
+    journal: Journal | None,
+    note: Callable[[str], None],
 ) -> Rollouts:
     """What ``rollout.servers`` and ``rollout.workers`` ask for."""
     rollout = config.rollout
@@ -101,7 +106,7 @@ def build_rollouts(
         places = [server_place(address, token, rollout.worker_timeout) for address in rollout.servers]
     elif rollout.workers:
         places = ray_places(config, longest_prompt)
-    if not places:
+    if not places or journal is None:
         return LocalRollouts(engine, journal)
     terms = Terms(
         architecture=architecture(policy.model),

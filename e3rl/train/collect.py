@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from e3rl.cluster.ranks import Ranks
 from e3rl.data.stream import PromptStream
 from e3rl.errors import UserError
 from e3rl.rewards.scorer import require_some
@@ -93,7 +94,18 @@ def roll_out(run: Run, prompts: Sequence[Prompt], settings: GroupSettings, tick:
     for group in run.rollouts.run(mine, settings, tick):
         groups.append(group)
         run.tell("progressed", "rollout", len(groups), len(mine))
-    found = {group.prompt.problem.id: group for group in itertools.chain(*run.ranks.gather(groups))}
+    return exchanged(run.ranks, prompts, groups)
+
+
+def exchanged(ranks: Ranks, prompts: Sequence[Prompt], mine: Sequence[Group]) -> list[Group]:
+    """The groups of all ranks, in every rank, in the order of the prompts. They travel as record batches, each once."""
+    if ranks.world > 1:
+        named = {prompt.problem.id: prompt for prompt in prompts}
+        sent = ranks.gather_bytes(to_ipc(encode([group]) for group in mine) if mine else b"")
+        others = [body for rank, body in enumerate(sent) if body and rank != ranks.rank]
+        batches = itertools.chain(*map(from_ipc, others))
+        mine = [*mine, *(item.group for b in batches for item in decode(b, lambda row: named[row.problem_id]))]
+    found = {group.prompt.problem.id: group for group in mine}
     return [found[prompt.problem.id] for prompt in prompts]
 
 

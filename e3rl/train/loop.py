@@ -95,8 +95,10 @@ def learn_or_skip(
         lessons, update = run.learner.learn(groups, updates)
     except NonFiniteNumbers as found:
         weights, limit = state.optimizer.weights(), run.config.train.max_skipped_steps
-        path = run.directory.path
-        run.note(skip_step(path, found, number, groups, weights, before=state.skipped, limit=limit))
+        text = skip_step(
+            run.path, found, number, groups, weights, before=state.skipped, limit=limit, writes=run.ranks.first
+        )
+        run.note(text)
         state.skipped += 1
         return [], Update({}, math.nan, 0.0)
     state.skipped = 0
@@ -111,14 +113,16 @@ def take_prefetched(state: State) -> StepGroups | None:
 
 def record(run: Run, state: State, groups: StepGroups, lessons: Sequence[Lesson], line: dict[str, Any]) -> None:
     """Put a step on disk (ledger, then metrics), add it up in ``state`` and tell the listeners."""
-    rows = ledger_rows(state.step, groups.all, learnt(groups.all, lessons), run.policy.tokenizer)
-    write_ledger(run.directory.path, state.step, rows)
+    if run.directory is not None:
+        rows = ledger_rows(state.step, groups.all, learnt(groups.all, lessons), run.policy.tokenizer)
+        write_ledger(run.path, state.step, rows)
     state.tokens = line["tokens_total"]
     state.seconds += line["seconds_rollout"] + line["seconds_reward"] + line["seconds_train"]
     generated = [item.group for item in groups.all]
     state.calibration = state.calibration.including(generated)
     state.entropy_moments = entropy_moments(generated)
-    run.directory.append("metrics.jsonl", line)
+    if run.directory is not None:
+        run.directory.append("metrics.jsonl", line)
     run.tell("stepped", line)
 
 
@@ -134,9 +138,9 @@ def due(state: State, every: int) -> bool:
 
 def evaluate_policy(run: Run, state: State) -> None:
     """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept."""
-    if not run.data.held_out or not run.ranks.first:
+    if not run.data.held_out or run.directory is None:
         return
-    present = [r for r in read_lines(run.directory.path / "evaluations.jsonl") if r["step"] == state.step]
+    present = [r for r in read_lines(run.path / "evaluations.jsonl") if r["step"] == state.step]
     for figures in held_out_records(
         run.engine,
         run.data.held_out,
@@ -157,7 +161,7 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     if not run.ranks.first:
         return {}
     evaluate_policy(run, state)
-    path = run.directory.path
+    path = run.path
     summary = run_summary(path, run.config, step=state.step, seconds=state.seconds, tokens=state.tokens)
     with atomic_directory(path / "model") as temporary:
         card = model_card(run.config, summary, has_statistics=bool(state.calibration.segments))

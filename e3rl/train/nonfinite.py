@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -200,12 +201,19 @@ def skip_step(
     *,
     before: int,
     limit: int,
+    writes: bool = True,
 ) -> str:
-    """Keep a step for replay and say so; UserError where ``before`` steps were skipped already and that is the limit."""
+    """Keep a step for replay and say so; UserError where ``before`` steps were skipped already and that is the limit.
+
+    All ranks call it, since weights may have to be brought together; the one that ``writes`` keeps them.
+    """
     group = found.finding.group
     prompt_id = None if group is None else batch[group].group.prompt.problem.id
     text = f"{found.finding.sentence(prompt_id)}, in step {step}"
-    write_skipped(run, SkippedStep(step, found.update, text, found.finding, tuple(batch), weights))
+    if writes:
+        write_skipped(run, SkippedStep(step, found.update, text, found.finding, tuple(batch), weights))
+    else:
+        deque(weights.values(), maxlen=0)
     replay = f"'e3rl replay {run}' shows where it comes from"
     if before >= limit:
         already = f"; the {before} steps before were skipped already" if before else ""

@@ -39,7 +39,7 @@ class Run:
 
     config: Config
     path: Path  # the run's directory, which the first rank writes and the others read
-    directory: RunDirectory  # where this rank writes
+    directory: RunDirectory | None  # the first rank alone writes to it, but for shares of checkpoints
     data: RunData
     steps: int
     policy: Policy  # what is trained
@@ -50,7 +50,7 @@ class Run:
     remote: bool  # whether workers elsewhere make them
     scorer: Scorer
     keep: GroupFilter
-    journal: Journal
+    journal: Journal | None  # the first rank's: others begin again with it
     prefetch: Prefetch
     ranks: Ranks
     stop: StopRequest
@@ -133,7 +133,8 @@ def save(run: Run, state: State) -> None:
     weights, moments = state.optimizer.weights(), state.optimizer.state()
     checkpoint = Checkpoint(state.step, weights, moments, torch.get_rng_state(), facts, prefetched)
     save_checkpoint(run.path, checkpoint, run.config.train.save_total_limit, run.ranks)
-    run.journal.drop_through(state.step)
+    if run.journal is not None:
+        run.journal.drop_through(state.step)
 
 
 def restore(run: Run, state: State) -> None:
@@ -151,5 +152,7 @@ def restore(run: Run, state: State) -> None:
         ahead = facts.get("ahead")
         state.prefetched = unpack_groups(run, ahead, checkpoint.prefetched) if ahead else None
         publish_weights(run, state)
-        run.journal.drop_through(state.step)
-    run.directory.drop_after(state.step, run.note)
+        if run.journal is not None:
+            run.journal.drop_through(state.step)
+    if run.directory is not None:
+        run.directory.drop_after(state.step, run.note)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 
 from e3rl.cluster.parallel import divides_weights
-from e3rl.cluster.ranks import Ranks, join_ranks
+from e3rl.cluster.ranks import join_ranks
 from e3rl.cluster.rollouts import build_rollouts
 from e3rl.config import Config
 from e3rl.data.contamination import overlap_notes
@@ -60,7 +57,7 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.run, self.state = prepare(config, reward_functions, listeners, resume)
-        self.config, self.policy, self.run_path = self.run.config, self.run.policy, self.run.directory.path
+        self.config, self.policy, self.run_path = self.run.config, self.run.policy, self.run.path
 
     def ask_to_stop(self) -> None:
         """Ask the run to stop where its state is whole, as Ctrl-C does."""
@@ -69,7 +66,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary. Interrupted: the state is saved and RunStopped says how to go on."""
         run, state = self.run, self.state
-        write_json(self.run_path / "environment.json", environment())
+        if run.ranks.first:
+            write_json(self.run_path / "environment.json", environment())
         run.tell("started", self.run_path, run.config, method_name(run.config), state.step + 1, run.steps)
         for text in overlap_notes(run.config.data, run.data.train, run.data.held_out):
             run.note(text)
@@ -87,7 +85,8 @@ class Trainer:
         finally:
             run.prefetch.close()
             run.rollouts.close()
-            run.directory.release()
+            if run.directory is not None:
+                run.directory.release()
 
 
 def prepare(
@@ -97,7 +96,8 @@ def prepare(
     ranks, path = join_ranks(config), run_path(config)
     resume = ranks.gather(resume)[0]
     remote = bool(config.rollout.workers or config.rollout.servers)
-    config = config if ranks.first else _aside(config, ranks)
+    if not ranks.first:  # it asks no workers
+        config = replace(config, rollout=replace(config.rollout, workers=0, servers=()))
     note = partial(tell, listeners if ranks.first else (), "noted")
 
     objective = build_objective(config.objective)
@@ -114,7 +114,7 @@ def prepare(
     updates = steps * config.train.num_iterations * config.train.minibatches
     learner = Learner(policy, objective, config, updates, ranks)
     engine = build_engine(config.rollout, generating.model, policy.eos_ids, data.longest_prompt)
-    journal = Journal(run_path(config), partial(fingerprint, generating.model), note)
+    journal = Journal(path, partial(fingerprint, generating.model), note) if ranks.first else None
     rollouts = build_rollouts(config, generating, engine, data.longest_prompt, journal, note)
     scorer = _build_scorer(config, reward_functions, data, policy)
     load_metric(config.erasure.metric)
@@ -123,7 +123,7 @@ def prepare(
     run = Run(
         config=config,
         path=path,
-        directory=RunDirectory.resume(config) if resume and ranks.first else RunDirectory.create(config),
+        directory=(RunDirectory.resume if resume else RunDirectory.create)(config) if ranks.first else None,
         data=data,
         steps=steps,
         policy=policy,
@@ -143,14 +143,6 @@ def prepare(
     if resume:
         restore(run, state)
     return run, state
-
-
-def _aside(config: Config, ranks: Ranks) -> Config:
-    """The config of a rank that is not the first: it writes to a directory of its own and starts no workers."""
-    aside = tempfile.mkdtemp(prefix=f"e3rl-rank-{ranks.rank}-")
-    atexit.register(shutil.rmtree, aside, ignore_errors=True)
-    run, rollout = replace(config.run, output_dir=aside), replace(config.rollout, workers=0, servers=())
-    return replace(config, run=run, rollout=rollout)
 
 
 def _require_siblings(config: Config, objective: Objective) -> None:

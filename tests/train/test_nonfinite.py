@@ -181,7 +181,8 @@ def _learning(tmp_path: Path, learner: Learner) -> tuple[Any, Any]:
     run = SimpleNamespace(
         learner=learner,
         config=SimpleNamespace(train=train),
-        directory=SimpleNamespace(path=tmp_path),
+        path=tmp_path,
+        ranks=SimpleNamespace(first=True),
         note=lambda _: None,
     )
     return run, SimpleNamespace(optimizer=learner.optimizer, skipped=0)

@@ -1,0 +1,89 @@
+"""What ranks exchange and write: groups once and by value; files from the first alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from e3rl.cluster.ranks import Ranks
+from e3rl.rollout.columns import encode
+from e3rl.rollout.ipc import to_ipc
+from e3rl.train.collect import exchanged
+from e3rl.train.loop import step
+from e3rl.train.trainer import Trainer
+from tests.train.random_lab import lab_config, random_lab
+from tests.train.rollouts import rewarded_group
+
+WORLD = 2
+
+
+def in_ranks(work: Any, *arguments: Any) -> None:
+    """Run ``work`` in two processes that have met."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (port, work, arguments), nprocs=WORLD)
+
+
+def _rank(rank: int, port: int, work: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    work(Ranks(rank, WORLD), *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _exchange(ranks: Ranks) -> None:
+    groups = [rewarded_group(f"p{n}", (1.0, 0.0), ((3, 4), (2, 5, n + 1)), ((), (1,))).group for n in range(5)]
+    prompts, sent = [group.prompt for group in groups], list[int]()
+
+    def broadcast(tensor: torch.Tensor, src: int) -> None:
+        sent.append(tensor.nbytes)
+        original(tensor, src=src)
+
+    original = dist.broadcast
+    for mine in (ranks.share(groups), groups if ranks.first else [], [] if ranks.first else groups[::-1]):
+        with mock.patch.object(dist, "broadcast", broadcast):
+            assert exchanged(ranks, prompts, mine) == groups
+    assert sent[-1] == len(to_ipc(encode([group]) for group in groups[::-1]))
+    assert len(sent) == 4  # two shares, and once for each rank that has all
+
+
+def test_groups_travel_once_and_arrive_as_they_were():
+    in_ranks(_exchange)
+
+
+def _first_writes(ranks: Ranks, place: Path, model: str) -> None:
+    own = place / f"recipe-{ranks.rank}"
+    own.mkdir()
+    settings = (
+        "train.parallel=ddp",
+        "train.save_steps=0",
+        "run.name=ranks",
+        f"run.output_dir={place}",
+        f"model.path={model}",
+    )
+    trainer, written = Trainer(lab_config(own, *settings)), set[str]()
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            written.add(str(arguments[0]))
+
+    sys.addaudithook(note)
+    step(trainer.run, trainer.state)
+    written = {path for path in written if not path.startswith("/dev/")}
+    assert bool(written) == ranks.first, written
+    assert sorted(path.name for path in own.iterdir()) == ["recipe.toml"]
+
+
+def test_the_first_rank_alone_writes_in_a_step(tmp_path: Path):
+    in_ranks(_first_writes, tmp_path, random_lab())
+    assert {path.name for path in (tmp_path / "ranks").iterdir()} >= {"metrics.jsonl", "rollouts", "journal"}
