@@ -19,7 +19,8 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 def grad_error_512() -> Figure:
     """Relative error, in percent, of 512 accumulated micro-batches of a bfloat16 model against float64 sums."""
     generator = torch.Generator().manual_seed(0)
-    ours, autograd = (nn.Linear(256, 128, bias=False, dtype=torch.bfloat16) for _ in range(2))
+    ours = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
+    autograd = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
     autograd.load_state_dict(ours.state_dict())
     sums, exact = GradientSums(ours.parameters()), torch.zeros(128, 256, dtype=torch.float64)
     for _ in range(MICRO_BATCHES):
