@@ -29,7 +29,8 @@ def grad_error_512() -> Figure:
             (model(inputs).float() ** 2).mean().backward()
         (alone,) = torch.autograd.grad((autograd(inputs).float() ** 2).mean(), [autograd.weight])
         exact += alone.double()
-    found = sums.take(ours.weight)
+    [weight] = ours.parameters()
+    found = sums.take(weight)
     assert found is not None
     assert autograd.weight.grad is not None
     errors = {"left to autograd": 100 * _relative(autograd.weight.grad, exact)}
