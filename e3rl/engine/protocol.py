@@ -6,7 +6,7 @@ never learns how either is done. `e3rl.testing` holds the contract suite that ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol
 
@@ -28,6 +28,15 @@ class Sampling:
     top_k: int = 0
     entropy_distribution: str = "full"  # or "truncated"
     measured_at: float = 0.0  # temperature that entropy and perturbation are measured at; 0: the one that is drawn with
+    min_p: float = 0.0  # least probability of a token beside the likeliest's, before top_k and top_p; 0 keeps all
+
+
+LogitsHook = Callable[["Tensor", Sequence[int]], None]
+"""Called before each token of a row is drawn, with the logits [V] that it is drawn from and the row's generated tokens so far.
+
+It may change the logits in place: everything is drawn and measured from what it leaves. After a rollback it is called again
+with fewer tokens. It must not raise, and a token that it forbids gets a large negative number, not infinity.
+"""
 
 
 class Engine(Protocol):
@@ -63,6 +72,16 @@ class Engine(Protocol):
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Take new policy weights. Only legal while no row is held: cached keys belong to the old weights."""
+
+
+class ServingEngine(Engine, Protocol):
+    """An engine that takes hooks, and that can be interrupted by those who want to submit or release something."""
+
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling, hook: LogitsHook | None = None) -> None:
+        """As `Engine.extend`; ``hook`` sees the logits of every token of this candidate."""
+
+    def interrupt(self) -> None:
+        """Called by any thread: the poll in progress, or else the next one, returns after a step, with or without candidates."""
 
 
 class AppendingEngine(Engine, Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.protocol import LogitsHook, Row, Sampling
 from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
 from e3rl.engine.sampling import NON_FINITE, SamplingRows, sample
 from e3rl.engine.torch.cache import evaluating
@@ -41,8 +41,11 @@ class RecomputeEngine:
     def length(self, row: Row) -> int:
         return self._row(row).length
 
-    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
-        self._row(row).open_request(tokens, draw, sampling, self._max_length)
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling, hook: LogitsHook | None = None) -> None:
+        self._row(row).open_request(tokens, draw, sampling, self._max_length, hook)
+
+    def interrupt(self) -> None:
+        """Its polls are of one row: nobody waits for another."""
 
     @torch.inference_mode()
     def poll(self) -> list[tuple[Row, Candidate]]:
@@ -59,6 +62,8 @@ class RecomputeEngine:
         device = self._model.device
         ids_1T = torch.tensor([row.ids + request.ids], device=device)
         logits_1V = self._model(input_ids=ids_1T, use_cache=False).logits[:, -1]
+        if request.hook is not None:
+            request.hook(logits_1V[0], row.ids[row.prompt_length :] + request.ids)
         number_1 = torch.tensor([request.uniforms[len(request.ids)]], device=device)
         samples = sample(logits_1V, SamplingRows.of([request.sampling], device), number_1)
         if samples.ids_S.item() == NON_FINITE:

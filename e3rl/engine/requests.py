@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.protocol import LogitsHook, Row, Sampling
 from e3rl.engine.sampling import Measures, check_sampling
 from e3rl.errors import UserError
 from e3rl.types import Candidate, Draw
@@ -44,6 +44,10 @@ class Request:
     uniforms: np.ndarray
     ids: list[int] = field(default_factory=list)
     measures: list[Measures] = field(default_factory=list)
+    hook: LogitsHook | None = None
+    seen: list[int] = field(
+        default_factory=list
+    )  # what the hook is shown: the row's generated tokens up to the next draw
 
     @property
     def remaining(self) -> int:
@@ -84,7 +88,9 @@ class RowState:
         assert self.request is not None
         return self.request
 
-    def open_request(self, tokens: int, draw: Draw, sampling: Sampling, max_length: int) -> None:
+    def open_request(
+        self, tokens: int, draw: Draw, sampling: Sampling, max_length: int, hook: LogitsHook | None = None
+    ) -> None:
         """Start a candidate; refuses what can't be generated."""
         if self.request is not None:
             raise ValueError(f"the row already has an open request ({self.request.draw}): poll until it is delivered")
@@ -92,7 +98,9 @@ class RowState:
             raise ValueError(f"a candidate needs at least 1 token, not {tokens}")
         check_sampling(sampling)
         check_fits(self.prompt_length, self.length + tokens, max_length)
-        self.request = Request(tokens, draw, sampling, uniforms(draw, tokens))
+        self.request = Request(tokens, draw, sampling, uniforms(draw, tokens), hook=hook)
+        if hook is not None:
+            self.request.seen = self.ids[self.prompt_length :]
 
     def close_request(self, eos_ids: Collection[int]) -> Candidate:
         """Move the finished candidate's tokens into the row."""

@@ -63,6 +63,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError(f"top_p = {sampling.top_p} is out of range: it must be above 0 and at most 1")
     if sampling.top_k < 0:
         raise UserError(f"top_k = {sampling.top_k} is out of range: it must be at least 0, which keeps all tokens")
+    if not 0 <= sampling.min_p <= 1:
+        raise UserError(f"min_p = {sampling.min_p} is out of range: it must be from 0, which keeps all tokens, to 1")
     if sampling.entropy_distribution not in ("full", "truncated"):
         raise UserError(f"entropy_distribution = '{sampling.entropy_distribution}': it must be 'full' or 'truncated'")
     if not 0 <= sampling.measured_at < float("inf"):
@@ -77,15 +79,18 @@ def check_sampling(sampling: Sampling) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """Sampling settings of several rows as tensors. ``depth``: likeliest tokens to look at for truncation; 0: none."""
+    """Sampling settings of several rows as tensors. ``depth``: likeliest tokens to look at for top-k and top-p; 0: none."""
 
     temperature_S1: Tensor
     measured_at_S1: Tensor
     top_k_S1: Tensor
     top_p_S1: Tensor
+    min_p_S1: Tensor
     truncates_S1: Tensor
+    ranks_S1: Tensor  # truncates by top-k or top-p
     truncated_entropy_S: Tensor
     depth: int
+    any_min_p: bool
     any_truncated_entropy: bool
     any_measured_apart: bool
 
@@ -102,14 +107,17 @@ class SamplingRows:
             measured_at_S1=self.measured_at_S1[rows],
             top_k_S1=self.top_k_S1[rows],
             top_p_S1=self.top_p_S1[rows],
+            min_p_S1=self.min_p_S1[rows],
             truncates_S1=self.truncates_S1[rows],
+            ranks_S1=self.ranks_S1[rows],
             truncated_entropy_S=self.truncated_entropy_S[rows],
         )
 
 
 @functools.lru_cache(maxsize=64)  # the same few batches of settings come again at every poll
 def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
-    truncates = [r.top_k > 0 or r.top_p < 1 for r in rows]
+    ranks = [r.top_k > 0 or r.top_p < 1 for r in rows]
+    truncates = [by_rank or r.min_p > 0 for r, by_rank in zip(rows, ranks, strict=True)]
     top_k = [r.top_k or _NO_TOP_K for r in rows]
     measured_at = [r.measured_at or r.temperature for r in rows]
     truncated_entropy = [r.entropy_distribution == "truncated" for r in rows]
@@ -122,9 +130,12 @@ def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
         measured_at_S1=column(measured_at, torch.float32),
         top_k_S1=column(top_k, torch.long),
         top_p_S1=column([r.top_p for r in rows], torch.float32),
+        min_p_S1=column([r.min_p for r in rows], torch.float32),
         truncates_S1=column(truncates, torch.bool),
+        ranks_S1=column(ranks, torch.bool),
         truncated_entropy_S=column(truncated_entropy, torch.bool).squeeze(1),
-        depth=max((k for k, t in zip(top_k, truncates, strict=True) if t), default=0),
+        depth=max((k for k, by_rank in zip(top_k, ranks, strict=True) if by_rank), default=0),
+        any_min_p=any(r.min_p > 0 for r in rows),
         any_truncated_entropy=any(truncated_entropy),
         any_measured_apart=any(r.temperature != at for r, at in zip(rows, measured_at, strict=True)),
     )
@@ -157,7 +168,7 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
     entropies_S = tokens.token_entropy(p_SV, logp_SV)
     nonfinite_S = ~entropies_S.isfinite()  # any NaN, +inf or -inf logit reaches this sum
     kept_mass_S = torch.ones_like(entropies_S)
-    if rows.depth:
+    if rows.depth or rows.any_min_p:
         thresholds_S1 = truncation_thresholds(p_SV, rows)
         p_SV.masked_fill_(p_SV < thresholds_S1, 0.0)
         kept_mass_S = torch.where(rows.truncates_S1.squeeze(1), p_SV.sum(-1).clamp(max=1.0), kept_mass_S)
@@ -185,18 +196,24 @@ def _sample_part(logits_SV: Tensor, rows: SamplingRows, uniforms_S: Tensor) -> S
 
 
 def truncation_thresholds(p_SV: Tensor, rows: SamplingRows) -> Tensor:
-    """The smallest probability that top-k, and then top-p over what top-k left, keep in each row, [S, 1].
+    """The smallest probability that min-p, then top-k, then top-p over what those left, keep in each row, [S, 1].
 
     A threshold in place of a set of tokens: equally likely tokens are kept or dropped together, so the outcome depends
     on the row's numbers alone and not on a sorting order.
     """
+    least_S1 = p_SV.amax(-1, keepdim=True) * rows.min_p_S1 if rows.any_min_p else None
+    if least_S1 is not None and not rows.depth:
+        return least_S1
     likeliest_SK = p_SV.topk(min(rows.depth, p_SV.shape[1])).values
     last_S1 = rows.top_k_S1.clamp(max=likeliest_SK.shape[1]) - 1
     kth_S1 = likeliest_SK.gather(1, last_S1)
+    if least_S1 is not None:
+        kth_S1 = kth_S1.maximum(least_S1)
     mass_S1 = p_SV.masked_fill(p_SV < kth_S1, 0.0).sum(-1, keepdim=True)
     before_S1 = (likeliest_SK.cumsum(-1) < rows.top_p_S1 * mass_S1).sum(-1, keepdim=True)
     nucleus_S1 = torch.where(rows.top_p_S1 < 1, before_S1.minimum(last_S1), last_S1)
-    return torch.where(rows.truncates_S1, likeliest_SK.gather(1, nucleus_S1), 0.0)
+    thresholds_S1 = torch.where(rows.ranks_S1, likeliest_SK.gather(1, nucleus_S1), 0.0)
+    return thresholds_S1 if least_S1 is None else thresholds_S1.maximum(least_S1)
 
 
 def inverse_cdf(weights_SV: Tensor, uniforms_S: Tensor) -> Tensor:

@@ -69,14 +69,14 @@ Delivery = tuple[GroupJob, int, Draw, Candidate]
 class Driver:
     """Decodes any number of groups on one engine, each by its own settings.
 
-    A group's failure is its own: bad settings, a prompt that doesn't fit, non-finite logits. Where the engine itself
-    fails, all groups that are decoding fail with it. What ``memory`` knows of a group is not generated again: it goes
-    through the group's state machine, and the engine goes on from there. Not thread-safe.
+    A group's failure is its own: bad settings, a prompt that doesn't fit, non-finite logits. Where the engine fails, all
+    groups that are decoding fail. What ``memory`` knows of a group is not generated again. Not thread-safe.
     """
 
     def __init__(self, engine: Engine, memory: Memory | None = None) -> None:
         self._engine, self._memory = engine, memory
         self._append = getattr(engine, "append", None)
+        self._interruptible = hasattr(engine, "interrupt")  # then a poll may complete nothing
         self._waiting: deque[GroupJob] = deque()
         self._decoding: list[GroupJob] = []
         self._ended: list[GroupJob] = []  # and not yet returned by `step`
@@ -208,7 +208,7 @@ class Driver:
 
     def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
         """Whose candidates these are."""
-        if not completed:
+        if not completed and not self._interruptible:
             raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
         asked = [(self._open.pop(row), candidate) for row, candidate in completed]
         return [(job, sibling, draw, found.drawn_by(job.version)) for (job, sibling, draw), found in asked]
@@ -259,7 +259,7 @@ class Driver:
             engine.rollback(row, order.start - offset)
         elif held < order.start:
             row = self._take_up(job, sibling, rollout.committed_ids(sibling), held)
-        engine.extend(row, order.tokens, draw, job.settings.sampling)
+        engine.extend(row, order.tokens, draw, job.settings.sampling, *job.settings.hooks[sibling : sibling + 1])
         self._open[row] = (job, sibling, draw)
 
     def _take_up(self, job: GroupJob, sibling: int, ids: list[int], held: int) -> Row:

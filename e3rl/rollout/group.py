@@ -5,7 +5,7 @@ A state machine: `deliver` takes a candidate and returns orders. It knows no eng
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.engine.protocol import Sampling
+from e3rl.engine.protocol import LogitsHook, Sampling
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
 from e3rl.rollout.moments import Moments
@@ -76,7 +76,8 @@ class GroupSettings:
 
     ``calibration`` is needed where thresholds can't come from the group (see `require_calibration`); ``entropy_moments`` of
     the previous batch serve ``erasure.entropy_reference = "batch"``. ``first_sibling`` is the number under which a
-    group's first sibling draws: many samples of a prompt, divided into small groups, then draw as those of a large one.
+    group's first sibling draws: many samples of a prompt, divided into small groups, then draw as those of a large
+    one. ``hooks``, one a sibling, are for a `ServingEngine`.
     """
 
     rollout: RolloutConfig
@@ -87,13 +88,20 @@ class GroupSettings:
     calibration: CalibrationStatistics | None = None
     entropy_moments: Moments | None = None
     first_sibling: int = 0
+    min_p: float = 0.0
+    hooks: Sequence[LogitsHook] = ()
 
     @cached_property
     def sampling(self) -> Sampling:
         """How the engine is to draw."""
         rollout, erasure = self.rollout, self.erasure
         return Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, erasure.entropy_distribution, erasure.entropy_temperature
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            erasure.entropy_distribution,
+            erasure.entropy_temperature,
+            self.min_p,
         )
 
     def draw(self, prompt_id: str, order: Extend) -> Draw:

@@ -87,6 +87,26 @@ def test_kept_mass_never_exceeds_one_by_rounding():
     assert kept.min().item() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
+    # 1/2, 1/4, 1/8, 1/8: a share of 0.4 keeps the first two, 0.25 all (equals the bound), 0.26 two, 1 the likeliest
+    shares = [0.4, 0.25, 0.26, 1.0]
+    samples = run(HALVES.expand(4, 4), [Sampling(min_p=s) for s in shares], [1 - 2**-53] * 4)
+    assert samples.ids_S.tolist() == [1, 3, 1, 0]
+    assert samples.kept_mass_S.tolist() == pytest.approx([0.75, 1.0, 0.75, 0.5])
+    assert samples.entropies_S.tolist() == pytest.approx([1.75 * math.log(2)] * 4)
+
+
+def test_min_p_comes_after_the_temperature_and_before_top_p():
+    # at 0.5: 16, 4, 1, 1; a share of 0.2 keeps 16 and 4, of which top-p 0.8 keeps the first alone (16 >= 0.8 * 20)
+    chosen = Sampling(temperature=0.5, min_p=0.2, top_p=0.8)
+    assert run(HALVES[None], [chosen], [1 - 2**-53]).kept_mass_S.tolist() == pytest.approx([16 / 22])
+    # top-k beside it: the narrower of the two holds
+    both = [Sampling(min_p=0.4, top_k=3), Sampling(min_p=0.1, top_k=1), Sampling(min_p=0.4), Sampling()]
+    samples = run(HALVES.expand(4, 4), both, [1 - 2**-53] * 4)
+    assert samples.ids_S.tolist() == [1, 0, 1, 3]
+    assert samples.kept_mass_S.tolist() == pytest.approx([0.75, 0.5, 0.75, 1.0])
+
+
 def test_truncated_entropy_is_that_of_the_renormalised_rest():
     rows = [
         Sampling(top_k=2, entropy_distribution="truncated"),

@@ -70,6 +70,7 @@ class StepDraws:
         self._settings = SamplingRows.of([request.sampling for request in drawn], device)
         numbers_ST = np.stack([r.uniforms[len(r.ids) : len(r.ids) + steps] for r in drawn])
         self._numbers_TS = torch.from_numpy(numbers_ST.T.copy()).to(device)
+        self._hooked = [(index, request) for index, request in enumerate(requests) if request.hook is not None]
         self._samples: list[Samples] = []
         self._ids: list[list[int]] = []
 
@@ -80,6 +81,9 @@ class StepDraws:
 
     def sample(self, logits_RV: Tensor) -> list[int]:
         """One token per request; raises NonFiniteLogits, and draws for nobody, where a request's logits are not all finite."""
+        for index, request in self._hooked:
+            assert request.hook is not None
+            request.hook(logits_RV[index], request.seen)
         samples = sample(logits_RV, self._settings, self._numbers_TS[len(self._samples)])
         ids: list[int] = samples.ids_S.tolist()
         ids = ids[: len(self._requests)]
@@ -87,6 +91,8 @@ class StepDraws:
             raise NonFiniteLogits(self._requests[ids.index(NON_FINITE)].draw)
         self._samples.append(samples)
         self._ids.append(ids)
+        for index, request in self._hooked:
+            request.seen.append(ids[index])
         return ids
 
     def deliver(self) -> int:

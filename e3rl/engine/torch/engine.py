@@ -8,6 +8,7 @@ before it is fed once more; `EngineStats.refed_tokens` counts those.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from e3rl.config import RolloutConfig
-from e3rl.engine.protocol import Row, Sampling
+from e3rl.engine.protocol import LogitsHook, Row, Sampling
 from e3rl.engine.requests import check_prompt, check_siblings, find_row
 from e3rl.engine.torch.decode import Marks, SlotRow, StepDraws, StepPart
 from e3rl.engine.torch.model import check_exactness, require_servable, slot_model
@@ -85,6 +86,7 @@ class TorchEngine:
         self._slots: SlotMap[SlotRow] = SlotMap(cache_rows)
         self._marks = Marks(cache_rows)
         self._crew = Crew()
+        self._interrupted = threading.Event()
         self._numbers = list(range(cache_rows))  # that no row has
         self._handles = count()
         self._may_hold_nan = False  # some slot may hold NaN
@@ -129,19 +131,23 @@ class TorchEngine:
         """Generated tokens that the row holds, without those of an open request."""
         return self._row(row).length
 
-    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling, hook: LogitsHook | None = None) -> None:
         """Queue a request for a candidate of up to ``tokens`` tokens."""
         state = self._row(row)
-        state.open_request(tokens, draw, sampling, self._max_length)
+        state.open_request(tokens, draw, sampling, self._max_length, hook)
         self._open[row] = state
 
     def append(self, row: Row, ids: Sequence[int]) -> None:
         """Continue the row by tokens that were generated before: their keys come out as if it had been here."""
         self._row(row).append(ids, self._vocabulary, self._max_length)
 
+    def interrupt(self) -> None:
+        """The poll in progress, or else the next one, returns after a step."""
+        self._interrupted.set()
+
     @torch.inference_mode()
     def poll(self) -> list[tuple[Row, Candidate]]:
-        """Decode requests in turns, up to max_rows together, until at least one is complete; return all that are."""
+        """Decode requests in turns, up to max_rows together, until one is complete, or an interrupt; return all complete ones."""
         done: list[Row] = []
         try:
             while self._open and not done:
@@ -149,7 +155,7 @@ class TorchEngine:
                 division = self._slot_model.division(len(active))
                 if parts := self._next_parts(list(active.values()), division):
                     begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
-                    pace = Pace(len(parts), parts[0].steps)
+                    pace = Pace(len(parts), parts[0].steps, self._interrupted)
                     beside = self._crew.beside([partial(part.run, pace) for part in parts[1:]], division.threads)
                     with self._delivering(parts), beside:
                         parts[0].run(pace)
@@ -157,10 +163,13 @@ class TorchEngine:
                         if row.open.turns(TURN) > begun[handle]:
                             self._open[handle] = self._open.pop(handle)  # the next turn is behind all that wait
                 done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
+                if self._interrupted.is_set():
+                    break
         except NonFiniteLogits:
             self._may_hold_nan = True
             raise
         finally:
+            self._interrupted.clear()
             self._count_held_tokens()
         return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
 

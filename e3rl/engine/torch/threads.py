@@ -69,15 +69,19 @@ def divided(rows: int, parts: int) -> list[slice]:
 
 
 class Pace:
-    """Lets all parts stop after the same step: the last one planned, or one in which a request of any part ended."""
+    """Lets all parts stop after the same step: the last one planned, or one in which a request of any part ended.
 
-    def __init__(self, parts: int, steps: int) -> None:
+    Once ``interrupted`` is set, the step in progress is the last.
+    """
+
+    def __init__(self, parts: int, steps: int, interrupted: threading.Event | None = None) -> None:
         self._barrier = threading.Barrier(parts)
         self._last = steps
+        self._interrupted = interrupted or threading.Event()
 
     def over(self, step: int, ended: bool) -> bool:
         """Wait until all parts have made ``step``; whether it was the last."""
-        if ended:
+        if ended or self._interrupted.is_set():
             self._last = min(self._last, step)
         self._barrier.wait()
         return step >= self._last
