@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, default=4096, metavar="TOKENS", help="longest prompt and answer together"
     )
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="groups that may wait; more are refused")
+    parser.add_argument(
+        "--drain", type=float, default=30, metavar="SECONDS", help="that requests in progress have to end at a stop; 30"
+    )
     add_setting_arguments(parser)
 
 
@@ -29,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
     access = Access(options.host, options.token)
     if options.max_length < 2 or options.queue < 1:
         raise UserError("--max-length must be at least 2 and --queue at least 1")
+    if not 0 <= options.drain < float("inf"):
+        raise UserError("--drain must be a number of seconds, at least 0")
 
     from e3rl.serve.server import make_server
     from e3rl.serve.service import Service
@@ -44,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if opened.calibration is None:
         print("no calibration statistics beside the model: single samples need 'erase': false", file=sys.stderr)
-    with make_server(service, access, options.port) as server:
+    with make_server(service, access, options.port, drain_s=options.drain) as server:
         try:
             server.run_until_interrupted("/v1")
         finally:

@@ -33,9 +33,11 @@ MAX_BODY = 4 * 2**20
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
-def make_server(service: Service, access: Access, port: int) -> WebServer:
-    """A server that is bound and not yet running; port 0 takes any free one. It closes the service when it stops."""
-    return WebServer(make_app(service, access), access, port, on_stop=service.close)
+def make_server(service: Service, access: Access, port: int, *, drain_s: float = 0.0) -> WebServer:
+    """A server that is bound and not yet running; port 0 takes any free one. When it is to stop, requests in progress have
+    ``drain_s`` seconds to end; then it closes the service."""
+    app = make_app(service, access)
+    return WebServer(app, access, port, on_stop=service.close, drain=service.drain, drain_s=drain_s)
 
 
 def make_app(service: Service, access: Access) -> Door:
@@ -153,7 +155,7 @@ def _json(status: int, value: dict[str, Any]) -> Response:
 
 def _error(error: ApiError) -> Response:
     response = _json(error.status, error.body())
-    if error.status == 503:
+    if error.status in (429, 503):
         response.headers["Retry-After"] = "1"
     return response
 

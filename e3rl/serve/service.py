@@ -64,6 +64,10 @@ class Service:
         """Stop decoding; requests under way are refused."""
         self._worker.stop()
 
+    def drain(self) -> bool:
+        """Take no more requests; whether earlier ones are still under way."""
+        return self._worker.drain()
+
     def load(self) -> dict[str, int]:
         """How much is decoding and waiting, and how many more rows could be taken."""
         return {**self._worker.load(), "free_rows": self._engine.free_rows()}

@@ -1,7 +1,8 @@
 """The thread that owns the engine: groups of several clients decode together, each by its own settings.
 
-A new group joins whenever rows are free, in the order of asking; a group whose client has gone leaves at once. Handing
-over is the only thing that other threads do here: everything that touches the engine runs on this thread.
+A new group joins whenever rows are free, in the order of asking, and a group whose client has gone leaves: both
+interrupt the engine, in the middle of a segment, where it is a `ServingEngine`. Handing over is the only thing that other
+threads do here: everything else that touches the engine runs on this thread.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ class DecodingWorker:
     def __init__(self, engine: Engine, *, rows: int, queue_limit: int) -> None:
         self.rows, self._queue_limit = rows, queue_limit
         self._driver = Driver(engine)
+        self._interrupt = getattr(engine, "interrupt", _no_interrupt)
         self._arrived: list[Ticket] = []
         self._tickets: dict[GroupJob, Ticket] = {}  # that the driver has
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._draining = False
         self._thread = threading.Thread(target=self._run, name="e3rl-decoding", daemon=True)
         self._thread.start()
 
@@ -77,13 +79,14 @@ class DecodingWorker:
         if len(tickets) > self._queue_limit:
             raise ApiError(400, f"{len(tickets)} prompts, and at most {self._queue_limit} groups may wait here")
         with self._changed:
-            if self._stopping:
+            if self._stopping or self._draining:
                 raise ApiError(503, "the server is stopping")
             waiting = self.load()["waiting"]
             if waiting + len(tickets) > self._queue_limit:
-                raise ApiError(503, f"{waiting} groups wait already; try again soon", code="overloaded")
+                raise ApiError(429, f"{waiting} groups wait already; try again soon", code="overloaded")
             self._arrived.extend(tickets)
             self._changed.notify()
+        self._interrupt()
 
     def load(self) -> dict[str, int]:
         """How much is decoding and waiting now."""
@@ -93,12 +96,19 @@ class DecodingWorker:
         """Look at once whether something was cancelled."""
         with self._changed:
             self._changed.notify()
+        self._interrupt()
+
+    def drain(self) -> bool:
+        """Refuse new requests from now on; whether earlier ones are still under way."""
+        self._draining = True
+        return bool(self._tickets or self._arrived)
 
     def stop(self) -> None:
         """Refuse what waits, drop what decodes, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+        self._interrupt()
         self._thread.join()
 
     def _run(self) -> None:
@@ -133,6 +143,10 @@ class DecodingWorker:
         for ticket in tickets:
             ticket.outbox.put(Failed(error))
         self._driver.close()
+
+
+def _no_interrupt() -> None:
+    """For an engine whose poll ends when a candidate is complete."""
 
 
 def _said_to_client(error: Exception) -> ApiError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import cast
@@ -36,10 +37,20 @@ _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 class WebServer:
     """Listens from its construction on and answers from `run` on; port 0 takes any free one.
 
-    ``on_stop`` is called when it is to stop: it ends what requests in progress wait for.
+    ``on_stop`` is called when it is to stop: it ends what requests in progress wait for. Before, for at most ``drain_s``
+    seconds and until a second Ctrl+C, ``drain`` is asked whether there are requests to wait for.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, port: int, on_stop: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        port: int,
+        on_stop: Callable[[], None] | None = None,
+        *,
+        drain: Callable[[], bool] | None = None,
+        drain_s: float = 0.0,
+    ) -> None:
         family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
         try:
             self._socket = socket.create_server((access.host, port), family=family, backlog=_BACKLOG)
@@ -64,7 +75,7 @@ class WebServer:
             timeout_keep_alive=SECONDS_IDLE,
             timeout_graceful_shutdown=SECONDS_TO_END,
         )
-        self._uvicorn = _Uvicorn(config, on_stop)
+        self._uvicorn = _Uvicorn(config, on_stop, drain, drain_s)
 
     @property
     def url(self) -> str:
@@ -95,11 +106,25 @@ class WebServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_stop: Callable[[], None] | None,
+        drain: Callable[[], bool] | None,
+        drain_s: float,
+    ) -> None:
         super().__init__(config)
-        self._on_stop = on_stop
+        self._on_stop, self._drain, self._drain_s = on_stop, drain, drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._drain is not None:
+            clock = asyncio.get_running_loop().time
+            until, told = clock() + self._drain_s, False
+            while self._drain() and not self.force_exit and clock() < until:
+                if not told:
+                    print("requests in progress may end; Ctrl+C again stops at once", file=sys.stderr, flush=True)
+                    told = True
+                await asyncio.sleep(0.05)
         if self._on_stop is not None:
             await asyncio.to_thread(self._on_stop)
         await super().shutdown(sockets)

@@ -22,12 +22,13 @@ from e3rl.cli import main
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.serve.errors import ApiError
 from e3rl.serve.requests import DecodingRequest
-from e3rl.serve.server import MAX_BODY
+from e3rl.serve.server import MAX_BODY, make_server
 from e3rl.serve.service import Running, Service
 from e3rl.serve.worker import Outbox
 from e3rl.types import Draw
 from e3rl.web.access import Access
 from tests.serve.conftest import serving
+from tests.web.running import running as run_in_thread
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOKEN = "a-token-of-some-length"
@@ -260,7 +261,7 @@ def test_what_does_not_fit_waits_and_too_much_is_refused(make_service: Callable[
         second = service.start(DecodingRequest("tiny", ("3",), n=1, max_tokens=6, extension=plain), Outbox())
         with pytest.raises(ApiError) as refused:
             service.start(DecodingRequest("tiny", ("3",), extension=plain), Outbox())
-        assert (refused.value.status, refused.value.code) == (503, "overloaded")
+        assert (refused.value.status, refused.value.code) == (429, "overloaded")
         assert service.load() == {"decoding": 1, "waiting": 1, "free_rows": 0}
         service.drop(first)
         assert await choices_of(service, second) == [0]
@@ -319,6 +320,74 @@ def test_a_stream_in_progress_ends_with_an_error_event_when_the_server_stops(
     *_, last, end = answer.read().decode().split("\n\n")
     assert end == ""
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
+
+
+def slow_steps(service: Service, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> list[float]:
+    """Make every decode step take a while; returns the list of steps made."""
+    model, steps = service._engine._slot_model, []
+    decode = model.decode
+
+    def slow(rows: Any) -> Any:
+        steps.append(time.monotonic())
+        time.sleep(seconds)
+        return decode(rows)
+
+    monkeypatch.setattr(model, "decode", slow)
+    return steps
+
+
+LONG = {"erase": False, "segment_length": 200}
+
+
+def test_a_dropped_request_leaves_in_the_middle_of_a_segment(make_service: Callable[..., Service], monkeypatch):
+    service = make_service(endless=True)
+    steps = slow_steps(service, monkeypatch)
+
+    async def ask() -> None:
+        running = service.start(DecodingRequest("tiny", ("3",), n=8, max_tokens=200, extension=LONG), Outbox())
+        while len(steps) < 5:
+            await asyncio.sleep(0.01)
+        service.drop(running)
+
+    asyncio.run(ask())
+    assert settled(service)
+    assert len(steps) < 20  # of 199
+
+
+def test_a_request_joins_in_the_middle_of_anothers_segment(make_service: Callable[..., Service], monkeypatch):
+    service = make_service(endless=True)
+    steps = slow_steps(service, monkeypatch)
+
+    async def ask() -> None:
+        first = service.start(DecodingRequest("tiny", ("3",), n=2, max_tokens=200, extension=LONG), Outbox())
+        while len(steps) < 5:
+            await asyncio.sleep(0.01)
+        second = service.start(DecodingRequest("tiny", ("3",), max_tokens=6, extension=LONG), Outbox())
+        assert await choices_of(service, second) == [0]
+        assert len(steps) < 30
+        assert len(await choices_of(service, first)) == 2
+
+    asyncio.run(ask())
+
+
+def test_a_stopping_server_lets_requests_in_progress_end(make_service: Callable[..., Service], monkeypatch):
+    service = make_service(endless=True)
+    steps = slow_steps(service, monkeypatch, 0.005)
+    answers: list[tuple[int, dict[str, Any]]] = []
+    server = make_server(service, Access("127.0.0.1"), 0, drain_s=60)
+    with run_in_thread(server):
+        body = {**HELLO, "max_tokens": 60, "e3rl": {"erase": False}}
+        thread = threading.Thread(target=lambda: answers.append(post(server.url, TEXT, body)))
+        thread.start()
+        while not steps:
+            time.sleep(0.01)
+        server.stop()
+        while not service._worker._draining:
+            time.sleep(0.01)
+        assert post(server.url, TEXT, HELLO)[1]["error"]["message"] == "the server is stopping"
+        thread.join()
+    assert answers[0][0] == 200
+    assert answers[0][1]["usage"]["completion_tokens"] == 120
 
 
 def test_the_command_serves_a_directory(directory: Path):
