@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from e3rl.rewards.grading import grade_all
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 
 _WHOLE = re.compile(r"-?\d{1,15}")
 _DECIMAL = re.compile(r"-?\d*\.\d+")
@@ -284,7 +284,7 @@ def cases(golds: Sequence[str], wrong: int, seed: int = 0) -> Iterator[tuple[str
 
 
 def measure(
-    golds: Sequence[str], pool: WorkerPool, wrong: int
+    golds: Sequence[str], pool: ProcessPool, wrong: int
 ) -> tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]]:
     """How many cases of each kind there are, and those that were judged otherwise."""
     counts: Counter[tuple[str, bool]] = Counter()
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="answers of each file; 0: all")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    pool = WorkerPool(options.workers, 5.0)
+    pool = ProcessPool(options.workers, 5.0)
     print("| data | answers | spellings | accepted | near misses | accepted |\n|---|---:|---:|---:|---:|---:|")
     notes = []
     for file in options.files:

@@ -76,7 +76,7 @@ Kind = Literal["plain", "erasable"]
 
 
 @dataclass(frozen=True)
-class Way:
+class DecodingWay:
     """A way to decode: a temperature and, where it erases, a setting of `e3rl.diagnose.decoding.SETTINGS`."""
 
     temperature: float
@@ -95,7 +95,7 @@ class Way:
 def decodings(
     policy: Policy, config: Config, *, tuning: int, problems: int, samples: int, ways: Sequence[tuple[float, str]]
 ) -> dict[str, Any]:
-    """By way, a `Way`'s fields each: its kind, and of each half the right answers by problem and the tokens that one cost."""
+    """Of each `DecodingWay`: its kind, and for each half the right answers by problem and the tokens that an answer cost."""
     limit = config.rollout.completion_limit
     prompts = {
         "train": _prompts(policy, config, "train", tuning),
@@ -106,7 +106,7 @@ def decodings(
     )
     found: dict[str, Any] = {}
     with Scorer(config.rewards, max_completion_length=limit) as scorer:
-        for way in (Way(*fields) for fields in ways):
+        for way in (DecodingWay(*fields) for fields in ways):
             chosen = SETTINGS[way.setting].applied(config) if way.setting else config
             sampling = replace(config.eval, num_samples=samples, temperature=way.temperature)
             run = replace(config.run, seed=SEED)
@@ -131,7 +131,7 @@ def _prompts(policy: Policy, config: Config, half: Literal["train", "eval"], cou
 
 
 def _examined(
-    engine: Any, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, way: Way
+    engine: Any, prompts: Sequence[Prompt], scorer: Scorer, tokenizer: Any, config: Config, way: DecodingWay
 ) -> Mapping[str, Any]:
     done = evaluate(engine, prompts, scorer, tokenizer, config, erase=way.kind == "erasable")
     return {

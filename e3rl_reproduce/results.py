@@ -18,7 +18,7 @@ from e3rl_reproduce.study import Row, Scale, Study, row_cell, tuning_cells
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMean:
     """A mean over seeds and the half width of its 95 % interval (NaN with one seed)."""
 
     mean: float
@@ -32,17 +32,17 @@ class Estimate:
         return f"{self.mean:{form}}{spread}"
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float]) -> SeedMean | None:
     """Student's t interval; None of nothing."""
     if not values:
         return None
     if len(values) == 1:
-        return Estimate(values[0], math.nan, 1)
+        return SeedMean(values[0], math.nan, 1)
     half_width = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return Estimate(fmean(values), float(half_width), len(values))
+    return SeedMean(fmean(values), float(half_width), len(values))
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> SeedMean | None:
     """Mean of the differences by seed, over the seeds that both have."""
     return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
@@ -115,7 +115,7 @@ class Results:
 
         return self.by_seed(row, measure, value)
 
-    def estimate(self, row: str, measure: Measure, value: Callable[[dict[str, Any]], float]) -> Estimate | None:
+    def estimate(self, row: str, measure: Measure, value: Callable[[dict[str, Any]], float]) -> SeedMean | None:
         return estimate(list(self.by_seed(row, measure, value).values()))
 
     def training(self, row: str, seed: int) -> list[dict[str, Any]]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.output import Line, Panel, Plot, Table
 from e3rl_reproduce.paper import paper_mean, paper_models, paper_row
-from e3rl_reproduce.results import Estimate, Results, difference, estimate
+from e3rl_reproduce.results import Results, SeedMean, difference, estimate
 from e3rl_reproduce.study import erasable_exam, pass_exam, plain_exams
 
 _AT = {"steps": "equal steps", "tokens": "equal generated tokens"}
 NOTHING = "–"
 
 
-def text(found: Estimate | None, digits: int = 3, sign: bool = False) -> str:
+def text(found: SeedMean | None, digits: int = 3, sign: bool = False) -> str:
     return NOTHING if found is None else found.text(digits, sign)
 
 
@@ -192,7 +192,7 @@ def against_full(show: Accuracy, full: str) -> Callable[[Results], list[Table | 
 def pass_curves(paper_table: str) -> Callable[[Results], list[Table | Plot]]:
     """Pass@k against k, as a table and as curves."""
 
-    def at_k(results: Results, label: str, k: int, name: str | None = None) -> Estimate | None:
+    def at_k(results: Results, label: str, k: int, name: str | None = None) -> SeedMean | None:
         return estimate(list(results.accuracy(label, pass_exam(results.scale), "pass", k, name).values()))
 
     def panel(results: Results, name: str | None) -> Panel:
@@ -225,7 +225,7 @@ def pass_curves(paper_table: str) -> Callable[[Results], list[Table | Plot]]:
     return view
 
 
-def banded(label: str, points: Sequence[tuple[float, Estimate]]) -> Line:
+def banded(label: str, points: Sequence[tuple[float, SeedMean]]) -> Line:
     """A line with its 95 % band. Fewer than three seeds have none: Student's interval of two is wider than any axis."""
     y = tuple(found.mean for _, found in points)
     widths = [found.half_width for _, found in points]

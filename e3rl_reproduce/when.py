@@ -14,7 +14,7 @@ import numpy as np
 
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl_reproduce.cells import Measure
-from e3rl_reproduce.measures import DECODINGS, Kind, Way
+from e3rl_reproduce.measures import DECODINGS, DecodingWay, Kind
 from e3rl_reproduce.output import Line, Panel, Plot, Table
 from e3rl_reproduce.results import Results, estimate
 from e3rl_reproduce.study import LAB, SMOKE, SMOLLM2, Row, Scale, Study, View
@@ -135,7 +135,7 @@ def methods_table(results: Results) -> list[Table]:
             found = _found(results, label(family, method))
             if not found:
                 continue
-            plain = [_score(item, Way(1.0).name) for item in found.values()]
+            plain = [_score(item, DecodingWay(1.0).name) for item in found.values()]
             tuned = [_score(item, chosen(item["values"], "plain")) for item in found.values()]
             erasable = [_score(item, chosen(item["values"], "erasable")) for item in found.values()]
             cost = [_cost(item["values"]) for item in found.values()]

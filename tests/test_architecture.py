@@ -78,3 +78,95 @@ def test_pages_made_from_code_are_fresh(tool: str):
         [sys.executable, str(ROOT / "tools" / tool), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+PACKAGES = ("e3rl", "e3rl_reproduce")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+LARGEST_ROOM = 22
+SMALL = 60
+"""Lines below which a file with one importer belongs to that one."""
+
+SEAMS = {
+    "e3rl.objectives": "an objective is one file, chosen by name",
+    "e3rl.lab": "a family of problems is one file, chosen by name",
+}
+"""Rooms, and modules, whose small files with one importer stay, and why."""
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def _uses(tree: ast.Module, *, at_import: bool = False) -> set[str]:
+    """Modules of ours that a file names in imports and in plug-in tables; ``at_import``: those it needs to be imported."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if at_import
+        and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING")
+        )
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not at_import:
+            found.add(node.value.partition(":")[0])
+    return found & MODULES.keys()
+
+
+def test_a_class_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.walk(_tree(module)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_no_module_needs_itself_to_be_imported():
+    waiting = {module: _uses(_tree(module), at_import=True) - {module} for module in MODULES}
+    while ready := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
+        waiting = {module: needs for module, needs in waiting.items() if module not in ready}
+    assert waiting == {}, "these import each other, or what does"
+
+
+def test_rooms_are_not_too_large_to_know():
+    rooms: dict[str, int] = {}
+    for module, path in MODULES.items():
+        parts = path.relative_to(ROOT).parts
+        room = "/".join(parts[: min(2, len(parts) - 1)])
+        rooms[room] = rooms.get(room, 0) + (module.count(".") > 0)
+    assert {room: files for room, files in rooms.items() if files > LARGEST_ROOM} == {}
+
+
+def test_a_small_file_has_several_readers_or_a_reason():
+    importers: dict[str, set[str]] = {module: set() for module in MODULES}
+    for module in MODULES:
+        for used in _uses(_tree(module)) - {module}:
+            importers[used].add(module)
+    small = {
+        module: sorted(importers[module])
+        for module, path in MODULES.items()
+        if path.name not in ("__init__.py", "__main__.py")
+        and len(path.read_text(encoding="utf-8").splitlines()) < SMALL
+        and len(importers[module]) == 1
+        and not {module, module.rpartition(".")[0]} & SEAMS.keys()
+    }
+    assert small == {}, "merge each into its importer, or give SEAMS its reason"
+
+
+def test_every_reason_for_a_small_file_is_still_needed():
+    assert SEAMS.keys() <= MODULES.keys()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from e3rl.evaluate.store import SampleStore
-    from e3rl.evaluate.study import Plan
+    from e3rl.evaluate.study import SamplingPlan
     from e3rl.models import Policy
     from e3rl.types import Problem
 
@@ -86,13 +86,13 @@ def _evaluate(
     from e3rl.data.loading import spread
     from e3rl.evaluate.identity import settings_of
     from e3rl.evaluate.store import SampleStore
-    from e3rl.evaluate.study import Plan, conclude, missing
+    from e3rl.evaluate.study import SamplingPlan, conclude, missing
     from e3rl.lab.reward import graded_by_the_lab
     from e3rl.models import load_policy
 
     config = graded_by_the_lab(config, source)
     problems = spread(_problems(source, config, console), config.eval.limit)
-    plan = Plan(tuple(p.id for p in problems), config, options.erase)
+    plan = SamplingPlan(tuple(p.id for p in problems), config, options.erase)
     store = SampleStore(_directory(source, options, config))
     store.claim(settings_of(config))
     began = time.monotonic()
@@ -154,7 +154,7 @@ def _sample(
     calibration: Any,
     policy: Policy,
     problems: Sequence[Problem],
-    plan: Plan,
+    plan: SamplingPlan,
     store: SampleStore,
 ) -> bool:
     """Draw what is missing, here and now."""
@@ -181,7 +181,7 @@ def _sample(
         return sampler.run(plan, store, shard, live.add)
 
 
-def _divide(source: str, options: argparse.Namespace, plan: Plan, store: SampleStore) -> bool:
+def _divide(source: str, options: argparse.Namespace, plan: SamplingPlan, store: SampleStore) -> bool:
     """Let worker processes draw what is missing, the equal budget's samples in a second round."""
     import torch
 

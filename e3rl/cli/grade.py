@@ -52,10 +52,10 @@ def run(options: argparse.Namespace) -> int:
 def _grade(options: argparse.Namespace, out: IO[str]) -> Counter[bool | None]:
     """Write every line of the file with its grade; lines that can't be read get null and say where they are."""
     from e3rl.rewards.grading import Grade, grade_all
-    from e3rl.rewards.pool import WorkerPool
+    from e3rl.rewards.pool import ProcessPool
 
     counts: Counter[bool | None] = Counter()
-    pool = WorkerPool(options.workers, options.timeout)
+    pool = ProcessPool(options.workers, options.timeout)
     try:
         for batch in _batches(options.file):
             good = [row for row, fault in batch if fault is None]

@@ -21,7 +21,7 @@ from e3rl.data.rows import PROMPT_NAMES, lookup
 from e3rl.errors import UserError
 from e3rl.models import Outline
 from e3rl.rewards.grading import grade_all
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 from e3rl.sections import toml_value
 from e3rl.types import Problem
 
@@ -237,7 +237,7 @@ def reward_choice(asked: str, source: str, columns: Columns | None, problems: Se
     if not columns or not columns.answer:
         return Choice("rewards", "functions", ["my_rewards.py:reward"], "no column with answers: write this function")
     tried = [p.answer or "" for p in spread(problems, _TRIED_ANSWERS)]
-    pool = WorkerPool(1, 5.0)
+    pool = ProcessPool(1, 5.0)
     try:
         right = sum(grade.correct is True for grade in grade_all([(a, a) for a in tried], pool))
     finally:

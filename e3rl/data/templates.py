@@ -12,7 +12,7 @@ from typing import Any
 
 from e3rl.errors import UserError
 from e3rl.lab.tokenizer import CHAT_TEMPLATE as OWN_TEMPLATE
-from e3rl.rewards.pool import Task, WorkerPool
+from e3rl.rewards.pool import PooledCall, ProcessPool
 
 SECONDS = 5.0
 """For one conversation. Templates that people use take some milliseconds."""
@@ -67,7 +67,7 @@ def _rendered(template: str, given: Mapping[str, Any], chats: Sequence[list[dict
         render = renderer(json.dumps([template, dict(given)]))
         return [_or_refusal(render, chat) for chat in chats]
     setup = json.dumps([template, dict(given)])
-    tasks = [Task(f"{__name__}:renderer", {"chat": chat}, memory=_MEMORY, setup=setup) for chat in chats]
+    tasks = [PooledCall(f"{__name__}:renderer", {"chat": chat}, memory=_MEMORY, setup=setup) for chat in chats]
     texts: list[str] = []
     while len(texts) < len(tasks):  # the first alone, then some together: a template that hangs does so once
         outcomes = _pool().map(tasks[len(texts) :][: _TOGETHER if texts else 1])
@@ -86,8 +86,8 @@ def _or_refusal(render: Callable[..., str], chat: list[dict[str, str]]) -> str:
 
 
 @functools.cache
-def _pool() -> WorkerPool:
-    return WorkerPool(1, SECONDS)
+def _pool() -> ProcessPool:
+    return ProcessPool(1, SECONDS)
 
 
 def renderer(setup: str) -> Callable[..., str]:

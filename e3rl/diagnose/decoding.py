@@ -26,7 +26,7 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 
 
 @dataclass(frozen=True)
-class Setting:
+class ErasureSetting:
     """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates; ``segments``: cut a response
     into so many, None: as configured; ``hot``: entropy and ε are those at temperature 1, whatever is drawn with;
     ``length_exponent``: above 0 long segments are doubted."""
@@ -76,22 +76,22 @@ _ENTROPY = (1.0, 0.0, 0.0, 0.0)
 _EPS = (0.0, 0.0, 0.0, 1.0)
 _BOTH = (1.0, 0.0, 0.0, LATE_EPS_WEIGHT)
 LATE, LATE_EPS, LATE_EPS_LENGTH, HALF_EPS = "whole", "whole+eps", "whole+eps+length", "half+eps"
-SETTINGS: Mapping[str, Setting] = {
-    "paper-1": Setting("U, paper, κ₀ = 1", _PAPER, 1.0),
-    "paper-2": Setting("U, paper, κ₀ = 2", _PAPER, 2.0),
-    "paper+eps": Setting("U + ε, κ₀ = 1", (1.0, 0.5, 0.1, 1.0), 1.0),
-    "eps-0.5": Setting("ε, κ₀ = 0.5", _EPS, 0.5),
-    "eps-1": Setting("ε, κ₀ = 1", _EPS, 1.0),
-    "whole-mild": Setting("entropy of the whole response, κ₀ = 0.5", _ENTROPY, 0.5, segments=1),
-    LATE: Setting("entropy of the whole response, κ₀ = −0.5", _ENTROPY, -0.5, segments=1),
-    LATE_EPS: Setting(
+SETTINGS: Mapping[str, ErasureSetting] = {
+    "paper-1": ErasureSetting("U, paper, κ₀ = 1", _PAPER, 1.0),
+    "paper-2": ErasureSetting("U, paper, κ₀ = 2", _PAPER, 2.0),
+    "paper+eps": ErasureSetting("U + ε, κ₀ = 1", (1.0, 0.5, 0.1, 1.0), 1.0),
+    "eps-0.5": ErasureSetting("ε, κ₀ = 0.5", _EPS, 0.5),
+    "eps-1": ErasureSetting("ε, κ₀ = 1", _EPS, 1.0),
+    "whole-mild": ErasureSetting("entropy of the whole response, κ₀ = 0.5", _ENTROPY, 0.5, segments=1),
+    LATE: ErasureSetting("entropy of the whole response, κ₀ = −0.5", _ENTROPY, -0.5, segments=1),
+    LATE_EPS: ErasureSetting(
         "entropy + 0.3 ε of the whole response, the calmest fifth stays",
         _BOTH,
         quantile=0.2,
         segments=1,
         hot=True,
     ),
-    LATE_EPS_LENGTH: Setting(
+    LATE_EPS_LENGTH: ErasureSetting(
         "entropy + 0.3 ε of the whole response, times √length, the calmest fifth stays",
         _BOTH,
         quantile=0.2,
@@ -99,7 +99,7 @@ SETTINGS: Mapping[str, Setting] = {
         hot=True,
         length_exponent=LENGTH_EXPONENT,
     ),
-    HALF_EPS: Setting(
+    HALF_EPS: ErasureSetting(
         "entropy + 0.3 ε of each half, the calmest fifth stays", _BOTH, quantile=0.2, segments=2, hot=True
     ),
 }

@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """``kind``: 'ok', 'note' (worth knowing) or 'problem'. ``repair`` puts it right, where that is safe."""
 
     kind: Literal["ok", "note", "problem"]

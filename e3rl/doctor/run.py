@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from e3rl.doctor.finding import Finding
+from e3rl.doctor.finding import CheckResult
 from e3rl.errors import UserError
 from e3rl.files import MANIFEST, damage, is_litter, write_text
 from e3rl.train.checkpoint import list_checkpoints
@@ -38,33 +38,33 @@ def _without(path: Path, damaged: Sequence[int]) -> Callable[[], None]:
     return repair
 
 
-def check_config(run: Path) -> Iterator[Finding]:
+def check_config(run: Path) -> Iterator[CheckResult]:
     """The resolved recipe reads back."""
     try:
         config = read_config(run)
     except UserError as error:
-        yield Finding("problem", "config.toml", f"{error}. Restore it from the recipe that started the run")
+        yield CheckResult("problem", "config.toml", f"{error}. Restore it from the recipe that started the run")
         return
-    yield Finding("ok", "config.toml", f"{config.objective.name} on {config.data.train}, model {config.model.path}")
+    yield CheckResult("ok", "config.toml", f"{config.objective.name} on {config.data.train}, model {config.model.path}")
 
 
-def check_logs(run: Path) -> Iterator[Finding]:
+def check_logs(run: Path) -> Iterator[CheckResult]:
     """The line-a-step logs: every line reads, and steps follow each other."""
     for name in LOGS:
         path = run / name
         if not path.exists():
             if name == "metrics.jsonl" and any(list_checkpoints(run)[:-1]):
-                yield Finding("problem", name, "is missing, though steps were trained")
+                yield CheckResult("problem", name, "is missing, though steps were trained")
             continue
         kept, damaged = survey_lines(path)
         if damaged:
             text = f"line {', '.join(map(str, damaged))} can't be read: cut short by a crash, or damaged"
-            yield Finding("problem", name, text, _without(path, damaged))
+            yield CheckResult("problem", name, text, _without(path, damaged))
         else:
-            yield Finding("ok", name, f"{len(kept)} lines")
+            yield CheckResult("ok", name, f"{len(kept)} lines")
     steps = [r.get("step") for r in read_lines(run / "metrics.jsonl")]
     if steps != list(range(1, len(steps) + 1)):
-        yield Finding("problem", "metrics.jsonl", "its steps do not follow each other from 1")
+        yield CheckResult("problem", "metrics.jsonl", "its steps do not follow each other from 1")
 
 
 def _ledger_problem(path: Path) -> str | None:
@@ -78,69 +78,69 @@ def _ledger_problem(path: Path) -> str | None:
     return None
 
 
-def check_rollouts(run: Path) -> Iterator[Finding]:
+def check_rollouts(run: Path) -> Iterator[CheckResult]:
     """Every step of the log has its rollouts, and they can be read."""
     paths = sorted((run / "rollouts").glob("step-*.parquet"))
     for path in paths:
         problem = _ledger_problem(path)
         if problem:
-            yield Finding("problem", f"rollouts/{path.name}", problem, _put_aside(path))
+            yield CheckResult("problem", f"rollouts/{path.name}", problem, _put_aside(path))
     logged = {r.get("step") for r in read_lines(run / "metrics.jsonl")}
     missing = sorted(s for s in logged - {int(p.stem.removeprefix("step-")) for p in paths} if isinstance(s, int))
     if missing:
-        yield Finding("problem", "rollouts", f"the rollouts of step {ranges(missing)} are missing")
-    yield Finding("ok", "rollouts", f"{len(paths)} files")
+        yield CheckResult("problem", "rollouts", f"the rollouts of step {ranges(missing)} are missing")
+    yield CheckResult("ok", "rollouts", f"{len(paths)} files")
 
 
-def check_checkpoints(run: Path) -> Iterator[Finding]:
+def check_checkpoints(run: Path) -> Iterator[CheckResult]:
     """Checkpoints by their checksums, and the finished model."""
     checkpoints = list_checkpoints(run)
     for directory in checkpoints:
         problem = damage(directory)
         name = f"checkpoints/{directory.name}"
         if problem:
-            yield Finding("problem", name, f"{problem}; the one before will be used", _put_aside(directory))
+            yield CheckResult("problem", name, f"{problem}; the one before will be used", _put_aside(directory))
         else:
-            yield Finding("ok", name, "intact")
+            yield CheckResult("ok", name, "intact")
     if (run / "model" / MANIFEST).exists() and (problem := damage(run / "model")):
-        yield Finding("problem", "model", f"{problem}; write it again with --resume after deleting summary.json")
+        yield CheckResult("problem", "model", f"{problem}; write it again with --resume after deleting summary.json")
 
 
-def check_journal(run: Path) -> Iterator[Finding]:
+def check_journal(run: Path) -> Iterator[CheckResult]:
     """Journals of rollouts that no checkpoint holds."""
     for path in sorted((run / "journal").glob("step-*.journal")):
         kept, torn = survey(path.read_bytes())
         text = kept + (f", and {torn} bytes that a kill cut short" if torn else "")
-        yield Finding("note" if torn else "ok", f"journal/{path.name}", text)
+        yield CheckResult("note" if torn else "ok", f"journal/{path.name}", text)
 
 
-def check_state(run: Path) -> Iterator[Finding]:
+def check_state(run: Path) -> Iterator[CheckResult]:
     """What was skipped, what was left half written, and how to go on."""
     if kept := skipped_steps(run):
-        yield Finding("note", "skipped", f"steps {', '.join(map(str, kept))} were skipped; see 'e3rl replay {run}'")
+        yield CheckResult("note", "skipped", f"steps {', '.join(map(str, kept))} were skipped; see 'e3rl replay {run}'")
     litter = [p for p in run.rglob(".*.tmp") if is_litter(p)]
     if litter:
         text = f"{len(litter)} half-written files of a killed process; the next start removes them"
-        yield Finding("note", "litter", text)
+        yield CheckResult("note", "litter", text)
     done = read_lines(run / "metrics.jsonl")
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        yield Finding("ok", "state", f"finished after {summary['steps']} steps")
+        yield CheckResult("ok", "state", f"finished after {summary['steps']} steps")
     except FileNotFoundError:
         intact = next((d.name for d in list_checkpoints(run) if not damage(d)), None)
         start = f"from {intact}" if intact else "from the beginning"
-        yield Finding("note", "state", f"unfinished, {len(done)} steps logged; --resume goes on {start}")
+        yield CheckResult("note", "state", f"unfinished, {len(done)} steps logged; --resume goes on {start}")
     except (ValueError, KeyError, TypeError) as error:
-        yield Finding("problem", "summary.json", f"is damaged: {error}", _put_aside(run / "summary.json"))
+        yield CheckResult("problem", "summary.json", f"is damaged: {error}", _put_aside(run / "summary.json"))
 
 
-def check_run(run: Path) -> Iterator[Finding]:
+def check_run(run: Path) -> Iterator[CheckResult]:
     """Everything about a run directory."""
     for check in (check_config, check_logs, check_rollouts, check_checkpoints, check_journal, check_state):
         yield from check(run)
 
 
-def repair_run(run: Path, findings: list[Finding]) -> int:
+def repair_run(run: Path, findings: list[CheckResult]) -> int:
     """Put right what can be; how many. Refused while a process trains in the directory."""
     held = RunDirectory(run)  # clears half-written files
     try:

@@ -19,7 +19,7 @@ from e3rl.evaluate.tables import difference_cells
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureDifference:
     """One figure of both sides, and A's minus B's."""
 
     a: float
@@ -27,7 +27,7 @@ class Row:
     difference: Difference
 
 
-def compare(a: Path, b: Path, modes: tuple[str, str] = ("plain", "plain")) -> dict[str, Row]:
+def compare(a: Path, b: Path, modes: tuple[str, str] = ("plain", "plain")) -> dict[str, FigureDifference]:
     """Avg, and Pass@k and Maj@k for every power of two that both have samples for, by name."""
     left, right = (_samples(path, mode) for path, mode in zip((a, b), modes, strict=True))
     _require_same_problems(a, b)
@@ -44,8 +44,8 @@ def compare(a: Path, b: Path, modes: tuple[str, str] = ("plain", "plain")) -> di
     return found
 
 
-def _row(a_P: np.ndarray, b_P: np.ndarray) -> Row:
-    return Row(float(a_P.mean()), float(b_P.mean()), paired_difference(a_P, b_P))
+def _row(a_P: np.ndarray, b_P: np.ndarray) -> FigureDifference:
+    return FigureDifference(float(a_P.mean()), float(b_P.mean()), paired_difference(a_P, b_P))
 
 
 def _samples(path: Path, mode: str) -> list[Sample]:

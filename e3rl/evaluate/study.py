@@ -26,7 +26,7 @@ Progress = Callable[[Sequence[Sample]], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """``eval.num_samples`` of each problem, plain and, where ``erase`` says so, erasable."""
 
     problems: tuple[str, ...]
@@ -63,13 +63,13 @@ class Plan:
         return self.units("plain", extra, round=len(round_sizes(self.config)), first=self.samples) if extra > 0 else []
 
 
-def tables(plan: Plan, samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
+def tables(plan: SamplingPlan, samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
     """The first ``plan.samples`` samples of each problem by mode."""
     kept = [s for s in samples if s.sample < plan.samples]
     return {mode: by_problem([s for s in kept if s.mode == mode], plan.problems) for mode in plan.modes}
 
 
-def missing(plan: Plan, store: SampleStore) -> list[Unit]:
+def missing(plan: SamplingPlan, store: SampleStore) -> list[Unit]:
     """What has to be sampled next: the named groups first; the equal budget is known once they are all there."""
     return store.missing(plan.wanted()) or store.missing(plan.more_plain(tables(plan, store.samples())))
 
@@ -85,7 +85,7 @@ class Sampler:
     calibration: CalibrationStatistics | None
     deadline: float = math.inf
 
-    def run(self, plan: Plan, store: SampleStore, shard: Shard, progress: Progress) -> bool:
+    def run(self, plan: SamplingPlan, store: SampleStore, shard: Shard, progress: Progress) -> bool:
         """Sample all that is missing of the shard; False where the deadline came first. No group is left half drawn."""
         engine: Engine | None = None
         with store.writer(shard) as writer:
@@ -115,7 +115,7 @@ class Sampler:
                 yield graded(group, self.scorer, self.policy.tokenizer, mode=mode, round=rounds[first], first=first)
 
 
-def conclude(plan: Plan, store: SampleStore, facts: dict[str, Any], ks: Sequence[int] = ()) -> dict[str, Any]:
+def conclude(plan: SamplingPlan, store: SampleStore, facts: dict[str, Any], ks: Sequence[int] = ()) -> dict[str, Any]:
     """The figures of a complete directory, written there with the table of samples. ``facts`` stand before them."""
     samples = store.samples()
     table = tables(plan, samples)

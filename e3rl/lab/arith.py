@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from e3rl.lab.family import Family, Step, Task
+from e3rl.lab.family import Family, LabTask, Step
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?:\.\d+)?")
 _WORDINGS = ("What is {}?", "Calculate {}.", "How much is {}?", "What does {} equal?", "Please work out {}.")
@@ -28,7 +28,7 @@ _DESCRIPTIONS = {
 }
 
 
-def draw(level: int, rng: Random) -> Task:
+def draw(level: int, rng: Random) -> LabTask:
     """A random question of the level. Differences are never negative."""
     operators, first, second = _LEVELS[level]
     operator = rng.choice(operators)
@@ -36,7 +36,7 @@ def draw(level: int, rng: Random) -> Task:
     answer = {"+": a + b, "-": a - b, "*": a * b}[operator]
     left, right = (a, b) if operator == "-" or rng.random() < 0.5 else (b, a)
     question = rng.choice(_WORDINGS).format(f"{left} {operator} {right}")
-    return Task(question, str(answer), f"{left} {operator} {right} = {answer}", key=f"{a}{operator}{b}")
+    return LabTask(question, str(answer), f"{left} {operator} {right} = {answer}", key=f"{a}{operator}{b}")
 
 
 def _last_number(text: str) -> re.Match[str] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from e3rl.lab.family import Family, Step, Task
+from e3rl.lab.family import Family, LabTask, Step
 
 _OPERATIONS = {1: 2, 2: 3, 3: 5, 4: 7, 5: 9, 6: 12}
 _EQUATION = re.compile(r"(\d\d)([+-])(\d)=(\d\d)")
@@ -25,7 +25,7 @@ def _parse(question: str) -> tuple[int, list[str]]:
     return int(question[:2]), re.findall(r"[+-]\d", question[2:])
 
 
-def draw(level: int, rng: Random) -> Task:
+def draw(level: int, rng: Random) -> LabTask:
     """A random start and as many random operations as the level asks."""
     start = rng.randrange(100)
     operations = [rng.choice("+-") + str(rng.randrange(1, 10)) for _ in range(_OPERATIONS[level])]
@@ -36,7 +36,7 @@ def draw(level: int, rng: Random) -> Task:
         value = after
     question = f"{start:02d}{''.join(operations)}:"
     answer = f"{value:02d}"
-    return Task(question=question, answer=answer, solution=";".join([*lines, f"A:{answer}"]), key=question)
+    return LabTask(question=question, answer=answer, solution=";".join([*lines, f"A:{answer}"]), key=question)
 
 
 def _is_right(text: str, before: str, operation: str | None) -> bool:

@@ -8,7 +8,7 @@ from random import Random
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class LabTask:
     """One drawn problem. ``key`` identifies its content: tasks that differ in wording or order alone share it."""
 
     question: str
@@ -34,7 +34,7 @@ class Family:
     name: str
     levels: Mapping[int, str]
     training_level: int
-    draw: Callable[[int, Random], Task]
+    draw: Callable[[int, Random], LabTask]
     steps: Callable[[str, str, str], list[Step]]
     """(question, answer, response) -> the steps that the response takes."""
     grade: Callable[[str, str, str], bool]

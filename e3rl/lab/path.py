@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from e3rl.lab.family import Family, Step, Task
+from e3rl.lab.family import Family, LabTask, Step
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _PathShape:
     """What the graphs of a level look like; ranges include both ends.
 
     ``length`` edges lead from start to target; ``dead_ends`` nodes on the way also have a branch of ``depth`` nodes that
@@ -34,18 +34,18 @@ class _Shape:
 
 
 _SHAPES = {
-    1: _Shape(length=2, dead_ends=(1, 2), detours=(0, 0)),
-    2: _Shape(length=3, dead_ends=(1, 3)),
-    3: _Shape(length=4, dead_ends=(2, 3)),
-    4: _Shape(length=5, dead_ends=(3, 4)),
-    5: _Shape(length=6, dead_ends=(4, 5)),
-    6: _Shape(length=6, dead_ends=(4, 5), depth=2),
+    1: _PathShape(length=2, dead_ends=(1, 2), detours=(0, 0)),
+    2: _PathShape(length=3, dead_ends=(1, 3)),
+    3: _PathShape(length=4, dead_ends=(2, 3)),
+    4: _PathShape(length=5, dead_ends=(3, 4)),
+    5: _PathShape(length=6, dead_ends=(4, 5)),
+    6: _PathShape(length=6, dead_ends=(4, 5), depth=2),
 }
 
 Edges = frozenset[tuple[str, str]]
 
 
-def draw(level: int, rng: Random) -> Task:
+def draw(level: int, rng: Random) -> LabTask:
     """A random graph of the level's shape, with random letters and its edges in random order."""
     shape = _SHAPES[level]
     letters = iter(rng.sample(string.ascii_lowercase, len(string.ascii_lowercase)))
@@ -62,7 +62,7 @@ def draw(level: int, rng: Random) -> Task:
     answer = "".join(way[1:])
     question = "".join(f"{a}{b};" for a, b in edges) + f"{ends}:"
     key = "".join(f"{a}{b};" for a, b in sorted(edges)) + ends
-    return Task(question=question, answer=answer, solution=answer, key=key)
+    return LabTask(question=question, answer=answer, solution=answer, key=key)
 
 
 def _parse(question: str) -> tuple[Edges, str, str]:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from e3rl.errors import UserError, unknown
 from e3rl.lab import arith, chain, path, ways
-from e3rl.lab.family import Family, Step, Task
+from e3rl.lab.family import Family, LabTask, Step
 from e3rl.types import Problem
 
 Split = Literal["train", "heldout"]
@@ -30,7 +30,7 @@ _PATIENCE = 5000  # draws in a row without a new problem before a level counts a
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class LabSelection:
     """What a name such as ``lab:chain:1-3`` selects."""
 
     family: str
@@ -52,7 +52,7 @@ def _checked(name: str, level: int, split: str) -> Family:
     return family
 
 
-def parse(name: str) -> Selection:
+def parse(name: str) -> LabSelection:
     """``lab:FAMILY`` (its training level), ``lab:FAMILY:LEVEL`` or ``lab:FAMILY:FIRST-LAST``."""
     match = re.fullmatch(r"lab:(\w+)(?::(\d+)(?:-(\d+))?)?", name)
     if match is None:
@@ -64,7 +64,7 @@ def parse(name: str) -> Selection:
         raise UserError(f"'{name}': levels run from low to high, so write lab:{family.name}:{last}-{first}")
     for level in (first, last):
         _checked(family.name, level, "train")
-    return Selection(family.name, tuple(range(first, last + 1)))
+    return LabSelection(family.name, tuple(range(first, last + 1)))
 
 
 def half(family: str, key: str) -> Split:
@@ -72,7 +72,7 @@ def half(family: str, key: str) -> Split:
     return "train" if hashlib.sha256(f"{family}/{key}".encode()).digest()[0] % 2 else "heldout"
 
 
-def _tasks(family: Family, level: int, split: Split, seed: int) -> Iterator[Task]:
+def _tasks(family: Family, level: int, split: Split, seed: int) -> Iterator[LabTask]:
     """Tasks of one half without repetition, until the level has no more."""
     rng, seen, misses = Random(f"{family.name}/{level}/{split}/{seed}"), set[str](), 0
     while misses < _PATIENCE:
@@ -85,7 +85,7 @@ def _tasks(family: Family, level: int, split: Split, seed: int) -> Iterator[Task
         yield task
 
 
-def _problem(family: Family, level: int, id: str, task: Task) -> Problem:
+def _problem(family: Family, level: int, id: str, task: LabTask) -> Problem:
     columns = {"family": family.name, "level": level, "question": task.question, "solution": task.solution}
     return Problem(id=id, prompt=task.question, answer=task.answer, columns=columns)
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from random import Random
 
 from e3rl.lab import path
-from e3rl.lab.family import Family, Task
+from e3rl.lab.family import Family, LabTask
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _WaysShape:
     """``ways`` separate ways of ``length`` edges each; ``dead_ends`` of the nodes on them also lead nowhere."""
 
     ways: int
@@ -28,15 +28,15 @@ class _Shape:
 
 
 _SHAPES = {
-    1: _Shape(ways=2, length=2, dead_ends=2),
-    2: _Shape(ways=2, length=3, dead_ends=2),
-    3: _Shape(ways=3, length=3, dead_ends=3),
-    4: _Shape(ways=2, length=4, dead_ends=3),
-    5: _Shape(ways=3, length=4, dead_ends=4),
+    1: _WaysShape(ways=2, length=2, dead_ends=2),
+    2: _WaysShape(ways=2, length=3, dead_ends=2),
+    3: _WaysShape(ways=3, length=3, dead_ends=3),
+    4: _WaysShape(ways=2, length=4, dead_ends=3),
+    5: _WaysShape(ways=3, length=4, dead_ends=4),
 }
 
 
-def draw(level: int, rng: Random) -> Task:
+def draw(level: int, rng: Random) -> LabTask:
     """A random graph of the level's shape, with random letters and its edges in random order."""
     shape = _SHAPES[level]
     letters = iter(rng.sample(string.ascii_lowercase, len(string.ascii_lowercase)))
@@ -49,7 +49,7 @@ def draw(level: int, rng: Random) -> Task:
     answer = "".join([*rng.choice(inner), target])
     question = "".join(f"{a}{b};" for a, b in edges) + f"{start}>{target}:"
     key = "".join(f"{a}{b};" for a, b in sorted(edges)) + f"{start}>{target}"
-    return Task(question=question, answer=answer, solution=answer, key=key)
+    return LabTask(question=question, answer=answer, solution=answer, key=key)
 
 
 FAMILY = Family(

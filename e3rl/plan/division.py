@@ -22,7 +22,7 @@ _DIVIDES: dict[str, frozenset[str]] = {
 
 
 @dataclass(frozen=True)
-class Division:
+class ShardCounts:
     """Into how many parts what is kept of a model is divided."""
 
     ranks: int
@@ -32,7 +32,7 @@ class Division:
     keeps_gathered: bool  # zero2 keeps a layer's whole weights from its forward to its backward pass
 
     @classmethod
-    def of(cls, model: Any, parallel: str, ranks: int) -> Division:
+    def of(cls, model: Any, parallel: str, ranks: int) -> ShardCounts:
         """The division of ``model``; that of a single rank divides nothing."""
         if ranks > 1 and parallel == "none":
             raise UserError(

@@ -24,7 +24,7 @@ from e3rl.errors import UserError
 from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path
 from e3rl.objectives import build as build_objective
-from e3rl.plan.division import Division
+from e3rl.plan.division import ShardCounts
 from e3rl.train.prompts import number_of_steps
 from e3rl.train.scoring import chunk_bytes, gradient_bytes
 
@@ -163,7 +163,7 @@ def _kv_cache(config: Config, model: Any, capacity: int) -> int:
 
 
 def _held(
-    config: Config, model: Any, needs: frozenset[str], capacity: int, division: Division, on_cpu: bool
+    config: Config, model: Any, needs: frozenset[str], capacity: int, division: ShardCounts, on_cpu: bool
 ) -> dict[str, int]:
     total = sum(p.nbytes for p in model.parameters())
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -184,7 +184,7 @@ def _held(
 
 
 def _phases(
-    config: Config, model: Any, tokens: int, longest: int, needs: frozenset[str], division: Division, on_cpu: bool
+    config: Config, model: Any, tokens: int, longest: int, needs: frozenset[str], division: ShardCounts, on_cpu: bool
 ) -> dict[str, dict[str, int]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     shape = model.config.get_text_config(decoder=True)
@@ -217,7 +217,7 @@ def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     """Count everything on one of ``ranks`` devices that train together; loads no weights."""
     needs = frozenset(build_objective(config.objective).needs)
     model = shape_of(config.model)
-    division = Division.of(model, config.train.parallel, ranks)
+    division = ShardCounts.of(model, config.train.parallel, ranks)
     prompt, assumed, problems = _data(config)
     rollout, train = config.rollout, config.train
     step_tokens = train.prompts_per_step * rollout.num_generations * rollout.completion_limit

@@ -83,7 +83,7 @@ class StepTime:
 
 
 @dataclass(slots=True)
-class _Sibling:
+class _SimulatedSibling:
     segment: int = 0
     drawn: bool = False  # its first candidate of this segment is there, and waits for the others
     attempt: int = 0
@@ -92,7 +92,7 @@ class _Sibling:
 
 
 @dataclass(slots=True)
-class _Worker:
+class _SimulatedWorker:
     rows: int
     clock: float = 0.0
     steps: int = 0  # tokens that a row would have had decoded if it had been there all the time
@@ -104,7 +104,7 @@ class _Group:
     """A group on its way; the same rules as `e3rl.rollout.group`, with chance in the place of the judge."""
 
     def __init__(self, work: Work, chance: random.Random) -> None:
-        self.siblings = [_Sibling() for _ in range(work.siblings)]
+        self.siblings = [_SimulatedSibling() for _ in range(work.siblings)]
         self._work, self._chance = work, chance
         self.tokens = self.erased = 0
         self.waited = 0.0
@@ -156,7 +156,7 @@ def simulate_rollouts(work: Work, costs: Costs, workers: int, rows: int, seed: i
         raise UserError(f"{workers} workers of {rows} rows: at least 1 worker with room for a group of {work.siblings}")
     chance = random.Random(seed)
     waiting = [_Group(work, chance) for _ in range(work.groups)]
-    groups, engines = list(waiting), [_Worker(rows, costs.start) for _ in range(workers)]
+    groups, engines = list(waiting), [_SimulatedWorker(rows, costs.start) for _ in range(workers)]
     order = [(engine.clock, index) for index, engine in enumerate(engines)]
     heapq.heapify(order)
     serial = 0
@@ -185,7 +185,7 @@ def simulate_rollouts(work: Work, costs: Costs, workers: int, rows: int, seed: i
     return _summary(groups, engines, work)
 
 
-def _summary(groups: list[_Group], engines: list[_Worker], work: Work) -> RolloutTime:
+def _summary(groups: list[_Group], engines: list[_SimulatedWorker], work: Work) -> RolloutTime:
     seconds = max(engine.clock for engine in engines)
     in_flight = sum(engine.clock for engine in engines) / len(engines)
     held = in_flight * min(work.groups, sum(engine.rows // work.siblings for engine in engines)) * work.siblings

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from e3rl.plugins import load
 from e3rl.rewards.batch import Batch, Log, Part
-from e3rl.rewards.pool import Outcome, Task, WorkerPool
+from e3rl.rewards.pool import PooledCall, Outcome, ProcessPool
 from e3rl.types import Problem
 
 RewardFunction = Callable[..., Any]
@@ -266,12 +266,12 @@ def prepare(name: str) -> Callable[[Batch], dict[str, Any]]:
 class IsolatedFunction:
     """Calls a function by name in the workers, one trajectory at a time."""
 
-    def __init__(self, name: str, pool: WorkerPool) -> None:
+    def __init__(self, name: str, pool: ProcessPool) -> None:
         self._name, self._pool = name, pool
 
     def __call__(self, batch: Batch, log: Log) -> list[Part]:
         target = f"{prepare.__module__}:{prepare.__name__}"
-        tasks = [Task(target, {"batch": batch.only(i)}, setup=self._name) for i in range(len(batch))]
+        tasks = [PooledCall(target, {"batch": batch.only(i)}, setup=self._name) for i in range(len(batch))]
         outcomes = self._pool.map(tasks)
         return [self._part(i, outcome, log, len(batch)) for i, outcome in enumerate(outcomes)]
 

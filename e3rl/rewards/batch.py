@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from e3rl.types import Problem, Trajectory
 
 if TYPE_CHECKING:
-    from e3rl.rewards.pool import WorkerPool
+    from e3rl.rewards.pool import ProcessPool
 
 ChatMessage = dict[str, str]
 
@@ -98,7 +98,7 @@ class Log:
 class BatchReward(ABC):
     """A reward function in e3rl's own form: it sees whole trajectories and may use the killable workers."""
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: ProcessPool) -> None:
         self.pool = pool
 
     @abstractmethod

@@ -10,7 +10,7 @@ from e3rl.rewards.adapters import RewardFunction
 from e3rl.rewards.answers import Unboxed, last_box
 from e3rl.rewards.batch import Batch, BatchReward, Part
 from e3rl.rewards.grading import Grade, grade_all
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 from e3rl.types import Trajectory
 
 REWARDS = {
@@ -29,7 +29,7 @@ class MathReward(BatchReward):
     by its box alone.
     """
 
-    def __init__(self, pool: WorkerPool, unboxed: Unboxed = "last", cut_off_needs_box: bool = False) -> None:
+    def __init__(self, pool: ProcessPool, unboxed: Unboxed = "last", cut_off_needs_box: bool = False) -> None:
         super().__init__(pool)
         self._unboxed, self._cut_off_needs_box = unboxed, cut_off_needs_box
 

@@ -26,7 +26,7 @@ _DOUBT = re.compile(
 
 
 @dataclass(frozen=True)
-class Choice:
+class LetteredChoice:
     """A letter and the text that stands with it."""
 
     letter: str
@@ -38,7 +38,7 @@ def doubtful(text: str) -> bool:
     return _DOUBT.search(text) is not None
 
 
-def read_choice(text: str) -> Choice | None:
+def read_choice(text: str) -> LetteredChoice | None:
     """The choice that an answer is; None where it is something else. One bare letter is a choice."""
     text = text.strip().strip("*").strip()
     found = _LEADING.match(text)
@@ -51,15 +51,15 @@ def read_choice(text: str) -> Choice | None:
         ("=", "+", "-", "*", "/", "^", "_", "<", ">", "\\cup", "\\cap", "\\le", "\\ge", "\\in", "\\to")
     ):
         return None
-    return Choice((found[1] or found[2]).upper(), content)
+    return LetteredChoice((found[1] or found[2]).upper(), content)
 
 
-def settled(choice: Choice) -> bool:
+def settled(choice: LetteredChoice) -> bool:
     """Whether what stands with a letter neither takes it back nor names another one."""
     return not doubtful(choice.content) and {choice.letter} >= {m[1] for m in _letters(choice.content)}
 
 
-def stated_choice(text: str) -> Choice | None:
+def stated_choice(text: str) -> LetteredChoice | None:
     """The choice that a statement makes, such as what follows 'answer is'; None where it names several or takes one back."""
     text = _BECAUSE.split(text.strip().lstrip("*:").strip() + " ", maxsplit=1)[0].replace("**", "").strip()
     first = read_choice(text)
@@ -68,10 +68,10 @@ def stated_choice(text: str) -> Choice | None:
     if first is not None:
         return first if settled(first) else None
     letters = _letters(text)
-    return Choice(letters[0][1]) if len({m[1] for m in letters}) == 1 else None
+    return LetteredChoice(letters[0][1]) if len({m[1] for m in letters}) == 1 else None
 
 
-def last_choice(text: str) -> Choice | None:
+def last_choice(text: str) -> LetteredChoice | None:
     """The choice that running text ends with; None where its last clause with a letter offers several or denies it."""
     text = text.replace("**", "").strip()
     first = read_choice(text)
@@ -84,14 +84,14 @@ def last_choice(text: str) -> Choice | None:
     return None
 
 
-def _last_of(clause: str, letters: list[re.Match[str]]) -> Choice | None:
+def _last_of(clause: str, letters: list[re.Match[str]]) -> LetteredChoice | None:
     """The last letter of a clause, unless it stands in a list of letters or is denied."""
     last = letters[-1]
     before = letters[-2] if len(letters) > 1 else None
     if before is not None and before[1] != last[1] and _CONNECTED.fullmatch(clause[before.end() : last.start()]):
         return None
     start = before.end() if before is not None else 0
-    return None if doubtful(clause[start:]) else Choice(last[1].upper())
+    return None if doubtful(clause[start:]) else LetteredChoice(last[1].upper())
 
 
 def _letters(text: str) -> list[re.Match[str]]:

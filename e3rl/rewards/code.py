@@ -16,7 +16,7 @@ from typing import Any
 from e3rl.environments.sandbox import Limits, SandboxUnavailable, run_program
 from e3rl.errors import UserError
 from e3rl.rewards.batch import Batch, BatchReward, Part
-from e3rl.rewards.pool import Task, WorkerPool
+from e3rl.rewards.pool import PooledCall, ProcessPool
 
 _FENCE = re.compile(r"```[ \t]*(python3?|py|)[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
 _SHARE = 0.8  # of the workers' time limit: a slow program is wrong, not missing
@@ -166,7 +166,7 @@ class CodeReward(BatchReward):
 
     memory = 512 * 2**20
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: ProcessPool) -> None:
         super().__init__(pool)
         run_program("")  # refused here where programs can't be confined
 
@@ -183,7 +183,7 @@ class CodeReward(BatchReward):
                 "seconds": _SHARE * self.pool.timeout,
                 "memory": self.memory,
             }
-            tasks.append(Task(f"{__name__}:checked_tests", given))
+            tasks.append(PooledCall(f"{__name__}:checked_tests", given))
             places.append(place)
         for place, outcome in zip(places, self.pool.map(tasks), strict=True):
             parts[place] = _part(outcome.value, outcome.error)

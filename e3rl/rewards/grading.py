@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from e3rl.rewards.answers import Unboxed
-from e3rl.rewards.pool import Outcome, Task, WorkerPool
+from e3rl.rewards.pool import PooledCall, Outcome, ProcessPool
 
 LONGEST_RESPONSE = 2**21
 """Characters of a response beyond which only its end is read."""
@@ -23,7 +23,7 @@ class Grade:
 
 
 def grade_all(
-    pairs: Sequence[tuple[str | None, str]], pool: WorkerPool, *, unboxed: Unboxed | Sequence[Unboxed] = "last"
+    pairs: Sequence[tuple[str | None, str]], pool: ProcessPool, *, unboxed: Unboxed | Sequence[Unboxed] = "last"
 ) -> list[Grade]:
     """The grade of every (reference, response); ``unboxed`` for all, or for each.
 
@@ -36,7 +36,7 @@ def grade_all(
     ]
     distinct = list(dict.fromkeys(item for item in items if item is not None))
     tasks = [
-        Task(
+        PooledCall(
             "e3rl.rewards.math_check:check",
             {"gold": gold, "response": response, "unboxed": mode},
             CHECK_MEMORY,

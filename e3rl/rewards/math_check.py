@@ -14,7 +14,7 @@ from e3rl.rewards.answers import (
     normalize,
     response_of,
 )
-from e3rl.rewards.choices import Choice, last_choice, read_choice, stated_choice
+from e3rl.rewards.choices import LetteredChoice, last_choice, read_choice, stated_choice
 from e3rl.rewards.compare import same_answer
 from e3rl.rewards.notation import clean, tidied
 from e3rl.rewards.quantities import read_quantity
@@ -65,7 +65,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _shown(choice: Choice) -> str:
+def _shown(choice: LetteredChoice) -> str:
     return f"{choice.letter}. {choice.content}" if choice.content else choice.letter
 
 
@@ -73,7 +73,7 @@ def _unmarked(response: str) -> bool:
     return boxed_answer(response) is None and after_marker(response) is None
 
 
-def _choice(response: str, unboxed: Unboxed) -> Choice | None:
+def _choice(response: str, unboxed: Unboxed) -> LetteredChoice | None:
     """The choice that a response makes: in its box, after 'answer is', or in what it ends with."""
     said = response_of(response)
     if said is None:

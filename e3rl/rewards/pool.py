@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PooledCall:
     """``target`` (``module:name``) called with ``arguments``; ``memory`` bounds its address space in bytes.
 
     With ``setup``, the target is first called with it, once a worker and outside the time limit, and returns the
@@ -71,7 +71,7 @@ class _Worker:
         self.index: int | None = None
         self.deadline = 0.0
 
-    def begin(self, index: int, task: Task, seconds: float) -> None:
+    def begin(self, index: int, task: PooledCall, seconds: float) -> None:
         """Hand over a task; the clock for it starts when the worker says so."""
         self.index, self.deadline = index, time.monotonic() + START_LIMIT
         self.connection.send((task.target, task.setup, dict(task.arguments), seconds, task.memory))
@@ -90,7 +90,7 @@ def _kill_all(workers: list[_Worker], owner: int) -> None:
             workers.pop().kill()
 
 
-class WorkerPool:
+class ProcessPool:
     """Up to ``workers`` processes, started when first needed; each task may take ``timeout`` seconds."""
 
     def __init__(self, workers: int, timeout: float) -> None:
@@ -105,22 +105,22 @@ class WorkerPool:
         """Process ids of the workers that live."""
         return [worker.process.pid for worker in self._workers]
 
-    def map(self, tasks: Sequence[Task]) -> list[Outcome]:
+    def map(self, tasks: Sequence[PooledCall]) -> list[Outcome]:
         """The outcome of every task, in order. A task whose worker dies is tried once more; one out of time is not."""
         if not self._finalizer.alive:
             raise UserError("the reward workers are closed; make a new scorer")
         with self._lock:
-            return _Batch(self, tasks).run()
+            return _MapCall(self, tasks).run()
 
     def close(self) -> None:
         """End all workers."""
         self._finalizer()
 
 
-class _Batch:
-    """One `WorkerPool.map`: which tasks wait, which run where, and what came of them."""
+class _MapCall:
+    """One `ProcessPool.map`: which tasks wait, which run where, and what came of them."""
 
-    def __init__(self, pool: WorkerPool, tasks: Sequence[Task]) -> None:
+    def __init__(self, pool: ProcessPool, tasks: Sequence[PooledCall]) -> None:
         self._pool, self._tasks = pool, tasks
         self._waiting = deque(range(len(tasks)))
         self._deaths = [0] * len(tasks)

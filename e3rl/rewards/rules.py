@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from e3rl.rewards.choices import Choice, read_choice, settled
+from e3rl.rewards.choices import LetteredChoice, read_choice, settled
 from e3rl.rewards.notation import clean, split_list, squeezed
 from e3rl.rewards.quantities import Quantity, read_quantity, same_number
 from e3rl.rewards.units import units_conflict
@@ -24,7 +24,7 @@ def by_choice(gold: str, answer: str) -> bool | None:
     return same_choice(wanted, chosen)
 
 
-def same_choice(wanted: Choice, chosen: Choice) -> bool:
+def same_choice(wanted: LetteredChoice, chosen: LetteredChoice) -> bool:
     """One letter, and no text beside it that contradicts the reference's or offers other letters."""
     if wanted.letter != chosen.letter:
         return False

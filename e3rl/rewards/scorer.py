@@ -14,7 +14,7 @@ from e3rl.plugins import load
 from e3rl.rewards.adapters import LARGEST, Adapter, IsolatedFunction, RewardFunction, adapt, contained, describe
 from e3rl.rewards.batch import Batch, BatchReward, Log, Part, TrainerState
 from e3rl.rewards.builtin import REWARDS, MathReward
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 from e3rl.types import Reward, Trajectory
 
 
@@ -52,7 +52,7 @@ class Scorer:
     ) -> None:
         self._limit = max_completion_length
         self.unboxed = config.unboxed
-        self._pool = WorkerPool(config.workers, config.timeout)
+        self._pool = ProcessPool(config.workers, config.timeout)
         self._functions = _weighted(config, functions, self._pool)
         self.trainer_state = TrainerState()
         self.counters = Counters()
@@ -115,7 +115,7 @@ def require_some(rewards: Sequence[Reward]) -> None:
         raise UserError(f"all {len(rewards)} rewards of this batch are missing. The first: {rewards[0].error}")
 
 
-def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: WorkerPool) -> list[_Weighted]:
+def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: ProcessPool) -> list[_Weighted]:
     if functions and config.isolate:
         raise UserError("rewards.isolate needs functions that a worker can import: name them in rewards.functions")
     chosen: list[tuple[str, Adapter]]
@@ -133,7 +133,7 @@ def _weighted(config: RewardsConfig, functions: Sequence[RewardFunction], pool: 
     return [_Weighted(n, w, call) for n, w, (_, call) in zip(names, weights, chosen, strict=True)]
 
 
-def _named(name: str, config: RewardsConfig, pool: WorkerPool) -> tuple[str, Adapter]:
+def _named(name: str, config: RewardsConfig, pool: ProcessPool) -> tuple[str, Adapter]:
     """A function of the config: its short name, and how to call it. Importing it here finds mistakes before the run."""
     function = load("reward", name, REWARDS)
     if not callable(function):
@@ -146,7 +146,7 @@ def _is_batch_reward(function: Any) -> bool:
     return isinstance(function, type) and issubclass(function, BatchReward)
 
 
-def _adapter(function: Any, pool: WorkerPool, config: RewardsConfig) -> Adapter:
+def _adapter(function: Any, pool: ProcessPool, config: RewardsConfig) -> Adapter:
     if function is MathReward:
         return _guarded(MathReward(pool, config.unboxed, config.cut_off_needs_box).score)
     if _is_batch_reward(function):

@@ -37,7 +37,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Extend:
+class ExtendRow:
     """Ask a row for a candidate, with a draw never used before; skipped where the row is full."""
 
     row: int
@@ -54,7 +54,7 @@ class Rollback:
 
 
 @dataclass(frozen=True)
-class Release:
+class ReleaseRow:
     """Forget a row; if it has an open request, that is cancelled."""
 
     row: int
@@ -65,7 +65,7 @@ class Poll:
     """Poll once."""
 
 
-Action = Start | Extend | Rollback | Release | Poll
+Action = Start | ExtendRow | Rollback | ReleaseRow | Poll
 """A step of a script. ``row`` counts modulo the rows held, so that every script is a legal one."""
 
 Transcript = dict[tuple[int, int], Candidate]
@@ -99,12 +99,12 @@ class _Player:
             self._poll()
         elif self.rows:
             row = list(self.rows)[action.row % len(self.rows)]
-            if isinstance(action, Release):
+            if isinstance(action, ReleaseRow):
                 self.engine.release(row)
                 del self.rows[row]
             else:
                 self._wait_for(row)
-                self._extend(row, action) if isinstance(action, Extend) else self._rollback(row, action)
+                self._extend(row, action) if isinstance(action, ExtendRow) else self._rollback(row, action)
         self._compare_books()
 
     def finish(self) -> None:
@@ -122,7 +122,7 @@ class _Player:
             self.rows[handle] = _PlayedRow(self.created, prompt=len(action.prompt))
             self.created += 1
 
-    def _extend(self, row: Row, action: Extend) -> None:
+    def _extend(self, row: Row, action: ExtendRow) -> None:
         played = self.rows[row]
         tokens = min(action.tokens, self.contract.max_length - played.prompt - played.length)
         if tokens < 1:
@@ -187,10 +187,10 @@ def random_script(seed: int, vocab_size: int, length: int = 14) -> list[Action]:
     makers: list[Callable[[], Action]] = [
         start,
         lambda: Rollback(rng.randrange(8), rng.randrange(12)),
-        lambda: Release(rng.randrange(8)),
+        lambda: ReleaseRow(rng.randrange(8)),
         Poll,
     ]
-    makers += [lambda: Extend(rng.randrange(8), rng.randint(1, 7), rng.choice(settings))] * 3
+    makers += [lambda: ExtendRow(rng.randrange(8), rng.randint(1, 7), rng.choice(settings))] * 3
     return [start(), *(rng.choice(makers)() for _ in range(length))]
 
 

@@ -12,7 +12,7 @@ from e3rl.config import DataConfig
 from e3rl.data import templates
 from e3rl.data.prompts import prompt_limit, render_prompts
 from e3rl.errors import UserError
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 from e3rl.types import Message, Problem, Prompt
 
 TEMPLATE = (
@@ -126,7 +126,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_a_sentence(tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = WorkerPool(1, 0.5)
+    pool = ProcessPool(1, 0.5)
     monkeypatch.setattr(templates, "_pool", lambda: pool)
     tokenizer.chat_template = ENDLESS[name]
     message = refusal(tokenizer, "1+1?")

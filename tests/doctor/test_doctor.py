@@ -14,7 +14,7 @@ import torch
 
 from e3rl.cli.main import main
 from e3rl.config import Config, RunConfig
-from e3rl.doctor.finding import Finding
+from e3rl.doctor.finding import CheckResult
 from e3rl.doctor.machine import check_exact, check_machine
 from e3rl.doctor.run import check_run
 from e3rl.train.checkpoint import Checkpoint, save_checkpoint
@@ -43,7 +43,7 @@ def _run(tmp_path: Path) -> Path:
     return directory.path
 
 
-def _problems(run: Path) -> list[Finding]:
+def _problems(run: Path) -> list[CheckResult]:
     return [f for f in check_run(run) if f.kind == "problem"]
 
 

@@ -19,9 +19,9 @@ from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import (
     EngineContract,
-    Extend,
+    ExtendRow,
     Poll,
-    Release,
+    ReleaseRow,
     Rollback,
     Start,
     assert_candidate,
@@ -78,9 +78,9 @@ SAMPLINGS = st.builds(
 ) | st.builds(Sampling, temperature=st.sampled_from([0.5, 1.0]), measured_at=st.sampled_from([1.0, 2.0]))
 TOKENS = st.integers(0, VOCAB - 1)
 STARTS = st.builds(Start, st.lists(TOKENS, min_size=1, max_size=9).map(tuple), st.integers(1, 3))
-EXTENDS = st.builds(Extend, st.integers(0, 9), st.integers(1, 6), SAMPLINGS)
+EXTENDS = st.builds(ExtendRow, st.integers(0, 9), st.integers(1, 6), SAMPLINGS)
 ROLLBACKS = st.builds(Rollback, st.integers(0, 9), st.integers(0, 20))
-OTHERS = ROLLBACKS | st.builds(Release, st.integers(0, 9)) | st.just(Poll())
+OTHERS = ROLLBACKS | st.builds(ReleaseRow, st.integers(0, 9)) | st.just(Poll())
 ACTIONS = st.lists(STARTS | EXTENDS | EXTENDS | OTHERS, min_size=2, max_size=16)
 SCRIPTS = st.builds(lambda start, rest: [start, *rest], STARTS, ACTIONS)
 
@@ -260,9 +260,9 @@ def test_admission_and_slots_do_not_show_in_the_result(max_rows):
     script = [
         Start((3, 4, 5), 3),
         Start((9,), 3),
-        *(Extend(i, 7 - i) for i in range(6)),
+        *(ExtendRow(i, 7 - i) for i in range(6)),
         Poll(),
-        *(Extend(i, 3) for i in range(6)),
+        *(ExtendRow(i, 3) for i in range(6)),
     ]
     expected = play(torch_engine(model, 6), script, contract(model))
     assert len(expected) == 12

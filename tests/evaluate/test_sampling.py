@@ -10,7 +10,7 @@ from e3rl.config import Config, EvalConfig, RolloutConfig
 from e3rl.evaluate.evaluation import SEED_OFFSET, evaluate, evaluation_settings, held_out_records
 from e3rl.evaluate.figures import evaluated_name, overall
 from e3rl.evaluate.samples import Sample, graded
-from e3rl.evaluate.study import Plan, Sampler
+from e3rl.evaluate.study import Sampler, SamplingPlan
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Draw, Reward, Trajectory
 from tests.rollout.worlds import ALONE, MEAN_ONLY, levels, prompt, roll, rollout
@@ -64,7 +64,7 @@ def _drawn(siblings: int, *, samples: int = 5, erase: bool = False) -> tuple[lis
     engine: Any = ScriptedEngine(levels({}))
     prompts, mode = [prompt("p"), prompt("q")], "erasable" if erase else "plain"
     sampler = Sampler(Tokenized(), prompts, config, Grader(), None)  # type: ignore[arg-type]
-    units = [u for u in Plan(("p", "q"), config, erase).wanted() if u.mode == mode]
+    units = [u for u in SamplingPlan(("p", "q"), config, erase).wanted() if u.mode == mode]
     found = [s for group in sampler._sample(engine, units) for s in group]
     return [call.draw for call in engine.made("extend")], found
 

@@ -12,7 +12,7 @@ from e3rl.evaluate.compare import compare
 from e3rl.evaluate.evaluation import even_sizes, round_sizes
 from e3rl.evaluate.identity import decoding
 from e3rl.evaluate.store import SampleStore, Shard, Unit
-from e3rl.evaluate.study import Plan
+from e3rl.evaluate.study import SamplingPlan
 from tests.evaluate.build import sample
 
 IDENTITY = {"weights": "w", "data": {"source": "d", "answers": "x", "problems": 2}, "decoding": {"temperature": 1.0}}
@@ -86,7 +86,9 @@ def test_shards_divide_the_problems():
 def test_many_samples_are_drawn_in_rounds():
     assert even_sizes(10, 4) == [4, 3, 3]
     assert even_sizes(4, 4) == [4]
-    plan = Plan(("a",), load_config(None, [], ["eval.num_samples=10", "rollout.num_generations=4"]), erase=False)
+    plan = SamplingPlan(
+        ("a",), load_config(None, [], ["eval.num_samples=10", "rollout.num_generations=4"]), erase=False
+    )
     assert [(u.round, u.first, u.size) for u in plan.wanted()] == [(0, 0, 4), (1, 4, 3), (2, 7, 3)]
 
 
@@ -133,7 +135,7 @@ def test_whatever_changes_a_plain_sample_makes_another_evaluation(override: str)
 
 
 def test_more_plain_samples_where_erasing_cost_more():
-    plan = Plan(("a",), load_config(None, [], ["eval.num_samples=2"]), erase=True)
+    plan = SamplingPlan(("a",), load_config(None, [], ["eval.num_samples=2"]), erase=True)
     plain = [[sample("a", 0), sample("a", 1)]]
     dear = [[sample("a", i, mode="erasable", generated=19) for i in range(2)]]
     assert plan.more_plain({"plain": plain, "erasable": dear}) == [Unit("plain", 1, "a", 2, 2)]

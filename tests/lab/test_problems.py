@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from e3rl.errors import UserError
-from e3rl.lab.problems import FAMILIES, Selection, first_error, generate, grade, half, load, parse, solution
+from e3rl.lab.problems import FAMILIES, LabSelection, first_error, generate, grade, half, load, parse, solution
 from e3rl.types import Problem
 
 LEVELS = [(family.name, level) for family in FAMILIES.values() for level in family.levels]
@@ -69,12 +69,12 @@ def test_both_halves_get_about_half_of_the_contents() -> None:
 @pytest.mark.parametrize(
     ("name", "selection"),
     [
-        ("lab:chain", Selection("chain", (FAMILIES["chain"].training_level,))),
-        ("lab:path:2", Selection("path", (2,))),
-        ("lab:chain:1-5", Selection("chain", (1, 2, 3, 4, 5))),
+        ("lab:chain", LabSelection("chain", (FAMILIES["chain"].training_level,))),
+        ("lab:path:2", LabSelection("path", (2,))),
+        ("lab:chain:1-5", LabSelection("chain", (1, 2, 3, 4, 5))),
     ],
 )
-def test_names(name: str, selection: Selection) -> None:
+def test_names(name: str, selection: LabSelection) -> None:
     assert parse(name) == selection
 
 

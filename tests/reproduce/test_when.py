@@ -9,12 +9,12 @@ import pytest
 
 from e3rl.cli.main import main
 from e3rl.diagnose.decoding import SETTINGS
-from e3rl_reproduce.measures import Way
+from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.study import LAB, PAPER, SMOKE, row_config
 from e3rl_reproduce.when import WHEN, chosen, figures
 from e3rl_reproduce.when_methods import BASELINES, METHODS, families, label, methods, ways
 
-WAYS = [Way(*fields) for fields in ways(LAB)]
+WAYS = [DecodingWay(*fields) for fields in ways(LAB)]
 
 
 def values(train: dict[str, list[int]], held_out: dict[str, list[int]]) -> dict[str, dict[str, dict[str, object]]]:
@@ -66,8 +66,8 @@ def test_every_row_is_a_recipe_and_they_differ_by_their_method_alone() -> None:
 
 @pytest.mark.parametrize("scale", ["smoke", "lab", "smollm2", "paper"])
 def test_ways_name_settings_that_exist_and_hold_both_kinds(scale: str) -> None:
-    here = [Way(*fields) for fields in ways(WHEN.at(scale))]
-    assert here[0] == Way(1.0)
+    here = [DecodingWay(*fields) for fields in ways(WHEN.at(scale))]
+    assert here[0] == DecodingWay(1.0)
     assert all(way.setting in SETTINGS for way in here if way.setting)
     assert {way.kind for way in here} == {"plain", "erasable"}
     assert len({way.name for way in here}) == len(here)

@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 
 from e3rl.rewards.grading import Grade, grade_all
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 
 PAIRS = [json.loads(line) for line in Path(__file__).with_name("pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool(1, 5.0)
+def pool() -> Iterator[ProcessPool]:
+    pool = ProcessPool(1, 5.0)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="module")
-def grades(pool: WorkerPool) -> list[Grade]:
+def grades(pool: ProcessPool) -> list[Grade]:
     return grade_all([(pair["gold"], pair["pred"]) for pair in PAIRS], pool)
 
 
@@ -62,7 +62,7 @@ def test_no_near_miss_is_accepted(grades: list[Grade]):
         ("5", "\\boxed{" + "1+" * 1500 + "1}", False, "the answer has 3001 characters, more than any reference answer"),
     ],
 )
-def test_reasons(pool: WorkerPool, gold: str | None, pred: str, correct: bool | None, reason: str):
+def test_reasons(pool: ProcessPool, gold: str | None, pred: str, correct: bool | None, reason: str):
     assert grade_all([(gold, pred)], pool) == [Grade(correct, reason)]
 
 
@@ -70,7 +70,7 @@ HANGING = ["9^{9^{9^9}}", "(10^9)!", r"\sum_{k=1}^{10^9} 1/k^2", r"\binom{10^7}{
 
 
 def test_no_input_takes_longer_than_the_deadline():
-    pool = WorkerPool(2, 0.5)
+    pool = ProcessPool(2, 0.5)
     try:
         grade_all([("x+1", "x+2")], pool)  # workers have started
         began = time.monotonic()
@@ -102,13 +102,13 @@ def test_no_input_takes_longer_than_the_deadline():
         "-",
     ],
 )
-def test_reading_is_fast_on_any_repetition(piece: str, pool: WorkerPool):
+def test_reading_is_fast_on_any_repetition(piece: str, pool: ProcessPool):
     began = time.process_time()
     grade_all([("1", piece * 3000), ("1", "answer is " + piece * 900), ("1", "\\boxed{" + piece * 900 + "}")], pool)
     assert time.process_time() - began < 5
 
 
-def test_equal_pairs_are_checked_once(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch):
+def test_equal_pairs_are_checked_once(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
     inner = pool.map
     monkeypatch.setattr(pool, "map", lambda tasks: (asked.append(len(tasks)), inner(tasks))[1])

@@ -9,7 +9,7 @@ import pytest
 from e3rl.rewards.answers import extract_answer, last_box, vote
 from e3rl.rewards.grading import grade_all
 from e3rl.rewards.math_check import check
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 
 REFUSED = {
     "a letter of the reference": [
@@ -119,7 +119,7 @@ def test_no_answer_raises_or_takes_long(response: str) -> None:
 
 
 def test_a_hurtful_answer_costs_one_reward_at_most() -> None:
-    pool = WorkerPool(1, 5.0)
+    pool = ProcessPool(1, 5.0)
     try:
         grades = grade_all([("57", response) for response in [*HURTFUL, r"\boxed{57}"]], pool)
     finally:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checker import measure, plainly_equal
-from e3rl.rewards.pool import WorkerPool
+from e3rl.rewards.pool import ProcessPool
 
 GOLDS = [json.loads(line)["answer"] for line in Path(__file__).with_name("golds.jsonl").read_text("utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[Counter[tuple[str, bool]], list[tuple[str, str, str, bool]]]:
-    pool = WorkerPool(1, 5.0)
+    pool = ProcessPool(1, 5.0)
     try:
         return measure(GOLDS, pool, 60)
     finally:
