@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.errors import UserError
-from e3rl.lab.directories import lab_directory
+from e3rl.lab import lab_directory
 from e3rl.lab.smollm2 import smollm2_directory
 from e3rl.parsing import read_json
 from e3rl.sections import shown

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from e3rl.lab.directories import lab_directory
+from e3rl.lab import lab_directory
 from e3rl.lab.problems import FAMILIES, generate
 
 

@@ -91,6 +91,9 @@ SMALL = 60
 """Lines below which a file with one importer belongs to that one."""
 
 SEAMS = {
+    "e3rl.cli": "a command is one file, imported only where it is chosen",
+    "e3rl.equations": "the papers' formulas stand together, a file a section",
+    "e3rl.evaluate.workers": "starts processes that evaluate a part each",
     "e3rl.objectives": "an objective is one file, chosen by name",
     "e3rl.lab": "a family of problems is one file, chosen by name",
 }

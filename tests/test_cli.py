@@ -16,7 +16,7 @@ from e3rl.cli import main
 from e3rl.cli.decode import LAB_PROBLEM
 from e3rl.config import Config, load_config
 from e3rl.generation import generate as decode
-from e3rl.lab.directories import lab_directory
+from e3rl.lab import lab_directory
 from e3rl.lab.problems import generate, half
 from e3rl.rollout.companions import find_companions
 from e3rl.rollout.statistics import CalibrationStatistics

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from e3rl.cli.live_text import LiveText
+from e3rl.cli.live import LiveText
 from e3rl.generation import Generation
 from e3rl.rollout.group import Committed, Erased
 from e3rl.rollout.metric import single_term, toy_candidate

@@ -10,7 +10,7 @@ import pytest
 from e3rl.cli.main import main
 from e3rl.config import Config, load_config
 from e3rl.plugins import foreign_code
-from e3rl.report.listener import ReportListener
+from e3rl.report.trackers import ReportListener
 from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 

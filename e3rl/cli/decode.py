@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from e3rl.cli.live_text import LiveText
+    from e3rl.cli.live import LiveText
     from e3rl.generation import generate
 
     policy = opened.load_policy()
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _record(generation: Generation, tokenizer: Any) -> dict[str, Any]:
+    from e3rl.data.pieces import Pieces
     from e3rl.train.ledger import response_columns
-    from e3rl.train.pieces import Pieces
 
     return {"text": generation.text, **response_columns(generation.trajectory, Pieces(tokenizer))}

@@ -1,4 +1,4 @@
-"""`e3rl diagnose`: can erasing help this model on these problems? Measured, with a page, before anything is trained."""
+"""Before erasing is used on a model: `e3rl diagnose` measures whether it can help, `e3rl calibrate` chooses its settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from e3rl.errors import UserError, unknown
 SETTINGS = "paper-1, paper-2, paper+eps, eps-0.5, eps-1, whole-mild, whole, whole+eps, whole+eps+length, half+eps"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
     parser.add_argument("data", help="problems like those it will be used on: a file, a hub id or lab:FAMILY[:LEVEL]")
     parser.add_argument("--problems", type=int, default=48, metavar="N", help="problems to look at (default 48)")
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def diagnose(options: argparse.Namespace) -> int:
+    """`e3rl diagnose`: can erasing help this model on these problems? Measured, with a page, before anything is trained."""
     if options.problems < 4 or options.retries < 1:
         raise UserError("--problems must be at least 4, --retries at least 1")
     from rich.console import Console
@@ -40,8 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.diagnose import decoding
     from e3rl.diagnose.advice import advise
     from e3rl.diagnose.diagnosis import diagnose
-    from e3rl.diagnose.page import write_diagnosis
-    from e3rl.diagnose.tables import decoding_table, signal_table
+    from e3rl.diagnose.page import decoding_table, signal_table, write_diagnosis
     from e3rl.lab.reward import graded_by_the_lab
 
     temperatures = options.temperatures or decoding.TEMPERATURES
@@ -76,4 +76,45 @@ def run(options: argparse.Namespace) -> int:
     for finding in advise(result):
         console.print(f"• {finding.text}", highlight=False)
     console.print(f"page: {write_diagnosis(options.output, result)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+KAPPAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+
+
+def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
+    parser.add_argument("data", help="problems like those it will be used on: a file, a hub id or lab:FAMILY[:LEVEL]")
+    parser.add_argument("--prompts", type=int, default=32, metavar="N", help="problems to sample (default 32)")
+    parser.add_argument(
+        "--target", type=float, default=0.1, metavar="SHARE", help="share of segments to erase (default 0.1)"
+    )
+    parser.add_argument("--recipe", help="take the other settings from this recipe; default: those beside the model")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to save; default: beside the model")
+    add_setting_arguments(parser)
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """`e3rl calibrate`: which erasure settings suit a model, and the calibration statistics that go with them."""
+    if not 0 < options.target < 1 or options.prompts < 1:
+        raise UserError("--target must lie between 0 and 1, --prompts must be at least 1")
+    opened = open_model(options)
+
+    from rich.console import Console
+
+    from e3rl.data.loading import load_problems
+    from e3rl.rollout.calibrate import calibrate, calibration_directory, calibration_table, compared_settings
+    from e3rl.rollout.companions import save_companions
+
+    directory = calibration_directory(options.model, options.output)
+    compared_settings(opened.config, KAPPAS)  # what can be wrong is found before the model is loaded
+    load_problems(options.data, config=opened.config.data, split="train")
+    policy = opened.load_policy()
+    result = calibrate(
+        policy, options.data, opened.config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS
+    )
+    console = Console()
+    console.print(calibration_table(result))
+    save_companions(directory, result.config, result.calibration)
+    console.print(f"Saved calibration statistics and settings in {directory}", soft_wrap=True, highlight=False)
     return 0

@@ -158,7 +158,7 @@ def _sample(
     store: SampleStore,
 ) -> bool:
     """Draw what is missing, here and now."""
-    from e3rl.cli.live_samples import LiveSamples
+    from e3rl.cli.live import LiveSamples
     from e3rl.data.prompts import render_prompts
     from e3rl.evaluate.identity import identity
     from e3rl.evaluate.store import Shard

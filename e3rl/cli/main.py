@@ -9,7 +9,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from e3rl import __version__
@@ -24,22 +24,28 @@ _COMMANDS = {
     "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
     "rehearse": ("e3rl.cli.rehearse", "run a recipe's commands and processes at a small size, before an expensive job"),
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
-    "compare": ("e3rl.cli.compare", "compare two evaluations on the same problems, with p-values"),
+    "compare": ("e3rl.cli.runs:compare", "compare two evaluations on the same problems, with p-values"),
     "grade": ("e3rl.cli.grade", "check answers: a file of references and responses, graded"),
     "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
-    "calibrate": ("e3rl.cli.calibrate", "choose erasure settings for a model, and gather its calibration statistics"),
-    "diagnose": ("e3rl.cli.diagnose", "find out whether erasing can help a model on given problems"),
-    "serve": ("e3rl.cli.serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
-    "rollout-server": ("e3rl.cli.rollout_server", "generate groups for a trainer on another machine"),
+    "calibrate": (
+        "e3rl.cli.diagnose:calibrate",
+        "choose erasure settings for a model, and gather its calibration statistics",
+    ),
+    "diagnose": ("e3rl.cli.diagnose:diagnose", "find out whether erasing can help a model on given problems"),
+    "serve": ("e3rl.cli.serve:serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
+    "rollout-server": ("e3rl.cli.serve:rollout_server", "generate groups for a trainer on another machine"),
     "plan": ("e3rl.cli.plan", "simulate a step on 1 to 1,024 GPUs: what takes the time, what more GPUs buy"),
     "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
     "reproduce": ("e3rl.cli.reproduce", "repeat the papers' tables and figures, at the scale that one can afford"),
-    "replay": ("e3rl.cli.replay", "learn a skipped step again and see where its NaN comes from"),
-    "doctor": ("e3rl.cli.doctor", "check this machine, or a run directory, and say what to put right"),
-    "view": ("e3rl.cli.view", "serve the page of one or several runs"),
-    "settings": ("e3rl.cli.settings", "list every setting, its default and where that comes from"),
-    "objectives": ("e3rl.cli.objectives", "list every objective with its options"),
+    "replay": ("e3rl.cli.runs:replay", "learn a skipped step again and see where its NaN comes from"),
+    "doctor": ("e3rl.cli.runs:doctor", "check this machine, or a run directory, and say what to put right"),
+    "view": ("e3rl.cli.runs:view", "serve the page of one or several runs"),
+    "settings": ("e3rl.cli.lists:settings", "list every setting, its default and where that comes from"),
+    "objectives": ("e3rl.cli.lists:objectives", "list every objective with its options"),
 }
+
+"""A command's file and its help. The file has `add_arguments` and `run`; one of several commands has, for each that is named
+behind the colon, `NAME_arguments` and `NAME`."""
 
 _WITH_SETTINGS = (
     *("data", "train", "rehearse", "eval", "decode", "calibrate", "diagnose"),
@@ -58,6 +64,13 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
+def _functions(command: str) -> tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]:
+    """What adds a command's arguments, and what runs it. Imports the command's file."""
+    file, _, name = _COMMANDS[command][0].partition(":")
+    module = importlib.import_module(file)
+    return (getattr(module, f"{name}_arguments"), getattr(module, name)) if name else (module.add_arguments, module.run)
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="e3rl",
@@ -66,7 +79,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"e3rl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, help) in _COMMANDS.items():
+    for name, (_, help) in _COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=help,
@@ -75,7 +88,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:  # only the chosen command's module is imported
-            importlib.import_module(module).add_arguments(sub)
+            _functions(command)[0](sub)
     return parser
 
 
@@ -105,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(options: argparse.Namespace) -> int:
     """Run the command that was chosen; what a person can put right is said here."""
     try:
-        return int(importlib.import_module(_COMMANDS[options.command][0]).run(options))
+        return _functions(options.command)[1](options)
     except UserError as error:
         print(f"e3rl: {error}", file=sys.stderr)
         return 2

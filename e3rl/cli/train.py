@@ -88,8 +88,7 @@ def train_rank(
     decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
-    from e3rl.report.listener import ReportListener
-    from e3rl.report.trackers import build_trackers
+    from e3rl.report.trackers import ReportListener, build_trackers
     from e3rl.train.trainer import Trainer
 
     quiet_libraries()

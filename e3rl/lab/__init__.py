@@ -1,1 +1,10 @@
 """The lab: a tiny model that comes with the package, and procedural problems that it half solves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def lab_directory() -> Path:
+    """The embedded model: an ordinary Hugging Face directory inside the package."""
+    return Path(__file__).parent / "weights"

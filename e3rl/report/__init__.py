@@ -1,6 +1,5 @@
 """Looking at a run: a web page of curves, health and rollouts, with every erasure and what replaced it."""
 
-from e3rl.report.page import write_report
-from e3rl.report.token_view import write_token_view
+from e3rl.report.page import write_report, write_token_view
 
 __all__ = ["write_report", "write_token_view"]

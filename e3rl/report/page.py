@@ -22,7 +22,8 @@ from e3rl.report.embed import (
     to_json,
 )
 from e3rl.report.overview import read_overview
-from e3rl.report.rollouts import Selection, select
+from e3rl.report.rollouts import Selection, encode_group, select
+from e3rl.types import Trajectory
 
 RUN_SCRIPTS = (
     "dom.js",
@@ -100,3 +101,21 @@ def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
+
+
+def write_token_view(path: Path, trajectories: Sequence[Trajectory], tokenizer: Any) -> Path:
+    """Write the page that shows responses to one prompt and return its path. It needs no network and no run."""
+    write_text(path, token_view(trajectories, tokenizer))
+    return path
+
+
+def token_view(trajectories: Sequence[Trajectory], tokenizer: Any) -> str:
+    """The page itself."""
+    from e3rl.data.pieces import Pieces
+    from e3rl.train.ledger import response_columns
+
+    pieces = Pieces(tokenizer)
+    unlearnt = {"advantages": None, "shares": None, "erased_advantages": ()}
+    unrewarded = {"reward": None, "reward_parts": None, "reward_error": None, **unlearnt}
+    rows = [{"problem_id": t.prompt.problem.id, **response_columns(t, pieces), **unrewarded} for t in trajectories]
+    return render_page("Decoded · E³RL", TOKEN_SCRIPTS, {"group": to_json(encode_group(rows))}, charts=False)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from e3rl.plugins import load
 from e3rl.rewards.batch import Batch, Log, Part
-from e3rl.rewards.pool import PooledCall, Outcome, ProcessPool
+from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
 from e3rl.types import Problem
 
 RewardFunction = Callable[..., Any]

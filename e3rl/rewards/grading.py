@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from e3rl.rewards.answers import Unboxed
-from e3rl.rewards.pool import PooledCall, Outcome, ProcessPool
+from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
 
 LONGEST_RESPONSE = 2**21
 """Characters of a response beyond which only its end is read."""

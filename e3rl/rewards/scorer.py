@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -178,3 +179,41 @@ def _distinct(names: Sequence[str]) -> list[str]:
         seen[name] += 1
         distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return distinct
+
+
+def broken(name: str, clause: str) -> UserError:
+    """The error that names the reward function and the clause of the contract that it breaks."""
+    return UserError(f"reward '{name}' breaks its contract: {clause}. See docs/extend.md.")
+
+
+def check_rewards_run(
+    config: RewardsConfig,
+    functions: Sequence[RewardFunction],
+    trajectories: Sequence[Trajectory],
+    texts: Sequence[str],
+    max_completion_length: int,
+) -> None:
+    """Call ``functions``, or the config's that are not built in, and refuse one that fails on all the responses.
+
+    Failing on some is allowed: those rewards are missing. They run where the config says, isolated ones in a worker.
+    """
+    unweighted = dataclasses.replace(config, weights=())
+    alone: list[tuple[str | None, Scorer]] = [
+        (None, Scorer(unweighted, functions=(function,), max_completion_length=max_completion_length))
+        for function in functions
+    ]
+    if not functions:
+        outside = [name for name in config.functions if name not in REWARDS]
+        alone = [
+            (
+                name,
+                Scorer(dataclasses.replace(unweighted, functions=(name,)), max_completion_length=max_completion_length),
+            )
+            for name in outside
+        ]
+    for name, scorer in alone:
+        with scorer:
+            scorer.score(trajectories, texts)
+        for short_name, count in scorer.counters.errors.items():
+            if count == len(trajectories):
+                raise broken(name or short_name, f"it {scorer.counters.first_errors[short_name]}")

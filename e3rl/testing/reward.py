@@ -15,7 +15,7 @@ from typing import Any
 
 from e3rl.rewards.adapters import adapt
 from e3rl.rewards.batch import Batch, Log
-from e3rl.rewards.checks import broken
+from e3rl.rewards.scorer import broken
 from e3rl.train.prompts import token_trajectory
 from e3rl.types import Message, Problem, Prompt
 

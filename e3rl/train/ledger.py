@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from e3rl.data.pieces import Pieces, pieces_of
 from e3rl.files import atomic_file
 from e3rl.rollout import columns
-from e3rl.train.pieces import Pieces, pieces_of
 from e3rl.types import Group, RewardedGroup, Trajectory
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ from e3rl.models import Policy, load_policy, resolve_model_path
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
 from e3rl.objectives.base import Objective
-from e3rl.rewards.checks import check_rewards_run
-from e3rl.rewards.scorer import Scorer
+from e3rl.rewards.scorer import Scorer, check_rewards_run
 from e3rl.rollout.companions import find_companions
 from e3rl.rollout.filters import build_filter
 from e3rl.rollout.judge import needs_calibration, require_calibration

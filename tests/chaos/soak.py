@@ -81,7 +81,7 @@ def slope_per_100(seen: list[dict[str, float]]) -> float:
 
 def soak(recipe: str, steps: int, overrides: list[str], say_every: int = 0) -> dict[str, Any]:
     """Train, and say what grew."""
-    from e3rl.report.listener import ReportListener
+    from e3rl.report.trackers import ReportListener
     from e3rl.train.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as directory:

@@ -19,7 +19,7 @@ from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.engine.requests import uniforms
 from e3rl.equations.policy import segment_sums
-from e3rl.lab.directories import lab_directory
+from e3rl.lab import lab_directory
 from e3rl.lab.problems import generate
 from e3rl.models import load_policy
 from e3rl.objectives import build

@@ -98,7 +98,7 @@ def test_a_converted_directory_is_used_as_it_is(home: Path) -> None:
 
 
 def test_neither_problems_nor_smollm2_import_torch() -> None:
-    names = "e3rl.lab.smollm2, e3rl.lab.problems, e3rl.lab.reward, e3rl.lab.directories"
+    names = "e3rl.lab.smollm2, e3rl.lab.problems, e3rl.lab.reward, e3rl.lab"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from e3rl.lab.directories import lab_directory
+from e3rl.lab import lab_directory
 from e3rl.lab.measure import sample, score
 from e3rl.lab.pretrain import CONTEXT
 from e3rl.lab.problems import FAMILIES, generate

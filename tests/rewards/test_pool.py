@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from e3rl.errors import UserError
-from e3rl.rewards.pool import PooledCall, Outcome, ProcessPool
+from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
 
 HERE = "tests.rewards.tasks"
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from e3rl.train.pieces import Pieces
+from e3rl.data.pieces import Pieces
 
 TEXT = "Add 17 and 25: 42, so 🙂 π≈3.14 — the end.\n  Next <b>line</b>"
 

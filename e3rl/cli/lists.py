@@ -1,16 +1,38 @@
-"""`e3rl objectives`: every objective with its options, their defaults, ranges, meanings and sources."""
+"""What can be set, as text: `e3rl settings` and `e3rl objectives`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import typing
 from typing import Any
 
+from e3rl.config import Config
+from e3rl.errors import unknown
 from e3rl.objectives import OBJECTIVES, options
 from e3rl.plugins import load
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def settings_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("section", nargs="?", help="show one section only")
+
+
+def settings(options: argparse.Namespace) -> int:
+    """`e3rl settings`: every setting with its default, range, meaning and source."""
+    sections = typing.get_type_hints(Config)
+    if options.section and options.section not in sections:
+        raise unknown("section", options.section, sections)
+    for section in [options.section] if options.section else sections:
+        print(f"[{section}]  {(sections[section].__doc__ or '').splitlines()[0]}")
+        for f in dataclasses.fields(sections[section]):
+            source = f.metadata.get("source", "")
+            default = "" if f.default is dataclasses.MISSING else f" = {f.default!r}"
+            print(f"  {f.name}{default}\n      {f.metadata['help']}" + (f" [{source}]" if source else ""))
+        print()
+    return 0
+
+
+def objectives_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="show one objective only; also module:name or file.py:name")
 
 
@@ -25,7 +47,7 @@ def option_range(option: dataclasses.Field[Any]) -> str:
     return f", {bounds}" if bounds else ""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def objectives(arguments: argparse.Namespace) -> int:
     """Print the objectives; options stand in [objective] beside its name."""
     from e3rl.objectives.checks import check_class
 
