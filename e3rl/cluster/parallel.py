@@ -20,10 +20,13 @@ from e3rl.models import Policy
 from e3rl.train.attribution import packed_attention
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import PackedRow, TrainSequence
-from e3rl.train.scoring import ModulePasses, Passes
+from e3rl.train.scoring import ModulePasses, Passes, RowScores
 
 LOCKSTEP = ("zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
 """Values of ``train.parallel`` under which all ranks must run the same number of passes: they exchange tensors in them."""
+
+KEEPS_PASSES = ("none", "ddp", "zero1", "zero2", "fsdp2")
+"""Values of ``train.parallel`` under which several forward passes may come before the first one's backward pass."""
 
 DIVIDED = ("zero2", "fsdp2", "deepspeed-zero3")
 """Values of ``train.parallel`` under which no rank holds all weights between steps."""
@@ -98,13 +101,22 @@ def divides_weights(config: TrainConfig, ranks: Ranks) -> bool:
     return ranks.world > 1 and config.parallel in DIVIDED
 
 
-def idle_passes(passes: Passes, model: Any, mine: int, ranks: Ranks, *, backward: bool) -> None:
-    """After ``mine`` passes of a phase, run what brings this rank to the number of the busiest: passes that change nothing."""
+def idle_pass(passes: Passes, model: Any) -> RowScores:
+    """A forward pass that means nothing, inside `packed_attention`: another rank runs one."""
     zeros_T = torch.zeros(1)
     nothing = TrainSequence((0, 0), (0,), zeros_T.long(), zeros_T == 0, zeros_T, 0, 0, False)
+    return passes.score_row(model, PackedRow.of([nothing], next(model.parameters()).device), 1.0)
+
+
+def idle_backward(passes: Passes, found: RowScores) -> None:
+    """Its backward pass, which adds nothing to any gradient."""
+    passes.backward(found.logprobs_N.sum() * 0.0)
+
+
+def idle_passes(passes: Passes, model: Any, mine: int, ranks: Ranks, *, backward: bool) -> None:
+    """After ``mine`` passes of a phase, run what brings this rank to the number of the busiest: passes that change nothing."""
     for _ in range(max(ranks.gather(mine)) - mine):
-        row = PackedRow.of([nothing], next(model.parameters()).device)
         with packed_attention(model), torch.set_grad_enabled(backward):
-            found = passes.score_row(model, row, 1.0)
+            found = idle_pass(passes, model)
             if backward:
-                passes.backward(found.logprobs_N.sum() * 0.0)
+                idle_backward(passes, found)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from e3rl.cluster.parallel import idle_passes, in_lockstep, make_ready
+from e3rl.cluster.parallel import KEEPS_PASSES, idle_backward, idle_pass, idle_passes, in_lockstep, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, unwrapped
@@ -68,8 +68,8 @@ class Learner:
             and not has_dropout(policy.model)
         )
         self._rewards_only = "rewards_only" in objective.needs
-        # a pass that keeps its layers' inputs alone can wait for its backward pass; ranks in lockstep wait for each other
-        self._keeps_passes = train.gradient_checkpointing and not self._lockstep
+        # a pass that keeps its layers' inputs alone can wait for its backward pass
+        self._keeps_passes = train.gradient_checkpointing and (self._ranks.world == 1 or train.parallel in KEEPS_PASSES)
         if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
 
@@ -91,11 +91,13 @@ class Learner:
         plan = plan_rows(mine, self._config.train.micro_batch_tokens)
         parts = [self._packed([s for i in indices for s in mine[i]]) for indices in plan]
         references = iter(self._reference_logprobs([row for _, rows in parts for row in rows]))
-        for part, scores in zip(parts, self._scored_apart([rows for _, rows in parts]), strict=True):
-            learnt, value = self._learn_part(*part, scores, references, rewarded, totals, means)
+        scored, slots = self._scored_apart([rows for _, rows in parts]), self._slots([len(rows) for _, rows in parts])
+        for index, most in enumerate(slots):
+            part, scores = (parts[index], scored[index]) if index < len(parts) else (([], []), None)
+            learnt, value = self._learn_part(*part, most, scores, references, rewarded, totals, means)
             lessons += learnt
             loss += value
-        self._keep_pace(sum(len(rows) for _, rows in parts), backward=True)
+        self._keep_pace(sum(slots), backward=True)
         lessons = self._of_all_ranks(lessons)
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
@@ -121,17 +123,25 @@ class Learner:
             for rows, is_apart in zip(parts, apart, strict=True)
         ]
 
+    def _slots(self, rows: list[int]) -> list[int]:
+        """Passes to make for each part: its rows, or those of the busiest rank where ranks in lockstep keep passes."""
+        if not (self._lockstep and self._keeps_passes) or self._rewards_only:
+            return rows
+        return [max(each) for each in itertools.zip_longest(*self._ranks.gather(rows), fillvalue=0)]
+
     def _learn_part(
         self,
         sequences: list[TrainSequence],
         rows: list[PackedRow],
+        most: int,
         scores: list[Scores] | None,
         references: Iterator[Tensor | None],
         rewarded: Sequence[RewardedGroup],
         totals: Totals,
         means: Means,
     ) -> tuple[list[Lesson], float]:
-        """Lessons of whole groups and their part of the loss, whose gradients are gathered in one pass through each row.
+        """Lessons of whole groups and their part of the loss, whose gradients are gathered in one pass through each row;
+        idle passes make them ``most``.
 
         Without ``scores``, advantages that are made of them need every row's forward pass before the first backward pass.
         """
@@ -144,8 +154,12 @@ class Learner:
             elif scores is None:
                 passes = list(passes)
                 scores = [of_sequence for found in passes for of_sequence in found.by_sequence()]
+            idle = [idle_pass(self._passes, self._policy.model) for _ in range(most - len(rows))]
             lessons = self._lessons(zip(sequences, scores, references, strict=False), rewarded)
-            return self._backward_rows(lessons, passes, totals, means, waiting)
+            learnt = self._backward_rows(lessons, passes, totals, means, waiting)
+            for found in idle:
+                idle_backward(self._passes, found)
+        return learnt
 
     def _forward(
         self, rows: Iterable[PackedRow], attribution: AttributionSettings | None = None

@@ -41,6 +41,8 @@ VARIANTS = {
         *("train.num_iterations=2", "train.minibatches=2", "train.learning_rate=5e-5"),
         *("train.warmup_ratio=0.3", "train.lr_scheduler_type=cosine"),
     ),
+    # groups of several rows, whose passes wait for their backward passes; ranks have different numbers of them
+    "kept": ("train.micro_batch_tokens=40", "train.gradient_checkpointing=true"),
     "adapters": ("model.lora_r=4", "objective.kl_coef=0.1"),  # their reference is the same model without them
 }
 

@@ -11,6 +11,7 @@ from tests.ranks.launch import ANOTHER_LAUNCH, DEEPSPEED, MODES, alone, copy_run
 from tests.ranks.run import STEPS
 
 TOLERANCE = 1e-4
+LOCKSTEP = ("zero2", "fsdp2", *DEEPSPEED)
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -30,9 +31,18 @@ def assert_same_run(run: Path, expected: Path, what: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process's runs, and two ranks' runs of the same."""
     directory = tmp_path_factory.mktemp("runs")
-    for name in ("none", "none_several", "none_half"):
+    for name in ("none", "none_several", "none_half", "none_kept"):
         alone(directory, name)
-    succeed(torchrun(directory, *MODES, "ddp_several", *(f"{mode}_half" for mode in MODES)))
+    succeed(
+        torchrun(
+            directory,
+            *MODES,
+            "ddp_several",
+            "ddp_kept",
+            *(f"{mode}_kept" for mode in LOCKSTEP),
+            *(f"{mode}_half" for mode in MODES),
+        )
+    )
     print("\n| ranks, train.parallel | loss of step 1 | 2 | 3 | 4 | largest difference of loss or norm | of weights |")
     print("| --- | --- | --- | --- | --- | --- | --- |", end="")
     return directory
@@ -46,6 +56,12 @@ def test_two_ranks_train_what_one_process_trains(runs: Path, mode: str):
 def test_several_updates_of_a_step_too(runs: Path):
     """Four updates a step, a learning rate that rises and falls, gradients scaled down to norm 1."""
     assert_same_run(runs / "ddp_several", runs / "none_several", "2, ddp, four updates a step")
+
+
+@pytest.mark.parametrize("mode", ["ddp", *LOCKSTEP])
+def test_groups_larger_than_a_micro_batch_too(runs: Path, mode: str):
+    """Their passes wait for their backward passes, under FSDP2 at the pace of the rank that has most."""
+    assert_same_run(runs / f"{mode}_kept", runs / "none_kept", f"2, {mode}, groups in parts")
 
 
 @pytest.mark.parametrize("mode", MODES)
