@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from scale_compute import flops_per_param_token
 from scale_figure import Figure
 from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
 from scale_precision import grad_error_512, head_grad_error
@@ -71,6 +72,7 @@ KEYS: dict[str, Callable[[], Figure]] = {
     "grad_error_512": grad_error_512,
     "head_grad_error": head_grad_error,
     "fsdp_roots": fsdp_roots,
+    "flops_per_param_token": flops_per_param_token,
 }
 """What is measured, by the name it has in the output."""
 

@@ -48,11 +48,13 @@ class Samples(NamedTuple):
     kept_mass_S: Tensor
     ranks_S: Tensor
 
+    def numbers(self) -> Tensor:
+        """All of it as one tensor [S, 6], to be read from the device at once; exact: ids and ranks are whole numbers."""
+        return torch.stack([field.double() for field in self], dim=1)
+
     def measures(self) -> list[Measures]:
         """Each row's numbers, off the device."""
-        floats_S4 = torch.stack(self[1:5], dim=1).tolist()
-        ranks = self.ranks_S.tolist()
-        return [Measures(p, h, e, mass, rank) for (p, h, e, mass), rank in zip(floats_S4, ranks, strict=True)]
+        return [Measures._make((*floats, int(rank))) for _, *floats, rank in self.numbers().tolist()]
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from e3rl.engine.torch.operations import attention
 from e3rl.equations.attribution import attention_shares, token_attribution
 from e3rl.models import unwrapped
 from e3rl.train.packing import Branch, PackedRow, pad
@@ -41,20 +40,21 @@ class _Ends:
 
     @classmethod
     def of(cls, row: PackedRow, members: Sequence[int], window: int) -> _Ends:
-        keys_SK = pad([row.paths[i] for i in members], 0, row.ids_N.device)
-        lengths_S1 = torch.tensor([[len(row.paths[i])] for i in members], device=keys_SK.device)
-        prompts_S1 = torch.tensor([[row.prompt_lengths[i]] for i in members], device=keys_SK.device)
+        device, cpu = row.ids_N.device, torch.device("cpu")
+        keys_SK = pad([row.paths[i] for i in members], 0, cpu)
+        lengths_S1 = torch.tensor([[len(row.paths[i])] for i in members])
+        prompts_S1 = torch.tensor([[row.prompt_lengths[i]] for i in members])
         sizes_S1 = (lengths_S1 - prompts_S1).clamp(max=window)
-        back_Q = torch.arange(int(sizes_S1.max()), device=keys_SK.device)
+        back_Q = torch.arange(int(sizes_S1.max()))
         places_SQ = (lengths_S1 - 1 - back_Q).clamp(min=0)
-        place_K = torch.arange(keys_SK.shape[1], device=keys_SK.device)
+        place_K = torch.arange(keys_SK.shape[1])
         return cls(
             tuple(members),
-            keys_SK.gather(1, places_SQ),
-            keys_SK,
-            places_SQ,
-            (back_Q < sizes_S1) / sizes_S1,
-            (place_K >= prompts_S1) & (place_K < lengths_S1),
+            keys_SK.gather(1, places_SQ).to(device),
+            keys_SK.to(device),
+            places_SQ.to(device),
+            ((back_Q < sizes_S1) / sizes_S1).to(device),
+            ((place_K >= prompts_S1) & (place_K < lengths_S1)).to(device),
         )
 
     def bias(self, window: int | None) -> Tensor:
@@ -132,14 +132,14 @@ class AttributionTap:
         return [found[i][start : len(path)] if i in found else None for i, (start, path) in enumerate(ranges)]
 
 
-def _mask(row: PackedRow, branch: Branch, before: int, window: int | None, query: Tensor) -> Any:
+def _mask(row: PackedRow, branch: Branch, before: int, window: int | None, query: Tensor) -> Tensor | None:
     """Which of ``before`` context tokens and its own a branch's tokens see: part of a matrix that the row's branches share.
 
-    None is made for attention to all that came before where kernels can do without: on a GPU, or without context.
+    None for attention to all that came before where kernels can do without: on a GPU, or without context.
     """
     total = before + branch.size
-    if (window is None or total <= window) and (before == 0 or query.is_cuda):
-        return causal_lower_right(branch.size, total)
+    if (window is None or total <= window) and (before == 0 or query.device.type != "cpu"):
+        return None
     return row.causal_mask(window, query.dtype)[before:total, :total]
 
 
@@ -174,14 +174,13 @@ def _attention(
         )
         before = seen_keys.shape[2] - branch.size
         outputs.append(
-            scaled_dot_product_attention(
+            attention(
                 queries[index],
                 seen_keys,
                 seen_values,
-                attn_mask=_mask(packed_row, branch, before, sliding_window, query),
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                _mask(packed_row, branch, before, sliding_window, query),
+                scaling,
+                dropout,
             )
         )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None

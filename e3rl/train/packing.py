@@ -155,19 +155,21 @@ class PackedRow:
     ids_N: Tensor
     positions_N: Tensor  # place in the sequence, for the model's position embedding
     before_N: Tensor  # row position of the token before; -1 at a sequence's first
+    scored_K: Tensor  # row positions of response tokens, each once, in order
     branches: tuple[Branch, ...]
-    paths: tuple[Tensor, ...]  # row positions of each sequence's tokens, prompt and response
+    paths: tuple[Tensor, ...]  # row positions of each sequence's tokens, prompt and response; on the CPU
     prompt_lengths: tuple[int, ...]
     erased: tuple[bool, ...]
 
     @classmethod
     def of(cls, sequences: Sequence[TrainSequence], device: torch.device) -> PackedRow:
-        tree, places = PrefixTree(), list[int]()
+        tree, places, scored = PrefixTree(), list[int](), set[int]()
         branches, starts, paths = list[Branch](), list[int](), list[Tensor]()
         for sequence in sequences:
             start = len(tree)
             path = tree.insert(sequence.prompt_ids + sequence.response_ids)
-            paths.append(torch.tensor(path, device=device))
+            paths.append(torch.tensor(path))
+            scored.update(path[len(sequence.prompt_ids) :])
             size = len(tree) - start
             if size:
                 branches.append(Branch(_ranges(path[: len(path) - size], starts), size))
@@ -178,6 +180,7 @@ class PackedRow:
             ids_N,
             torch.tensor(places, device=device),
             before_N,
+            torch.tensor(sorted(scored), device=device),
             tuple(branches),
             tuple(paths),
             tuple(len(s.prompt_ids) for s in sequences),
@@ -189,7 +192,7 @@ class PackedRow:
         return _causal_mask(max(map(len, self.paths)), window, dtype, self.ids_N.device)
 
     def response_paths(self) -> list[Tensor]:
-        """Row positions of each sequence's response tokens."""
+        """Row positions of each sequence's response tokens, on the CPU."""
         return [path[size:] for path, size in zip(self.paths, self.prompt_lengths, strict=True)]
 
 

@@ -138,11 +138,13 @@ class RowScores:
         return found_ST.masked_fill(index_ST < 0, 0.0)
 
     def by_sequence(self) -> list[Scores]:
-        """Each sequence's scores, on the CPU and without gradient."""
-        logprobs_N, entropies_N = self.logprobs_N.detach().cpu(), self.entropies_N.cpu()
+        """Each sequence's scores, on the CPU and without gradient. Two questions to the device."""
+        logprobs_N, entropies_N = torch.stack([self.logprobs_N.detach(), self.entropies_N]).cpu()
+        known = [shares_T for shares_T in self.shares if shares_T is not None]
+        read = iter(torch.cat(known).cpu().split([len(shares_T) for shares_T in known]) if known else ())
         return [
-            Scores(logprobs_N[path_T], entropies_N[path_T], None if shares_T is None else shares_T.cpu())
-            for path_T, shares_T in zip((p.cpu() for p in self.row.response_paths()), self.shares, strict=True)
+            Scores(logprobs_N[path_T], entropies_N[path_T], None if shares_T is None else next(read))
+            for path_T, shares_T in zip(self.row.response_paths(), self.shares, strict=True)
         ]
 
 
@@ -160,15 +162,14 @@ def score_row(
         packed_row=row,
         attribution_tap=tap,
     ).last_hidden_state[0]
-    scored_N = torch.zeros_like(row.ids_N, dtype=torch.bool)
-    scored_N[torch.cat(row.response_paths())] = True
-    hidden_KD = hidden_ND.index_select(0, row.before_N[scored_N])  # the state before a token predicts it
-    logprobs_K, entropies_K = head_scores(output_matrix(base), hidden_KD, row.ids_N[scored_N], temperature)
+    before_K, ids_K = (x_N.index_select(0, row.scored_K) for x_N in (row.before_N, row.ids_N))
+    hidden_KD = hidden_ND.index_select(0, before_K)  # the state before a token predicts it
+    logprobs_K, entropies_K = head_scores(output_matrix(base), hidden_KD, ids_K, temperature)
     blank_N = torch.zeros(len(row.ids_N), device=row.ids_N.device)
     return RowScores(
         row,
-        blank_N.masked_scatter(scored_N, logprobs_K),
-        blank_N.masked_scatter(scored_N, entropies_K),
+        blank_N.index_copy(0, row.scored_K, logprobs_K),
+        blank_N.index_copy(0, row.scored_K, entropies_K),
         [None] * len(row.paths) if tap is None else tap.shares(),
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from e3rl.engine.requests import Request, RowState
-from e3rl.engine.sampling import NON_FINITE, Samples, SamplingRows, sample
+from e3rl.engine.sampling import NON_FINITE, Measures, SamplingRows, sample
 from e3rl.engine.torch.model import SlotModel
 from e3rl.engine.torch.storage import StepRows
 from e3rl.engine.torch.threads import Pace
@@ -57,70 +57,100 @@ class Marks:
         return self._logits_SV[[row.number for row in rows]]
 
 
+READ_AFTER = 16
+"""Steps of a GPU after which what was drawn is read: reading waits for the device. Rows that end are decoded up to there for
+nobody. A CPU reads after each step."""
+
+
 class StepDraws:
     """The next ``steps`` draws of some requests, with settings and random numbers on the device beforehand.
 
-    What is drawn and measured stays on the device until `deliver` hands it to the requests, for all steps at once. Logits
-    come with ``spare`` rows more than there are requests; those are drawn for nobody.
+    What is drawn and measured stays on the device until `read`, and goes to the requests by `deliver`. Logits come with ``spare``
+    rows more than there are requests; those are drawn for nobody.
     """
 
-    def __init__(self, requests: Sequence[Request], steps: int, spare: int, device: torch.device) -> None:
-        self._requests = requests
+    def __init__(
+        self, requests: Sequence[Request], steps: int, spare: int, device: torch.device, eos_ids: Collection[int]
+    ) -> None:
+        self._requests, self._eos_ids = requests, eos_ids
         drawn = [*requests, *[requests[0]] * spare]
         self._settings = SamplingRows.of([request.sampling for request in drawn], device)
         numbers_ST = np.stack([r.uniforms[len(r.ids) : len(r.ids) + steps] for r in drawn])
         self._numbers_TS = torch.from_numpy(numbers_ST.T.copy()).to(device)
         self._hooked = [(index, request) for index, request in enumerate(requests) if request.hook is not None]
-        self._samples: list[Samples] = []
-        self._ids: list[list[int]] = []
+        self._drawn = 0
+        self._unread: list[Tensor] = []
+        self._read: list[list[list[float]]] = []  # by step and request: `Samples.numbers`
+        self._ended = [False] * len(requests)
 
     @property
-    def ids_R(self) -> Tensor:
-        """The tokens of the latest step, spare rows included."""
-        return self._samples[-1].ids_S
+    def hooked(self) -> bool:
+        """Whether a request has a hook, which sees what was drawn: then `read` after each step."""
+        return bool(self._hooked)
 
-    def sample(self, logits_RV: Tensor) -> list[int]:
-        """One token per request; raises NonFiniteLogits, and draws for nobody, where a request's logits are not all finite."""
+    def sample(self, logits_RV: Tensor) -> Tensor:
+        """One token per row, spare rows included, on the device; `NON_FINITE` where a row's logits are not all finite."""
         for index, request in self._hooked:
             assert request.hook is not None
             request.hook(logits_RV[index], request.seen)
-        samples = sample(logits_RV, self._settings, self._numbers_TS[len(self._samples)])
-        ids: list[int] = samples.ids_S.tolist()
-        ids = ids[: len(self._requests)]
-        if NON_FINITE in ids:
-            raise NonFiniteLogits(self._requests[ids.index(NON_FINITE)].draw)
-        self._samples.append(samples)
-        self._ids.append(ids)
-        for index, request in self._hooked:
-            request.seen.append(ids[index])
-        return ids
+        samples = sample(logits_RV, self._settings, self._numbers_TS[self._drawn])
+        self._unread.append(samples.numbers())
+        self._drawn += 1
+        return samples.ids_S
+
+    def read(self) -> bool:
+        """Read what was drawn since the last time; whether a request has ended.
+
+        Raises NonFiniteLogits where the logits of one that had not were not all finite, and drops that step and later ones.
+        """
+        unread, self._unread = self._unread, []
+        for numbers in (torch.stack(unread) if len(unread) > 1 else unread[0][None]).tolist():
+            numbers = numbers[: len(self._requests)]
+            for index, (token, *_) in enumerate(numbers):
+                if token == NON_FINITE and not self._ended[index]:
+                    raise NonFiniteLogits(self._requests[index].draw)
+                if token in self._eos_ids:
+                    self._ended[index] = True
+            self._read.append(numbers)
+            for index, request in self._hooked:
+                request.seen.append(int(numbers[index][0]))
+        return any(self._ended)
 
     def deliver(self) -> int:
-        """Give the requests their tokens and measures; how many tokens that is."""
-        if not self._samples:
-            return 0
-        together = Samples(*(torch.stack(field, 1).flatten() for field in zip(*self._samples, strict=True))).measures()
-        steps = len(self._ids)
-        for index, (request, ids) in enumerate(zip(self._requests, zip(*self._ids, strict=True), strict=True)):
-            request.ids += ids
-            request.measures += together[index * steps : (index + 1) * steps]
-        return steps * len(self._requests)
+        """Give the requests their tokens and measures, each up to its end; how many tokens that is."""
+        delivered = 0
+        for request, steps in zip(self._requests, zip(*self._read, strict=True), strict=False):
+            for token, *measures, rank in steps:
+                request.ids.append(int(token))
+                request.measures.append(Measures._make((*measures, int(rank))))
+                delivered += 1
+                if token in self._eos_ids:
+                    break
+        return delivered
 
 
 class StepPart:
     """Decodes ``rows``, which lie in the slots from ``first`` on, until its `Pace` says that it is enough."""
 
     def __init__(
-        self, rows: Sequence[SlotRow], first: int, model: SlotModel, marks: Marks, eos_ids: Collection[int], steps: int
+        self,
+        rows: Sequence[SlotRow],
+        first: int,
+        model: SlotModel,
+        marks: Marks,
+        eos_ids: Collection[int],
+        steps: int,
+        read_after: int,
     ) -> None:
         self.rows = rows
         self.steps = steps  # at most
         self.fed = 0  # tokens of each row run through the model
         self._starts = [row.total - 1 for row in rows]
-        self._model, self._marks, self._eos_ids = model, marks, frozenset(eos_ids)
+        self._model, self._marks = model, marks
         self._step_rows = StepRows([row.last_id for row in rows], self._starts, model.storage, model.device, first)
         self.spare = self._step_rows.spare
-        self._draws = StepDraws([row.open for row in rows], steps, self.spare, model.device)
+        self._draws = StepDraws([row.open for row in rows], steps, self.spare, model.device, frozenset(eos_ids))
+        self._read_after = 1 if self._draws.hooked else read_after
 
     def run(self, pace: Pace) -> None:
         """Step until it is enough."""
@@ -130,16 +160,18 @@ class StepPart:
                 self.fed += 1
                 if self.fed == 1:
                     self._mark(logits_RV)
-                ids = self._draws.sample(logits_RV)
-                if pace.over(self.fed, ended=not self._eos_ids.isdisjoint(ids)):
+                ids_R = self._draws.sample(logits_RV)
+                reads = self.fed % self._read_after == 0 or self.fed == self.steps
+                if reads and pace.over(self.fed, ended=self._draws.read()):
                     return
-                self._step_rows.advance(self._draws.ids_R)
+                self._step_rows.advance(ids_R)
 
     def close(self) -> int:
         """Give the requests what was drawn for them; how many tokens that is."""
+        delivered = self._draws.deliver()
         for row, start in zip(self.rows, self._starts, strict=True):
-            row.cached = start + self.fed
-        return self._draws.deliver()
+            row.cached = min(start + self.fed, row.total)  # a row that ended was fed on
+        return delivered
 
     def _mark(self, logits_RV: Tensor) -> None:
         """Keep the logits of rows that are about to draw the first token of a candidate."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from e3rl.config import RolloutConfig
 from e3rl.engine.protocol import LogitsHook, Row, Sampling
 from e3rl.engine.requests import check_prompt, check_siblings, find_row
-from e3rl.engine.torch.decode import Marks, SlotRow, StepDraws, StepPart
+from e3rl.engine.torch.decode import READ_AFTER, Marks, SlotRow, StepDraws, StepPart
 from e3rl.engine.torch.model import check_exactness, require_servable, slot_model
 from e3rl.engine.torch.storage import MIB, SlotMap, StepRows, bucketed, packed, rows_within
 from e3rl.engine.torch.threads import Crew, Division, Pace, divided, operation_threads
@@ -90,6 +90,7 @@ class TorchEngine:
         self._numbers = list(range(cache_rows))  # that no row has
         self._handles = count()
         self._may_hold_nan = False  # some slot may hold NaN
+        self._read_after = 1 if self._slot_model.device.type == "cpu" else READ_AFTER
 
     @staticmethod
     def own_settings(rollout: RolloutConfig) -> dict[str, Any]:
@@ -216,7 +217,15 @@ class TorchEngine:
                 steps = min(steps, TURN)
             self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
             return [
-                StepPart(rows[part], first + part.start, self._slot_model, self._marks, self._eos_ids, steps)
+                StepPart(
+                    rows[part],
+                    first + part.start,
+                    self._slot_model,
+                    self._marks,
+                    self._eos_ids,
+                    steps,
+                    self._read_after,
+                )
                 for part in divided(len(rows), division.parts)
             ]
 
@@ -252,8 +261,9 @@ class TorchEngine:
         if not marked:
             return marked
         spare = packed(len(marked)) - len(marked)
-        draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device)
+        draws = StepDraws([row.open for row in marked], 1, spare, self._slot_model.device, self._eos_ids)
         draws.sample(self._marks.of(marked + marked[:1] * spare))
+        draws.read()
         self.stats.sampled_tokens += draws.deliver()
         return marked
 

@@ -15,9 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.nn.functional import embedding
 
-from e3rl.engine.torch.operations import Norm, Projection, fingerprint, head_norm, norm, project, step_attention
+from e3rl.engine.torch.operations import (
+    Norm,
+    Projection,
+    attention,
+    fingerprint,
+    head_norm,
+    norm,
+    project,
+    step_attention,
+)
 from e3rl.engine.torch.recorded import RecordedSteps, cuda_graph
 from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
 from e3rl.engine.torch.threads import Division, division, wake_seconds
@@ -174,9 +183,7 @@ class FusedSlotModel:
             q_KTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q_TKD, k_TKD, v_TKD))
             self.storage.keys[layer][slot, :, :length] = k_KTD
             self.storage.values[layer][slot, :, :length] = v_KTD
-            seen_1KTD = scaled_dot_product_attention(
-                q_KTD[None], k_KTD[None], v_KTD[None], is_causal=True, scale=self._weights.scale, enable_gqa=True
-            )
+            seen_1KTD = attention(q_KTD[None], k_KTD[None], v_KTD[None], None, self._weights.scale)
             return seen_1KTD[0].transpose(0, 1).flatten(1)
 
         hidden_TD = self._forward(torch.tensor(ids, device=self.device), self._columns[:length], attend)
@@ -208,13 +215,13 @@ class FusedSlotModel:
         storage, read = self.storage, slice(first, first + len(positions_R))
         unseen_RW = self._columns[:width] > positions_R.unsqueeze(1)
         mask_RW = torch.zeros_like(unseen_RW, dtype=self._cos_TD.dtype).masked_fill_(unseen_RW, -torch.inf)
-        attention = self._attention(mask_RW, self._weights.heads, self._weights.kv_heads, self._weights.scale)
+        over_keys = self._attention(mask_RW, self._weights.heads, self._weights.kv_heads, self._weights.scale)
 
         def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
             keys, values = storage.keys[layer], storage.values[layer]
             keys[slots_R, :, positions_R] = k_RKD
             values[slots_R, :, positions_R] = v_RKD
-            return attention(q_RHD, keys[read, :, :width], values[read, :, :width])
+            return over_keys(q_RHD, keys[read, :, :width], values[read, :, :width])
 
         return attend
 

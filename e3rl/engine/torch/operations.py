@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 Norm = Callable[[Tensor], Tensor]
@@ -153,13 +154,33 @@ def _by_products(mask_RW: Tensor, heads: int, kv_heads: int, scale: float) -> At
 
 
 def _by_kernel(mask_RW: Tensor, heads: int, kv_heads: int, scale: float) -> Attention:
-    """One fused kernel."""
+    """One fused kernel, for which query heads that share keys are queries at the same place."""
     mask_R11W = mask_RW[:, None, None]
 
     def attend(q_RHD: Tensor, keys_RKWD: Tensor, values_RKWD: Tensor) -> Tensor:
-        seen_RH1D = scaled_dot_product_attention(
-            q_RHD.unsqueeze(2), keys_RKWD, values_RKWD, attn_mask=mask_R11W, scale=scale, enable_gqa=True
-        )
-        return seen_RH1D.flatten(1)
+        rows, _, dim = q_RHD.shape
+        q_RKGD = q_RHD.view(rows, kv_heads, heads // kv_heads, dim)
+        return scaled_dot_product_attention(q_RKGD, keys_RKWD, values_RKWD, attn_mask=mask_R11W, scale=scale).flatten(1)
 
     return attend
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Attention of queries [1, H, Q, dim] to keys and values [1, K, W, dim]; without a mask each query sees all keys up to its
+    place, the last query all of them.
+
+    On a GPU flash attention alone takes heads in groups, and neither a mask nor float32: for those keys and values are repeated,
+    so that the memory-efficient kernel runs and not the one that holds a matrix of scores.
+    """
+    queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    flash = mask is None and query.dtype != torch.float32
+    if groups > 1 and not flash and query.device.type != "cpu":
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        groups = 1
+    if mask is None and queries < keys:
+        mask = causal_lower_right(queries, keys)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+    )

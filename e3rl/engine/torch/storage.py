@@ -105,8 +105,8 @@ class StepRows:
         self.slots_R = torch.tensor([*range(first, first + len(ids)), *[storage.scratch] * self.spare], device=device)
 
     def advance(self, ids_R: Tensor) -> None:
-        """On to the next position with these tokens; what a filling row drew may be no token at all."""
-        self.ids_R = ids_R.clamp(min=0) if self.spare else ids_R
+        """On to the next position with these tokens; what a row drew whose logits were not finite is no token."""
+        self.ids_R = ids_R.clamp(min=0)
         self.positions_R = self.positions_R + 1
         self.last += 1
 

@@ -1,0 +1,87 @@
+"""Operations of a training step and reads of device values in a decode step: keys of `benchmarks/scale.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scale_figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from e3rl.config import Config, ObjectiveConfig, RolloutConfig, TrainConfig
+from e3rl.models import Policy
+from e3rl.objectives import build
+from e3rl.train.learner import Learner
+from e3rl.train.packing import group_sequences, packed_rows
+from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
+
+SIBLINGS, SEGMENTS, SEGMENT, PROMPT = 8, 4, 128, 32
+"""An eleventh of the papers' recipes: 4,128 tokens a group where theirs have 46,000."""
+MICRO_BATCH = 1472  # of 16,384 in theirs
+
+
+def small_model() -> Any:
+    """A model of Qwen3's architecture."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _group() -> RewardedGroup:
+    generator = torch.Generator().manual_seed(0)
+
+    def candidate(last: bool) -> Candidate:
+        ids = torch.randint(2, 512, (SEGMENT,), generator=generator).tolist()
+        ones = (1.0,) * SEGMENT
+        return Candidate(tuple(ids), tuple(-x for x in ones), ones, ones, ones, (1,) * SEGMENT, last)
+
+    prompt = Prompt(Problem("one", "", answer="1"), tuple(range(2, 2 + PROMPT)))
+    trajectories = tuple(
+        Trajectory(
+            prompt,
+            sibling,
+            tuple(Segment(n, candidate(n == SEGMENTS - 1), None) for n in range(SEGMENTS)),
+            (),
+            "stop",
+        )
+        for sibling in range(SIBLINGS)
+    )
+    rewards = tuple(Reward(float(n % 2), {"math": float(n % 2)}) for n in range(SIBLINGS))
+    return RewardedGroup(Group(prompt, trajectories, 0), rewards)
+
+
+def operations(objective: str, **options: object) -> float:
+    """Multiplications and additions of matrix products with weights in a step, per weight and token."""
+    model, rewarded = small_model(), _group()
+    config = Config(
+        objective=ObjectiveConfig(objective, options),
+        rollout=RolloutConfig(segment_length=SEGMENT, max_segments=SEGMENTS, num_generations=SIBLINGS),
+        train=TrainConfig(micro_batch_tokens=MICRO_BATCH, gradient_checkpointing=True),
+    )
+    learner = Learner(Policy(model, None, "small", (0,), 1024), build(config.objective), config, updates=1)
+    with FlopCounterMode(display=False) as counter:
+        learner.learn([rewarded], 0)
+    products = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    found = sum(products.get(f"aten.{name}", 0) for name in ("mm", "addmm"))
+    sequences = group_sequences([rewarded.group], with_erased=False)
+    tokens = sum(len(row.ids_N) for row in packed_rows(sequences, MICRO_BATCH, torch.device("cpu")))
+    head = model.lm_head.weight.numel()
+    layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
+    return found / (layers * tokens + head * SIBLINGS * SEGMENTS * SEGMENT)
+
+
+def flops_per_param_token() -> Figure:
+    """E³RL with its KL term, where a group is 2.8 micro-batches as in the papers' recipes; beside it GRPO without KL."""
+    parts = {"GRPO without KL": operations("grpo", kl_coef=0.0), "ERPO": operations("erpo")}
+    return Figure(operations("e3rl", kl_coef=0.04), 10.0, parts)
