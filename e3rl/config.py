@@ -66,8 +66,10 @@ class ModelConfig:
     lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0, max=65536)
     lora_alpha: int = setting(64, "LoRA scale", source="ERPO paper", min=1)
     lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)
-    lora_target_modules: str = setting(
-        "all-linear", "modules that get adapters, as PEFT names them", source="ERPO paper"
+    lora_target_modules: tuple[str, ...] = setting(
+        ("all-linear",),
+        "modules that get adapters, as PEFT names them; empty: PEFT's choice for the model",
+        source="ERPO paper",
     )
 
 
@@ -85,6 +87,7 @@ class DataConfig:
     id_column: str = setting("id", "column with a unique id; rows without one are numbered")
     solution_column: str = setting("solution", "column with a full worked answer: what 'sft' trains on")
     system_prompt: str = setting("", "system message put before every prompt; empty: none")
+    raw_prompts: bool = setting(False, "string prompts go to the model as they stand, without the chat template (TRL)")
     chat_template_kwargs: Mapping[str, Any] = setting({}, "arguments of the chat template: {enable_thinking = false}")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
     max_prompt_length: int = setting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,20 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
+        target_modules=_target_modules(config.lora_target_modules),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"model.lora_target_modules = {list(config.lora_target_modules)}: {error}") from None
+
+
+def _target_modules(names: Sequence[str]) -> str | list[str] | None:
+    """As PEFT takes them: 'all-linear' and patterns as a string, names as a list, nothing as its own choice."""
+    if len(names) == 1 and (names[0] == "all-linear" or not re.fullmatch(r"[\w.]+", names[0])):
+        return names[0]
+    return list(names) or None
 
 
 _OTHER_HEADS = ("Classification", "QuestionAnswering", "MaskedLM", "MultipleChoice", "RewardModel")

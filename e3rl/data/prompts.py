@@ -18,13 +18,16 @@ def render_prompts(
 ) -> list[Prompt]:
     """Each problem through the tokenizer's chat template, generation prompt included.
 
-    A string is one user message; ``config.system_prompt`` comes first. A tokenizer without a template encodes string
-    prompts as they stand, with its own special tokens; it can't render messages. Few-shot examples are earlier
-    messages of the prompt.
+    A string is one user message; ``config.system_prompt`` comes first. With ``config.raw_prompts``, or a tokenizer without a
+    template, string prompts are encoded as they stand, with the tokenizer's own special tokens; messages need a template.
+    Few-shot examples are earlier messages of the prompt.
     """
     limit = prompt_limit(config, context_limit, completion_limit)
-    encode = _through_template if getattr(tokenizer, "chat_template", None) else _as_they_stand
-    return [_checked(p, ids, limit) for p, ids in zip(problems, encode(problems, tokenizer, config), strict=True)]
+    template = bool(getattr(tokenizer, "chat_template", None))
+    raw = [not template or (config.raw_prompts and isinstance(p.prompt, str)) for p in problems]
+    stand = iter(_as_they_stand([p for p, r in zip(problems, raw, strict=True) if r], tokenizer, config))
+    chats = iter(_through_template([p for p, r in zip(problems, raw, strict=True) if not r], tokenizer, config))
+    return [_checked(p, next(stand if r else chats), limit) for p, r in zip(problems, raw, strict=True)]
 
 
 def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) -> int:
@@ -57,10 +60,9 @@ def _as_they_stand(problems: Sequence[Problem], tokenizer: Any, config: DataConf
                 f"plain strings, or a model with a template"
             )
     for setting in ("system_prompt", "chat_template_kwargs"):
-        if getattr(config, setting):
-            raise UserError(
-                f"data.{setting} needs a chat template, and this tokenizer has none; write it into the prompts"
-            )
+        if problems and getattr(config, setting):
+            why = "data.raw_prompts passes by the template" if config.raw_prompts else "this tokenizer has none"
+            raise UserError(f"data.{setting} needs a chat template, and {why}; write it into the prompts")
     return [tokenizer.encode(problem.prompt) for problem in problems]
 
 
@@ -82,6 +84,8 @@ def _messages(problem: Problem, system_prompt: str) -> list[dict[str, str]]:
 
 
 def _through_template(problems: Sequence[Problem], tokenizer: Any, config: DataConfig) -> list[Sequence[int]]:
+    if not problems:
+        return []
     chats = [_messages(problem, config.system_prompt) for problem in problems]
     encoded = encode_chats(tokenizer, chats, config.chat_template_kwargs)
     for problem, ids in zip(problems, encoded, strict=True):

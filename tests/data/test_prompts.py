@@ -153,3 +153,12 @@ def test_a_template_gives_what_transformers_gives(tokenizer: Any) -> None:
 def test_arguments_that_are_none_of_a_templates_are_refused(tokenizer: Any) -> None:
     for name in ("add_generation_prompt", "chat_template", "max_length", "conversation"):
         assert f"data.chat_template_kwargs sets '{name}'" in refusal(tokenizer, "1", chat_template_kwargs={name: 1})
+
+
+def test_raw_prompts_pass_by_the_template_and_messages_do_not(tokenizer: Any) -> None:
+    problems = [Problem("a", "1+1?"), Problem("b", (Message("user", "2?"),)), Problem("c", "3")]
+    limits = {"context_limit": 99, "completion_limit": 9}
+    found = render_prompts(problems, tokenizer, DataConfig(raw_prompts=True), **limits)
+    assert [text(p) for p in found] == ["1+1?", "<user>2?\n<assistant>", "3"]
+    assert [p.problem.id for p in found] == ["a", "b", "c"]
+    assert "raw_prompts passes by the template" in refusal(tokenizer, "1", raw_prompts=True, system_prompt="x")

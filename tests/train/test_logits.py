@@ -66,6 +66,27 @@ def test_certain_and_impossible_tokens_stay_finite():
 
 
 def test_an_adapted_output_matrix_is_refused():
-    model = add_lora(build("Llama"), ModelConfig(lora_r=2, lora_target_modules="lm_head"))
+    model = add_lora(build("Llama"), ModelConfig(lora_r=2, lora_target_modules=("lm_head",)))
     with pytest.raises(UserError, match="is a Linear: e3rl trains through a plain one"):
         output_matrix(model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("q_proj", "v_proj"), {"q_proj", "v_proj"}),
+        (("o_proj",), {"o_proj"}),
+        ((r".*\.(up|down)_proj",), {"up_proj", "down_proj"}),
+        ((), {"q_proj", "v_proj"}),  # PEFT's own choice for Llama
+        (("all-linear",), {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_adapters_go_where_the_setting_says(names: tuple[str, ...], expected: set[str]):
+    model = add_lora(build("Llama"), ModelConfig(lora_r=2, lora_target_modules=names))
+    adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n, _ in model.named_parameters() if ".lora_A" in n}
+    assert adapted == expected
+
+
+def test_adapters_that_go_nowhere_are_said():
+    with pytest.raises(UserError, match=r"model.lora_target_modules = \['nowhere'\]"):
+        add_lora(build("Llama"), ModelConfig(lora_r=2, lora_target_modules=("nowhere",)))
