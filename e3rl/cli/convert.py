@@ -14,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="+",
-        help="a YAML or JSON file, a Python script with GRPOConfig(...), or '-- --learning_rate 1e-6 ...'; "
+        help="a YAML or JSON file, a Python script with GRPOTrainer(...), or '-- --learning_rate 1e-6 ...'; "
         "arguments after a file override it",
     )
+    parser.add_argument("--model", help="the model, where the settings name none that can be read")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the recipe there; default: standard output")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes that the training ran on; default: 1"
@@ -25,12 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from e3rl.files import write_text
-    from e3rl.integrations.trl_arguments import read_arguments
+    from e3rl.integrations.trl_arguments import Arguments, read_arguments
     from e3rl.integrations.trl_recipe import translate
 
     if options.processes < 1:
         raise UserError("--processes must be at least 1")
-    translation = translate(read_arguments(options.source), processes=options.processes)
+    arguments = read_arguments(options.source)
+    if options.model:
+        arguments = arguments.updated(Arguments({"model_name_or_path": options.model}))
+    translation = translate(arguments, processes=options.processes)
     text = translation.to_toml()
     if options.output:
         write_text(options.output, text)

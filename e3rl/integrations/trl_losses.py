@@ -52,7 +52,6 @@ REASONS: dict[str, str] = {
     "repetition_penalty": "sampling has temperature, top_p and top_k",
     "generation_kwargs": "sampling has temperature, top_p and top_k",
     "cache_implementation": "the engine has a cache of its own, whose rows can be rolled back",
-    "chat_template_kwargs": "the tokenizer's template is used as it stands; change the template in the model's directory",
     "delta": "no objective here has a second upper clip",
     "mask_truncated_completions": "cut-off responses are trained on; the reward 'overlong' discourages them",
     "multi_objective_aggregation": "rewards are summed with their weights before they are normalised",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from e3rl.config import build_config
+from e3rl.errors import UserError
 from e3rl.integrations.trl_arguments import Arguments
 from e3rl.integrations.trl_losses import Settings, untranslated
 from e3rl.integrations.trl_schedule import rhythm_table, train_table
+from e3rl.sections import toml_value
 
 SEGMENTS = 8
 """Segments that the longest response is divided into, for when erasing is switched on (the paper's number)."""
+SET_DATA = "SET-THIS.jsonl"
+SET_REWARD = "SET_THIS.py:reward"
+"""What stands in a recipe for what could not be read: training refuses it, as no such file."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,10 @@ class Translation:
         """The recipe; what does not carry over stands in it as comments."""
         lines = ["# Translated from TRL. To erase and redraw uncertain segments, set rollout.erase = true."]
         for section, table in self.tables.items():
-            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+            lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
         if self.losses:
             lines += ["", "# Not carried over:", *(f"# - {loss}" for loss in self.losses)]
         return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
@@ -45,7 +45,7 @@ def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
     train, updates = train_table(settings, generations, processes)
     tables = {
         "run": _run(settings),
-        "model": _model(settings),
+        "model": _model(settings, arguments.remarks),
         "data": _data(settings),
         "rollout": _rollout(settings, generations),
         "objective": _objective(settings),
@@ -63,23 +63,28 @@ def _run(settings: Settings) -> dict[str, Any]:
     return {**{k: str(v) for k, v in named.items() if v}, "seed": settings.take("seed", 42)}
 
 
-def _model(settings: Settings) -> dict[str, Any]:
+def _about(name: str, remarks: Sequence[str]) -> str:
+    """What was remarked of ``name``, for an error."""
+    return "".join(f" ({remark})" for remark in remarks if remark.startswith(name))
+
+
+def _model(settings: Settings, remarks: Sequence[str]) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    if path := settings.optional("model_name_or_path"):
-        table["path"] = path
-    else:
-        settings.lose("model: none is named in these settings; set model.path")
+    path = settings.optional("model_name_or_path")
+    if not path:
+        raise UserError(
+            "these settings name no model that can be read: name it with --model MODEL" + _about("model", remarks)
+        )
+    table["path"] = path
     table["dtype"] = _dtype(settings)
     if settings.take("trust_remote_code", False):
         table["trust_remote_code"] = True
     lora = {name: settings.optional(name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
     targets = settings.optional("lora_target_modules")
     if settings.take("use_peft", False):
-        defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # TRL's
+        defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # those of TRL's command line
         table |= {name: defaults[name] if value is None else value for name, value in lora.items()}
-        several = [targets] if isinstance(targets, str) else targets or ["all-linear"]
-        if several != ["all-linear"]:
-            settings.lose(f"lora_target_modules = {several}: adapters go on all linear layers (lora_target_modules)")
+        table["lora_target_modules"] = [targets] if isinstance(targets, str) else list(targets or [])
     return table
 
 
@@ -96,18 +101,30 @@ def _dtype(settings: Settings) -> str:
 
 
 def _data(settings: Settings) -> dict[str, Any]:
+    """Sources, splits and columns. A source that can't be read becomes a name that training refuses."""
     table: dict[str, Any] = {}
     name, subset = settings.optional("dataset_name"), settings.optional("dataset_config")
-    splits = {
-        "train_split": settings.optional("dataset_train_split"),
-        "eval_split": settings.optional("dataset_test_split"),
-    }
+    split, held_out_split = settings.optional("dataset_train_split"), settings.optional("dataset_test_split")
     if name:
         table["train"] = f"{name}:{subset}" if subset else name
-        table |= {key: split for key, split in splits.items() if split}
     else:
-        settings.lose("train_dataset: none is named in these settings; set data.train")
-    return table
+        table["train"] = SET_DATA
+        settings.lose("train_dataset: none is named that can be read; set data.train")
+    eval_name, eval_subset = settings.optional("eval_dataset_name"), settings.optional("eval_dataset_config")
+    if eval_name:
+        table["eval"] = [f"{eval_name}:{eval_subset}" if eval_subset else eval_name]
+    table |= {key: found for key, found in (("train_split", split), ("eval_split", held_out_split)) if found}
+    columns, eval_columns = settings.optional("columns") or {}, settings.optional("eval_columns")
+    table |= {f"{field}_column": old for field in ("prompt", "answer", "solution", "id") if (old := columns.get(field))}
+    if others := {new: old for new, old in columns.items() if f"{new}_column" not in table}:
+        settings.lose(f"rename_columns {others}: reward functions get the data's own names")
+    if eval_columns is not None and eval_columns != columns:
+        settings.lose(f"rename_columns of the eval dataset, {eval_columns}: its columns are those of data.train")
+    if limit := settings.optional("train_limit"):
+        table["train_limit"] = limit
+    if arguments := settings.optional("chat_template_kwargs"):
+        table["chat_template_kwargs"] = arguments
+    return {**table, "raw_prompts": True}  # as TRL: only messages go through the template
 
 
 def _rollout(settings: Settings, generations: int) -> dict[str, Any]:
@@ -169,10 +186,10 @@ def _note_scaling(settings: Settings, loss: str) -> None:
 def _rewards(settings: Settings) -> dict[str, Any]:
     functions, weights = settings.optional("reward_funcs") or [], settings.optional("reward_weights")
     if not functions:
-        settings.lose("reward_funcs: none is named in these settings; set rewards.functions")
+        settings.lose("reward_funcs: none is named that can be read; set rewards.functions")
         if weights:
             settings.lose(f"reward_weights = {weights}: set rewards.weights with the functions")
-        return {}
+        return {"functions": [SET_REWARD]}
     table: dict[str, Any] = {"functions": list(functions)}
     several = list(weights) if isinstance(weights, list | tuple) else [weights] if weights is not None else []
     if several and len(several) == len(functions):

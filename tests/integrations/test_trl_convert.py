@@ -43,7 +43,7 @@ raise SystemExit("this script must never run")
 
 def convert(tmp_path: Path, source: str, **options: Any) -> tuple[Config, Translation]:
     """The config that the converted recipe loads as."""
-    translation = translate(read_command_line(source.split()), **options)
+    translation = translate(read_command_line(f"{source} --model_name_or_path m".split()), **options)
     path = tmp_path / "recipe.toml"
     path.write_text(translation.to_toml(), encoding="utf-8")
     return load_config(path), translation
@@ -223,15 +223,16 @@ def test_a_script_is_read_and_never_run(tmp_path: Path):
     translation = translate(read_arguments([str(path)]))
     tables = translation.tables
     assert tables["model"] == {
-        "path": "Qwen/Qwen3-0.6B", "dtype": "float32", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
+        "path": "Qwen/Qwen3-0.6B", "dtype": "float32", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
+        "lora_target_modules": [],
     }  # fmt: skip
-    assert tables["data"] == {"train": "openai/gsm8k:main", "train_split": "train"}
+    assert tables["data"] == {"train": "openai/gsm8k:main", "train_split": "train", "raw_prompts": True}
     assert tables["rewards"] == {"functions": ["my_rewards:accuracy", f"{path}:brevity"], "weights": [1.0, 0.5]}
     assert tables["train"]["learning_rate"] == 2e-6
     assert tables["train"]["prompts_per_step"] == 8
     assert "steps" not in tables["train"]
     assert lost(translation, "max_steps: line") == [
-        "max_steps: line 16 computes it, and scripts are not run; set it by hand"
+        "max_steps: line 16: scripts are not run, and only running it would tell; set it by hand"
     ]
     assert "would run the training" in lost(translation, "reward function brevity")[0]
 
@@ -255,9 +256,10 @@ def test_command_lines_in_every_writing(source: list[str]):
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "- 1", "settings by name"),
         ("a.py", "def", "not valid Python"),
-        ("a.py", "x = 1", "0 calls of GRPOConfig"),
+        ("a.py", "x = 1", "no call of GRPOTrainer(...) or GRPOConfig(...)"),
+        ("a.yaml", "num_generations: 4", "name no model that can be read: name it with --model"),
         ("a.yaml", "num_generations: many", "num_generations = 'many': expected int"),
-        ("a.yaml", "temperature: 0", "rollout.temperature"),
+        ("a.yaml", "model_name_or_path: m\ntemperature: 0", "rollout.temperature"),
     ],
 )
 def test_what_can_not_be_read_is_said_in_a_sentence(

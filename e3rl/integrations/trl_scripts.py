@@ -1,0 +1,273 @@
+"""Reads the settings of a TRL GRPO run from a Python script, which is parsed and never run.
+
+Names are followed to what they were last bound to before the trainer is built: constants, configs, models, datasets and lists
+of reward functions. What only running the script could tell becomes a remark.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from e3rl.errors import UserError
+from e3rl.integrations.script_source import UNKNOWN, Source, called
+from e3rl.integrations.trl_arguments import Arguments, reward_name
+
+TRAINER = (
+    *(
+        "model",
+        "reward_funcs",
+        "args",
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "reward_processing_classes",
+    ),
+    *("callbacks", "optimizers", "quantization_config", "peft_config", "tools", "rollout_func", "environment_factory"),
+)
+"""Parameters of GRPOTrainer in TRL 1.16, in their order."""
+CONFIG = ("output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate")
+PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None}
+"""What LoraConfig() itself takes; TRL's command line has other defaults."""
+_LORA = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+}
+_LORA_NEUTRAL = {"task_type": None, "bias": "none", "inference_mode": False, "use_rslora": False}
+
+
+def read_script(text: str, path: Path) -> Arguments:
+    """The settings of the one GRPOTrainer(...) that the script builds."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{path}{line} is not valid Python: {getattr(error, 'msg', error)}") from None
+    return _Script(tree, path).arguments()
+
+
+class _Script:
+    def __init__(self, tree: ast.Module, path: Path) -> None:
+        self._source, self._path = Source(tree), path
+
+    def arguments(self) -> Arguments:
+        """TRL's settings by TRL's names."""
+        trainer = self._only("GRPOTrainer")
+        if trainer is None:
+            config = self._only("GRPOConfig")
+            if config is None:
+                raise UserError(
+                    f"{self._path} has no call of GRPOTrainer(...) or GRPOConfig(...): there is nothing to convert"
+                )
+            return Arguments(self._config(config), tuple(self._source.remarks))
+        given = self._source.given(trainer, TRAINER)
+        values = self._config(given.pop("args", None))
+        values |= self._model(given.pop("model", None), values)
+        values |= self._adapter(given.pop("peft_config", None))
+        values |= self._dataset(given.pop("train_dataset", None), "train")
+        values |= self._dataset(given.pop("eval_dataset", None), "eval")
+        values |= self._rewards(given.pop("reward_funcs", None))
+        for name, node in given.items():
+            if self._source.value(node) is not None and name != "processing_class":
+                self._source.remark(
+                    node, f"{name} = {ast.unparse(node)}", _REASONS.get(name, "it has no counterpart here")
+                )
+        return Arguments(values, tuple(self._source.remarks))
+
+    def _only(self, name: str) -> ast.Call | None:
+        """The one call of ``name``; None where there is none."""
+        found = self._source.calls(name)
+        if len(found) > 1:
+            raise UserError(f"{self._path} has {len(found)} calls of {name}(...); exactly one can be converted")
+        return found[0] if found else None
+
+    def _values(self, given: dict[str, ast.expr]) -> dict[str, Any]:
+        """The constants among them; a remark for each of the others."""
+        values = {}
+        for name, node in given.items():
+            value = self._source.value(node)
+            if value is UNKNOWN:
+                self._source.remark(node, name)
+            else:
+                values[name] = value
+        return values
+
+    def _config(self, node: ast.expr | None) -> dict[str, Any]:
+        """GRPOConfig(...), and what is set on it afterwards; without one, TRL's defaults."""
+        if node is None:
+            return {}
+        config = self._source.follow(node)
+        if not isinstance(config, ast.Call) or called(config) != "GRPOConfig":
+            self._source.remark(
+                node, f"args = {ast.unparse(node)}", "give its settings after '--', as on a command line"
+            )
+            return {}
+        values = self._values(self._source.given(config, CONFIG))
+        later = {n: v for owner, n, v in self._source.attributes if isinstance(node, ast.Name) and owner == node.id}
+        return values | self._values(later)
+
+    def _model(self, node: ast.expr | None, config: dict[str, Any]) -> dict[str, Any]:
+        """The model's name: a constant, or the first argument of a from_pretrained(...)."""
+        if node is None:
+            return {}
+        found: dict[str, Any] = {}
+        call = self._source.follow(node)
+        if isinstance(call, ast.Call) and called(call) == "get_peft_model":
+            inner = self._source.given(call, ("model", "peft_config"))
+            return self._model(inner.get("model"), config) | self._adapter(inner.get("peft_config"))
+        if isinstance(call, ast.Call) and called(call) == "from_pretrained":
+            given = self._source.given(call, ("pretrained_model_name_or_path",))
+            name = given.pop("pretrained_model_name_or_path", None) or given.pop("model_name", None)
+            if (
+                name is not None
+                and "dtype" not in config
+                and (kind := given.pop("dtype", given.pop("torch_dtype", None)))
+            ):
+                found = self._values({"dtype": kind})
+            for key in [k for k in given if k not in ("attn_implementation", "device_map", "use_cache")]:
+                self._source.remark(
+                    given[key], f"{key} of from_pretrained", "models are loaded with model.dtype and defaults"
+                )
+        else:
+            name = node
+        path = self._source.value(name)
+        if isinstance(path, str):
+            return {"model_name_or_path": path, **found}
+        self._source.remark(node, "model")
+        return {}
+
+    def _adapter(self, node: ast.expr | None) -> dict[str, Any]:
+        """LoraConfig(...), PEFT's own defaults for what it leaves out."""
+        if node is None or self._source.value(node) is None:
+            return {}
+        call = self._source.follow(node)
+        if not isinstance(call, ast.Call) or called(call) != "LoraConfig":
+            self._source.remark(
+                node, f"peft_config = {ast.unparse(node)}", "LoRA alone carries over; set model.lora_r by hand"
+            )
+            return {}
+        given = self._values(self._source.given(call, ("task_type",)))
+        values = {**PEFT, **{_LORA[name]: value for name, value in given.items() if name in _LORA}}
+        for name, value in given.items():
+            if (
+                name not in _LORA
+                and value != _LORA_NEUTRAL.get(name)
+                and name != "task_type"
+                and value not in (None, False)
+            ):
+                self._source.remark(
+                    call, f"{name} = {value!r}", "only rank, alpha, dropout and target modules of LoRA carry over"
+                )
+        modules = values["lora_target_modules"]
+        return {
+            "use_peft": True,
+            **values,
+            "lora_target_modules": [modules] if isinstance(modules, str) else modules or [],
+        }
+
+    def _dataset(self, node: ast.expr | None, split: str) -> dict[str, Any]:
+        """The dataset's source, through the changes that settings can express; others are listed."""
+        if node is None or self._source.value(node) is None:
+            return {}
+        call, renamed, values = self._source.follow(node), dict[str, str](), dict[str, Any]()
+        while True:
+            name = called(call) if isinstance(call, ast.Call) else ""
+            if isinstance(call, ast.Subscript) and self._source.value(call.slice) is not UNKNOWN:
+                values["split"] = self._source.value(call.slice)
+                call = self._source.follow(call.value)
+            elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and name != "load_dataset":
+                self._changed(call, name, renamed, values)
+                call = self._source.follow(call.func.value)
+            else:
+                break
+        if not (isinstance(call, ast.Call) and called(call) == "load_dataset"):
+            self._source.remark(
+                node, f"{split}_dataset", "it is no load_dataset(...): write its rows into a file and set data.train"
+            )
+            return {}
+        given = self._values(self._source.given(call, ("path", "name")))
+        source = given.get("path")
+        files = given.get("data_files")
+        files = files.get(values.get("split") or given.get("split") or "train") if isinstance(files, dict) else files
+        if source in ("json", "csv", "parquet") and isinstance(files, str):
+            given, source = {}, files
+        elif source in ("json", "csv", "parquet"):
+            self._source.remark(call, f"{split}_dataset", "one file can be read: join its files, and set data.train")
+            return {}
+        found = {"dataset_name": source, "dataset_config": given.get("name")}
+        found |= {"dataset_split": values.pop("split", None) or given.get("split"), **values}
+        found["columns"] = renamed
+        keys = {"dataset_split": f"dataset_{'train' if split == 'train' else 'test'}_split"}
+        if split == "eval":
+            keys |= {
+                "dataset_name": "eval_dataset_name",
+                "dataset_config": "eval_dataset_config",
+                "columns": "eval_columns",
+            }
+        return {keys.get(k, k): v for k, v in found.items() if v}
+
+    def _changed(self, call: ast.Call, name: str, renamed: dict[str, str], values: dict[str, Any]) -> None:
+        """One method of a dataset: expressed as settings, without effect here, or listed."""
+        arguments = [self._source.value(node) for node in call.args]
+        if name == "rename_column" and len(arguments) == 2 and UNKNOWN not in arguments:
+            renamed[arguments[1]] = arguments[0]
+        elif name == "rename_columns" and arguments and isinstance(arguments[0], dict):
+            renamed |= {new: old for old, new in arguments[0].items()}
+        elif name == "select" and call.args and (count := self._first(call.args[0])):
+            values["train_limit"] = count
+        elif name not in ("shuffle", "remove_columns", "select_columns", "with_format", "flatten_indices"):
+            shown = f"dataset.{name}({', '.join(ast.unparse(a) for a in call.args)[:60]})"
+            how = "its code changes the rows: run it once, save them with dataset.to_json('train.jsonl'), and set data.train"
+            self._source.remark(call, shown, how)
+
+    def _first(self, node: ast.expr) -> int | None:
+        """n of ``range(n)``."""
+        is_range = isinstance(node, ast.Call) and called(node) == "range" and len(node.args) == 1
+        count = self._source.value(node.args[0]) if is_range else None  # type: ignore[attr-defined]
+        return count if isinstance(count, int) else None
+
+    def _rewards(self, node: ast.expr | None) -> dict[str, Any]:
+        if node is None:
+            return {}
+        several = self._source.follow(node)
+        nodes = several.elts if isinstance(several, ast.List | ast.Tuple) else [node]
+        return {"reward_funcs": [name for each in nodes if (name := self._function(each))]}
+
+    def _function(self, node: ast.expr) -> str | None:
+        name = node.id if isinstance(node, ast.Name) else None
+        if name in self._source.functions:
+            if self._source.runs_when_imported:
+                self._source.remark(
+                    node,
+                    f"reward function {name}",
+                    f"importing {self._path} would run the training in it; move the function to a file of its own, or the "
+                    "training under if __name__ == '__main__'",
+                )
+            return f"{self._path}:{name}"
+        if name in self._source.imports:
+            return self._source.imports[name]
+        value = self._source.value(node)
+        if isinstance(value, str):
+            return reward_name(value)
+        followed = self._source.follow(node)
+        if isinstance(followed, ast.Call) and isinstance(followed.func, ast.Name):
+            made = self._source.imports.get(followed.func.id, "")
+            if made == "trl.rewards:get_soft_overlong_punishment":
+                return "overlong"
+        self._source.remark(
+            node, f"reward_funcs: {ast.unparse(node)}", "it is no plain function; add it to rewards.functions"
+        )
+        return None
+
+
+_REASONS = {
+    "callbacks": "listeners of a Trainer take their place",
+    "optimizers": "the optimizer and schedule are those of [train]",
+    "tools": "set the tools by hand",
+    "quantization_config": "quantised weights can't be trained here",
+    "reward_processing_classes": "a reward is a function; wrap the reward model in one",
+    "rollout_func": "rollout.engine says what generates",
+}

@@ -1,0 +1,205 @@
+"""Scripts as people write them: every setting is found behind its name, or said to be lost."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e3rl.cli import main
+from e3rl.config import build_config, load_config
+from e3rl.errors import UserError
+from e3rl.integrations.script_source import UNKNOWN, Source
+from e3rl.integrations.trl_arguments import Arguments, read_arguments
+from e3rl.integrations.trl_recipe import SET_DATA, Translation, translate
+from e3rl.integrations.trl_scripts import read_script
+from tests.integrations.fixtures import SCRIPTS
+
+
+def converted(name: str) -> Translation:
+    return translate(read_arguments([str(SCRIPTS / f"{name}.py")]))
+
+
+def read(text: str) -> Arguments:
+    return read_script(text, Path("x.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "quickstart",
+            {
+                "model": {"path": "./model", "dtype": "bfloat16"},
+                "data": {"train": "chat.jsonl", "raw_prompts": True},
+                "rewards": {"functions": ["rewards_of_mine:right"]},
+            },
+        ),
+        (
+            "positional",
+            {
+                "model": {
+                    "path": "./model", "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.0,
+                    "lora_target_modules": ["q_proj", "o_proj"],
+                },
+                "data": {"train": "plain.jsonl", "train_split": "train", "raw_prompts": True},
+                "rewards": {"functions": ["rewards_of_mine:right", "rewards_of_mine:short"], "weights": [1.0, 0.5]},
+            },
+        ),
+        (
+            "main_function",
+            {
+                "run": {"output_dir": "./model-grpo", "seed": 42},
+                "model": {"path": "./model", "dtype": "float32"},
+                "data": {
+                    "train": "questions.jsonl", "prompt_column": "question", "train_limit": 4, "raw_prompts": True,
+                },
+            },
+        ),
+        (
+            "mapped",
+            {
+                "model": {
+                    "path": "./model", "dtype": "bfloat16", "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0,
+                    "lora_target_modules": ["all-linear"],
+                },
+            },
+        ),
+        ("gspo", {"data": {"train": "chat.jsonl", "eval": ["heldout.jsonl"], "raw_prompts": True}}),
+    ],
+)  # fmt: skip
+def test_every_setting_of_a_script_is_found(name: str, expected: dict[str, Any]):
+    tables = converted(name).tables
+    found = {section: dict(tables[section]) for section in expected}
+    for table in found.values():
+        table.pop("train_split" if name != "positional" else "-", None)
+        table.pop("eval_split", None)
+    assert found == expected
+
+
+def test_numbers_of_a_script_are_computed_and_followed():
+    positional, gspo, main_function = (converted(n).tables for n in ("positional", "gspo", "main_function"))
+    assert positional["train"]["learning_rate"] == 2e-5
+    assert (positional["train"]["prompts_per_step"], positional["rollout"]["top_k"]) == (4, 5)
+    assert (gspo["train"]["prompts_per_step"], gspo["train"]["minibatches"], gspo["train"]["num_iterations"]) == (
+        4,
+        4,
+        2,
+    )
+    assert gspo["objective"] == {"name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0}
+    assert gspo["run"]["seed"] == 7
+    assert (main_function["train"]["learning_rate"], main_function["train"]["weight_decay"]) == (5e-6, 0.1)
+    assert main_function["objective"]["clip_high"] == 0.28
+    assert main_function["rollout"]["num_generations"] == 2
+
+
+def test_what_a_script_loses_is_exactly_what_its_code_does():
+    losses = {name: converted(name).losses for name in ("quickstart", "positional", "main_function", "mapped", "gspo")}
+    assert losses["quickstart"] == losses["positional"] == losses["gspo"] == ()
+    assert [loss.partition(":")[0] for loss in losses["main_function"]] == ["use_bias_correction_kl"]
+    assert [loss.partition(":")[0] for loss in losses["mapped"]] == [
+        "dataset.filter(lambda row",
+        "dataset.map(make_conversation)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "os.environ['MODEL']",
+        "args.model_name_or_path",
+        "build()",
+        "AutoModelForCausalLM.from_config(config)",
+        "NAMES[0]",
+    ],
+)
+def test_a_model_that_can_not_be_read_is_an_error_and_a_name_mends_it(model: str, tmp_path: Path, capsys: Any):
+    path, recipe = tmp_path / "train.py", tmp_path / "recipe.toml"
+    path.write_text(f"trainer = GRPOTrainer({model}, 'accuracy_reward', train_dataset=load_dataset('a/b'))\n")
+    assert main(["convert", "trl", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "name no model that can be read: name it with --model MODEL (model: line 1" in error
+    assert main(["convert", "trl", str(path), "--model", "me/mine", "--output", str(recipe)]) == 0
+    assert load_config(recipe).model.path == "me/mine"
+
+
+def test_data_that_can_not_be_read_are_refused_by_training_and_are_never_the_lab_s():
+    translation = translate(read("GRPOTrainer('m', 'accuracy_reward', train_dataset=Dataset.from_list(rows))"))
+    assert build_config(translation.tables).data.train == SET_DATA
+    assert any(loss.startswith("train_dataset: none is named") for loss in translation.losses)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name = 'a'\nif big:\n    name = 'b'\nGRPOTrainer(name)",
+        "for name in names:\n    GRPOTrainer(name)",
+        "name, other = pick()\nGRPOTrainer(name)",
+        "def f(name):\n    GRPOTrainer(name)",
+        "GRPOTrainer(name)\nname = 'a'",
+    ],
+)
+def test_a_name_that_may_be_several_things_is_not_guessed(text: str):
+    found = read(text)
+    assert "model_name_or_path" not in found.values
+    assert any(remark.startswith("model: line") for remark in found.remarks)
+
+
+def test_the_last_binding_before_the_use_counts():
+    found = read("name = 'a'\nname = 'b'\nGRPOTrainer(name)\nname = 'c'")
+    assert found.values["model_name_or_path"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("1 / 4", 0.25), ("2**3 * 2 - 1 + 8 // 3", 17), ("'a' + 'b'", "ab"), ("f'{N}-x'", "4-x"), ("[N, 1]", [4, 1]),
+        ("torch.bfloat16", "bfloat16"), ("-1e-6", -1e-6), ("{'a': 1}", {"a": 1}), ("9**9**9", UNKNOWN), ("1/0", UNKNOWN),
+        ("len(x)", UNKNOWN), ("f'{x}'", UNKNOWN), ("'a' * 10**9", UNKNOWN),
+    ],
+)  # fmt: skip
+def test_constants_are_computed_and_nothing_else_is(expression: str, value: Any):
+    source = Source(ast.parse(f"N = 4\ny = {expression}"))
+    last = ast.parse(f"\n\n{expression}", mode="eval").body
+    assert source.value(last) is value if value is UNKNOWN else source.value(last) == value
+
+
+def test_adapters_made_by_hand_and_their_other_options():
+    found = read(
+        "m = get_peft_model(AutoModelForCausalLM.from_pretrained('x', device_map='auto', load_in_4bit=True), "
+        "LoraConfig(r=4, use_rslora=True, bias='none'))\nGRPOTrainer(m)"
+    )
+    assert found.values == {
+        "model_name_or_path": "x", "use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+        "lora_target_modules": [],
+    }  # fmt: skip
+    assert sorted(remark.partition(":")[0] for remark in found.remarks) == [
+        "load_in_4bit of from_pretrained", "use_rslora = True",
+    ]  # fmt: skip
+
+
+def test_settings_may_come_after_the_script_as_on_a_command_line(tmp_path: Path):
+    path = tmp_path / "parsed.py"
+    path.write_text(
+        "script, args, model = TrlParser((A, GRPOConfig, ModelConfig)).parse_args_and_config()\n"
+        "GRPOTrainer(model=model.model_name_or_path, args=args, reward_funcs='accuracy_reward', "
+        "train_dataset=load_dataset('a/b'), callbacks=[Mine()], tools=None)\n"
+    )
+    found = translate(read_arguments([str(path), "--model_name_or_path", "m", "--learning_rate", "3e-6"]))
+    assert (found.tables["model"]["path"], found.tables["train"]["learning_rate"]) == ("m", 3e-6)
+    assert [loss.partition(":")[0] for loss in found.losses] == ["args = args", "model", "callbacks = [Mine()]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1", "no call of GRPOTrainer"),
+        ("GRPOTrainer('a')\nGRPOTrainer('b')", "2 calls of GRPOTrainer"),
+        ("a(" * 200 + ")" * 200, "not valid Python|no call of"),
+    ],
+)
+def test_scripts_with_nothing_to_convert_are_said(text: str, words: str):
+    with pytest.raises(UserError, match=words):
+        read(text)
