@@ -14,7 +14,7 @@ from e3rl.errors import UserError
 from e3rl.files import MANIFEST, damage, is_litter, write_text
 from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.journal import survey
-from e3rl.train.ledger import READABLE
+from e3rl.train.ledger import READABLE, read_ledger
 from e3rl.train.nonfinite import skipped_steps
 from e3rl.train.run_directory import LOGS, RunDirectory, keep_copy, ranges, read_config, read_lines, survey_lines
 
@@ -72,7 +72,9 @@ def _ledger_problem(path: Path) -> str | None:
         found = (pq.read_schema(path).metadata or {}).get(b"format", b"none").decode("utf-8", "replace")
         if found not in READABLE:
             return f"has format {found}; this version reads {' and '.join(READABLE)}"
-        pq.read_table(path)
+        read_ledger(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path} ")
     except (pa.ArrowException, OSError) as error:
         return f"can't be read: {str(error).splitlines()[0]}"
     return None

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -17,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from e3rl.config import Config
+from e3rl.errors import UserError
 from e3rl.evaluate.figures import evaluated_name
 from e3rl.evaluate.tables import results_table
+from e3rl.train.ledger import read_ledger
 from e3rl.train.listeners import Silent
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -160,7 +161,10 @@ def build_display(console: Console) -> PlainDisplay:
 def telling_erasure(run: Path) -> Mapping[str, Any] | None:
     """An erasure worth showing: in a late, rewarded trajectory, the one furthest above its threshold."""
     for ledger in sorted((run / "rollouts").glob("step-*.parquet"), reverse=True):
-        rows = pq.read_table(ledger, columns=["prompt", "reward", "segments", "erasures"]).to_pylist()
+        try:
+            rows = read_ledger(ledger, ["prompt", "reward", "segments", "erasures"]).to_pylist()
+        except UserError:  # `e3rl doctor` names it
+            continue
         found = [(e, row) for row in rows if (row["reward"] or 0) > 0 for e in row["erasures"]]
         if found:
             erasure, row = max(found, key=lambda pair: pair[0]["uncertainty"] / pair[0]["threshold"])
@@ -190,7 +194,8 @@ def closing(run: Path, summary: Mapping[str, Any]) -> RenderableType:
     """Everything that is printed when a run is complete."""
     parts: list[RenderableType] = [Text("")]
     if summary["after"]:
-        rows = [(f"{mode}, {when}", summary[when][mode]) for mode in summary["after"] for when in ("before", "after")]
+        modes = summary["after"]
+        rows = [(f"{m}, {when}", summary[when][m]) for m in modes for when in ("before", "after") if m in summary[when]]
         parts.append(results_table("Held-out problems", rows))
     example = telling_erasure(run)
     if example:

@@ -99,7 +99,7 @@ def read_step(path: Path, budget: int) -> StepRollouts:
     step = int(path.stem.removeprefix("step-"))
     packer = _Packer(f'{{"step":{step},"groups":[')
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             total = file.metadata.num_rows
             for rows in _groups(file.iter_batches(batch_size=_ROWS_AT_A_TIME)):
                 longer = packer.with_text(("," if index else "") + to_json(encode_group(rows)))

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from e3rl.data.pieces import Pieces, pieces_of
+from e3rl.errors import UserError
 from e3rl.files import atomic_file
 from e3rl.rollout import columns
 from e3rl.types import Group, RewardedGroup, Trajectory
@@ -161,4 +162,12 @@ def ledger_path(run: Path, step: int) -> Path:
 def write_ledger(run: Path, step: int, rows: pa.Table) -> None:
     """Write one step's rollouts atomically."""
     with atomic_file(ledger_path(run, step)) as temporary:
-        pq.write_table(rows, temporary, compression="zstd", use_dictionary=_REPEATED)
+        pq.write_table(rows, temporary, compression="zstd", use_dictionary=_REPEATED, write_page_checksum=True)
+
+
+def read_ledger(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A step's rollouts, or some columns of them, whose checksums have been verified."""
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}") from None

@@ -9,7 +9,9 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,21 +54,40 @@ def read_config(directory: Path) -> Config:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of a log: a JSON object that says its step. None where it is damaged."""
+_CHECK = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
+
+
+def log_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of a log. Its last key is the CRC-32 of what stands before, so that no changed digit is believed."""
+    text = json.dumps({k: finite_or_none(v) for k, v in record.items()}, ensure_ascii=False)[:-1]
+    return f'{text}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def _record(line: bytes, checked: bool) -> dict[str, Any] | None:
+    """What a line of a log holds, a JSON object that says its step; None where it is damaged."""
+    found = _CHECK.search(line)
+    if checked and not (found and zlib.crc32(line[: found.start()]) == int(found[1], 16)):
+        return None
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    record.pop("crc32", None)
+    return record
 
 
 def survey_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The intact records of a JSON-lines log, and the numbers of the lines that are damaged, from 1."""
+    """The intact records of a JSON-lines log, and the numbers of the lines that are damaged, from 1.
+
+    Where any line carries its checksum all must; a log that was written without, or by hand, is read as it is.
+    """
     if not path.exists():
         return [], []
     lines = path.read_bytes().split(b"\n")  # by line ends alone: a text may hold what Unicode calls a line break
-    found = {number: _record(line) for number, line in enumerate(lines, 1) if line}
+    checked = any(map(_CHECK.search, lines))
+    found = {number: _record(line, checked) for number, line in enumerate(lines, 1) if line}
     return [r for r in found.values() if r is not None], [number for number, r in found.items() if r is None]
 
 
@@ -192,9 +213,8 @@ class RunDirectory:
     def append(self, log: str, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` or ``evaluations.jsonl`` and see it on the disk."""
         path = self.path / log
-        line = json.dumps({k: finite_or_none(v) for k, v in record.items()}, ensure_ascii=False)
         with disk_full_is_a_sentence(path), path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(log_line(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -216,7 +236,7 @@ class RunDirectory:
             if log == "metrics.jsonl" and (missing := sorted(set(range(1, step + 1)) - {r["step"] for r in records})):
                 note(f"{path}: nothing is logged of step {ranges(missing)}; curves and summary lack what is missing")
             kept = [r for r in records if r["step"] <= step]
-            write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            write_text(path, "".join(map(log_line, kept)))
         for ledger in (self.path / "rollouts").glob("step-*.parquet"):
             if int(ledger.stem.removeprefix("step-")) > step:
                 ledger.unlink()

@@ -1,4 +1,4 @@
-"""``make test-chaos``: kills, full disks, hostile answers, fuzz and a soak, one after the other, with their figures."""
+"""``make test-chaos``: all parts below, one after the other, with their figures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import time
 FUZZ_CASES = "100"
 
 PARTS = {
-    "kills": ["-m", "tests.chaos.kills", "--kills", "50", "--seconds", "420"],
+    "kills": ["-m", "tests.chaos.kills", "--kills", "50", "--seconds", "360"],
     "full disks": ["-m", "tests.chaos.disk", "--sizes", "4", "3000", "9000", "17500"],
+    "damaged files": ["-m", "tests.chaos.damage", "--seconds", "150"],
+    "failing calls and power cuts": ["-m", "tests.chaos.faults", "--seconds", "120"],
     "hostile answers": ["-m", "tests.chaos.hostile", "--inputs", "10000"],
     "fuzz": ["-m", "pytest", "-p", "no:xdist", "tests/fuzz"],
     "soak": ["-m", "tests.chaos.soak", "demo", "train.prompts_per_step=3", "rollout.num_generations=4",

@@ -195,7 +195,7 @@ def _be(command: list[str], log: Path, counted: Path, crash: Crash) -> None:
         journal.StepJournal.add = add  # type: ignore[method-assign]
         crash.install()
         status = e3rl(command)
-        if crash.nth == 0 and not crash.kind:
+        if crash.nth == 0:
             log.with_suffix(".calls").write_text(json.dumps(crash.calls))
         os._exit(status)
     except BaseException:

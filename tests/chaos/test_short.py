@@ -1,7 +1,9 @@
-"""The chaos test in short: some kills, one after the other, of one small run."""
+"""The chaos tests in short: some kills and some damaged files of one small run."""
 
 from pathlib import Path
 
+from tests.chaos.damage import try_damage
+from tests.chaos.faults import try_faults, try_power_cuts
 from tests.chaos.kills import RECIPE, chaos
 
 SMALL = (
@@ -19,3 +21,21 @@ def test_killed_runs_end_in_the_same_bits(tmp_path: Path):
     assert (tally.kills, tally.identical) == (3, tally.runs)
     assert tally.resumes > 0
     assert len(tally.wheres) >= 2
+
+
+def test_damaged_files_are_named_or_make_no_difference(tmp_path: Path):
+    verdicts = try_damage(tmp_path, seconds=60, trials=12, seed=3)
+    assert verdicts.wrong == []
+    assert verdicts.ended["identical"] > 0
+
+
+def test_failing_calls_end_in_a_sentence_or_the_same_bits(tmp_path: Path):
+    verdicts = try_faults(tmp_path, seconds=60, trials=6)
+    assert verdicts.wrong == []
+    assert verdicts.ended["identical"] > 0
+
+
+def test_after_a_power_cut_what_was_synced_is_enough(tmp_path: Path):
+    verdicts = try_power_cuts(tmp_path, seconds=60, trials=4)
+    assert verdicts.wrong == []
+    assert verdicts.ended["identical"] > 0

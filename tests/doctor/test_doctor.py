@@ -88,7 +88,7 @@ def test_repair_keeps_a_copy_of_a_damaged_log(tmp_path: Path):
     damaged = (run / "metrics.jsonl").read_bytes().replace(b'"step": 2', b'"step": ?')
     (run / "metrics.jsonl").write_bytes(damaged)
     main(["doctor", str(run), "--repair"])
-    assert (run / "metrics.jsonl").read_bytes() == damaged.replace(b'{"step": ?}\n', b"")
+    assert (run / "metrics.jsonl").read_bytes() == b"".join(damaged.splitlines(keepends=True)[::2])
     assert (run / "metrics.jsonl.damaged").read_bytes() == damaged
 
 

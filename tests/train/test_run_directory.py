@@ -11,7 +11,7 @@ import pytest
 
 from e3rl.config import Config, RunConfig
 from e3rl.errors import UserError
-from e3rl.train.run_directory import RunDirectory, continue_or_put_aside, read_config, read_lines
+from e3rl.train.run_directory import RunDirectory, continue_or_put_aside, read_config, read_lines, survey_lines
 
 
 def _config(tmp_path: Path, **train: object) -> Config:
@@ -100,6 +100,17 @@ def test_a_damaged_line_costs_itself_alone_and_a_copy_of_the_file_is_kept(tmp_pa
     log.write_bytes(damaged)
     run.drop_after(4, said.append)
     assert (run.path / "metrics.jsonl.damaged.1").exists(), "an older copy is not written over"
+
+
+def test_a_changed_digit_is_noticed(tmp_path: Path):
+    run = RunDirectory.create(_config(tmp_path))
+    for step in (1, 2):
+        run.append("metrics.jsonl", {"step": step, "reward": 0.5})
+    log = run.path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step": 1, "reward": 0.5', b'"step": 1, "reward": 0.7'))
+    assert [survey_lines(log)[1], read_lines(log)] == [[1], [{"step": 2, "reward": 0.5}]]
+    log.write_text('{"step": 1, "reward": 0.7}\n{"step": 2}\n')
+    assert read_lines(log)[0] == {"step": 1, "reward": 0.7}, "a log without checksums is read as it is"
 
 
 def test_a_log_that_is_gone_is_said(tmp_path: Path):

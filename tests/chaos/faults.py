@@ -1,0 +1,195 @@
+"""The n-th call fails, and the power fails: at every position of a small run, one after the other.
+
+    python -m tests.chaos.faults --seconds 120
+
+A call by which a run reads, writes, syncs, renames, starts a process or uses a pipe raises EIO, ENOMEM or EMFILE once: the
+run must end as the unharmed one, or with a sentence, and then resume to the same bits. When the power fails, only what was
+synced is left, of files and of directories alike: the run must resume to the same bits. (Python itself repeats calls that
+are interrupted by a signal, EINTR.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from e3rl.train import checkpoint
+from tests.chaos.kills import Crash
+from tests.chaos.trials import Place, Verdicts
+
+ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE)
+
+
+@dataclass
+class Fault(Crash):
+    """Raises an error at the n-th call of a kind, once."""
+
+    error: int = errno.EIO
+
+    def _fails(self, owner: Any, name: str, kind: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.reached(kind):
+                raise OSError(self.error, os.strerror(self.error))
+            return real(*arguments, **options)
+
+        setattr(owner, name, call)
+
+    def install(self) -> None:
+        """Wrap the calls, in this process."""
+        for owner, name, kind in (
+            (os, "fsync", "sync"),
+            (os, "replace", "rename"),
+            (os, "open", "open"),
+            (pathlib.Path, "open", "open"),
+            (pathlib.Path, "read_bytes", "read"),
+            (pathlib.Path, "read_text", "read"),
+            (pathlib.Path, "write_text", "write"),
+            (pathlib.Path, "mkdir", "make a directory"),
+            (checkpoint, "save_file", "write tensors"),
+            (checkpoint, "safe_open", "map tensors"),
+            (pq, "write_table", "write rollouts"),
+            (subprocess, "Popen", "start a process"),
+            (Connection, "send", "use a pipe"),
+            (Connection, "recv_bytes", "use a pipe"),
+        ):
+            self._fails(owner, name, kind)
+
+
+@dataclass
+class PowerCut(Crash):
+    """Ends this process before the n-th sync, and leaves an image of what was synced by then.
+
+    A file's bytes last as they were at its last sync; a name in a directory lasts once the directory was synced.
+    """
+
+    root: Path = Path()
+    image: Path = Path()
+    bytes_of: dict[int, bytes] = field(default_factory=dict)
+    names_in: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """All that is there already has lasted."""
+        for path in [self.root, *self.root.rglob("*")] if self.root.exists() else []:
+            self._note(path)
+
+    def _note(self, path: Path) -> None:
+        number = path.stat().st_ino
+        if path.is_dir():
+            self.names_in[number] = {p.name: p.stat().st_ino for p in path.iterdir()}
+        else:
+            self.bytes_of[number] = path.read_bytes()
+
+    def install(self) -> None:
+        self.start()
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if self.reached("sync"):
+                self.image.write_bytes(pickle.dumps((self.root.stat().st_ino, self.bytes_of, self.names_in)))
+                self.die()
+            real(descriptor)
+            if path.is_relative_to(self.root):
+                self._note(path)
+
+        os.fsync = fsync
+
+
+def restore_image(image: Path, root: Path) -> None:
+    """Make ``root`` what the power cut left. Files are told from directories by what was synced of them."""
+    top, bytes_of, names_in = pickle.loads(image.read_bytes())
+    shutil.rmtree(root, ignore_errors=True)
+
+    def make(number: int, path: Path) -> None:
+        if number in names_in:
+            path.mkdir(parents=True, exist_ok=True)
+            for name, inner in names_in[number].items():
+                make(inner, path / name)
+        elif number in bytes_of:
+            path.write_bytes(bytes_of[number])
+        else:  # the name lasted, and nothing that it stands for
+            path.write_bytes(b"")
+
+    make(top, root)
+
+
+def try_faults(directory: Path, seconds: float, seed: int = 0, trials: int = 10**6) -> Verdicts:
+    """Fail calls at random positions, each position once, for so long."""
+    end, place, rng = time.monotonic() + seconds, Place(directory), random.Random(seed)
+    verdicts = Verdicts(place.run("unharmed"))
+    for kind, nth in positions(place, Fault(), rng, trials):
+        if time.monotonic() > end:
+            break
+        error = rng.choice(ERRORS)
+        what = f"{kind} {nth}: {errno.errorcode[error]}"
+        life = place.train("harmed", Fault(kind, nth, error=error))
+        if life.status == 2 and "Traceback" not in place.said("harmed"):
+            verdicts.ended["(sentence, then resumed)"] += 1
+            life = place.train("harmed")
+        verdicts.add(what, place.expected, life.status, place.said("harmed"), place.run("harmed"))
+        place.forget("harmed")
+    return verdicts
+
+
+def try_power_cuts(directory: Path, seconds: float, seed: int = 0, trials: int = 10**6) -> Verdicts:
+    """Cut the power before syncs in a random order, each once, for so long."""
+    end, place, rng = time.monotonic() + seconds, Place(directory), random.Random(seed)
+    verdicts, run, image = Verdicts(place.run("unharmed")), place.run("harmed"), directory / "image"
+    for kind, nth in positions(place, PowerCut(root=run, image=image), rng, trials):
+        if time.monotonic() > end:
+            break
+        place.train("harmed", PowerCut(kind, nth, root=run, image=image))
+        restore_image(image, run)
+        life = place.train("harmed")
+        verdicts.add(f"power cut before sync {nth}", place.expected, life.status, place.said("harmed"), run)
+        place.forget("harmed")
+    return verdicts
+
+
+def positions(place: Place, counting: Crash, rng: random.Random, most: int) -> Iterator[tuple[str, int]]:
+    """Every kind of call and every position of it in an unharmed run, in a random order; ``most`` of them."""
+    counting.kind = "count"
+    place.forget("harmed")
+    if place.train("harmed", counting).status != 0:
+        raise RuntimeError(place.said("harmed"))
+    calls = place.calls("harmed")
+    place.forget("harmed")
+    found = [(kind, nth) for kind, often in sorted(calls.items()) for nth in range(1, often + 1)]
+    rng.shuffle(found)
+    yield from found[:most]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120, help="for failing calls, and again for power cuts")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    wrong = False
+    for name, tried in (("failing calls", try_faults), ("power cuts", try_power_cuts)):
+        with tempfile.TemporaryDirectory() as directory:
+            verdicts = tried(Path(directory), options.seconds, options.seed)
+        print("\n".join(verdicts.lines(name)), flush=True)
+        wrong = wrong or bool(verdicts.wrong)
+    raise SystemExit(wrong)
+
+
+if __name__ == "__main__":
+    main()
