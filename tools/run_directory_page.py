@@ -52,7 +52,8 @@ def page() -> str:
     columns = "\n".join(_rows(SCHEMA))
     return (
         f"{HEAD}\n## metrics.jsonl\n\nNumbers that do not exist in a step are null or absent; objectives may add their own "
-        f"after a `/`. The last key, `crc32`, is\nthe checksum of the line before it; evaluations.jsonl has it too.\n\n| key | meaning |\n| --- | --- |\n{metrics}\n\n"
+        f"after a `/`. The last key, `crc32`, is\nthe checksum of the line before it; evaluations.jsonl has it too.\n\n"
+        f"| key | meaning |\n| --- | --- |\n{metrics}\n\n"
         "## rollouts\n\nOne row a trajectory. pandas and DuckDB read the files without e3rl. Journals, prefetched rollouts "
         "(`prefetched.arrow`) and a skipped\nstep's batch (`batch.arrow`) hold the same rows, but for the text and what was "
         "learnt; so do the answers of rollout workers.\n\n"
