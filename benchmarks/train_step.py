@@ -209,7 +209,8 @@ def planned(side: str, directory: Path, work: Work) -> float:
     """What the plan says of the training side, above weights and reference weights, MiB."""
     config = settings_of(directory, work, "e3rl", gradient_checkpointing=side.endswith("-recompute"))
     plan = make_plan(config)
-    return (plan.held["optimizer"] + max(sum(plan.phases[p].values()) for p in ("training", "optimizer"))) / 2**20
+    trainer = plan.trainer
+    return (trainer.held["optimizer"] + max(sum(trainer.phases[p].values()) for p in ("training", "optimizer"))) / 2**20
 
 
 def attribution(directory: Path, work: Work, rounds: int) -> dict[str, Any]:

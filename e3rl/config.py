@@ -113,7 +113,9 @@ class RolloutConfig:
         0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0, max=2**20
     )
     kv_budget: int = setting(
-        0, "most MiB that the torch engine's KV cache may take; rows beyond wait for room; 0: no bound", min=0
+        0,
+        "most MiB that the KV cache may take; rows beyond wait for room (vLLM computes them again); 0: no bound",
+        min=0,
     )
     ahead: int = setting(0, "steps that rollouts are ahead: 1 generates the next while this one trains", min=0, max=1)
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)

@@ -116,10 +116,12 @@ def _demands(trained: Sequence[Cell], tokens: float) -> list[str]:
     ranks = max(1, cell.config.train.workers)
     where = f"on each of {ranks} devices that train" if ranks > 1 else "on one device"
     lines = [
-        f"  memory: {counted.largest / GIB:.1f} GiB {where} at the worst moment ({name}), as e3rl train --plan counts it"
+        f"  memory: {counted.trainer.largest / GIB:.1f} GiB {where} at the worst moment ({name}), as e3rl train --plan counts it"
     ]
-    if cell.config.rollout.workers:
-        lines.append(f"  beside them {cell.config.rollout.workers} rollout workers with a device each")
+    lines += [
+        f"  beside them {p.count} {p.name}s with a device each: {p.largest / GIB:.1f} GiB"
+        for p in counted.processes[1:]
+    ]
     if tokens:
         lines.append(f"  arithmetic: about {10 * counted.parameters * tokens:.1e} operations (generate, score, learn)")
     return lines

@@ -100,6 +100,7 @@ def train_rank(
 
 def _plan(config: Config, gib: float | None, ranks: int) -> int:
     from e3rl.models import resolve_device
+    from e3rl.plan.fit import changes_that_fit
     from e3rl.plan.memory import GIB, device_bytes, make_plan
     from e3rl.plan.text import plan_text
 
@@ -107,5 +108,7 @@ def _plan(config: Config, gib: float | None, ranks: int) -> int:
     available = device_bytes(config.model) if gib is None else int(gib * GIB)
     elsewhere = gib is not None and config.model.device == "auto"
     on_cpu = not elsewhere and resolve_device(config.model.device).type == "cpu"
-    print(plan_text(config, make_plan(config, ranks, on_cpu=on_cpu), available))
+    plan = make_plan(config, ranks, on_cpu=on_cpu)
+    changes = changes_that_fit(config, plan, available, ranks=ranks, on_cpu=on_cpu)
+    print(plan_text(config, plan, available, changes))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
+from e3rl.train.optimizer import by_kind, scratch_bytes
 
 _DIVIDES: dict[str, frozenset[str]] = {
     "ddp": frozenset(),
@@ -73,6 +74,20 @@ class ShardCounts:
         of_layers = sum(size for p, size in missing.items() if id(p) in self.layers)
         beside = sum(missing.values()) - of_layers  # the output matrix is held through the whole pass
         return beside + (of_layers if self.keeps_gathered else min(of_layers, 2 * of_layers // layers))
+
+    def under_way(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Bytes of gradients that are sent to the ranks that keep them, at the worst moment."""
+        return 0
+
+    def scratch(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once, from a float32 copy of
+        its gradients."""
+        kinds = by_kind(parameters)
+        if self.copies_float32:
+            parts = [sum(p.numel() for p in kind) // self.ranks for kind in kinds]
+            return scratch_bytes(parts) + self.state(parameters, 4)
+        parts_of_each = self.ranks if self.divides_weights else 1
+        return max(scratch_bytes([p.numel() // parts_of_each for p in kind]) for kind in kinds)
 
     def _parts(self, what: str) -> int:
         return self.ranks if what in self.divides else 1

@@ -1,32 +1,31 @@
-"""What a run will need, before any weight is loaded: memory by purpose, tokens and steps, and whether it fits a device.
+"""What a run will need, before any weight is loaded: memory by process and purpose, tokens and steps, and whether it fits.
 
-The model is built on the meta device, which has shapes and no values. What the backward pass keeps is not estimated by a
-formula but counted: a forward pass over a full micro-batch runs there, and every tensor that autograd saves is added up.
+The model is built on the meta device, which has shapes and no values. What passes take is not estimated by a formula but
+counted: they run there (`e3rl.plan.dry_run`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from e3rl.config import Config, ModelConfig
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.torch.fused import decoding_copy_bytes
-from e3rl.engine.torch.storage import MIB, bucketed, physical_slots, rows_within
+from e3rl.engine.torch.storage import MIB, bucketed, rows_within
+from e3rl.engine.vllm.core import BATCHED_TOKENS, kv_cache_bytes
 from e3rl.errors import UserError
 from e3rl.model_files import known_architecture
-from e3rl.models import add_lora, resolve_device, resolve_model_path
+from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
+from e3rl.plan.dry_run import COUNTED, MicroBatch, cache_row_bytes, engine, forward_bytes, micro_batch
 from e3rl.train.prompts import number_of_steps
-from e3rl.train.scoring import chunk_bytes, gradient_bytes
 
 
 def known_config(path: str) -> Any:
@@ -37,27 +36,8 @@ def known_config(path: str) -> Any:
     return None if found is None else AutoConfig.for_model(found.pop("model_type"), **found)
 
 
-_COUNTED = "e3rl_counted"
 ASSUMED_PROMPT = 512
 GIB = 2**30
-
-
-class _Kept(torch.autograd.Function):
-    """Stands for flash attention: keeps queries, keys, values and its output, and no matrix of scores."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-
-def _counted_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _Kept.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
-
-
-AttentionInterface.register(_COUNTED, _counted_attention)
-AttentionMaskInterface.register(_COUNTED, lambda *args, **kwargs: None)
 
 
 def shape_of(config: ModelConfig) -> Any:
@@ -79,41 +59,43 @@ def shape_of(config: ModelConfig) -> Any:
         model = AutoModelForCausalLM.from_config(
             found,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=_COUNTED,
+            attn_implementation=COUNTED,
             trust_remote_code=config.trust_remote_code,
         )
         return add_lora(model, config) if config.lora_r else model
 
 
-def saved_bytes(model: Any, tokens: int) -> int:
-    """Bytes that autograd keeps of one forward pass through the layers, weights not counted."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Process:
+    """Bytes by purpose of one kind of process, of which there are ``count``, each on a device of its own."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            kept[storage] = tensor
-        return tensor
+    name: str
+    count: int
+    held: Mapping[str, int]  # all the time, from the first step on
+    phases: Mapping[str, Mapping[str, int]]  # beside it, while that is done
 
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
-        mask = torch.empty(1, 1, 1, 1)  # ready made: making one looks at values
-        output = getattr(base, base.base_model_prefix)(input_ids=ids, attention_mask=mask, use_cache=False)
-    del output
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    def peak(self, phase: str) -> int:
+        """Bytes at the worst moment of a phase."""
+        return sum(self.held.values()) + sum(self.phases[phase].values())
+
+    @property
+    def worst(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=self.peak)
+
+    @property
+    def largest(self) -> int:
+        """Bytes at the worst moment of all."""
+        return self.peak(self.worst)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose on one device, and what a step is."""
+    """What a run's processes hold, and what a step is."""
 
     parameters: int
     trainable: int
-    held: Mapping[str, int]  # all the time, from the first step on
-    phases: Mapping[str, Mapping[str, int]]  # beside it, while that is done
+    processes: tuple[Process, ...]  # the first trains
     prompt: int  # tokens of the longest prompt
     prompt_is_assumed: bool
     problems: int | None
@@ -121,14 +103,15 @@ class Plan:
     step_tokens: int  # most response tokens of a step
     row_tokens: int  # tokens that go through the model together
 
-    def peak(self, phase: str) -> int:
-        """Bytes at the worst moment of a phase."""
-        return sum(self.held.values()) + sum(self.phases[phase].values())
+    @property
+    def trainer(self) -> Process:
+        """A process that trains."""
+        return self.processes[0]
 
     @property
     def largest(self) -> int:
-        """Bytes at the worst moment of all."""
-        return max(self.peak(phase) for phase in self.phases)
+        """Bytes at the worst moment of the process that needs most."""
+        return max(process.largest for process in self.processes)
 
 
 def _data(config: Config) -> tuple[int, bool, int | None]:
@@ -152,69 +135,112 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
     return limit or ASSUMED_PROMPT, not limit, config.data.train_limit or None
 
 
-def _kv_cache(config: Config, model: Any, capacity: int) -> int:
-    shape = model.config.get_text_config(decoder=True)
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    width = 2 * shape.num_key_value_heads * head * getattr(torch, config.model.dtype).itemsize
-    rollout, row_bytes = config.rollout, shape.num_hidden_layers * capacity * width
+@functools.lru_cache(maxsize=8)
+def _passes(model: ModelConfig, tokens: int, checkpointing: bool) -> MicroBatch:
+    return micro_batch(shape_of(model), tokens, checkpointing)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a process's bytes depend on beside its settings."""
+
+    config: Config
+    model: Any  # on the meta device
+    prompt: int
+    longest: int
+    on_cpu: bool
+
+    @property
+    def weights(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters())
+
+
+def _torch_engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """What the torch engine holds beside the weights that it generates with, and what its phases take."""
+    rollout, longest = sizes.config.rollout, sizes.longest
     rows = rollout.cache_rows or 2 * rollout.max_rows
-    rows = rows_within(rollout.kv_budget * MIB, row_bytes, rows, rollout.num_generations, capacity)
-    return physical_slots(rows) * row_bytes
+    row_bytes = cache_row_bytes(sizes.model) * bucketed(longest)
+    rows = rows_within(rollout.kv_budget * MIB, row_bytes, rows, rollout.num_generations, bucketed(longest))
+    found = engine(sizes.model, rows, min(rollout.max_rows, rows), longest, sizes.prompt)
+    held = {
+        "weights laid out for decoding": decoding_copy_bytes(sizes.model) if sizes.on_cpu else 0,
+        "KV cache": found.cache,
+        "logits at candidates' starts": found.marks,
+    }
+    return held, {"prompts": {"a prompt's pass": found.prompt}, "decoding": {"a step's pass and draws": found.step}}
 
 
-def _held(
-    config: Config, model: Any, needs: frozenset[str], capacity: int, division: ShardCounts, on_cpu: bool
-) -> dict[str, int]:
-    total = sum(p.nbytes for p in model.parameters())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    frozen = "frozen" in needs
-    own = config.rollout.engine == "torch" and "demonstrations" not in needs
+def _vllm_engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """The same of vLLM, which has a copy of the weights of its own."""
+    rollout, parts = sizes.config.rollout, sizes.config.rollout.vllm_tensor_parallel_size
+    rows = rollout.cache_rows or 2 * rollout.max_rows
+    held = {
+        "vLLM's weights": sizes.weights // parts,
+        "KV cache": kv_cache_bytes(sizes.model, rows, sizes.longest, rollout.kv_budget * MIB, parts),
+    }
+    return held, {"decoding": {"vLLM's largest pass": forward_bytes(sizes.model, BATCHED_TOKENS) // parts}}
+
+
+def _engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    kinds = {"torch": _torch_engine, "vllm": _vllm_engine}
+    name = sizes.config.rollout.engine
+    return kinds[name](sizes) if name in kinds else ({}, {"decoding": {}})
+
+
+def _trainer(sizes: _Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool) -> Process:
+    """A process that trains, and generates where nobody else does."""
+    config, model = sizes.config, sizes.model
+    trained = [p for p in model.parameters() if p.requires_grad]
     apart = config.rollout.ahead or division.divides_weights
-    return {
+    held = {
         "weights": division.weights(model.parameters()),
-        "reference weights": total if "reference" in needs and not config.model.lora_r else 0,
-        "weights the engine generates with": total if apart else 0,
-        "weights laid out for decoding": decoding_copy_bytes(model) if own and on_cpu else 0,
-        "float32 copy of the weights": 0
-        if frozen
-        else division.state((p for p in trainable if p.dtype != torch.float32 or division.copies_float32), 4),
-        "optimizer": 0 if frozen else division.state(trainable, 8),
-        "KV cache": _kv_cache(config, model, capacity) if own else 0,
+        "reference weights": sizes.weights if "reference" in needs and not config.model.lora_r else 0,
+        "weights the engine generates with": sizes.weights if apart else 0,
+    }
+    phases: dict[str, dict[str, int]] = {}
+    if generates:
+        of_engine, phases = _engine(sizes)
+        held |= of_engine
+    if "frozen" not in needs:
+        copied = [p for p in trained if p.dtype != torch.float32 or division.copies_float32]
+        held |= {"float32 copy of the weights": division.state(copied, 4), "optimizer": division.state(trained, 8)}
+        phases |= _training(sizes, row_tokens, division)
+    return Process("trainer", division.ranks, held, phases or {"waiting": {}})
+
+
+def _training(sizes: _Sizes, row_tokens: int, division: ShardCounts) -> dict[str, dict[str, int]]:
+    config, model = sizes.config, sizes.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = division.gradients(trained)
+    passes = _passes(config.model, row_tokens, config.train.gradient_checkpointing)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return {
+        "training": {
+            "weights brought together": division.gathered(model.parameters(), layers),
+            "gradients": gradients,
+            "activations": passes.kept,
+            "the backward pass beside them": passes.passing,
+            "gradients under way": division.under_way(trained),
+            "attention mask": sizes.longest**2 * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
+        },
+        "optimizer": {"gradients": gradients, "an update's scratch": division.scratch(trained)},
     }
 
 
-def _phases(
-    config: Config, model: Any, tokens: int, longest: int, needs: frozenset[str], division: ShardCounts, on_cpu: bool
-) -> dict[str, dict[str, int]]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    shape = model.config.get_text_config(decoder=True)
-    vocabulary, layers = base.get_output_embeddings().weight.shape[0], shape.num_hidden_layers
-    phases = {"rollout": {"logits": 4 * config.rollout.max_rows * vocabulary * 4}}
-    if "frozen" in needs:
-        return phases
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    gradients = division.gradients(trainable)
-    # what grows with tokens does so in proportion: counting few is exact, and quick for long contexts
-    sample = min(tokens, 256)
-    saved = math.ceil(saved_bytes(model, sample) / sample * tokens)
-    hidden = tokens * shape.hidden_size * base.dtype.itemsize
-    activations = layers * hidden + saved // layers if config.train.gradient_checkpointing else saved
-    matrix = base.get_output_embeddings().weight
-    phases["training"] = {
-        "weights brought together": division.gathered(model.parameters(), layers),
-        "gradients": gradients,
-        "activations": activations,
-        "gradients of one layer's activations": saved // layers,
-        "attention mask": longest**2 * base.dtype.itemsize if on_cpu else 0,
-        "logits": chunk_bytes(tokens, vocabulary) + (gradient_bytes(matrix) if matrix.requires_grad else 0),
-    }
-    largest = max(4 * p.numel() for p in trainable)
-    phases["optimizer"] = {"gradients": gradients, "temporary": 2 * largest}
-    return phases
+def _processes(sizes: _Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts) -> Iterator[Process]:
+    rollout = sizes.config.rollout
+    shown = "demonstrations" in needs
+    remote = bool(rollout.workers or rollout.servers) and not shown
+    yield _trainer(sizes, needs, row_tokens, division, generates=not (remote or shown))
+    if remote:
+        held, phases = _engine(sizes)
+        yield Process(
+            "rollout worker", rollout.workers or len(rollout.servers), {"weights": sizes.weights, **held}, phases
+        )
 
 
 def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
-    """Count everything on one of ``ranks`` devices that train together; loads no weights."""
+    """Count everything of a run whose ``ranks`` processes train together; loads no weights."""
     needs = frozenset(build_objective(config.objective).needs)
     model = shape_of(config.model)
     division = ShardCounts.of(model, config.train.parallel, ranks)
@@ -225,12 +251,10 @@ def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     longest = prompt + rollout.completion_limit
     row_tokens = max(row_tokens, longest)  # a sequence is never divided
     steps = number_of_steps(config, problems) if problems else train.steps or None
-    capacity = bucketed(longest)
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        held=_held(config, model, needs, capacity, division, on_cpu),
-        phases=_phases(config, model, row_tokens, longest, needs, division, on_cpu),
+        processes=tuple(_processes(_Sizes(config, model, prompt, longest, on_cpu), needs, row_tokens, division)),
         prompt=prompt,
         prompt_is_assumed=assumed,
         problems=problems,

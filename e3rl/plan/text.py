@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from e3rl.config import Config
-from e3rl.plan.memory import ASSUMED_PROMPT, GIB, Plan
-
-_LORA = "model.lora_r trains adapters instead of all weights"
-_REMEDIES = {
-    "KV cache": "set rollout.kv_budget, or lower rollout.max_rows and rollout.cache_rows",
-    "activations": "lower train.micro_batch_tokens, or set train.gradient_checkpointing=true",
-    "reference weights": "kl_coef = 0 needs none, nor does model.lora_r",
-    "float32 copy of the weights": _LORA,
-    "optimizer": _LORA,
-    "gradients": _LORA,
-}
+from e3rl.plan.memory import ASSUMED_PROMPT, GIB, Plan, Process
 
 
 def _size(size: int) -> str:
     return f"{size / GIB:9.2f} GiB" if size >= GIB else f"{size / 2**20:9.1f} MiB"
 
 
-def _memory(plan: Plan) -> Iterator[str]:
+def _memory(process: Process, alone: bool) -> Iterator[str]:
+    if not alone:
+        yield f"{process.name}, {process.count} of them, a device each:" if process.count > 1 else f"{process.name}:"
     yield "held all the time"
-    yield from (f"  {name:38}{_size(size)}" for name, size in plan.held.items() if size)
-    for phase, items in plan.phases.items():
-        yield f"during {phase:33}{_size(plan.peak(phase))}   with what is held"
+    yield from (f"  {name:38}{_size(size)}" for name, size in process.held.items() if size)
+    for phase, items in process.phases.items():
+        yield f"during {phase:33}{_size(process.peak(phase))}   with what is held"
         yield from (f"  {name:38}{_size(size)}" for name, size in items.items() if size)
+    yield ""
 
 
 def _steps(config: Config, plan: Plan) -> Iterator[str]:
@@ -44,19 +37,20 @@ def _steps(config: Config, plan: Plan) -> Iterator[str]:
         yield f"steps             {plan.steps:,}, at most {plan.steps * plan.step_tokens:,} response tokens beside erased ones"
 
 
-def _verdict(plan: Plan, available: int) -> Iterator[str]:
-    phase = max(plan.phases, key=plan.peak)
-    fits = plan.largest <= available
-    sign = "fits" if fits else "does not fit"
-    yield f"{sign}: {_size(plan.largest).strip()} at the worst moment ({phase}), {_size(available).strip()} on the device"
-    if not fits:
-        everything = {**plan.held, **plan.phases[phase]}
-        largest = sorted((n for n in everything if n in _REMEDIES), key=lambda n: -everything[n])[:2]
-        yield from (f"  {name}: {_size(everything[name]).strip()}; {_REMEDIES[name]}" for name in largest)
+def _verdict(plan: Plan, available: int, changes: Sequence[str]) -> Iterator[str]:
+    worst = max(plan.processes, key=lambda process: process.largest)
+    of = f" of a {worst.name}" if len(plan.processes) > 1 else ""
+    sign = "fits" if plan.largest <= available else "does not fit"
+    need, there = _size(plan.largest).strip(), _size(available).strip()
+    yield f"{sign}: {need} at the worst moment{of} ({worst.worst}), {there} on the device"
+    yield from (f"  {change}" for change in changes)
 
 
-def plan_text(config: Config, plan: Plan, available: int) -> str:
-    """What ``e3rl train --plan`` prints."""
+def plan_text(config: Config, plan: Plan, available: int, changes: Sequence[str] = ()) -> str:
+    """What ``e3rl train --plan`` prints; ``changes`` would make it fit."""
     share = f", {plan.trainable:,} of them trained" if plan.trainable != plan.parameters else ""
     lines = [f"{config.model.path}: {plan.parameters:,} parameters{share}, {config.model.dtype}", ""]
-    return "\n".join([*lines, *_memory(plan), "", *_steps(config, plan), "", *_verdict(plan, available)])
+    for process in plan.processes:
+        lines += _memory(process, alone=len(plan.processes) == 1)
+    lines += ["Not counted: what CUDA, NCCL and the allocator keep for themselves (1 to 3 GiB on a GPU).", ""]
+    return "\n".join([*lines, *_steps(config, plan), "", *_verdict(plan, available, changes)])

@@ -23,17 +23,27 @@ def learning_rate(config: TrainConfig, update: int, updates: int) -> float:
     return config.learning_rate * share[config.lr_scheduler_type]
 
 
+def by_kind(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices, and norms and biases: AdamW's two groups, in the order that it goes through them."""
+    return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+
+
 def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW as the settings describe it: matrices decay; norms and biases don't."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, others = by_kind(parameters)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
+        foreach=False,  # one parameter after the other: all at once, as on a GPU by default, holds another float32 copy
     )
+
+
+def scratch_bytes(entries: Sequence[int]) -> int:
+    """Bytes that AdamW's update of parameters of so many entries makes for itself, one parameter after the other: root and
+    quotient of its second moment, and the quotient of the one before, which PyTorch lets go of later."""
+    return max((4 * (before + 2 * now) for before, now in zip((0, *entries), entries, strict=False)), default=0)
 
 
 def fitting(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:

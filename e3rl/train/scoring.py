@@ -27,16 +27,6 @@ def _chunk_size(vocabulary: int) -> int:
     return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
 
 
-def chunk_bytes(tokens: int, vocabulary: int) -> int:
-    """Memory of the two chunks that exist at once."""
-    return 2 * 4 * min(tokens, _chunk_size(vocabulary)) * vocabulary
-
-
-def gradient_bytes(matrix: Tensor) -> int:
-    """Memory of the output matrix's gradient: its float32 sum, and of other types one chunk's part of it."""
-    return 4 * matrix.numel() + (0 if matrix.dtype == torch.float32 else matrix.nbytes)
-
-
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     size = _chunk_size(vocabulary)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))

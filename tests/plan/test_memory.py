@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 from e3rl.cli.main import main
@@ -13,12 +13,8 @@ from e3rl.config import Config, ModelConfig
 from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.plan import memory as planning
-from e3rl.plan.memory import GIB, make_plan, saved_bytes, shape_of
+from e3rl.plan.memory import GIB, make_plan, shape_of
 from e3rl.plan.text import plan_text
-from e3rl.train.attribution import packed_attention
-from e3rl.train.packing import PackedRow
-from e3rl.train.scoring import score_row
-from tests.train.packs import sequence
 from tests.train.random_lab import lab_config
 
 
@@ -37,33 +33,16 @@ def test_parameters_are_those_of_the_model_and_none_is_loaded(tmp_path: Path, mo
     plan = make_plan(config)
     assert plan.parameters == plan.trainable == sum(p.numel() for p in model.parameters())
     weights = sum(p.nbytes for p in model.parameters())
-    assert plan.held["weights"] == plan.held["reference weights"] == weights
-    assert plan.held["optimizer"] == 2 * weights
-    assert plan.phases["training"]["gradients"] == weights
-
-
-def test_what_autograd_keeps_is_counted_as_it_keeps_it(tmp_path: Path):
-    """Against the bytes of a real forward pass over one sequence of the same length, attention included."""
-    config = _config(tmp_path)
-    model = load_policy(config.model).model
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    row = PackedRow.of([sequence([3] * 100, list(range(3, 93)))], torch.device("cpu"))
-    with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        score_row(model, row, 1.0)
-    real = sum(t.untyped_storage().nbytes() for t in kept.values())
-    assert saved_bytes(shape_of(config.model), len(row.ids_N)) == pytest.approx(real, rel=0.1)
+    assert plan.trainer.held["weights"] == plan.trainer.held["reference weights"] == weights
+    assert plan.trainer.held["optimizer"] == 2 * weights
+    assert plan.trainer.phases["training"]["gradients"] == weights
 
 
 def test_activations_grow_with_the_tokens_of_a_micro_batch_and_shrink_when_recomputed(tmp_path: Path):
     def activations(*overrides: str) -> int:
-        return make_plan(_config(tmp_path, "train.prompts_per_step=8", *overrides)).phases["training"]["activations"]
+        return make_plan(_config(tmp_path, "train.prompts_per_step=8", *overrides)).trainer.phases["training"][
+            "activations"
+        ]
 
     small, large = activations("train.micro_batch_tokens=30"), activations("train.micro_batch_tokens=60")
     assert large == pytest.approx(2 * small, rel=0.01)
@@ -80,24 +59,24 @@ def test_activations_grow_with_the_tokens_of_a_micro_batch_and_shrink_when_recom
     ],
 )
 def test_what_a_run_does_not_need_takes_nothing(tmp_path: Path, overrides: tuple[str, ...], absent: str):
-    assert make_plan(_config(tmp_path)).held[absent] > 0
-    assert make_plan(_config(tmp_path, *overrides)).held[absent] == 0
+    assert make_plan(_config(tmp_path)).trainer.held[absent] > 0
+    assert make_plan(_config(tmp_path, *overrides)).trainer.held.get(absent, 0) == 0
 
 
 def test_adapters_alone_are_trained(tmp_path: Path):
     plan = make_plan(_config(tmp_path, "model.lora_r=2"))
     assert plan.trainable < plan.parameters / 10
-    assert plan.held["optimizer"] == 8 * plan.trainable
+    assert plan.trainer.held["optimizer"] == 8 * plan.trainable
 
 
 def test_bfloat16_weights_have_a_float32_copy(tmp_path: Path):
     plan = make_plan(_config(tmp_path, "model.dtype=bfloat16"))
-    assert plan.held["float32 copy of the weights"] == 2 * plan.held["weights"] == 4 * plan.parameters
+    assert plan.trainer.held["float32 copy of the weights"] == 2 * plan.trainer.held["weights"] == 4 * plan.parameters
 
 
 def test_being_ahead_takes_the_weights_once_more(tmp_path: Path):
     plan = make_plan(_config(tmp_path, "rollout.ahead=1", "train.importance_correction=token_mask"))
-    assert plan.held["weights the engine generates with"] == plan.held["weights"]
+    assert plan.trainer.held["weights the engine generates with"] == plan.trainer.held["weights"]
 
 
 def test_the_kv_cache_is_the_engines(tmp_path: Path):
@@ -107,7 +86,7 @@ def test_the_kv_cache_is_the_engines(tmp_path: Path):
     plan, policy = make_plan(config), load_policy(config.model)
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, plan.prompt)
     engine.prefill([3, 4], 1)
-    assert engine.stats.kv_bytes == pytest.approx(plan.held["KV cache"], rel=0.1)  # it may hold a slot to spare
+    assert engine.stats.kv_bytes == pytest.approx(plan.trainer.held["KV cache"], rel=0.1)  # it may hold a slot to spare
 
 
 @pytest.mark.parametrize(
@@ -137,30 +116,31 @@ def test_the_papers_recipes_are_planned_without_a_hub(recipe: str, ranks: str, c
     assert "796, at most" in plan
     unbounded = told("rollout.kv_budget=0")
     assert "does not fit" in unbounded
-    assert "KV cache: 235.83 GiB; set rollout.kv_budget, or lower" in unbounded
+    [budget] = re.findall(r"fits with rollout\.kv_budget=(\d+): ", unbounded)
+    assert "\nfits: " in told(f"rollout.kv_budget={budget}")
 
 
 def test_decoding_on_a_cpu_copies_the_linear_layers(tmp_path: Path):
     config = _config(tmp_path)
     model = load_policy(config.model).model  # its output matrix is the embeddings', and is copied all the same
-    assert make_plan(config).held["weights laid out for decoding"] == sum(
+    assert make_plan(config).trainer.held["weights laid out for decoding"] == sum(
         p.nbytes for p in model.parameters() if p.dim() == 2
     )
-    assert make_plan(config, on_cpu=False).held["weights laid out for decoding"] == 0
+    assert make_plan(config, on_cpu=False).trainer.held["weights laid out for decoding"] == 0
 
 
 def test_a_bound_on_the_cache_is_kept(tmp_path: Path):
     bounded = _config(tmp_path, "rollout.kv_budget=1", "rollout.max_rows=4096")
     assert (
-        make_plan(bounded).held["KV cache"]
+        make_plan(bounded).trainer.held["KV cache"]
         <= 2**20
-        < make_plan(_config(tmp_path, "rollout.max_rows=4096")).held["KV cache"]
+        < make_plan(_config(tmp_path, "rollout.max_rows=4096")).trainer.held["KV cache"]
     )
 
 
 def _parts(tmp_path: Path, parallel: str, ranks: int) -> dict[str, int]:
     plan = make_plan(_config(tmp_path, f"train.parallel={parallel}", "model.dtype=bfloat16"), ranks)
-    return {**plan.held, **plan.phases["training"]}
+    return {**plan.trainer.held, **plan.trainer.phases["training"]}
 
 
 def test_ranks_divide_what_their_setting_divides(tmp_path: Path):
@@ -194,7 +174,7 @@ def test_deepspeed_divides_embeddings_too(tmp_path: Path):
     assert zero2["weights"] == alone["weights"] == pytest.approx(4 * zero3["weights"], rel=0.01)
     assert zero2["weights brought together"] == 0 < zero3["weights brought together"] < alone["weights"]
     assert zero2["weights the engine generates with"] == 0 < zero3["weights the engine generates with"]
-    float32 = make_plan(_config(tmp_path, "train.parallel=deepspeed-zero2"), 4).held
+    float32 = make_plan(_config(tmp_path, "train.parallel=deepspeed-zero2"), 4).trainer.held
     assert float32["float32 copy of the weights"] == pytest.approx(float32["weights"] / 4, rel=0.01)
 
 
@@ -210,7 +190,7 @@ def test_it_says_whether_it_fits(tmp_path: Path):
     plan = make_plan(config)
     assert "\nfits: " in plan_text(config, plan, plan.largest)
     assert "\ndoes not fit: " in plan_text(config, plan, plan.largest - 1)
-    assert plan.largest == max(plan.peak(p) for p in plan.phases) < GIB
+    assert plan.largest == max(plan.trainer.peak(p) for p in plan.trainer.phases) < GIB
 
 
 def test_a_model_that_is_not_there_is_a_sentence(tmp_path: Path):

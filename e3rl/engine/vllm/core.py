@@ -21,6 +21,9 @@ _CPU_BLOCK = (
     32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
 )
 
+BATCHED_TOKENS = 16384
+"""Tokens of vLLM's largest pass: its default for an engine inside a program, on large GPUs."""
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -35,7 +38,8 @@ class Generated:
 class VllmCore:
     """vLLM in processes of its own, over a copy of the model's weights.
 
-    Memory for keys and values is what ``cache_rows`` full rows take, so that nothing that may still be needed is evicted.
+    Memory for keys and values is what ``cache_rows`` full rows take, so that nothing that may still be needed is evicted, but
+    at most ``kv_budget`` bytes on a device.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class VllmCore:
         cache_rows: int,
         max_length: int,
         tensor_parallel_size: int = 1,
+        kv_budget: int = 0,
     ) -> None:
         self._model, self._eos_ids = model, list(eos_ids)
         self._directory = Path(tempfile.mkdtemp(prefix="e3rl-vllm-"))
@@ -58,7 +63,7 @@ class VllmCore:
             tensor_parallel_size=tensor_parallel_size,
             max_model_len=max_length,
             max_num_seqs=max_rows,
-            kv_cache_memory_bytes=_cache_bytes(model, cache_rows * max_length) // tensor_parallel_size,
+            kv_cache_memory_bytes=kv_cache_bytes(model, cache_rows, max_length, kv_budget, tensor_parallel_size),
         )
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self._weights = 0  # how often they were changed: the salt of the prefix cache
@@ -137,13 +142,23 @@ class VllmCore:
         self._remove()
 
 
-def _cache_bytes(model: Any, tokens: int) -> int:
-    """Memory of the keys and values of so many tokens, with one part in eight for blocks that are not full."""
+def kv_cache_bytes(model: Any, rows: int, longest: int, budget: int = 0, parts: int = 1) -> int:
+    """Bytes on each of ``parts`` devices for the keys and values of ``rows`` full rows, within ``budget`` (0: no bound).
+
+    One part in eight is for blocks that are not full. Within a bound vLLM forgets blocks of rows that wait, and computes them
+    again. UserError where the bound holds no full row.
+    """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    needed = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * tokens
-    return needed + needed // 8 + 2**24
+    row = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * longest
+    least, wanted = ((n * row + n * row // 8 + 2**24) // parts for n in (1, rows))
+    if budget and budget < least:
+        raise UserError(
+            f"rollout.kv_budget = {budget // 2**20} MiB holds no row of {longest} tokens in vLLM's cache: raise it to "
+            f"{-(-least // 2**20)}, or lower rollout.segment_length, max_segments or max_completion_length"
+        )
+    return min(wanted, budget) if budget else wanted
 
 
 def _start(directory: Path, **arguments: Any) -> Any:

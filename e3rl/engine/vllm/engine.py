@@ -18,6 +18,7 @@ from torch import Tensor
 from e3rl.config import RolloutConfig
 from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
+from e3rl.engine.torch.storage import MIB
 from e3rl.engine.vllm.core import Generated, VllmCore
 from e3rl.engine.weights import copy_weights
 from e3rl.errors import NonFiniteLogits
@@ -62,6 +63,7 @@ class VllmEngine:
         cache_rows: int,
         max_length: int,
         tensor_parallel_size: int = 1,
+        kv_budget: int = 0,
         core: VllmCore | None = None,
     ) -> None:
         self.stats = VllmStats()
@@ -76,6 +78,7 @@ class VllmEngine:
             cache_rows=cache_rows,
             max_length=max_length,
             tensor_parallel_size=tensor_parallel_size,
+            kv_budget=kv_budget,
         )
         self._rows: dict[Row, _VllmRow] = {}
         self._handles = count()
@@ -83,7 +86,7 @@ class VllmEngine:
     @staticmethod
     def own_settings(rollout: RolloutConfig) -> dict[str, Any]:
         """The settings that this engine has beside those of every engine."""
-        return {"tensor_parallel_size": rollout.vllm_tensor_parallel_size}
+        return {"tensor_parallel_size": rollout.vllm_tensor_parallel_size, "kv_budget": rollout.kv_budget * MIB}
 
     def free_rows(self) -> int:
         """How many more rows `prefill` could create now."""

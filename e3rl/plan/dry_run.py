@@ -1,0 +1,202 @@
+"""Bytes that the code asks for when it runs on the meta device, which has shapes and no memory: what a plan is held to.
+
+`Allocations` counts every storage that an operation makes until it is freed. `micro_batch` and `engine` run the functions that
+train and decode, at any size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.sampling import SamplingRows, sample
+from e3rl.engine.torch.cache import GenericSlotModel
+from e3rl.engine.torch.storage import StepRows, physical_slots
+from e3rl.models import unwrapped
+from e3rl.train.optimizer import GradientSums
+from e3rl.train.scoring import head_scores, output_matrix
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside the block and are still alive. Scratch inside a kernel is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, tuple[Any, int]] = {}  # by storage: a weak reference, bytes
+
+    def __enter__(self) -> Allocations:
+        self._resize = torch.UntypedStorage.resize_
+        counting = self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            counting._resized(storage._cdata, size)
+            return counting._resize(storage, size)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its parts are counted, in the operations that it is made of
+        found = func(*args, **(kwargs or {}))
+        given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor) and _storage(leaf)._cdata not in given:  # no view of what was there before
+                self.count(leaf)
+        return found
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        storage = _storage(tensor)
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._resized(key, 0, gone=True)), 0
+            self._resized(key, storage.nbytes())
+
+    def _resized(self, key: int, size: int, *, gone: bool = False) -> None:
+        if key not in self._known:
+            return
+        reference, before = self._known.pop(key)
+        self.live += size - before
+        self.peak = max(self.peak, self.live)
+        if not gone:
+            self._known[key] = reference, size
+
+    def restart(self) -> int:
+        """Begin to look for the peak anew; bytes that are alive now."""
+        self.peak = self.live
+        return self.live
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+class _Kept(torch.autograd.Function):
+    """Stands for flash attention: keeps queries, keys, values and its output, and no matrix of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _counted_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _Kept.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
+
+
+COUNTED = "e3rl_counted"
+"""The attention implementation of a model that is run without values."""
+
+AttentionInterface.register(COUNTED, _counted_attention)
+AttentionMaskInterface.register(COUNTED, lambda *args, **kwargs: None)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Bytes of a micro-batch that is not a step's first, beside weights and the gradients gathered so far."""
+
+    kept: int  # by autograd, when the forward pass is over
+    passing: int  # more than that, at the worst moment of the backward pass
+
+
+def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of ``tokens`` tokens, as training makes them (`e3rl.train.scoring`)."""
+    base = unwrapped(model)
+    device = next(base.parameters()).device
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    mask = torch.empty(1, 1, 1, 1, device=device)  # ready made: making one looks at values
+    backbone = getattr(base, base.base_model_prefix)
+    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
+    return head_scores(output_matrix(base), hidden, ids[0], 1.0)
+
+
+def micro_batch(
+    model: Any, tokens: int, checkpointing: bool, pass_through: Callable[..., Any] | None = None
+) -> MicroBatch:
+    """Run two micro-batches and count the second. ``pass_through``: what is called in the model's place."""
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    sums = GradientSums(p for p in model.parameters() if p.requires_grad)
+    run = pass_through or partial(hidden_and_head, model, tokens)
+    with Allocations() as counted:
+        for _ in range(2):
+            before = counted.restart()
+            logprobs, entropies = run()
+            kept = counted.live - before
+            logprobs.sum().backward()
+            del logprobs, entropies
+            peak = counted.peak - before
+    for parameter in model.parameters():
+        sums.take(parameter)
+    return MicroBatch(kept, max(0, peak - kept))
+
+
+@dataclass(frozen=True)
+class EngineBytes:
+    """Bytes of the torch engine."""
+
+    cache: int
+    marks: int  # logits at the start of each row's latest candidate
+    prompt: int  # while the longest prompt runs
+    step: int  # while ``max_rows`` rows are decoded and drawn
+
+
+@torch.no_grad()
+def engine(model: Any, rows: int, together: int, longest: int, prompt: int) -> EngineBytes:
+    """Build the torch engine's cache for ``rows`` rows of ``longest`` tokens, run a prompt and a step of ``together`` rows."""
+    slots = GenericSlotModel(model, rows, longest)
+    with Allocations() as counted:
+        slots.prefill([0], 0)
+        cache = slots.storage.bytes
+        before = counted.restart()
+        slots.prefill([0] * prompt, 0)
+        of_prompt = counted.peak - before
+        before = counted.restart()
+        step = StepRows([0] * together, [longest - 1] * together, slots.storage, slots.device)
+        logits = slots.decode(step)
+        settings = SamplingRows.of([Sampling(top_p=0.9, top_k=50)] * len(logits), slots.device)
+        sample(logits, settings, torch.zeros(len(logits), dtype=torch.float64, device=slots.device))
+        of_step = counted.peak - before
+    return EngineBytes(cache, rows * logits[0].nbytes, of_prompt, of_step)
+
+
+@torch.no_grad()
+def forward_bytes(model: Any, tokens: int) -> int:
+    """Bytes of a forward pass of ``tokens`` tokens at its worst moment, without a backward pass."""
+    slots = GenericSlotModel(model, 1, tokens)
+    with Allocations() as counted:
+        slots.prefill([0], 0)
+        before = counted.restart()
+        slots.prefill([0] * tokens, 0)
+    return counted.peak - before
+
+
+def cache_row_bytes(model: Any) -> int:
+    """Bytes of a position in the torch engine's cache, all layers."""
+    slots = GenericSlotModel(model, 1, 1)
+    with torch.no_grad():
+        slots.prefill([0], 0)
+    return slots.storage.bytes // (physical_slots(1) * slots.storage.capacity)

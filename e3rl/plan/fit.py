@@ -1,0 +1,98 @@
+"""Whether a run fits its devices, asked before anything is loaded, and which settings would make it fit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+from e3rl.config import Config, build_config, lay, parse_override, to_tables
+from e3rl.engine.torch.storage import MIB
+from e3rl.errors import UserError
+from e3rl.plan.memory import GIB, Plan, device_bytes, make_plan
+
+_SMALL = 0.02
+"""Share of a device below which weights, gradients and optimizer are not worth a plan."""
+_RANKS = (2, 4, 8, 16, 32)
+
+
+def changes_that_fit(
+    config: Config, plan: Plan, available: int, *, ranks: int, on_cpu: bool, most: int = 3
+) -> list[str]:
+    """Settings, each planned again, that would make the run fit; what to rent where none does."""
+    if plan.largest <= available:
+        return []
+    found: list[str] = []
+    for overrides, more in _candidates(config, plan, available, ranks):
+        try:
+            again = make_plan(_with(config, overrides), more, on_cpu=on_cpu)
+        except UserError:
+            continue
+        if again.largest <= available:
+            said = " ".join(overrides) + (f" on {more} devices" if more != ranks else "")
+            found.append(f"fits with {said}: {again.largest / GIB:.1f} GiB")
+        if len(found) == most:
+            break
+    return found or ["no single setting makes it fit: take a device with more memory, or a smaller model"]
+
+
+def _candidates(config: Config, plan: Plan, available: int, ranks: int) -> Iterator[tuple[list[str], int]]:
+    """Overrides and numbers of ranks, the least loss first."""
+    train, budget = config.train, []
+    worst = max(plan.processes, key=lambda process: process.largest)
+    cache = worst.held.get("KV cache", 0) - (plan.largest - available)
+    if cache > 0:
+        budget = [f"rollout.kv_budget={cache // MIB}"]
+        yield budget, ranks
+    spare = [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    if spare:
+        yield spare, ranks
+    longest = plan.prompt + config.rollout.completion_limit
+    if train.micro_batch_tokens > longest:
+        spare = [*spare, f"train.micro_batch_tokens={longest}"]
+        yield spare, ranks
+        if budget:
+            yield [*spare, *budget], ranks
+    divided = train.parallel if train.parallel in ("zero2", "fsdp2", "deepspeed-zero3") else "fsdp2"
+    more = (n for n in _RANKS if n > ranks and n <= train.prompts_per_step)
+    yield from itertools.islice((([f"train.parallel={divided}"], n) for n in more), len(_RANKS))
+    if not config.model.lora_r:
+        yield ["model.lora_r=32"], ranks
+
+
+def _with(config: Config, overrides: list[str]) -> Config:
+    tables = to_tables(config)
+    for override in overrides:
+        tables = lay(tables, parse_override(override))
+    return build_config(tables)
+
+
+def require_fit(config: Config, ranks: int) -> None:
+    """UserError, before anything is loaded, where this process needs more memory than its device has. A model that has no plan
+    passes, and so does one that is far smaller than its device."""
+    from e3rl.models import resolve_device
+
+    on_cpu = resolve_device(config.model.device).type == "cpu"
+    available = device_bytes(config.model)
+    if on_cpu:  # ranks of a machine share its memory
+        available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if _least(config) < _SMALL * available:
+        return
+    plan = make_plan(config, ranks, on_cpu=on_cpu)
+    if plan.trainer.largest <= available:
+        return
+    changes = changes_that_fit(config, plan, available, ranks=ranks, on_cpu=on_cpu)
+    raise UserError(
+        f"this run does not fit: {plan.trainer.largest / GIB:.1f} GiB at the worst moment ({plan.trainer.worst}), "
+        f"{available / GIB:.1f} GiB on the device; {'; '.join(changes)}. e3rl train … --plan lists what takes it"
+    )
+
+
+def _least(config: Config) -> int:
+    """Bytes that a run takes at least: weights, gradients and AdamW's moments of the model's parameters."""
+    from e3rl.plan.memory import shape_of
+
+    try:
+        return 16 * sum(p.numel() for p in shape_of(config.model).parameters())
+    except UserError:
+        return 0
