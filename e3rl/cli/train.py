@@ -88,10 +88,17 @@ def train_rank(
     decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
+<<<<<<< HEAD
     from e3rl.report.trackers import ReportListener, build_trackers
+=======
+    from e3rl.plan.fit import require_fit
+    from e3rl.report.listener import ReportListener
+    from e3rl.report.trackers import build_trackers
+>>>>>>> 0d06ae7 (A run that does not fit is refused by e3rl train)
     from e3rl.train.trainer import Trainer
 
     quiet_libraries()
+    require_fit(config, int(os.environ.get("WORLD_SIZE", "1")))
     listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
     trainer = Trainer(config, listeners=listeners, resume=resume)
     on_stop(trainer.ask_to_stop)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from e3rl.cli.train import train_rank
+from e3rl.cluster.training_worker import Begin
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.torch.engine import TorchEngine
@@ -22,9 +24,9 @@ from e3rl.plan.dry_run import Allocations
 from e3rl.plan.memory import make_plan, shape_of
 from e3rl.train import attribution
 from e3rl.train.learner import Learner
+from e3rl.train.listeners import Silent
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import Branch, PackedRow, group_sequences, packed_size
-from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config
 from tests.train.rollouts import rewarded_group
 
@@ -153,6 +155,6 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path: 
     with monkeypatch.context() as patch:
         patch.setattr("e3rl.train.trainer.load_policy", refuse)
         with pytest.raises(UserError, match="this run does not fit: ") as told:
-            Trainer(config)
+            train_rank(config, Begin(), Silent())
     [budget] = re.findall(r"fits with rollout\.kv_budget=(\d+): ", str(told.value))
-    Trainer(replace(config, rollout=replace(config.rollout, kv_budget=int(budget))))
+    fit.require_fit(replace(config, rollout=replace(config.rollout, kv_budget=int(budget))), 1)
