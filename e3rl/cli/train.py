@@ -88,13 +88,8 @@ def train_rank(
     decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
-<<<<<<< HEAD
-    from e3rl.report.trackers import ReportListener, build_trackers
-=======
     from e3rl.plan.fit import require_fit
-    from e3rl.report.listener import ReportListener
-    from e3rl.report.trackers import build_trackers
->>>>>>> 0d06ae7 (A run that does not fit is refused by e3rl train)
+    from e3rl.report.trackers import ReportListener, build_trackers
     from e3rl.train.trainer import Trainer
 
     quiet_libraries()
@@ -107,9 +102,8 @@ def train_rank(
 
 def _plan(config: Config, gib: float | None, ranks: int) -> int:
     from e3rl.models import resolve_device
-    from e3rl.plan.fit import changes_that_fit
+    from e3rl.plan.fit import changes_that_fit, plan_text
     from e3rl.plan.memory import GIB, device_bytes, make_plan
-    from e3rl.plan.text import plan_text
 
     quiet_libraries()
     available = device_bytes(config.model) if gib is None else int(gib * GIB)

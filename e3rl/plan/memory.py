@@ -187,7 +187,9 @@ def _engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     return kinds[name](sizes) if name in kinds else ({}, {"decoding": {}})
 
 
-def _trainer(sizes: _Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool) -> Process:
+def _trainer(
+    sizes: _Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool
+) -> Process:
     """A process that trains, and generates where nobody else does."""
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -13,8 +13,8 @@ from e3rl.config import Config, ModelConfig
 from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.plan import memory as planning
+from e3rl.plan.fit import plan_text
 from e3rl.plan.memory import GIB, make_plan, shape_of
-from e3rl.plan.text import plan_text
 from tests.train.random_lab import lab_config
 
 
