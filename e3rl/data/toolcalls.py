@@ -60,7 +60,7 @@ def parse_tool_calls(
         at = after
     kept.append(text[at:])
     beside = "".join(kept)
-    return (beside.strip(), calls) if calls else (text, [])
+    return (beside.rstrip(), calls) if calls else (text, [])
 
 
 def _calls(body: str, form: ToolCallFormat, schemas: Mapping[str, Any]) -> list[ToolCall]:

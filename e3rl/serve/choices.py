@@ -1,4 +1,4 @@
-"""What one sample of a request has come to: its text, its counts, how it ended."""
+"""What one sample of a request has come to: its text, its tokens, its calls, its counts, how it ended."""
 
 from __future__ import annotations
 
@@ -7,16 +7,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from e3rl.data.toolcalls import ToolCall
 from e3rl.rollout.group import Committed, Erased
-from e3rl.serve.text import TextStream
+from e3rl.serve.hooks import RowHook
+from e3rl.serve.text import CallStream, TextStream
 from e3rl.types import Erasure, Judgement
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Token ids with their log-probabilities, and at each place the likeliest tokens that were asked for."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def extend(self, more: Tokens) -> None:
+        """Add those of the next segment."""
+        self.ids.extend(more.ids)
+        self.logprobs.extend(more.logprobs)
+        self.likeliest.extend(more.likeliest)
+
+    def first(self, count: int) -> Tokens:
+        """Some of them."""
+        return Tokens(self.ids[:count], self.logprobs[:count], self.likeliest[:count])
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What a committed segment adds to a sample."""
+    """What a committed segment adds to a sample. Calls come with the last."""
 
     text: str
+    tokens: Tokens
+    calls: list[ToolCall]
     facts: dict[str, Any]
 
 
@@ -27,11 +50,17 @@ class ServedChoice:
     index: int
     limit: int
     stream: TextStream
+    stop_ids: frozenset[int] = frozenset()
+    keep_stop: bool = False
+    hook: RowHook | None = None
+    call_stream: CallStream | None = None
     texts: list[str] = field(default_factory=list)
-    tokens: int = 0
+    tokens: Tokens = field(default_factory=Tokens)
+    calls: list[ToolCall] = field(default_factory=list)
     segments: int = 0
     erasures: list[Erasure] = field(default_factory=list)
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "tool_calls"] | None = None
+    stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
@@ -50,22 +79,41 @@ class ServedChoice:
         """The response grew; None where the sample has ended before."""
         if self.finish is not None:
             return None
-        candidate = event.segment.candidate
-        self.tokens += len(candidate.ids)
+        candidate, start = event.segment.candidate, len(self.tokens.ids)
+        stop = start + len(candidate.ids)
+        likeliest = self.hook.likeliest(start, stop) if self.hook else [[] for _ in candidate.ids]
+        tokens = Tokens(candidate.ids.tolist(), candidate.logprobs.tolist(), likeliest)
         self.segments += 1
-        full = self.tokens == self.limit
-        text = self.stream.add(candidate.ids.tolist(), last=candidate.ended or full)
+        text, kept = self._text(tokens.ids, ended=candidate.ended)
+        self.tokens.extend(tokens.first(kept))
+        if self.call_stream is not None:
+            text, self.calls = self.call_stream.add(text, last=self.finish is not None)
+            if self.calls and self.finish == "stop":
+                self.finish = "tool_calls"
         self.texts.append(text)
-        if candidate.ended or self.stream.stopped:
-            self.finish = "stop"
-        elif full:
-            self.finish = "length"
         judgement = event.segment.judgement
         attempts = sum(e.index == event.segment.index for e in self.erasures)
-        facts: dict[str, Any] = {"segment": event.segment.index, "tokens": len(candidate.ids), "erasures": attempts}
+        facts: dict[str, Any] = {"segment": event.segment.index, "tokens": kept, "erasures": attempts}
         if judgement is not None:
             facts |= _judged(judgement)
-        return Piece(text, facts)
+        return Piece(text, tokens.first(kept), self.calls, facts)
+
+    def _text(self, ids: list[int], *, ended: bool) -> tuple[str, int]:
+        """The text of these tokens and how many of them are the sample's; sets how it ended, if it did."""
+        before = len(self.tokens.ids)
+        at = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
+        if at is not None:
+            ids, self.finish, self.stop_reason = ids[: at + 1], "stop", ids[at]
+        elif ended:
+            self.finish = "stop"
+        elif before + len(ids) == self.limit:
+            self.finish = "length"
+        shown = ids[:-1] if self.finish == "stop" and not self.keep_stop else ids
+        text = self.stream.add(shown, last=self.finish is not None)
+        if self.stream.stopped is None:
+            return text, len(ids)
+        self.finish, self.stop_reason = "stop", self.stream.stopped
+        return text, self.stream.kept - before
 
     def summary(self, tokenizer: Any, *, erased_texts: bool) -> dict[str, Any]:
         """The extension field of a whole sample."""
@@ -92,7 +140,7 @@ def _judged(judgement: Judgement) -> dict[str, float | None]:
 
 def usage(prompt_tokens: int, choices: Sequence[ServedChoice]) -> dict[str, int]:
     """Tokens of a request. Erased ones are counted apart: they were generated and are in no answer."""
-    completion = sum(c.tokens for c in choices)
+    completion = sum(len(c.tokens.ids) for c in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,

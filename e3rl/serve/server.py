@@ -19,14 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from e3rl.serve.errors import ApiError
 from e3rl.serve.forms import FORMS, AnswerWriter
+from e3rl.serve.requests import DecodingRequest, read_detokenize, read_tokenize
 from e3rl.serve.service import Running, Service
 from e3rl.serve.worker import Outbox
 from e3rl.web.access import Access
 from e3rl.web.door import Door, while_connected
+from e3rl.web.prometheus import CONTENT_TYPE
 from e3rl.web.server import WebServer
 
 MAX_BODY = 4 * 2**20
@@ -47,6 +49,9 @@ def make_app(service: Service, access: Access) -> Door:
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
         Route("/health", api.health),
+        Route("/metrics", api.metrics),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
         *(Route(path, api.post, methods=["POST"]) for path in FORMS),
     ]
     app = Starlette(
@@ -62,7 +67,27 @@ def make_app(service: Service, access: Access) -> Door:
             return _error(ApiError(401, message, code="invalid_api_key"))
         return None
 
-    return Door(app, admit=admit, refuse=lambda status, message: _error(ApiError(status, message)), largest=MAX_BODY)
+    paths = {route.path for route in routes}
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        """The app, with each answer counted by its path and status."""
+        status = "499"
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await app(scope, receive, watch)
+        finally:
+            path = scope["path"] if scope["path"] in paths else "other"
+            service.metrics.add("e3rl_requests_total", path=path, status=status)
+
+    return Door(
+        counted, admit=admit, refuse=lambda status, message: _error(ApiError(status, message)), largest=MAX_BODY
+    )
 
 
 @dataclass(frozen=True)
@@ -86,12 +111,30 @@ class _Api:
     async def health(self, request: Request) -> Response:
         return _json(200, {"status": "ok", **self.service.load()})
 
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.service.metrics_text(), media_type=CONTENT_TYPE, headers=_HEADERS)
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await _body(request)
+        return _json(200, await asyncio.to_thread(lambda: self._tokens(read_tokenize(_parse(body)), _parse(body))))
+
+    def _tokens(self, asked: DecodingRequest, body: Any) -> dict[str, Any]:
+        (prompt,) = asked.prompts
+        ids = [int(i) for i in self.service.encode(prompt, asked.add_special_tokens)]
+        found = {"count": len(ids), "max_model_len": self.service.max_length, "tokens": ids}
+        if body.get("return_token_strs"):
+            found["token_strs"] = self.service.policy.tokenizer.convert_ids_to_tokens(ids)
+        return found
+
+    async def detokenize(self, request: Request) -> Response:
+        ids = read_detokenize(_parse(await _body(request)))
+        return _json(200, {"prompt": self.service.policy.tokenizer.decode(ids)})
+
     async def post(self, request: Request) -> _Reply:
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "send the body as Content-Type: application/json")
-        form, body, outbox = FORMS[request.url.path], await request.body(), Outbox()
+        form, body, outbox = FORMS[request.url.path], await _body(request), Outbox()
         running = await asyncio.to_thread(lambda: self.service.start(form.read(_parse(body)), outbox))
-        return _Reply(self.service, running, AnswerWriter(form, running, self.service.policy.tokenizer))
+        writer = AnswerWriter(form, running, self.service.policy.tokenizer, self.service.name)
+        return _Reply(self.service, running, writer)
 
 
 @dataclass(frozen=True)
@@ -131,15 +174,22 @@ class _Reply:
                         raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
                         await send({"type": "http.response.start", "status": 200, "headers": raw})
                         started = True
-                    await event(json.dumps(self.writer.chunk(choice, piece)))
+                    await event(self.writer.chunk(choice, piece))
             if self.running.request.include_usage:
-                await event(json.dumps(self.writer.usage_chunk()))
+                await event(self.writer.usage_chunk())
             await event("[DONE]")
         except ApiError as error:
             if not started:
                 raise
             await event(json.dumps(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request that says that it is JSON."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "send the body as Content-Type: application/json")
+    return await request.body()
 
 
 def _parse(raw: bytes) -> Any:
@@ -167,7 +217,7 @@ def _refused(request: Request, error: Exception) -> Response:
 
 def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = f"; known: {', '.join(FORMS)}" if request.method == "POST" else ""
+    known = f"; known: {', '.join((*FORMS, '/tokenize', '/detokenize'))}" if request.method == "POST" else ""
     response = _error(
         ApiError(error.status_code, f"there is nothing at {request.method} {request.url.path[:200]}{known}")
     )

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from e3rl.config import Config, DataConfig
-from e3rl.data.prompts import render_prompts
+from e3rl.config import Config
+from e3rl.data.templates import encode_chats
+from e3rl.data.toolcalls import ToolCallFormat, tool_call_format
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rollout.group import Committed, Erased, Event, GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.serve.choices import Piece, ServedChoice, usage
-from e3rl.serve.errors import ApiError, as_api_error
+from e3rl.serve.errors import ApiError, as_api_error, invalid
+from e3rl.serve.grammar import GrammarCompiler, call_grammar
+from e3rl.serve.hooks import RowHook
+from e3rl.serve.messages import Chat
 from e3rl.serve.requests import DecodingRequest
 from e3rl.serve.settings import RequestSettings, decoding
-from e3rl.serve.text import TextStream
+from e3rl.serve.text import CallStream, TextStream
 from e3rl.serve.worker import DecodingWorker, Failed, Outbox, Ticket
 from e3rl.types import Problem, Prompt
+from e3rl.web.prometheus import Metrics
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,26 @@ class Running:
     choices: tuple[ServedChoice, ...]
     outbox: Outbox
     cancelled: threading.Event
+    began: float = field(default_factory=time.monotonic)
 
     def usage(self) -> dict[str, int]:
         """Tokens so far."""
         return usage(sum(len(p.ids) for p in self.prompts), self.choices)
+
+
+_HELP = {
+    "e3rl_requests_total": "Requests answered, by path and status; 499: the client left before the end.",
+    "e3rl_prompt_tokens_total": "Tokens of prompts.",
+    "e3rl_completion_tokens_total": "Tokens of answers.",
+    "e3rl_erased_tokens_total": "Tokens that were generated and erased.",
+    "e3rl_erasures_total": "Segments that were erased.",
+    "e3rl_segments_total": "Segments of answers.",
+    "e3rl_first_segment_seconds": "From a request's arrival to its first segment.",
+    "e3rl_request_seconds": "From a request's arrival to its end.",
+    "e3rl_groups_decoding": "Groups that have rows.",
+    "e3rl_groups_waiting": "Groups that wait for rows.",
+    "e3rl_rows_free": "Rows of the KV cache that are free.",
+}
 
 
 class Service:
@@ -59,6 +82,9 @@ class Service:
         rollout = replace(config.rollout, cache_rows=rows, max_completion_length=1)
         self._engine = build_engine(rollout, policy.model, policy.eos_ids, self.max_length - 1)
         self._worker = DecodingWorker(self._engine, rows=rows, queue_limit=queue_limit)
+        self._vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+        self.metrics = Metrics(_HELP)
+        self._grammars = GrammarCompiler(policy.tokenizer, policy.eos_ids, self._vocabulary)
 
     def close(self) -> None:
         """Stop decoding; requests under way are refused."""
@@ -72,16 +98,25 @@ class Service:
         """How much is decoding and waiting, and how many more rows could be taken."""
         return {**self._worker.load(), "free_rows": self._engine.free_rows()}
 
+    def metrics_text(self) -> str:
+        """Counts and times so far and the load now, for Prometheus."""
+        load = self.load()
+        gauges = {f"e3rl_groups_{name}": load[name] for name in ("decoding", "waiting")}
+        return self.metrics.text({**gauges, "e3rl_rows_free": load["free_rows"]})
+
     def start(self, request: DecodingRequest, outbox: Outbox) -> Running:
         """Check a request and queue its groups, whose events go to ``outbox``; ApiError where it can't be served."""
-        if request.model != self.name:
+        if request.model and request.model != self.name:
             raise ApiError(
                 404, f"no model '{request.model}' here, only '{self.name}'", param="model", code="model_not_found"
             )
         if request.n > self._worker.rows:
             raise ApiError(400, f"n = {request.n}, and the server holds {self._worker.rows} rows", param="n")
         try:
-            prompts = tuple(self._prompt(i, p) for i, p in enumerate(request.prompts))
+            prompts = tuple(
+                Prompt(Problem(f"prompt-{i}", ""), tuple(self.encode(p, request.add_special_tokens)))
+                for i, p in enumerate(request.prompts)
+            )
             room = self.max_length - max(len(p.ids) for p in prompts)
             settings = decoding(request, self._config, self._calibration, room=room)
             running = self._running(request, settings, prompts, outbox)
@@ -92,15 +127,27 @@ class Service:
 
     async def pieces(self, running: Running) -> AsyncGenerator[tuple[ServedChoice, Piece], None]:
         """Every committed segment with the sample it belongs to, until all samples have ended; ApiError where they can't."""
+        told = False
         while any(c.finish is None for c in running.choices):
             message = await running.outbox.get()
             if isinstance(message, Failed):
                 raise message.error
+            if error := next((c.hook.error for c in running.choices if c.hook and c.hook.error), None):
+                raise ApiError(400, f"the answer could not follow its grammar to the end: {error}")
             for found in self._apply(running, *message):
+                if not told:
+                    self.metrics.observe("e3rl_first_segment_seconds", time.monotonic() - running.began)
+                    told = True
                 yield found
 
     def drop(self, running: Running) -> None:
-        """Nobody waits for the request any more: its rows become free."""
+        """Nobody waits for the request any more: its rows become free, and what became of it is counted."""
+        used, choices = running.usage(), running.choices
+        for name in ("prompt", "completion", "erased"):
+            self.metrics.add(f"e3rl_{name}_tokens_total", used[f"{name}_tokens"])
+        self.metrics.add("e3rl_segments_total", sum(c.segments for c in choices))
+        self.metrics.add("e3rl_erasures_total", sum(len(c.erasures) for c in choices))
+        self.metrics.observe("e3rl_request_seconds", time.monotonic() - running.began)
         running.cancelled.set()
         self._worker.wake()
 
@@ -112,32 +159,96 @@ class Service:
             elif piece := choice.committed(event):
                 yield choice, piece
 
+    def encode(self, prompt: str | Chat | tuple[int, ...], add_special_tokens: bool = True) -> Sequence[int]:
+        """A conversation goes through the chat template; a text is encoded, and token ids are taken, as they stand."""
+        tokenizer = self.policy.tokenizer
+        if isinstance(prompt, tuple):
+            return prompt
+        if isinstance(prompt, str):
+            ids: list[int] = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            return ids
+        if not getattr(tokenizer, "chat_template", None):
+            raise invalid("messages", "this model has no chat template; POST /v1/completions takes texts")
+        arguments = {**prompt.arguments, **({"tools": list(prompt.tools)} if prompt.tools else {})}
+        messages = [dict(message) for message in prompt.messages]
+        (found,) = encode_chats(tokenizer, [messages], arguments)
+        if isinstance(found, str):
+            raise ApiError(400, f"the model's chat template refuses it: {found.removeprefix('data.')}")
+        return found
+
     def _running(
         self, request: DecodingRequest, settings: RequestSettings, prompts: tuple[Prompt, ...], outbox: Outbox
     ) -> Running:
-        limit, tokenizer = settings.rollout.completion_limit, self.policy.tokenizer
-        indices = range(len(prompts) * request.n)
-        choices = tuple(ServedChoice(i, limit, TextStream(tokenizer, request.stop)) for i in indices)
-        return Running(request, settings, prompts, choices, outbox, threading.Event())
+        form = self._call_format(request)
+        limit, output = settings.rollout.completion_limit, request.output
+        choices = []
+        for index, prompt in enumerate(p for p in prompts for _ in range(request.n)):
+            stream = TextStream(
+                self.policy.tokenizer,
+                request.stop,
+                keep_stop=output.keep_stop,
+                keep_special=output.keep_special or form is not None,
+            )
+            choice = ServedChoice(index, limit, stream, frozenset(request.stop_ids), output.keep_stop)
+            choice.hook = self._hook(request, settings, prompt, form)
+            choice.call_stream = CallStream(form, request.tools) if form else None
+            choices.append(choice)
+        return Running(request, settings, prompts, tuple(choices), outbox, threading.Event())
+
+    def _call_format(self, request: DecodingRequest) -> ToolCallFormat | None:
+        """How the model writes tool calls, where the request has tools."""
+        if not request.tools.tools:
+            return None
+        if self._model_call_format is None:
+            raise invalid(
+                "tools", "this model's chat template has no tool calls, or writes them in a format unknown here"
+            )
+        return self._model_call_format
+
+    @cached_property
+    def _model_call_format(self) -> ToolCallFormat | None:
+        template = getattr(self.policy.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return tool_call_format(template) if template else None
+
+    def _hook(
+        self, request: DecodingRequest, settings: RequestSettings, prompt: Prompt, form: ToolCallFormat | None
+    ) -> RowHook | None:
+        """What changes or reads this sample's logits; None where nothing does."""
+        shaping, top = request.shaping, request.output.logprobs or 0
+        if form and request.tools.forced:
+            grammar = call_grammar(form, request.tools.forced, several=request.tools.parallel)
+            shaping = replace(shaping, grammar=grammar)
+        if not RowHook.needed(shaping, top):
+            return None
+        if not hasattr(self._engine, "interrupt"):  # no `ServingEngine`
+            raise ApiError(
+                400,
+                "this server's engine can't change logits: penalties, logit_bias, min_tokens, ignore_eos, top_logprobs, "
+                "response_format and forced tool calls need rollout.engine = 'torch'",
+            )
+        if bad := next((token for token, _ in shaping.bias if token >= self._vocabulary), None):
+            raise invalid("logit_bias", f"token id {bad}, and the model's vocabulary has {self._vocabulary}")
+        return RowHook(
+            shaping,
+            prompt.ids,
+            self.policy.eos_ids,
+            top=top,
+            temperature=settings.rollout.temperature,
+            matcher=self._grammars.matcher(shaping.grammar) if shaping.grammar else None,
+        )
 
     def _ticket(self, running: Running, index: int) -> Ticket:
-        chosen = running.settings
-        settings = GroupSettings(chosen.rollout, chosen.erasure, chosen.seed, calibration=self._calibration)
+        chosen, n = running.settings, running.request.n
+        hooks = [c.hook for c in running.choices[index * n : (index + 1) * n] if c.hook is not None]
+        settings = GroupSettings(
+            chosen.rollout,
+            chosen.erasure,
+            chosen.seed,
+            calibration=self._calibration,
+            min_p=running.request.min_p,
+            hooks=tuple(hooks),
+        )
         settings.check()
         return Ticket(running.prompts[index], settings, index, running.outbox, running.cancelled)
-
-    def _prompt(self, index: int, prompt: str | tuple[object, ...]) -> Prompt:
-        """A conversation goes through the chat template; a text is encoded, and token ids are taken, as they stand."""
-        name = f"prompt-{index}"
-        if isinstance(prompt, str):
-            return Prompt(Problem(name, prompt), tuple(self.policy.tokenizer.encode(prompt)))
-        if all(isinstance(i, int) for i in prompt):
-            return Prompt(Problem(name, ""), prompt)  # type: ignore[arg-type]
-        (rendered,) = render_prompts(
-            [Problem(name, prompt)],  # type: ignore[arg-type]
-            self.policy.tokenizer,
-            DataConfig(),
-            context_limit=self.max_length,
-            completion_limit=1,
-        )
-        return rendered

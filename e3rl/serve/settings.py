@@ -59,7 +59,7 @@ def decoding(
         erase=rollout.erase and not greedy,
         num_generations=request.n,
         temperature=rollout.temperature if greedy or request.temperature is None else request.temperature,
-        top_k=1 if greedy else rollout.top_k,
+        top_k=1 if greedy else _top_k(request, rollout),
         top_p=_top_p(request, rollout),
         max_completion_length=limit,
         max_segments=math.ceil(limit / rollout.segment_length),
@@ -104,6 +104,12 @@ def _flag(extension: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise invalid(f"e3rl.{name}", "must be true or false")
     return value
+
+
+def _top_k(request: DecodingRequest, rollout: RolloutConfig) -> int:
+    if request.top_k is not None and request.extension.get("top_k", request.top_k) != request.top_k:
+        raise invalid("top_k", "differs from e3rl.top_k; send one of them")
+    return rollout.top_k if request.top_k is None else request.top_k
 
 
 def _top_p(request: DecodingRequest, rollout: RolloutConfig) -> float:

@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.serve.errors import ApiError
-from e3rl.serve.requests import DecodingRequest, read_chat, read_text
+from e3rl.serve.messages import Chat
+from e3rl.serve.requests import DecodingRequest, read_chat, read_generate, read_text, read_tokenize
 from e3rl.serve.settings import MAX_ERASURES, decoding
-from e3rl.types import Message
 
+KEYS = ["role", "content", "type", "function", "name", "arguments", "parameters", "json", "json_schema", "schema", "regex",
+        "tool_calls", "1"]  # fmt: skip
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type"]), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=6,
 )
 FIELDS = [
     "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop", "stream",
-    "stream_options", "e3rl", "logprobs", "tools", "user", "other",
+    "stream_options", "e3rl", "logprobs", "tools", "user", "other", "top_logprobs", "tool_choice", "parallel_tool_calls",
+    "response_format", "structured_outputs", "chat_template_kwargs", "logit_bias", "min_p", "top_k", "min_tokens",
+    "repetition_penalty", "frequency_penalty", "stop_token_ids", "return_token_ids", "ignore_eos", "token_ids",
+    "sampling_params", "add_special_tokens",
 ]  # fmt: skip
 MESSAGE = st.fixed_dictionaries({"role": st.just("user"), "content": st.text(min_size=1, max_size=3)})
 EXTENSION = st.dictionaries(
@@ -48,6 +53,10 @@ def test_any_object_is_read_or_refused(fields: dict[str, Any], base: dict[str, A
     for read, body in (
         (read_chat, {"model": "m", **base, **fields}),
         (read_text, {"model": "m", "prompt": "1", **fields}),
+        (read_generate, {"token_ids": [1], **fields}),
+        (read_generate, {"token_ids": [1], "sampling_params": fields}),
+        (read_tokenize, {"prompt": "1", **fields}),
+        (read_tokenize, {**base, **fields}),
     ):
         found = _read(read, body)
         if isinstance(found, ApiError):
@@ -91,5 +100,7 @@ def test_content_in_parts_and_empty_fields_of_an_earlier_answer():
             "max_tokens": 5,
         }
     )
-    assert request.prompts == ((Message("user", "1+1"), Message("assistant", "2"), Message("user", "why?")),)
+    (chat,) = request.prompts
+    assert isinstance(chat, Chat)
+    assert [(m["role"], m["content"]) for m in chat.messages] == [("user", "1+1"), ("assistant", "2"), ("user", "why?")]
     assert request.max_tokens == 5

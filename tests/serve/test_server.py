@@ -30,7 +30,9 @@ from e3rl.web.access import Access
 from tests.serve.conftest import serving
 from tests.web.running import running as run_in_thread
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, GENERATE = "/v1/chat/completions", "/v1/completions", "/inference/v1/generate"
+HI = {"model": "tiny", "messages": [{"role": "user", "content": "1"}]}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 TOKEN = "a-token-of-some-length"
 JSON = {"Content-Type": "application/json"}
 HELLO = {"model": "tiny", "prompt": "3", "n": 2}
@@ -55,7 +57,30 @@ BAD = [
     (TEXT, {"prompt": "3"}, 400, "GET /v1/models"),
     (TEXT, {**HELLO, "model": "gpt"}, 404, "only 'tiny'"),
     (TEXT, {**HELLO, "temprature": 1}, 400, "Did you mean 'temperature'?"),
-    (TEXT, {**HELLO, "logprobs": 5}, 400, "logprobs: this server does not offer it"),
+    (TEXT, {**HELLO, "logprobs": 21}, 400, "at most 20"),
+    (TEXT, {**HELLO, "echo": True}, 400, "echo: this server does not offer it"),
+    (TEXT, {**HELLO, "min_p": 2}, 400, "min_p: must be a number from 0 to 1"),
+    (TEXT, {**HELLO, "logit_bias": {"a": 1}}, 400, "token ids, as strings"),
+    (TEXT, {**HELLO, "logit_bias": {"9999": 1}}, 400, "token id 9999"),
+    (TEXT, {**HELLO, "stop_token_ids": ["a"]}, 400, "list of at most 16 token ids"),
+    (TEXT, {**HELLO, "top_k": 3, "e3rl": {"top_k": 4}}, 400, "differs from e3rl.top_k"),
+    (TEXT, {**HELLO, "response_format": {"type": "xml"}}, 400, "json_schema"),
+    (TEXT, {**HELLO, "ignore_eos": True, "response_format": {"type": "json_object"}}, 400, "can't be combined"),
+    (CHAT, {**HI, "top_logprobs": 2}, 400, "only with logprobs = true"),
+    (CHAT, {**HI, "tools": [{"type": "function"}]}, 400, "tools[0]: must be"),
+    (CHAT, {**HI, "tools": [ADD, ADD]}, 400, "the same name"),
+    (CHAT, {**HI, "tools": [ADD]}, 400, "no tool calls"),
+    (CHAT, {**HI, "tool_choice": "required"}, 400, "needs tools"),
+    (CHAT, {**HI, "tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "one of add"),
+    (CHAT, {**HI, "tools": [ADD], "response_format": {"type": "json_object"}}, 400, "can't be combined with tools"),
+    (CHAT, {**HI, "chat_template_kwargs": {"tokenize": False}}, 400, "'tokenize', which is no argument"),
+    (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "1", "tool_calls": [1]}]}, 400, "tool_calls"),
+    (CHAT, {"model": "tiny", "messages": [{"role": "tool", "content": "1"}]}, 400, "refuses it"),
+    (GENERATE, {"token_ids": []}, 400, "at least one token id"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {"temprature": 1}}, 400, "Did you mean 'temperature'?"),
+    ("/tokenize", {"prompt": 3}, 400, "must be a text"),
+    ("/tokenize", [], 400, "must be a JSON object"),
+    ("/detokenize", {"tokens": [-1]}, 400, "token ids"),
     (TEXT, {**HELLO, "temperature": 3}, 400, "from 0 to 2"),
     (TEXT, {**HELLO, "temperature": "hot"}, 400, "must be a number"),
     (TEXT, {**HELLO, "top_p": 0}, 400, "must be above 0"),

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.serve.text import TextStream
+from e3rl.data.toolcalls import FORMATS
+from e3rl.serve.messages import ToolChoice
+from e3rl.serve.text import CallStream, TextStream
 
 
 class Bytes:
@@ -26,7 +28,7 @@ def feed(pieces: Sequence[bytes], stops: Sequence[str] = ()) -> tuple[list[str],
         texts.append(stream.add(list(piece), last=index == len(pieces) - 1))
         if stream.stopped:
             break
-    return texts, stream.stopped
+    return texts, stream.stopped is not None
 
 
 def test_a_split_character_waits_for_its_other_half():
@@ -65,3 +67,47 @@ def test_any_division_into_segments_gives_the_same_text(text: str, stops: list[s
 @pytest.mark.parametrize("stop", ["aab", "ab"])
 def test_a_stop_string_that_repeats_itself_is_found(stop: str):
     assert feed([b"a", b"a", b"a", b"b"], [stop]) == (["", "", "a", ""] if stop == "aab" else ["", "a", "a", ""], True)
+
+
+@pytest.mark.parametrize(("keep", "text"), [(False, "1+1=2"), (True, "1+1=2END")])
+def test_a_stop_string_says_how_many_tokens_it_took(keep: bool, text: str):
+    stream = TextStream(Bytes(), ["END"], keep_stop=keep)
+    stream.add(list(b"1+1"), last=False)
+    assert "1+1" + stream.add(list(b"=2END and more"), last=False) == text
+    assert (stream.stopped, stream.kept) == ("END", 8)
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+LLAMA = '{"name": "f", "parameters": {}}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "shown", "calls"),
+    [
+        ("hermes", f"I look.\n{CALL}", "I look.", 1),
+        ("hermes", f"{CALL}\n{CALL}", "", 2),
+        ("hermes", "a < b <tool", "a < b <tool", 0),
+        ("hermes", "so <tool_call>not one</tool_call> \n", "so <tool_call>not one</tool_call> \n", 0),
+        ("llama3", LLAMA, "", 1),
+        ("llama3", " {} or so", " {} or so", 0),
+        ("llama3", f"It is {LLAMA}", f"It is {LLAMA}", 0),
+    ],
+)
+def test_calls_come_at_the_end_and_the_rest_as_it_is_written(form: str, text: str, shown: str, calls: int):
+    for size in (1, 3, 7, 100):
+        stream = CallStream(FORMATS[form], ToolChoice())
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        sent = [stream.add(piece, last=i == len(pieces) - 1) for i, piece in enumerate(pieces)]
+        assert "".join(t for t, _ in sent) == shown
+        assert [len(c) for _, c in sent] == [0] * (len(pieces) - 1) + [calls]
+
+
+def test_text_before_a_call_is_not_held_back():
+    stream = CallStream(FORMATS["hermes"], ToolChoice())
+    assert stream.add("I look it up. <to", last=False) == ("I look it up.", [])
+    assert stream.add("day>", last=False) == (" <today>", [])
+
+
+def test_where_calls_may_not_be_parallel_the_first_is_taken():
+    stream = CallStream(FORMATS["hermes"], ToolChoice(parallel=False))
+    assert len(stream.add(CALL * 2, last=True)[1]) == 1

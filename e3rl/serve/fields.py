@@ -1,0 +1,66 @@
+"""Values of request fields, read strictly. None always means that the client left a field out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from e3rl.serve.errors import invalid
+
+
+def is_text(value: Any) -> bool:
+    """A string that can be encoded: JSON escapes can write half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def is_token(value: Any) -> bool:
+    """A whole number that a tokenizer could have made."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def boolean(fields: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false."""
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise invalid(name, "must be true or false")
+    return value
+
+
+def integer(fields: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int | None:
+    """A whole number within bounds."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise invalid(name, f"must be a whole number of at least {low}" + (f" and at most {high}" if high else ""))
+    return value
+
+
+def number(fields: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+    """A number within bounds, which NaN is not."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise invalid(name, f"must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def tokens(fields: Mapping[str, Any], name: str, most: int) -> tuple[int, ...]:
+    """A list of token ids."""
+    value = fields.get(name) or []
+    if not isinstance(value, list) or not all(is_token(i) for i in value) or len(value) > most:
+        raise invalid(name, f"must be a list of at most {most} token ids")
+    return tuple(value)
+
+
+def table(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object."""
+    value = fields.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise invalid(name, "must be an object")
+    return value
