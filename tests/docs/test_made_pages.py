@@ -51,3 +51,40 @@ def test_the_figures_of_the_concepts_are_drawn(tmp_path: Path, monkeypatch: pyte
     erased = re.search(r"^drawn +(\S+) .*: erased$", example, re.M)
     assert erased
     assert f"erased: {erased[1]}" in erasure
+
+
+def test_pages_quote_the_code_as_it_is():
+    assert runpy.run_path(str(ROOT / "tools" / "quotes.py"))["main"](["--check"]) == 0
+
+
+def test_a_stale_quotation_is_noticed(tmp_path: Path):
+    (tmp_path / "code.py").write_text("def g():\n    pass\n\n\ndef f(x):\n    return x\n\n\nZ = 1\n")
+    written = runpy.run_path(str(ROOT / "tools" / "quotes.py"))["written"]
+    page = "a\n<!-- quoted: code.py f -->\n\n```python\ndef f(y):\n    return y\n```\nb\n"
+    fresh = page.replace("y", "x").replace("pxthon", "python").replace(".px", ".py")
+    assert written(tmp_path, page) == fresh == written(tmp_path, fresh)
+    with pytest.raises(SystemExit, match="has no function h"):
+        written(tmp_path, page.replace("code.py f", "code.py h"))
+
+
+def test_the_house_is_counted(tmp_path: Path):
+    room = tmp_path / "e3rl" / "room"
+    room.mkdir(parents=True)
+    (tmp_path / "e3rl" / "__init__.py").write_text("")
+    (room / "__init__.py").write_text("")
+    long = "def f():\n" + "    x = 1\n" * 50
+    (room / "a.py").write_text("class A: ...\n" + long)
+    (room / "b.py").write_text("from e3rl.room.a import A\nfrom e3rl.room import c\n")
+    (room / "c.py").write_text("import e3rl.room.a\n\n\nclass A: ...\n")
+    counts = runpy.run_path(str(ROOT / "tools" / "house.py"))["read"](tmp_path)
+    assert counts == {
+        "files": 5,
+        "lines": 58,
+        "median file": 2,
+        "longest file": 52,
+        "functions over 50 lines": 1,
+        "files in the largest room": 4,
+        "modules with one importer": 1,
+        "of these below 60 lines": 1,
+        "class names with several meanings": 1,
+    }
