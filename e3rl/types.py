@@ -44,6 +44,8 @@ class Prompt:
 
     problem: Problem
     ids: tuple[int, ...]
+    tools: Any = field(default=None, compare=False, repr=False)
+    """What answers its tool calls (`e3rl.rollout.turns.Tools`); None: a single answer ends the response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,22 +194,53 @@ class Judgement:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asked for: arguments as JSON, the result as the model sees it. ``failed``: the tool raised."""
+
+    name: str
+    arguments: str
+    result: str
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What an environment answered to an assistant turn. ``state``: turns in effect before it, its state's version.
+
+    ``evidence``: what the result says against the turn, 0 nothing and 1 all. ``forced``: too much, with no erasure left.
+    """
+
+    calls: tuple[ToolCall, ...]
+    state: int
+    evidence: float = 0.0
+    forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
-    """A committed candidate. ``judgement`` is None where nothing was judged: a plain rollout."""
+    """A committed candidate. ``judgement`` is None where nothing was judged: a plain rollout.
+
+    With an ``observation`` its tokens are the environment's: nobody drew them, nothing is learnt from them.
+    """
 
     index: int
     candidate: Candidate
     judgement: Judgement | None
+    observation: Observation | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """An erased candidate, kept for the report and for contrast. ``start``: committed response tokens before it."""
+    """An erased candidate, kept for the report and for contrast. ``start``: response tokens before it.
+
+    With an ``observation`` it is a whole assistant turn, all of its segments, erased after what it led to.
+    """
 
     index: int
     start: int
     candidate: Candidate
     judgement: Judgement
+    observation: Observation | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +252,10 @@ class Trajectory:
     segments: tuple[Segment, ...]
     erasures: tuple[Erasure, ...]
     finish: Literal["stop", "length"]
+    failure: str | None = None
+    """Why its environment could not go on: the reward is then missing."""
+    environment: Any = field(default=None, compare=False, repr=False)
+    """What the tools acted on, for rewards; None without tools, and for a trajectory that was read from a file."""
 
     @cached_property
     def ids(self) -> Ids:
@@ -250,7 +287,39 @@ class Trajectory:
 
     @property
     def committed_tokens(self) -> int:
-        return sum(self.segment_lengths)
+        """Tokens of committed segments that were drawn: observations do not count."""
+        return sum(len(s.candidate.ids) for s in self.drawn_segments)
+
+    @cached_property
+    def drawn_segments(self) -> tuple[Segment, ...]:
+        """The segments without observations."""
+        return tuple(s for s in self.segments if s.observation is None)
+
+    def drawn_index(self, index: int) -> int:
+        """Drawn segments before the one at ``index``."""
+        return index - sum(s.observation is not None for s in self.segments[:index])
+
+    @property
+    def turns(self) -> int:
+        """Observations, and the assistant turn after the last."""
+        return 1 + sum(s.observation is not None for s in self.segments)
+
+    @cached_property
+    def drawn_T(self) -> Any:
+        """Which response tokens the model drew."""
+        import numpy as np
+
+        kinds = [np.full(len(s.candidate.ids), s.observation is None) for s in self.segments]
+        return _read_only(np.concatenate([np.empty(0, bool), *kinds]))
+
+    def context_of(self, place: int) -> list[int]:
+        """The response tokens that the erasure at ``place`` was drawn after, those of a turn that was erased later among them."""
+        erasure = self.erasures[place]
+        for later in self.erasures[place + 1 :]:
+            if later.observation is not None and later.start <= erasure.start:
+                before = self.ids[: later.start].tolist()
+                return before + later.candidate.ids[: erasure.start - later.start].tolist()
+        return self.ids[: erasure.start].tolist()
 
     @property
     def erased_tokens(self) -> int:

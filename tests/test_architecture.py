@@ -23,7 +23,7 @@ FLOORS = [
 ]
 """A module may import from its own floor and from those above it in this list."""
 
-LINES = {"equations": 150, "objectives": 150, "config.py": 520}
+LINES = {"equations": 150, "objectives": 150, "config.py": 540, "types.py": 370}
 LONGEST = 320
 
 

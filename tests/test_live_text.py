@@ -11,8 +11,8 @@ from rich.console import Console
 
 from e3rl.cli.live import LiveText
 from e3rl.generation import Generation
-from e3rl.rollout.group import Committed, Erased
 from e3rl.rollout.metric import single_term, toy_candidate
+from e3rl.rollout.orders import Committed, Erased
 from e3rl.types import Erasure, Judgement, Problem, Prompt, Segment, Threshold, Trajectory
 
 ERASED = Judgement(single_term(1.0), Threshold(0.5, 0.5, 1.0, 1.0), attempt=0, verdict="erase")

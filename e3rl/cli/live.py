@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from e3rl.rollout.group import Committed, Erased, Event
+from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.serve.text import TextStream
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.driver import Driver
-from e3rl.rollout.group import Event, GroupSettings
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.orders import Event
 from e3rl.types import Problem, Prompt
 
 SECONDS_TO_STOP = 60.0

@@ -17,7 +17,8 @@ from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
 from e3rl.rollout.batches import run_groups
-from e3rl.rollout.group import Event, GroupSettings
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.orders import Event
 from e3rl.types import Problem, Prompt, Trajectory
 
 RolloutFunc = Callable[[list[Any], Any], dict[str, Any]]

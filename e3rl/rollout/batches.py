@@ -1,4 +1,4 @@
-"""Batches of groups on one engine: prompts in, groups out as they finish."""
+"""Batches of groups on one engine: prompts are taken as rows become free, groups come as they finish."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
-from e3rl.rollout.driver import Driver, GroupJob, Memory, Observer
+from e3rl.rollout.driver import Driver, Observer
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.jobs import GroupJob
+from e3rl.rollout.turns import Memory
 from e3rl.types import Group, Prompt
 
 

@@ -44,17 +44,17 @@ def _replayed(group: Group, erasure: ErasureConfig) -> list[Judgement]:
     unspent = replace(erasure, max_erasures=0)
     judge = GroupJudge(len(group.trajectories), unspent)
     judgements: list[Judgement] = []
-    longest = max(len(t.segments) for t in group.trajectories)
+    longest = max(len(t.drawn_segments) for t in group.trajectories)
     for n in range(longest):
-        present = [t for t in group.trajectories if len(t.segments) > n]
+        present = [t for t in group.trajectories if len(t.drawn_segments) > n]
         for trajectory in group.trajectories:
-            if len(trajectory.segments) == n:
+            if len(trajectory.drawn_segments) == n:
                 judge.finish(trajectory.sibling)
         for trajectory in present:
-            judge.deliver(trajectory.sibling, trajectory.segments[n].candidate)
-        decided = [(t, judge.judge(t.sibling, t.segments[n].candidate, 0)) for t in present]
+            judge.deliver(trajectory.sibling, trajectory.drawn_segments[n].candidate)
+        decided = [(t, judge.judge(t.sibling, t.drawn_segments[n].candidate, 0)) for t in present]
         for trajectory, judgement in decided:
-            judge.commit(trajectory.sibling, trajectory.segments[n].candidate, judgement)
+            judge.commit(trajectory.sibling, trajectory.drawn_segments[n].candidate, judgement)
             judgements.append(judgement)
     return judgements
 

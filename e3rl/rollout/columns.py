@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from e3rl.rollout.turns import from_json, to_json
 from e3rl.types import (
     COLUMNS,
     IDS,
@@ -24,6 +25,7 @@ from e3rl.types import (
     Erasure,
     Group,
     Judgement,
+    Observation,
     Prompt,
     Reward,
     RewardedGroup,
@@ -50,6 +52,12 @@ _CANDIDATE = [
     ("ranks", _INTS, "one more than the tokens that were likelier: 1 is the likeliest; 0 where nothing was drawn"),
     ("ended", pa.bool_(), "its last token ends the sequence"),
     ("version", pa.int32(), "optimizer updates behind the weights that drew it; null where none did"),
+    (
+        "observation",
+        pa.string(),
+        "JSON: an environment's calls, their results, its state's version and what they say against the turn. "
+        "Of a segment: its tokens are the environment's; of an erasure: a whole turn that was erased after them; else null",
+    ),
     ("attempt", pa.int32(), "erasures of this segment before this candidate; null where nothing was judged"),
     ("verdict", pa.string(), "commit, erase or forced; null where nothing was judged"),
     ("uncertainty", pa.float64(), "U (eq 13)"),
@@ -98,6 +106,7 @@ class CandidateRecord:
     candidate: Candidate
     attempt: int | None
     judgement: Judgement | None
+    observation: Observation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +144,8 @@ def _rows(item: Group | RewardedGroup) -> Iterator[TrajectoryRow]:
 
 def _record(record: Segment | Erasure, start: int) -> CandidateRecord:
     judgement = record.judgement
-    return CandidateRecord(
-        record.index, start, record.candidate, None if judgement is None else judgement.attempt, judgement
-    )
+    attempt = None if judgement is None else judgement.attempt
+    return CandidateRecord(record.index, start, record.candidate, attempt, judgement, record.observation)
 
 
 def encode_rows(rows: Sequence[TrajectoryRow]) -> pa.RecordBatch:
@@ -185,6 +193,7 @@ def _candidates(rows: Sequence[Sequence[CandidateRecord]]) -> pa.ListArray:
         **_tokens([r.candidate for r in records]),
         "ended": pa.array([bool(r.candidate.ended) for r in records], pa.bool_()),
         "version": pa.array([r.candidate.version for r in records], pa.int32()),
+        "observation": pa.array([r.observation and to_json(r.observation) for r in records], pa.string()),
         "attempt": pa.array([r.attempt for r in records], pa.int32()),
         **_judgements([r.judgement for r in records]),
     }
@@ -245,7 +254,10 @@ def _records(lists: pa.ListArray) -> list[list[CandidateRecord]]:
     struct, bounds = lists.values, lists.offsets.to_pylist()
     tokens = _arrays(struct)
     places = struct.field("ids").offsets.to_pylist()
-    plain = {n: struct.field(n).to_pylist() for n in ("index", "start", "ended", "version", "attempt", "verdict")}
+    plain = {
+        n: struct.field(n).to_pylist()
+        for n in ("index", "start", "ended", "version", "observation", "attempt", "verdict")
+    }
     numbers = np.array([struct.field(n).to_numpy(zero_copy_only=False) for n in NUMBERS]).T.tolist()
     found = []
     for n in range(len(struct)):
@@ -257,7 +269,9 @@ def _records(lists: pa.ListArray) -> list[list[CandidateRecord]]:
         if verdict is not None:
             terms, factors = numbers[n][:6], numbers[n][6:]
             judgement = Judgement(Uncertainty(*terms), Threshold(*factors), attempt, Verdict(verdict))
-        found.append(CandidateRecord(plain["index"][n], plain["start"][n], candidate, attempt, judgement))
+        seen = plain["observation"][n]
+        observation = None if seen is None else from_json(seen)
+        found.append(CandidateRecord(plain["index"][n], plain["start"][n], candidate, attempt, judgement, observation))
     return [found[a:b] for a, b in pairwise(bounds)]
 
 
@@ -291,8 +305,10 @@ def _group(rows: Sequence[TrajectoryRow], prompt: Prompt) -> RewardedGroup:
             raise ValueError(f"problem '{row.problem_id}': a response that is not complete")
         if any(r.judgement is None for r in row.erasures):
             raise ValueError(f"problem '{row.problem_id}': an erased candidate without a judgement")
-        segments = tuple(Segment(r.index, r.candidate, r.judgement) for r in row.segments)
-        erasures = tuple(Erasure(r.index, r.start, r.candidate, r.judgement) for r in row.erasures if r.judgement)
+        segments = tuple(Segment(r.index, r.candidate, r.judgement, r.observation) for r in row.segments)
+        erasures = tuple(
+            Erasure(r.index, r.start, r.candidate, r.judgement, r.observation) for r in row.erasures if r.judgement
+        )
         trajectories.append(Trajectory(prompt, row.sibling, segments, erasures, row.finish))
     rewards = tuple(row.reward or Reward(None, {}) for row in rows)
     return RewardedGroup(Group(prompt, tuple(trajectories), rows[0].policy_version), rewards)

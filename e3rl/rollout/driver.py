@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 from e3rl.engine.protocol import Engine, Row
 from e3rl.errors import NonFiniteLogits, UserError
-from e3rl.rollout.group import Event, Extend, GroupRollout, GroupSettings, Order, Release
-from e3rl.types import Candidate, Draw, Group, Prompt
+from e3rl.rollout.group import GroupRollout, GroupSettings
+from e3rl.rollout.jobs import GroupJob
+from e3rl.rollout.orders import Act, Event, Extend, Order, Release, Undo
+from e3rl.rollout.turns import Actors, Memory, Reply
+from e3rl.types import Candidate, Draw, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,41 +28,6 @@ Observer = Callable[[Event], None]
 
 def _ignore(event: Event) -> None:
     """Nobody watches."""
-
-
-class Memory(Protocol):
-    """Candidates by draw, those of an earlier process among them (`e3rl.train.journal.StepJournal`)."""
-
-    def take(self, draw: Draw) -> Candidate | None:
-        """The candidate of this draw if it is known; each is given once."""
-
-    def add(self, draw: Draw, candidate: Candidate) -> None:
-        """Keep a candidate that was generated."""
-
-    def flush(self) -> None:
-        """What was added must survive this process."""
-
-
-@dataclass(eq=False, slots=True)
-class GroupJob:
-    """A submitted group. Once `Driver.step` returns it, it has a ``group``, or the ``error`` that stopped it."""
-
-    prompt: Prompt
-    settings: GroupSettings
-    rollout: GroupRollout | None = None
-    group: Group | None = None
-    error: Exception | None = None
-    version: int = 0  # of the weights that draw its next segments
-    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # what it will ask for when it gets its rows
-    rows: dict[int, Row] = field(default_factory=dict)  # by sibling
-    offsets: dict[int, int] = field(default_factory=dict)  # response tokens that a sibling's row has as its prompt
-
-    def result(self) -> Group:
-        """The group; raises what stopped it."""
-        if self.error is not None:
-            raise self.error
-        assert self.group is not None
-        return self.group
 
 
 Delivery = tuple[GroupJob, int, Draw, Candidate]
@@ -82,6 +50,7 @@ class Driver:
         self._ended: list[GroupJob] = []  # and not yet returned by `step`
         self._parking = False  # no segment may begin
         self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is at
+        self._actors = Actors(memory)
 
     @property
     def decoding(self) -> int:
@@ -120,7 +89,8 @@ class Driver:
     def step(self) -> list[GroupJob]:
         """Admit groups whose rows are free, let the engine complete something; return the groups that ended."""
         self._admit()
-        if self._ended or not self._decoding:
+        self._take_replies(wait=not self._ended and not self._open)
+        if self._ended or not (self._open or (self._decoding and not self._actors.busy)):
             return self._take_ended()
         return self._poll()
 
@@ -145,7 +115,7 @@ class Driver:
         for jobs in (self._waiting, self._decoding, self._ended):
             if job in jobs:
                 jobs.remove(job)
-        self._release_rows(job)
+        self._release(job)
 
     def park(self) -> list[GroupJob]:
         """Finish the segments under way, begin none, and give back all rows; return the groups that ended with that.
@@ -221,14 +191,31 @@ class Driver:
             self._memory.flush()
         for job, sibling, _, candidate in delivered:
             if job.error is None:  # an earlier one of these may have failed the group
-                self._deliver(job, sibling, candidate)
+                assert job.rollout is not None
+                self._go_on(job, partial(job.rollout.deliver, sibling, candidate))
 
-    def _deliver(self, job: GroupJob, sibling: int, candidate: Candidate) -> None:
+    def _go_on(self, job: GroupJob, advance: Callable[[], list[Order]]) -> None:
         assert job.rollout is not None
         try:
-            self._carry_out(job, job.rollout, job.rollout.deliver(sibling, candidate))
+            self._carry_out(job, job.rollout, advance())
         except Exception as error:  # the other groups can go on
             self._end(job, error)
+
+    def _take_replies(self, wait: bool) -> None:
+        """Hand on what environments have answered; ``wait``: there is nothing to decode before one does."""
+        for done, reply in self._actors.replies(wait):
+            done(reply)
+
+    def _act(self, job: GroupJob, order: Act, draw: Draw) -> None:
+        """Have the sibling's environment answer its turn, beside the engine. What the memory knows of it counts."""
+
+        def done(reply: Reply) -> None:
+            job.acting.discard(token)
+            assert job.rollout is not None
+            self._go_on(job, partial(job.rollout.observe, order.sibling, reply))
+
+        token = self._actors.answer(job.prompt, job.episodes, order.sibling, order.ids, draw, done)
+        job.acting.add(token)
 
     def _carry_out(self, job: GroupJob, rollout: GroupRollout, orders: Iterable[Order]) -> None:
         """Do what a group asks for, and what follows from it where the memory knows the answer."""
@@ -239,7 +226,13 @@ class Driver:
                 if order.sibling in job.rows:
                     self._engine.release(job.rows.pop(order.sibling))
                 continue
+            if isinstance(order, Undo):
+                job.episodes[order.sibling].undo()
+                continue
             draw = job.settings.draw(job.prompt.problem.id, order)
+            if isinstance(order, Act):
+                self._act(job, order, draw)
+                continue
             known = None if self._memory is None else self._memory.take(draw)
             if known is not None:
                 queue += rollout.deliver(order.sibling, known)
@@ -248,7 +241,7 @@ class Driver:
             else:
                 job.asked.append((order, draw))
         if rollout.finished:
-            job.group = rollout.group()
+            job.group = rollout.group(job.episodes)
             self._end(job, None)
 
     def _extend(self, job: GroupJob, rollout: GroupRollout, order: Extend, draw: Draw) -> None:
@@ -288,13 +281,23 @@ class Driver:
 
     def _end(self, job: GroupJob, error: Exception | None) -> None:
         job.error = error
-        if job in self._decoding:
-            self._decoding.remove(job)
+        for jobs in (self._decoding, self._waiting):
+            if job in jobs:
+                jobs.remove(job)
         self._ended.append(job)
         try:
-            self._release_rows(job)
+            self._release(job)
         except Exception as failed:  # a row that the engine can't give back is lost; the other groups go on
             job.error = job.error or failed
+
+    def _release(self, job: GroupJob) -> None:
+        """Give back the rows of a group that ended, and stop waiting for its environments; those of a finished group stay."""
+        for token in job.acting:
+            self._actors.forget(token)
+        with contextlib.ExitStack() as releases:
+            releases.callback(self._release_rows, job)
+            for episode in job.episodes.values() if job.group is None else ():
+                releases.callback(episode.close)
 
     def _release_rows(self, job: GroupJob) -> None:
         """Give back what a group still holds, each row even where another one's release fails."""

@@ -5,9 +5,10 @@ A state machine: `deliver` takes a candidate and returns orders. It knows no eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -17,57 +18,23 @@ from e3rl.engine.protocol import LogitsHook, Sampling
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
 from e3rl.rollout.moments import Moments
+from e3rl.rollout.orders import Act, Committed, Erased, Event, Extend, Finished, Order, Release, Undo
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
-from e3rl.types import Candidate, Draw, Erasure, Group, Judgement, Prompt, Segment, Trajectory, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """A sibling's response grew by a segment."""
-
-    prompt_id: str
-    sibling: int
-    segment: Segment
-
-
-@dataclass(frozen=True, slots=True)
-class Erased:
-    """A candidate was judged too uncertain and dropped."""
-
-    prompt_id: str
-    sibling: int
-    erasure: Erasure
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """All siblings of a group are complete."""
-
-    group: Group
-
-
-Event = Committed | Erased | Finished
-
-
-@dataclass(frozen=True, slots=True)
-class Extend:
-    """Cut the sibling's row to its first ``start`` response tokens, then generate up to ``tokens`` more."""
-
-    sibling: int
-    start: int
-    tokens: int
-    segment: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """The sibling's response is complete: its row is no longer needed."""
-
-    sibling: int
-
-
-Order = Extend | Release
+from e3rl.rollout.turns import Episode, Reply, given, joined
+from e3rl.types import (
+    Candidate,
+    Draw,
+    Erasure,
+    Group,
+    Judgement,
+    Observation,
+    Prompt,
+    Segment,
+    Threshold,
+    Trajectory,
+    Uncertainty,
+    Verdict,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +71,7 @@ class GroupSettings:
             self.min_p,
         )
 
-    def draw(self, prompt_id: str, order: Extend) -> Draw:
+    def draw(self, prompt_id: str, order: Extend | Act) -> Draw:
         """The name of a requested candidate."""
         sibling = self.first_sibling + order.sibling
         return Draw(self.seed, self.step, prompt_id, sibling, order.segment, order.attempt)
@@ -128,10 +95,19 @@ class _Sibling:
     waiting: Candidate | None = None  # a first candidate whose barrier is closed
     redrawn: bool = False  # the open request repeats an earlier attempt, which will be committed
     finish: Literal["stop", "length"] | None = None
+    failure: str | None = None
+    turn: int = 0  # the first segment of the assistant turn under way
+    try_from: int = 0  # erasures before the turn was begun, for the last time
+    tries: int = 0  # erasures of that turn
+    erased_turns: int = 0  # of the whole response
 
     def attempts(self) -> list[Erasure]:
         """Erased candidates of the segment under way, by attempt."""
-        return [e for e in self.erasures if e.index == len(self.segments)]
+        return [e for e in self.erasures[self.try_from :] if e.index == len(self.segments)]
+
+    def drawn(self) -> int:
+        """Committed segments that were drawn: what the judge counts."""
+        return sum(s.observation is None for s in self.segments)
 
 
 class GroupRollout:
@@ -141,6 +117,7 @@ class GroupRollout:
         self.prompt = prompt
         self._config, self._version = settings.rollout, settings.policy_version
         self._on_exhausted = settings.erasure.on_exhausted
+        self._attempts = settings.erasure.max_erasures + 1
         self._observe = observe
         self._siblings = [_Sibling(number) for number in range(self._config.num_generations)]
         self._judge: GroupJudge | None = None
@@ -165,14 +142,23 @@ class GroupRollout:
         """The tokens that a sibling's response has so far."""
         return [i for segment in self._siblings[number].segments for i in segment.candidate.ids.tolist()]
 
-    def group(self) -> Group:
-        """The finished group; observers are told."""
+    def group(self, episodes: Mapping[int, Episode] = MappingProxyType({})) -> Group:
+        """The finished group, each trajectory with its environment; observers are told."""
         trajectories = []
         for s in self._siblings:
             if s.finish is None:
                 raise RuntimeError(f"sibling {s.number} of prompt '{self.prompt.problem.id}' is not finished")
+            episode = episodes.get(s.number)
             trajectories.append(
-                Trajectory(self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish),
+                Trajectory(
+                    self.prompt,
+                    s.number,
+                    tuple(s.segments),
+                    tuple(s.erasures),
+                    s.finish,
+                    s.failure or (episode.broken if episode else None),
+                    episode.environment if episode else None,
+                ),
             )
         group = Group(self.prompt, tuple(trajectories), self._version)
         self._observe(Finished(group))
@@ -188,7 +174,7 @@ class GroupRollout:
         self._check(sibling, candidate)
         if self._judge is None:
             return self._commit(sibling, candidate, None)
-        if sibling.attempt == 0 and not sibling.redrawn:
+        if sibling.attempt == 0 and not sibling.redrawn and self._judge.expects(number):
             self._judge.deliver(number, candidate)
             sibling.waiting = candidate
             return self._judge_waiting(self._judge)
@@ -197,7 +183,7 @@ class GroupRollout:
     def _judge_waiting(self, judge: GroupJudge) -> list[Order]:
         """Judge all candidates whose barrier is open. One that finishes its sibling may open the next barrier."""
         orders: list[Order] = []
-        while ready := [s for s in self._siblings if s.waiting and judge.ready(len(s.segments))]:
+        while ready := [s for s in self._siblings if s.waiting and judge.ready(s.drawn())]:
             for sibling in ready:
                 candidate, sibling.waiting = sibling.waiting, None
                 assert candidate is not None
@@ -258,9 +244,53 @@ class GroupRollout:
         if self._judge is not None and judgement is not None:
             self._judge.commit(sibling.number, candidate, judgement)
         self._observe(Committed(self.prompt.problem.id, sibling.number, segment))
+        if candidate.ended and self.prompt.tools is not None:
+            return [self._act(sibling)]
         if candidate.ended or sibling.committed == self._config.completion_limit:
             return [self._finish(sibling, "stop" if candidate.ended else "length")]
         return [self._extend(sibling)]
+
+    def _act(self, sibling: _Sibling) -> Act:
+        ids = tuple(i for s in sibling.segments[sibling.turn :] for i in s.candidate.ids.tolist())
+        return Act(sibling.number, ids, len(sibling.segments), sibling.erased_turns * self._attempts)
+
+    def observe(self, number: int, reply: Reply) -> list[Order]:
+        """Take what the environment answered to a sibling's turn. In a judged rollout the answer may erase the turn."""
+        sibling, observation = self._siblings[number], reply.observation
+        if reply.failure is not None or observation is None:
+            sibling.failure = reply.failure
+            return self._conclude(sibling, "length" if reply.end == "length" else "stop")
+        if sibling.committed + len(reply.ids) >= self._config.completion_limit:  # no room to go on: it is not shown
+            return self._conclude(sibling, "length")
+        tools, judged = self.prompt.tools, self._judge is not None
+        against = judged and observation.evidence > tools.threshold
+        if against and reply.undoable and sibling.tries < tools.erasures:
+            return self._erase_turn(sibling, observation)
+        segment = Segment(len(sibling.segments), given(reply.ids), None, replace(observation, forced=against))
+        sibling.segments.append(segment)
+        sibling.committed += len(reply.ids)
+        sibling.turn, sibling.tries, sibling.try_from = len(sibling.segments), 0, len(sibling.erasures)
+        self._observe(Committed(self.prompt.problem.id, number, segment))
+        return [self._extend(sibling)]
+
+    def _conclude(self, sibling: _Sibling, how: Literal["stop", "length"]) -> list[Order]:
+        return [self._finish(sibling, how), *(self._judge_waiting(self._judge) if self._judge else ())]
+
+    def _erase_turn(self, sibling: _Sibling, observation: Observation) -> list[Order]:
+        """Drop the whole turn with what it led to, and draw it again from the same prefix and state."""
+        turn = joined([s.candidate for s in sibling.segments[sibling.turn :]])
+        sibling.committed -= len(turn.ids)
+        limit, u = self.prompt.tools.threshold, Uncertainty(observation.evidence, 0.0, 0.0, 0.0, 0.0, 0.0)
+        judgement = Judgement(u, Threshold(limit, limit, 1.0, 1.0), sibling.tries, Verdict.ERASE)
+        erasure = Erasure(sibling.turn, sibling.committed, turn, judgement, observation)
+        del sibling.segments[sibling.turn :]
+        sibling.erasures.append(erasure)
+        sibling.tries, sibling.erased_turns = sibling.tries + 1, sibling.erased_turns + 1
+        sibling.try_from = len(sibling.erasures)
+        assert self._judge is not None  # without one nothing speaks against a turn
+        self._judge.rollback(sibling.number, sibling.drawn())
+        self._observe(Erased(self.prompt.problem.id, sibling.number, erasure))
+        return [Undo(sibling.number), self._extend(sibling)]
 
     def _finish(self, sibling: _Sibling, how: Literal["stop", "length"]) -> Order:
         sibling.finish = how
@@ -274,7 +304,7 @@ class GroupRollout:
             start=sibling.committed,
             tokens=self._tokens(sibling),
             segment=len(sibling.segments),
-            attempt=sibling.attempt,
+            attempt=sibling.attempt + sibling.erased_turns * self._attempts,
         )
 
     def _tokens(self, sibling: _Sibling) -> int:

@@ -134,6 +134,17 @@ class GroupJudge:
         history.means.append(fmean(candidate.entropies.tolist()))
         history.smoothed.append(judgement.uncertainty.smoothed)
 
+    def expects(self, sibling: int) -> bool:
+        """Whether the sibling's next candidate is the first of its segment. A turn that is drawn again has been there before."""
+        history = self._histories[sibling]
+        return len(history.firsts) == len(history.committed)
+
+    def rollback(self, sibling: int, segments: int) -> None:
+        """A turn was erased: the sibling is back at so many committed segments. Its first candidates remain what they were."""
+        history = self._histories[sibling]
+        for kept in (history.committed, history.attempts, history.means, history.smoothed, history.modulations):
+            del kept[segments:]
+
     def finish(self, sibling: int) -> None:
         """The sibling's response is complete: no barrier waits for it any more."""
         self._reached[sibling] = math.inf
@@ -185,7 +196,7 @@ class GroupJudge:
         """Token entropies of first candidates of segments m <= n, and of committed retries of segments m < n."""
         pooled, last = self._pooled_entropies, segment - 1
         for history in self._histories:
-            if segment > 0 and len(history.attempts) > last and history.attempts[last] > 0:
+            if segment > 0 and len(history.committed) > last and history.committed[last] is not history.firsts[last]:
                 pooled = pooled.merged(Moments.of(history.committed[last].entropies))
         for history in self._histories:
             if history.present(segment):

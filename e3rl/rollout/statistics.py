@@ -6,7 +6,7 @@ They are gathered from rollouts during training or calibration and saved beside 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,15 @@ def measured_by(rollout: RolloutConfig, erasure: ErasureConfig) -> dict[str, Any
 
 
 def first_candidates(trajectory: Trajectory) -> Iterator[Segment | Erasure]:
-    """The first candidate of every segment, committed or erased; what was never judged is its own first."""
+    """The first candidate of every segment, committed or erased; what was never judged is its own first.
+
+    Observations and erased turns are no candidates: indices count drawn segments.
+    """
     records: list[Segment | Erasure] = [*trajectory.segments, *trajectory.erasures]
     for record in records:
-        if record.judgement is None or record.judgement.attempt == 0:
-            yield record
+        if record.observation is None and (record.judgement is None or record.judgement.attempt == 0):
+            index = trajectory.drawn_index(record.index)
+            yield record if index == record.index else replace(record, index=index)
 
 
 def entropy_moments(groups: Iterable[Group]) -> Moments:
@@ -60,8 +64,8 @@ def entropy_moments(groups: Iterable[Group]) -> Moments:
     """
     moments = Moments()
     for trajectory in (t for g in groups if g.policy_version is not None for t in g.trajectories):
-        firsts = [e.candidate for e in trajectory.erasures if e.judgement.attempt == 0]
-        for candidate in (*firsts, *(s.candidate for s in trajectory.segments)):
+        firsts = [e.candidate for e in trajectory.erasures if e.judgement.attempt == 0 and e.observation is None]
+        for candidate in (*firsts, *(s.candidate for s in trajectory.drawn_segments)):
             moments = moments.merged(Moments.of(candidate.entropies))
     return moments
 

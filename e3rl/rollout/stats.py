@@ -21,7 +21,7 @@ class RolloutStats:
     committed_tokens: int
     erased_tokens: int
     redrawn_tokens: int  # drawn a second time to be committed after all (`on_exhausted` = 'least_uncertain')
-    erasures: int
+    erasures: int  # erased turns among them
     forced: int  # segments committed above their threshold
     candidates_N: tuple[int, ...]
     accepted_N: tuple[int, ...]  # committed without force
@@ -74,7 +74,7 @@ def summarise(groups: Iterable[Group]) -> RolloutStats:
     """The statistics of a batch of rollouts."""
     groups = list(groups)
     trajectories = [t for g in groups for t in g.trajectories]
-    segments = [s for t in trajectories for s in t.segments]
+    segments = [s for t in trajectories for s in t.drawn_segments]
     erasures = [e for t in trajectories for e in t.erasures]
     records: list[Segment | Erasure] = [*segments, *erasures]
     drawn = Counter(record.index for record in records)
@@ -88,8 +88,8 @@ def summarise(groups: Iterable[Group]) -> RolloutStats:
         redrawn_tokens=sum(redrawn_tokens(t) for t in trajectories),
         erasures=len(erasures),
         forced=sum(_is_forced(s) for s in segments),
-        candidates_N=tuple(drawn[n] for n in range(len(drawn))),
-        accepted_N=tuple(accepted[n] for n in range(len(drawn))),
+        candidates_N=tuple(drawn[n] for n in range(max(drawn, default=-1) + 1)),
+        accepted_N=tuple(accepted[n] for n in range(max(drawn, default=-1) + 1)),
         kept_mass=_mean_kept_mass(record.candidate for record in records),
     )
 

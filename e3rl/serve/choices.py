@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from e3rl.data.toolcalls import ToolCall
-from e3rl.rollout.group import Committed, Erased
+from e3rl.rollout.orders import Committed, Erased
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.text import CallStream, TextStream
 from e3rl.types import Erasure, Judgement

@@ -14,7 +14,8 @@ from e3rl.data.toolcalls import ToolCallFormat, tool_call_format
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy
-from e3rl.rollout.group import Committed, Erased, Event, GroupSettings
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.serve.choices import Piece, ServedChoice, usage
 from e3rl.serve.errors import ApiError, as_api_error, invalid

@@ -20,6 +20,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence
 from e3rl.rollout.columns import CandidateRecord, TrajectoryRow, decode_rows, encode, encode_rows
 from e3rl.rollout.ipc import problem_of, read_batch
+from e3rl.rollout.turns import Reply, from_json
 from e3rl.types import Candidate, Draw, Group
 
 FORMAT = 3
 _FRAME = struct.Struct("<II")  # bytes of the record, CRC-32 of them
-_CANDIDATES, _GROUP = b"c", b"g"  # how a record begins
+_CANDIDATES, _GROUP, _REPLY = b"c", b"g", b"r"  # how a record begins
 _PROBES = 64  # numbers of each weight tensor that go into the fingerprint
 
 
@@ -106,6 +108,18 @@ def survey(content: bytes) -> tuple[str, int]:
     return f"{groups} groups" if groups else f"{candidates} candidates", torn
 
 
+def pack_reply(draw: Draw, reply: Reply) -> bytes:
+    """A record of what an environment answered, as JSON."""
+    return _REPLY + json.dumps([asdict(draw), asdict(reply)]).encode()
+
+
+def unpack_reply(payload: bytes) -> tuple[Draw, Reply]:
+    """What `pack_reply` was given; ValueError, KeyError or TypeError where it can't have come from it."""
+    draw, reply = json.loads(payload.removeprefix(_REPLY))
+    observation = None if reply["observation"] is None else from_json(json.dumps(reply["observation"]))
+    return Draw(**draw), Reply(**{**reply, "ids": tuple(map(int, reply["ids"])), "observation": observation})
+
+
 class StepJournal:
     """One step's file: what it held when it was opened, and a place for more."""
 
@@ -113,9 +127,12 @@ class StepJournal:
         self.path, self._say = path, say
         self.known: dict[Draw, deque[Candidate]] = {}
         """Candidates that an earlier process left, by draw: in the order they were made where one was drawn twice."""
+        self.replies: dict[Draw, Reply] = {}
+        """What environments answered, by name."""
         self.groups: dict[str, pa.RecordBatch] = {}
         """Whole groups that workers sent, by prompt id."""
         self._drawn: list[tuple[Draw, Candidate]] = []  # not yet handed to the system
+        self._replied: list[tuple[Draw, Reply]] = []
         with disk_full_is_a_sentence(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             good = self._read(header)
@@ -151,6 +168,9 @@ class StepJournal:
         if payload.startswith(_GROUP):
             batch = read_batch(payload.removeprefix(_GROUP))
             self.groups[problem_of(batch)] = batch
+        elif payload.startswith(_REPLY):
+            draw, reply = unpack_reply(payload)
+            self.replies[draw] = reply
         else:
             for draw, candidate in unpack(payload):
                 self.known.setdefault(draw, deque()).append(candidate)
@@ -169,6 +189,14 @@ class StepJournal:
         """Keep a candidate; after the next `flush` it survives the process."""
         self._drawn.append((draw, candidate))
 
+    def take_reply(self, draw: Draw) -> Reply | None:
+        """What an environment answered before."""
+        return self.replies.pop(draw, None)
+
+    def add_reply(self, draw: Draw, reply: Reply) -> None:
+        """Keep what an environment answered; after the next `flush` it survives the process."""
+        self._replied.append((draw, reply))
+
     def add_group(self, group: Group) -> None:
         """Keep a group that a worker sent."""
         with disk_full_is_a_sentence(self.path):
@@ -178,8 +206,9 @@ class StepJournal:
     def flush(self) -> None:
         """Hand to the system what was added."""
         drawn, self._drawn = self._drawn, []
+        replied, self._replied = self._replied, []
         with disk_full_is_a_sentence(self.path):
-            for payload in pack(drawn):
+            for payload in (*pack(drawn), *(pack_reply(*kept) for kept in replied)):
                 self._file.write(frame(payload))
             self._file.flush()
 

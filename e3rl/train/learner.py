@@ -19,7 +19,16 @@ from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, unwrapped
 from e3rl.objectives.base import AttributionOptions, Objective, Totals
 from e3rl.train.attribution import attribution_layers, packed_attention
-from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, train_batch, unscored
+from e3rl.train.lessons import (
+    Lesson,
+    Scored,
+    group_signals,
+    importance_weights,
+    over_drawn,
+    totals_of,
+    train_batch,
+    unscored,
+)
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
@@ -233,7 +242,7 @@ class Learner:
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""
-        groups = itertools.groupby(scored, key=lambda item: item[0].group)
+        groups = itertools.groupby(map(over_drawn, scored), key=lambda item: item[0].group)
         return [
             self._weighed(lesson) for g, items in groups for lesson in self._group_lessons(list(items), rewarded[g])
         ]

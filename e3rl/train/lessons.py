@@ -8,7 +8,7 @@ weighed, its KL term among them, while clip decisions and the reported loss stay
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,15 @@ def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupS
     )
 
 
+def over_drawn(scored: Scored) -> Scored:
+    """The same with shares over drawn tokens alone, which add up to 1: a reward is not divided among observations."""
+    sequence, scores, reference = scored
+    if scores.shares_T is None or bool(sequence.mask_T.all()):
+        return scored
+    shares_T = scores.shares_T.where(sequence.mask_T, 0.0)
+    return sequence, replace(scores, shares_T=shares_T / shares_T.sum().clamp(min=1e-30)), reference
+
+
 def unscored(sequence: TrainSequence) -> Scores:
     """Holds the place of scores until a sequence's pass, for advantages that don't depend on them."""
     return Scores(sequence.rollout_logprobs_T, torch.zeros_like(sequence.rollout_logprobs_T), None)
@@ -97,7 +106,7 @@ def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Tota
     return Totals(
         groups=len({s.group for s in kept}),
         sequences=len(kept),
-        tokens=sum(len(s.response_ids) for s in kept),
+        tokens=sum(int(s.mask_T.sum()) for s in kept),
         completion_limit=completion_limit,
     )
 

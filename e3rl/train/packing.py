@@ -25,7 +25,7 @@ class TrainSequence:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    segments_T: Tensor  # index of the segment each response token lies in
+    segments_T: Tensor  # which of the drawn segments each response token lies in; -1: an observation
     mask_T: Tensor  # bool: tokens that the loss is about; an erased candidate's prefix is not
     rollout_logprobs_T: Tensor  # as the engine reported them; 0 where mask_T is False
     group: int  # position of its group in the step
@@ -44,11 +44,12 @@ def _segment_ids(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
 def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
     """The trajectory as something to learn from."""
     lengths = trajectory.segment_lengths
+    indices = [-1 if s.observation else trajectory.drawn_index(s.index) for s in trajectory.segments]
     return TrainSequence(
         prompt_ids=trajectory.prompt.ids,
         response_ids=tuple(trajectory.ids.tolist()),
-        segments_T=_segment_ids(lengths, [s.index for s in trajectory.segments]),
-        mask_T=torch.ones(sum(lengths), dtype=torch.bool),
+        segments_T=_segment_ids(lengths, indices),
+        mask_T=torch.tensor(trajectory.drawn_T),
         rollout_logprobs_T=torch.tensor(trajectory.logprobs, dtype=torch.float32),
         group=group,
         sibling=trajectory.sibling,
@@ -59,14 +60,14 @@ def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
 def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:
     """Every erased candidate, conditioned on the prefix that it was drawn from."""
     sequences = []
-    for erasure in trajectory.erasures:
+    for place, erasure in enumerate(trajectory.erasures):
         candidate, size = erasure.candidate, len(erasure.candidate.ids)
         mask_T = torch.arange(erasure.start + size) >= erasure.start
         sequences.append(
             TrainSequence(
                 prompt_ids=trajectory.prompt.ids,
-                response_ids=(*trajectory.ids[: erasure.start].tolist(), *candidate.ids.tolist()),
-                segments_T=torch.where(mask_T, erasure.index, -1),
+                response_ids=(*trajectory.context_of(place), *candidate.ids.tolist()),
+                segments_T=torch.where(mask_T, trajectory.drawn_index(erasure.index), -1),
                 mask_T=mask_T,
                 rollout_logprobs_T=torch.cat(
                     [torch.zeros(erasure.start), torch.tensor(candidate.logprobs, dtype=torch.float32)]

@@ -33,13 +33,14 @@ def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
 
 def segment_metrics(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]) -> dict[str, list[float]]:
     """The series by segment index (the paper's figure 6)."""
-    segments: list[Segment] = [s for item in rewarded for t in item.group.trajectories for s in t.segments]
-    judged = [(s.index, s.judgement) for s in segments if s.judgement is not None]
+    trajectories = [t for item in rewarded for t in item.group.trajectories]
+    drawn: list[tuple[int, Segment]] = [pair for t in trajectories for pair in enumerate(t.drawn_segments)]
+    judged = [(n, s.judgement) for n, s in drawn if s.judgement is not None]
     advantages = [
         (int(n), float(lesson.advantages_T[lesson.sequence.segments_T == n].mean()))
         for lesson in lessons
         if not lesson.sequence.erased
-        for n in lesson.sequence.segments_T.unique()
+        for n in lesson.sequence.segments_T[lesson.sequence.mask_T].unique()
     ]
     return {
         "acceptance": by_index((n, j.attempt == 0 and j.verdict == "commit") for n, j in judged),
@@ -58,11 +59,11 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     trajectories = [t for g in groups for t in g.trajectories]
     stats = summarise(groups)
     drawn = summarise(g for g in groups if g.policy_version is not None)
-    candidates = [s.candidate for t in trajectories for s in t.segments]
+    candidates = [s.candidate for t in trajectories for s in t.drawn_segments]
     return {
         "finish_ratio": mean(t.finish == "stop" for t in trajectories),
         "length": mean(t.committed_tokens for t in trajectories),
-        "segments": mean(len(t.segments) for t in trajectories),
+        "segments": mean(len(t.drawn_segments) for t in trajectories),
         "candidates": stats.candidates,
         "erasures": stats.erasures,
         "committed_tokens": stats.committed_tokens,
@@ -103,7 +104,7 @@ def lesson_metrics(lessons: Sequence[Lesson]) -> dict[str, float]:
     kept = [lesson for lesson in lessons if not lesson.sequence.erased]
     if not kept:
         return {}
-    gaps = [lesson.scores.logprobs_T - lesson.sequence.rollout_logprobs_T for lesson in kept]
+    gaps = [(x.scores.logprobs_T - x.sequence.rollout_logprobs_T)[x.sequence.mask_T] for x in kept]
     weights_S = torch.stack([gap.sum() for gap in gaps]).double()
     weights_S = (weights_S - weights_S.max()).exp()
     flat = torch.cat(gaps).abs()

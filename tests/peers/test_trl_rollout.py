@@ -31,7 +31,7 @@ from e3rl.lab.problems import generate
 from e3rl.lab.reward import lab_reward
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.models import resolve_model_path
-from e3rl.rollout.group import Event, Finished
+from e3rl.rollout.orders import Event, Finished
 from e3rl.types import Trajectory
 
 SIBLINGS, LIMIT = 4, 16

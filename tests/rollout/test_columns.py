@@ -123,9 +123,10 @@ def test_a_row_reads_as_its_columns_say():
     assert [s["start"] for s in row["segments"]] == [0, 3]
     assert row["erasures"] == [
         {"index": 1, "start": 3, "ids": [0, 1], "logprobs": [-0.5, -0.5], "entropies": [1.5, 1.5],
-         "perturbations": [0.25, 0.25], "kept_mass": [1.0, 1.0], "ranks": [1, 1], "ended": False, "version": 6, "attempt": 1,
-         "verdict": "erase", "uncertainty": 1, "base": 2, "gradient": 3, "extremum": 4, "perturbation": 5, "smoothed": 6,
-         "threshold": 7, "baseline": 8, "penalty": 9, "modulation": 10}
+         "perturbations": [0.25, 0.25], "kept_mass": [1.0, 1.0], "ranks": [1, 1], "ended": False, "version": 6,
+         "observation": None, "attempt": 1,
+         "verdict": "erase", "uncertainty": 1, "base": 2, "gradient": 3, "extremum": 4, "perturbation": 5,
+         "smoothed": 6, "threshold": 7, "baseline": 8, "penalty": 9, "modulation": 10}
     ]  # fmt: skip
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from e3rl.engine.protocol import Row
 from e3rl.errors import NonFiniteLogits, UserError
-from e3rl.rollout.driver import Driver, GroupJob
-from e3rl.rollout.group import Committed, Event, Finished, GroupSettings
+from e3rl.rollout.driver import Driver
+from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.jobs import GroupJob
+from e3rl.rollout.orders import Committed, Event, Finished
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Candidate, Draw, Group
 from tests.rollout.worlds import ALONE, MEAN_ONLY, PLAIN_GROUP, levels, prompt, roll, rollout

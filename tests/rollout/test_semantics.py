@@ -6,9 +6,14 @@ import inspect
 import re
 from pathlib import Path
 
-from tests.rollout import test_semantics_erasing, test_semantics_judging, test_semantics_scheduling
+from tests.rollout import (
+    test_semantics_erasing,
+    test_semantics_judging,
+    test_semantics_scheduling,
+    test_semantics_turns,
+)
 
-PARTS = (test_semantics_erasing, test_semantics_judging, test_semantics_scheduling)
+PARTS = (test_semantics_erasing, test_semantics_judging, test_semantics_scheduling, test_semantics_turns)
 
 
 def test_every_sentence_is_pinned():

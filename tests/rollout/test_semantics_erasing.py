@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from e3rl.rollout.group import Erased
+from e3rl.rollout.orders import Erased
 from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import EOS, Scripted
 from e3rl.types import Draw, Verdict

@@ -9,8 +9,9 @@ import pytest
 from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
 from e3rl.rollout.batches import run_groups
-from e3rl.rollout.group import Committed, Erased, Finished, GroupSettings
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Distribution, Moments
+from e3rl.rollout.orders import Committed, Erased, Finished
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Draw
 from tests.rollout.slow_reference import check_numbers

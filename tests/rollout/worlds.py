@@ -7,8 +7,9 @@ from typing import Any
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.rollout.batches import run_groups
-from e3rl.rollout.group import Event, GroupSettings
+from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Distribution, Moments
+from e3rl.rollout.orders import Event
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.testing.scripted import Script, Scripted, ScriptedEngine
 from e3rl.types import Draw, Group, Problem, Prompt, Trajectory, Verdict

@@ -93,18 +93,21 @@ def test_every_column_holds_what_it_says(tmp_path: Path) -> None:
     assert next(rows, None) is None
 
 
-def test_a_ledger_of_the_format_before_is_shown_as_ever(tmp_path: Path) -> None:
-    """Format 1 has no token ids of the prompt, and of candidates no kept mass, no smoothed entropy and no `ended`."""
+@pytest.mark.parametrize(
+    ("number", "absent"), [("1", ("kept_mass", "ended", "smoothed", "observation")), ("2", ("observation",))]
+)
+def test_a_ledger_of_a_format_before_is_shown_as_ever(tmp_path: Path, number: str, absent: tuple[str, ...]) -> None:
+    """Format 1 has no token ids of the prompt, and of candidates no kept mass, no smoothed entropy and no `ended`; 2 no tools."""
     config = run_config(tmp_path / "a")
     write_rollouts(tmp_path, 1, [rewarded_group(random.Random(1), Words(), "p", config, 0.5)], Words())
     path = ledger_path(tmp_path, 1)
     expected = read_step(path, 10**6)
     fields = [f for f in SCHEMA if f.name not in ("prompt_ids", "segments", "erasures")]
-    old = [f for f in SCHEMA.field("segments").type.value_type if f.name not in ("kept_mass", "ended", "smoothed")]
+    old = [f for f in SCHEMA.field("segments").type.value_type if f.name not in absent]
     fields += [pa.field(name, pa.list_(pa.struct(old))) for name in ("segments", "erasures")]
     rows = pq.read_table(path).to_pylist()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields, metadata={"format": "1"})), path)
-    assert "kept_mass" not in str(pq.read_schema(path))
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields, metadata={"format": number})), path)
+    assert absent[0] not in str(pq.read_schema(path))
     assert read_step(path, 10**6) == expected
     assert _ledger_problem(path) is None
 

@@ -1,0 +1,192 @@
+"""The seam between decoding and environments: a turn of the model ends, something answers it, and may take the answer back."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from e3rl.types import Candidate, Draw, Observation, Problem, Prompt, ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What follows an assistant turn: ``ids`` to go on from, and what they stand for. ``undoable``: `Episode.undo` would work.
+
+    ``end``: nothing follows: the turn called no tool ('stop'), or no further turn is allowed ('length'). ``failure``: the
+    environment hung or died, which ends the trajectory without a reward.
+    """
+
+    ids: tuple[int, ...] = ()
+    observation: Observation | None = None
+    undoable: bool = False
+    end: str | None = None
+    failure: str | None = None
+
+
+class Episode(Protocol):
+    """The environment of one trajectory. Calls come one at a time, each in a thread that may be given up on."""
+
+    environment: Any
+    broken: str | None
+    """Why its state is not what it should be: an `undo` that failed."""
+
+    def act(self, ids: Sequence[int]) -> Reply:
+        """Carry out what an assistant turn asks for."""
+
+    def undo(self) -> None:
+        """Take the last `act` back."""
+
+    def close(self) -> None:
+        """The trajectory is complete or given up."""
+
+
+class Tools(Protocol):
+    """What a prompt was rendered with. ``deadline``: seconds that one turn's calls may take. ``erasures``: of one turn."""
+
+    deadline: float
+    erasures: int
+    threshold: float
+
+    def open(self, problem: Problem) -> Episode:
+        """A fresh environment for one trajectory."""
+
+
+def given(ids: Sequence[int]) -> Candidate:
+    """Tokens that nobody drew, as a candidate: log-probability, entropy and perturbation 0, rank 0."""
+    zeros = np.zeros(len(ids))
+    return Candidate(ids, zeros, zeros, zeros, np.ones(len(ids)), np.zeros(len(ids)), ended=False)
+
+
+def joined(candidates: Sequence[Candidate]) -> Candidate:
+    """The segments of a turn as one candidate."""
+    columns = [np.concatenate(column) for column in zip(*(c.columns() for c in candidates), strict=True)]
+    return Candidate(*columns, ended=candidates[-1].ended)  # type: ignore[misc, arg-type]
+
+
+class Memory(Protocol):
+    """Candidates by draw, those of an earlier process among them (`e3rl.train.journal.StepJournal`)."""
+
+    def take(self, draw: Draw) -> Candidate | None:
+        """The candidate of this draw if it is known; each is given once."""
+
+    def add(self, draw: Draw, candidate: Candidate) -> None:
+        """Keep a candidate that was generated."""
+
+    def take_reply(self, draw: Draw) -> Reply | None:
+        """The environment's answer of this name if it is known."""
+
+    def add_reply(self, draw: Draw, reply: Reply) -> None:
+        """Keep what an environment answered."""
+
+    def flush(self) -> None:
+        """What was added must survive this process."""
+
+
+@dataclass(slots=True)
+class _Acting:
+    done: Callable[[Reply], None]
+    deadline: float
+    limit: float
+
+
+@dataclass
+class Actors:
+    """Turns that are being answered, each in a thread of its own, while the engine decodes others."""
+
+    memory: Memory | None = None
+    _finished: queue.SimpleQueue[tuple[object, Reply]] = field(default_factory=queue.SimpleQueue)
+    _acting: dict[object, _Acting] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is awaited."""
+        return bool(self._acting)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        episodes: dict[int, Episode],
+        sibling: int,
+        ids: Sequence[int],
+        draw: Draw,
+        done: Callable[[Reply], None],
+    ) -> object:
+        """Have a sibling's environment answer its turn. What the memory knows of it counts; the tools run for their state."""
+        known = None if self.memory is None else self.memory.take_reply(draw)
+
+        def act() -> Reply:
+            if known is not None and known.failure is not None:
+                return known
+            if sibling not in episodes:
+                episodes[sibling] = prompt.tools.open(prompt.problem)
+            reply = episodes[sibling].act(ids)
+            return known or reply
+
+        def kept(reply: Reply) -> None:
+            if self.memory is not None and known is None:
+                self.memory.add_reply(draw, reply)
+                self.memory.flush()
+            done(reply)
+
+        return self.start(act, prompt.tools.deadline, kept)
+
+    def start(self, act: Callable[[], Reply], limit: float, done: Callable[[Reply], None]) -> object:
+        """Run ``act``; `replies` hands its reply to ``done``, or a failure once ``limit`` seconds are over."""
+        token = object()
+
+        def run() -> None:
+            try:
+                reply = act()
+            except BaseException as error:  # the code of other authors, in a thread that nobody waits for
+                reply = Reply(failure=f"raised {type(error).__name__}: {error}")
+            self._finished.put((token, reply))
+
+        self._acting[token] = _Acting(done, time.monotonic() + limit, limit)
+        threading.Thread(target=run, name="e3rl-environment", daemon=True).start()
+        return token
+
+    def forget(self, token: object) -> None:
+        """Nobody waits for this answer any more."""
+        self._acting.pop(token, None)
+
+    def replies(self, wait: bool) -> Iterator[tuple[Callable[[Reply], None], Reply]]:
+        """Answers that are there, and failures of those that are overdue; with ``wait``, at least one."""
+        found = False
+        while self._acting:
+            overdue = min(self._acting.values(), key=lambda a: a.deadline)
+            patience = max(0.0, overdue.deadline - time.monotonic()) if wait and not found else 0.0
+            try:
+                token, reply = self._finished.get(timeout=patience) if patience else self._finished.get_nowait()
+            except queue.Empty:
+                late = [t for t, a in self._acting.items() if a.deadline <= time.monotonic()]
+                for token in late:
+                    acting = self._acting.pop(token)
+                    found = True
+                    yield acting.done, Reply(failure=f"took longer than {acting.limit:g} s")
+                if found or not wait:
+                    return
+                continue
+            if token in self._acting:  # else it was given up on
+                found = True
+                yield self._acting.pop(token).done, reply
+
+
+def to_json(observation: Observation) -> str:
+    """An observation as JSON."""
+    return json.dumps(asdict(observation), ensure_ascii=True)
+
+
+def from_json(text: str) -> Observation:
+    """What `to_json` was given; ValueError where it can't have come from it."""
+    try:
+        found = json.loads(text)
+        return Observation(**{**found, "calls": tuple(ToolCall(**call) for call in found["calls"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"an observation that is none ({error})") from None
