@@ -194,7 +194,7 @@ class Judgement:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolResult:
     """A call that the model asked for: arguments as JSON, the result as the model sees it. ``failed``: the tool raised."""
 
     name: str
@@ -204,13 +204,13 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
+class Observed:
     """What an environment answered to an assistant turn. ``state``: turns in effect before it, its state's version.
 
     ``evidence``: what the result says against the turn, 0 nothing and 1 all. ``forced``: too much, with no erasure left.
     """
 
-    calls: tuple[ToolCall, ...]
+    calls: tuple[ToolResult, ...]
     state: int
     evidence: float = 0.0
     forced: bool = False
@@ -226,7 +226,7 @@ class Segment:
     index: int
     candidate: Candidate
     judgement: Judgement | None
-    observation: Observation | None = None
+    observation: Observed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class Erasure:
     start: int
     candidate: Candidate
     judgement: Judgement
-    observation: Observation | None = None
+    observation: Observed | None = None
 
 
 @dataclass(frozen=True)

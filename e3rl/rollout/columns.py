@@ -25,7 +25,7 @@ from e3rl.types import (
     Erasure,
     Group,
     Judgement,
-    Observation,
+    Observed,
     Prompt,
     Reward,
     RewardedGroup,
@@ -106,7 +106,7 @@ class CandidateRecord:
     candidate: Candidate
     attempt: int | None
     judgement: Judgement | None
-    observation: Observation | None = None
+    observation: Observed | None = None
 
 
 @dataclass(frozen=True, slots=True)

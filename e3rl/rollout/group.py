@@ -27,7 +27,7 @@ from e3rl.types import (
     Erasure,
     Group,
     Judgement,
-    Observation,
+    Observed,
     Prompt,
     Segment,
     Threshold,
@@ -276,7 +276,7 @@ class GroupRollout:
     def _conclude(self, sibling: _Sibling, how: Literal["stop", "length"]) -> list[Order]:
         return [self._finish(sibling, how), *(self._judge_waiting(self._judge) if self._judge else ())]
 
-    def _erase_turn(self, sibling: _Sibling, observation: Observation) -> list[Order]:
+    def _erase_turn(self, sibling: _Sibling, observation: Observed) -> list[Order]:
         """Drop the whole turn with what it led to, and draw it again from the same prefix and state."""
         turn = joined([s.candidate for s in sibling.segments[sibling.turn :]])
         sibling.committed -= len(turn.ids)

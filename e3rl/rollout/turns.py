@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from e3rl.types import Candidate, Draw, Observation, Problem, Prompt, ToolCall
+from e3rl.types import Candidate, Draw, Observed, Problem, Prompt, ToolResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Reply:
     """
 
     ids: tuple[int, ...] = ()
-    observation: Observation | None = None
+    observation: Observed | None = None
     undoable: bool = False
     end: str | None = None
     failure: str | None = None
@@ -178,15 +178,15 @@ class Actors:
                 yield self._acting.pop(token).done, reply
 
 
-def to_json(observation: Observation) -> str:
+def to_json(observation: Observed) -> str:
     """An observation as JSON."""
     return json.dumps(asdict(observation), ensure_ascii=True)
 
 
-def from_json(text: str) -> Observation:
+def from_json(text: str) -> Observed:
     """What `to_json` was given; ValueError where it can't have come from it."""
     try:
         found = json.loads(text)
-        return Observation(**{**found, "calls": tuple(ToolCall(**call) for call in found["calls"])})
+        return Observed(**{**found, "calls": tuple(ToolResult(**call) for call in found["calls"])})
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"an observation that is none ({error})") from None

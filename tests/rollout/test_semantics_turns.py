@@ -26,7 +26,7 @@ from e3rl.train.journal import pack_reply, unpack_reply
 from e3rl.train.lessons import over_drawn, totals_of
 from e3rl.train.packing import group_sequences
 from e3rl.train.scoring import Scores
-from e3rl.types import Draw, Group, Observation, Problem, Prompt, ToolCall, Trajectory, Verdict
+from e3rl.types import Draw, Group, Observed, Problem, Prompt, ToolResult, Trajectory, Verdict
 from tests.rollout.worlds import MEAN_ONLY, PLAIN_GROUP, Where, levels, rollout, verdicts
 
 ANSWER = (9001, 9002, 9003)
@@ -78,8 +78,8 @@ class Env:
 
 
 def reply(evidence: float = 0.0, ids: tuple[int, ...] = ANSWER, **other: Any) -> Reply:
-    calls = (ToolCall("f", "{}", "3"),)
-    return Reply(ids, Observation(calls, 0, evidence), **{"undoable": True, **other})
+    calls = (ToolResult("f", "{}", "3"),)
+    return Reply(ids, Observed(calls, 0, evidence), **{"undoable": True, **other})
 
 
 ALONE = rollout(num_generations=1, max_segments=8)
