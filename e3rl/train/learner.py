@@ -24,7 +24,6 @@ from e3rl.train.lessons import (
     Scored,
     group_signals,
     importance_weights,
-    over_drawn,
     totals_of,
     train_batch,
     unscored,
@@ -242,7 +241,7 @@ class Learner:
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""
-        groups = itertools.groupby(map(over_drawn, scored), key=lambda item: item[0].group)
+        groups = itertools.groupby(scored, key=lambda item: item[0].group)
         return [
             self._weighed(lesson) for g, items in groups for lesson in self._group_lessons(list(items), rewarded[g])
         ]

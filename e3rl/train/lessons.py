@@ -74,7 +74,7 @@ class Lesson:
 def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupSignals:
     """The siblings' tensors, padded together."""
     cpu = torch.device("cpu")
-    sequences, scores, references = zip(*lessons, strict=True)
+    sequences, scores, references = zip(*map(over_drawn, lessons), strict=True)
     return GroupSignals(
         rewards_G=torch.tensor(rewards, dtype=torch.float64),
         mask_GT=pad([s.mask_T for s in sequences], False, cpu),
