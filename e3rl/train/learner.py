@@ -19,15 +19,7 @@ from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, unwrapped
 from e3rl.objectives.base import AttributionOptions, Objective, Totals
 from e3rl.train.attribution import attribution_layers, packed_attention
-from e3rl.train.lessons import (
-    Lesson,
-    Scored,
-    group_signals,
-    importance_weights,
-    totals_of,
-    train_batch,
-    unscored,
-)
+from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, train_batch, unscored
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
