@@ -298,7 +298,8 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
-    save_total_limit: int = setting(3, "checkpoints to keep; 0: all", min=0)
+    save_total_limit: int = setting(2, "checkpoints to keep; 0: all", min=0)
+    show_steps: int = setting(0, "print a sampled completion every n steps; 0: never", min=0)
     report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +23,18 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return UserError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}.")
+
+
+_OURS = Path(__file__).parent
+_LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+
+
+def where_raised(error: BaseException) -> str:
+    """`` (file.py:12)``, the innermost line of the user's own code that an exception came through; empty where none is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if _OURS not in Path(f.filename).parents and not any(x in f.filename for x in _LIBRARIES)]
+    own = [f for f in own if not f.filename.startswith("<")]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 class NonFiniteLogits(UserError):

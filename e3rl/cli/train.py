@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         display.close()
     if summary:  # of several ranks the first has one
-        console.print(closing(path, summary))
+        console.print(closing(path, config, summary))
     return 0
 
 
@@ -95,6 +95,7 @@ def train_rank(
     quiet_libraries()
     require_fit(config, int(os.environ.get("WORLD_SIZE", "1")))
     listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
+    display.noted(f"loading {config.model.path} …")
     trainer = Trainer(config, listeners=listeners, resume=resume)
     on_stop(trainer.ask_to_stop)
     return trainer.run_path, trainer.train()

@@ -19,10 +19,13 @@ from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.evaluate.figures import evaluated_name
 from e3rl.evaluate.tables import results_table
+from e3rl.report.health import RECENT, Logs, examine
 from e3rl.train.ledger import read_ledger
 from e3rl.train.listeners import Silent
+from e3rl.train.run_directory import read_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
+_QUIET_SECONDS = 30.0  # without a line, where there is no panel
 
 
 def duration(seconds: float) -> str:
@@ -44,12 +47,21 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 def step_line(record: Mapping[str, Any], steps: int, left: float) -> str:
-    """One step in one line."""
-    return (
-        f"step {record['step']}/{steps}  reward {record['reward']:.3f}  accuracy {record['accuracy']:.3f}  "
-        f"erase rate {record['erase_rate']:.3f}  r {record['r']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
-        f"{duration(left)} left"
-    )
+    """One step in one line, the most telling first: a narrow terminal cuts the end. What is not known is left out."""
+    parts = [f"step {record['step']}/{steps}", f"reward {record['reward']:.3f}"]
+    if _known(record, "accuracy") and record["accuracy"] != record["reward"]:
+        parts.append(f"accuracy {record['accuracy']:.3f}")
+    parts += [f"{label} {record[name]:.{digits}g}" for name, label, digits in _LEARNT if _known(record, name)]
+    parts += [f"r {record['r']:.2f}", f"{duration(left)} left", f"erase rate {record['erase_rate']:.3f}"]
+    return "  ".join([*parts, f"{record['tokens_per_second']:.0f} tokens/s"])
+
+
+_LEARNT = (("loss", "loss", 2), ("kl", "kl", 2), ("grad_norm", "grad", 2))
+
+
+def _known(record: Mapping[str, Any], name: str) -> bool:
+    value = record.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def evaluation_line(record: Mapping[str, Any]) -> str:
@@ -77,6 +89,7 @@ class PlainDisplay(Silent):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._said = time.monotonic()
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
         self._clock, self._steps = _Clock(first_step, steps), steps
@@ -88,6 +101,12 @@ class PlainDisplay(Silent):
     def evaluated(self, record: Mapping[str, Any]) -> None:
         self._say(evaluation_line(record))
 
+    def progressed(self, activity: str, done: int, of: int) -> None:
+        """A line now and then, for whoever reads a log."""
+        now = time.monotonic()
+        if of and now - self._said > _QUIET_SECONDS:
+            self._say(f"  {activity}: {done}/{of}")
+
     def noted(self, text: str) -> None:
         self._say(text)
 
@@ -95,11 +114,12 @@ class PlainDisplay(Silent):
         """Give the terminal back; plain lines hold nothing."""
 
     def _say(self, text: str) -> None:
+        self._said = time.monotonic()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveDisplay(PlainDisplay):
-    """A panel that is redrawn in place; evaluations and notes scroll above it."""
+    """A panel that is redrawn in place, below a line for every step, evaluation and note."""
 
     _live: Live | None = None
 
@@ -112,19 +132,21 @@ class LiveDisplay(PlainDisplay):
             TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True
         )
         self._steps_task = self._bar.add_task("steps", total=steps, completed=first_step - 1)
-        self._work_task = self._bar.add_task("evaluating", total=None)
+        self._work_task = self._bar.add_task("starting", total=None)
         self._title = f"{method} · {config.run.name}"
         self._live = Live(self._panel(), console=self._console, refresh_per_second=8, transient=True)
         self._live.start()
 
     def progressed(self, activity: str, done: int, of: int) -> None:
-        self._bar.update(self._work_task, description=activity, completed=done, total=of)
+        self._bar.update(self._work_task, description=activity, completed=done, total=of or None)
         self._redraw()
 
     def stepped(self, record: Mapping[str, Any]) -> None:
         self._record = record
         self._rewards.append(record["reward"])
         self._bar.update(self._steps_task, completed=record["step"])
+        line = step_line(record, self._steps, self._clock.left(record["step"]))
+        self._console.print(Text(line), no_wrap=True, overflow="ellipsis", highlight=False)
         self._redraw()
 
     def finished(self, summary: Mapping[str, Any]) -> None:
@@ -140,17 +162,22 @@ class LiveDisplay(PlainDisplay):
             self._live.update(self._panel())
 
     def _panel(self) -> Panel:
-        figures = Table.grid(expand=True, padding=(0, 2))
-        shown = {"reward": ".3f", "accuracy": ".3f", "erase_rate": ".3f", "r": ".3f", "tokens_per_second": ".0f"}
-        labels = {"erase_rate": "erase rate", "tokens_per_second": "tokens/s"}
+        figures = Table.grid(expand=True, padding=(0, 1))
+        shown = {name: (label, form) for name, label, form in _FIGURES if _known(self._record, name)}
         for _ in range(len(shown) + 1):
-            figures.add_column(justify="center")
-        figures.add_row(*(Text(labels.get(k, k), style="dim") for k in shown), Text("time left", style="dim"))
+            figures.add_column(justify="center", no_wrap=True)
         if self._record:
             left = duration(self._clock.left(self._record["step"]))
-            figures.add_row(*(format(self._record[k], f) for k, f in shown.items()), left)
+            figures.add_row(*(Text(label, style="dim") for label, _ in shown.values()), Text("left", style="dim"))
+            figures.add_row(*(format(self._record[name], form) for name, (_, form) in shown.items()), left)
         line = Text(sparkline(self._rewards), style="cyan")
         return Panel(Group(self._bar, figures, line), title=self._title, border_style="cyan")
+
+
+_FIGURES = (
+    ("reward", "reward", ".3f"), ("accuracy", "accuracy", ".3f"), ("loss", "loss", ".2g"), ("kl", "kl", ".2g"),
+    ("grad_norm", "grad norm", ".2g"), ("r", "r", ".2f"), ("tokens_per_second", "tokens/s", ".0f"),
+)  # fmt: skip
 
 
 def build_display(console: Console) -> PlainDisplay:
@@ -190,19 +217,43 @@ def erasure_text(example: Mapping[str, Any]) -> Text:
     )
 
 
-def closing(run: Path, summary: Mapping[str, Any]) -> RenderableType:
+def first_to_last(run: Path) -> str:
+    """Training reward and, where it is known, accuracy: the mean of the first steps and of the last."""
+    records = read_lines(run / "metrics.jsonl")
+    if len(records) < 2:
+        return ""
+    few = min(RECENT, len(records) // 2)
+    parts = []
+    for name in ("reward", "accuracy"):
+        first, last = ([r[name] for r in part if _known(r, name)] for part in (records[:few], records[-few:]))
+        if first and last:
+            parts.append(f"{name} {sum(first) / len(first):.3f} → {sum(last) / len(last):.3f}")
+    steps = f"the first {few} steps → the last {few}" if few > 1 else "the first step → the last"
+    return f"training, {steps}: {', '.join(parts)}" if parts else ""
+
+
+_SIGNS = {"bad": ("✗", "red"), "warn": ("!", "yellow"), "good": ("✓", "green"), "note": ("·", "dim")}
+
+
+def closing(run: Path, config: Config, summary: Mapping[str, Any]) -> RenderableType:
     """Everything that is printed when a run is complete."""
     parts: list[RenderableType] = [Text("")]
     if summary["after"]:
         modes = summary["after"]
         rows = [(f"{m}, {when}", summary[when][m]) for m in modes for when in ("before", "after") if m in summary[when]]
         parts.append(results_table("Held-out problems", rows))
+    if line := first_to_last(run):
+        parts.append(Text(line + "\n"))
     example = telling_erasure(run)
     if example:
         parts.append(erasure_text(example))
+    logs = Logs(read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl"), config)
+    for finding in examine(logs):
+        sign, style = _SIGNS[finding.level]
+        parts.append(Text.assemble((f"{sign} ", style), finding.text))
     parts.append(
         Text(
-            f"{summary['method']}, {summary['steps']} steps in {summary['train_seconds']:.0f} s: erase rate "
+            f"\n{summary['method']}, {summary['steps']} steps in {duration(summary['train_seconds'])}: erase rate "
             f"{summary['erase_rate']:.3f}, r {summary['r']:.3f}, {summary['tokens_generated']} tokens generated\n"
             f"run     {run}\nmodel   {run / 'model'}\nreport  {run / 'report.html'}"
         )

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from e3rl.errors import where_raised
 from e3rl.plugins import load
 from e3rl.rewards.batch import Batch, Log, Part
 from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
@@ -46,8 +47,12 @@ def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    return str(error) if isinstance(error, Misbehaviour) else f"raised {type(error).__name__}: {error}"
+    """An exception in one line, with the line of the user's code that raised it."""
+    return (
+        str(error)
+        if isinstance(error, Misbehaviour)
+        else f"raised {type(error).__name__}: {error}{where_raised(error)}"
+    )
 
 
 def _to_part(value: Any) -> Part:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from e3rl.errors import UserError
+from e3rl.errors import UserError, where_raised
 
 _ORPHAN_FACTOR = 20  # CPU seconds, in units of the time limit, after which the kernel ends a worker nobody watches
 
@@ -48,7 +48,7 @@ def _limit_memory(limit: int | None) -> None:
 
 
 def _describe(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}{where_raised(error)}"
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float) -> dict[str, Any]:

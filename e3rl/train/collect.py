@@ -66,6 +66,7 @@ def collect(run: Run, stream: PromptStream, settings: GroupSettings, tick: Calla
             began = time.perf_counter()
             groups = roll_out(run, prompts, settings, tick)
             rolled = time.perf_counter()
+            run.tell("progressed", "reward", 0, 0)
             for item in reward(run, groups):
                 (kept if run.keep(item) else dropped).append(item)
                 rewards += item.rewards

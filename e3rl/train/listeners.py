@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ class Listener(Protocol):
         """The run begins, or goes on after ``first_step`` - 1 steps."""
 
     def progressed(self, activity: str, done: int, of: int) -> None:
-        """Within a step: ``done`` of ``of`` trajectories of 'rollout' or 'evaluation' are finished."""
+        """A phase begins or gets on: 'rollout', 'reward', 'training' or 'evaluating', ``done`` of ``of``; 0 of 0: not counted."""
 
     def stepped(self, record: Mapping[str, Any]) -> None:
         """A step is done; ``record`` is its line of metrics.jsonl."""
@@ -86,6 +87,10 @@ class StopRequest:
         if self._asked and self._ranks.world == 1:
             raise KeyboardInterrupt
         self.ask()
+        if self._ranks.first:
+            again = "; again to stop now, without saving" if self._ranks.world == 1 else ""
+            # not by print: the signal may have come in the middle of one
+            os.write(2, f"\nstopping as soon as the state is whole{again}\n".encode())
 
     def check(self) -> None:
         """Raise `Interrupted` if a stop was asked for. Called where nothing is half done."""

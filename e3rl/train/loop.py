@@ -24,7 +24,7 @@ from e3rl.train.lessons import Lesson
 from e3rl.train.nonfinite import NonFiniteNumbers, skip_step
 from e3rl.train.run_directory import read_lines
 from e3rl.train.state import Run, State, group_settings, publish_weights, require_finite_weights, save, version
-from e3rl.train.step_metrics import step_record
+from e3rl.train.step_metrics import sampled_text, step_record
 from e3rl.train.summary import model_card, run_summary
 from e3rl.types import RewardedGroup
 
@@ -58,6 +58,7 @@ def step(run: Run, state: State) -> None:
         run.prefetch.start(partial(collect, run, state.stream, ahead, lambda: None))
 
     # rewards → lessons → update; a step with non-finite numbers changes no weight
+    run.tell("progressed", "training", 0, 0)
     began = time.perf_counter()
     lessons, update = learn_or_skip(run, state, groups.kept, updates, number)
     seconds = time.perf_counter() - began
@@ -124,6 +125,8 @@ def record(run: Run, state: State, groups: StepGroups, lessons: Sequence[Lesson]
     if run.directory is not None:
         run.directory.append("metrics.jsonl", line)
     run.tell("stepped", line)
+    if due(state, run.config.train.show_steps):
+        run.note(sampled_text(groups.all[0], run.policy.tokenizer))
 
 
 def done(run: Run, state: State) -> bool:
@@ -140,6 +143,7 @@ def evaluate_policy(run: Run, state: State) -> None:
     """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept."""
     if not run.data.held_out or run.directory is None:
         return
+    run.tell("progressed", "evaluating", 0, 0)
     present = [r for r in read_lines(run.path / "evaluations.jsonl") if r["step"] == state.step]
     for figures in held_out_records(
         run.engine,

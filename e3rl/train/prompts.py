@@ -11,7 +11,7 @@ from e3rl.data.loading import held_out_sources, load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.data.rows import lookup
 from e3rl.errors import UserError
-from e3rl.models import Policy
+from e3rl.models import Outline, Policy
 from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
 
 NOT_MEASURED = math.nan
@@ -34,13 +34,13 @@ class RunData:
         return max(len(p.ids) for prompts in (self.train, *self.held_out.values()) for p in prompts)
 
 
-def load_data(config: Config, policy: Policy, *, shown: bool) -> RunData:
+def load_data(config: Config, policy: Policy | Outline, *, shown: bool) -> RunData:
     """Prompts of both kinds; ``shown``: the objective learns from the data's solutions."""
     train, held_out = load_prompts(config, policy)
     return RunData(train, held_out, demonstrations(train, policy, config) if shown else {})
 
 
-def load_prompts(config: Config, policy: Policy) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+def load_prompts(config: Config, policy: Policy | Outline) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
     """Training prompts, and held-out ones by source, as token ids."""
 
     def rendered(problems: Sequence[Problem]) -> list[Prompt]:
@@ -66,7 +66,7 @@ def number_of_steps(config: Config, problems: int) -> int:
     return config.train.steps or math.ceil(config.train.epochs * per_epoch)
 
 
-def demonstrations(prompts: Sequence[Prompt], policy: Policy, config: Config) -> dict[str, RewardedGroup]:
+def demonstrations(prompts: Sequence[Prompt], policy: Policy | Outline, config: Config) -> dict[str, RewardedGroup]:
     """Every problem's demonstration by its id, tokenised once; whatever is wrong with one is found here."""
     _check_settings(config)
     return {prompt.problem.id: demonstration(prompt, policy, config) for prompt in prompts}
@@ -109,14 +109,14 @@ def token_trajectory(prompt: Prompt, ids: Sequence[int], measured: float = NOT_M
     return Trajectory(prompt, 0, (segment,), (), "stop")
 
 
-def answers_as_responses(prompts: Sequence[Prompt], policy: Policy) -> tuple[list[Trajectory], list[str]]:
+def answers_as_responses(prompts: Sequence[Prompt], policy: Policy | Outline) -> tuple[list[Trajectory], list[str]]:
     """Responses that are nothing but the problem's answer ('0' where it has none), to try reward functions on."""
     texts = [prompt.problem.answer or "0" for prompt in prompts]
     ids = [policy.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return [token_trajectory(prompt, i, measured=0.0) for prompt, i in zip(prompts, ids, strict=True)], texts
 
 
-def demonstration(prompt: Prompt, policy: Policy, config: Config) -> RewardedGroup:
+def demonstration(prompt: Prompt, policy: Policy | Outline, config: Config) -> RewardedGroup:
     """A group of one: the solution's tokens and the end of sequence. It was made by no policy and has no reward."""
     text, end = solution(prompt.problem, config), policy.tokenizer.eos_token_id
     ids = [

@@ -174,6 +174,22 @@ def step_record(
     }
 
 
+def sampled_text(item: RewardedGroup, tokenizer: Any, longest: int = 600) -> str:
+    """The first completion of a group as a few lines, for a person: its prompt's end, itself, its reward."""
+
+    def cut(text: str, end: bool) -> str:
+        return text if len(text) <= longest else "…" + text[-longest:] if end else text[:longest] + "…"
+
+    trajectory, reward = item.group.trajectories[0], item.rewards[0]
+    prompt = tokenizer.decode(list(trajectory.prompt.ids), skip_special_tokens=True)
+    text = tokenizer.decode(trajectory.ids.tolist(), skip_special_tokens=True)
+    value = "missing" if reward.value is None else f"{reward.value:.3g}"
+    ended = "" if trajectory.finish == "stop" else ", cut off at the length limit"
+    count = len(trajectory.erasures)
+    erased = f", {count} segment{'' if count == 1 else 's'} erased" if count else ""
+    return f"sample: {cut(prompt, True)}\n      → {cut(text, False)}\n        reward {value}{ended}{erased}"
+
+
 def staleness(rewarded: Sequence[RewardedGroup], version: int) -> float:
     """Optimizer updates between the weights that made the groups and those that learn from them."""
     return mean(version - item.group.policy_version for item in rewarded if item.group.policy_version is not None)

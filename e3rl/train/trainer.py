@@ -20,7 +20,7 @@ from e3rl.engine.build import build_engine
 from e3rl.errors import RunStopped, UserError
 from e3rl.evaluate.evaluation import evaluation_settings
 from e3rl.files import write_json
-from e3rl.models import Policy, load_policy, resolve_model_path
+from e3rl.models import Outline, load_outline, load_policy, resolve_model_path
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
 from e3rl.objectives.base import Objective
@@ -42,6 +42,8 @@ from e3rl.train.state import Run, State, restore, save
 from e3rl.train.summary import environment
 
 RewardFunction = Callable[..., Any]
+
+_CHECKPOINT_BYTES = 12  # of a trained number: itself and AdamW's two moments
 
 
 class Trainer:
@@ -72,6 +74,8 @@ class Trainer:
             run.note(text)
         if run.config.train.eval_steps and not run.data.held_out:
             run.note("nothing is evaluated: data.eval is empty, though train.eval_steps is set")
+        if size := checkpoint_size(run):
+            run.note(size)
         try:
             with run.ranks.guard(), run.stop, run.scorer:
                 return train(run, state)
@@ -88,6 +92,17 @@ class Trainer:
                 run.directory.release()
 
 
+def checkpoint_size(run: Run) -> str:
+    """What checkpoints take on the disk, where that is much."""
+    numbers = sum(p.numel() for _, p in run.policy.trainable())
+    gib = numbers * _CHECKPOINT_BYTES / 2**30
+    if gib < 1:
+        return ""
+    keep = run.config.train.save_total_limit
+    kept = f"{keep} are kept, {keep * gib:.1f} GiB" if keep else "all are kept"
+    return f"a checkpoint takes about {gib:.1f} GiB (weights and AdamW's state in float32); {kept} (train.save_total_limit)"
+
+
 def prepare(
     config: Config, reward_functions: Sequence[RewardFunction], listeners: Sequence[Listener], resume: bool
 ) -> tuple[Run, State]:
@@ -101,11 +116,15 @@ def prepare(
 
     objective = build_objective(config.objective)
     _require_siblings(config, objective)
-    torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
-    policy = load_policy(config.model)
-    require_scorable(policy.model)
-    data = load_data(config, policy, shown="demonstrations" in objective.needs)
+    # what takes moments comes before the weights: data, columns, reward functions
+    outline = load_outline(config.model)
+    data = load_data(config, outline, shown="demonstrations" in objective.needs)
+    scorer = _build_scorer(config, reward_functions, data, outline)
+    load_metric(config.erasure.metric)
     steps = number_of_steps(config, len(data.train))
+    torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
+    policy = load_policy(config.model, outline=outline)
+    require_scorable(policy.model)
     generating = policy
     # rollouts need weights that training does not touch or divide
     if config.rollout.ahead or divides_weights(config.train, ranks):
@@ -115,8 +134,6 @@ def prepare(
     engine = build_engine(config.rollout, generating.model, policy.eos_ids, data.longest_prompt)
     journal = Journal(path, partial(fingerprint, generating.model), note) if ranks.first else None
     rollouts = build_rollouts(config, generating, engine, data.longest_prompt, journal, note)
-    scorer = _build_scorer(config, reward_functions, data, policy)
-    load_metric(config.erasure.metric)
     calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
     state = State(learner.optimizer, PromptStream(data.train, seed=config.run.seed), calibration)
     run = Run(
@@ -153,11 +170,21 @@ def _require_siblings(config: Config, objective: Objective) -> None:
         )
 
 
-def _build_scorer(config: Config, functions: Sequence[RewardFunction], data: RunData, policy: Policy) -> Scorer:
-    """The scorer, after its functions were tried on two of the data's own answers."""
+def _build_scorer(config: Config, functions: Sequence[RewardFunction], data: RunData, outline: Outline) -> Scorer:
+    """The scorer, after its functions were tried on two of the data's own answers.
+
+    UserError for `math` where no problem has an answer: every reward would be missing.
+    """
+    asks = not functions and not data.demonstrations and "math" in config.rewards.functions
+    if asks and not any(p.problem.answer for p in data.train):
+        columns = sorted({name for p in data.train[:100] for name in p.problem.columns})
+        raise UserError(
+            f"reward 'math' compares with an answer, and no problem of {config.data.train} has one in column "
+            f"'{config.data.answer_column}' (data.answer_column). Its other columns: {', '.join(columns) or 'none'}"
+        )
     limit = config.rollout.completion_limit
     scorer = Scorer(config.rewards, functions=functions, max_completion_length=limit)
-    check_rewards_run(config.rewards, functions, *answers_as_responses(data.train[:2], policy), limit)
+    check_rewards_run(config.rewards, functions, *answers_as_responses(data.train[:2], outline), limit)
     return scorer
 
 
