@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scale_compute import flops_per_param_token
+from scale_compute import flops_per_param_token, host_reads_per_step
 from scale_figure import Figure
 from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
 from scale_precision import grad_error_512, head_grad_error
@@ -73,6 +73,7 @@ KEYS: dict[str, Callable[[], Figure]] = {
     "head_grad_error": head_grad_error,
     "fsdp_roots": fsdp_roots,
     "flops_per_param_token": flops_per_param_token,
+    "host_reads_per_step": host_reads_per_step,
 }
 """What is measured, by the name it has in the output."""
 

@@ -10,11 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from e3rl.config import Config, ObjectiveConfig, RolloutConfig, TrainConfig
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.torch.decode import READ_AFTER
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.models import Policy
 from e3rl.objectives import build
+from e3rl.testing.reads import META, DeviceReads
 from e3rl.train.learner import Learner
 from e3rl.train.packing import group_sequences, packed_rows
-from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
+from e3rl.types import Candidate, Draw, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
 
 SIBLINGS, SEGMENTS, SEGMENT, PROMPT = 8, 4, 128, 32
 """An eleventh of the papers' recipes: 4,128 tokens a group where theirs have 46,000."""
@@ -85,3 +89,19 @@ def flops_per_param_token() -> Figure:
     """E³RL with its KL term, where a group is 2.8 micro-batches as in the papers' recipes; beside it GRPO without KL."""
     parts = {"GRPO without KL": operations("grpo", kl_coef=0.0), "ERPO": operations("erpo")}
     return Figure(operations("e3rl", kl_coef=0.04), 10.0, parts)
+
+
+def host_reads_per_step() -> Figure:
+    """Reads of the torch engine in a poll of 64 tokens of 8 rows, counted on a stand-in device, per decode step."""
+    with DeviceReads():  # its check compares values
+        engine = TorchEngine(small_model().to(META), eos_ids=(1,), max_rows=8, cache_rows=8, max_length=256)
+    rows = engine.prefill(list(range(2, 2 + PROMPT)), SIBLINGS)
+    for segment in range(2):  # in the first one settings go to the device, which stay there
+        for sibling, row in enumerate(rows):
+            engine.extend(row, 64, Draw(0, 1, "one", sibling, segment, 0), Sampling())
+        before = engine.stats.decode_steps
+        with DeviceReads() as found:
+            engine.poll()
+    steps = engine.stats.decode_steps - before
+    reads, copies = sum(found.reads.values()), sum(found.copies.values())
+    return Figure(reads / steps, 1 / READ_AFTER + 1e-9, {"reads": reads, "copies in a poll": copies, "steps": steps})

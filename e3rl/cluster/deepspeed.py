@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import TrainConfig
+from e3rl.engine.torch.recorded import allocates
 from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.train.checkpoint import LazyTensors
@@ -87,6 +88,7 @@ def start_engine(policy: Policy, config: TrainConfig) -> Any:
 class EnginePasses(ModulePasses):
     """Passes through DeepSpeed's engine, which brings weights together and divides gradients as it goes."""
 
+    @allocates
     def backward(self, loss: Tensor) -> None:
         """See `Passes.backward`."""
         self._scorer.backward(loss * self._scorer.dp_world_size)
@@ -105,6 +107,7 @@ class DeepSpeedOptimizer:
             self._zero._lazy_init_hp_params_optimizer_state()
         self.nonfinite: tuple[str, ...] = ()
 
+    @allocates
     def step(self, rate: float) -> float:
         """One update; DeepSpeed leaves all untouched where the norm is not finite."""
         for group in self._zero.param_groups:

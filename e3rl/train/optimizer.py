@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from e3rl.config import TrainConfig
+from e3rl.engine.torch.recorded import allocates
 from e3rl.errors import UserError
 from e3rl.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 
@@ -110,6 +111,7 @@ class MasterOptimizer:
         self._state_names = [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim >= 2]
         self._state_names += [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim < 2]
 
+    @allocates
     def step(self, rate: float) -> float:
         """Apply the gathered gradients at this learning rate; returns their norm. NaN or inf leaves all untouched."""
         self._collect()

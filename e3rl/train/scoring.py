@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
 from e3rl.models import narrow_window, unwrapped
@@ -148,6 +149,8 @@ def score_row(
     hidden_ND = backbone(
         input_ids=row.ids_N[None],
         position_ids=row.positions_N[None],
+        # not looked at; without one the library asks the device whether positions are those of packed sequences
+        attention_mask=torch.empty(1, 1, 1, 1, device=row.ids_N.device),
         use_cache=False,
         packed_row=row,
         attribution_tap=tap,
@@ -167,12 +170,14 @@ def score_row(
 class Passes:
     """Forward and backward passes through a model, as PyTorch runs them."""
 
+    @allocates
     def score_row(
         self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
     ) -> RowScores:
         """See `score_row`."""
         return score_row(model, row, temperature, attribution)
 
+    @allocates
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradients to those gathered so far."""
         loss.backward()
@@ -198,6 +203,7 @@ class ModulePasses(Passes):
     def __init__(self, scorer: Any, model: Any) -> None:
         self._scorer, self._model = scorer, model
 
+    @allocates
     def score_row(
         self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
     ) -> RowScores:

@@ -27,7 +27,7 @@ from e3rl.engine.torch.operations import (
     project,
     step_attention,
 )
-from e3rl.engine.torch.recorded import RecordedSteps, cuda_graph
+from e3rl.engine.torch.recorded import CudaGraphs, RecordedSteps
 from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
 from e3rl.engine.torch.threads import Division, division, wake_seconds
 from e3rl.models import sliding_window
@@ -108,6 +108,7 @@ class FusedWeights:
         self.device, self.dtype = model.device, model.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
+        self.vocabulary = model.lm_head.out_features
         linear = _linear_layers(model)
         self.mean_entries = sum(p.numel() for layer in linear for p in layer.parameters()) // len(linear)
         self.take(model)
@@ -164,8 +165,9 @@ class FusedSlotModel:
         self._attention = step_attention(self.device)
         self._recorded: RecordedSteps | None = None
         if self.device.type == "cuda":
-            slots = self.storage.scratch + 1
-            self._recorded = RecordedSteps(self.step, cuda_graph, slots, self.storage.capacity, self.device)
+            shape = (self.storage.scratch + 1, weights.vocabulary)
+            logits_SV = torch.empty(shape, device=self.device, dtype=weights.dtype)
+            self._recorded = RecordedSteps(self.step, CudaGraphs(), self.storage.capacity, logits_SV)
 
     def refresh(self) -> None:
         """Take the model's weights again where they have changed."""
