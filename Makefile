@@ -6,6 +6,7 @@
 # make test-ranks    training on two ranks: DDP, ZeRO-1, FSDP2, DeepSpeed; their losses beside one process's (own environment)
 # make test-chaos    kills, full disks, hostile answers, fuzz, a soak, with their figures (below 20 minutes on two idle cores)
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
+# make test-clients  openai, verifiers, lm-eval, litellm and langchain against e3rl serve (own environment)
 # make docs     the documentation as a site in site/
 # make check    style, types, tests: what a change must pass to land
 # make dist     wheel and source distribution in dist/
@@ -61,6 +62,11 @@ test-chaos: python
 test-ray: python
 	@E3RL_VENV=.venv-ray "$(PYTHON)" tools/setup.py test ray
 	.venv-ray/bin/python -m pytest -s tests/ray
+
+.PHONY: test-clients
+test-clients: python
+	@E3RL_VENV=.venv-clients "$(PYTHON)" tools/setup.py test clients
+	.venv-clients/bin/python -m pytest tests/clients
 
 lint: python
 	@"$(PYTHON)" tools/setup.py dev

@@ -37,7 +37,7 @@ _TOKENIZE_CHAT = {"model", "return_token_strs", "messages", "tools", "chat_templ
 _TOKENIZE_TEXT = {"model", "return_token_strs", "prompt", "add_special_tokens"}
 _IGNORED = {
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "cache_salt", "priority", "request_id"),
-    *("spaces_between_special_tokens", "detokenize", "verbosity"),
+    *("spaces_between_special_tokens", "detokenize", "verbosity", "routed_experts_prompt_start"),
 }
 """Fields that change nothing in an answer of this server."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
