@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from e3rl.cluster.client import server_place
 from e3rl.cluster.pool import Terms, WorkerPool
+from e3rl.cluster.weights import Published, Publisher
 from e3rl.config import Config, load_config, to_toml
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
@@ -141,7 +141,8 @@ def main() -> None:
         max(len(p.ids) for p in prompts) + config.rollout.completion_limit,
         60.0,
     )
-    weights = save({name: p.detach().contiguous() for name, p in policy.trainable()})
+    trained = dict(policy.trainable())
+    weights = Publisher().publish(0, trained, trained.items())
     with tempfile.TemporaryDirectory() as directory:
         started = servers(config, 4, Path(directory))
         try:
@@ -157,14 +158,14 @@ def report(
     config: Config,
     prompts: Sequence[Prompt],
     terms: Terms,
-    weights: bytes,
+    weights: Published,
     addresses: Sequence[str],
     costs: Costs,
     options: argparse.Namespace,
 ) -> None:
     """One line: measured and simulated seconds with these servers."""
     pool = WorkerPool([server_place(address, None, 60.0) for address in addresses], terms)
-    pool.load_weights(0, weights)
+    pool.load_weights(weights)
     settings = GroupSettings(config.rollout, config.erasure, seed=1, step=1, policy_version=0)
     groups = list(pool.run(prompts[: len(addresses)], settings, lambda: None))  # connects, loads, warms up
     taken = []

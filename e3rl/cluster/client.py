@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 from e3rl.cluster.pool import Place, WorkerLost
 from e3rl.errors import UserError
 
-WEIGHTS_DIGEST = "X-E3RL-Digest"
+WEIGHTS_CHECKSUM = "X-E3RL-Checksum"
 _LONGEST_ANSWER = 2**32
 _SECONDS_KEPT = 30.0
 """A connection that was not used for longer is opened anew: the server closes idle ones after a while."""
@@ -35,12 +34,16 @@ class ServerConnection:
         """See `RolloutWorker.exchange`."""
         return self._call("POST", "/exchange", body)
 
-    def load_weights(self, version: int, weights: bytes) -> None:
+    def load_weights(self, version: int, weights: bytes | memoryview, named: str) -> None:
         """See `RolloutWorker.load_weights`."""
-        self._call("POST", f"/weights?version={version}", weights, {WEIGHTS_DIGEST: digest(weights)})
+        self._call("POST", f"/weights?version={version}", weights, {WEIGHTS_CHECKSUM: named})
+
+    def take_weights(self, offer: bytes) -> bytes:
+        """See `RolloutWorker.take_weights`."""
+        return self._call("POST", "/offer", offer)
 
     def _call(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self, method: str, path: str, body: bytes | memoryview | None = None, headers: Mapping[str, str] | None = None
     ) -> bytes:
         token = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         if time.monotonic() - self._used > _SECONDS_KEPT:
@@ -67,11 +70,6 @@ class ServerConnection:
     def close(self) -> None:
         """Hang up; the server goes on."""
         self._http.close()
-
-
-def digest(weights: bytes) -> str:
-    """The checksum that travels with weights."""
-    return hashlib.blake2b(weights, digest_size=16).hexdigest()
 
 
 def server_place(address: str, token: str | None, timeout: float) -> Place:

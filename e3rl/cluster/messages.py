@@ -18,12 +18,13 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, problem_of, to_ipc
 from e3rl.types import MEASURES, Draw, Group, Prompt
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What a worker is. ``rows``: sequences it holds at once; ``policy_version`` is None before any weights came."""
+    """What a worker is. ``rows``: sequences it holds at once; ``policy_version`` is None before any weights came. ``node``: see
+    `e3rl.cluster.weights.this_node`."""
 
     protocol: int
     e3rl: str
@@ -31,6 +32,7 @@ class Hello:
     rows: int
     max_length: int
     policy_version: int | None
+    node: str
 
 
 @dataclass(frozen=True)

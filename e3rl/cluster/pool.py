@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, decode_answer, group_of
+from e3rl.cluster.weights import Published, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupSettings
@@ -33,7 +34,9 @@ class Connection(Protocol):
 
     def exchange(self, body: bytes) -> bytes: ...
 
-    def load_weights(self, version: int, weights: bytes) -> None: ...
+    def load_weights(self, version: int, weights: bytes | memoryview, named: str) -> None: ...
+
+    def take_weights(self, offer: bytes) -> bytes: ...
 
     def close(self) -> None: ...
 
@@ -66,11 +69,11 @@ class WorkerPool:
             raise UserError("no rollout workers: set rollout.workers or rollout.servers")
         self._seats = [_Seat(place, terms) for place in places]
         self._terms, self._note = terms, note
-        self._version, self._weights = 0, b""
+        self._weights: Published | None = None
 
-    def load_weights(self, version: int, weights: bytes) -> None:
+    def load_weights(self, weights: Published) -> None:
         """New weights. Each worker gets them before its next group."""
-        self._version, self._weights = version, weights
+        self._weights = weights
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield groups as they finish, each once. ``tick`` is called about once a second and may raise to stop."""
@@ -95,8 +98,10 @@ class WorkerPool:
         losses: list[str] = []
         with seat.lock:
             while not batch.over:
+                weights = self._weights
+                assert weights is not None
                 try:
-                    worker = seat.ready(self._version, self._weights, settings.rollout.num_generations)
+                    worker = seat.ready(weights, settings.rollout.num_generations)
                     _Shift(seat, worker, batch, settings, self._terms).work()
                     return
                 except WorkerLost as lost:
@@ -109,6 +114,8 @@ class WorkerPool:
                         return
                     batch.pause(self._terms.poll * 4 ** (len(losses) - 1))  # a server that is being restarted
                 except Exception as error:  # the run can't go on: said by the caller's thread
+                    if isinstance(error, UserError) and weights is not self._weights:
+                        continue  # newer weights were published while it took these
                     batch.fail(error)
                     return
 
@@ -129,7 +136,7 @@ class _Seat:
         self._worker: Connection | None = None
         self._version: int | None = None
 
-    def ready(self, version: int, weights: bytes, siblings: int) -> Connection:
+    def ready(self, weights: Published, siblings: int) -> Connection:
         """The worker, checked and with these weights."""
         if self._worker is None:
             self._worker = self.place.connect()
@@ -142,9 +149,12 @@ class _Seat:
         if obstacle:
             raise UserError(f"rollout worker {self.place.name} can't be used: {obstacle}")
         self.rows = hello.rows
-        if self._version != version:
-            self._worker.load_weights(version, weights)
-            self._version = version
+        if self._version != weights.version:
+            self._version = None
+            if hello.node != this_node() or not hello.node or self._worker.take_weights(encode(weights.offer)):
+                with weights.image() as image:
+                    self._worker.load_weights(weights.version, image, weights.offer.checksum)
+            self._version = weights.version
         return self._worker
 
     def drop(self) -> None:

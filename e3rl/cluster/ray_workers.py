@@ -40,9 +40,14 @@ class RayConnection:
         answer: bytes = self._wait(self._actor.exchange.remote(body), self._timeout)
         return answer
 
-    def load_weights(self, version: int, weights: bytes) -> None:
+    def load_weights(self, version: int, weights: bytes | memoryview, named: str) -> None:
         """See `RolloutWorker.load_weights`."""
-        self._wait(self._actor.load_weights.remote(version, weights), self._timeout)
+        self._wait(self._actor.load_weights.remote(version, bytes(weights), named), self._timeout)
+
+    def take_weights(self, offer: bytes) -> bytes:
+        """See `RolloutWorker.take_weights`."""
+        answer: bytes = self._wait(self._actor.take_weights.remote(offer), self._timeout)
+        return answer
 
     def _wait(self, reference: Any, seconds: float) -> Any:
         errors = self._ray.exceptions

@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from safetensors.torch import save as save_safetensors
-
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.cluster.client import server_place
 from e3rl.cluster.messages import group_of
 from e3rl.cluster.pool import Place, Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
+from e3rl.cluster.weights import Publisher
 from e3rl.config import Config
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import architecture
@@ -60,6 +59,7 @@ class RemoteRollouts:
 
     def __init__(self, pool: WorkerPool, policy: Policy, engine: Engine, journal: Journal) -> None:
         self._pool, self._policy, self._engine, self._journal = pool, policy, engine, journal
+        self._publisher = Publisher()
         self._publish(0)
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
@@ -82,12 +82,13 @@ class RemoteRollouts:
         self._publish(version)
 
     def _publish(self, version: int) -> None:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self._policy.trainable()}
-        self._pool.load_weights(version, save_safetensors(tensors))
+        weights = dict(self._policy.trainable())
+        self._pool.load_weights(self._publisher.publish(version, weights, weights.items()))
 
     def close(self) -> None:
         """Let the workers go."""
         self._pool.close()
+        self._publisher.close()
 
 
 def build_rollouts(

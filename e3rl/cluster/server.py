@@ -1,9 +1,8 @@
-"""A rollout worker over HTTP: three calls, JSON and safetensors, no pickle."""
+"""A rollout worker over HTTP: four calls, JSON and safetensors, no pickle."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from e3rl.cluster.client import WEIGHTS_DIGEST, digest
+from e3rl.cluster.client import WEIGHTS_CHECKSUM
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.errors import UserError
 from e3rl.web.access import Access
@@ -37,14 +36,20 @@ def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
         return await _called(worker.exchange, await request.body())
 
     async def weights(request: Request) -> Response:
-        body, said = await request.body(), request.headers.get(WEIGHTS_DIGEST, "")
+        body, said = await request.body(), request.headers.get(WEIGHTS_CHECKSUM, "")
         async with loading:
             return await _called(_load, worker, request.query_params.get("version", ""), said, body)
+
+    async def offer(request: Request) -> Response:
+        body = await request.body()
+        async with loading:
+            return await _called(worker.take_weights, body)
 
     routes = [
         Route("/hello", hello),
         Route("/exchange", exchange, methods=["POST"]),
         Route("/weights", weights, methods=["POST"]),
+        Route("/offer", offer, methods=["POST"]),
     ]
 
     def admit(request: Request) -> Response | None:
@@ -63,9 +68,7 @@ def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
 def _load(worker: RolloutWorker, version: str, said: str, body: bytes) -> bytes:
     if not (version.isascii() and version.isdigit() and len(version) < 20):
         raise ValueError("version: a whole number is required")
-    if not hmac.compare_digest(digest(body).encode(), said.encode()):
-        raise ValueError("the weights arrived damaged: their checksum differs")
-    worker.load_weights(int(version), body)
+    worker.load_weights(int(version), body, said)
     return b""
 
 

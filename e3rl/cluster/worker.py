@@ -1,6 +1,6 @@
 """A rollout worker: a model, an engine and a thread that keeps the engine full with the groups that it was given.
 
-It knows nothing of how it is reached; Ray actors and the rollout server carry its three calls.
+It knows nothing of how it is reached; Ray actors and the rollout server carry its calls.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import threading
 from collections.abc import Mapping
 
 import pyarrow as pa
-from safetensors.torch import load as load_safetensors
+import torch
 from torch import Tensor
 
 from e3rl import __version__
 from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Hello, Task, encode_answer
+from e3rl.cluster.weights import NotReachable, Offer, Receiver, read_image, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
@@ -40,6 +41,7 @@ class RolloutWorker:
         self._architecture = architecture(self._policy.model)
         self._max_length = longest_prompt + config.rollout.completion_limit
         self._version: int | None = None
+        self._receiver = Receiver()
         self._changed = threading.Condition()
         self._run, self._settings = "", None  # type: tuple[str, GroupSettings | None]
         self._tasks: list[Task] = []  # that the thread has not taken up
@@ -53,15 +55,28 @@ class RolloutWorker:
     def hello(self) -> bytes:
         """What this worker is (`Hello`)."""
         return encode(
-            Hello(PROTOCOL, __version__, self._architecture, self._rows, self._max_length, self._version),
+            Hello(PROTOCOL, __version__, self._architecture, self._rows, self._max_length, self._version, this_node()),
         )
 
-    def load_weights(self, version: int, weights: bytes) -> None:
-        """Take the weights of a policy version, as safetensors. What was under way is dropped.
+    def load_weights(self, version: int, weights: bytes, named: str | None = None) -> None:
+        """Take the weights of a policy version, as safetensors with their checksum. What was under way is dropped.
 
         UserError where they are not all of the policy's, fitting and finite: then it goes on with those that it had.
         """
-        tensors = read_weights(weights, dict(self._policy.trainable()))
+        image = torch.frombuffer(bytearray(weights or b"\0"), dtype=torch.uint8)
+        self._replace(version, read_image(image, named, dict(self._policy.trainable())))
+
+    def take_weights(self, body: bytes) -> bytes:
+        """As `load_weights`, where an `Offer` says that the weights lie. Why they can't be reached from here, if so."""
+        offer = decode(Offer, body)
+        try:
+            with self._receiver.taken(offer, SECONDS_TO_STOP) as image:
+                self._replace(offer.version, read_image(image, offer.checksum, dict(self._policy.trainable())))
+        except NotReachable as error:
+            return str(error).encode()
+        return b""
+
+    def _replace(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         with self._changed:
             self._start_run("", None)
             if not self._changed.wait_for(lambda: not self._holding, SECONDS_TO_STOP):
@@ -148,26 +163,3 @@ class RolloutWorker:
                 self._fault = Fault(type(error).__name__, message, draw)
                 self._tasks.clear()
                 self._changed.notify_all()
-
-
-def read_weights(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors that hold exactly the ``expected`` tensors, by name, shape and dtype, all finite; UserError otherwise."""
-    try:
-        tensors: dict[str, Tensor] = load_safetensors(body)
-    except Exception as error:  # safetensors' own error is no ValueError
-        raise UserError(f"the weights are no safetensors: {error}") from None
-    for what, names in (("lack", expected.keys() - tensors), ("hold strangers:", tensors.keys() - expected)):
-        if names:
-            raise UserError(
-                f"the weights {what} {', '.join(sorted(names)[:3])} ({len(names)} of {len(expected)} tensors)"
-            )
-    for name, own in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != own.shape or tensor.dtype != own.dtype:
-            raise UserError(
-                f"weight {name} is {tensor.dtype} {tuple(tensor.shape)}, and this worker's {own.dtype} {tuple(own.shape)}: "
-                "start it with the run's own recipe, model.dtype included"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"weight {name} holds NaN or infinity")
-    return tensors

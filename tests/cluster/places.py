@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from e3rl.cluster.pool import Place, Terms, WorkerLost, WorkerPool
+from e3rl.cluster.weights import Published, Publisher
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
@@ -39,6 +41,7 @@ class World:
     policy: Policy
     prompts: list[Prompt]
     workers: list[RolloutWorker] = field(default_factory=list)
+    publisher: Publisher = field(default_factory=Publisher)
 
     @classmethod
     def of(cls, config: Config) -> World:
@@ -76,8 +79,13 @@ class World:
 
     def pool(self, *places: Place, **settings: Any) -> WorkerPool:
         pool = WorkerPool(places, self.terms(**settings))
-        pool.load_weights(0, self.weights)
+        pool.load_weights(self.published())
         return pool
+
+    def published(self, version: int = 0, weights: Mapping[str, Tensor] | None = None) -> Published:
+        """These weights, or the policy's as they are now."""
+        weights = weights or dict(self.policy.trainable())
+        return self.publisher.publish(version, weights, weights.items())
 
     def local(self) -> list[Group]:
         """What this process generates: what every other way must give."""
@@ -114,7 +122,7 @@ class Broken:
 
     def __init__(self, worker: RolloutWorker, change: Callable[[int, Callable[[], bytes]], bytes]) -> None:
         self._worker, self._change, self._calls = worker, change, 0
-        self.hello, self.load_weights = worker.hello, worker.load_weights
+        self.hello, self.load_weights, self.take_weights = worker.hello, worker.load_weights, worker.take_weights
 
     def exchange(self, body: bytes) -> bytes:
         self._calls += 1

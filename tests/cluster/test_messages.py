@@ -21,7 +21,7 @@ from tests.rollout.worlds import MEAN_ONLY, levels, prompt, roll, rollout
 GROUP = roll(levels({("p", 0, 0, 0): 2.0}))[0]["p"]
 SETTINGS = GroupSettings(rollout(), MEAN_ONLY, seed=7, step=3, policy_version=5)
 VOCABULARY = 1_000_001
-HELLO = Hello(2, __version__, "abc", rows=4, max_length=20, policy_version=None)
+HELLO = Hello(3, __version__, "abc", rows=4, max_length=20, policy_version=None, node="")
 
 
 def _changed(change: Callable[[list[dict[str, Any]]], Any]) -> pa.RecordBatch:

@@ -223,12 +223,12 @@ def test_new_weights_reach_every_worker_before_its_next_group(world, expected, t
         n: p.detach() + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         for n, p in world.policy.trainable()
     }
-    pool.load_weights(1, save(other))
+    pool.load_weights(world.published(1, other))
     changed = dataclasses.replace(world.settings, policy_version=1)
     groups = world.sorted(pool.run(world.prompts, changed, lambda: None))
     assert ids(groups) != ids(expected)
     assert {g.policy_version for g in groups} == {1}
-    pool.load_weights(0, world.weights)
+    pool.load_weights(world.published())
     assert ids(world.run(pool)) == ids(expected)
 
 
@@ -241,7 +241,7 @@ def test_rollouts_of_another_policy_version_are_refused(world, two):
 def test_broken_weights_are_named_by_their_draw(world, two):
     pool = world.pool(place(two[0]))
     # finite themselves, or a worker refuses them
-    pool.load_weights(0, save({n: torch.full_like(p, 1e38) for n, p in world.policy.trainable()}))
+    pool.load_weights(world.published(0, {n: torch.full_like(p, 1e38) for n, p in world.policy.trainable()}))
     with pytest.raises(NonFiniteLogits, match="of step 1"):
         world.run(pool)
 

@@ -25,6 +25,7 @@ from e3rl.cluster.client import ServerConnection, server_place
 from e3rl.cluster.messages import Ask, Hello, Task, decode_answer
 from e3rl.cluster.pool import Place, WorkerLost, WorkerPool
 from e3rl.cluster.server import make_server
+from e3rl.cluster.weights import checksum
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import load_config, to_toml
 from e3rl.errors import UserError
@@ -52,6 +53,11 @@ def address(world: World) -> Iterator[str]:
 
 def connect(address: str, token: str | None = TOKEN, timeout: float = 10) -> ServerConnection:
     return server_place(address, token, timeout).connect()  # type: ignore[return-value]
+
+
+def named(weights: bytes | str) -> str:
+    body = weights.encode() if isinstance(weights, str) else weights
+    return checksum(torch.frombuffer(bytearray(body), dtype=torch.uint8))
 
 
 def test_a_server_gives_the_groups_of_one_process(world: World, address: str):
@@ -89,6 +95,7 @@ def test_a_server_killed_in_the_middle_of_a_segment_changes_no_group(
 
     class Killing:
         hello, load_weights, close = connection.hello, connection.load_weights, connection.close
+        take_weights = connection.take_weights
 
         def exchange(self, body: bytes) -> bytes:
             asked.set()
@@ -104,7 +111,7 @@ def test_a_server_killed_in_the_middle_of_a_segment_changes_no_group(
     port = int(address.rpartition(":")[2])
     good = Place("good", lambda: Patient("127.0.0.1", port, TOKEN, 20))
     pool = WorkerPool([good, Place("doomed", Killing)], world.terms(timeout=90.0), notes.append)
-    pool.load_weights(0, world.weights)
+    pool.load_weights(world.published())
     assert ids(world.run(pool)) == ids(world.local())
     assert process.wait(10) == -signal.SIGKILL
     assert "doomed is lost" in notes[0]
@@ -117,7 +124,7 @@ def test_a_server_asks_for_its_token(address: str):
         connect(address, token="something-else-entirely").exchange(b"{}")
 
 
-def test_a_server_refuses_what_it_can_not_use(world: World, address: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_refuses_what_it_can_not_use(world: World, address: str):
     with pytest.raises(UserError, match="refused /exchange: Ask is"):
         connect(address).exchange(b"{}")
     http = HTTPConnection(address.removeprefix("http://"), timeout=10)
@@ -127,9 +134,8 @@ def test_a_server_refuses_what_it_can_not_use(world: World, address: str, monkey
     http.endheaders()
     assert http.getresponse().status == 413
     http.close()
-    monkeypatch.setattr("e3rl.cluster.client.digest", lambda _: "of other weights")
     with pytest.raises(UserError, match="arrived damaged"):
-        connect(address).load_weights(1, world.weights)
+        connect(address).load_weights(1, world.weights, named("of other weights"))
 
 
 def _without_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,12 +168,13 @@ def test_weights_that_are_not_whole_are_refused_and_the_version_stays(
     world: World, address: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], words: str
 ):
     connection = connect(address)
-    connection.load_weights(3, world.weights)
+    connection.load_weights(3, world.weights, named(world.weights))
+    changed = save(change(load(world.weights)))
     with pytest.raises(UserError, match=f"refused /weights.*{words}"):
-        connection.load_weights(4, save(change(load(world.weights))))
+        connection.load_weights(4, changed, named(changed))
     assert decode(Hello, connection.hello()).policy_version == 3
     with pytest.raises(UserError, match="no safetensors"):
-        connection.load_weights(4, b"no weights")
+        connection.load_weights(4, b"no weights", named(b"no weights"))
     assert ids(world.run(world.pool(server_place(address, TOKEN, 20)))) == ids(world.local())
 
 

@@ -1,0 +1,337 @@
+"""New weights for rollout workers: written once, as a safetensors image in shared memory, for any number of receivers.
+
+A receiver on the same machine reads the image where it lies: the publisher tells it a process id and a descriptor (`Offer`), so
+that no file has to be named or cleared up: the memory is gone with the last process that has it. A receiver elsewhere is sent the
+same bytes. The publisher copies every byte once and reads it once, for a checksum, however many receivers there are.
+
+Readers hold a shared lock, a writer an exclusive one, and the kernel takes them from a process that dies. So nobody reads half an
+update: the lock keeps a writer out, and the state before the image says whether the last one came to its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from e3rl.errors import UserError
+
+_STATE = struct.Struct("<8sqq32s")  # mark, version, bytes of the image, checksum
+_MARK, _UNFINISHED = b"e3rl-w1\n", -1
+_START = 4096  # of the image: a page behind the state
+_CHUNK = 2**20  # bytes that are checked at once: they fit into a core's cache
+_POLL = 0.01
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+PATIENCE = 30.0
+"""Seconds that a publisher waits for readers of the version before; then it writes to new memory and leaves them the old."""
+
+
+class NotReachable(Exception):
+    """The image can't be opened from here: the receiver has to be sent the bytes."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A published version, for a receiver on the same machine: descriptor ``fd`` of process ``pid`` is its memory."""
+
+    version: int
+    pid: int
+    fd: int
+    size: int
+    checksum: str
+
+
+def this_node() -> str:
+    """Names what can open this process's descriptors: machine since its start, process namespace and user; '' where none can."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.getuid()}"
+    except OSError:
+        return ""
+
+
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The head of a safetensors image of these tensors, which follow one after the other; only their shapes are looked at."""
+    entries, end = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        begin, end = end, end + tensor.nbytes
+        if tensor.dtype not in _KINDS:
+            raise UserError(f"weight {name} is {tensor.dtype}, which rollout workers can't be sent")
+        entries[name] = {"dtype": _KINDS[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return struct.pack("<Q", len(text)) + text
+
+
+def image_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the image."""
+    return len(header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an image whose head is that of ``like``, where they lie."""
+    found, position = {}, len(header(like))
+    for name, tensor in sorted(like.items(), key=lambda item: -item[1].dtype.itemsize):
+        found[name] = image[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        position += tensor.nbytes
+    return found
+
+
+def checksum(image: Tensor) -> str:
+    """Names the image's bytes: a hash over the sums of its chunks. It finds damage and mixtures, at the speed of memory."""
+    whole = len(image) // 8 * 8
+    sums = [int(chunk.view(torch.int64).sum()) for chunk in image[:whole].split(_CHUNK)]
+    rest = image[whole:].numpy().tobytes()
+    return hashlib.blake2b(np.array(sums, np.int64).tobytes() + rest, digest_size=16).hexdigest()
+
+
+def read_image(image: Tensor, named: str | None, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an image, where they lie. UserError where they are not all of ``expected``, by name, shape and dtype, or
+    not finite, or where the image is not the one that the checksum ``named``."""
+    if named is not None and checksum(image) != named:
+        raise UserError("the weights arrived damaged: their checksum differs")
+    head = header(expected)
+    if len(image) == image_size(expected) and image[: len(head)].numpy().tobytes() == head:
+        tensors = views(image, expected)
+    else:
+        tensors = _parsed(image.numpy().tobytes(), expected)
+    for name, tensor in tensors.items():
+        # the sum takes no memory, and says nearly always that all is finite
+        if not (all(bool(part.sum(dtype=torch.float32).isfinite()) for part in _parts(tensor)) or _finite(tensor)):
+            raise UserError(f"weight {name} holds NaN or infinity")
+    return tensors
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.flatten().split(_CHUNK // tensor.itemsize)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _parsed(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors in another order than ours."""
+    try:
+        tensors: dict[str, Tensor] = load_safetensors(body)
+    except Exception as error:  # safetensors' own error is no ValueError
+        raise UserError(f"the weights are no safetensors: {error}") from None
+    for what, names in (("lack", expected.keys() - tensors), ("hold strangers:", tensors.keys() - expected)):
+        if names:
+            raise UserError(
+                f"the weights {what} {', '.join(sorted(names)[:3])} ({len(names)} of {len(expected)} tensors)"
+            )
+    for name, own in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != own.shape or tensor.dtype != own.dtype:
+            raise UserError(
+                f"weight {name} is {tensor.dtype} {tuple(tensor.shape)}, and this worker's {own.dtype} {tuple(own.shape)}: "
+                "start it with the run's own recipe, model.dtype included"
+            )
+    return tensors
+
+
+class Segment:
+    """Shared memory with a state and an image. Every process that opens it has a lock of its own."""
+
+    def __init__(self, fd: int, size: int, *, writable: bool) -> None:
+        self.fd, self.size = fd, size
+        self._map = mmap.mmap(fd, _START + size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        with warnings.catch_warnings():  # PyTorch has no tensors that can't be written to: nobody writes to this one
+            warnings.simplefilter("ignore", UserWarning)
+            self.image = torch.frombuffer(self._map, dtype=torch.uint8)[_START:]
+
+    @classmethod
+    def create(cls, size: int) -> Segment:
+        """New memory for an image of ``size`` bytes."""
+        if sys.platform == "linux":
+            fd = os.memfd_create("e3rl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, _START + size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+            os.ftruncate(fd, _START + size)
+        return cls(fd, size, writable=True)
+
+    @classmethod
+    def open(cls, path: str, size: int) -> Segment:
+        """The memory of another process, or of this one, to be read."""
+        own = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(own).st_size != _START + size:
+                raise NotReachable(f"{path} is other memory than was offered")
+            return cls(own, size, writable=False)
+        except BaseException:
+            os.close(own)
+            raise
+
+    def lock(self, *, exclusive: bool, seconds: float) -> bool:
+        """Whether the lock could be had within so many seconds."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self.fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    return False
+                time.sleep(_POLL)
+
+    def unlock(self) -> None:
+        """Let others have it."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def set_state(self, version: int, named: str = "") -> None:
+        """Say what the image is; `_UNFINISHED` while it is written."""
+        self._map[: _STATE.size] = _STATE.pack(_MARK, version, self.size, named.encode())
+
+    def state(self) -> tuple[int, str]:
+        """Version and checksum."""
+        mark, version, _, named = _STATE.unpack_from(self._map)
+        if mark != _MARK:
+            raise NotReachable("there are no weights in the memory that was offered")
+        return version, named.rstrip(b"\0").decode("ascii", "replace")
+
+    def close(self) -> None:
+        """Let go of the descriptor; memory that tensors still show stays until they are gone."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version that receivers can have: read where it lies, or sent."""
+
+    offer: Offer
+
+    @property
+    def version(self) -> int:
+        return self.offer.version
+
+    @contextlib.contextmanager
+    def image(self) -> Iterator[memoryview]:
+        """The image's bytes, to be sent; they don't change meanwhile."""
+        receiver = Receiver()
+        try:
+            with receiver.taken(self.offer, PATIENCE) as image:
+                yield image.numpy().data
+        finally:
+            receiver.close()
+
+
+class Publisher:
+    """Writes versions, each over the one before. ``moved`` counts the bytes that were copied and those that were hashed."""
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        self._segment: Segment | None = None
+        self.moved = {"copied": 0, "hashed": 0}
+
+    def publish(self, version: int, like: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> Published:
+        """Write a version. ``like`` says names, shapes and types; ``values`` are looked at one after the other."""
+        head, size = header(like), image_size(like)
+        segment = self._claim(size)
+        try:
+            segment.set_state(_UNFINISHED)
+            segment.image[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+            places = views(segment.image, like)
+            with torch.no_grad():
+                for name, tensor in values:
+                    places.pop(name).copy_(tensor)
+            if places:
+                raise ValueError(f"weights that were not given: {', '.join(sorted(places)[:3])} ({len(places)} in all)")
+            named = checksum(segment.image)
+            segment.set_state(version, named)
+        finally:
+            segment.unlock()
+        self.moved["copied"] += size
+        self.moved["hashed"] += size
+        return Published(Offer(version, os.getpid(), segment.fd, size, named))
+
+    def _claim(self, size: int) -> Segment:
+        """Memory that nobody reads, locked: new where there is none or a reader does not let go of it."""
+        segment = self._segment
+        if segment is not None and segment.size == size and segment.lock(exclusive=True, seconds=self._patience):
+            return segment
+        self.close()
+        self._segment = Segment.create(size)
+        self._segment.lock(exclusive=True, seconds=0)
+        return self._segment
+
+    def close(self) -> None:
+        """Let go of the memory; it is gone when the last reader has."""
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
+
+
+class Receiver:
+    """Reads images that are offered. It keeps the memory of the one before open: most often the next is written to it."""
+
+    def __init__(self) -> None:
+        self._open: tuple[tuple[int, int, int], Segment] | None = None
+
+    @contextlib.contextmanager
+    def taken(self, offer: Offer, seconds: float) -> Iterator[Tensor]:
+        """The image that was offered, which nobody changes inside the ``with`` block; waits so many seconds at most.
+
+        NotReachable where it can't be opened from here; UserError where it is not, or not yet, what was offered.
+        """
+        segment = self._segment(offer)
+        if not segment.lock(exclusive=False, seconds=seconds):
+            raise UserError(
+                f"weights of version {offer.version} were offered, and an update was not finished within {seconds:g} s: the "
+                "trainer hangs, or has been stopped in the middle of it"
+            )
+        try:
+            version, named = segment.state()
+            if version == _UNFINISHED:
+                raise UserError(
+                    f"weights of version {offer.version} were offered, and an update was begun and never finished: what "
+                    "published it has failed or died in the middle of it"
+                )
+            if (version, named) != (offer.version, offer.checksum):
+                raise UserError(
+                    f"versions cross: weights of version {offer.version} were offered, and those there are of version {version}"
+                )
+            yield segment.image
+        finally:
+            segment.unlock()
+
+    def _segment(self, offer: Offer) -> Segment:
+        """The memory that was offered, opened anew where it is other memory than that of the last offer."""
+        process = f"/proc/{offer.pid}"
+        if sys.platform != "linux" and offer.pid == os.getpid():
+            process = "/dev"
+        path = f"{process}/fd/{offer.fd}"
+        try:
+            wanted = (os.stat(path).st_dev, os.stat(path).st_ino, offer.size)
+            if self._open is None or self._open[0] != wanted:
+                self.close()
+                self._open = wanted, Segment.open(path, offer.size)
+        except OSError as error:
+            raise NotReachable(f"{path} can't be opened from here ({error.strerror})") from None
+        return self._open[1]
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        found, self._open = self._open, None
+        if found is not None:
+            found[1].close()
