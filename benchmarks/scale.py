@@ -20,6 +20,7 @@ from scale_figure import Figure
 from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
 from scale_precision import grad_error_512, head_grad_error
 from scale_ranks import fsdp_roots, gather_bytes_ratio, rank_files
+from scale_weights import weights_files, weights_passes, weights_vs_memcpy
 
 from e3rl.cluster.messages import Answer, decode_answer, encode_answer, group_of
 from e3rl.config import ErasureConfig, RolloutConfig
@@ -69,6 +70,9 @@ KEYS: dict[str, Callable[[], Figure]] = {
     "python_us_per_token": python_us_per_token,
     "gather_bytes_ratio": gather_bytes_ratio,
     "rank_files": rank_files,
+    "weights_files": weights_files,
+    "weights_passes": weights_passes,
+    "weights_vs_memcpy": weights_vs_memcpy,
     "grad_error_512": grad_error_512,
     "head_grad_error": head_grad_error,
     "fsdp_roots": fsdp_roots,

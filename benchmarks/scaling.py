@@ -142,7 +142,7 @@ def main() -> None:
         60.0,
     )
     trained = dict(policy.trainable())
-    weights = Publisher().publish(0, trained, trained.items())
+    weights = Publisher().publish(0, trained, trained)
     with tempfile.TemporaryDirectory() as directory:
         started = servers(config, 4, Path(directory))
         try:

@@ -83,7 +83,7 @@ class RemoteRollouts:
 
     def _publish(self, version: int) -> None:
         weights = dict(self._policy.trainable())
-        self._pool.load_weights(self._publisher.publish(version, weights, weights.items()))
+        self._pool.load_weights(self._publisher.publish(version, weights, weights))
 
     def close(self) -> None:
         """Let the workers go."""

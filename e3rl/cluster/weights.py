@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import mmap
 import os
 import struct
@@ -21,23 +19,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from e3rl.cluster.image import header, image_size, write_image
 from e3rl.errors import UserError
 
 _STATE = struct.Struct("<8sqq32s")  # mark, version, bytes of the image, checksum
 _MARK, _UNFINISHED = b"e3rl-w1\n", -1
 _START = 4096  # of the image: a page behind the state
-_CHUNK = 2**20  # bytes that are checked at once: they fit into a core's cache
 _POLL = 0.01
-_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 PATIENCE = 30.0
 """Seconds that a publisher waits for readers of the version before; then it writes to new memory and leaves them the old."""
@@ -67,88 +62,7 @@ def this_node() -> str:
         return ""
 
 
-def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The head of a safetensors image of these tensors, which follow one after the other; only their shapes are looked at."""
-    entries, end = {}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
-        begin, end = end, end + tensor.nbytes
-        if tensor.dtype not in _KINDS:
-            raise UserError(f"weight {name} is {tensor.dtype}, which rollout workers can't be sent")
-        entries[name] = {"dtype": _KINDS[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    return struct.pack("<Q", len(text)) + text
-
-
-def image_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the image."""
-    return len(header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
-
-
-def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an image whose head is that of ``like``, where they lie."""
-    found, position = {}, len(header(like))
-    for name, tensor in sorted(like.items(), key=lambda item: -item[1].dtype.itemsize):
-        found[name] = image[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        position += tensor.nbytes
-    return found
-
-
-def checksum(image: Tensor) -> str:
-    """Names the image's bytes: a hash over the sums of its chunks. It finds damage and mixtures, at the speed of memory."""
-    whole = len(image) // 8 * 8
-    sums = [int(chunk.view(torch.int64).sum()) for chunk in image[:whole].split(_CHUNK)]
-    rest = image[whole:].numpy().tobytes()
-    return hashlib.blake2b(np.array(sums, np.int64).tobytes() + rest, digest_size=16).hexdigest()
-
-
-def read_image(image: Tensor, named: str | None, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an image, where they lie. UserError where they are not all of ``expected``, by name, shape and dtype, or
-    not finite, or where the image is not the one that the checksum ``named``."""
-    if named is not None and checksum(image) != named:
-        raise UserError("the weights arrived damaged: their checksum differs")
-    head = header(expected)
-    if len(image) == image_size(expected) and image[: len(head)].numpy().tobytes() == head:
-        tensors = views(image, expected)
-    else:
-        tensors = _parsed(image.numpy().tobytes(), expected)
-    for name, tensor in tensors.items():
-        # the sum takes no memory, and says nearly always that all is finite
-        if not (all(bool(part.sum(dtype=torch.float32).isfinite()) for part in _parts(tensor)) or _finite(tensor)):
-            raise UserError(f"weight {name} holds NaN or infinity")
-    return tensors
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.flatten().split(_CHUNK // tensor.itemsize)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
-
-
-def _parsed(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors in another order than ours."""
-    try:
-        tensors: dict[str, Tensor] = load_safetensors(body)
-    except Exception as error:  # safetensors' own error is no ValueError
-        raise UserError(f"the weights are no safetensors: {error}") from None
-    for what, names in (("lack", expected.keys() - tensors), ("hold strangers:", tensors.keys() - expected)):
-        if names:
-            raise UserError(
-                f"the weights {what} {', '.join(sorted(names)[:3])} ({len(names)} of {len(expected)} tensors)"
-            )
-    for name, own in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != own.shape or tensor.dtype != own.dtype:
-            raise UserError(
-                f"weight {name} is {tensor.dtype} {tuple(tensor.shape)}, and this worker's {own.dtype} {tuple(own.shape)}: "
-                "start it with the run's own recipe, model.dtype included"
-            )
-    return tensors
-
-
-class Segment:
+class SharedImage:
     """Shared memory with a state and an image. Every process that opens it has a lock of its own."""
 
     def __init__(self, fd: int, size: int, *, writable: bool) -> None:
@@ -159,7 +73,7 @@ class Segment:
             self.image = torch.frombuffer(self._map, dtype=torch.uint8)[_START:]
 
     @classmethod
-    def create(cls, size: int) -> Segment:
+    def create(cls, size: int) -> SharedImage:
         """New memory for an image of ``size`` bytes."""
         if sys.platform == "linux":
             fd = os.memfd_create("e3rl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -172,7 +86,7 @@ class Segment:
         return cls(fd, size, writable=True)
 
     @classmethod
-    def open(cls, path: str, size: int) -> Segment:
+    def open(cls, path: str, size: int) -> SharedImage:
         """The memory of another process, or of this one, to be read."""
         own = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -241,52 +155,46 @@ class Publisher:
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self._patience = patience
-        self._segment: Segment | None = None
+        self._memory: SharedImage | None = None
         self.moved = {"copied": 0, "hashed": 0}
 
-    def publish(self, version: int, like: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> Published:
-        """Write a version. ``like`` says names, shapes and types; ``values`` are looked at one after the other."""
+    def publish(self, version: int, like: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Published:
+        """Write a version. ``like`` says names, shapes and types; ``values`` are looked up one after the other."""
         head, size = header(like), image_size(like)
-        segment = self._claim(size)
+        memory = self._claim(size)
         try:
-            segment.set_state(_UNFINISHED)
-            segment.image[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-            places = views(segment.image, like)
-            with torch.no_grad():
-                for name, tensor in values:
-                    places.pop(name).copy_(tensor)
-            if places:
-                raise ValueError(f"weights that were not given: {', '.join(sorted(places)[:3])} ({len(places)} in all)")
-            named = checksum(segment.image)
-            segment.set_state(version, named)
+            memory.set_state(_UNFINISHED)
+            memory.image[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+            named = write_image(memory.image, like, values)
+            memory.set_state(version, named)
         finally:
-            segment.unlock()
+            memory.unlock()
         self.moved["copied"] += size
         self.moved["hashed"] += size
-        return Published(Offer(version, os.getpid(), segment.fd, size, named))
+        return Published(Offer(version, os.getpid(), memory.fd, size, named))
 
-    def _claim(self, size: int) -> Segment:
+    def _claim(self, size: int) -> SharedImage:
         """Memory that nobody reads, locked: new where there is none or a reader does not let go of it."""
-        segment = self._segment
-        if segment is not None and segment.size == size and segment.lock(exclusive=True, seconds=self._patience):
-            return segment
+        memory = self._memory
+        if memory is not None and memory.size == size and memory.lock(exclusive=True, seconds=self._patience):
+            return memory
         self.close()
-        self._segment = Segment.create(size)
-        self._segment.lock(exclusive=True, seconds=0)
-        return self._segment
+        self._memory = SharedImage.create(size)
+        self._memory.lock(exclusive=True, seconds=0)
+        return self._memory
 
     def close(self) -> None:
         """Let go of the memory; it is gone when the last reader has."""
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.close()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
 
 class Receiver:
     """Reads images that are offered. It keeps the memory of the one before open: most often the next is written to it."""
 
     def __init__(self) -> None:
-        self._open: tuple[tuple[int, int, int], Segment] | None = None
+        self._open: tuple[tuple[int, int, int], SharedImage] | None = None
 
     @contextlib.contextmanager
     def taken(self, offer: Offer, seconds: float) -> Iterator[Tensor]:
@@ -294,14 +202,14 @@ class Receiver:
 
         NotReachable where it can't be opened from here; UserError where it is not, or not yet, what was offered.
         """
-        segment = self._segment(offer)
-        if not segment.lock(exclusive=False, seconds=seconds):
+        memory = self._memory(offer)
+        if not memory.lock(exclusive=False, seconds=seconds):
             raise UserError(
                 f"weights of version {offer.version} were offered, and an update was not finished within {seconds:g} s: the "
                 "trainer hangs, or has been stopped in the middle of it"
             )
         try:
-            version, named = segment.state()
+            version, named = memory.state()
             if version == _UNFINISHED:
                 raise UserError(
                     f"weights of version {offer.version} were offered, and an update was begun and never finished: what "
@@ -311,11 +219,11 @@ class Receiver:
                 raise UserError(
                     f"versions cross: weights of version {offer.version} were offered, and those there are of version {version}"
                 )
-            yield segment.image
+            yield memory.image
         finally:
-            segment.unlock()
+            memory.unlock()
 
-    def _segment(self, offer: Offer) -> Segment:
+    def _memory(self, offer: Offer) -> SharedImage:
         """The memory that was offered, opened anew where it is other memory than that of the last offer."""
         process = f"/proc/{offer.pid}"
         if sys.platform != "linux" and offer.pid == os.getpid():
@@ -325,7 +233,7 @@ class Receiver:
             wanted = (os.stat(path).st_dev, os.stat(path).st_ino, offer.size)
             if self._open is None or self._open[0] != wanted:
                 self.close()
-                self._open = wanted, Segment.open(path, offer.size)
+                self._open = wanted, SharedImage.open(path, offer.size)
         except OSError as error:
             raise NotReachable(f"{path} can't be opened from here ({error.strerror})") from None
         return self._open[1]

@@ -17,7 +17,12 @@ _T = TypeVar("_T")
 def to_plain(value: Any) -> Any:
     """The value in lists, dicts, strings and numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        for field in dataclasses.fields(value):
+            if field.metadata.get("local") and getattr(value, field.name) != field.default:
+                raise ValueError(f"{type(value).__name__}.{field.name} can't be sent to another process")
+        return {
+            f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata.get("local")
+        }
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -80,8 +85,9 @@ def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 @functools.cache
 def _fields(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    """The types of the fields that travel: all but those whose metadata says 'local'."""
+    own = {f.name: f.type for f in dataclasses.fields(kind) if not f.metadata.get("local")}
+    return typing.get_type_hints(type(kind.__name__, (), {"__annotations__": own, "__module__": kind.__module__}))
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:

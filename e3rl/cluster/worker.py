@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from e3rl import __version__
+from e3rl.cluster.image import read_image
 from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Hello, Task, encode_answer
-from e3rl.cluster.weights import NotReachable, Offer, Receiver, read_image, this_node
+from e3rl.cluster.weights import NotReachable, Offer, Receiver, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine

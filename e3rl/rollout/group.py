@@ -56,7 +56,7 @@ class GroupSettings:
     entropy_moments: Moments | None = None
     first_sibling: int = 0
     min_p: float = 0.0
-    hooks: Sequence[LogitsHook] = ()
+    hooks: Sequence[LogitsHook] = field(default=(), metadata={"local": True})
 
     @cached_property
     def sampling(self) -> Sampling:

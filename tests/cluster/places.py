@@ -85,7 +85,7 @@ class World:
     def published(self, version: int = 0, weights: Mapping[str, Tensor] | None = None) -> Published:
         """These weights, or the policy's as they are now."""
         weights = weights or dict(self.policy.trainable())
-        return self.publisher.publish(version, weights, weights.items())
+        return self.publisher.publish(version, weights, weights)
 
     def local(self) -> list[Group]:
         """What this process generates: what every other way must give."""

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from e3rl.cluster.image import read_image
 from e3rl.cluster.messages import Ask, Hello, Task, decode_answer
 from e3rl.cluster.pool import Place, WorkerPool
-from e3rl.cluster.weights import NotReachable, Offer, Publisher, Receiver, read_image, this_node
+from e3rl.cluster.weights import NotReachable, Offer, Publisher, Receiver, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import UserError
+from e3rl.train.checkpoint import LazyTensors
 from tests.cluster.places import SETTINGS, Broken, World, ids
 from tests.train.random_lab import lab_config
 
@@ -60,7 +62,7 @@ def test_receivers_read_the_very_weights_version_after_version(publisher: Publis
     receivers = [Receiver(), Receiver()]
     for version in range(3):
         wanted = changed(version)
-        published = publisher.publish(version, WEIGHTS, wanted.items())
+        published = publisher.publish(version, WEIGHTS, wanted)
         for receiver in receivers:
             with receiver.taken(published.offer, 1) as image:
                 assert equal(read_image(image, published.offer.checksum, WEIGHTS), wanted)
@@ -72,7 +74,7 @@ def test_receivers_read_the_very_weights_version_after_version(publisher: Publis
 
 def test_float32_weights_are_rounded_to_what_the_receivers_have(publisher: Publisher):
     exact = {name: tensor.float() + 1e-4 for name, tensor in WEIGHTS.items()}
-    published = publisher.publish(0, WEIGHTS, exact.items())
+    published = publisher.publish(0, WEIGHTS, exact)
     with Receiver().taken(published.offer, 1) as image:
         assert equal(read_image(image, None, WEIGHTS), {n: t.to(WEIGHTS[n].dtype) for n, t in exact.items()})
 
@@ -84,31 +86,31 @@ def test_float32_weights_are_rounded_to_what_the_receivers_have(publisher: Publi
 def test_weights_that_are_not_finite_are_refused(publisher: Publisher, name: str, value: float, words: str):
     broken = {n: t.clone() for n, t in WEIGHTS.items()}
     broken[name].view(-1)[-1] = value
-    published = publisher.publish(0, WEIGHTS, broken.items())
+    published = publisher.publish(0, WEIGHTS, broken)
     with Receiver().taken(published.offer, 1) as image, pytest.raises(UserError, match=words):
         read_image(image, published.offer.checksum, WEIGHTS)
 
 
 def test_large_numbers_whose_sum_is_infinite_are_weights(publisher: Publisher):
     large = {"w": torch.full((8,), 3e38)}
-    published = publisher.publish(0, large, large.items())
+    published = publisher.publish(0, large, large)
     with Receiver().taken(published.offer, 1) as image:
         assert equal(read_image(image, published.offer.checksum, large), large)
 
 
 def test_a_single_changed_byte_is_noticed(publisher: Publisher):
-    published = publisher.publish(0, WEIGHTS, WEIGHTS.items())
-    assert publisher._segment is not None
-    for place in (70, 1000, len(publisher._segment.image) - 1):
-        publisher._segment.image[place] += 1
+    published = publisher.publish(0, WEIGHTS, WEIGHTS)
+    assert publisher._memory is not None
+    for place in (70, 1000, len(publisher._memory.image) - 1):
+        publisher._memory.image[place] += 1
         with Receiver().taken(published.offer, 1) as image, pytest.raises(UserError, match="damaged"):
             read_image(image, published.offer.checksum, WEIGHTS)
-        publisher._segment.image[place] -= 1
+        publisher._memory.image[place] -= 1
 
 
 def test_versions_that_cross_are_refused(publisher: Publisher):
-    old = publisher.publish(3, WEIGHTS, WEIGHTS.items())
-    new = publisher.publish(4, WEIGHTS, changed().items())
+    old = publisher.publish(3, WEIGHTS, WEIGHTS)
+    new = publisher.publish(4, WEIGHTS, changed())
     receiver = Receiver()
     with pytest.raises(UserError, match="version 3 were offered, and those there are of version 4"):
         receiver.taken(old.offer, 1).__enter__()
@@ -118,28 +120,29 @@ def test_versions_that_cross_are_refused(publisher: Publisher):
 
 @pytest.mark.parametrize("missing", [True, False], ids=["a tensor is missing", "it fails in the middle"])
 def test_an_update_that_is_never_finished_is_refused_and_the_next_one_is_not(publisher: Publisher, missing: bool):
-    old = publisher.publish(0, WEIGHTS, WEIGHTS.items())
+    old = publisher.publish(0, WEIGHTS, WEIGHTS)
 
-    def half() -> Iterator[tuple[str, Tensor]]:
-        yield "a", WEIGHTS["a"]
-        if not missing:
+    def bring(name: str) -> Tensor:
+        if name == "c":
             raise MemoryError
+        return WEIGHTS[name]
 
-    with pytest.raises(ValueError if missing else MemoryError):
-        publisher.publish(1, WEIGHTS, half())
+    half = {"b": WEIGHTS["b"]} if missing else LazyTensors(WEIGHTS, bring)
+    with pytest.raises(KeyError if missing else MemoryError):
+        publisher.publish(1, WEIGHTS, half)
     with pytest.raises(UserError, match="begun and never finished"):
         Receiver().taken(old.offer, 1).__enter__()
-    new = publisher.publish(2, WEIGHTS, changed().items())
+    new = publisher.publish(2, WEIGHTS, changed())
     with Receiver().taken(new.offer, 1) as image:
         assert equal(read_image(image, new.offer.checksum, WEIGHTS), changed())
 
 
 def test_a_reader_keeps_its_version_and_holds_nobody_up(publisher: Publisher):
     """One that does not let go costs the publisher its patience, once, and memory: what it reads stays as it was."""
-    old = publisher.publish(0, WEIGHTS, WEIGHTS.items())
+    old = publisher.publish(0, WEIGHTS, WEIGHTS)
     with Receiver().taken(old.offer, 1) as image:
         began = time.monotonic()
-        new = publisher.publish(1, WEIGHTS, changed().items())
+        new = publisher.publish(1, WEIGHTS, changed())
         assert 0.2 <= time.monotonic() - began < 5
         assert equal(read_image(image, old.offer.checksum, WEIGHTS), WEIGHTS)
         with Receiver().taken(new.offer, 1) as other:
@@ -147,15 +150,15 @@ def test_a_reader_keeps_its_version_and_holds_nobody_up(publisher: Publisher):
 
 
 def test_a_publisher_that_hangs_in_an_update_is_waited_for_so_long(publisher: Publisher):
-    old = publisher.publish(0, WEIGHTS, WEIGHTS.items())
+    old = publisher.publish(0, WEIGHTS, WEIGHTS)
     inside, go_on = threading.Event(), threading.Event()
 
-    def slow() -> Iterator[tuple[str, Tensor]]:
+    def slow(name: str) -> Tensor:
         inside.set()
         go_on.wait(30)
-        yield from WEIGHTS.items()
+        return WEIGHTS[name]
 
-    thread = threading.Thread(target=publisher.publish, args=(1, WEIGHTS, slow()))
+    thread = threading.Thread(target=publisher.publish, args=(1, WEIGHTS, LazyTensors(WEIGHTS, slow)))
     thread.start()
     inside.wait(30)
     began = time.monotonic()
@@ -167,7 +170,7 @@ def test_a_publisher_that_hangs_in_an_update_is_waited_for_so_long(publisher: Pu
 
 
 def test_what_can_not_be_opened_is_said(publisher: Publisher):
-    offer = publisher.publish(0, WEIGHTS, WEIGHTS.items()).offer
+    offer = publisher.publish(0, WEIGHTS, WEIGHTS).offer
     for other in (dataclasses.replace(offer, fd=987654), dataclasses.replace(offer, pid=2**22 + 1)):
         with pytest.raises(NotReachable, match="can't be opened from here"):
             Receiver().taken(other, 1).__enter__()
@@ -184,19 +187,19 @@ PROCESS = """
 import sys, time
 import torch
 from e3rl.cluster.weights import Offer, Publisher, Receiver
+from e3rl.train.checkpoint import LazyTensors
 like = {"w": torch.zeros(4)}
 
-def waiting():
+def waiting(name):
     print("inside", flush=True)
     time.sleep(60)
-    yield "w", torch.ones(4)
 
 if sys.argv[1] == "publish":
     publisher = Publisher()
-    offer = publisher.publish(0, like, like.items()).offer
+    offer = publisher.publish(0, like, like).offer
     print(offer.pid, offer.fd, offer.size, offer.checksum, flush=True)
     sys.stdin.readline()
-    publisher.publish(1, like, waiting())
+    publisher.publish(1, like, LazyTensors(like, waiting))
 else:
     offer = Offer(0, *map(int, sys.argv[2:5]), sys.argv[5])
     with Receiver().taken(offer, 5):
@@ -218,13 +221,13 @@ def kill(process: subprocess.Popen[str]) -> None:
 def test_a_receiver_that_dies_in_the_middle_of_an_update_holds_nobody_up():
     publisher = Publisher(patience=20)
     like = {"w": torch.zeros(4)}
-    offer = publisher.publish(0, like, like.items()).offer
+    offer = publisher.publish(0, like, like).offer
     reader = start("receive", offer.pid, offer.fd, offer.size, offer.checksum)
     assert reader.stdout is not None
     assert reader.stdout.readline() == "inside\n"
     threading.Timer(0.2, reader.kill).start()
     began = time.monotonic()
-    new = publisher.publish(1, like, [("w", torch.ones(4))]).offer
+    new = publisher.publish(1, like, {"w": torch.ones(4)}).offer
     assert time.monotonic() - began < 10
     assert new.fd == offer.fd  # it was waited for, and its lock is gone with it
     reader.wait(10)

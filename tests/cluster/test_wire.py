@@ -32,6 +32,12 @@ def test_an_answer_comes_back_as_it_was():
     assert decode_answer(encode_answer(ANSWER, [])) == (ANSWER, [])
 
 
+def test_what_can_not_travel_is_refused_by_its_sender():
+    settings = GroupSettings(RolloutConfig(), ErasureConfig(), 0, 1, 2, hooks=(lambda *_: None,))
+    with pytest.raises(ValueError, match="hooks can't be sent"):
+        encode(Ask("r", settings, (), 0.5))
+
+
 def test_an_assignment_with_statistics_comes_back_as_it_was():
     ask = Ask(
         "r",
