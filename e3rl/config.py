@@ -316,6 +316,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class EnvironmentsConfig:
+    """Tools and multi-turn rollouts. A response has turns: what the model calls is run, and it goes on behind the results."""
+
+    factory: str = setting(
+        "",
+        "class or function that makes an environment, 'file.py:Name' as for TRL, or calculator, python, files; empty: none",
+    )
+    max_turns: int = setting(8, "turns of a response that are answered; one more call ends it", min=1)
+    max_calls: int = setting(16, "calls of a turn that are carried out; further ones are answered with an error", min=1)
+    timeout: float = setting(
+        30.0, "seconds for the calls of one turn; beyond them the response ends without a reward", above=0
+    )
+    erase: str = setting(
+        "none",
+        "what speaks against a turn after its calls: none, errors (a call failed), empty (or brought nothing), or a function "
+        "'file.py:name' of the results that returns 0 to 1",
+    )
+    erase_threshold: float = setting(0.5, "a turn with more against it is erased with its observation", min=0, max=1)
+    max_turn_erasures: int = setting(1, "erasures of one turn after its observation", min=0)
+    state: Literal["snapshot", "deepcopy"] = setting(
+        "snapshot", "how an environment goes back: by its own snapshot() and restore(), or by deep copies of it"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """A run, whole."""
 
@@ -329,6 +354,7 @@ class Config:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    environments: EnvironmentsConfig = field(default_factory=EnvironmentsConfig)
 
     def __post_init__(self) -> None:
         weights, functions = self.rewards.weights, self.rewards.functions
@@ -337,6 +363,10 @@ class Config:
         if self.rollout.workers and self.rollout.servers:
             raise UserError(
                 "rollout.workers and rollout.servers are both set: Ray starts workers, servers are there already"
+            )
+        if self.environments.factory and (self.rollout.workers or self.rollout.servers):
+            raise UserError(
+                "environments.factory needs rollouts in this process: set rollout.workers = 0 and no servers"
             )
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from e3rl.config import Config
-from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
+from e3rl.environments.episodes import tool_prompts
 from e3rl.errors import UserError
 from e3rl.models import Policy, load_policy, resolve_model_path
 from e3rl.rollout.batches import run_groups
@@ -84,10 +84,10 @@ def generate(
     if not several:
         raise UserError("there is no prompt to decode")
     problems = [_as_problem(i, p) for i, p in enumerate(several)]  # type: ignore[arg-type]
-    rendered = render_prompts(
+    rendered = tool_prompts(
         problems,
         policy.tokenizer,
-        config.data,
+        config,
         context_limit=policy.context_length,
         completion_limit=rollout.completion_limit,
     )

@@ -78,6 +78,8 @@ def foreign_code(config: Config) -> dict[str, str]:
         "rollout.engine": config.rollout.engine,
         "erasure.metric": config.erasure.metric,
         "objective.name": config.objective.name,
+        "environments.factory": config.environments.factory,
+        "environments.erase": config.environments.erase,
         **{f"rewards.functions[{i}]": name for i, name in enumerate(config.rewards.functions)},
     }
     found = {setting: name for setting, name in named.items() if ":" in name}

@@ -45,7 +45,7 @@ class Prompt:
     problem: Problem
     ids: tuple[int, ...]
     tools: Any = field(default=None, compare=False, repr=False)
-    """What answers its tool calls (`e3rl.rollout.turns.Tools`); None: a single answer ends the response."""
+    """What answers its tool calls (`e3rl.environments.protocol.Tools`); None: a single answer ends the response."""
 
 
 @dataclass(frozen=True, slots=True)

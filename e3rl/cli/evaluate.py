@@ -159,15 +159,15 @@ def _sample(
 ) -> bool:
     """Draw what is missing, here and now."""
     from e3rl.cli.live import LiveSamples
-    from e3rl.data.prompts import render_prompts
+    from e3rl.environments.episodes import tool_prompts
     from e3rl.evaluate.identity import identity
     from e3rl.evaluate.store import Shard
     from e3rl.evaluate.study import Sampler, missing
     from e3rl.rewards.scorer import Scorer
 
     limit = config.rollout.completion_limit
-    prompts = render_prompts(
-        problems, policy.tokenizer, config.data, context_limit=policy.context_length, completion_limit=limit
+    prompts = tool_prompts(
+        problems, policy.tokenizer, config, context_limit=policy.context_length, completion_limit=limit
     )
     store.claim(identity(policy.model, source, prompts, config, erase=options.erase, calibration=calibration))
     shard = Shard.parse(options.shard) if options.shard else Shard()

@@ -23,7 +23,7 @@ _ARGUMENTS = ("tools", "documents")  # those of `apply_chat_template` that a cal
 
 
 def encode_chats(
-    tokenizer: Any, chats: Sequence[list[dict[str, str]]], arguments: Mapping[str, Any]
+    tokenizer: Any, chats: Sequence[list[dict[str, Any]]], arguments: Mapping[str, Any]
 ) -> list[Sequence[int] | str]:
     """Every conversation as token ids, generation prompt included, or why the template refuses it.
 

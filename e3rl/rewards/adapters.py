@@ -179,7 +179,10 @@ class TrlFunction:
             "log_metric": log.log_metric,
             "log_extra": log.log_extra,
         }
-        own: dict[str, Any] = {"trajectories": list(batch.trajectories)}
+        own: dict[str, Any] = {
+            "trajectories": list(batch.trajectories),
+            "environments": [t.environment for t in batch.trajectories],
+        }
         if batch.max_completion_length is not None:
             own["max_completion_length"] = batch.max_completion_length
         known = {**usual, **own}

@@ -18,6 +18,7 @@ REWARDS = {
     "format": "e3rl.rewards.builtin:format_reward",
     "overlong": "e3rl.rewards.builtin:overlong_reward",
     "code": "e3rl.rewards.code:CodeReward",
+    "environment": "e3rl.rewards.builtin:environment_reward",
     "lab": "e3rl.lab.reward:lab_reward",
 }
 
@@ -57,6 +58,11 @@ def completion_text(completion: str | Sequence[dict[str, str]]) -> str:
 def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     r"""1 if the last ``\boxed{…}`` of the response is closed and not empty, else 0."""
     return [float(last_box(completion_text(completion)) is not None) for completion in completions]
+
+
+def environment_reward(environments: Sequence[Any], **columns: Any) -> list[Any]:
+    """What each trajectory's environment says by ``get_reward()``; an environment without one has no opinion."""
+    return [e.get_reward() if hasattr(e, "get_reward") else None for e in environments]
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:

@@ -84,6 +84,10 @@ class Scorer:
         self.log = Log()
         parts = [function.call(batch, self.log) for function in self._functions]
         rewards = [self._combine([column[i] for column in parts]) for i in range(len(batch))]
+        rewards = [
+            r if t.failure is None else Reward(None, r.parts, f"its environment {t.failure}")
+            for r, t in zip(rewards, trajectories, strict=True)
+        ]
         self.counters.scored += len(rewards)
         self.counters.missing += sum(reward.value is None for reward in rewards)
         return rewards

@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from e3rl.engine.protocol import Engine, Row
+from e3rl.environments.protocol import Reply
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupRollout, GroupSettings
 from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.orders import Act, Event, Extend, Order, Release, Undo
-from e3rl.rollout.turns import Actors, Memory, Reply
+from e3rl.rollout.turns import Actors, Memory
 from e3rl.types import Candidate, Draw, Prompt
 
 if TYPE_CHECKING:

@@ -15,12 +15,13 @@ import numpy as np
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import LogitsHook, Sampling
+from e3rl.environments.protocol import Episode, Reply
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.orders import Act, Committed, Erased, Event, Extend, Finished, Order, Release, Undo
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
-from e3rl.rollout.turns import Episode, Reply, given, joined
+from e3rl.rollout.turns import given, joined
 from e3rl.types import (
     Candidate,
     Draw,
@@ -149,16 +150,10 @@ class GroupRollout:
             if s.finish is None:
                 raise RuntimeError(f"sibling {s.number} of prompt '{self.prompt.problem.id}' is not finished")
             episode = episodes.get(s.number)
+            failure = s.failure or (episode.broken if episode else None)
+            environment = episode.environment if episode else None
             trajectories.append(
-                Trajectory(
-                    self.prompt,
-                    s.number,
-                    tuple(s.segments),
-                    tuple(s.erasures),
-                    s.finish,
-                    s.failure or (episode.broken if episode else None),
-                    episode.environment if episode else None,
-                ),
+                Trajectory(self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish, failure, environment)
             )
         group = Group(self.prompt, tuple(trajectories), self._version)
         self._observe(Finished(group))

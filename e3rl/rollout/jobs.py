@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from e3rl.engine.protocol import Row
+from e3rl.environments.protocol import Episode
 from e3rl.rollout.group import GroupRollout, GroupSettings
 from e3rl.rollout.orders import Extend
-from e3rl.rollout.turns import Episode
 from e3rl.types import Draw, Group, Prompt
 
 

@@ -1,4 +1,4 @@
-"""The seam between decoding and environments: a turn of the model ends, something answers it, and may take the answer back."""
+"""Turns that environments are answering while the engine decodes, and what is remembered of their answers."""
 
 from __future__ import annotations
 
@@ -8,66 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from e3rl.types import Candidate, Draw, Observed, Problem, Prompt, ToolResult
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What follows an assistant turn: ``ids`` to go on from, and what they stand for. ``undoable``: `Episode.undo` would work.
-
-    ``end``: nothing follows: the turn called no tool ('stop'), or no further turn is allowed ('length'). ``failure``: the
-    environment hung or died, which ends the trajectory without a reward.
-    """
-
-    ids: tuple[int, ...] = ()
-    observation: Observed | None = None
-    undoable: bool = False
-    end: str | None = None
-    failure: str | None = None
-
-
-class Episode(Protocol):
-    """The environment of one trajectory. Calls come one at a time, each in a thread that may be given up on."""
-
-    environment: Any
-    broken: str | None
-    """Why its state is not what it should be: an `undo` that failed."""
-
-    def act(self, ids: Sequence[int]) -> Reply:
-        """Carry out what an assistant turn asks for."""
-
-    def undo(self) -> None:
-        """Take the last `act` back."""
-
-    def close(self) -> None:
-        """The trajectory is complete or given up."""
-
-
-class Tools(Protocol):
-    """What a prompt was rendered with. ``deadline``: seconds that one turn's calls may take. ``erasures``: of one turn."""
-
-    deadline: float
-    erasures: int
-    threshold: float
-
-    def open(self, problem: Problem) -> Episode:
-        """A fresh environment for one trajectory."""
-
-
-def given(ids: Sequence[int]) -> Candidate:
-    """Tokens that nobody drew, as a candidate: log-probability, entropy and perturbation 0, rank 0."""
-    zeros = np.zeros(len(ids))
-    return Candidate(ids, zeros, zeros, zeros, np.ones(len(ids)), np.zeros(len(ids)), ended=False)
-
-
-def joined(candidates: Sequence[Candidate]) -> Candidate:
-    """The segments of a turn as one candidate."""
-    columns = [np.concatenate(column) for column in zip(*(c.columns() for c in candidates), strict=True)]
-    return Candidate(*columns, ended=candidates[-1].ended)  # type: ignore[misc, arg-type]
+from e3rl.environments.protocol import Episode, Reply
+from e3rl.types import Candidate, Draw, Observed, Prompt, ToolResult
 
 
 class Memory(Protocol):
@@ -87,6 +33,18 @@ class Memory(Protocol):
 
     def flush(self) -> None:
         """What was added must survive this process."""
+
+
+def given(ids: Sequence[int]) -> Candidate:
+    """Tokens that nobody drew, as a candidate: log-probability, entropy and perturbation 0, rank 0."""
+    zeros = np.zeros(len(ids))
+    return Candidate(ids, zeros, zeros, zeros, np.ones(len(ids)), np.zeros(len(ids)), ended=False)
+
+
+def joined(candidates: Sequence[Candidate]) -> Candidate:
+    """The segments of a turn as one candidate."""
+    columns = [np.concatenate(column) for column in zip(*(c.columns() for c in candidates), strict=True)]
+    return Candidate(*columns, ended=candidates[-1].ended)  # type: ignore[misc, arg-type]
 
 
 @dataclass(slots=True)

@@ -27,11 +27,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from e3rl.environments.protocol import Reply
 from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence
 from e3rl.rollout.columns import CandidateRecord, TrajectoryRow, decode_rows, encode, encode_rows
 from e3rl.rollout.ipc import problem_of, read_batch
-from e3rl.rollout.turns import Reply, from_json
+from e3rl.rollout.turns import from_json
 from e3rl.types import Candidate, Draw, Group
 
 FORMAT = 3

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from e3rl.config import Config
 from e3rl.data.loading import held_out_sources, load_problems, spread
-from e3rl.data.prompts import render_prompts
 from e3rl.data.rows import lookup
+from e3rl.environments.episodes import tool_prompts
 from e3rl.errors import UserError
 from e3rl.models import Outline, Policy
 from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
@@ -45,7 +45,7 @@ def load_prompts(config: Config, policy: Policy | Outline) -> tuple[list[Prompt]
 
     def rendered(problems: Sequence[Problem]) -> list[Prompt]:
         limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
-        return render_prompts(problems, policy.tokenizer, config.data, **limits)
+        return tool_prompts(problems, policy.tokenizer, config, **limits)
 
     train = rendered(load_problems(config.data.train, config=config.data, split="train"))
     held_out = {

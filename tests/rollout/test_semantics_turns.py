@@ -14,13 +14,14 @@ import torch
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Row
+from e3rl.environments.protocol import Reply
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.columns import decode, encode
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.rollout.statistics import first_candidates
 from e3rl.rollout.stats import summarise
-from e3rl.rollout.turns import Reply, from_json
+from e3rl.rollout.turns import from_json
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.train.journal import pack_reply, unpack_reply
 from e3rl.train.lessons import over_drawn, totals_of

@@ -1,0 +1,98 @@
+"""The model's chat template around tools: which calls a turn makes, and which tokens follow it. Nothing is tokenised twice.
+
+What a turn's results add is taken from a small conversation of its own, cut behind the end of its assistant turn, as TRL does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from e3rl.data.templates import encode_chats
+from e3rl.data.toolcalls import ToolCall, parse_tool_calls, tool_call_format
+from e3rl.errors import UserError
+
+Chat = list[dict[str, Any]]
+
+
+class Dialogue:
+    """A tokenizer's template with a set of tools. UserError where it can't carry them from turn to turn."""
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], schemas: Sequence[Mapping[str, Any]]) -> None:
+        self._tokenizer, self._arguments, self._schemas = tokenizer, dict(arguments), list(schemas)
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise UserError("environments.factory needs a model with a chat template, and this tokenizer has none")
+        try:
+            text = tokenizer.get_chat_template(None, self._schemas)
+        except ValueError as error:
+            raise UserError(f"the model's chat template: {error}") from None
+        form = tool_call_format(text)
+        if form is None:
+            raise UserError(
+                "the model's chat template has no tool calls that e3rl reads (Qwen and Hermes, GLM, Mistral, Llama 3): "
+                "take a model that was made for tools"
+            )
+        self._form = form
+        self._check()
+
+    def calls(self, ids: Sequence[int]) -> list[ToolCall]:
+        """The calls that an assistant turn makes, in order."""
+        end = self._tokenizer.eos_token_id
+        kept = list(ids)
+        while kept and kept[-1] == end:
+            kept.pop()
+        return parse_tool_calls(self._tokenizer.decode(kept), self._form, self._schemas)[1]
+
+    def after(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """The tokens behind an assistant turn's end: the results by tool name, and what the next turn begins with."""
+        chat = _called(results[0][0])
+        told = [{"role": "tool", "name": name, "content": content} for name, content in results]
+        before, full = self._encoded([chat, [*chat, *told]])
+        return tuple(full[self._end_of(before) :])
+
+    def _encoded(self, chats: Sequence[Chat], **arguments: Any) -> list[list[int]]:
+        found = encode_chats(self._tokenizer, chats, {**self._arguments, **arguments})
+        for ids in found:
+            if isinstance(ids, str):
+                raise UserError(f"the model's chat template refuses tool calls or results: {ids}")
+        return [list(map(int, ids)) for ids in found]
+
+    def _end_of(self, ids: Sequence[int]) -> int:
+        """Tokens up to the end of the last turn that ends, its EOS included."""
+        end = self._tokenizer.eos_token_id
+        places = [place for place, token in enumerate(ids) if token == end]
+        if not places:
+            raise UserError("the model's chat template doesn't end assistant turns with the end-of-sequence token")
+        return places[-1] + 1
+
+    def _check(self) -> None:
+        """Tools are shown, and every turn keeps what stands before it."""
+        plain, shown = self._encoded([[_user()]])[0], self._encoded([[_user()]], tools=self._schemas)[0]
+        text = self._tokenizer.decode(shown)
+        missing = [s["function"]["name"] for s in self._schemas if s["function"]["name"] not in text]
+        if missing or shown == plain:
+            raise UserError(
+                f"the model's chat template doesn't show the tool {missing[0] if missing else ''} to the model"
+            )
+        name = self._schemas[0]["function"]["name"]
+        turns: Chat = [*_called(name), {"role": "tool", "name": name, "content": "3"}]
+        turns += [*_called(name)[1:], turns[-1], {"role": "assistant", "content": "It is 3."}]
+        lengths = [n for n in range(2, len(turns) + 1) if turns[n - 1]["role"] == "assistant"]
+        *earlier, whole = self._encoded([turns[:n] for n in (*lengths, len(turns))], tools=self._schemas)
+        for count, ids in zip(lengths, earlier, strict=True):
+            kept = ids[: self._end_of(ids)]
+            if whole[: len(kept)] != kept:
+                raise UserError(
+                    f"the model's chat template changes turn {count} ({turns[count - 1]['role']}) once others follow, so what "
+                    "was generated would not be what is trained on: use a template that keeps earlier turns as they are"
+                )
+
+
+def _user() -> dict[str, Any]:
+    return {"role": "user", "content": "dummy"}
+
+
+def _called(name: str) -> Chat:
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    return [_user(), {"role": "assistant", "content": "", "tool_calls": [call]}]

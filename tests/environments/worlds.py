@@ -1,0 +1,92 @@
+# ruff: noqa: E501
+"""A tokenizer with a template for tools, and an engine that says scripted texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from e3rl.engine.protocol import Row, Sampling
+from e3rl.lab.tokenizer import build_tokenizer
+from e3rl.types import Candidate, Draw
+
+TEMPLATE = (
+    "{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{%- endif %}{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}"
+    "{%- else %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+    "{%- for call in m.tool_calls %}{{ '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}"
+    "{{ '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+
+
+def tokenizer(template: str = TEMPLATE) -> Any:
+    """One token a character, and the two marks of a turn."""
+    made = build_tokenizer(8192)
+    made.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    made.chat_template = template
+    return made
+
+
+Says = Callable[[str, Draw], str]
+"""What the model says after a context, up to the end of its turn."""
+
+
+class TextEngine:
+    """Rows of token ids that a function continues. ``seen`` is every context that a turn was begun in."""
+
+    def __init__(self, says: Says, tokens: Any) -> None:
+        self._says, self._tokens = says, tokens
+        self._rows: dict[Row, list[int]] = {}
+        self._prompts: dict[Row, int] = {}
+        self._turns: dict[Row, tuple[int, list[int]]] = {}
+        self._open: list[tuple[Row, Candidate]] = []
+        self.prefills = 0
+
+    def free_rows(self) -> int:
+        return 64 - len(self._rows)
+
+    def prefill(self, prompt_ids: Sequence[int], siblings: int) -> list[Row]:
+        self.prefills += 1
+        made = []
+        for _ in range(siblings):
+            row = Row(len(self._prompts))
+            self._rows[row], self._prompts[row] = list(prompt_ids), len(prompt_ids)
+            made.append(row)
+        return made
+
+    def length(self, row: Row) -> int:
+        return len(self._rows[row]) - self._prompts[row]
+
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        self._rows[row] += ids
+
+    def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling) -> None:
+        held = self._rows[row]
+        start, ids = self._turns.get(row, (-1, []))
+        if not 0 < len(held) - start < len(ids) or ids[: len(held) - start] != held[start:]:
+            text = self._says(self._tokens.decode(held), draw)
+            start, ids = (
+                len(held),
+                [*self._tokens(text, add_special_tokens=False)["input_ids"], self._tokens.eos_token_id],
+            )
+            self._turns[row] = start, ids
+        said = ids[len(held) - start :][:tokens]
+        self._rows[row] = held + said
+        blank = np.full(len(said), 0.5)
+        candidate = Candidate(said, -blank, blank, blank * 0, blank * 2, np.ones(len(said)), said[-1] == ids[-1])
+        self._open.append((row, candidate))
+
+    def poll(self) -> list[tuple[Row, Candidate]]:
+        done, self._open = self._open, []
+        return done
+
+    def rollback(self, row: Row, length: int) -> None:
+        del self._rows[row][self._prompts[row] + length :]
+
+    def release(self, row: Row) -> None:
+        del self._rows[row]
