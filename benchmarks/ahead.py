@@ -31,7 +31,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
     "in turn, 2 threads": (2, ()),
     "in turn, 1 thread": (1, ()),
     "in turn, corrected, 2 threads": (2, CORRECTED),
-    "ahead, 1 thread each": (1, ("rollout.ahead=1", *CORRECTED)),
+    "ahead, 1 thread each": (1, ("rollout.staleness=1", *CORRECTED)),
 }
 STEPS = 6
 

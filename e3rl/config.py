@@ -117,7 +117,9 @@ class RolloutConfig:
         "most MiB that the KV cache may take; rows beyond wait for room (vLLM computes them again); 0: no bound",
         min=0,
     )
-    ahead: int = setting(0, "steps that rollouts are ahead: 1 generates the next while this one trains", min=0, max=1)
+    staleness: int = setting(
+        0, "steps that rollouts may be begun before their own: they go on beside training", min=0, max=16
+    )
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
     workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)
     worker_gpus: float = setting(0.0, "GPUs that Ray gives one rollout worker", min=0)
@@ -370,10 +372,10 @@ class Config:
             )
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")
-        if self.rollout.ahead and self.train.importance_correction == "none":
+        if self.rollout.staleness and self.train.importance_correction == "none":
             raise UserError(
-                "rollout.ahead = 1 trains on rollouts of the weights before the last update: choose how to correct for it, "
-                "for example train.importance_correction=token_truncate"
+                f"rollout.staleness = {self.rollout.staleness} trains on rollouts of weights before the last update: choose how "
+                "to correct for it, for example train.importance_correction=segment_truncate"
             )
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")

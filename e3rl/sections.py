@@ -75,12 +75,21 @@ def _ranged(value: Any, limits: Mapping[str, Any], where: str) -> Any:
     return value
 
 
+RENAMED = {"rollout.ahead": "staleness"}
+"""Fields that had another name in an earlier version: recipes and run directories with the old one are read as ever."""
+
+
+def current_names(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The section's table with the names that fields have now."""
+    return {RENAMED.get(f"{where}.{key}", key): value for key, value in table.items()}
+
+
 def build_section(kind: type[_T], table: Mapping[str, Any], where: str) -> _T:
     """A settings dataclass from a table of plain values; every problem names ``where`` and the field."""
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for key, value in table.items():
+    for key, value in current_names(table, where).items():
         if key not in known:
             raise UserError(f"[{where}] {unknown('key', key, known)}")
         name = f"{where}.{key}"

@@ -107,8 +107,9 @@ def test_code_beside_a_model_runs_for_who_names_it(model: Path, canary: Path, ca
 
 def test_a_file_of_an_earlier_version_gives_its_numbers(tmp_path: Path):
     """It holds all of [rollout] and [erasure], such as where a training's workers were."""
-    rollout = RolloutConfig(segment_length=7, temperature=0.5, max_rows=4, ahead=1, workers=3, engine="vllm")
+    rollout = RolloutConfig(segment_length=7, temperature=0.5, max_rows=4, staleness=1, workers=3, engine="vllm")
     old = to_toml(Config(rollout=rollout, erasure=ErasureConfig(kappa0=0.5), train=_AHEAD))
+    old = old.replace("staleness = 1", "ahead = 1")  # its name then
     (tmp_path / RECIPE_NAME).write_text(old[old.index("[rollout]") : old.index("[filter]")])
     said: list[str] = []
     config = find_companions(str(tmp_path)).config(overrides=["erasure.eta=0.5"], say=said.append)
@@ -116,12 +117,12 @@ def test_a_file_of_an_earlier_version_gives_its_numbers(tmp_path: Path):
     assert config.erasure == ErasureConfig(kappa0=0.5, eta=0.5)
     assert [line.split(": ")[1].split(" is not")[0] for line in said] == [
         "rollout.engine = vllm",
-        "rollout.ahead = 1",
+        "rollout.staleness = 1",
         "rollout.workers = 3",
     ]
 
 
-_AHEAD = lab_config(Path(), "rollout.ahead=1", "train.importance_correction=token_mask").train
+_AHEAD = lab_config(Path(), "rollout.staleness=1", "train.importance_correction=token_mask").train
 
 
 def test_what_is_saved_beside_a_model_is_taken_from_there(tmp_path: Path):

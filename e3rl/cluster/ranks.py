@@ -13,7 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -41,6 +41,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    group: Any = None  # of PyTorch's processes; None: all of them, in the main thread
 
     @property
     def first(self) -> bool:
@@ -57,8 +58,12 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world
         with self.guard():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def apart(self) -> Ranks:
+        """The same ranks, whose exchanges another thread may make at the same time. All ranks must call this."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.world > 1 else self
 
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """The bytes of every rank, in every rank. Each goes out once, at its own length."""
@@ -66,16 +71,17 @@ class Ranks:
             return [mine]
         found: list[bytes] = []
         with self.guard():
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
             for rank, size in enumerate(self.gather(len(mine))):
                 if not size:
                     found.append(b"")
                 elif rank == self.rank:
-                    dist.broadcast(torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), src=rank)
+                    tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
+                    dist.broadcast(tensor, src=rank, group=self.group)
                     found.append(mine)
                 else:
                     received = torch.empty(size, dtype=torch.uint8, device=device)
-                    dist.broadcast(received, src=rank)
+                    dist.broadcast(received, src=rank, group=self.group)
                     found.append(received.cpu().numpy().tobytes())
         return found
 
@@ -134,10 +140,6 @@ def join_ranks(config: Config) -> Ranks:
         raise UserError(
             f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
             "train.parallel to ddp, zero1, zero2, fsdp2, deepspeed-zero2 or deepspeed-zero3, or start one process"
-        )
-    if config.rollout.ahead:
-        raise UserError(
-            "rollout.ahead generates beside the training, which ranks can't do yet: set it to 0, or start one"
         )
     if config.train.prompts_per_step < world:
         raise UserError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Protocol
 
 from e3rl.cluster import TOKEN_VARIABLE
@@ -17,6 +21,7 @@ from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy
 from e3rl.rollout.batches import run_groups
+from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import Journal
 from e3rl.types import Group, Prompt
@@ -28,27 +33,98 @@ class Rollouts(Protocol):
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield each group as it finishes. ``tick`` is called often and may raise to stop."""
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` block the weights may change and the local engine holds no row: rollouts under way in another
+        thread rest between two segments."""
+
     def load_weights(self, version: int) -> None:
-        """The policy has changed, and this is its version now."""
+        """The policy has changed, and this is its version now. While `paused`, or where nothing is under way."""
 
     def close(self) -> None:
         """Let go of what is elsewhere."""
 
 
+class Turns:
+    """Something that one thread at a time may use: one stays with it for long, and gives way to visitors."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken, self.visitors = False, 0
+
+    @contextlib.contextmanager
+    def stay(self) -> Iterator[None]:
+        """Have it, giving way now and then."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def visit(self) -> Iterator[None]:
+        """Have it for a short time, before anyone who stays."""
+        with self._changed:
+            self.visitors += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._taken)
+            self.visitors -= 1
+            self._taken = True
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def give_way(self) -> None:
+        """Let visitors have it, and take it again."""
+        self._leave()
+        self._take()
+
+    def _take(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken and not self.visitors)
+            self._taken = True
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._taken = False
+            self._changed.notify_all()
+
+
 class LocalRollouts:
-    """This process generates; the journal, which the first rank has, keeps every candidate."""
+    """This process generates; the journal, which the first rank has, keeps every candidate.
+
+    New weights come between two segments of what is under way in another thread.
+    """
 
     def __init__(self, engine: Engine, journal: Journal | None) -> None:
-        self._engine, self._journal = engine, journal
+        self._engine, self._journal, self._version = engine, journal, 0
+        self._turns = Turns()
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`."""
-        memory = self._journal.of(settings.step) if self._journal is not None else None
-        return run_groups(self._engine, prompts, settings, observe=lambda _: tick(), memory=memory)
+        with self._turns.stay():
+            memory = self._journal.of(settings.step) if self._journal is not None else None
+            settings = replace(settings, policy_version=self._version)
+            yield from run_groups(
+                self._engine, prompts, settings, observe=lambda _: tick(), memory=memory, between=self._give_way
+            )
+
+    def _give_way(self, driver: Driver) -> list[GroupJob]:
+        if not self._turns.visitors:
+            return []
+        ended = driver.park()
+        self._turns.give_way()
+        driver.go_on(self._version)
+        return ended
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `Rollouts.paused`."""
+        return self._turns.visit()
 
     def load_weights(self, version: int) -> None:
         """See `Rollouts.load_weights`."""
         self._engine.load_weights({}, version)
+        self._version = version
 
     def close(self) -> None:
         """Nothing is elsewhere."""
@@ -60,11 +136,16 @@ class RemoteRollouts:
     def __init__(self, pool: WorkerPool, policy: Policy, engine: Engine, journal: Journal) -> None:
         self._pool, self._policy, self._engine, self._journal = pool, policy, engine, journal
         self._publisher = Publisher()
-        self._publish(0)
+        self._turns = Turns()
+        self._version, self._published = 0, -1
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`: first the groups that are known, then those that have to be made."""
-        journal, missing = self._journal.of(settings.step), []
+        missing = []
+        with self._turns.stay():
+            journal, version = self._journal.of(settings.step), self._version
+            self._publish(version)
+        settings = replace(settings, policy_version=version)
         for prompt in prompts:
             known = journal.groups.pop(prompt.problem.id, None)
             if known is None:
@@ -76,13 +157,20 @@ class RemoteRollouts:
                 journal.add_group(group)
                 yield group
 
+    def paused(self) -> AbstractContextManager[None]:
+        """See `Rollouts.paused`. Groups at workers go on by the weights that they were begun with."""
+        return self._turns.visit()
+
     def load_weights(self, version: int) -> None:
-        """See `Rollouts.load_weights`; only what training changes travels."""
+        """See `Rollouts.load_weights`; only what training changes travels, before the next step's groups."""
         self._engine.load_weights({}, version)
-        self._publish(version)
+        self._version = version
 
     def _publish(self, version: int) -> None:
-        weights = dict(self._policy.trainable())
+        """Only between two runs, since a worker that is replaced in one needs the weights that it was begun with."""
+        if version == self._published:
+            return
+        self._published, weights = version, dict(self._policy.trainable())
         self._pool.load_weights(self._publisher.publish(version, weights, weights))
 
     def close(self) -> None:

@@ -193,7 +193,7 @@ def _trainer(
     """A process that trains, and generates where nobody else does."""
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    apart = config.rollout.ahead or division.divides_weights
+    apart = config.rollout.staleness or division.divides_weights
     held = {
         "weights": division.weights(model.parameters()),
         "reference weights": sizes.weights if "reference" in needs and not config.model.lora_r else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Scorer:
         self.trainer_state = TrainerState()
         self.counters = Counters()
         self.log = Log()
+        self._one_at_a_time = threading.Lock()  # evaluation and rollouts beside the training both ask
 
     def __enter__(self) -> Scorer:
         return self
@@ -81,15 +83,16 @@ class Scorer:
         if not trajectories:
             return []
         batch = Batch(tuple(trajectories), tuple(texts), self._limit, self.trainer_state)
-        self.log = Log()
-        parts = [function.call(batch, self.log) for function in self._functions]
-        rewards = [self._combine([column[i] for column in parts]) for i in range(len(batch))]
-        rewards = [
-            r if t.failure is None else Reward(None, r.parts, f"its environment {t.failure}")
-            for r, t in zip(rewards, trajectories, strict=True)
-        ]
-        self.counters.scored += len(rewards)
-        self.counters.missing += sum(reward.value is None for reward in rewards)
+        with self._one_at_a_time:
+            self.log = Log()
+            parts = [function.call(batch, self.log) for function in self._functions]
+            rewards = [self._combine([column[i] for column in parts]) for i in range(len(batch))]
+            rewards = [
+                r if t.failure is None else Reward(None, r.parts, f"its environment {t.failure}")
+                for r, t in zip(rewards, trajectories, strict=True)
+            ]
+            self.counters.scored += len(rewards)
+            self.counters.missing += sum(reward.value is None for reward in rewards)
         return rewards
 
     def _combine(self, parts: Sequence[Part]) -> Reward:

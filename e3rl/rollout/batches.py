@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
@@ -20,13 +20,18 @@ def run_groups(
     *,
     observe: Observer | None = None,
     memory: Memory | None = None,
+    between: Callable[[Driver], list[GroupJob]] | None = None,
 ) -> Iterator[Group]:
     """Yield each prompt's group as it finishes; prompts are taken as rows become free. The settings are checked at once.
+
+    ``between`` is called before each step of the driver, which it may park, and returns the groups that ended with that.
 
     Every row is released when the iterator ends, whether exhausted, closed early or stopped by an error.
     """
     settings.check()
-    jobs = run_jobs(engine, ((p, settings) for p in prompts), settings.rollout.num_generations, observe, memory)
+    jobs = run_jobs(
+        engine, ((p, settings) for p in prompts), settings.rollout.num_generations, observe, memory, between
+    )
     return (job.result() for job in jobs)
 
 
@@ -36,6 +41,7 @@ def run_jobs(
     rows: int,
     observe: Observer | None = None,
     memory: Memory | None = None,
+    between: Callable[[Driver], list[GroupJob]] | None = None,
 ) -> Iterator[GroupJob]:
     """`run_groups` for groups with settings of their own, none of more than ``rows`` samples."""
     seen: set[tuple[str, int]] = set()
@@ -56,7 +62,7 @@ def run_jobs(
     try:
         feed()
         while driver.busy:
-            ended = driver.step()
+            ended = (between(driver) if between else []) + driver.step()
             for job in ended:
                 job.result()
             feed()

@@ -25,7 +25,7 @@ from e3rl.files import write_text
 from e3rl.parsing import read_toml
 from e3rl.plugins import foreign_code, require_named
 from e3rl.rollout.statistics import FILE_NAME, CalibrationStatistics
-from e3rl.sections import build_section
+from e3rl.sections import build_section, current_names
 
 RECIPE_NAME = "e3rl_recipe.toml"
 SAVED: Mapping[str, tuple[str, ...]] = {
@@ -69,6 +69,7 @@ def _saved_settings(path: Path, own: Mapping[str, Any], say: Callable[[str], obj
             "use its settings, pass them on the command line or in a recipe of your own"
         )
     try:
+        tables = {section: current_names(table, section) for section, table in tables.items()}
         rollout = build_section(RolloutConfig, tables.get("rollout", {}), "rollout")
         erasure = build_section(ErasureConfig, tables.get("erasure", {}), "erasure")
     except UserError as error:

@@ -141,9 +141,13 @@ class Driver:
         """Give the engine new weights between two segments of the groups under way; returns as `park`."""
         ended = self.park()
         self._engine.load_weights(weights, version)
+        self.go_on(version)
+        return ended
+
+    def go_on(self, version: int) -> None:
+        """After `park`: the engine has the weights of this version now."""
         for job in self._waiting:
             job.version = version
-        return ended
 
     def close(self) -> None:
         """Drop all groups and give their rows back, each even where another one's release fails."""
@@ -235,7 +239,7 @@ class Driver:
                 self._act(job, order, draw)
                 continue
             known = None if self._memory is None else self._memory.take(draw)
-            if known is not None:
+            if known is not None and (known.version or 0) <= job.version:  # else of weights that are still to come
                 queue += rollout.deliver(order.sibling, known)
             elif job.rows and not self._parking:
                 self._extend(job, rollout, order, draw)

@@ -1,12 +1,13 @@
-"""Prompts to rewarded groups: what a step is trained on, collected when the step begins or while the one before trains."""
+"""Prompts to rewarded groups: what a step is trained on, collected when it begins or before (`rollout.staleness`)."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from e3rl.cluster.ranks import Ranks
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepGroups:
-    """A step's rewarded groups: those to train on, those that the filter dropped, and what collecting them took."""
+    """A step's rewarded groups: those to train on, those that the filter dropped, and what collecting them took.
+
+    ``position`` is where the prompt stream stood after them.
+    """
 
     kept: tuple[RewardedGroup, ...]
     dropped: tuple[RewardedGroup, ...] = ()
     refills: int = 0
     rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
+    position: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the prompts up to here."""
+        return float(self.position["epoch"] + self.position["position"] / self.position["prompts"])
 
     @property
     def all(self) -> tuple[RewardedGroup, ...]:
@@ -55,7 +65,8 @@ def collect(run: Run, stream: PromptStream, settings: GroupSettings, tick: Calla
     wanted, position = run.config.train.prompts_per_step, stream.state()
     prompts = stream.take(wanted)
     if run.data.demonstrations:
-        return StepGroups(tuple(run.data.demonstrations[prompt.problem.id] for prompt in prompts))
+        shown = tuple(run.data.demonstrations[prompt.problem.id] for prompt in prompts)
+        return StepGroups(shown, position=stream.state())
     kept, dropped = list[RewardedGroup](), list[RewardedGroup]()
     seen: set[str] = set()
     rewards: list[Reward] = []  # of the step so far: a refill may be a single group, and its rewards all missing
@@ -85,7 +96,7 @@ def collect(run: Run, stream: PromptStream, settings: GroupSettings, tick: Calla
             f"step {settings.step} trains on {len(kept)} of {wanted} groups: filter '{run.config.filter.name}' "
             f"dropped {len(dropped)}, after {refills} refills"
         )
-    return StepGroups(tuple(kept), tuple(dropped), refills, rollout_seconds, reward_seconds)
+    return StepGroups(tuple(kept), tuple(dropped), refills, rollout_seconds, reward_seconds, stream.state())
 
 
 def roll_out(run: Run, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> list[Group]:
@@ -119,52 +130,82 @@ def reward(run: Run, groups: Sequence[Group]) -> list[RewardedGroup]:
 
 
 class Prefetch:
-    """Collects the next step's groups in a thread (`rollout.ahead`), by a copy of the weights that nobody changes meanwhile.
+    """Collects the groups of coming steps, one step after the other, in a thread beside the training.
 
-    A stop that is asked for waits for it: what was begun belongs to the state of the run.
+    They are made by a copy of the weights, which changes between two segments alone (`e3rl.cluster.rollouts`). Ranks exchange
+    what this thread has to tell apart from what training exchanges, so neither waits for the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._coming: Future[StepGroups] | None = None
+        self._coming: deque[Future[StepGroups]] = deque()
+        self._closed = False
 
-    def start(self, make: Callable[[], StepGroups]) -> None:
-        """Begin to collect."""
-        self._coming = self._thread.submit(make)
+    def __len__(self) -> int:
+        """Steps that were begun and not yet handed over."""
+        return len(self._coming)
 
-    def wait(self) -> StepGroups | None:
-        """What was started, when it is there; None where nothing was. Only the time spent waiting counts as rollout time."""
-        if self._coming is None:
-            return None
+    def start(self, run: Run, stream: PromptStream, settings: GroupSettings) -> None:
+        """Begin to collect a step, after those that were begun before. Nobody else may take from ``stream`` meanwhile."""
+        apart = replace(run, ranks=self._ranks)
+        self._coming.append(self._thread.submit(collect, apart, stream, settings, self._check))
+
+    def _check(self) -> None:
+        if self._closed:
+            raise Interrupted
+
+    def next(self) -> StepGroups:
+        """The groups of the first step that was begun. Only the time spent waiting counts as rollout time."""
         began = time.perf_counter()
-        groups, self._coming = self._coming.result(), None
+        groups = self._coming.popleft().result()
         return replace(groups, rollout_seconds=time.perf_counter() - began, reward_seconds=0.0)
 
+    def wait(self) -> list[StepGroups]:
+        """The groups of all steps that were begun."""
+        return [self.next() for _ in range(len(self._coming))]
+
+    def finished(self) -> list[StepGroups]:
+        """Those of the steps that are complete by now."""
+        found = []
+        while self._coming and self._coming[0].done():
+            found.append(self.next())
+        return found
+
     def close(self) -> None:
-        """Let go of the thread."""
+        """Give up what is under way, and let go of the thread."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def pack_groups(groups: StepGroups) -> tuple[dict[str, Any], bytes]:
-    """The groups for a checkpoint: the facts as JSON values, and what was generated as an Arrow IPC stream."""
-    facts = {
-        "kept": len(groups.kept),
-        "refills": groups.refills,
-        "seconds": [groups.rollout_seconds, groups.reward_seconds],
-    }
-    return facts, to_ipc([encode(groups.all)])
+def pack_groups(steps: Sequence[StepGroups]) -> tuple[list[dict[str, Any]], bytes]:
+    """Steps' groups for a checkpoint: the facts as JSON values, and what was generated as an Arrow IPC stream."""
+    facts = [
+        {
+            "kept": len(groups.kept),
+            "refills": groups.refills,
+            "seconds": [groups.rollout_seconds, groups.reward_seconds],
+            "position": groups.position,
+        }
+        for groups in steps
+    ]
+    return facts, to_ipc(encode(groups.all) for groups in steps) if steps else b""
 
 
-def unpack_groups(run: Run, facts: Mapping[str, Any], content: bytes) -> StepGroups:
-    """The groups that `pack_groups` was given."""
+def unpack_groups(run: Run, facts: Sequence[Mapping[str, Any]], content: bytes) -> list[StepGroups]:
+    """The steps' groups that `pack_groups` was given."""
     try:
-        batches = from_ipc(content)
+        batches = from_ipc(content) if facts else []
     except ValueError:
         raise UserError(
             f"the newest checkpoint of {run.path} holds prefetched rollouts in the format of an earlier version: "
             "continue the run with that version, or start it under another name"
         ) from None
     prompts = {prompt.problem.id: prompt for prompt in run.data.train}
-    found = [g for batch in batches for g in decode(batch, lambda row: prompts[row.problem_id])]
-    kept, dropped = tuple(found[: facts["kept"]]), tuple(found[facts["kept"] :])
-    return StepGroups(kept, dropped, facts["refills"], *facts["seconds"])
+    steps = []
+    for fact, batch in zip(facts, batches, strict=True):
+        found = decode(batch, lambda row: prompts[row.problem_id])
+        kept, dropped = tuple(found[: fact["kept"]]), tuple(found[fact["kept"] :])
+        rollout, rewards = fact["seconds"]
+        steps.append(StepGroups(kept, dropped, fact["refills"], rollout, rewards, fact["position"]))
+    return steps

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from e3rl.evaluate.evaluation import held_out_records
@@ -48,14 +47,9 @@ def step(run: Run, state: State) -> None:
     """
     settings, number, restarts = run.config.train, state.step + 1, run.scorer.worker_restarts
 
-    # prompts → groups → rewards, unless they were prefetched while the step before was learnt
-    groups = take_prefetched(state) or collect(run, state.stream, group_settings(run, state, number), run.stop.check)
-    epochs, updates = state.stream.epochs, version(run, state)
-
-    # rollout.ahead: collect the next step's groups by the weights of now
-    if run.config.rollout.ahead and number < run.steps:
-        ahead = group_settings(run, state, number + 1)
-        run.prefetch.start(partial(collect, run, state.stream, ahead, lambda: None))
+    # prompts → groups → rewards, here or in the thread that collects steps before their time
+    groups, updates = next_groups(run, state, number), version(run, state)
+    prefetch(run, state, number)
 
     # rewards → lessons → update; a step with non-finite numbers changes no weight
     run.tell("progressed", "training", 0, 0)
@@ -65,7 +59,8 @@ def step(run: Run, state: State) -> None:
     require_finite_weights(run, f"after step {number}")
     state.step = number
 
-    state.prefetched = run.prefetch.wait()
+    # with rollout.staleness = 1 the next step's rollouts end under their weights, so that a run can be repeated
+    state.prefetched += run.prefetch.wait() if run.config.rollout.staleness == 1 else run.prefetch.finished()
     publish_weights(run, state)
 
     line = step_record(
@@ -73,7 +68,6 @@ def step(run: Run, state: State) -> None:
         groups,
         lessons,
         update,
-        epochs=epochs,
         version=updates,
         train_seconds=seconds,
         tokens_before=state.tokens,
@@ -106,10 +100,25 @@ def learn_or_skip(
     return lessons, update
 
 
-def take_prefetched(state: State) -> StepGroups | None:
-    """The groups that were collected for this step already, once."""
-    groups, state.prefetched = state.prefetched, None
+def next_groups(run: Run, state: State, number: int) -> StepGroups:
+    """The step's groups: collected already, under way in the thread, or collected here."""
+    if not state.prefetched:
+        if len(run.prefetch):
+            state.prefetched.append(run.prefetch.next())
+        else:
+            settings = group_settings(run, state, number)
+            state.prefetched.append(collect(run, state.stream, settings, run.stop.check))
+    groups = state.prefetched.pop(0)
+    state.position = groups.position
     return groups
+
+
+def prefetch(run: Run, state: State, number: int) -> None:
+    """Begin to collect up to ``rollout.staleness`` steps after this one: bounded so, since each is begun that many updates
+    before it at the earliest, by the weights of then or later."""
+    begun = number + len(state.prefetched) + len(run.prefetch)
+    for step in range(begun + 1, min(number + run.config.rollout.staleness, run.steps) + 1):
+        run.prefetch.start(run, state.stream, group_settings(run, state, step))
 
 
 def record(run: Run, state: State, groups: StepGroups, lessons: Sequence[Lesson], line: dict[str, Any]) -> None:
@@ -145,19 +154,20 @@ def evaluate_policy(run: Run, state: State) -> None:
         return
     run.tell("progressed", "evaluating", 0, 0)
     present = [r for r in read_lines(run.path / "evaluations.jsonl") if r["step"] == state.step]
-    for figures in held_out_records(
-        run.engine,
-        run.data.held_out,
-        run.scorer,
-        run.policy.tokenizer,
-        run.config,
-        calibration=state.calibration,
-        done=present,
-    ):
-        line = {"step": state.step, **figures}
-        run.directory.append("evaluations.jsonl", line)
-        run.tell("evaluated", line)
-        run.stop.check()
+    with run.rollouts.paused():
+        for figures in held_out_records(
+            run.engine,
+            run.data.held_out,
+            run.scorer,
+            run.policy.tokenizer,
+            run.config,
+            calibration=state.calibration,
+            done=present,
+        ):
+            line = {"step": state.step, **figures}
+            run.directory.append("evaluations.jsonl", line)
+            run.tell("evaluated", line)
+            run.stop.check()
 
 
 def finish(run: Run, state: State) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,11 @@ class State:
     """Where a run stands. A checkpoint holds exactly this, and PyTorch's random numbers."""
 
     optimizer: Optimizer  # float32 weights, AdamW's moments
-    stream: PromptStream  # position in the training data
+    stream: PromptStream  # what `collect` takes prompts from
+    position: Mapping[str, Any]  # where it stood after the last groups that are here
     calibration: CalibrationStatistics  # of all first candidates so far
     entropy_moments: Moments | None = None  # of the step before
-    prefetched: StepGroups | None = None  # collected for the next step already
+    prefetched: list[StepGroups] = field(default_factory=list)  # collected for the next steps already
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -101,9 +102,10 @@ def group_settings(run: Run, state: State, step: int) -> GroupSettings:
 
 def publish_weights(run: Run, state: State) -> None:
     """Whoever generates takes the weights that are trained."""
-    if run.generating is not run.policy:
-        take_weights(run.generating.model, state.optimizer.weights())
-    run.rollouts.load_weights(version(run, state))
+    with run.rollouts.paused():
+        if run.generating is not run.policy:
+            take_weights(run.generating.model, state.optimizer.weights())
+        run.rollouts.load_weights(version(run, state))
 
 
 def require_finite_weights(run: Run, after: str) -> None:
@@ -120,9 +122,9 @@ def require_finite_weights(run: Run, after: str) -> None:
 def save(run: Run, state: State) -> None:
     """Write a checkpoint; the journals of the steps that it holds are no longer needed."""
     require_finite_weights(run, f"at step {state.step}")
-    ahead, prefetched = pack_groups(state.prefetched) if state.prefetched else (None, b"")
+    ahead, prefetched = pack_groups(state.prefetched)
     facts = {
-        "stream": state.stream.state(),
+        "stream": (state.prefetched[-1] if state.prefetched else state).position,
         "tokens": state.tokens,
         "seconds": state.seconds,
         "skipped": state.skipped,
@@ -147,10 +149,10 @@ def restore(run: Run, state: State) -> None:
         state.optimizer.load(checkpoint.weights, checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)
         state.stream.restore(facts["stream"])
+        state.position = facts["stream"]
         state.calibration = CalibrationStatistics.from_tables(facts["reference"])
         state.entropy_moments = moments and Moments.from_table(moments)
-        ahead = facts.get("ahead")
-        state.prefetched = unpack_groups(run, ahead, checkpoint.prefetched) if ahead else None
+        state.prefetched = unpack_groups(run, facts.get("ahead") or [], checkpoint.prefetched)
         publish_weights(run, state)
         if run.journal is not None:
             run.journal.drop_through(state.step)

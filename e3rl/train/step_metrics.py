@@ -136,7 +136,6 @@ def step_record(
     lessons: Sequence[Lesson],
     update: Update,
     *,
-    epochs: float,
     version: int,
     train_seconds: float,
     tokens_before: int,
@@ -151,7 +150,7 @@ def step_record(
     seconds = groups.rollout_seconds + groups.reward_seconds + train_seconds
     return {
         "step": step,
-        "epoch": epochs,
+        "epoch": groups.epochs,
         **reward_metrics(groups.all),
         **filter_metrics(groups),
         **made,
@@ -170,7 +169,7 @@ def step_record(
         "memory_mb": peak_memory_mb(),
         "reward_restarts": reward_restarts,
         "skipped": int(math.isnan(update.grad_norm)),
-        "staleness": staleness(groups.all, version),
+        **staleness(groups.all, version),
     }
 
 
@@ -190,9 +189,13 @@ def sampled_text(item: RewardedGroup, tokenizer: Any, longest: int = 600) -> str
     return f"sample: {cut(prompt, True)}\n      → {cut(text, False)}\n        reward {value}{ended}{erased}"
 
 
-def staleness(rewarded: Sequence[RewardedGroup], version: int) -> float:
-    """Optimizer updates between the weights that made the groups and those that learn from them."""
-    return mean(version - item.group.policy_version for item in rewarded if item.group.policy_version is not None)
+def staleness(rewarded: Sequence[RewardedGroup], version: int) -> dict[str, float]:
+    """Optimizer updates between the weights that drew the candidates and those that learn from them: mean and most."""
+    trajectories = [t for item in rewarded for t in item.group.trajectories]
+    candidates = [s.candidate for t in trajectories for s in t.segments]
+    candidates += [e.candidate for t in trajectories for e in t.erasures]
+    found = [version - c.version for c in candidates if c.version is not None]
+    return {"staleness": mean(found), "staleness_most": max(found, default=math.nan)}
 
 
 def peak_memory_mb() -> float:

@@ -80,6 +80,7 @@ class Trainer:
             with run.ranks.guard(), run.stop, run.scorer:
                 return train(run, state)
         except Interrupted:
+            state.prefetched += run.prefetch.wait()  # what was begun belongs to the state
             save(run, state)
             raise RunStopped(
                 f"stopped after step {state.step} of {run.steps}; everything is saved in {self.run_path}. "
@@ -127,7 +128,7 @@ def prepare(
     require_scorable(policy.model)
     generating = policy
     # rollouts need weights that training does not touch or divide
-    if config.rollout.ahead or divides_weights(config.train, ranks):
+    if config.rollout.staleness or divides_weights(config.train, ranks):
         generating = replace(policy, model=copy.deepcopy(policy.model))
     updates = steps * config.train.num_iterations * config.train.minibatches
     learner = Learner(policy, objective, config, updates, ranks)
@@ -135,7 +136,8 @@ def prepare(
     journal = Journal(path, partial(fingerprint, generating.model), note) if ranks.first else None
     rollouts = build_rollouts(config, generating, engine, data.longest_prompt, journal, note)
     calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
-    state = State(learner.optimizer, PromptStream(data.train, seed=config.run.seed), calibration)
+    stream = PromptStream(data.train, seed=config.run.seed)
+    state = State(learner.optimizer, stream, stream.state(), calibration)
     run = Run(
         config=config,
         path=path,
@@ -151,7 +153,7 @@ def prepare(
         scorer=scorer,
         keep=build_filter(config.filter),
         journal=journal,
-        prefetch=Prefetch(),
+        prefetch=Prefetch(ranks.apart() if config.rollout.staleness else ranks),
         ranks=ranks,
         stop=StopRequest(ranks),
         listeners=listeners if ranks.first else (),

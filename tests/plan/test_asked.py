@@ -95,7 +95,9 @@ def test_vllms_cache_is_within_the_budget(tmp_path: Path):
 
 
 def test_copies_of_the_weights(tmp_path: Path):
-    config = lab_config(tmp_path, "rollout.ahead=1", "train.importance_correction=token_mask", "model.dtype=bfloat16")
+    config = lab_config(
+        tmp_path, "rollout.staleness=1", "train.importance_correction=token_mask", "model.dtype=bfloat16"
+    )
     planned = make_plan(config).trainer.held
     with Allocations() as counted:
         model = shape_of(config.model)

@@ -75,7 +75,7 @@ def test_bfloat16_weights_have_a_float32_copy(tmp_path: Path):
 
 
 def test_being_ahead_takes_the_weights_once_more(tmp_path: Path):
-    plan = make_plan(_config(tmp_path, "rollout.ahead=1", "train.importance_correction=token_mask"))
+    plan = make_plan(_config(tmp_path, "rollout.staleness=1", "train.importance_correction=token_mask"))
     assert plan.trainer.held["weights the engine generates with"] == plan.trainer.held["weights"]
 
 

@@ -31,7 +31,7 @@ def assert_same_run(run: Path, expected: Path, what: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process's runs, and two ranks' runs of the same."""
     directory = tmp_path_factory.mktemp("runs")
-    for name in ("none", "none_several", "none_half", "none_kept"):
+    for name in ("none", "none_several", "none_stale", "none_half", "none_kept"):
         alone(directory, name)
     succeed(
         torchrun(
@@ -39,6 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *MODES,
             "ddp_several",
             "ddp_kept",
+            "ddp_stale",
+            "fsdp2_stale",
             *(f"{mode}_kept" for mode in LOCKSTEP),
             *(f"{mode}_half" for mode in MODES),
         )
@@ -56,6 +58,13 @@ def test_two_ranks_train_what_one_process_trains(runs: Path, mode: str):
 def test_several_updates_of_a_step_too(runs: Path):
     """Four updates a step, a learning rate that rises and falls, gradients scaled down to norm 1."""
     assert_same_run(runs / "ddp_several", runs / "none_several", "2, ddp, four updates a step")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_rollouts_beside_the_training_too(runs: Path, mode: str):
+    """Each rank generates the next step's share in a thread of its own, which exchanges apart from the training."""
+    assert_same_run(runs / f"{mode}_stale", runs / "none_stale", f"2, {mode}, staleness 1")
+    assert curve(runs / "none_stale") != curve(runs / "none")
 
 
 @pytest.mark.parametrize("mode", ["ddp", *LOCKSTEP])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,7 @@ def test_learning_raises_the_reward_on_what_it_trains_on(tmp_path: Path):
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 2
 
 
-AHEAD = ("rollout.ahead=1", "train.importance_correction=token_truncate")
+AHEAD = ("rollout.staleness=1", "train.importance_correction=token_truncate")
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +366,80 @@ def test_a_run_that_is_ahead_keeps_tokens_that_the_tokenizer_has_no_name_for(tmp
     assert max(i for row in rows for segment in row["segments"] for i in segment["ids"]) >= len(tokenizer)
 
 
+STALE = ("rollout.staleness=2", "train.importance_correction=segment_truncate", "train.steps=6")
+
+
+def _ages(run: Path) -> list[list[int]]:
+    """By step: how many updates before its own each candidate was drawn."""
+    ages = []
+    for step, path in enumerate(sorted((run / "rollouts").glob("*.parquet")), start=1):
+        rows = pq.read_table(path).to_pylist()
+        ages.append([step - 1 - c["version"] for row in rows for c in (*row["segments"], *row["erasures"])])
+    return ages
+
+
+@pytest.mark.parametrize("slow", ["training", "rollouts"])
+def test_staleness_is_bounded_by_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str):
+    """No candidate is older than two updates, and all are where each update waits for the rollouts that were begun.
+
+    Problems come in the order of the epochs, as in a run that waits.
+    """
+    trainer = Trainer(_config(tmp_path, *STALE))
+    prefetch, learn = trainer.run.prefetch, trainer.run.learner.learn
+
+    def learn_late(*arguments: Any) -> Any:
+        wait(prefetch._coming)
+        return learn(*arguments)
+
+    if slow == "training":
+        monkeypatch.setattr(trainer.run.learner, "learn", learn_late)
+    trainer.train()
+    lines, ages = read_lines(trainer.run_path / "metrics.jsonl"), _ages(trainer.run_path)
+    assert all(0 <= age <= 2 for step in ages for age in step)
+    if slow == "training":
+        assert [set(step) for step in ages] == [{0}, {1}, {2}, {2}, {2}, {2}]
+    assert [r["staleness_most"] for r in lines] == [max(step) for step in ages]
+    assert [r["step"] for r in lines] == list(range(1, 7))
+    stream = PromptStream(trainer.run.data.train, seed=trainer.config.run.seed)
+    for path in sorted((trainer.run_path / "rollouts").glob("*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        wanted = {p.problem.id for p in stream.take(trainer.config.train.prompts_per_step)}
+        assert {row["problem_id"] for row in rows} == wanted
+
+
+@pytest.mark.parametrize(("event", "nth"), [("progressed", 4), ("stepped", 2), ("evaluated", 3)])
+def test_a_stopped_run_with_more_staleness_loses_no_step_and_no_prompt(tmp_path: Path, event: str, nth: int):
+    with pytest.raises(RunStopped):
+        Trainer(_config(tmp_path, *STALE), listeners=[_StopAt(event, nth)]).train()
+    trainer = Trainer(_config(tmp_path, *STALE), resume=True)
+    trainer.train()
+    assert [r["step"] for r in read_lines(trainer.run_path / "metrics.jsonl")] == list(range(1, 7))
+    assert all(0 <= age <= 2 for step in _ages(trainer.run_path) for age in step)
+    stream = PromptStream(trainer.run.data.train, seed=trainer.config.run.seed)
+    for path in sorted((trainer.run_path / "rollouts").glob("*.parquet")):
+        wanted = {p.problem.id for p in stream.take(trainer.config.train.prompts_per_step)}
+        assert {row["problem_id"] for row in pq.read_table(path).to_pylist()} == wanted
+
+
+def test_what_fails_beside_the_training_stops_the_run_with_its_words(tmp_path: Path):
+    asked = []
+
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        asked.append(len(completions))
+        if len(asked) > 4:
+            raise ZeroDivisionError("no luck today")
+        return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match=r"rewards of this batch are missing.*no luck today"):
+        Trainer(_config(tmp_path, *STALE, "eval.limit=1", "train.eval_steps=0"), reward_functions=[broken]).train()
+
+
 def test_being_ahead_without_a_correction_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="choose how to correct for it"):
-        _config(tmp_path, "rollout.ahead=1")
+        _config(tmp_path, "rollout.staleness=1")
+
+
+def test_the_setting_that_had_another_name_is_read_as_ever(tmp_path: Path):
+    correction = "train.importance_correction=token_truncate"
+    assert _config(tmp_path, "rollout.ahead=1", correction).rollout.staleness == 1
+    assert _config(tmp_path, "rollout.ahead=1", correction, "rollout.staleness=0").rollout.staleness == 0

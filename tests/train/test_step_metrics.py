@@ -22,7 +22,7 @@ from e3rl.train.step_metrics import (
     staleness,
     step_record,
 )
-from e3rl.types import Group, Reward, RewardedGroup
+from e3rl.types import Candidate, Group, Reward, RewardedGroup
 from tests.rollout.worlds import levels, roll
 
 TABLE = {("p", 0, 0, 0): 2.0, **{("p", 1, 1, e): 3.0 for e in range(3)}}
@@ -103,15 +103,39 @@ def test_sign_flips_are_counted_group_by_group():
 
 
 def test_a_step_is_said_of_dropped_groups_too_and_adds_up_the_tokens():
-    groups = StepGroups((rewarded(1.0, 0.0),), (rewarded(1.0, 1.0),), 1, rollout_seconds=1.0, reward_seconds=2.0)
-    rest = {"epochs": 0.5, "version": 7, "tokens_before": 100, "reward_restarts": 4}
+    position = {"epoch": 1, "position": 3, "prompts": 4}
+    groups = StepGroups((rewarded(1.0, 0.0),), (rewarded(1.0, 1.0),), 1, 1.0, 2.0, position)
+    rest = {"version": 7, "tokens_before": 100, "reward_restarts": 4}
     record = step_record(3, groups, [], Update({"loss": 2.0}, 0.1, 1e-4), train_seconds=3.0, **rest)
     assert (record["groups_kept"], record["refills"], record["dropped_tokens"]) == (1, 1, 18)
     assert (record["tokens"], record["tokens_total"], record["tokens_per_second"]) == (36, 136, 6.0)
     assert (record["reward"], record["degenerate_groups"], record["loss"]) == (0.75, 0.5, 2.0)
-    assert (record["step"], record["epoch"], record["reward_restarts"], record["staleness"]) == (3, 0.5, 4, 2.0)
+    assert (record["step"], record["epoch"], record["reward_restarts"], record["staleness"]) == (3, 1.75, 4, 2.0)
 
 
-def test_staleness_is_the_mean_age_of_the_weights():
-    assert staleness([rewarded(1.0, 0.0)], 7) == 2.0  # made by version 5
-    assert math.isnan(staleness([rewarded(1.0, 0.0, item=replace(group(), policy_version=None))], 7))
+def test_staleness_is_the_age_of_the_weights_that_drew_each_candidate():
+    """All by version 5; then one segment by version 6."""
+    found = staleness([rewarded(1.0, 0.0)], 7)
+    assert found == {"staleness": 2.0, "staleness_most": 2}
+    item = group()
+    first, *rest = item.trajectories
+    newer = replace(first.segments[0], candidate=first.segments[0].candidate.drawn_by(6))
+    mixed = replace(item, trajectories=(replace(first, segments=(newer, *first.segments[1:])), *rest))
+    candidates = sum(len(t.segments) + len(t.erasures) for t in item.trajectories)
+    found = staleness([rewarded(1.0, 0.0, item=mixed)], 7)
+    assert found == {"staleness": pytest.approx(2 - 1 / candidates), "staleness_most": 2}
+
+
+def test_demonstrations_have_no_staleness():
+    trajectories = tuple(
+        replace(
+            t,
+            segments=tuple(
+                replace(s, candidate=Candidate.wrap(*s.candidate.columns(), ended=True)) for s in t.segments
+            ),
+            erasures=(),
+        )
+        for t in group().trajectories
+    )
+    shown = replace(group(), trajectories=trajectories, policy_version=None)
+    assert all(math.isnan(n) for n in staleness([rewarded(1.0, 0.0, item=shown)], 7).values())
