@@ -14,6 +14,7 @@ PARTS = {
     "full disks": ["-m", "tests.chaos.disk", "--sizes", "4", "3000", "9000", "17500"],
     "damaged files": ["-m", "tests.chaos.damage", "--seconds", "150"],
     "failing calls and power cuts": ["-m", "tests.chaos.faults", "--seconds", "120"],
+    "a simulated cluster": ["-m", "tests.chaos.cluster", "--seeds", "1000"],
     "hostile answers": ["-m", "tests.chaos.hostile", "--inputs", "10000"],
     "fuzz": ["-m", "pytest", "-p", "no:xdist", "tests/fuzz"],
     "soak": ["-m", "tests.chaos.soak", "demo", "train.prompts_per_step=3", "rollout.num_generations=4",

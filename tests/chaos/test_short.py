@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tests.chaos.cluster import simulate
 from tests.chaos.damage import try_damage
 from tests.chaos.faults import try_faults, try_power_cuts
 from tests.chaos.kills import RECIPE, chaos
@@ -39,3 +40,18 @@ def test_after_a_power_cut_what_was_synced_is_enough(tmp_path: Path):
     verdicts = try_power_cuts(tmp_path, seconds=60, trials=4)
     assert verdicts.wrong == []
     assert verdicts.ended["identical"] > 0
+
+
+def test_a_simulated_cluster_loses_nothing_and_mixes_nothing():
+    counts = simulate(range(12))
+    assert counts["groups"] > 100
+    for kind in (
+        "death",
+        "request lost",
+        "answer lost",
+        "repeated",
+        "trainer died",
+        "weights offered in shared memory",
+    ):
+        assert counts[kind] > 0, kind
+    assert simulate(range(3)) == simulate(range(3)), "a seed names the whole course of events"
