@@ -16,6 +16,7 @@ from typing import Any, Literal
 from e3rl.errors import UserError, unknown
 from e3rl.parsing import parse_toml, read_toml
 from e3rl.sections import build_section, convert, toml_value
+from e3rl.synonyms import SYNONYMS, place_of
 
 PAPER = "paper, app. D"
 PAPER_METHOD = "paper, method"
@@ -90,6 +91,7 @@ class DataConfig:
     raw_prompts: bool = setting(False, "string prompts go to the model as they stand, without the chat template (TRL)")
     chat_template_kwargs: Mapping[str, Any] = setting({}, "arguments of the chat template: {enable_thinking = false}")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
+    filter_overlong_prompts: bool = setting(False, "leave out training prompts that are too long, and say how many")
     max_prompt_length: int = setting(
         0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0
     )
@@ -258,6 +260,7 @@ class TrainConfig:
     minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
     micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
     learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0, max=1)
+    warmup_steps: int = setting(0, "optimizer updates that the learning rate rises; 0: by warmup_ratio", min=0)
     warmup_ratio: float = setting(
         0.05,
         "share of `steps` that the learning rate rises, also where max_tokens ends the run sooner",
@@ -302,7 +305,7 @@ class TrainConfig:
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
     save_total_limit: int = setting(2, "checkpoints to keep; 0: all", min=0)
     show_steps: int = setting(0, "print a sampled completion every n steps; 0: never", min=0)
-    report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio")
+    report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio, mlflow, swanlab")
 
 
 @dataclass(frozen=True)
@@ -391,6 +394,15 @@ def _build_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
     return ObjectiveConfig(name=name, options=options)
 
 
+def _require_places(section: str, table: Mapping[str, Any], sections: Mapping[str, type]) -> None:
+    """UserError for a setting that is at home in another section, or has another name here."""
+    known = {f.name for f in fields(sections[section])}
+    for key in table:
+        place = "" if key in known else place_of(key, Config)
+        if place and (section != "objective" or (key in SYNONYMS and not place.startswith("objective.name"))):
+            raise UserError(f"[{section}] has no key '{key}': it is set as {place}")
+
+
 def build_config(tables: Mapping[str, Any]) -> Config:
     """A `Config` from nested tables, as read from TOML."""
     sections = typing.get_type_hints(Config)
@@ -400,6 +412,7 @@ def build_config(tables: Mapping[str, Any]) -> Config:
             raise unknown("section", name, sections)
         if not isinstance(table, Mapping):
             raise UserError(f"'{name}' is a section: write [{name}] and its fields below it, or {name}.FIELD=VALUE")
+        _require_places(name, table, sections)
         built[name] = _build_objective(table) if name == "objective" else build_section(sections[name], table, name)
     return Config(**built)
 
@@ -427,6 +440,9 @@ def parse_override(text: str) -> dict[str, Any]:
     """``section.field=value`` as nested tables. The value is TOML; what is not valid TOML is taken as a string."""
     path, equals, raw = text.partition("=")
     section, dot, key = path.strip().removeprefix("--").partition(".")
+    if equals and not dot and (place := place_of(section, Config)):
+        value = "" if " " in place else f"={raw}"
+        raise UserError(f"'{text}' is no override: it is set as {place}{value}")
     if not (equals and dot and section and key):
         raise UserError(f"'{text}' is no override: write section.field=value, for example train.learning_rate=1e-5")
     try:

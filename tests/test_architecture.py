@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e3rl"
 
 FLOORS = [
-    {"types", "config", "sections", "errors", "parsing", "plugins", "files", "__init__"},
+    {"types", "config", "sections", "errors", "parsing", "synonyms", "plugins", "files", "__init__"},
     {"equations"},
     {"engine", "environments", "objectives", "rewards", "data", "lab", "models", "model_files", "web"},
     {"rollout"},

@@ -90,7 +90,7 @@ def test_a_table_among_the_settings_survives_a_round_trip():
         ("data.chat_template_kwargs=thinking", ["data.chat_template_kwargs", "a table such as {key = value}"]),
         ("rewards.functions=[]", ["rewards.functions is empty"]),
         ("train.minibatches=99", ["train.minibatches must not exceed"]),
-        ("steps=3", ["'steps=3' is no override", "section.field=value"]),
+        ("steps=3", ["'steps=3' is no override", "it is set as train.steps=3"]),
         ("train.steps", ["'train.steps' is no override"]),
     ],
 )

@@ -11,12 +11,14 @@ import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 from e3rl import __version__
 from e3rl.cli.guard import Post, guarded
 from e3rl.config import Config
 from e3rl.errors import RunStopped, UserError
 from e3rl.sections import shown
+from e3rl.synonyms import place_of
 
 _COMMANDS = {
     "init": ("e3rl.cli.init", "write a starter recipe for a model and a dataset, each choice with its reason"),
@@ -71,8 +73,21 @@ def _functions(command: str) -> tuple[Callable[[argparse.ArgumentParser], None],
     return (getattr(module, f"{name}_arguments"), getattr(module, name)) if name else (module.add_arguments, module.run)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says where a setting of another library, or one without its section, is set."""
+
+    def error(self, message: str) -> NoReturn:
+        _, said, rest = message.partition("unrecognized arguments: ")
+        names = re.findall(r"--([\w-]+)", rest) if said else []
+        hints = [(name, place_of(name.replace("-", "_"), Config)) for name in names]
+        found = [
+            f"--{name} is set as {place}" + ("=VALUE" if " " not in place else "") for name, place in hints if place
+        ]
+        super().error("; ".join([message, *found]))
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="e3rl",
         description="Reinforcement learning for language models that can take back a bad step.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,7 +27,18 @@ def render_prompts(
     raw = [not template or (config.raw_prompts and isinstance(p.prompt, str)) for p in problems]
     stand = iter(_as_they_stand([p for p, r in zip(problems, raw, strict=True) if r], tokenizer, config))
     chats = iter(_through_template([p for p, r in zip(problems, raw, strict=True) if not r], tokenizer, config))
-    return [_checked(p, next(stand if r else chats), limit) for p, r in zip(problems, raw, strict=True)]
+    prompts = [_prompt(p, next(stand if r else chats)) for p, r in zip(problems, raw, strict=True)]
+    _require_fitting(prompts, limit)
+    return prompts
+
+
+def fitting(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """Those of at most ``limit`` tokens. UserError where none is."""
+    found = [p for p in prompts if len(p.ids) <= limit]
+    if not found:
+        shortest = min(len(p.ids) for p in prompts)
+        raise UserError(f"no prompt fits: the limit is {limit} tokens and the shortest has {shortest}")
+    return found
 
 
 def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) -> int:
@@ -41,15 +52,21 @@ def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) 
     return min(room, config.max_prompt_length) if config.max_prompt_length else room
 
 
-def _checked(problem: Problem, ids: Sequence[int], limit: int) -> Prompt:
+def _prompt(problem: Problem, ids: Sequence[int]) -> Prompt:
     if not ids:
         raise UserError(f"problem '{problem.id}': the tokenizer makes no token of its prompt")
-    if len(ids) > limit:
-        raise UserError(
-            f"problem '{problem.id}': its prompt has {len(ids)} tokens and the limit is {limit} "
-            "(data.max_prompt_length, or what the longest response leaves of the context); drop it or raise that"
-        )
     return Prompt(problem, tuple(int(i) for i in ids))
+
+
+def _require_fitting(prompts: Sequence[Prompt], limit: int) -> None:
+    longer = [p for p in prompts if len(p.ids) > limit]
+    if longer:
+        count = f", and {len(longer)} of {len(prompts)} prompts are longer" if len(prompts) > 1 else ""
+        raise UserError(
+            f"problem '{longer[0].problem.id}': its prompt has {len(longer[0].ids)} tokens and the limit is {limit}{count} "
+            "(data.max_prompt_length, or what the longest response leaves of the context); raise that, or leave them out: "
+            "data.filter_overlong_prompts = true"
+        )
 
 
 def _as_they_stand(problems: Sequence[Problem], tokenizer: Any, config: DataConfig) -> list[Sequence[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from e3rl.errors import UserError
 from e3rl.integrations.trl_losses import Settings
 
-_TRACKERS = ("tensorboard", "wandb", "trackio")
+_TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,21 @@ def train_table(settings: Settings, generations: int, processes: int) -> tuple[d
     updates = iterations * minibatches
     max_steps, epochs = settings.take("max_steps", -1), settings.take("num_train_epochs", 3.0)
     table |= {"steps": math.ceil(max_steps / updates)} if max_steps > 0 else {"epochs": epochs}
-    table |= _schedule(settings, max_steps) | _correction(settings)
+    table |= _schedule(settings) | _correction(settings)
     return table, updates
 
 
-def _schedule(settings: Settings, max_steps: int) -> dict[str, Any]:
+def _schedule(settings: Settings) -> dict[str, Any]:
     name, given = settings.take("lr_scheduler_type", "linear"), settings.optional("warmup_steps") or 0
     ratio = settings.optional("warmup_ratio") or 0
     warmup = float(given or ratio)
-    if warmup >= 1 and max_steps > 0:
-        warmup = warmup / max_steps
-    elif warmup >= 1:
-        settings.lose(f"warmup_steps = {given}: the length of the run is not known here; set train.warmup_ratio")
-        warmup = 0.0
     if name == "constant":
         warmup = 0.0  # transformers warms up 'constant_with_warmup' alone
+    rise = {"warmup_steps": int(warmup)} if warmup >= 1 else {"warmup_ratio": warmup}
     known = {"constant_with_warmup": "constant", "constant": "constant", "linear": "linear", "cosine": "cosine"}
     if name not in known:
         settings.lose(f"lr_scheduler_type = {name!r}: there are constant, linear and cosine; the recipe takes linear")
-    return {"lr_scheduler_type": known.get(name, "linear"), "warmup_ratio": min(warmup, 1.0)}
+    return {"lr_scheduler_type": known.get(name, "linear"), **rise}
 
 
 def _correction(settings: Settings) -> dict[str, Any]:

@@ -23,6 +23,31 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+USUAL_NAMES: Mapping[str, str] = {
+    "reward": "reward",
+    "frac_reward_zero_std": "degenerate_groups",
+    "completions/mean_length": "length",
+    "clip_ratio/region_mean": "clip_fraction",
+    "kl": "kl",
+    "entropy": "entropy",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "num_tokens": "tokens_total",
+    "epoch": "epoch",
+}
+"""TRL's names of metrics, under which dashboards look for them, and ours."""
+
+
+def _logged(record: Mapping[str, Any]) -> dict[str, float]:
+    """A step's numbers as train/NAME, and those that TRL has a name for once more under it."""
+    scalars = _scalars(record)
+    usual = {name: scalars[ours] for name, ours in USUAL_NAMES.items() if ours in scalars}
+    if "finish_ratio" in scalars:
+        usual["completions/clipped_ratio"] = 1 - scalars["finish_ratio"]
+    return {f"train/{k}": v for k, v in {**scalars, **usual}.items()}
+
+
 class TensorBoard(Silent):
     """Event files in the run directory's tensorboard/."""
 
@@ -32,8 +57,8 @@ class TensorBoard(Silent):
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        for name, value in _scalars(record).items():
-            self._writer.add_scalar(f"train/{name}", value, record["step"])
+        for name, value in _logged(record).items():
+            self._writer.add_scalar(name, value, record["step"])
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         for name, value in _scalars(record).items():
@@ -44,7 +69,7 @@ class TensorBoard(Silent):
 
 
 class ModuleTracker(Silent):
-    """Weights & Biases, and trackio, which has the same interface."""
+    """Weights & Biases, and trackio and SwanLab, which have the same interface."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -53,7 +78,7 @@ class ModuleTracker(Silent):
         self._module.init(project="e3rl", name=config.run.name, config={"method": method, **to_tables(config)})
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        self._module.log({f"train/{k}": v for k, v in _scalars(record).items()}, step=record["step"])
+        self._module.log(_logged(record), step=record["step"])
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         scalars = {f"eval_{evaluated_name(record)}/{k}": v for k, v in _scalars(record).items()}
@@ -63,22 +88,49 @@ class ModuleTracker(Silent):
         self._module.finish()
 
 
+class MLflow(Silent):
+    """A run of the experiment e3rl at MLflow's tracking URI."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
+        self._module.set_experiment("e3rl")
+        self._module.start_run(run_name=config.run.name)
+        flat = {
+            f"{section}.{k}": str(v)[:500] for section, table in to_tables(config).items() for k, v in table.items()
+        }
+        self._module.log_params({"method": method, **flat})
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self._module.log_metrics(_logged(record), step=record["step"])
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        scalars = {f"eval_{evaluated_name(record)}/{k}": v for k, v in _scalars(record).items()}
+        self._module.log_metrics({k.replace("@", "_at_"): v for k, v in scalars.items()}, step=record["step"])
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        self._module.end_run()
+
+
 def build_trackers(names: tuple[str, ...]) -> list[Listener]:
     """The trackers of train.report_to; a missing package is said before the run starts."""
     import importlib
 
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    packages = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
     trackers: list[Listener] = []
+    made: Callable[[Any], Listener]
     for name in names:
         if name not in packages:
             raise unknown("tracker in train.report_to", name, packages)
         try:
-            module = importlib.import_module(packages[name])
+            module = importlib.import_module(name)
         except ImportError:
             raise UserError(
                 f"train.report_to names {name}, which is not installed: pip install 'e3rl[{name}]'"
             ) from None
-        trackers.append(TensorBoard() if name == "tensorboard" else ModuleTracker(module))
+        made = {"tensorboard": lambda _: TensorBoard(), "mlflow": MLflow}.get(name, ModuleTracker)
+        trackers.append(made(module))
     return trackers
 
 

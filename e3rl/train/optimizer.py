@@ -16,7 +16,7 @@ from e3rl.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 
 def learning_rate(config: TrainConfig, update: int, updates: int) -> float:
     """Rate of optimizer update ``update`` (from 0) of ``updates``: linear warm-up, then the configured decay."""
-    warmup = math.ceil(config.warmup_ratio * updates)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * updates)
     if update < warmup:
         return config.learning_rate * (update + 1) / warmup
     left = (updates - update) / max(1, updates - warmup)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from e3rl.config import Config
 from e3rl.data.loading import held_out_sources, load_problems, spread
+from e3rl.data.prompts import fitting, prompt_limit
 from e3rl.data.rows import lookup
 from e3rl.environments.episodes import tool_prompts
 from e3rl.errors import UserError
@@ -27,6 +28,7 @@ class RunData:
     train: Sequence[Prompt]
     held_out: Mapping[str, Sequence[Prompt]]  # by source
     demonstrations: Mapping[str, RewardedGroup]
+    left_out: int = 0  # training prompts that were too long
 
     @property
     def longest_prompt(self) -> int:
@@ -36,23 +38,30 @@ class RunData:
 
 def load_data(config: Config, policy: Policy | Outline, *, shown: bool) -> RunData:
     """Prompts of both kinds; ``shown``: the objective learns from the data's solutions."""
-    train, held_out = load_prompts(config, policy)
-    return RunData(train, held_out, demonstrations(train, policy, config) if shown else {})
+    train, held_out, left_out = load_prompts(config, policy)
+    return RunData(train, held_out, demonstrations(train, policy, config) if shown else {}, left_out)
 
 
-def load_prompts(config: Config, policy: Policy | Outline) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
-    """Training prompts, and held-out ones by source, as token ids."""
+def load_prompts(config: Config, policy: Policy | Outline) -> tuple[list[Prompt], dict[str, list[Prompt]], int]:
+    """Training prompts, and held-out ones by source, as token ids; and how many training prompts were left out as too long."""
 
     def rendered(problems: Sequence[Problem]) -> list[Prompt]:
         limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
         return tool_prompts(problems, policy.tokenizer, config, **limits)
 
-    train = rendered(load_problems(config.data.train, config=config.data, split="train"))
+    problems = load_problems(config.data.train, config=config.data, split="train")
+    if config.data.filter_overlong_prompts:
+        unlimited = replace(config, data=replace(config.data, max_prompt_length=0))
+        every = tool_prompts(problems, policy.tokenizer, unlimited, context_limit=2**31, completion_limit=1)
+        limit = prompt_limit(config.data, policy.context_length, config.rollout.completion_limit)
+        train = fitting(every, limit)
+    else:
+        train = rendered(problems)
     held_out = {
         source: rendered(spread(load_problems(source, config=config.data, split="eval"), config.eval.limit))
         for source in held_out_sources(config.data)
     }
-    return train, held_out
+    return train, held_out, len(problems) - len(train)
 
 
 def number_of_steps(config: Config, problems: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -62,11 +63,14 @@ def model_card(config: Config, summary: Mapping[str, Any], *, has_statistics: bo
         if has_statistics
         else "Nothing was erased in training: erasable decoding of a single sample needs statistics that `e3rl calibrate` makes."
     )
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model.path) and not Path(config.model.path).exists()
+    base = [f"base_model: {config.model.path}"] if hub else []
     return "\n".join(
         [
             "---",
             "library_name: transformers",
             "pipeline_tag: text-generation",
+            *base,
             "tags: [e3rl, reinforcement-learning]",
             "---",
             f"# {config.run.name}",

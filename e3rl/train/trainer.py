@@ -70,6 +70,8 @@ class Trainer:
         if run.ranks.first:
             write_json(self.run_path / "environment.json", environment())
         run.tell("started", self.run_path, run.config, method_name(run.config), state.step + 1, run.steps)
+        if run.data.left_out:
+            run.note(f"{run.data.left_out} training prompts are too long and left out; {len(run.data.train)} remain")
         for text in overlap_notes(run.config.data, run.data.train, run.data.held_out):
             run.note(text)
         if run.config.train.eval_steps and not run.data.held_out:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from e3rl.config import DataConfig
 from e3rl.data import templates
-from e3rl.data.prompts import prompt_limit, render_prompts
+from e3rl.data.prompts import fitting, prompt_limit, render_prompts
 from e3rl.errors import UserError
 from e3rl.rewards.pool import ProcessPool
 from e3rl.types import Message, Problem, Prompt
@@ -162,3 +162,16 @@ def test_raw_prompts_pass_by_the_template_and_messages_do_not(tokenizer: Any) ->
     assert [text(p) for p in found] == ["1+1?", "<user>2?\n<assistant>", "3"]
     assert [p.problem.id for p in found] == ["a", "b", "c"]
     assert "raw_prompts passes by the template" in refusal(tokenizer, "1", raw_prompts=True, system_prompt="x")
+
+
+def test_prompts_that_are_too_long_are_counted_and_may_be_left_out(tokenizer: Any) -> None:
+    problems = [Problem(str(i), "x" * (10 * i + 1)) for i in range(4)]
+    settings = DataConfig(raw_prompts=True, max_prompt_length=20)
+    with pytest.raises(
+        UserError, match="problem '2': its prompt has 21 tokens and the limit is 20, and 2 of 4 prompts"
+    ):
+        render_prompts(problems, tokenizer, settings, context_limit=99, completion_limit=9)
+    prompts = render_prompts(problems, tokenizer, DataConfig(raw_prompts=True), context_limit=99, completion_limit=9)
+    assert [p.problem.id for p in fitting(prompts, 11)] == ["0", "1"]
+    with pytest.raises(UserError, match="no prompt fits: the limit is 0 tokens and the shortest has 1"):
+        fitting(prompts, 0)

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from e3rl.lab.directories import lab_directory
+from e3rl.lab.__init__ import lab_directory
 
 SCRIPTS = Path(__file__).parent / "scripts"
 NAMES = ("quickstart", "positional", "main_function", "mapped", "gspo")

@@ -11,8 +11,11 @@ import pytest
 
 from e3rl.config import Config, DataConfig, ModelConfig, RewardsConfig, RolloutConfig, RunConfig, TrainConfig
 from e3rl.errors import UserError
+from e3rl.report.trackers import _logged
 from e3rl.train import trainer as module
 from e3rl.train.listeners import StopRequest
+from e3rl.train.optimizer import learning_rate
+from e3rl.train.summary import model_card
 from e3rl.train.trainer import Trainer, checkpoint_size
 
 
@@ -81,3 +84,37 @@ def test_a_stop_is_acknowledged_at_once(capfd: pytest.CaptureFixture[str]):
         assert "stopping as soon as the state is whole; again to stop now" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_overlong_training_prompts_are_left_out_on_request(config: Config):
+    rows = [("1:", "1"), ("22222222:", "2"), ("3:", "3")]
+    path = Path(config.data.train)
+    path.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows))
+    data = replace(config.data, max_prompt_length=8, filter_overlong_prompts=True)
+    trainer = Trainer(replace(config, data=data))
+    assert [p.problem.prompt for p in trainer.run.data.train] == ["1:", "3:"]
+    assert trainer.run.data.left_out == 1
+    trainer.run.rollouts.close()
+
+
+def test_warm_up_is_counted_in_updates_or_as_a_share():
+    rates = [learning_rate(TrainConfig(learning_rate=1.0, warmup_steps=4), update, 100) for update in range(6)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(TrainConfig(learning_rate=1.0, warmup_ratio=0.1), 0, 20) == 0.5
+
+
+def test_steps_are_logged_under_the_usual_names_too():
+    logged = _logged(
+        {"step": 3, "reward": 0.5, "degenerate_groups": 0.25, "finish_ratio": 0.75, "baseline": [1.0, None]}
+    )
+    assert logged == {
+        "train/step": 3.0, "train/reward": 0.5, "train/degenerate_groups": 0.25, "train/finish_ratio": 0.75,
+        "train/baseline/0": 1.0, "train/frac_reward_zero_std": 0.25, "train/completions/clipped_ratio": 0.25,
+    }  # fmt: skip
+
+
+def test_a_model_card_names_the_base_model_where_it_is_on_a_hub(config: Config, tmp_path: Path):
+    summary = {"method": "GRPO", "steps": 1, "tokens_generated": 1, "train_seconds": 1.0, "before": {}, "after": {}}
+    for path, named in (("owner/name", True), ("lab", False), (str(tmp_path), False)):
+        card = model_card(replace(config, model=ModelConfig(path=path)), summary, has_statistics=False)
+        assert (f"\nbase_model: {path}\n" in card) == named
