@@ -101,7 +101,7 @@ def renderer(setup: str) -> Callable[..., str]:
         try:
             made: Any = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **given)
             text = str(made[0][0])
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # or an argument that the renderer has already
             raise UserError(str(error)) from None
         if len(text) > _MOST_CHARACTERS:
             raise UserError(f"it makes {len(text)} characters of it")

@@ -85,7 +85,8 @@ class RowHook:
         if shaping.repetition != 1:
             seen = torch.tensor(sorted({*self._prompt, *generated}), dtype=torch.long, device=logits_V.device)
             chosen = logits_V[seen]
-            logits_V[seen] = torch.where(chosen > 0, chosen / shaping.repetition, chosen * shaping.repetition)
+            changed = torch.where(chosen > 0, chosen / shaping.repetition, chosen * shaping.repetition)
+            logits_V[seen] = changed.nan_to_num()  # of half precision: what overflowed is the largest number
         if generated and (shaping.frequency or shaping.presence):
             ids = torch.tensor(list(generated), dtype=torch.long, device=logits_V.device)
             tokens, counts = ids.unique(return_counts=True)

@@ -11,8 +11,9 @@ import contextlib
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,6 +32,7 @@ from e3rl.web.door import Door, while_connected
 from e3rl.web.prometheus import CONTENT_TYPE
 from e3rl.web.server import WebServer
 
+T = TypeVar("T")
 MAX_BODY = 4 * 2**20
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
@@ -116,7 +118,7 @@ class _Api:
 
     async def tokenize(self, request: Request) -> Response:
         body = await _body(request)
-        return _json(200, await asyncio.to_thread(lambda: self._tokens(read_tokenize(_parse(body)), _parse(body))))
+        return _json(200, await _apart(lambda: self._tokens(read_tokenize(_parse(body)), _parse(body))))
 
     def _tokens(self, asked: DecodingRequest, body: Any) -> dict[str, Any]:
         (prompt,) = asked.prompts
@@ -132,7 +134,7 @@ class _Api:
 
     async def post(self, request: Request) -> _Reply:
         form, body, outbox = FORMS[request.url.path], await _body(request), Outbox()
-        running = await asyncio.to_thread(lambda: self.service.start(form.read(_parse(body)), outbox))
+        running = await _apart(lambda: self.service.start(form.read(_parse(body)), outbox))
         writer = AnswerWriter(form, running, self.service.policy.tokenizer, self.service.name)
         return _Reply(self.service, running, writer)
 
@@ -183,6 +185,14 @@ class _Reply:
                 raise
             await event(json.dumps(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _apart(work: Callable[[], T]) -> T:
+    """Do ``work``, which reads what a client sent, in a thread."""
+    try:
+        return await asyncio.to_thread(work)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
 
 
 async def _body(request: Request) -> bytes:

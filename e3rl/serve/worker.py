@@ -67,7 +67,7 @@ class DecodingWorker:
 
     def __init__(self, engine: Engine, *, rows: int, queue_limit: int) -> None:
         self.rows, self._queue_limit = rows, queue_limit
-        self._driver = Driver(engine)
+        self._engine, self._driver = engine, Driver(engine)
         self._interrupt = getattr(engine, "interrupt", _no_interrupt)
         self._arrived: list[Ticket] = []
         self._tickets: dict[GroupJob, Ticket] = {}  # that the driver has
@@ -88,7 +88,8 @@ class DecodingWorker:
                 raise ApiError(429, f"{waiting} groups wait already; try again soon", code="overloaded")
             self._arrived.extend(tickets)
             self._changed.notify()
-        self._interrupt()
+        if self._engine.free_rows() and not waiting:  # else there is nothing to be had before somebody ends
+            self._interrupt()
 
     def load(self) -> dict[str, int]:
         """How much is decoding and waiting now."""

@@ -31,6 +31,10 @@ PATHS = (
     "/v1/models",
     "/v1/completions",
     "/v1/chat/completions",
+    "/inference/v1/generate",
+    "/tokenize",
+    "/detokenize",
+    "/metrics",
     "*",
     "/../..",
 )
@@ -57,6 +61,21 @@ _FIELDS = (
     "seed",
     "e3rl",
     "x",
+    "tools",
+    "tool_choice",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "structured_outputs",
+    "response_format",
+    "chat_template_kwargs",
+    "sampling_params",
+    "token_ids",
+    "tokens",
+    "min_p",
+    "repetition_penalty",
+    "stop_token_ids",
+    "return_token_ids",
 )
 BODIES = st.binary(max_size=60) | st.dictionaries(st.sampled_from(_FIELDS), _VALUES, max_size=6).map(
     lambda body: json.dumps({"model": "tiny", "max_tokens": 2, **body}).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,10 @@ from tests.serve.conftest import serving
 from tests.serve.test_server import TEXT, post, settled
 
 VICTIM = {"model": "tiny", "prompt": "3", "n": 2, "seed": 9, "max_tokens": 60, "e3rl": {"segment_length": 4}}
+SHAPING = (
+    *("min_p", "top_k", "min_tokens", "logprobs"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
 EDGES = ("1e6", "-1e6", "1e-6", "10", "0", "5e-324")
 EXTREMES = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e308", "-1e308", "1" + "0" * 30, "1" + "0" * 400)
 
@@ -55,7 +60,7 @@ def test_a_number_that_can_not_be_calculated_with_is_refused(
 def test_no_extreme_number_reaches_a_neighbour(make_service: Callable[..., Service]):
     """Every number that a client may send, at every extreme, beside a stream that must stay as it is alone."""
     fields = [(name, True) for name in (*_ERASURE, "top_k", "segment_length")]
-    fields += [(name, False) for name in ("temperature", "top_p", "n", "max_tokens", "seed", "stop")]
+    fields += [(name, False) for name in ("temperature", "top_p", "n", "max_tokens", "seed", "stop", *SHAPING)]
     with serving(make_service()) as url:
         alone = post(url, TEXT, VICTIM)[1]["choices"]
         found: list[Any] = []
@@ -163,3 +168,46 @@ def test_a_threshold_without_end_is_null_in_json(make_service: Callable[..., Ser
         status, answer = post(url, TEXT, body)
     assert status == 200
     assert "Infinity" not in json.dumps(answer)
+
+
+DEEP = 4000
+NASTY = {
+    "a schema without end": {"structured_outputs": {"json": {"$ref": "#"}}},
+    "a regular expression of a million": {"structured_outputs": {"regex": "((a{1,100}){1,100}){1,100}b"}},
+    "alternatives that repeat": {"structured_outputs": {"regex": "(a|a?)+" * 50 + "b"}},
+    "a grammar that calls itself": {"structured_outputs": {"grammar": "start: start start | start"}},
+    "many choices": {"structured_outputs": {"choice": [f"{i:04}" for i in range(6000)]}},
+    "a template's loop": {"chat_template_kwargs": {"messages": [1], "bos_token": "x" * 10_000}},
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nothing_nasty_reaches_a_neighbour(make_service: Callable[..., Service], name: str):
+    """A grammar that takes long or can't be met ends its own request, in time, and a neighbour's answer is as ever."""
+    with serving(make_service()) as url:
+        alone = post(url, TEXT, VICTIM)[1]["choices"]
+        body: dict[str, Any] = {**VICTIM, "max_tokens": 12, **NASTY[name]}
+        if "chat_template_kwargs" in body:
+            body = {**body, "messages": [{"role": "user", "content": "1"}]}
+            del body["prompt"]
+        began = time.monotonic()
+        path = "/v1/chat/completions" if "messages" in body else TEXT
+        answers: list[Any] = []
+        thread = threading.Thread(target=lambda: answers.append(post(url, path, body)))
+        thread.start()
+        victim = post(url, TEXT, VICTIM)
+        thread.join()
+        assert (victim[0], victim[1]["choices"]) == (200, alone)
+        assert answers[0][0] in (200, 400), answers
+        assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_is_nested_too_deeply_is_refused(make_service: Callable[..., Service], path: str):
+    deep = "[" * DEEP + "]" * DEEP
+    tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {{"x": {deep}}}}}}}'
+    body = f'{{"model": "tiny", "messages": [{{"role": "user", "content": "1"}}], "tools": [{tool}]}}'
+    with serving(make_service()) as url:
+        status, answer = post(url, path, body.encode())
+    assert status == 400
+    assert answer["error"]["message"]
