@@ -26,6 +26,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain", type=float, default=30, metavar="SECONDS", help="that requests in progress have to end at a stop; 30"
     )
+    parser.add_argument("--page", action="store_true", help="a page at / that shows live what is being erased")
     add_setting_arguments(parser)
 
 
@@ -50,6 +51,7 @@ def serve(options: argparse.Namespace) -> int:
         name=options.name or options.model,
         max_length=options.max_length,
         queue_limit=options.queue,
+        live=options.page,
     )
     if opened.calibration is None:
         print("no calibration statistics beside the model: single samples need 'erase': false", file=sys.stderr)

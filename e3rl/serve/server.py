@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from e3rl.errors import UserError
 from e3rl.serve.errors import ApiError
 from e3rl.serve.forms import FORMS, AnswerWriter
 from e3rl.serve.requests import DecodingRequest, read_detokenize, read_tokenize
@@ -41,6 +42,10 @@ def make_server(service: Service, access: Access, port: int, *, drain_s: float =
     """A server that is bound and not yet running; port 0 takes any free one. When it is to stop, requests in progress have
     ``drain_s`` seconds to end; then it closes the service."""
     app = make_app(service, access)
+    if service.live is not None and access.token:
+        raise UserError(
+            "--page is for a server without --token: a browser sends none, and the page shows what all clients get"
+        )
     return WebServer(app, access, port, on_stop=service.close, drain=service.drain, drain_s=drain_s)
 
 
@@ -56,6 +61,8 @@ def make_app(service: Service, access: Access) -> Door:
         Route("/detokenize", api.detokenize, methods=["POST"]),
         *(Route(path, api.post, methods=["POST"]) for path in FORMS),
     ]
+    if service.live is not None:
+        routes += [Route("/", service.live.page), Route("/live", service.live.events)]
     app = Starlette(
         routes=routes, exception_handlers={ApiError: _refused, HTTPException: _unrouted, Exception: _broken}
     )

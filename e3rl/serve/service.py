@@ -22,6 +22,7 @@ from e3rl.serve.errors import ApiError, as_api_error, invalid
 from e3rl.serve.grammar import GrammarCompiler, call_grammar
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.messages import Chat
+from e3rl.serve.page import LiveFeed
 from e3rl.serve.requests import DecodingRequest
 from e3rl.serve.settings import RequestSettings, decoding
 from e3rl.serve.text import CallStream, TextStream
@@ -40,6 +41,7 @@ class Running:
     choices: tuple[ServedChoice, ...]
     outbox: Outbox
     cancelled: threading.Event
+    number: int = 0  # on the live page
     began: float = field(default_factory=time.monotonic)
 
     def usage(self) -> dict[str, int]:
@@ -74,6 +76,7 @@ class Service:
         name: str,
         max_length: int,
         queue_limit: int,
+        live: bool = False,
     ) -> None:
         self.name, self.policy = name, policy
         self._config, self._calibration = config, calibration
@@ -85,6 +88,7 @@ class Service:
         self._worker = DecodingWorker(self._engine, rows=rows, queue_limit=queue_limit)
         self._vocabulary = policy.model.get_input_embeddings().weight.shape[0]
         self.metrics = Metrics(_HELP)
+        self.live = LiveFeed(policy.tokenizer) if live else None
         self._grammars = GrammarCompiler(policy.tokenizer, policy.eos_ids, self._vocabulary)
 
     def close(self) -> None:
@@ -155,6 +159,8 @@ class Service:
     def _apply(self, running: Running, prompt: int, event: Event) -> Iterator[tuple[ServedChoice, Piece]]:
         if isinstance(event, Committed | Erased):
             choice = running.choices[prompt * running.request.n + event.sibling]
+            if self.live is not None and choice.finish is None:
+                self.live.tell(running.number, choice.index, event)
             if isinstance(event, Erased):
                 choice.erased(event)
             elif piece := choice.committed(event):
@@ -194,7 +200,8 @@ class Service:
             choice.hook = self._hook(request, settings, prompt, form)
             choice.call_stream = CallStream(form, request.tools) if form else None
             choices.append(choice)
-        return Running(request, settings, prompts, tuple(choices), outbox, threading.Event())
+        number = self.live.number() if self.live else 0
+        return Running(request, settings, prompts, tuple(choices), outbox, threading.Event(), number)
 
     def _call_format(self, request: DecodingRequest) -> ToolCallFormat | None:
         """How the model writes tool calls, where the request has tools."""

@@ -74,10 +74,14 @@ def make_service(
     with contextlib.ExitStack() as stack:
 
         def make(
-            known: CalibrationStatistics | None = calibration, *, queue_limit: int = 8, endless: bool = False
+            known: CalibrationStatistics | None = calibration,
+            *,
+            queue_limit: int = 8,
+            endless: bool = False,
+            live: bool = False,
         ) -> Service:
             served = replace(policy, eos_ids=(10**6,)) if endless else policy
-            service = Service(served, config, known, name="tiny", max_length=256, queue_limit=queue_limit)
+            service = Service(served, config, known, name="tiny", max_length=256, queue_limit=queue_limit, live=live)
             stack.callback(service.close)
             return service
 
