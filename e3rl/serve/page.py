@@ -38,7 +38,8 @@ class LiveFeed:
         if not isinstance(event, Committed | Erased):
             return
         part = event.erasure if isinstance(event, Erased) else event.segment
-        judgement, facts = part.judgement, {"request": request, "choice": choice, "segment": part.index}
+        judgement = part.judgement
+        facts: dict[str, Any] = {"request": request, "choice": choice, "segment": part.index}
         if judgement is not None:
             measured = {"u": judgement.uncertainty.total, "threshold": judgement.threshold.total}
             facts |= {name: round(value, 4) for name, value in measured.items() if abs(value) < 1e9}
@@ -73,8 +74,8 @@ class LiveFeed:
         self._viewers.add(queue)
         try:
             yield ": watching\n\n"
-            for message in list(self._recent):
-                yield f"data: {message}\n\n"
+            for earlier in list(self._recent):
+                yield f"data: {earlier}\n\n"
             while (message := await queue.get()) is not None:
                 yield f"data: {message}\n\n"
         finally:

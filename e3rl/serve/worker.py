@@ -99,7 +99,8 @@ class DecodingWorker:
         """Look at once whether something was cancelled."""
         with self._changed:
             self._changed.notify()
-        self._interrupt()
+        if any(ticket.cancelled.is_set() for ticket in list(self._tickets.values())):  # and not ended meanwhile
+            self._interrupt()
 
     def drain(self) -> bool:
         """Refuse new requests from now on; whether earlier ones are still under way."""
