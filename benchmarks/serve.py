@@ -126,8 +126,8 @@ def make_model(path: Path, width: int, layers: int) -> None:
 
 
 @contextlib.contextmanager
-def started(server: Server, log: Path) -> Iterator[str]:
-    """The address of the running server."""
+def started(server: Server, log: Path) -> Iterator[tuple[str, int]]:
+    """The address of the running server, and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
@@ -144,7 +144,7 @@ def started(server: Server, log: Path) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > until:
                     raise SystemExit(f"{server.name} did not start:\n{log.read_text()[-2000:]}")
                 time.sleep(0.2)
-            yield url
+            yield url, process.pid
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
@@ -205,6 +205,29 @@ async def measure(url: str, server: Server, model: Path, streams: int, tokens: i
     return load
 
 
+async def soak(url: str, server: Server, model: Path, streams: int, tokens: int, seconds: float, pid: int) -> None:
+    """Streams of which one in four hangs up in the middle: memory in ten parts of the time, and whether all rows come back."""
+    before = httpx.get(f"{url}/health").json()["free_rows"]
+    load, spans = Load(), 10
+    for part in range(spans):
+        body = {"model": str(model), "max_tokens": tokens, "stream": True, **server.extra}
+        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+            until = time.monotonic() + seconds / spans
+            numbers = range(streams * part, streams * (part + 1))
+            asking = [asyncio.ensure_future(stream(client, url, {**body, "number": n}, load, until)) for n in numbers]
+            await asyncio.sleep(seconds / spans / 2)
+            for task in asking[::4]:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        await asyncio.sleep(0.5)
+        state = httpx.get(f"{url}/health").json()
+        status = Path(f"/proc/{pid}/status").read_text()
+        megabytes = int(status.partition("VmRSS:")[2].split()[0]) // 1024
+        print(f"{(part + 1) * seconds / spans:.0f} s: {megabytes} MB, {load.answers} answers, {state}", flush=True)
+        if state["free_rows"] != before:
+            raise SystemExit(f"{before - state['free_rows']} rows were not given back")
+
+
 def row(server: str, streams: int, load: Load, seconds: float) -> dict[str, Any]:
     """The figures of one run."""
 
@@ -249,6 +272,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vllm", help="the vllm command of another environment")
     parser.add_argument("--only", help="servers whose name contains this")
+    parser.add_argument("--soak", type=float, help="in place of the table: seconds under the largest number of streams")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -259,12 +283,17 @@ def main() -> None:
         for name in missing:
             print(f"left out: {name}", file=sys.stderr)
         for server in (s for s in found if not options.only or options.only in s.name):
-            with started(server, Path(directory) / "log") as url:
+            with started(server, Path(directory) / "log") as (url, pid):
+                if options.soak:
+                    streams = max(map(int, options.streams.split(",")))
+                    asyncio.run(soak(url, server, model, streams, options.tokens, options.soak, pid))
+                    continue
                 for streams in map(int, options.streams.split(",")):
                     load = asyncio.run(measure(url, server, model, streams, options.tokens, options.seconds))
                     rows.append(row(server.name, streams, load, options.seconds))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print(table(rows))
+    if rows:
+        print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
