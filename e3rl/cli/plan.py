@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
 from e3rl.config import Config, load_config
 from e3rl.errors import UserError
+
+if TYPE_CHECKING:
+    from e3rl.plan.simulation import Costs, StepTime, Work
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -23,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-bytes", type=float, default=147456, help="of a token's keys and values; default: Qwen3-4B's"
     )
-    parser.add_argument("--rows", type=int, default=256, help="sequences that one GPU decodes together; default: 256")
+    parser.add_argument(
+        "--rows", type=int, default=256, help="most sequences that one GPU decodes together; default: 256"
+    )
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt; default: 256")
     parser.add_argument("--erase", type=float, default=0.1, help="chance that a candidate is erased; default: 0.1")
     parser.add_argument("--end", type=float, default=0.1, help="chance that a segment is the last; default: 0.1")
     parser.add_argument("--seed", type=int, default=0, help="of the simulation's chance")
@@ -47,7 +53,15 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
     """A line for each number of GPUs: all of them generate and then train; some generate while the others train."""
     from rich.table import Table
 
-    from e3rl.plan.simulation import Work, roofline, simulate_rollouts, simulate_step
+    from e3rl.plan.simulation import (
+        Gpu,
+        Work,
+        fitting_rows,
+        operations,
+        read_context,
+        roofline,
+        simulate_step,
+    )
 
     work = Work(
         groups=config.train.prompts_per_step,
@@ -57,43 +71,73 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
         erase=options.erase if config.rollout.erase else 0.0,
         end=options.end,
         max_erasures=config.erasure.max_erasures,
+        prompt_tokens=options.prompt,
     )
-    costs = roofline(options.parameters, options.kv_bytes, work.segment_length * work.segments / 2)
+    length = work.segment_length * work.segments
+    context, flops = read_context(length, config.rollout.engine), operations(config)
+    costs = roofline(options.parameters, options.kv_bytes, context, flops, prompt=work.prompt_tokens)
+    trained = (
+        2 * options.parameters if flops == 0 else 18 * options.parameters
+    )  # float32 master, sum and moments; copies
+
+    def rows(held: float) -> int:
+        """Rows of an engine beside ``held`` bytes; of the torch engine in slots of full length."""
+        size = context if config.rollout.engine == "vllm" else length + work.prompt_tokens
+        return fitting_rows(options.rows, options.parameters, options.kv_bytes, size, held, Gpu())
+
     table = Table(
-        title=f"{work.groups} groups of {work.siblings}, {options.parameters:.3g} parameters", title_justify="left"
+        title=f"{work.groups} groups of {work.siblings}, {options.parameters:.3g} parameters, {flops} operations a weight and "
+        "token in training; seconds",
+        title_justify="left",
     )
     for name in (
         "GPUs",
-        "together, s",
+        "rows",
+        "together",
         "bottleneck",
-        "apart, s",
+        "apart",
         "generate + train",
         "speed-up",
-        "barrier, %",
-        "idle, %",
+        "barrier %",
+        "idle %",
     ):
-        table.add_column(name, justify="left" if name == "bottleneck" else "right")
+        table.add_column(name, justify="left" if name == "bottleneck" else "right", no_wrap=name == "bottleneck")
     first = 0.0
     for gpus in options.gpus:
-        settings = {"rows": options.rows, "seed": options.seed}
-        together = simulate_step(work, costs, workers=gpus, trainers=gpus, **settings)
+        fit, alone = rows(trained / gpus), rows(0.0)
+        together = None
+        if fit >= work.siblings:
+            together = simulate_step(work, costs, workers=gpus, trainers=gpus, rows=fit, seed=options.seed)
         splits = [t for t in sorted({max(1, gpus * part // 8) for part in range(1, 8)}) if t < gpus]
         apart = [
-            (simulate_step(work, costs, workers=gpus - t, trainers=t, ahead=True, **settings), gpus - t, t)
+            (
+                simulate_step(work, costs, workers=gpus - t, trainers=t, rows=alone, ahead=True, seed=options.seed),
+                gpus - t,
+                t,
+            )
             for t in splits
+            if alone >= work.siblings and trained / t < Gpu().memory
         ]
         best = min(apart, key=lambda found: found[0].seconds, default=None)
-        free = simulate_rollouts(replace(work, erase=0.0), costs, gpus, options.rows, options.seed)
-        rate, plain = together.rollout.tokens / together.rollout.seconds, free.tokens / free.seconds
-        first = first or together.seconds
+        seconds = [found.seconds for found in (together, best and best[0]) if found]
+        first = first or min(seconds, default=0.0)
         table.add_row(
             str(gpus),
-            f"{together.seconds:.1f}",
-            together.bottleneck,
+            str(fit),
+            f"{together.seconds:.1f}" if together else "–",
+            together.bottleneck if together else "",
             f"{best[0].seconds:.1f}" if best else "",
             f"{best[1]} + {best[2]}" if best else "",
-            f"{first / min(together.seconds, best[0].seconds if best else together.seconds):.1f}",
-            f"{100 * (1 - rate / plain):.1f}",
-            f"{100 * together.rollout.idle:.1f}",
+            f"{first / min(seconds):.1f}" if seconds else "",
+            *(_lost(work, costs, together, gpus, fit, options.seed) if together else ("", "")),
         )
     return table
+
+
+def _lost(work: Work, costs: Costs, step: StepTime, gpus: int, rows: int, seed: int) -> tuple[str, str]:
+    """How much slower tokens come than without erasing, and how long workers are idle; in percent."""
+    from e3rl.plan.simulation import simulate_rollouts
+
+    free = simulate_rollouts(replace(work, erase=0.0), costs, gpus, rows, seed)
+    rate, plain = step.rollout.tokens / step.rollout.seconds, free.tokens / free.seconds
+    return f"{100 * (1 - rate / plain):.1f}", f"{100 * step.rollout.idle:.1f}"

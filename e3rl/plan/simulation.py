@@ -11,7 +11,10 @@ import heapq
 import random
 from dataclasses import dataclass, field
 
+from e3rl.cluster.parallel import KEEPS_PASSES
+from e3rl.config import Config
 from e3rl.errors import UserError
+from e3rl.objectives import build
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Costs:
     reward: float = 0.0  # of a whole step
     start: float = 0.0  # of a worker's part in a batch: connection, first exchange
     candidate: float = 0.0  # beside its decode steps: judging it, starting the next
+    python_token: float = 0.0  # of the first rank, for each token that was generated
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,25 @@ class StepTime:
     train: float
     sync: float
     reward: float
+    python: float  # of the first rank, while nothing else goes on: an upper bound
     ahead: bool
 
     @property
     def seconds(self) -> float:
         """From the step's beginning to the next one's."""
-        rollout = self.rollout.seconds + self.reward
+        rollout = self.rollout.seconds + self.reward + self.python
         return (max(rollout, self.train) if self.ahead else rollout + self.train) + self.sync
 
     @property
     def bottleneck(self) -> str:
         """What takes longest."""
-        parts = {"rollout": self.rollout.seconds, "training": self.train, "weights": self.sync, "rewards": self.reward}
+        parts = {
+            "rollout": self.rollout.seconds,
+            "training": self.train,
+            "weights": self.sync,
+            "rewards": self.reward,
+            "python": self.python,
+        }
         return max(parts, key=lambda name: parts[name])
 
 
@@ -204,33 +215,72 @@ def simulate_step(
     """A step with ``workers`` engines and ``trainers`` GPUs that train."""
     rollout = simulate_rollouts(work, costs, workers, rows, seed)
     tokens = rollout.tokens - rollout.erased_tokens + work.groups * work.siblings * work.prompt_tokens
-    return StepTime(rollout, tokens * costs.train_token / trainers, costs.sync, costs.reward, ahead)
+    python = rollout.tokens * costs.python_token
+    return StepTime(rollout, tokens * costs.train_token / trainers, costs.sync, costs.reward, python, ahead)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says, and how much of it programs reach. The defaults are those of an H100 SXM."""
+    """What a data sheet says, and how much of it programs reach. The defaults are those of an H100 SXM.
+
+    The shares and the rate of new weights are set so that published runs come out (`tests/plan/test_published.py`).
+    """
 
     bandwidth: float = 3.35e12  # bytes/s of its memory
     flops: float = 989e12  # dense bfloat16
-    link: float = 50e9  # bytes/s between machines
+    memory: float = 80e9
     bandwidth_share: float = 0.7
     decode_share: float = 0.4
-    train_share: float = 0.4
+    train_share: float = 0.36
+    weights: float = 8.6e9  # bytes/s of new weights, from the trainers to all workers
 
 
-def roofline(parameters: float, kv_bytes: float, context: float, gpu: Gpu | None = None) -> Costs:
-    """Costs of a bfloat16 model on a GPU: decoding by memory and arithmetic, training by arithmetic, weights by the link.
+PYTHON_TOKEN = 1.5e-6
+"""Seconds of the first rank's Python a token: receiving, journal, ledger (`python_us_per_token` of benchmarks/scale.py)."""
 
-    ``kv_bytes``: of one token's keys and values; ``context``: tokens that a row holds on average. Training counts 2 passes
-    forward and 1 backward: 8 operations a parameter and token.
+_HELD = 0.9  # of the memory: what CUDA and the allocator leave
+_PADDED = 256  # positions to which a recorded decode step of the torch engine rounds its width
+
+
+def operations(config: Config) -> int:
+    """Operations of a training step for each weight and token, 2 a forward pass and 4 a backward pass, at lengths where a group
+    is several micro-batches (`flops_per_param_token` of benchmarks/scale.py counts them)."""
+    needs, train = build(config.objective).needs, config.train
+    if "frozen" in needs:
+        return 0
+    one_update = train.num_iterations == train.minibatches == 1
+    keeps = train.gradient_checkpointing and train.parallel in KEEPS_PASSES
+    one_pass = one_update and ("rewards_only" in needs or keeps)
+    updates = train.num_iterations * (6 + 2 * train.gradient_checkpointing)
+    return updates + 2 * ("reference" in needs) + 2 * (not one_pass)
+
+
+def fitting_rows(wanted: int, parameters: float, kv_bytes: float, context: float, held: float, gpu: Gpu) -> int:
+    """Rows that find room beside bfloat16 weights and ``held`` bytes of other things, at most ``wanted``."""
+    free = gpu.memory * _HELD - 2 * parameters - held
+    return max(0, min(wanted, int(free / (kv_bytes * context))))
+
+
+def read_context(length: int, engine: str) -> float:
+    """Positions that a row's decode step reads on average: its own in vLLM; those of the longest row, padded, in the torch
+    engine, where rows that began earlier are beside it all the time."""
+    return length / 2 if engine == "vllm" else -(-length // _PADDED) * _PADDED
+
+
+def roofline(
+    parameters: float, kv_bytes: float, context: float, operations: int, gpu: Gpu | None = None, prompt: int = 256
+) -> Costs:
+    """Costs of a bfloat16 model on a GPU: decoding by memory and arithmetic, training by arithmetic, weights by their rate.
+
+    ``kv_bytes``: of one token's keys and values; ``context``: positions that a row reads on average.
     """
     gpu = gpu or Gpu()
     memory = gpu.bandwidth * gpu.bandwidth_share
     return Costs(
         step=2 * parameters / memory,
         row=kv_bytes * context / memory + 2 * parameters / (gpu.flops * gpu.decode_share),
-        prompt=2 * parameters * 256 / (gpu.flops * gpu.decode_share),
-        train_token=8 * parameters / (gpu.flops * gpu.train_share),
-        sync=2 * parameters / gpu.link,
+        prompt=2 * parameters * prompt / (gpu.flops * gpu.decode_share),
+        train_token=operations * parameters / (gpu.flops * gpu.train_share),
+        sync=2 * parameters / gpu.weights,
+        python_token=PYTHON_TOKEN,
     )

@@ -7,8 +7,20 @@ from dataclasses import replace
 import pytest
 
 from e3rl.cli.main import main
+from e3rl.cli.recipes import find_recipe
+from e3rl.config import load_config
 from e3rl.errors import UserError
-from e3rl.plan.simulation import Costs, Work, roofline, simulate_rollouts, simulate_step
+from e3rl.plan.simulation import (
+    Costs,
+    Gpu,
+    Work,
+    fitting_rows,
+    operations,
+    read_context,
+    roofline,
+    simulate_rollouts,
+    simulate_step,
+)
 
 COSTS = Costs(step=1.0, row=0.25, prompt=2.0, train_token=0.01, sync=3.0, reward=1.0)
 WORK = Work(groups=4, siblings=2, segment_length=10, segments=3, erase=0.0, end=0.0, prompt_tokens=5)
@@ -82,10 +94,51 @@ def test_what_was_erased_is_not_trained_on():
 
 
 def test_costs_of_a_data_sheet():
-    costs = roofline(parameters=4e9, kv_bytes=147456, context=4096)
+    costs = roofline(parameters=4e9, kv_bytes=147456, context=4096, operations=10)
     assert costs.step == pytest.approx(8e9 / (3.35e12 * 0.7))
-    assert costs.train_token == pytest.approx(8 * 4e9 / (989e12 * 0.4))
-    assert costs.sync == pytest.approx(8e9 / 50e9)
+    assert costs.row == pytest.approx(147456 * 4096 / (3.35e12 * 0.7) + 8e9 / (989e12 * 0.4))
+    assert costs.train_token == pytest.approx(10 * 4e9 / (989e12 * 0.36))
+    assert costs.sync == pytest.approx(8e9 / 8.6e9)
+
+
+def test_pythons_share_is_part_of_the_step():
+    step = simulate_step(WORK, replace(COSTS, python_token=0.1), workers=1, rows=8, trainers=1)
+    assert step.seconds == pytest.approx(simulate_step(WORK, COSTS, workers=1, rows=8, trainers=1).seconds + 24.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.name=e3rl"], 10),
+        (["objective.name=grpo", "objective.kl_coef=0.0"], 8),
+        (["objective.name=grpo", "objective.kl_coef=0.0", "train.gradient_checkpointing=false"], 6),
+        (["objective.name=e3rl", "train.gradient_checkpointing=false"], 10),
+        (["objective.name=e3rl", "train.parallel=deepspeed-zero2"], 12),
+        (["objective.name=e3rl", "train.minibatches=4"], 12),
+        (["objective.name=erpo"], 10),
+        (["objective.name=vanilla"], 0),
+    ],
+)
+def test_operations_of_a_step(overrides: list[str], expected: int):
+    config = load_config(
+        find_recipe("lab"),
+        [],
+        ["train.gradient_checkpointing=true", "train.minibatches=1", "train.num_iterations=1", *overrides],
+    )
+    assert operations(config) == expected
+
+
+def test_rows_that_fit():
+    """80 GB hold 72; 8 of weights and 4 of others leave 60, and a row takes 1."""
+    gpu = Gpu(memory=80e9)
+    assert fitting_rows(256, 4e9, 1e5, 1e4, 4e9, gpu) == 60
+    assert fitting_rows(32, 4e9, 1e5, 1e4, 4e9, gpu) == 32
+    assert fitting_rows(256, 40e9, 1e5, 1e4, 0.0, gpu) == 0
+
+
+def test_the_torch_engine_reads_padded_widths():
+    assert read_context(8192, "vllm") == 4096
+    assert read_context(8100, "torch") == 8192
 
 
 @pytest.mark.parametrize(("field", "value"), [("groups", 0), ("segments", 0), ("erase", 1.5), ("end", -0.1)])
@@ -102,7 +155,8 @@ def test_a_worker_without_room_for_a_group_is_refused():
 def test_the_command_prints_a_line_for_each_number_of_gpus(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "demo", "--simulate", "--gpus", "1", "16"]) == 0
     said = capsys.readouterr().out
-    assert "rollout" in said
+    assert "10 operations" in said
+    assert "weights" in said, "the demo's few tokens take less time than new weights of 4 billion parameters"
     assert "16" in said
     assert main(["plan", "demo"]) == 2
     assert "e3rl train RECIPE --plan" in capsys.readouterr().err
