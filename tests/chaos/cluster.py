@@ -192,7 +192,7 @@ class Cluster:
 
     def trainer(self, policy: Stub) -> RemoteRollouts:
         """A process's rollouts, as `e3rl.cluster.rollouts` builds them."""
-        terms = Terms("stub", VOCABULARY, LONGEST_PROMPT + CONFIG.rollout.completion_limit, 20.0, attempts=10_000)
+        terms = Terms("stub", VOCABULARY, LONGEST_PROMPT + CONFIG.rollout.completion_limit, 20.0)
         places = [Place(f"w{i}", machine.connect) for i, machine in enumerate(self.machines)]
         journal = Journal(self.directory, lambda: fingerprint(policy.model), lambda text: None)
         return RemoteRollouts(WorkerPool(places, terms), policy, Engine(None, 0.0), journal)  # type: ignore[arg-type]
@@ -220,10 +220,14 @@ class Cluster:
                         rollouts.load_weights(step)
                         self._step(rollouts, step, had)
                         break
-                    except TrainerDied:
+                    except (TrainerDied, UserError) as end:
+                        if isinstance(end, UserError) and "no rollout worker is left" not in str(end):
+                            raise
                         rollouts.close()
                         rollouts = None
-                        self.counts["trainer died"] += 1
+                        self.counts[
+                            "trainer died" if isinstance(end, TrainerDied) else "run ended: no worker left"
+                        ] += 1
             self.close()
 
     def _step(self, rollouts: RemoteRollouts, step: int, had: dict[str, Any]) -> None:
