@@ -17,6 +17,7 @@ from e3rl.cluster.worker import RolloutWorker
 from e3rl.errors import UserError
 from e3rl.web.access import Access
 from e3rl.web.door import Door
+from e3rl.web.prometheus import CONTENT_TYPE
 from e3rl.web.server import WebServer
 
 
@@ -31,6 +32,9 @@ def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
 
     async def hello(request: Request) -> Response:
         return Response(worker.hello())
+
+    async def metrics(request: Request) -> Response:
+        return Response(worker.metrics(), media_type=CONTENT_TYPE)
 
     async def exchange(request: Request) -> Response:
         return await _called(worker.exchange, await request.body())
@@ -47,6 +51,7 @@ def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
 
     routes = [
         Route("/hello", hello),
+        Route("/metrics", metrics),
         Route("/exchange", exchange, methods=["POST"]),
         Route("/weights", weights, methods=["POST"]),
         Route("/offer", offer, methods=["POST"]),

@@ -25,8 +25,27 @@ from e3rl.models import Policy, load_policy
 from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.orders import Event
+from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.types import Problem, Prompt
+from e3rl.web.prometheus import Metrics
+
+_HELP = {
+    "e3rl_segments_total": "committed segments",
+    "e3rl_erasures_total": "erased candidates",
+    "e3rl_committed_tokens_total": "tokens of committed segments",
+    "e3rl_erased_tokens_total": "tokens of erased candidates",
+    "e3rl_groups_total": "groups that were finished",
+    "e3rl_faults_total": "groups or batches that an error ended",
+    "e3rl_erase_rate": "erased candidates over all candidates",
+    "e3rl_regeneration_ratio": "r: erased tokens for each committed one",
+    "e3rl_rows": "sequences that the engine can hold",
+    "e3rl_rows_held": "sequences that it holds",
+    "e3rl_siblings_waiting": "held sequences that wait at their group's barrier",
+    "e3rl_groups_decoding": "groups under way",
+    "e3rl_groups_waiting": "groups that wait for rows",
+    "e3rl_policy_version": "version of the weights; -1 before any came",
+    "e3rl_prefix_cache_hit_rate": "share of the submitted tokens that vLLM's prefix cache held",
+}
 
 SECONDS_TO_STOP = 60.0
 """How long new weights wait for a batch that is given up; it stops at its next candidate."""
@@ -49,6 +68,9 @@ class RolloutWorker:
         self._finished: list[pa.RecordBatch] = []
         self._fault: Fault | None = None
         self._beat, self._closed = 0, False
+        self._driver, self._metrics = Driver(self._engine), Metrics(_HELP)
+        for name in (name for name in _HELP if name.endswith("_total")):
+            self._metrics.add(name, 0)
         self._holding = False  # the engine may hold rows
         self._thread = threading.Thread(target=self._decode_for_ever, name="rollouts", daemon=True)
         self._thread.start()
@@ -117,7 +139,7 @@ class RolloutWorker:
 
     def _decode_for_ever(self) -> None:
         """Step the driver as long as it has groups of the present run."""
-        driver, run = Driver(self._engine), ""
+        driver, run = self._driver, ""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._tasks or driver.busy)
@@ -153,11 +175,37 @@ class RolloutWorker:
                     self._finished.append(finished)
                     self._changed.notify_all()
 
-    def _observe(self, _: Event) -> None:
+    def _observe(self, event: Event) -> None:
         self._beat += 1
+        if isinstance(event, Committed):
+            self._metrics.add("e3rl_segments_total")
+            self._metrics.add("e3rl_committed_tokens_total", len(event.segment.candidate.ids))
+        elif isinstance(event, Erased):
+            self._metrics.add("e3rl_erasures_total")
+            self._metrics.add("e3rl_erased_tokens_total", len(event.erasure.candidate.ids))
+        else:
+            self._metrics.add("e3rl_groups_total")
+
+    def metrics(self) -> str:
+        """What an operator watches, in Prometheus' text format."""
+        driver, held, count = self._driver, self._rows - self._engine.free_rows(), self._metrics.count
+        candidates = count("e3rl_segments_total") + count("e3rl_erasures_total")
+        gauges = {
+            "e3rl_erase_rate": count("e3rl_erasures_total") / max(1, candidates),
+            "e3rl_regeneration_ratio": count("e3rl_erased_tokens_total") / max(1, count("e3rl_committed_tokens_total")),
+            "e3rl_rows": self._rows,
+            "e3rl_rows_held": held,
+            "e3rl_siblings_waiting": max(0, held - driver.requests),
+            "e3rl_groups_decoding": driver.decoding,
+            "e3rl_groups_waiting": driver.waiting,
+            "e3rl_policy_version": -1 if self._version is None else self._version,
+        }
+        hits = getattr(getattr(self._engine, "stats", None), "hit_rate", None)
+        return self._metrics.text(gauges if hits is None else {**gauges, "e3rl_prefix_cache_hit_rate": hits})
 
     def _report(self, run: str, error: Exception) -> None:
         draw = error.draw if isinstance(error, NonFiniteLogits) else None
+        self._metrics.add("e3rl_faults_total")
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with self._changed:
             if self._run == run:

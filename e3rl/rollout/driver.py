@@ -59,6 +59,11 @@ class Driver:
         return len(self._decoding)
 
     @property
+    def requests(self) -> int:
+        """Requests under way; the other rows are of siblings that wait at a barrier."""
+        return len(self._open)
+
+    @property
     def waiting(self) -> int:
         """Groups that wait for rows."""
         return len(self._waiting)
@@ -121,10 +126,7 @@ class Driver:
     def park(self) -> list[GroupJob]:
         """Finish the segments under way, begin none, and give back all rows; return the groups that ended with that.
 
-        The engine is free then, for new weights or other work. The next `step` gives the groups rows again and brings these
-        up to what is committed: their next segments are drawn by the engine's weights of then, behind a prefix that was run
-        through the same weights.
-        """
+        Then the engine is free. The next `step` runs what is committed through its weights of then."""
         self._parking, ended = True, []
         try:
             while self._open:

@@ -33,6 +33,11 @@ class Metrics:
         with self._lock:
             self._counters[key] = self._counters.get(key, 0) + amount
 
+    def count(self, name: str) -> float:
+        """What was counted under a name without labels."""
+        with self._lock:
+            return self._counters.get((name, ""), 0)
+
     def observe(self, name: str, seconds: float) -> None:
         """Note how long something took."""
         with self._lock:

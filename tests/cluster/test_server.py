@@ -124,6 +124,32 @@ def test_a_server_asks_for_its_token(address: str):
         connect(address, token="something-else-entirely").exchange(b"{}")
 
 
+def _metrics(address: str, token: str = TOKEN) -> tuple[int, dict[str, float]]:
+    http = HTTPConnection(address.removeprefix("http://"), timeout=10)
+    http.request("GET", "/metrics", headers={"Authorization": f"Bearer {token}"})
+    answer = http.getresponse()
+    lines = [line.split() for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    http.close()
+    return answer.status, {name: float(value) for name, value in lines} if answer.status == 200 else {}
+
+
+def test_an_operator_reads_what_the_worker_has_done(world: World, address: str):
+    """The counts are those of the groups that were sent."""
+    status, before = _metrics(address)
+    assert (status, _metrics(address, "something-else-entirely")[0]) == (200, 403)
+    groups = world.run(world.pool(server_place(address, TOKEN, 20)))
+    now, trajectories = _metrics(address)[1], [t for g in groups for t in g.trajectories]
+    grown = {name: now[name] - before[name] for name in now}
+    assert grown["e3rl_groups_total"] == len(groups)
+    assert grown["e3rl_segments_total"] == sum(len(t.segments) for t in trajectories)
+    assert grown["e3rl_erasures_total"] == sum(len(t.erasures) for t in trajectories) > 0
+    assert grown["e3rl_committed_tokens_total"] == sum(t.committed_tokens for t in trajectories)
+    assert grown["e3rl_erased_tokens_total"] == sum(t.erased_tokens for t in trajectories)
+    ratio = now["e3rl_erased_tokens_total"] / now["e3rl_committed_tokens_total"]
+    assert now["e3rl_regeneration_ratio"] == pytest.approx(ratio, rel=1e-4)
+    assert (now["e3rl_rows_held"], now["e3rl_siblings_waiting"], now["e3rl_policy_version"]) == (0, 0, 0)
+
+
 def test_a_server_refuses_what_it_can_not_use(world: World, address: str):
     with pytest.raises(UserError, match="refused /exchange: Ask is"):
         connect(address).exchange(b"{}")
