@@ -77,6 +77,23 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     }
 
 
+def turn_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
+    """Turns and tool calls, where the step's responses have some."""
+    trajectories = [t for item in rewarded for t in item.group.trajectories]
+    if all(t.prompt.tools is None for t in trajectories):
+        return {}
+    kept = [s.observation for t in trajectories for s in t.segments if s.observation is not None]
+    erased = [e.observation for t in trajectories for e in t.erasures if e.observation is not None]
+    calls = [call for observation in (*kept, *erased) for call in observation.calls]
+    return {
+        "turns": mean(t.turns for t in trajectories),
+        "calls": sum(len(observation.calls) for observation in kept) / len(trajectories),
+        "call_errors": mean(call.failed for call in calls),
+        "erased_turns": len(erased),
+        "environment_failures": sum(t.failure is not None for t in trajectories),
+    }
+
+
 def filter_metrics(groups: StepGroups) -> dict[str, float]:
     """What the filter kept, and what it cost."""
     return {
@@ -154,6 +171,7 @@ def step_record(
         **reward_metrics(groups.all),
         **filter_metrics(groups),
         **made,
+        **turn_metrics(groups.all),
         **segment_metrics(groups.all, lessons),
         **lesson_metrics(lessons),
         **importance_metrics(lessons),

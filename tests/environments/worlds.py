@@ -90,3 +90,19 @@ class TextEngine:
 
     def release(self, row: Row) -> None:
         del self._rows[row]
+
+
+class PluginEngine(TextEngine):
+    """The same as a recipe names it: the second sibling's first call fails, and its second try doesn't."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        def says(context: str, draw: Draw) -> str:
+            if "<tool_response>" in context:
+                return "Done."
+            by = 2 if draw.sibling == 0 else 10 if draw.attempt == 0 else 3
+            return CALL.format("add", f'{{"by": {by}}}')
+
+        super().__init__(says, tokenizer())
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        """It has none."""
