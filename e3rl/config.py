@@ -246,6 +246,7 @@ class RewardsConfig:
     isolate: bool = setting(False, "run your own reward functions in the worker processes too")
     unboxed: Literal["last", "stated", "none"] = setting("last", "math: what counts without a box (docs/answers.md)")
     cut_off_needs_box: bool = setting(False, "math: a response cut off at the length limit is wrong without a box")
+    judge: Mapping[str, Any] = setting({}, "judge: its endpoint, model, rubric and limits (docs/rewards.md)")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ REWARDS = {
     "format": "e3rl.rewards.builtin:format_reward",
     "overlong": "e3rl.rewards.builtin:overlong_reward",
     "code": "e3rl.rewards.code:CodeReward",
+    "judge": "e3rl.rewards.judge:JudgeReward",
     "environment": "e3rl.rewards.builtin:environment_reward",
     "lab": "e3rl.lab.reward:lab_reward",
 }

@@ -16,6 +16,7 @@ from e3rl.plugins import load
 from e3rl.rewards.adapters import LARGEST, Adapter, IsolatedFunction, RewardFunction, adapt, contained, describe
 from e3rl.rewards.batch import Batch, BatchReward, Log, Part, TrainerState
 from e3rl.rewards.builtin import REWARDS, MathReward
+from e3rl.rewards.judge import JudgeReward
 from e3rl.rewards.pool import ProcessPool
 from e3rl.types import Reward, Trajectory
 
@@ -157,6 +158,8 @@ def _is_batch_reward(function: Any) -> bool:
 def _adapter(function: Any, pool: ProcessPool, config: RewardsConfig) -> Adapter:
     if function is MathReward:
         return _guarded(MathReward(pool, config.unboxed, config.cut_off_needs_box).score)
+    if function is JudgeReward:
+        return _guarded(JudgeReward(config.judge).score)
     if _is_batch_reward(function):
         return _guarded(function(pool).score)
     return adapt(function)
