@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from e3rl.rewards.code import run_tests
+from e3rl.environments.code import run_tests
 from tests.environments.hostile import ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, VARIANTS, refused
 
 TESTS = [{"call": "f(4816)", "value": 4817}]

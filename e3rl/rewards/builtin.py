@@ -17,7 +17,7 @@ REWARDS = {
     "math": "e3rl.rewards.builtin:MathReward",
     "format": "e3rl.rewards.builtin:format_reward",
     "overlong": "e3rl.rewards.builtin:overlong_reward",
-    "code": "e3rl.rewards.code:CodeReward",
+    "code": "e3rl.environments.code:CodeReward",
     "judge": "e3rl.rewards.judge:JudgeReward",
     "environment": "e3rl.rewards.builtin:environment_reward",
     "lab": "e3rl.lab.reward:lab_reward",

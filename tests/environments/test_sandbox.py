@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from e3rl.environments import jail, sandbox
+from e3rl.environments.code import run_tests
 from e3rl.environments.sandbox import Limits, SandboxUnavailable, bubblewrap_arguments, run_program
-from e3rl.rewards.code import run_tests
 from tests.environments.hostile import ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, RIGHT, VARIANTS, refused
 
 TESTS = [{"call": "f(4816)", "value": 4817}]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from e3rl.config import RewardsConfig
-from e3rl.rewards.code import ProgramTest, program_of, read_tests, run_tests
+from e3rl.environments.code import ProgramTest, program_of, read_tests, run_tests
 from e3rl.rewards.scorer import Scorer
 from e3rl.types import Problem, Prompt, Trajectory
 from tests.rewards.build import trajectory
