@@ -28,7 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+try:
+    import httpx
+except ImportError:
+    httpx = None  # type: ignore[assignment]
 
 PLAIN = {"e3rl": {"erase": False, "segment_length": 8}}
 ERASING = {"e3rl": {"erase": True, "segment_length": 8, "baseline": "static", "static_baseline": 100.0}}
@@ -275,6 +278,8 @@ def main() -> None:
     parser.add_argument("--soak", type=float, help="in place of the table: seconds under the largest number of streams")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    if httpx is None:
+        raise SystemExit("the load is made by httpx: pip install httpx")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"
