@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.cluster.client import server_place
 from e3rl.cluster.messages import group_of
-from e3rl.cluster.pool import Place, Terms, WorkerPool
+from e3rl.cluster.pool import Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
 from e3rl.cluster.weights import Publisher
 from e3rl.config import Config
@@ -23,7 +24,7 @@ from e3rl.models import Policy
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.journal import Journal
+from e3rl.train.journal import Journal, StepJournal
 from e3rl.types import Group, Prompt
 
 
@@ -130,22 +131,49 @@ class LocalRollouts:
         """Nothing is elsewhere."""
 
 
-class RemoteRollouts:
-    """Workers generate; the journal keeps every group. The local engine stays for evaluation and keeps up with the policy."""
+class NoRollouts:
+    """Another rank's workers generate."""
 
-    def __init__(self, pool: WorkerPool, policy: Policy, engine: Engine, journal: Journal) -> None:
-        self._pool, self._policy, self._engine, self._journal = pool, policy, engine, journal
+    def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
+        """None: nobody asks this rank for groups."""
+        assert not prompts
+        return iter(())
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `Rollouts.paused`: nothing is under way."""
+        return contextlib.nullcontext()
+
+    def load_weights(self, version: int) -> None:
+        """Nothing here generates."""
+
+    def close(self) -> None:
+        """Nothing is elsewhere."""
+
+
+class RemoteRollouts:
+    """Workers generate, evaluation's groups as well; the journal keeps every group that is trained on."""
+
+    def __init__(self, pool: WorkerPool, policy: Policy, journal: Journal) -> None:
+        self._pool, self._policy, self._journal = pool, policy, journal
         self._publisher = Publisher()
-        self._turns = Turns()
+        self._turns, self._asking = Turns(), threading.Lock()
         self._version, self._published = 0, -1
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`: first the groups that are known, then those that have to be made."""
-        missing = []
         with self._turns.stay():
             journal, version = self._journal.of(settings.step), self._version
+            self._asking.acquire()
+        try:
             self._publish(version)
-        settings = replace(settings, policy_version=version)
+            yield from self._run(prompts, replace(settings, policy_version=version), tick, journal)
+        finally:
+            self._asking.release()
+
+    def _run(
+        self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None], journal: StepJournal
+    ) -> Iterator[Group]:
+        missing = []
         for prompt in prompts:
             known = journal.groups.pop(prompt.problem.id, None)
             if known is None:
@@ -161,9 +189,18 @@ class RemoteRollouts:
         """See `Rollouts.paused`. Groups at workers go on by the weights that they were begun with."""
         return self._turns.visit()
 
+    def draw(self, wanted: Iterable[tuple[Prompt, GroupSettings]]) -> Iterator[tuple[int, Group]]:
+        """Groups for an evaluation, each with its first sample; those of the same samples, which follow each other, together."""
+        for _, jobs in itertools.groupby(wanted, lambda job: (job[1].first_sibling, job[1].rollout.num_generations)):
+            prompts, settings = zip(*jobs, strict=True)
+            asked = replace(settings[0], policy_version=self._version)
+            with self._asking:  # after a step's groups that are under way, by weights of before
+                self._publish(self._version)
+                for group in self._pool.run(prompts, asked, lambda: None):
+                    yield asked.first_sibling, group
+
     def load_weights(self, version: int) -> None:
         """See `Rollouts.load_weights`; only what training changes travels, before the next step's groups."""
-        self._engine.load_weights({}, version)
         self._version = version
 
     def _publish(self, version: int) -> None:
@@ -179,28 +216,20 @@ class RemoteRollouts:
         self._publisher.close()
 
 
-def build_rollouts(
-    config: Config,
-    policy: Policy,
-    engine: Engine,
-    longest_prompt: int,
-    journal: Journal | None,
-    note: Callable[[str], None],
-) -> Rollouts:
-    """What ``rollout.servers`` and ``rollout.workers`` ask for."""
+def remote_rollouts(
+    config: Config, policy: Policy, longest_prompt: int, journal: Journal, note: Callable[[str], None]
+) -> RemoteRollouts:
+    """The workers that ``rollout.servers`` or ``rollout.workers`` ask for."""
     rollout = config.rollout
-    places: list[Place] = []
     if rollout.servers:
         token = os.environ.get(TOKEN_VARIABLE)
         places = [server_place(address, token, rollout.worker_timeout) for address in rollout.servers]
-    elif rollout.workers:
+    else:
         places = ray_places(config, longest_prompt)
-    if not places or journal is None:
-        return LocalRollouts(engine, journal)
     terms = Terms(
         architecture=architecture(policy.model),
         vocabulary=policy.vocabulary,
         longest=longest_prompt + rollout.completion_limit,
         timeout=rollout.worker_timeout,
     )
-    return RemoteRollouts(WorkerPool(places, terms, note), policy, engine, journal)
+    return RemoteRollouts(WorkerPool(places, terms, note), policy, journal)

@@ -6,7 +6,7 @@ Training, `e3rl eval`, `e3rl diagnose` and `e3rl reproduce` draw through `draw`,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,8 +80,12 @@ def evaluation_settings(config: Config, *, erase: bool) -> Config:
     return replace(config, rollout=rollout)
 
 
+Draws = Callable[[Iterable[tuple[Prompt, GroupSettings]]], Iterator[tuple[int, Group]]]
+"""Draws groups in other processes, each with the number of its first sample, in the place of an engine."""
+
+
 def draw(
-    engine: Engine,
+    engine: Engine | Draws,
     wanted: Iterable[tuple[Prompt, int, int]],
     config: Config,
     *,
@@ -100,12 +104,15 @@ def draw(
 
     settings(0, chosen.rollout.num_generations).check()
     jobs = ((prompt, settings(first, size)) for prompt, first, size in wanted)
+    if callable(engine):
+        yield from engine(jobs)
+        return
     for job in run_jobs(engine, jobs, round_sizes(config)[0]):
         yield job.settings.first_sibling, job.result()
 
 
 def evaluate(
-    engine: Engine,
+    engine: Engine | Draws,
     prompts: Sequence[Prompt],
     scorer: Scorer,
     tokenizer: Any,
@@ -136,7 +143,7 @@ def evaluate(
 
 
 def held_out_records(
-    engine: Engine,
+    engine: Engine | Draws,
     held_out: Mapping[str, Sequence[Prompt]],
     scorer: Scorer,
     tokenizer: Any,

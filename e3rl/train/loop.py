@@ -156,7 +156,7 @@ def evaluate_policy(run: Run, state: State) -> None:
     present = [r for r in read_lines(run.path / "evaluations.jsonl") if r["step"] == state.step]
     with run.rollouts.paused():
         for figures in held_out_records(
-            run.engine,
+            run.draws,
             run.data.held_out,
             run.scorer,
             run.policy.tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from e3rl.cluster.parallel import Optimizer
+from e3rl.cluster.parallel import Optimizer, divides_weights
 from e3rl.cluster.ranks import Ranks
 from e3rl.cluster.rollouts import Rollouts
 from e3rl.config import Config
@@ -17,6 +18,7 @@ from e3rl.data.stream import PromptStream
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import take_weights
 from e3rl.errors import UserError
+from e3rl.evaluate.evaluation import Draws
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.filters import GroupFilter
@@ -45,7 +47,7 @@ class Run:
     policy: Policy  # what is trained
     generating: Policy  # what rollouts are made by: the same, or a copy that `publish_weights` brings up to date
     learner: Learner
-    engine: Engine  # this process's own, for evaluation
+    draws: Engine | Draws  # what evaluation draws by
     rollouts: Rollouts
     remote: bool  # whether workers elsewhere make them
     scorer: Scorer
@@ -105,6 +107,8 @@ def publish_weights(run: Run, state: State) -> None:
     with run.rollouts.paused():
         if run.generating is not run.policy:
             take_weights(run.generating.model, state.optimizer.weights())
+        elif divides_weights(run.config.train, run.ranks):  # the first rank takes them, and all bring them together
+            deque(state.optimizer.weights().values(), maxlen=0)
         run.rollouts.load_weights(version(run, state))
 
 

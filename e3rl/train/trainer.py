@@ -12,15 +12,16 @@ import torch
 
 from e3rl.cluster.parallel import divides_weights
 from e3rl.cluster.ranks import join_ranks
-from e3rl.cluster.rollouts import build_rollouts
+from e3rl.cluster.rollouts import LocalRollouts, NoRollouts, Rollouts, remote_rollouts
 from e3rl.config import Config
 from e3rl.data.contamination import overlap_notes
 from e3rl.data.stream import PromptStream
 from e3rl.engine.build import build_engine
+from e3rl.engine.protocol import Engine
 from e3rl.errors import RunStopped, UserError
-from e3rl.evaluate.evaluation import evaluation_settings
+from e3rl.evaluate.evaluation import Draws, evaluation_settings
 from e3rl.files import write_json
-from e3rl.models import Outline, load_outline, load_policy, resolve_model_path
+from e3rl.models import Outline, Policy, load_outline, load_policy, resolve_model_path
 from e3rl.objectives import build as build_objective
 from e3rl.objectives import method_name
 from e3rl.objectives.base import Objective
@@ -113,8 +114,6 @@ def prepare(
     ranks, path = join_ranks(config), run_path(config)
     resume = ranks.gather(resume)[0]
     remote = bool(config.rollout.workers or config.rollout.servers)
-    if not ranks.first:  # it asks no workers
-        config = replace(config, rollout=replace(config.rollout, workers=0, servers=()))
     note = partial(tell, listeners if ranks.first else (), "noted")
 
     objective = build_objective(config.objective)
@@ -130,13 +129,12 @@ def prepare(
     require_scorable(policy.model)
     generating = policy
     # rollouts need weights that training does not touch or divide
-    if config.rollout.staleness or divides_weights(config.train, ranks):
+    if (config.rollout.staleness or divides_weights(config.train, ranks)) and (ranks.first or not remote):
         generating = replace(policy, model=copy.deepcopy(policy.model))
     updates = steps * config.train.num_iterations * config.train.minibatches
     learner = Learner(policy, objective, config, updates, ranks)
-    engine = build_engine(config.rollout, generating.model, policy.eos_ids, data.longest_prompt)
     journal = Journal(path, partial(fingerprint, generating.model), note) if ranks.first else None
-    rollouts = build_rollouts(config, generating, engine, data.longest_prompt, journal, note)
+    rollouts, draws = _rollouts(config, generating, data.longest_prompt, journal, note, remote=remote)
     calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
     stream = PromptStream(data.train, seed=config.run.seed)
     state = State(learner.optimizer, stream, stream.state(), calibration)
@@ -149,7 +147,7 @@ def prepare(
         policy=policy,
         generating=generating,
         learner=learner,
-        engine=engine,
+        draws=draws,
         rollouts=rollouts,
         remote=remote,
         scorer=scorer,
@@ -163,6 +161,25 @@ def prepare(
     if resume:
         restore(run, state)
     return run, state
+
+
+def _rollouts(
+    config: Config,
+    policy: Policy,
+    longest_prompt: int,
+    journal: Journal | None,
+    note: Callable[[str], None],
+    *,
+    remote: bool,
+) -> tuple[Rollouts, Engine | Draws]:
+    """Where groups come from, in training and in evaluation. With workers elsewhere, no engine is built."""
+    if not remote:
+        engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest_prompt)
+        return LocalRollouts(engine, journal), engine
+    if journal is None:  # the first rank asks the workers
+        return NoRollouts(), lambda _: iter(())
+    found = remote_rollouts(config, policy, longest_prompt, journal, note)
+    return found, found.draw
 
 
 def _require_siblings(config: Config, objective: Objective) -> None:

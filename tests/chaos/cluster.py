@@ -195,7 +195,7 @@ class Cluster:
         terms = Terms("stub", VOCABULARY, LONGEST_PROMPT + CONFIG.rollout.completion_limit, 20.0)
         places = [Place(f"w{i}", machine.connect) for i, machine in enumerate(self.machines)]
         journal = Journal(self.directory, lambda: fingerprint(policy.model), lambda text: None)
-        return RemoteRollouts(WorkerPool(places, terms), policy, Engine(None, 0.0), journal)  # type: ignore[arg-type]
+        return RemoteRollouts(WorkerPool(places, terms), policy, journal)  # type: ignore[arg-type]
 
     def run(self) -> None:
         """Some steps, by as many trainers as it takes."""

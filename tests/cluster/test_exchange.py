@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from e3rl.cluster.image import read_image
 from e3rl.cluster.ranks import Ranks
+from e3rl.cluster.rollouts import RemoteRollouts
+from e3rl.cluster.weights import Receiver, this_node
+from e3rl.models import load_policy
 from e3rl.rollout.columns import encode
 from e3rl.rollout.ipc import to_ipc
 from e3rl.train.collect import exchanged
 from e3rl.train.loop import step
+from e3rl.train.state import publish_weights
 from e3rl.train.trainer import Trainer
 from tests.train.random_lab import lab_config, random_lab
 from tests.train.rollouts import rewarded_group
@@ -87,3 +93,33 @@ def _first_writes(ranks: Ranks, place: Path, model: str) -> None:
 def test_the_first_rank_alone_writes_in_a_step(tmp_path: Path):
     in_ranks(_first_writes, tmp_path, random_lab())
     assert {path.name for path in (tmp_path / "ranks").iterdir()} >= {"metrics.jsonl", "rollouts", "journal"}
+
+
+def _elsewhere(ranks: Ranks, place: Path, model: str) -> None:
+    own = place / f"recipe-{ranks.rank}"
+    own.mkdir()
+    settings = ("train.parallel=fsdp2", "run.name=ranks", f"run.output_dir={place}", f"model.path={model}")
+    server = 'rollout.servers=["http://127.0.0.1:9"]'
+    with mock.patch("e3rl.train.trainer.build_engine", side_effect=AssertionError("an engine was built")):
+        trainer = Trainer(lab_config(own, *settings, server))
+    run = trainer.run
+    assert (run.generating is run.policy) == (not ranks.first)
+    run.policy.model.model.norm.weight.data.mul_(2)  # each rank its shard
+    publish_weights(run, trainer.state)
+    if not ranks.first:
+        return
+    assert isinstance(run.rollouts, RemoteRollouts)
+    wanted = {name: p.detach() for name, p in load_policy(run.config.model).trainable()}
+    wanted["model.norm.weight"] = wanted["model.norm.weight"] * 2
+    run.rollouts._publish(0)
+    published = run.rollouts._pool._weights
+    assert published is not None
+    with Receiver().taken(published.offer, 1) as image:
+        found = read_image(image, published.offer.checksum, wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    run.rollouts.close()
+
+
+@pytest.mark.skipif(not this_node(), reason="no process's memory can be opened by another here")
+def test_divided_weights_are_published_whole_by_the_first_rank_and_no_engine_is_built(tmp_path: Path):
+    in_ranks(_elsewhere, tmp_path, random_lab())
