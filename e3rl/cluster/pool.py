@@ -292,7 +292,7 @@ class _Shift:
         if answer.fault is not None:
             raise _as_error(answer, self._seat.place.name)
         for group in groups:
-            del self._mine[group.prompt.problem.id]
+            self._mine.pop(group.prompt.problem.id, None)  # a call that the network repeats is answered twice
             self._seat.useful = True
             self._batch.deliver(group)
         self._watch(answer.beat, bool(groups))

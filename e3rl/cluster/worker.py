@@ -65,6 +65,7 @@ class RolloutWorker:
         self._changed = threading.Condition()
         self._run, self._settings = "", None  # type: tuple[str, GroupSettings | None]
         self._tasks: list[Task] = []  # that the thread has not taken up
+        self._asked: set[str] = set()  # groups of this run
         self._finished: list[pa.RecordBatch] = []
         self._fault: Fault | None = None
         self._beat, self._closed = 0, False
@@ -115,7 +116,8 @@ class RolloutWorker:
             if ask.run != self._run:
                 self._start_run(ask.run, ask.settings)
             if not self._fault:
-                self._tasks.extend(ask.tasks)
+                self._tasks.extend(t for t in ask.tasks if t.prompt_id not in self._asked)  # a repeated call asks anew
+                self._asked.update(t.prompt_id for t in ask.tasks)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._finished or self._fault or ask.run != self._run, ask.wait)
             finished, self._finished = self._finished, []
@@ -134,6 +136,7 @@ class RolloutWorker:
     def _start_run(self, run: str, settings: GroupSettings | None) -> None:
         self._run, self._settings = run, settings
         self._tasks.clear()
+        self._asked.clear()
         self._finished, self._fault = [], None
         self._changed.notify_all()
 
