@@ -30,7 +30,8 @@ def _optional(path: Path) -> str | None:
     """A package that the benchmark imports at its top and that an environment need not have."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     roots = {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
-    return "trl" if "trl" in roots else None
+    roots |= {a.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for a in node.names}
+    return next(iter(roots & {"trl", "httpx"}), None)
 
 
 def _started(paths: list[Path]) -> None:
