@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_GRAMMAR = 2**16
 """Characters of a schema or grammar."""
-_JSON = {"whitespace_pattern": r"[\x20\x0A\x09]{0,16}"}
+_JSON: Any = {"whitespace_pattern": r"[\x20\x0A\x09]{0,16}"}
 """A model that rambles in white space must come to an end."""
 
 
