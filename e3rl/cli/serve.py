@@ -54,7 +54,9 @@ def serve(options: argparse.Namespace) -> int:
         live=options.page,
     )
     if opened.calibration is None:
-        print("no calibration statistics beside the model: single samples need 'erase': false", file=sys.stderr)
+        print(
+            'no calibration statistics beside the model: single samples need "e3rl": {"erase": false}', file=sys.stderr
+        )
     with make_server(service, access, options.port, drain_s=options.drain) as server:
         try:
             server.run_until_interrupted("/v1")

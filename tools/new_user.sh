@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The path of a new user, each step timed: demo, own data, own reward, starter recipe, LoRA, stop, resume, export, serve.
+# usage: tools/new_user.sh [BIN]    BIN: the directory of e3rl and python; default: .venv/bin. Works in a directory of its own.
+set -euo pipefail
+bin=$(cd "${1:-.venv/bin}" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+small=(eval.limit=4 eval.num_samples=2 rollout.num_generations=4 train.prompts_per_step=4)
+began=0
+
+step() { # NAME COMMAND…: runs it, says how long it took; a failure ends the script with what it printed
+    local name=$1 start=$SECONDS
+    shift
+    "$@" >"log" 2>&1 || { echo "FAILED: $name: $*"; tail -20 log; exit 1; }
+    printf '%-34s %4d s\n' "$name" $((SECONDS - start))
+}
+expect() { grep -q -- "$1" log || { echo "FAILED: the step before does not say '$1'"; tail -20 log; exit 1; }; }
+
+for n in $(seq 1 24); do printf '{"prompt": "%d+%d:", "answer": "%d"}\n' "$n" $((n + 3)) $((2 * n + 3)); done >problems.jsonl
+cat >my_rewards.py <<'PY'
+import re
+
+
+def right(completions, answer, **columns):
+    found = [re.findall(r"\d+", c if isinstance(c, str) else c[-1]["content"]) for c in completions]
+    return [float(bool(n) and int(n[-1]) == int(a)) for n, a in zip(found, answer)]
+PY
+
+step "train the demo, 2 steps" "$bin/e3rl" train demo train.steps=2 "${small[@]}"
+expect "run     runs/demo"
+step "decode with erasing" "$bin/e3rl" decode lab "81-7+3+1-6-8:"
+expect "A:64"
+step "a starter recipe" "$bin/e3rl" init lab problems.jsonl --output my.toml --reward my_rewards.py:right --length 60
+step "what the model will see" "$bin/e3rl" data my.toml
+expect "24 with an answer"
+step "own data and reward, LoRA, 2 steps" "$bin/e3rl" train my.toml "${small[@]}" train.steps=2 model.lora_r=4 erasure.rho=0
+expect "model   runs/my/model"
+run=("$bin/e3rl" train my.toml "${small[@]}" run.name=stopped train.steps=6 erasure.rho=0)
+"${run[@]}" >log 2>&1 &
+pid=$!
+for _ in $(seq 600); do [ -s runs/stopped/metrics.jsonl ] && break; sleep 0.2; done
+kill -INT $pid
+began=$SECONDS
+code=0
+wait $pid || code=$?
+printf '%-34s %4d s\n' "stop" $((SECONDS - began))
+[ "$code" = 130 ] || { echo "FAILED: a stopped run ended with code $code"; tail log; exit 1; }
+expect "stopping as soon as the state is whole"
+expect "--resume"
+step "resume to the end" "${run[@]}" --resume
+step "the model in transformers" "$bin/python" -c "
+from transformers import AutoModelForCausalLM, AutoTokenizer
+m, t = (k.from_pretrained('runs/my/model') for k in (AutoModelForCausalLM, AutoTokenizer))
+ids = t.apply_chat_template([{'role': 'user', 'content': '3+4:'}], add_generation_prompt=True, return_tensors='pt', return_dict=True)
+print(t.decode(m.generate(**ids, max_new_tokens=8)[0]))"
+"$bin/e3rl" serve runs/my/model --port 18437 >serve.log 2>&1 &
+server=$!
+trap 'kill $server 2>/dev/null || true; rm -rf "$work"' EXIT
+for _ in $(seq 300); do grep -q "/v1" serve.log && break; sleep 0.2; done
+step "an OpenAI client" "$bin/python" -c "
+from openai import OpenAI
+client = OpenAI(base_url='http://127.0.0.1:18437/v1', api_key='none')
+made = client.chat.completions.create(model=client.models.list().data[0].id, messages=[{'role': 'user', 'content': '3+4:'}],
+                                      max_tokens=24, extra_body={'e3rl': {'erase': False}})
+print(made.choices[0].message.content)"
+kill $server
+wait $server || true
+echo "all steps: $SECONDS s"
