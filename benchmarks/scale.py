@@ -18,6 +18,7 @@ import numpy as np
 from scale_compute import flops_per_param_token, host_reads_per_step
 from scale_figure import Figure
 from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
+from scale_memory import plan_error
 from scale_precision import grad_error_512, head_grad_error
 from scale_ranks import fsdp_roots, gather_bytes_ratio, rank_files, trainer_engines
 from scale_weights import weights_files, weights_passes, weights_vs_memcpy
@@ -76,6 +77,7 @@ KEYS: dict[str, Callable[[], Figure]] = {
     "grad_error_512": grad_error_512,
     "head_grad_error": head_grad_error,
     "fsdp_roots": fsdp_roots,
+    "plan_error": plan_error,
     "trainer_engines": trainer_engines,
     "flops_per_param_token": flops_per_param_token,
     "host_reads_per_step": host_reads_per_step,

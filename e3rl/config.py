@@ -285,7 +285,7 @@ class TrainConfig:
     )
     rank_timeout: int = setting(
         3600,
-        "seconds that a rank waits for another; it must cover the first one's evaluations",
+        "seconds that a rank waits for another; it must cover a step's rollouts, and evaluations where workers generate",
         min=1,
     )
     workers: int = setting(0, "training workers on Ray, each one rank; 0: this process or torchrun's", min=0)

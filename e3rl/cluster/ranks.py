@@ -45,7 +45,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """The one that writes, evaluates and speaks."""
+        """The one that writes and speaks."""
         return self.rank == 0
 
     def share(self, items: Sequence[_T]) -> list[_T]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from e3rl.rollout.batches import run_jobs
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Group, Prompt, Trajectory
+
+T = TypeVar("T")
 
 SEED_OFFSET = 1_000_003
 """Evaluation draws from its own stream of random numbers, the same before and after training."""
@@ -111,6 +113,16 @@ def draw(
         yield job.settings.first_sibling, job.result()
 
 
+class Peers(Protocol):
+    """Processes that draw one evaluation together (`e3rl.cluster.ranks.Ranks`)."""
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of the items."""
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in every process."""
+
+
 def evaluate(
     engine: Engine | Draws,
     prompts: Sequence[Prompt],
@@ -121,9 +133,11 @@ def evaluate(
     erase: bool,
     calibration: CalibrationStatistics | None = None,
     keep_trajectories: bool = False,
+    peers: Peers | None = None,
 ) -> Evaluation:
     """Sample every prompt ``eval.num_samples`` times and grade the answers with the run's first reward function.
 
+    ``peers`` draw and grade a share each, and each has the whole in the end.
     Texts are not kept, nor trajectories unless asked for: many long samples would not fit into memory.
     """
     mode, sizes = "erasable" if erase else "plain", round_sizes(config)
@@ -131,10 +145,13 @@ def evaluate(
     wanted = [(prompt, first, size) for first, size in zip(firsts, sizes, strict=True) for prompt in prompts]
     samples: dict[tuple[str, int], tuple[Sample, ...]] = {}
     kept: dict[tuple[str, int], tuple[Trajectory, ...]] = {}
-    for first, group in draw(engine, wanted, config, erase=erase, calibration=calibration):
+    mine = peers.share(wanted) if peers else wanted
+    for first, group in draw(engine, mine, config, erase=erase, calibration=calibration):
         done = graded(group, scorer, tokenizer, mode=mode, round=firsts.index(first), first=first)
         samples[group.prompt.problem.id, first] = tuple(replace(sample, pred="") for sample in done)
         kept[group.prompt.problem.id, first] = group.trajectories if keep_trajectories else ()
+    for drawn in peers.gather(samples) if peers else ():
+        samples |= drawn
 
     def rows(parts: Mapping[tuple[str, int], tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(x for first in firsts for x in parts[p.problem.id, first]) for p in prompts)
@@ -151,6 +168,7 @@ def held_out_records(
     *,
     calibration: CalibrationStatistics | None,
     done: Sequence[Mapping[str, Any]] = (),
+    peers: Peers | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The figures of every source, plain and, where asked for, erasable, but for those that ``done`` holds.
 
@@ -164,7 +182,14 @@ def held_out_records(
             if name in there:
                 continue
             found = evaluate(
-                engine, prompts, scorer, tokenizer, config, erase=mode == "erasable", calibration=calibration
+                engine,
+                prompts,
+                scorer,
+                tokenizer,
+                config,
+                erase=mode == "erasable",
+                calibration=calibration,
+                peers=peers,
             ).record()
             there[name] = {**found, "data": name} if several else found
             yield there[name]

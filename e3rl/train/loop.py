@@ -42,7 +42,7 @@ def train(run: Run, state: State) -> dict[str, Any]:
 def step(run: Run, state: State) -> None:
     """One training step: prompts → groups → rewards → lessons → update → record → save.
 
-    All ranks run the same lines; rank 0 evaluates and does the output. Until the weights have changed nothing of ``state``
+    All ranks run the same lines; rank 0 does the output. Until the weights have changed nothing of ``state``
     does, so a stop leaves a state that the run can go on from.
     """
     settings, number, restarts = run.config.train, state.step + 1, run.scorer.worker_restarts
@@ -149,11 +149,15 @@ def due(state: State, every: int) -> bool:
 
 
 def evaluate_policy(run: Run, state: State) -> None:
-    """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept."""
-    if not run.data.held_out or run.directory is None:
+    """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept.
+
+    Every rank draws and grades a share, or, where workers generate, the first one asks them.
+    """
+    if not run.data.held_out or (run.remote and not run.ranks.first):
         return
     run.tell("progressed", "evaluating", 0, 0)
-    present = [r for r in read_lines(run.path / "evaluations.jsonl") if r["step"] == state.step]
+    lines = read_lines(run.path / "evaluations.jsonl") if run.directory else []
+    present = [r for r in lines if r["step"] == state.step]
     with run.rollouts.paused():
         for figures in held_out_records(
             run.draws,
@@ -162,19 +166,21 @@ def evaluate_policy(run: Run, state: State) -> None:
             run.policy.tokenizer,
             run.config,
             calibration=state.calibration,
-            done=present,
+            done=present if run.remote else run.ranks.gather(present)[0],
+            peers=None if run.remote else run.ranks,
         ):
-            line = {"step": state.step, **figures}
-            run.directory.append("evaluations.jsonl", line)
-            run.tell("evaluated", line)
+            if run.directory is not None:
+                line = {"step": state.step, **figures}
+                run.directory.append("evaluations.jsonl", line)
+                run.tell("evaluated", line)
             run.stop.check()
 
 
 def finish(run: Run, state: State) -> dict[str, Any]:
     """The last evaluation, the model as an ordinary directory, and the summary."""
+    evaluate_policy(run, state)
     if not run.ranks.first:
         return {}
-    evaluate_policy(run, state)
     path = run.path
     summary = run_summary(path, run.config, step=state.step, seconds=state.seconds, tokens=state.tokens)
     with atomic_directory(path / "model") as temporary:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Barrier
 from typing import Any
+
+import pytest
 
 from e3rl.config import Config, EvalConfig, RolloutConfig
 from e3rl.evaluate.evaluation import SEED_OFFSET, evaluate, evaluation_settings, held_out_records
@@ -121,3 +125,41 @@ def test_several_sources_have_figures_each_and_a_mean():
     assert overall([one]) == [one]
     assert _held_out(config, ["a", "b"], done=found[:2]) == found[2:], "a resumed run draws what is missing"
     assert _held_out(config, ["a", "b"], done=found) == []
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """One of several threads that draw together."""
+
+    number: int
+    values: list[Any]
+    met: Barrier
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        return list(items[self.number :: len(self.values)])
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.number] = value
+        self.met.wait(30)
+        return list(self.values)
+
+
+@pytest.mark.parametrize("erase", [False, True])
+@pytest.mark.parametrize("peers", [2, 3])
+def test_any_number_of_processes_draws_and_grades_alike(erase: bool, peers: int):
+    """Each draws a share of the groups and has the whole in the end: what one process has, in its order."""
+    config = Config(rollout=rollout(num_generations=2), eval=EvalConfig(num_samples=5))
+    prompts = [prompt("p"), prompt("q"), prompt("r")]
+
+    def drawn(peer: _Peer | None) -> tuple[Any, int]:
+        engine: Any = ScriptedEngine(levels({}))
+        found = evaluate(engine, prompts, Grader(), Words(), config, erase=erase, peers=peer)  # type: ignore[arg-type]
+        return found, len({(c.draw.prompt_id, c.draw.sibling) for c in engine.made("extend")})
+
+    alone, all_samples = drawn(None)
+    values, met = [None] * peers, Barrier(peers)
+    with ThreadPoolExecutor(peers) as pool:
+        together = list(pool.map(drawn, [_Peer(number, values, met) for number in range(peers)]))
+    assert all(found == alone for found, _ in together)
+    assert all(0 < samples < all_samples for _, samples in together)
+    assert sum(samples for _, samples in together) == all_samples

@@ -31,6 +31,8 @@ SETTINGS = (
     "train.save_steps=2",
     "train.rank_timeout=120",
     "data.train_limit=10",
+    "eval.limit=3",
+    "eval.num_samples=5",
     'rewards.functions=["tests.ranks.run:evenness"]',
 )
 STEPS = 4

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from e3rl.train.run_directory import read_lines
 from tests.ranks.launch import ANOTHER_LAUNCH, DEEPSPEED, MODES, alone, copy_run, curve, succeed, torchrun, weights
 from tests.ranks.run import STEPS
 
@@ -53,6 +54,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", ["none", *MODES])
 def test_two_ranks_train_what_one_process_trains(runs: Path, mode: str):
     assert_same_run(runs / mode, runs / "none", "1, none" if mode == "none" else f"2, {mode}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_evaluate_what_one_process_evaluates(runs: Path, mode: str):
+    """Each draws and grades a share; on the first weights, which are the same, the figures are the same."""
+    alone, together = (read_lines(runs / name / "evaluations.jsonl") for name in ("none", mode))
+    assert [(r["step"], r["mode"]) for r in together] == [(s, m) for s in (0, STEPS) for m in ("plain", "erasable")]
+    assert together[:2] == alone[:2]
+    assert together[0]["problems"] == 3
 
 
 def test_several_updates_of_a_step_too(runs: Path):
