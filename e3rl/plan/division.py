@@ -75,9 +75,13 @@ class ShardCounts:
         beside = sum(missing.values()) - of_layers  # the output matrix is held through the whole pass
         return beside + (of_layers if self.keeps_gathered else min(of_layers, 2 * of_layers // layers))
 
-    def under_way(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of gradients that are sent to the ranks that keep them, at the worst moment."""
-        return 0
+    def under_way(self, parameters: Sequence[nn.Parameter], layers: int) -> int:
+        """Bytes of gradients on their way to the ranks that keep them: the output matrix's, which waits for the embeddings',
+        and a layer's with its float32 copy."""
+        if not self.divides_weights:
+            return 0
+        beside = max((p.nbytes for p in parameters if id(p) not in self.layers), default=0)
+        return beside + sum(p.nbytes + 4 * p.numel() for p in parameters if id(p) in self.layers) // layers
 
     def scratch(self, parameters: Sequence[nn.Parameter]) -> int:
         """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once, from a float32 copy of

@@ -222,7 +222,7 @@ def _training(sizes: _Sizes, row_tokens: int, division: ShardCounts) -> dict[str
             "gradients": gradients,
             "activations": passes.kept,
             "the backward pass beside them": passes.passing,
-            "gradients under way": division.under_way(trained),
+            "gradients under way": division.under_way(trained, layers),
             "attention mask": sizes.longest**2 * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
         },
         "optimizer": {"gradients": gradients, "an update's scratch": division.scratch(trained)},
