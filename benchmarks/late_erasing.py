@@ -18,7 +18,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from e3rl.diagnose.decoding import HALF_EPS, LATE_EPS, SETTINGS
 from e3rl.diagnose.signals import LENGTH_EXPONENT, late_suspicion
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
-from e3rl.evaluate.evaluation import Evaluation, draw, evaluate
+from e3rl.evaluate.evaluation import Evaluation, evaluate
 from e3rl.evaluate.metrics import bootstrap_interval, pass_at_k
 from e3rl.lab.problems import Split, load
 from e3rl.models import Policy, load_policy
@@ -112,7 +111,7 @@ def evaluated(
     prompts, engine = opened(policy, family, split, problems, config)
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         way: dict[str, Any] = {"erase": erase, "calibration": calibration, "keep_trajectories": True}
-        return evaluate(partial(draw, engine), prompts, scorer, policy.tokenizer, config, **way)
+        return evaluate(engine, prompts, scorer, policy.tokenizer, config, **way)
 
 
 def measured(policy: Policy, family: str, split: Split, problems: int, choice: Choice) -> Counts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 from e3rl.config import Config
@@ -12,7 +11,7 @@ from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import SETTINGS
 from e3rl.engine.build import build_engine
-from e3rl.evaluate.evaluation import draw, evaluate
+from e3rl.evaluate.evaluation import evaluate
 from e3rl.evaluate.metrics import pass_at_k
 from e3rl.models import Policy
 from e3rl.rewards.scorer import Scorer
@@ -55,9 +54,7 @@ def exam(
     results: dict[str, Any] = {}
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         for name, prompts in loaded.items():
-            done = evaluate(
-                partial(draw, engine), prompts, scorer, policy.tokenizer, config, erase=erase, calibration=calibration
-            )
+            done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, calibration=calibration)
             record = done.record()
             kept = {key: record[key] for key in ("tokens", "finish_ratio", "boxed", "length", "r", "missing")}
             results[name] = {"right": done.correct_PK.sum(axis=1).tolist(), "samples": samples, **kept}
