@@ -141,6 +141,8 @@ def join_ranks(config: Config) -> Ranks:
             f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
             "train.parallel to ddp, zero1, zero2, fsdp2, deepspeed-zero2 or deepspeed-zero3, or start one process"
         )
+    if config.environments.factory:
+        raise UserError("environments.factory needs one process: an environment can't be handed from rank to rank")
     if config.train.prompts_per_step < world:
         raise UserError(
             f"{world} processes were started, and a step has only train.prompts_per_step = {config.train.prompts_per_step} "
