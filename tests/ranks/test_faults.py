@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,9 @@ def test_deepspeed_that_is_not_installed_is_a_sentence(monkeypatch: pytest.Monke
 
 
 def test_deepspeed_that_is_too_old_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    old = SimpleNamespace(DeepSpeedEngine=object, __version__="0.15.0", ops=SimpleNamespace(__compatible_ops__={}))
+    spec = ModuleSpec("deepspeed", None)  # whoever asks whether DeepSpeed is there looks at it
+    ops = SimpleNamespace(__compatible_ops__={})
+    old = SimpleNamespace(DeepSpeedEngine=object, __version__="0.15.0", ops=ops, __spec__=spec)
     monkeypatch.setitem(sys.modules, "deepspeed", old)
     config = lab_config(tmp_path, "train.parallel=deepspeed-zero2")
     with pytest.raises(UserError, match=r"DeepSpeed 0\.15\.0 is too old.*pip install --upgrade 'e3rl\[deepspeed\]'"):
