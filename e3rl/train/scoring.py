@@ -261,8 +261,13 @@ def require_scorable(model: Any) -> None:
         try:
             with packed_attention(model):
                 packed = score_row(model, PackedRow.of(sequences, device), 1.0).by_sequence()
+        except UserError:
+            raise
         except TypeError as error:
             raise _refusal(base, f"its attention can't be told about packed sequences ({error})") from error
+        except Exception as error:  # a model may choke on a packed row in any way
+            reason = f"packed sequences can't pass through it ({type(error).__name__}: {error})"
+            raise _refusal(base, reason) from error
         expected = [_plain_logprobs(base, sequence, device) for sequence in sequences]
     model.train(training)
     allowed = 1e-3 if base.dtype == torch.float32 else 0.1
