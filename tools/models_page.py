@@ -144,7 +144,7 @@ def build(name: str) -> Any:
     defaults, own = kind(), OWN.get(name, {})
     settings = {key: value for key, value in SMALL.items() if key not in own and hasattr(defaults, key)} | own
     config = kind(**{key: value for key, value in settings.items() if value is not ...})
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     torch.manual_seed(7)
     try:
         model = model_class._from_config(config, attn_implementation="sdpa")
