@@ -165,6 +165,16 @@ def _loading_errors(path: str) -> Iterator[None]:
         raise UserError(f"model '{path}' can't be loaded: {reason[0] if reason else error!r}") from None
 
 
+def _attention(config: Any) -> str:
+    """PyTorch's attention, or for architectures that don't have it (gpt-oss, Gemma 2) their own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "sdpa"
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
 def load_policy(config: ModelConfig, *, directory: Path | None = None, outline: Outline | None = None) -> Policy:
     """The policy that ``config`` names, its weights taken from ``directory`` where one is given."""
     from transformers import AutoModelForCausalLM
@@ -176,7 +186,7 @@ def load_policy(config: ModelConfig, *, directory: Path | None = None, outline: 
             source,
             config=outline.config,  # given apart, or an implementation that it names would go before ours
             dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
+            attn_implementation=_attention(outline.config),
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )

@@ -66,8 +66,10 @@ class _Ends:
             self._biases[window] = zeros_SQK.masked_fill_(unseen_SQK, -torch.inf)
         return self._biases[window]
 
-    def attention(self, query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
-        """[S, K]: what each token receives in one layer, a mean over queries and heads."""
+    def attention(
+        self, query: Tensor, key: Tensor, scaling: float, window: int | None, sinks_H: Tensor | None = None
+    ) -> Tensor:
+        """[S, K]: what each token receives in one layer, a mean over queries and heads; not what sinks receive."""
         heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
         (size, queries), keys = self.queries_SQ.shape, self.keys_SK.shape[1]
         rows = query[0].transpose(0, 1).index_select(0, self.queries_SQ.flatten()).float() * scaling
@@ -75,7 +77,9 @@ class _Ends:
         seen = key[0].transpose(0, 1).index_select(0, self.keys_SK.flatten()).float()
         scores = rows @ seen.view(size, keys, kv_heads, width).permute(0, 2, 3, 1)
         scores = scores.view(size, heads, queries, keys).add_(self.bias(window)[:, None])
-        return token_attribution(scores, self.weights_SQ)
+        if sinks_H is not None:
+            scores = torch.cat([scores, sinks_H.float().view(-1, 1, 1).expand(size, -1, queries, 1)], -1)
+        return token_attribution(scores, self.weights_SQ)[:, :keys]
 
 
 def _together(row: PackedRow, window: int) -> list[list[int]]:
@@ -104,14 +108,22 @@ class AttributionTap:
         self._closed = False
 
     @torch.no_grad()
-    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        window: int | None,
+        sinks_H: Tensor | None = None,
+    ) -> None:
         """Add one layer: ``query`` [1, heads, N, d], ``key`` [1, kv heads, N, d], both already rotated.
 
         A query sees so many tokens as ``window`` says, itself included; None: all up to itself.
         """
         if layer in self._layers and not self._closed:
             for ends, sum_SK in zip(self._ends, self._sums, strict=True):
-                sum_SK += ends.attention(query, key, scaling, window)
+                sum_SK += ends.attention(query, key, scaling, window, sinks_H)
 
     def attribution(self) -> list[Tensor | None]:
         """a_t of every response token, a mean over queries, heads and layers; None for erased candidates."""
@@ -143,6 +155,24 @@ def _mask(row: PackedRow, branch: Branch, before: int, window: int | None, query
     return row.causal_mask(window, query.dtype)[before:total, :total]
 
 
+def _with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks_H: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Queries, keys and values eight wider: a key that is 1 at the first new place, 0 elsewhere, scores each head's sink."""
+    columns_1H11 = (sinks_H.to(query.dtype) / scale).view(1, -1, 1, 1)
+    wider = torch.cat([query, columns_1H11.expand(*query.shape[:3], 1)], -1)
+    return nn.functional.pad(wider, (0, 7)), nn.functional.pad(key, (0, 8)), nn.functional.pad(value, (0, 8))
+
+
+def _behind_sink(
+    row: PackedRow, key: Tensor, value: Tensor, before: int, window: int | None, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A branch's keys and values with the sink's behind them, which every query sees and gets nothing from; its mask."""
+    total = key.shape[2]
+    sink = nn.functional.one_hot(torch.tensor(width, device=key.device), key.shape[3]).to(key.dtype)
+    keys = torch.cat([key, sink.expand(1, key.shape[1], 1, -1)], 2)
+    mask = row.causal_mask(window, key.dtype)[before:total, :total]
+    return keys, nn.functional.pad(value, (0, 0, 0, 1)), nn.functional.pad(mask, (0, 1))
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -155,12 +185,17 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of every branch. Split, not indexed: its gradient is a concatenation."""
+    """Attention of every branch. Split, not indexed: its gradient is a concatenation. ``s_aux``: sinks, a logit a head."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    width, value_width = query.shape[-1], value.shape[-1]
     if attribution_tap is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attribution_tap.observe(module.layer_idx, query, key, scale, sliding_window)  # type: ignore[arg-type]
+        attribution_tap.observe(module.layer_idx, query, key, scale, sliding_window, s_aux)  # type: ignore[arg-type]
+    if s_aux is not None:
+        query, key, value = _with_sinks(query, key, value, s_aux, scale)
+        scaling = scale  # that of the narrower queries
     branches = packed_row.branches
     sizes = [branch.size for branch in branches]
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value))
@@ -173,17 +208,14 @@ def _attention(
             for states in (keys, values)
         )
         before = seen_keys.shape[2] - branch.size
-        outputs.append(
-            attention(
-                queries[index],
-                seen_keys,
-                seen_values,
-                _mask(packed_row, branch, before, sliding_window, query),
-                scaling,
-                dropout,
+        if s_aux is None:
+            mask = _mask(packed_row, branch, before, sliding_window, query)
+        else:
+            seen_keys, seen_values, mask = _behind_sink(
+                packed_row, seen_keys, seen_values, before, sliding_window, width
             )
-        )
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+        outputs.append(attention(queries[index], seen_keys, seen_values, mask, scaling, dropout))
+    return torch.cat(outputs, 2)[..., :value_width].transpose(1, 2).contiguous(), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
