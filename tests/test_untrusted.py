@@ -29,8 +29,12 @@ CALLS = {
     "yaml.full_load",
     "yaml.unsafe_load",
 }
-ALLOWED = {"cluster/ranks.py: all_gather_object"}
-"""Ranks of one run speak in pickles, over a connection that torchrun opened between processes of the same user."""
+ALLOWED = {
+    "cluster/ranks.py: all_gather_object",
+    *(f"environments/jail.py: {call}" for call in ("exec", "eval", "compile")),
+}
+"""Ranks of one run speak in pickles, over a connection that torchrun opened between processes of the same user. The jail runs
+programs that a model wrote, in a process that has confined itself before."""
 
 
 def _name(node: ast.expr) -> str:

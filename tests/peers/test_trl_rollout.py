@@ -186,7 +186,7 @@ def test_every_setting_of_trl_carries_over_or_has_a_reason(monkeypatch: pytest.M
     names = {f.name for kind in (GRPOConfig, GRPOScriptArguments, ModelConfig) for f in dataclasses.fields(kind)}
     left: set[str] = set()
     monkeypatch.setattr(trl_recipe, "untranslated", lambda values: (left.update(values), ())[1])
-    translate(Arguments(dict.fromkeys(names)))
+    translate(Arguments(dict.fromkeys(names) | {"model_name_or_path": "org/model"}))
     assert names > left > {"min_p", "vllm_mode"}
     assert {name for name in left if reason_for(name) is None} == set()
 
@@ -203,4 +203,5 @@ def test_defaults_are_those_of_the_installed_trl(tmp_path: Path):
     ]  # fmt: skip
     values = {name: getattr(arguments, name) for name in names}
     values |= {name: getattr(arguments, name).value for name in ("lr_scheduler_type", "eval_strategy", "save_strategy")}
-    assert translate(Arguments(values)).tables == translate(Arguments({})).tables
+    model = {"model_name_or_path": "org/model"}
+    assert translate(Arguments(model | values)).tables == translate(Arguments(model)).tables

@@ -147,7 +147,7 @@ def test_the_plan_of_the_papers_scale_is_the_launcher_s(tmp_path: Path, capsys: 
     assert main(["reproduce", "table3", "table4", *where, "--plan"]) == 0
     plan = capsys.readouterr().out
     assert main(["train", "qwen3-8b", "--overlay", "topologies/32xh100", "--plan", "--device-memory", "79"]) == 0
-    told = re.search(r"fits: ([\d.]+) GiB", capsys.readouterr().out)
+    told = re.search(r"during training +([\d.]+) GiB", capsys.readouterr().out)
     assert told
     assert f"memory: {float(told[1]):.1f} GiB on each of 16 devices that train" in plan
     assert "beside them 16 rollout workers" in plan

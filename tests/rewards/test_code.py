@@ -102,7 +102,7 @@ def test_a_wrong_or_slow_program_is_0_and_tests_that_cannot_be_run_are_missing()
     problems = [Problem(str(n), "?", columns={"tests": t}) for n, t in enumerate([tests, tests, tests, ["x"], None])]
     problems.append(Problem("by answer", "?", answer="assert f(2) == 3"))
     texts = ["def f(x): return x + 1", "def f(x): return x", "while True: pass", "", "", "def f(x): return 3"]
-    with Scorer(RewardsConfig(functions=("code",), timeout=1.0, workers=2)) as scorer:
+    with Scorer(RewardsConfig(functions=("code",), timeout=4.0, workers=2)) as scorer:
         rewards = scorer.score([_of(p) for p in problems], texts)
     assert [r.value for r in rewards] == [1, 0, 0, None, None, 1]
     assert rewards[0].parts == {"code": 1.0, "code/passed": 1.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,8 +76,8 @@ def test_exceptions_become_errors_and_the_worker_lives(pool: ProcessPool) -> Non
         [task("fail"), task("leave"), task("unserialisable"), task("double", y=1), task("no_such_function")]
     )
     assert [o.value for o in failed] == [None] * 5
-    assert failed[0].error == "ValueError: bad input"
-    assert failed[1].error == "SystemExit: 3"
+    assert re.fullmatch(r"ValueError: bad input \(tasks\.py:\d+\)", failed[0].error or "")
+    assert re.fullmatch(r"SystemExit: 3 \(tasks\.py:\d+\)", failed[1].error or "")
     assert failed[2].error is not None
     assert failed[2].error.startswith("returned what is no plain value")
     assert failed[3].error is not None

@@ -103,7 +103,9 @@ def test_what_demonstrations_cannot_do_is_refused_before_training(tmp_path: Path
 
 
 def test_vanilla_changes_no_weight_whatever_the_optimizer_is_told(tmp_path: Path):
-    config = lab_config(tmp_path, "objective.name=vanilla", "train.weight_decay=0.5", "train.save_steps=1")
+    config = lab_config(
+        tmp_path, "objective.name=vanilla", "train.weight_decay=0.5", "train.save_steps=1", "train.save_total_limit=0"
+    )
     trainer = Trainer(config)
     trainer.train()
     before, after = weights(trainer.run_path, 0), weights(trainer.run_path, 2)
