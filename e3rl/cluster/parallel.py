@@ -113,9 +113,10 @@ def idle_backward(passes: Passes, found: RowScores) -> None:
     passes.backward(found.logprobs_N.sum() * 0.0)
 
 
-def idle_passes(passes: Passes, model: Any, mine: int, ranks: Ranks, *, backward: bool) -> None:
-    """After ``mine`` passes of a phase, run what brings this rank to the number of the busiest: passes that change nothing."""
-    for _ in range(max(ranks.gather(mine)) - mine):
+def idle_passes(passes: Passes, model: Any, number: int, *, backward: bool) -> None:
+    """Passes that change nothing, while other ranks make theirs. How many is agreed before the first pass of a phase: in a
+    pass ranks exchange tensors, so one that has done its own can't ask the others meanwhile."""
+    for _ in range(number):
         with packed_attention(model), torch.set_grad_enabled(backward):
             found = idle_pass(passes, model)
             if backward:

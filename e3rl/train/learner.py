@@ -92,12 +92,13 @@ class Learner:
         parts = [self._packed([s for i in indices for s in mine[i]]) for indices in plan]
         references = iter(self._reference_logprobs([row for _, rows in parts for row in rows]))
         scored, slots = self._scored_apart([rows for _, rows in parts]), self._slots([len(rows) for _, rows in parts])
+        idle = self._idle(sum(slots))
         for index, most in enumerate(slots):
             part, scores = (parts[index], scored[index]) if index < len(parts) else (([], []), None)
             learnt, value = self._learn_part(*part, most, scores, references, rewarded, totals, means)
             lessons += learnt
             loss += value
-        self._keep_pace(sum(slots), backward=True)
+        idle_passes(self._passes, self._policy.model, idle, backward=True)
         lessons = self._of_all_ranks(lessons)
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
@@ -197,9 +198,9 @@ class Learner:
         self, model: Any, rows: Sequence[PackedRow], attribution: AttributionSettings | None = None
     ) -> list[Scores]:
         """`score_rows`, at the pace of the busiest rank where the model is the one that is trained."""
+        idle = self._idle(len(rows)) if model is self._policy.model else 0
         found = score_rows(self._passes, model, rows, self._config.rollout.temperature, attribution)
-        if model is self._policy.model:
-            self._keep_pace(len(rows), backward=False)
+        idle_passes(self._passes, model, idle, backward=False)
         return found
 
     def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
@@ -222,10 +223,9 @@ class Learner:
         scored = zip(sequences, scores, self._reference_logprobs(rows), strict=True)
         return self._of_all_ranks(self._lessons(scored, rewarded))
 
-    def _keep_pace(self, mine: int, *, backward: bool) -> None:
-        """Where tensors are exchanged in passes, of which this rank ran ``mine``, run as many as the busiest rank."""
-        if self._lockstep:
-            idle_passes(self._passes, self._policy.model, mine, self._ranks, backward=backward)
+    def _idle(self, mine: int) -> int:
+        """Passes that the busiest rank makes beyond this one's ``mine``, where tensors are exchanged in passes; 0 elsewhere."""
+        return max(self._ranks.gather(mine)) - mine if self._lockstep else 0
 
     def _packed(self, sequences: list[TrainSequence]) -> tuple[list[TrainSequence], list[PackedRow]]:
         """Sequences, and the rows that they make."""
@@ -299,9 +299,10 @@ class Learner:
         model = self._policy.model
         model.train()
         _, rows = self._packed([lesson.sequence for lesson in lessons])
+        idle = self._idle(len(rows))
         with packed_attention(model):
             _, total = self._backward_rows(lessons, self._forward(rows), totals, means)
-        self._keep_pace(len(rows), backward=True)
+        idle_passes(self._passes, model, idle, backward=True)
         return total
 
     def _backward(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals, means: Means) -> float:
