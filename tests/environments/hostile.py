@@ -29,7 +29,7 @@ ATTACKS = {
     "read memory of parent by a call": "import ctypes, os\nassert ctypes.CDLL(None).process_vm_readv(os.getppid(), 0, 0, 0, 0, 0) >= 0",
     "trace parent": "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
     "read own command line": "open('/proc/self/cmdline').read()",
-    "read the tests": "import glob\nassert glob.glob('/work/**/*.py', recursive=True) or glob.glob('/tmp/*')",
+    "read the tests": "import glob\nassert glob.glob('/home/**/*.py', recursive=True) or glob.glob('/tmp/*')",
     "write tmp": "open('/tmp/e3rl-hostile', 'w').write('x')",
     "write cwd": "open('hostile', 'w').write('x')",
     "write home": "open('/root/.hostile', 'w').write('x')",
