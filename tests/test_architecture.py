@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e3rl"
 
 FLOORS = [
-    {"types", "config", "sections", "errors", "parsing", "synonyms", "plugins", "files", "__init__"},
+    {"types", "config", "settings", "sections", "errors", "parsing", "synonyms", "plugins", "files", "__init__"},
     {"equations"},
     {"engine", "environments", "objectives", "rewards", "data", "lab", "models", "model_files", "web"},
     {"rollout"},
@@ -23,7 +23,7 @@ FLOORS = [
 ]
 """A module may import from its own floor and from those above it in this list."""
 
-LINES = {"equations": 150, "objectives": 150, "config.py": 540, "types.py": 370}
+LINES = {"equations": 150, "objectives": 150, "settings.py": 400, "types.py": 370}
 LONGEST = 320
 
 

@@ -21,7 +21,7 @@ from e3rl.config import Config
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import architecture
 from e3rl.models import Policy
-from e3rl.rollout.batches import run_groups
+from e3rl.rollout.batches import run_jobs
 from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import Journal, StepJournal
@@ -106,9 +106,9 @@ class LocalRollouts:
         with self._turns.stay():
             memory = self._journal.of(settings.step) if self._journal is not None else None
             settings = replace(settings, policy_version=self._version)
-            yield from run_groups(
-                self._engine, prompts, settings, observe=lambda _: tick(), memory=memory, between=self._give_way
-            )
+            wanted, rows = ((prompt, settings) for prompt in prompts), settings.rollout.num_generations
+            for job in run_jobs(self._engine, wanted, rows, lambda _: tick(), memory, self._give_way):
+                yield job.result()
 
     def _give_way(self, driver: Driver) -> list[GroupJob]:
         if not self._turns.visitors:

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from e3rl.config import setting
 from e3rl.equations import policy
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.metrics import measured
+from e3rl.settings import setting
 
 
 @dataclass(frozen=True)

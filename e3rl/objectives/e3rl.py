@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from e3rl.config import PAPER, PAPER_METHOD, setting
 from e3rl.equations import advantage, attribution, policy
 from e3rl.objectives import _common as common
 from e3rl.objectives import metrics
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch
+from e3rl.settings import PAPER, PAPER_METHOD, setting
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from e3rl.config import PAPER, setting
 from e3rl.equations import erpo
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.settings import PAPER, setting
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from e3rl.config import PAPER, setting
 from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.settings import PAPER, setting
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from e3rl.config import setting
 from e3rl.equations import policy
 from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.metrics import measured
+from e3rl.settings import setting
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
-from e3rl.rollout.driver import Driver, Observer
+from e3rl.rollout.driver import Driver, GroupJob, Observer
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.turns import Memory
 from e3rl.types import Group, Prompt
 
@@ -20,18 +19,13 @@ def run_groups(
     *,
     observe: Observer | None = None,
     memory: Memory | None = None,
-    between: Callable[[Driver], list[GroupJob]] | None = None,
 ) -> Iterator[Group]:
     """Yield each prompt's group as it finishes; prompts are taken as rows become free. The settings are checked at once.
-
-    ``between`` is called before each step of the driver, which it may park, and returns the groups that ended with that.
 
     Every row is released when the iterator ends, whether exhausted, closed early or stopped by an error.
     """
     settings.check()
-    jobs = run_jobs(
-        engine, ((p, settings) for p in prompts), settings.rollout.num_generations, observe, memory, between
-    )
+    jobs = run_jobs(engine, ((p, settings) for p in prompts), settings.rollout.num_generations, observe, memory)
     return (job.result() for job in jobs)
 
 
@@ -43,7 +37,10 @@ def run_jobs(
     memory: Memory | None = None,
     between: Callable[[Driver], list[GroupJob]] | None = None,
 ) -> Iterator[GroupJob]:
-    """`run_groups` for groups with settings of their own, none of more than ``rows`` samples."""
+    """`run_groups` for groups with settings of their own, none of more than ``rows`` samples.
+
+    ``between`` is called before each step of the driver, which it may park, and returns the groups that ended with that.
+    """
     seen: set[tuple[str, int]] = set()
     driver, left = Driver(engine, memory), iter(wanted)
 

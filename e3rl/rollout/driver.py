@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from e3rl.engine.protocol import Engine, Row
-from e3rl.environments.protocol import Reply
+from e3rl.environments.protocol import Episode, Reply
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupRollout, GroupSettings
-from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.orders import Act, Event, Extend, Order, Release, Undo
+from e3rl.rollout.rows import GroupRows
 from e3rl.rollout.turns import Actors, Memory
-from e3rl.types import Candidate, Draw, Prompt
+from e3rl.types import Candidate, Draw, Group, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,28 @@ Observer = Callable[[Event], None]
 
 def _ignore(event: Event) -> None:
     """Nobody watches."""
+
+
+@dataclass(eq=False, slots=True)
+class GroupJob:
+    """A submitted group. Once `Driver.step` returns it, it has a ``group``, or the ``error`` that stopped it."""
+
+    prompt: Prompt
+    settings: GroupSettings
+    rollout: GroupRollout
+    rows: GroupRows
+    group: Group | None = None
+    error: Exception | None = None
+    version: int = 0  # of the weights that draw its next segments
+    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # what it will ask for when it gets its rows
+    episodes: dict[int, Episode] = field(default_factory=dict)  # environments, by sibling, from their first turn on
+
+    def result(self) -> Group:
+        """The group; raises what stopped it."""
+        if self.error is not None:
+            raise self.error
+        assert self.group is not None
+        return self.group
 
 
 Delivery = tuple[GroupJob, int, Draw, Candidate]
@@ -44,7 +67,6 @@ class Driver:
 
     def __init__(self, engine: Engine, memory: Memory | None = None) -> None:
         self._engine, self._memory = engine, memory
-        self._append = getattr(engine, "append", None)
         self._interruptible = hasattr(engine, "interrupt")  # then a poll may complete nothing
         self._waiting: deque[GroupJob] = deque()
         self._decoding: list[GroupJob] = []
@@ -77,42 +99,31 @@ class Driver:
         """Whether a group of so many rows would be admitted by the next step."""
         if not self._waiting and not self._decoding:
             return True
-        return self._engine.free_rows() - sum(_rows_needed(job) for job in self._waiting) >= rows
+        return self._engine.free_rows() - sum(len(job.rollout.unfinished()) for job in self._waiting) >= rows
 
     def submit(self, prompt: Prompt, settings: GroupSettings, observe: Observer | None = None) -> GroupJob:
         """Queue a group; ``observe`` is told of each `Committed`, `Erased` and `Finished`, of remembered ones at once."""
-        job = GroupJob(prompt, settings, version=settings.policy_version)
-        try:
-            settings.check()
-            job.rollout = GroupRollout(prompt, settings, observe or _ignore)
-            self._carry_out(job, job.rollout, job.rollout.start())
-        except Exception as error:
-            self._end(job, error)
+        rollout = GroupRollout(prompt, settings, observe or _ignore)
+        job = GroupJob(prompt, settings, rollout, GroupRows(self._engine), version=settings.policy_version)
+        self._advance(job, rollout.start)
         if job.group is None and job.error is None:
             self._waiting.append(job)
         return job
 
     def step(self) -> list[GroupJob]:
         """Admit groups whose rows are free, let the engine complete something; return the groups that ended."""
-        self._admit()
+        if not self._parking:
+            self._admit()
         self._take_replies(wait=not self._ended and not self._open)
-        if self._ended or not (self._open or (self._decoding and not self._actors.busy)):
-            return self._take_ended()
-        return self._poll()
-
-    def _poll(self) -> list[GroupJob]:
-        """Let the engine complete something and hand it on; the groups that ended."""
-        try:
-            delivered = self._delivered(self._engine.poll())
-        except NonFiniteLogits as error:
-            self._fail(self._jobs_of(error.draw) or self._decoding, error)
-        except Exception as error:
-            self._fail(self._decoding, error)
-        else:
-            self._hand_on(delivered)
-        return self._take_ended()
-
-    def _take_ended(self) -> list[GroupJob]:
+        if not self._ended and (self._open or (self._decoding and not self._actors.busy)):
+            try:
+                delivered = self._delivered(self._engine.poll())
+            except NonFiniteLogits as error:
+                self._fail(self._jobs_of(error.draw) or self._decoding, error)
+            except Exception as error:
+                self._fail(self._decoding, error)
+            else:
+                self._hand_on(delivered)
         ended, self._ended = self._ended, []
         return ended
 
@@ -130,14 +141,14 @@ class Driver:
         self._parking, ended = True, []
         try:
             while self._open:
-                ended += self._poll()
+                ended += self.step()
         finally:
             self._parking = False
         for job in reversed(self._decoding):
             self._release_rows(job)
             self._waiting.appendleft(job)
         self._decoding.clear()
-        return ended + self._take_ended()
+        return ended
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> list[GroupJob]:
         """Give the engine new weights between two segments of the groups under way; returns as `park`."""
@@ -162,7 +173,7 @@ class Driver:
         """Give rows to waiting groups in their order, while all rows of the next fit. With none decoding it must fit."""
         while self._waiting:
             job, free = self._waiting[0], self._engine.free_rows()
-            if free < _rows_needed(job) and self._decoding:
+            if free < len(job.rollout.unfinished()) and self._decoding:
                 return
             self._decoding.append(self._waiting.popleft())
             try:
@@ -171,17 +182,16 @@ class Driver:
                 self._end(job, error)
 
     def _start(self, job: GroupJob, free: int) -> None:
-        assert job.rollout is not None
         siblings = job.rollout.unfinished()
         if free < len(siblings):
             raise UserError(
                 f"a group needs {len(siblings)} rows of the KV cache (rollout.num_generations) and the engine has {free}: "
                 "raise rollout.cache_rows or rollout.max_rows, or lower rollout.num_generations"
             )
-        job.rows = dict(zip(siblings, self._engine.prefill(job.prompt.ids, len(siblings)), strict=True))
+        job.rows.take(job.prompt.ids, siblings)
         asked, job.asked = job.asked, []
         for order, draw in asked:
-            self._extend(job, job.rollout, order, draw)
+            self._extend(job, order, draw)
 
     def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
         """Whose candidates these are."""
@@ -198,84 +208,54 @@ class Driver:
             self._memory.flush()
         for job, sibling, _, candidate in delivered:
             if job.error is None:  # an earlier one of these may have failed the group
-                assert job.rollout is not None
-                self._go_on(job, partial(job.rollout.deliver, sibling, candidate))
-
-    def _go_on(self, job: GroupJob, advance: Callable[[], list[Order]]) -> None:
-        assert job.rollout is not None
-        try:
-            self._carry_out(job, job.rollout, advance())
-        except Exception as error:  # the other groups can go on
-            self._end(job, error)
+                self._advance(job, partial(job.rollout.deliver, sibling, candidate))
 
     def _take_replies(self, wait: bool) -> None:
         """Hand on what environments have answered; ``wait``: there is nothing to decode before one does."""
         for done, reply in self._actors.replies(wait):
             done(reply)
 
-    def _act(self, job: GroupJob, order: Act, draw: Draw) -> None:
-        """Have the sibling's environment answer its turn, beside the engine. What the memory knows of it counts."""
+    def _advance(self, job: GroupJob, move: Callable[[], list[Order]]) -> None:
+        """Move a group's state machine on and do what it asks for. What that raises ends this group; the others go on."""
+        try:
+            self._carry_out(job, move())
+        except Exception as error:
+            self._end(job, error)
 
-        def done(reply: Reply) -> None:
-            job.acting.discard(token)
-            assert job.rollout is not None
-            self._go_on(job, partial(job.rollout.observe, order.sibling, reply))
-
-        token = self._actors.answer(job.prompt, job.episodes, order.sibling, order.ids, draw, done)
-        job.acting.add(token)
-
-    def _carry_out(self, job: GroupJob, rollout: GroupRollout, orders: Iterable[Order]) -> None:
+    def _carry_out(self, job: GroupJob, orders: Iterable[Order]) -> None:
         """Do what a group asks for, and what follows from it where the memory knows the answer."""
         queue = deque(orders)
         while queue:
             order = queue.popleft()
             if isinstance(order, Release):
-                if order.sibling in job.rows:
-                    self._engine.release(job.rows.pop(order.sibling))
+                job.rows.release(order.sibling)
                 continue
             if isinstance(order, Undo):
                 job.episodes[order.sibling].undo()
                 continue
             draw = job.settings.draw(job.prompt.problem.id, order)
             if isinstance(order, Act):
-                self._act(job, order, draw)
+                done = partial(self._observe, job, order.sibling)
+                self._actors.answer(job, job.prompt, job.episodes, order.sibling, order.ids, draw, done)
                 continue
             known = None if self._memory is None else self._memory.take(draw)
             if known is not None and (known.version or 0) <= job.version:  # else of weights that are still to come
-                queue += rollout.deliver(order.sibling, known)
-            elif job.rows and not self._parking:
-                self._extend(job, rollout, order, draw)
+                queue += job.rollout.deliver(order.sibling, known)
+            elif job.rows.held and not self._parking:
+                self._extend(job, order, draw)
             else:
                 job.asked.append((order, draw))
-        if rollout.finished:
-            job.group = rollout.group(job.episodes)
+        if job.rollout.finished:
+            job.group = job.rollout.group(job.episodes)
             self._end(job, None)
 
-    def _extend(self, job: GroupJob, rollout: GroupRollout, order: Extend, draw: Draw) -> None:
-        sibling, engine = order.sibling, self._engine
-        row, offset = job.rows[sibling], job.offsets.get(sibling, 0)
-        held = engine.length(row) + offset
-        if held > order.start:
-            engine.rollback(row, order.start - offset)
-        elif held < order.start:
-            row = self._take_up(job, sibling, rollout.committed_ids(sibling), held)
-        engine.extend(row, order.tokens, draw, job.settings.sampling, *job.settings.hooks[sibling : sibling + 1])
-        self._open[row] = (job, sibling, draw)
+    def _extend(self, job: GroupJob, order: Extend, draw: Draw) -> None:
+        row = job.rows.extend(order, draw, job.settings, job.rollout.committed_ids)
+        self._open[row] = (job, order.sibling, draw)
 
-    def _take_up(self, job: GroupJob, sibling: int, ids: list[int], held: int) -> Row:
-        """Bring a row up to its sibling's committed ``ids``, of which it holds the first ``held``.
-
-        On a CPU everything after is as if there had been no break, to the last bit, where the engine can ``append``. Any
-        other engine gets prompt and tokens as one prompt.
-        """
-        row = job.rows[sibling]
-        if self._append is not None:
-            self._append(row, ids[held:])
-            return row
-        self._engine.release(job.rows.pop(sibling))
-        [row] = self._engine.prefill([*job.prompt.ids, *ids], 1)
-        job.rows[sibling], job.offsets[sibling] = row, len(ids)
-        return row
+    def _observe(self, job: GroupJob, sibling: int, reply: Reply) -> None:
+        """A sibling's environment has answered its turn."""
+        self._advance(job, partial(job.rollout.observe, sibling, reply))
 
     def _jobs_of(self, draw: Draw) -> list[GroupJob]:
         """The group that asked for a draw. Groups of several clients may have equal draws: the object tells them apart."""
@@ -298,23 +278,14 @@ class Driver:
             job.error = job.error or failed
 
     def _release(self, job: GroupJob) -> None:
-        """Give back the rows of a group that ended, and stop waiting for its environments; those of a finished group stay."""
-        for token in job.acting:
-            self._actors.forget(token)
+        """Give back the rows of a group that ended and stop waiting for its environments; those of a finished group stay."""
+        self._actors.forget(job)
         with contextlib.ExitStack() as releases:
             releases.callback(self._release_rows, job)
             for episode in job.episodes.values() if job.group is None else ():
                 releases.callback(episode.close)
 
     def _release_rows(self, job: GroupJob) -> None:
-        """Give back what a group still holds, each row even where another one's release fails."""
-        rows, job.rows = job.rows, {}
-        job.offsets.clear()
-        with contextlib.ExitStack() as releases:
-            for row in rows.values():
-                self._open.pop(row, None)
-                releases.callback(self._engine.release, row)
-
-
-def _rows_needed(job: GroupJob) -> int:
-    return len(job.rollout.unfinished()) if job.rollout else 0
+        for row in job.rows.held:
+            self._open.pop(row, None)
+        job.rows.release_all()

@@ -115,20 +115,13 @@ class GroupRollout:
     """The siblings of one prompt. A plain rollout has no judge: every candidate is committed unseen."""
 
     def __init__(self, prompt: Prompt, settings: GroupSettings, observe: Callable[[Event], None]) -> None:
-        self.prompt = prompt
+        self.prompt, self._settings = prompt, settings
         self._config, self._version = settings.rollout, settings.policy_version
         self._on_exhausted = settings.erasure.on_exhausted
         self._attempts = settings.erasure.max_erasures + 1
         self._observe = observe
         self._siblings = [_Sibling(number) for number in range(self._config.num_generations)]
         self._judge: GroupJudge | None = None
-        if self._config.erase:
-            self._judge = GroupJudge(
-                self._config.num_generations,
-                settings.erasure,
-                calibration=settings.calibration,
-                entropy_moments=settings.entropy_moments,
-            )
 
     @property
     def finished(self) -> bool:
@@ -160,7 +153,16 @@ class GroupRollout:
         return group
 
     def start(self) -> list[Order]:
-        """Every sibling's first request."""
+        """Every sibling's first request; UserError where the settings need calibration statistics that are not there."""
+        settings = self._settings
+        settings.check()
+        if settings.rollout.erase:
+            self._judge = GroupJudge(
+                len(self._siblings),
+                settings.erasure,
+                calibration=settings.calibration,
+                entropy_moments=settings.entropy_moments,
+            )
         return [self._extend(s) for s in self._siblings]
 
     def deliver(self, number: int, candidate: Candidate) -> list[Order]:

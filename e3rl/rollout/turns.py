@@ -49,6 +49,7 @@ def joined(candidates: Sequence[Candidate]) -> Candidate:
 
 @dataclass(slots=True)
 class _Acting:
+    owner: object
     done: Callable[[Reply], None]
     deadline: float
     limit: float
@@ -69,13 +70,14 @@ class Actors:
 
     def answer(
         self,
+        owner: object,
         prompt: Prompt,
         episodes: dict[int, Episode],
         sibling: int,
         ids: Sequence[int],
         draw: Draw,
         done: Callable[[Reply], None],
-    ) -> object:
+    ) -> None:
         """Have a sibling's environment answer its turn. What the memory knows of it counts; the tools run for their state."""
         known = None if self.memory is None else self.memory.take_reply(draw)
 
@@ -93,10 +95,9 @@ class Actors:
                 self.memory.flush()
             done(reply)
 
-        return self.start(act, prompt.tools.deadline, kept)
+        self._start(act, _Acting(owner, kept, time.monotonic() + prompt.tools.deadline, prompt.tools.deadline))
 
-    def start(self, act: Callable[[], Reply], limit: float, done: Callable[[Reply], None]) -> object:
-        """Run ``act``; `replies` hands its reply to ``done``, or a failure once ``limit`` seconds are over."""
+    def _start(self, act: Callable[[], Reply], acting: _Acting) -> None:
         token = object()
 
         def run() -> None:
@@ -106,13 +107,12 @@ class Actors:
                 reply = Reply(failure=f"raised {type(error).__name__}: {error}")
             self._finished.put((token, reply))
 
-        self._acting[token] = _Acting(done, time.monotonic() + limit, limit)
+        self._acting[token] = acting
         threading.Thread(target=run, name="e3rl-environment", daemon=True).start()
-        return token
 
-    def forget(self, token: object) -> None:
-        """Nobody waits for this answer any more."""
-        self._acting.pop(token, None)
+    def forget(self, owner: object) -> None:
+        """Nobody waits for its answers any more."""
+        self._acting = {token: acting for token, acting in self._acting.items() if acting.owner is not owner}
 
     def replies(self, wait: bool) -> Iterator[tuple[Callable[[Reply], None], Reply]]:
         """Answers that are there, and failures of those that are overdue; with ``wait``, at least one."""
@@ -125,9 +125,9 @@ class Actors:
             except queue.Empty:
                 late = [t for t, a in self._acting.items() if a.deadline <= time.monotonic()]
                 for token in late:
-                    acting = self._acting.pop(token)
-                    found = True
-                    yield acting.done, Reply(failure=f"took longer than {acting.limit:g} s")
+                    if acting := self._acting.pop(token, None):  # else given up on while another was handed on
+                        found = True
+                        yield acting.done, Reply(failure=f"took longer than {acting.limit:g} s")
                 if found or not wait:
                     return
                 continue

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import NonFiniteLogits, UserError
-from e3rl.rollout.driver import Driver
+from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.orders import Event
 from e3rl.serve.errors import ApiError, as_api_error
 from e3rl.types import Prompt

@@ -9,9 +9,8 @@ import pytest
 
 from e3rl.engine.protocol import Row
 from e3rl.errors import NonFiniteLogits, UserError
-from e3rl.rollout.driver import Driver
+from e3rl.rollout.driver import Driver, GroupJob
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.orders import Committed, Event, Finished
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Candidate, Draw, Group

@@ -1,0 +1,339 @@
+"""Every setting of a run, by section: type, default, range, meaning, and where the default comes from.
+
+`e3rl.config` makes them from recipes. Importing this module must not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from e3rl.errors import UserError
+
+PAPER = "paper, app. D"
+PAPER_METHOD = "paper, method"
+_MOST = 1e6
+"""Largest weight or threshold: sums and products of a few of them stay far from infinity."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    source: str = "ours",
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A config field: its default, meaning, where the default comes from, and its allowed range.
+
+    ``min`` and ``max`` are inclusive, ``above`` is an exclusive lower bound.
+    """
+    told = {"help": help, "source": source, "min": min, "max": max, "above": above}
+    return (
+        field(default_factory=dict, hash=False, metadata=told)
+        if default == {}
+        else field(default=default, metadata=told)
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = setting("run", "name of the run; its directory is output_dir/name")
+    output_dir: str = setting("runs", "directory that holds run directories")
+    seed: int = setting(0, "seed of every random draw", min=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: any decoder-only causal language model of the transformers library."""
+
+    path: str = setting("lab", "a directory or hub id; 'lab' is the embedded model, 'smollm2' is SmolLM2-135M-Instruct")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights in training and rollout")
+    device: str = setting("auto", "'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1'")
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the model; off unless you trust its author"
+    )
+    lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0, max=65536)
+    lora_alpha: int = setting(64, "LoRA scale", source="ERPO paper", min=1)
+    lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)
+    lora_target_modules: tuple[str, ...] = setting(
+        ("all-linear",),
+        "modules that get adapters, as PEFT names them; empty: PEFT's choice for the model",
+        source="ERPO paper",
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems to train on and to evaluate on."""
+
+    train: str = setting("lab:chain", "training data: JSONL, JSON, Parquet or CSV file, hub id, or lab:FAMILY[:LEVEL]")
+    eval: tuple[str, ...] = setting((), "held-out data, one or several; empty: a lab family's held-out half, else none")
+    directory: str = setting("", "where benchmarks named in train or eval lie as files; empty: they come from the hub")
+    train_split: str = setting("train", "split of a hub dataset to train on")
+    eval_split: str = setting("test", "split of a hub dataset to evaluate on")
+    prompt_column: str = setting("prompt", "column with the prompt: a string or a list of chat messages")
+    answer_column: str = setting("answer", "column with the reference answer")
+    id_column: str = setting("id", "column with a unique id; rows without one are numbered")
+    solution_column: str = setting("solution", "column with a full worked answer: what 'sft' trains on")
+    system_prompt: str = setting("", "system message put before every prompt; empty: none")
+    raw_prompts: bool = setting(False, "string prompts go to the model as they stand, without the chat template (TRL)")
+    chat_template_kwargs: Mapping[str, Any] = setting({}, "arguments of the chat template: {enable_thinking = false}")
+    train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
+    filter_overlong_prompts: bool = setting(False, "leave out training prompts that are too long, and say how many")
+    max_prompt_length: int = setting(
+        0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are generated."""
+
+    engine: str = setting("torch", "'torch' (slot KV cache), 'vllm', 'recompute' (slow oracle), or module:name")
+    erase: bool = setting(True, "judge segments and erase (E3RL rollouts); false: plain rollouts")
+    num_generations: int = setting(8, "siblings of one prompt, G", source=PAPER, min=1)
+    segment_length: int = setting(1024, "L, tokens of a segment", source=PAPER, min=1)
+    max_segments: int = setting(8, "N, most segments of a response", source=PAPER, min=1)
+    max_completion_length: int = setting(0, "most response tokens; 0: N*L", min=0)
+    temperature: float = setting(1.0, "sampling temperature", source=PAPER, min=0.001, max=1000)
+    top_p: float = setting(1.0, "nucleus sampling; 1 keeps all (the paper samples at 0.9)", above=0, max=1)
+    top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)
+    max_rows: int = setting(64, "sequences decoded together", min=1, max=2**20)
+    cache_rows: int = setting(
+        0, "sequences held in the KV cache, waiting ones included; 0: twice max_rows", min=0, max=2**20
+    )
+    kv_budget: int = setting(
+        0,
+        "most MiB that the KV cache may take; rows beyond wait for room (vLLM computes them again); 0: no bound",
+        min=0,
+    )
+    staleness: int = setting(
+        0, "steps that rollouts may be begun before their own: they go on beside training", min=0, max=16
+    )
+    vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
+    workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)
+    worker_gpus: float = setting(0.0, "GPUs that Ray gives one rollout worker", min=0)
+    worker_timeout: float = setting(600.0, "seconds without a sign of life after which a worker is replaced", above=0)
+    address: str = setting("", "the Ray cluster to join, ray://HOST:PORT, HOST:PORT or 'auto'; empty: one started here")
+    servers: tuple[str, ...] = setting((), "rollout servers to generate on (http://HOST:PORT), in place of Ray")
+
+    @property
+    def completion_limit(self) -> int:
+        """Most tokens of a response: N*L, or max_completion_length where that is lower."""
+        full = self.segment_length * self.max_segments
+        return min(full, self.max_completion_length) if self.max_completion_length else full
+
+
+@dataclass(frozen=True)
+class ErasureConfig:
+    """Uncertainty (eq 10-13), threshold (eq 14-18) and erasure (eq 23-26). The paper gives no values but max_erasures."""
+
+    metric: str = setting("e3rl", "how U is measured: 'e3rl' (eq 13), or module:name", source=PAPER_METHOD)
+    max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
+    base_weight: float = setting(1.0, "weight of the smoothed entropy in U", source=PAPER_METHOD, min=0, max=_MOST)
+    gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0, max=_MOST)
+    extremum_weight: float = setting(
+        0.1, "lambda_M, weight of the largest entropy against the group's", min=0, max=_MOST
+    )
+    perturbation_weight: float = setting(
+        0.0, "lambda_P, weight of the mean perturbation; above 0 the method is E3RL+eps", min=0, max=_MOST
+    )
+    entropy_distribution: Literal["full", "truncated"] = setting(
+        "full", "entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
+    )
+    entropy_temperature: float = setting(
+        0.0,
+        "temperature that entropies and perturbations are measured at, whatever is drawn with; 0: rollout.temperature (eq 2)",
+        min=0,
+        max=1000,
+    )
+    length_exponent: float = setting(
+        0.0,
+        "U is multiplied by this power of the segment's tokens: at 0 it is made of means (eq 13), at 1 of sums",
+        min=0,
+        max=1,
+    )
+    smoothing_window: int = setting(1, "W of eq 11: causal, so W earlier segments", min=0)
+    smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
+    entropy_reference: Literal["group", "batch"] = setting("group", "where mu_E and sigma_E of eq 13 come from")
+    baseline: Literal["group", "quantile", "reference", "static"] = setting(
+        "group",
+        "B_n from mean and spread of the siblings' first candidates, from their quantile, from saved calibration "
+        "statistics, or static_baseline",
+    )
+    quantile: float = setting(
+        0.5, "share of the first candidates that stay below B_n where baseline = 'quantile'", min=0, max=1
+    )
+    static_baseline: float = setting(1.0, "B_n where baseline = 'static'; 0: not known, refused", min=0, max=_MOST)
+    min_siblings: int = setting(2, "with fewer siblings at a segment the group's last B stays in force", min=2)
+    kappa0: float = setting(1.0, "kappa_0 of eq 16", min=-_MOST, max=_MOST)
+    kappa1: float = setting(0.0, "kappa_1 of eq 16", min=-_MOST, max=_MOST)
+    sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0, max=_MOST)
+    eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0, max=_MOST)
+    delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0, max=100)
+    rho: float = setting(
+        0.1,
+        "rho of eq 18: strength of the history modulation; above 0, siblings that are all but alike are erased after a "
+        "calm history",
+        min=0,
+        max=0.99,
+    )
+    first_modulation: float = setting(1.0, "phi at the first segment, which has no history", above=0, max=_MOST)
+    on_exhausted: Literal["last", "least_uncertain"] = setting(
+        "last", "which attempt is committed when the budget is spent", source=PAPER_METHOD
+    )
+
+    @property
+    def strictness(self) -> str:
+        """Name of the setting that says how much is erased; the larger its value, the less."""
+        return {"quantile": "quantile", "static": "static_baseline"}.get(self.baseline, "kappa0")
+
+    def __post_init__(self) -> None:
+        if 0 < self.entropy_temperature < 0.001:
+            raise UserError("erasure.entropy_temperature must be 0 or at least 0.001")
+        if self.entropy_temperature and self.entropy_distribution == "truncated":
+            raise UserError(
+                "erasure.entropy_distribution = 'truncated' is the distribution that is drawn from, "
+                "so erasure.entropy_temperature must be 0"
+            )
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which groups are trained on, decided by their rewards; it works with every objective (dynamic sampling)."""
+
+    name: str = setting(
+        "none",
+        "'none' keeps all groups, 'nonzero_spread' those whose rewards differ, 'mixed_accuracy' those with right and "
+        "wrong answers (DAPO)",
+    )
+    max_refills: int = setting(
+        8, "times that a step may roll out further prompts in place of dropped groups; 0: drop without refill", min=0
+    )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised. The keys beside ``name`` are the options of that objective (`e3rl objectives` lists them)."""
+
+    name: str = setting("e3rl", "an objective's name, or module:name")
+    options: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "options of the named objective"})
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What a response is worth."""
+
+    functions: tuple[str, ...] = setting(
+        ("math",), "built-in names, or module:name or file.py:name; TRL and verl signatures"
+    )
+    weights: tuple[float, ...] = setting((), "weight of each function; empty: 1 each")
+    overlong: bool = setting(False, "add DAPO's punishment: 0, down to -1 over the last fifth of the length limit")
+    workers: int = setting(1, "processes that check answers", min=1)
+    timeout: float = setting(5.0, "seconds one answer may take to check; then the worker is killed", above=0)
+    isolate: bool = setting(False, "run your own reward functions in the worker processes too")
+    unboxed: Literal["last", "stated", "none"] = setting("last", "math: what counts without a box (docs/answers.md)")
+    cut_off_needs_box: bool = setting(False, "math: a response cut off at the length limit is wrong without a box")
+    judge: Mapping[str, Any] = setting({}, "judge: its endpoint, model, rubric and limits (docs/rewards.md)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    steps: int = setting(0, "optimisation steps; 0: as many as epochs give", min=0)
+    max_tokens: int = setting(0, "stop after this many generated tokens, erased ones included; 0: no limit", min=0)
+    epochs: float = setting(2.0, "passes over the training problems where steps = 0", source=PAPER, above=0)
+    prompts_per_step: int = setting(16, "prompts (groups) of one step (the paper's batch: 128)", min=1)
+    num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
+    minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
+    micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
+    learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0, max=1)
+    warmup_steps: int = setting(0, "optimizer updates that the learning rate rises; 0: by warmup_ratio", min=0)
+    warmup_ratio: float = setting(
+        0.05,
+        "share of `steps` that the learning rate rises, also where max_tokens ends the run sooner",
+        source=PAPER,
+        min=0,
+        max=1,
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")
+    weight_decay: float = setting(0.0, "AdamW weight decay", min=0, max=1)
+    adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
+    adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
+    max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
+    importance_correction: Literal[
+        "none", "token_truncate", "token_mask", "segment_truncate", "segment_mask", "sequence_truncate", "sequence_mask"
+    ] = setting("none", "weigh these by trainer's over engine's probability; above the cap: the cap, or 0")
+    importance_cap: float = setting(2.0, "largest importance weight", above=0)
+    parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = setting(
+        "none",
+        "how several ranks train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too; "
+        "DeepSpeed's own",
+    )
+    rank_timeout: int = setting(
+        3600,
+        "seconds that a rank waits for another; it must cover a step's rollouts, and evaluations where workers generate",
+        min=1,
+    )
+    workers: int = setting(0, "training workers on Ray, each one rank; 0: this process or torchrun's", min=0)
+    worker_gpus: float = setting(0.0, "GPUs that Ray gives one training worker", min=0)
+    max_skipped_steps: int = setting(
+        3,
+        "steps in a row that may be skipped because of NaN, infinite or exploding numbers; one more stops the run",
+        min=0,
+    )
+    max_log_ratio: float = setting(
+        40.0, "largest |log| of a token's probability ratio to the old policy; beyond it the step is skipped", above=0
+    )
+    max_kl: float = setting(
+        1000.0, "largest mean KL (k3) of a response to the reference policy; beyond it the step is skipped", above=0
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
+    save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
+    save_total_limit: int = setting(2, "checkpoints to keep; 0: all", min=0)
+    show_steps: int = setting(0, "print a sampled completion every n steps; 0: never", min=0)
+    report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio, mlflow, swanlab")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    limit: int = setting(0, "use only n held-out problems, evenly spread over all; 0: all", min=0)
+    num_samples: int = setting(8, "samples of each problem, the k of Avg@k and Pass@k", min=1)
+    temperature: float = setting(1.0, "sampling temperature", min=0.001, max=1000)
+    top_p: float = setting(1.0, "nucleus sampling", above=0, max=1)
+    top_k: int = setting(0, "top-k sampling; 0 keeps all", min=0)
+    erasable: bool = setting(True, "also evaluate erasable decoding, beside plain")
+
+
+@dataclass(frozen=True)
+class EnvironmentsConfig:
+    """Tools and multi-turn rollouts. A response has turns: what the model calls is run, and it goes on behind the results."""
+
+    factory: str = setting(
+        "",
+        "class or function that makes an environment, 'file.py:Name' as for TRL, or calculator, python, files; empty: none",
+    )
+    max_turns: int = setting(8, "turns of a response that are answered; one more call ends it", min=1)
+    max_calls: int = setting(16, "calls of a turn that are carried out; further ones are answered with an error", min=1)
+    timeout: float = setting(
+        30.0, "seconds for the calls of one turn; beyond them the response ends without a reward", above=0
+    )
+    erase: str = setting(
+        "none",
+        "what speaks against a turn after its calls: none, errors (a call failed), empty (or brought nothing), or a function "
+        "'file.py:name' of the results that returns 0 to 1",
+    )
+    erase_threshold: float = setting(0.5, "a turn with more against it is erased with its observation", min=0, max=1)
+    max_turn_erasures: int = setting(1, "erasures of one turn after its observation", min=0)
+    state: Literal["snapshot", "deepcopy"] = setting(
+        "snapshot", "how an environment goes back: by its own snapshot() and restore(), or by deep copies of it"
+    )
