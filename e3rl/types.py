@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,24 +155,32 @@ def _read_only(array: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Uncertainty:
-    """Eq 13's U and its weighted terms, which add up to ``total``; ``smoothed`` is the unweighted H~_n of eq 11."""
+    """Eq 13's U and its weighted terms, which add up to ``total``; ``smoothed`` is the unweighted H~_n of eq 11.
 
-    total: float
-    base: float
-    gradient: float
-    extremum: float
-    perturbation: float
-    smoothed: float
+    What is recorded and shown of a candidate follows from these fields: ``meaning`` describes the ledger's column, ``term`` is
+    what the page calls a term. A term ``x`` has the weight ``erasure.x_weight``. New fields need a default and stand last.
+    """
+
+    total: float = field(metadata={"meaning": "U (eq 13)"})
+    base: float = field(metadata={"meaning": "weighted smoothed entropy in U", "term": "entropy"})
+    gradient: float = field(metadata={"meaning": "weighted mean entropy step in U", "term": "entropy steps"})
+    extremum: float = field(metadata={"meaning": "weighted extremum deviation in U", "term": "peak"})
+    perturbation: float = field(metadata={"meaning": "weighted mean perturbation in U", "term": "perturbation"})
+    smoothed: float = field(metadata={"meaning": "smoothed entropy (eq 11) without its weight"})
+
+
+TERMS: Mapping[str, str] = {f.name: f.metadata["term"] for f in fields(Uncertainty) if "term" in f.metadata}
+"""The terms of U by field, and what each is called."""
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
     """Eq 17's Theta = baseline * penalty * modulation."""
 
-    total: float
-    baseline: float
-    penalty: float
-    modulation: float
+    total: float = field(metadata={"meaning": "Theta (eq 17)"})
+    baseline: float = field(metadata={"meaning": "B_n (eq 16)"})
+    penalty: float = field(metadata={"meaning": "Gamma (eq 17)"})
+    modulation: float = field(metadata={"meaning": "phi (eq 18)"})
 
 
 class Verdict(enum.StrEnum):

@@ -45,6 +45,14 @@ def check_python() -> None:
         stop("this Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv")
 
 
+def check_extras(extras: list[str]) -> None:
+    import tomllib  # not before `check_python`
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    if unknown := [extra for extra in extras if extra not in known]:
+        stop(f"no extra {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+
+
 def make_environment() -> None:
     if PYTHON.exists() and run(str(PYTHON), "-c", "import pip", quiet=True):
         return
@@ -82,6 +90,7 @@ def install_torch() -> None:
 
 def main(extras: list[str]) -> None:
     check_python()
+    check_extras(extras)
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + ",".join(sorted(extras)).encode()).hexdigest()
     known = STAMP.read_text().split() if STAMP.exists() else []
     if wanted in known and (VENV / "bin" / "e3rl").exists():

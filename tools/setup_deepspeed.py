@@ -6,6 +6,7 @@ Run by `make test-ranks`, with E3RL_VENV=.venv-ranks.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import setup
@@ -27,6 +28,8 @@ def install_deepspeed() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        setup.stop(f"{Path(__file__).name} takes no arguments, and got {' '.join(sys.argv[1:])}")
     setup.check_python()
     setup.make_environment()
     if not setup.run(str(setup.PYTHON), "-c", "import deepspeed", quiet=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import setup
@@ -35,6 +36,8 @@ def install_cpu_build() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        setup.stop(f"{Path(__file__).name} takes no arguments, and got {' '.join(sys.argv[1:])}")
     setup.check_python()
     setup.make_environment()
     gpu = Path("/dev/nvidia0").exists()

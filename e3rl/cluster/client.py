@@ -13,7 +13,7 @@ from e3rl.errors import UserError
 WEIGHTS_CHECKSUM = "X-E3RL-Checksum"
 _LONGEST_ANSWER = 2**32
 _SECONDS_KEPT = 30.0
-"""A connection that was not used for longer is opened anew: the server closes idle ones after a while."""
+"""Seconds of idleness after which a connection is reopened, since the server closes idle ones."""
 _REFUSED = (400, 401, 403, 405, 411, 413, 421)
 
 
@@ -68,7 +68,7 @@ class ServerConnection:
         return answer
 
     def close(self) -> None:
-        """Hang up; the server goes on."""
+        """Close the connection; the server goes on."""
         self._http.close()
 
 

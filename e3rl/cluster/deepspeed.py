@@ -43,19 +43,19 @@ def _import_deepspeed(device: torch.device) -> Any:
             "PyTorch's own"
         ) from None
     if device.type == "cpu":
-        # an operation for inference that nothing here calls: compiling it takes minutes, and fails in a folder with a space
+        # an unused inference operation that takes minutes to compile and fails in a folder with a space
         deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     return deepspeed
 
 
 def _settings(policy: Policy, config: TrainConfig) -> dict[str, Any]:
-    """What DeepSpeed is told. Batches, schedule and random numbers stay e3rl's."""
+    """DeepSpeed's configuration. Batches, schedule and random numbers stay e3rl's."""
     stage = {"deepspeed-zero2": 2, "deepspeed-zero3": 3}[config.parallel]
     trained = [p for _, p in policy.trainable()]
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # a step ends where the learner says so
+        "managed_gradient_accumulation": False,  # the learner ends a step
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": any(p.dtype == torch.bfloat16 for p in policy.model.parameters())},
         "zero_allow_untested_optimizer": True,
@@ -103,7 +103,7 @@ class DeepSpeedOptimizer:
         self._parameters = dict(policy.trainable())
         self._adamw = [_blank_moments(self._zero, master) for master in _masters(self._zero)]
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
-            # ZeRO-2 does so by itself in the middle of the first step, and forgets all parameter groups but one
+            # ZeRO-2 would do it in the middle of the first step and lose all parameter groups but one
             self._zero._lazy_init_hp_params_optimizer_state()
         self.nonfinite: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Weights as a safetensors image: written and checked in passes that a core's cache serves, read where it lies."""
+"""Weights as a safetensors image: written and checked in chunks that fit a core's cache, read in place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def image_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an image whose head is that of ``like``, where they lie."""
+    """Views of the tensors in an image whose head is that of ``like``."""
     found, position = {}, len(header(like))
     for name, tensor in sorted(like.items(), key=lambda item: -item[1].dtype.itemsize):
         found[name] = image[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -46,13 +46,13 @@ def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Checksum:
-    """Names an image's bytes: a hash over the sums of its chunks. It finds damage and mixtures, at the speed of memory."""
+    """A hash over the sums of an image's chunks: finds damage and mixed versions at memory speed."""
 
     def __init__(self, image: Tensor) -> None:
         self._image, self._sums, self._done = image, list[int](), 0
 
     def follow(self, written: int) -> None:
-        """Add up the chunks that are whole now, while a core's cache still has them."""
+        """Add up the chunks that are complete, while they are in a core's cache."""
         while self._done + _CHUNK <= written:
             self._add(self._image[self._done : self._done + _CHUNK])
 

@@ -1,4 +1,4 @@
-"""What a trainer and a rollout worker say to each other. A group is the unit of work; its draws name it.
+"""Messages between a trainer and a rollout worker. The unit of work is a group, named by its draws.
 
 Messages are JSON (`e3rl.cluster.wire`); groups travel as record batches (`e3rl.rollout.columns`).
 """
@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ask:
-    """Take these groups, and tell me within ``wait`` seconds what is finished. A new ``run`` drops what was before."""
+    """Asks for these groups, and for what is finished within ``wait`` seconds. A new ``run`` drops earlier groups."""
 
     run: str
     settings: GroupSettings
@@ -55,7 +55,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a worker can't go on, where another attempt would end in the same way."""
+    """An error that another attempt would meet again."""
 
     kind: str
     message: str
@@ -64,8 +64,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes before the groups that are done. ``beat`` counts candidates since the worker started: one that stands still
-    has hung."""
+    """What goes before the groups that are done. ``beat`` counts candidates since the worker started: one that does not
+    change means that the worker hangs."""
 
     run: str
     beat: int

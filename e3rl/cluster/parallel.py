@@ -1,6 +1,6 @@
-"""How the ranks of a run train one model together: what each value of ``train.parallel`` makes of it.
+"""How several ranks train one model: what each value of ``train.parallel`` does.
 
-The learner knows two things only: passes through the model, and an optimizer that steps with what they gathered.
+The learner sees two things: passes through the model, and an optimizer that steps with the gathered gradients.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DIVIDED = ("zero2", "fsdp2", "deepspeed-zero3")
 
 
 class Optimizer(Protocol):
-    """What a step is made with. All ranks call everything here together; names are those of the model's parameters."""
+    """The optimizer of all ranks. Every method is called by all ranks together; names are those of parameters."""
 
     nonfinite: tuple[str, ...]
 
@@ -97,12 +97,12 @@ def in_lockstep(config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def divides_weights(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether the model that is trained can't be generated with."""
+    """Whether the trained model is divided, so that it can't generate."""
     return ranks.world > 1 and config.parallel in DIVIDED
 
 
 def idle_pass(passes: Passes, model: Any) -> RowScores:
-    """A forward pass that means nothing, inside `packed_attention`: another rank runs one."""
+    """A forward pass without effect, inside `packed_attention`, to keep pace with another rank."""
     zeros_T = torch.zeros(1)
     nothing = TrainSequence((0, 0), (0,), zeros_T.long(), zeros_T == 0, zeros_T, 0, 0, False)
     return passes.score_row(model, PackedRow.of([nothing], next(model.parameters()).device), 1.0)
@@ -114,8 +114,8 @@ def idle_backward(passes: Passes, found: RowScores) -> None:
 
 
 def idle_passes(passes: Passes, model: Any, number: int, *, backward: bool) -> None:
-    """Passes that change nothing, while other ranks make theirs. How many is agreed before the first pass of a phase: in a
-    pass ranks exchange tensors, so one that has done its own can't ask the others meanwhile."""
+    """Passes without effect, while other ranks make theirs. Ranks agree on the number before the first pass of a phase: they
+    exchange tensors in passes, so one that is done can't ask the others meanwhile."""
     for _ in range(number):
         with packed_attention(model), torch.set_grad_enabled(backward):
             found = idle_pass(passes, model)

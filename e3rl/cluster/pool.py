@@ -1,7 +1,7 @@
 """Hands groups out to rollout workers, takes them back, and replaces workers that are lost.
 
-Which worker makes a group changes nothing about it: its draws are named by problem, sibling, segment and attempt. So a
-group whose worker is lost is simply made again, by whoever is free, and the first result of a group is its result.
+Which worker makes a group changes nothing about it: its draws are named by problem, sibling, segment and attempt. So a lost
+worker's groups are made again by any other, and the first result of a group is its result.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Terms:
-    """What every worker must agree with, and how patient the pool is."""
+    """What every worker must match, and the pool's timeouts."""
 
     architecture: str
     vocabulary: int
     longest: int  # tokens of prompt and response
     timeout: float  # seconds without a sign of life
-    poll: float = 1.0  # seconds that a worker may hold a question back until it has something to tell
+    poll: float = 1.0  # seconds that a worker may delay an answer until something is finished
     attempts: int = 3  # losses in a row, with nothing finished between them, before a worker is given up
 
 
@@ -113,7 +113,7 @@ class WorkerPool:
                         batch.give_up(f"{seat.place.name}: {losses[-1]}")
                         return
                     batch.pause(self._terms.poll * 4 ** (len(losses) - 1))  # a server that is being restarted
-                except Exception as error:  # the run can't go on: said by the caller's thread
+                except Exception as error:  # ends the run: raised in the caller's thread
                     if isinstance(error, UserError) and weights is not self._weights:
                         continue  # newer weights were published while it took these
                     batch.fail(error)
@@ -158,7 +158,7 @@ class _Seat:
         return self._worker
 
     def drop(self) -> None:
-        """Forget the worker."""
+        """Close the connection to the worker."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
@@ -188,7 +188,7 @@ class _Batch:
 
     @property
     def over(self) -> bool:
-        """Nothing remains for a worker to do."""
+        """Whether nothing is left for workers to do."""
         return self._stopped or not self._open or self._error is not None
 
     def take(self, room: int) -> list[Prompt]:
@@ -198,7 +198,7 @@ class _Batch:
             return [self._prompts[self._waiting.popleft()] for _ in range(min(room, share))]
 
     def put_back(self, ids: Sequence[str]) -> None:
-        """Groups that their worker will not finish."""
+        """Make groups available again that their worker will not finish."""
         with self._changed:
             self._waiting.extendleft(i for i in reversed(ids) if i in self._open)
             self._changed.notify_all()
@@ -222,7 +222,7 @@ class _Batch:
             self._changed.wait_for(lambda: self.over, seconds)
 
     def delivered(self, seconds: float) -> list[Group]:
-        """What has come in; raises what went wrong."""
+        """Finished groups that the caller has not had; raises the batch's error."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._error, seconds)
             if self._error is not None:
@@ -232,7 +232,7 @@ class _Batch:
             return ready
 
     def give_up(self, reason: str) -> None:
-        """A worker that will not come back. The others do its work, as long as there are any."""
+        """Remove a worker for good. The others do its work; the last one's end is an error."""
         with self._changed:
             self._seats -= 1
             self._reasons.append(reason)
@@ -292,7 +292,7 @@ class _Shift:
         if answer.fault is not None:
             raise _as_error(answer, self._seat.place.name)
         for group in groups:
-            self._mine.pop(group.prompt.problem.id, None)  # a call that the network repeats is answered twice
+            self._mine.pop(group.prompt.problem.id, None)  # an HTTP client may repeat a call, and get two answers
             self._seat.useful = True
             self._batch.deliver(group)
         self._watch(answer.beat, bool(groups))

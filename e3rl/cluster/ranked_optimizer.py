@@ -97,7 +97,7 @@ class Zero1Optimizer(MasterOptimizer):
         return LazyTensors(names, lambda name: self._from_owner(mine, name, name.rpartition("/")[0]))
 
     def _from_owner(self, mine: Mapping[str, Tensor], name: str, parameter: str) -> Tensor:
-        """What the owner of ``parameter`` holds under ``name``, in every rank."""
+        """The owner's tensor ``name`` of ``parameter``, sent to every rank."""
         shape = torch.Size() if name.endswith("/step") else self._shapes[parameter]
         found = torch.empty(shape, device=self._all[0][1].device)
         if self._owner[parameter] == self._ranks.rank:

@@ -1,7 +1,7 @@
 """The processes that train one model together, as torchrun starts them. One process is a rank of one.
 
 Every rank runs the same trainer and comes to the same decisions: what differs between ranks (a share of the groups, of the
-rows, of the optimizer's state) is exchanged here, and all waits end.
+rows, of the optimizer's state) is exchanged here, and every wait has a limit.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from e3rl.errors import UserError
 _T = TypeVar("_T")
 
 _LOST = re.compile(r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe", re.IGNORECASE)
-"""What PyTorch says where another rank is gone or silent."""
+"""PyTorch's messages where another rank is gone or silent."""
 
 
 class OtherRankGone(UserError):
-    """What a rank says that waited in vain for another."""
+    """Raised in a rank whose exchange with another one failed or timed out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """The one that writes and speaks."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     def share(self, items: Sequence[_T]) -> list[_T]:
@@ -102,7 +102,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Inside the ``with`` block, what PyTorch says of a rank that is gone or silent becomes a sentence."""
+        """Inside the ``with`` block, PyTorch's errors about a missing rank become `OtherRankGone`."""
         try:
             yield
         except RuntimeError as error:
@@ -115,7 +115,7 @@ class Ranks:
             ) from error
 
     def attempt(self, action: Callable[[], _T]) -> _T:
-        """The result of ``action``, which every rank tries; what goes wrong for people in one, goes wrong in all."""
+        """The result of ``action``, which every rank runs; a UserError in one is raised in all."""
         try:
             done, problem = action(), None
         except UserError as error:

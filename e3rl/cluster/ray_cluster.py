@@ -66,8 +66,8 @@ def _check_room(ray: Any, needed: dict[str, tuple[int, float]]) -> None:
 class Head:
     """The cluster's head node, looked at now and then while something is waited for.
 
-    Nobody else says in time that it is gone: calls that are under way may hang, and a minute later Ray ends this process
-    without a word of ours.
+    No other signal comes in time: calls that are under way may hang, and a minute later Ray ends this process without an
+    exception.
     """
 
     def __init__(self, ray: Any) -> None:
@@ -88,7 +88,7 @@ class Head:
 
 
 def head_is_gone(address: str, error: object) -> UserError:
-    """What is said when a cluster has lost its head."""
+    """The error of a cluster that has lost its head node."""
     return UserError(
         f"the head node of the Ray cluster at {address} is gone ({error}). The run's state is in its newest checkpoint: "
         "when there is a cluster again, go on with the same command and --resume (rollout.address and the numbers of "
@@ -110,15 +110,15 @@ def wait_for(ray: Any, head: Head, reference: Any, seconds: float) -> Any:
 
 
 def last_line(error: BaseException) -> str:
-    """What an exception says in the end; Ray puts a coloured traceback before it."""
+    """The last line of an exception's text; Ray puts a coloured traceback before it."""
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
 
 def resources(ray: Any) -> str:
-    """What the cluster has free, for a sentence."""
+    """The cluster's free resources, in words."""
     try:
         free = ray.available_resources()
-    except Exception:  # what is said about a lost cluster must not hide that it is lost
+    except Exception:  # a failure here must not hide the error that is being reported
         return "no connection to its head node"
     return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"

@@ -1,6 +1,6 @@
 """Training workers on Ray: started, watched, replaced. Each is a rank and runs what torchrun's processes run.
 
-A rank that is lost takes the others with it, since they wait for it; so all of them begin again from the newest checkpoint.
+The others wait for a lost rank and can't go on, so all start again from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SECONDS_TO_END = 10.0
 
 
 class RankLost(Exception):
-    """Something broke in a rank that another start may not meet again."""
+    """A failure in a rank that another start may not meet again."""
 
 
 class RankDied(RankLost):
@@ -141,7 +141,7 @@ class _Crew:
             raise kind(f"training worker {rank} is lost: {last_line(error)}") from None
 
     def _told(self, seconds: float) -> list[News]:
-        """News of the first rank; none where it is gone, which its training's end says better."""
+        """New events of rank 0; none where it is gone, which the end of its training reports."""
         try:
             told: list[Any] = self._call(0, self._actors[0].told.remote(seconds), _SECONDS_TO_ANSWER)
         except RankLost:
@@ -160,7 +160,7 @@ class _Crew:
         return False
 
     def _finished(self, calls: Mapping[Any, int], known: Mapping[int, Any]) -> dict[int, Any]:
-        """What ranks have come to since: their outcome, or the error that ended them."""
+        """Ranks that have ended since the last call: their outcome or error."""
         running = [call for call, rank in calls.items() if rank not in known]
         done, _ = self._ray.wait(running, num_returns=len(running), timeout=0) if running else ([], [])
         found: dict[int, Any] = {}
@@ -174,19 +174,19 @@ class _Crew:
         return found
 
     def _finish_falling(self, calls: Mapping[Any, int], outcomes: dict[int, Any]) -> None:
-        """After a failure, give the other ranks time to say theirs: one of them may know better why."""
+        """After a failure, wait for the other ranks' errors: one of them may hold the cause."""
         until = time.monotonic() + _SECONDS_TO_FALL
         while len(outcomes) < len(calls) and time.monotonic() < until:
             time.sleep(_POLL)
             outcomes |= self._finished(calls, outcomes)
 
     def see_ended(self) -> None:
-        """Wait until the processes are gone: the next ones need what they hold."""
+        """Wait until the processes are gone: the next ones need their resources."""
         ends = [actor.end.remote() for actor in self._actors]
         self._ray.wait(ends, num_returns=len(ends), timeout=_SECONDS_TO_END)
 
     def close(self) -> None:
-        """Let the actors go."""
+        """End the actors."""
         try:
             for actor in self._actors:
                 self._ray.kill(actor)

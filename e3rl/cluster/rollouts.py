@@ -1,4 +1,4 @@
-"""Where a trainer's groups come from: its own engine, or workers elsewhere. Which it is changes no group."""
+"""Sources of a trainer's groups: its own engine or remote workers. Groups do not depend on the choice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from e3rl.types import Group, Prompt
 
 
 class Rollouts(Protocol):
-    """Turns prompts into groups. What the journal holds of them, of an earlier process, is not generated again."""
+    """Turns prompts into groups. What the journal holds from an earlier process is not generated again."""
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield each group as it finishes. ``tick`` is called often and may raise to stop."""
@@ -42,11 +42,11 @@ class Rollouts(Protocol):
         """The policy has changed, and this is its version now. While `paused`, or where nothing is under way."""
 
     def close(self) -> None:
-        """Let go of what is elsewhere."""
+        """Release remote workers."""
 
 
 class Turns:
-    """Something that one thread at a time may use: one stays with it for long, and gives way to visitors."""
+    """A lock for two kinds of threads: one holds it for long and gives way; visitors take it for a short time."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -54,7 +54,7 @@ class Turns:
 
     @contextlib.contextmanager
     def stay(self) -> Iterator[None]:
-        """Have it, giving way now and then."""
+        """Hold the lock; the holder calls `give_way` now and then."""
         self._take()
         try:
             yield
@@ -63,7 +63,7 @@ class Turns:
 
     @contextlib.contextmanager
     def visit(self) -> Iterator[None]:
-        """Have it for a short time, before anyone who stays."""
+        """Hold the lock for a short time, before any thread that wants to stay."""
         with self._changed:
             self.visitors += 1
             self._changed.notify_all()
@@ -76,7 +76,7 @@ class Turns:
             self._leave()
 
     def give_way(self) -> None:
-        """Let visitors have it, and take it again."""
+        """Let visitors have the lock, then take it again."""
         self._leave()
         self._take()
 
@@ -92,9 +92,9 @@ class Turns:
 
 
 class LocalRollouts:
-    """This process generates; the journal, which the first rank has, keeps every candidate.
+    """Generates in this process; rank 0's journal keeps every candidate.
 
-    New weights come between two segments of what is under way in another thread.
+    Rollouts in another thread take new weights between two segments.
     """
 
     def __init__(self, engine: Engine, journal: Journal | None) -> None:
@@ -128,14 +128,14 @@ class LocalRollouts:
         self._version = version
 
     def close(self) -> None:
-        """Nothing is elsewhere."""
+        """Nothing to release."""
 
 
 class NoRollouts:
-    """Another rank's workers generate."""
+    """The source of ranks above 0 where workers generate: rank 0 asks them."""
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
-        """None: nobody asks this rank for groups."""
+        """No groups: ``prompts`` is empty here."""
         assert not prompts
         return iter(())
 
@@ -144,14 +144,14 @@ class NoRollouts:
         return contextlib.nullcontext()
 
     def load_weights(self, version: int) -> None:
-        """Nothing here generates."""
+        """Nothing to do."""
 
     def close(self) -> None:
-        """Nothing is elsewhere."""
+        """Nothing to release."""
 
 
 class RemoteRollouts:
-    """Workers generate, evaluation's groups as well; the journal keeps every group that is trained on."""
+    """Generates on remote workers, for training and evaluation; the journal keeps training groups."""
 
     def __init__(self, pool: WorkerPool, policy: Policy, journal: Journal) -> None:
         self._pool, self._policy, self._journal = pool, policy, journal
@@ -186,7 +186,7 @@ class RemoteRollouts:
                 yield group
 
     def paused(self) -> AbstractContextManager[None]:
-        """See `Rollouts.paused`. Groups at workers go on by the weights that they were begun with."""
+        """See `Rollouts.paused`. Groups at workers continue with the weights that they were begun with."""
         return self._turns.visit()
 
     def draw(self, wanted: Iterable[tuple[Prompt, GroupSettings]]) -> Iterator[tuple[int, Group]]:
@@ -211,7 +211,7 @@ class RemoteRollouts:
         self._pool.load_weights(self._publisher.publish(version, weights, weights))
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         self._pool.close()
         self._publisher.close()
 

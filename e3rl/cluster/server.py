@@ -83,7 +83,7 @@ async def _called(call: Callable[..., bytes], *arguments: Any) -> Response:
         return Response(await asyncio.to_thread(call, *arguments))
     except (ValueError, UserError) as error:
         return _refusal(400, str(error))
-    except Exception as error:  # the server lives on; the trainer is told
+    except Exception as error:  # the server keeps running; the client gets the error
         return _refusal(500, f"{type(error).__name__}: {error}")
 
 

@@ -36,7 +36,7 @@ class Job(Protocol):
 
 
 class Relay(Silent):
-    """Keeps what a rank's trainer tells, until whoever started it asks."""
+    """Buffers the events of a rank's trainer until the starting process asks for them."""
 
     def __init__(self) -> None:
         self._told: queue.SimpleQueue[News] = queue.SimpleQueue()
@@ -60,7 +60,7 @@ class Relay(Silent):
         self._told.put(("finished", (summary,)))
 
     def take(self, seconds: float) -> list[News]:
-        """All that was told; waits a little where nothing was."""
+        """All buffered events; waits a little where there are none."""
         told: list[News] = []
         try:
             told.append(self._told.get(timeout=seconds))
@@ -113,5 +113,5 @@ class TrainingWorker:
             act()
 
     def end(self) -> None:
-        """End this process, with all that it holds: a run's directory, a port."""
+        """End this process and with it its locks and ports."""
         os._exit(0)

@@ -1,7 +1,7 @@
 """New weights for rollout workers: written once, as a safetensors image in shared memory, for any number of receivers.
 
-A receiver on the same machine reads the image where it lies: the publisher tells it a process id and a descriptor (`Offer`), so
-that no file has to be named or cleared up: the memory is gone with the last process that has it. A receiver elsewhere is sent the
+A receiver on the same machine reads the image in place: the publisher tells it a process id and a descriptor (`Offer`), so
+there is no file to clean up: the memory is freed with the last process that has it open. A receiver elsewhere is sent the
 same bytes. The publisher copies every byte once and reads it once, for a checksum, however many receivers there are.
 
 Readers hold a shared lock, a writer an exclusive one, and the kernel takes them from a process that dies. So nobody reads half an
@@ -54,7 +54,7 @@ class Offer:
 
 
 def this_node() -> str:
-    """Names what can open this process's descriptors: machine since its start, process namespace and user; '' where none can."""
+    """Identifies who can open this process's descriptors: boot, process namespace and user; '' where nobody can."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.getuid()}"
@@ -68,7 +68,7 @@ class SharedImage:
     def __init__(self, fd: int, size: int, *, writable: bool) -> None:
         self.fd, self.size = fd, size
         self._map = mmap.mmap(fd, _START + size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
-        with warnings.catch_warnings():  # PyTorch has no tensors that can't be written to: nobody writes to this one
+        with warnings.catch_warnings():  # PyTorch has no read-only tensors; nothing writes to this one
             warnings.simplefilter("ignore", UserWarning)
             self.image = torch.frombuffer(self._map, dtype=torch.uint8)[_START:]
 
@@ -98,7 +98,7 @@ class SharedImage:
             raise
 
     def lock(self, *, exclusive: bool, seconds: float) -> bool:
-        """Whether the lock could be had within so many seconds."""
+        """Take the lock; False where it is not free within so many seconds."""
         until = time.monotonic() + seconds
         while True:
             try:
@@ -110,7 +110,7 @@ class SharedImage:
                 time.sleep(_POLL)
 
     def unlock(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def set_state(self, version: int, named: str = "") -> None:
@@ -125,7 +125,7 @@ class SharedImage:
         return version, named.rstrip(b"\0").decode("ascii", "replace")
 
     def close(self) -> None:
-        """Let go of the descriptor; memory that tensors still show stays until they are gone."""
+        """Close the descriptor; memory stays mapped while tensors use it."""
         os.close(self.fd)
 
 
@@ -184,7 +184,7 @@ class Publisher:
         return self._memory
 
     def close(self) -> None:
-        """Let go of the memory; it is gone when the last reader has."""
+        """Release the memory; it is freed with the last reader."""
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
@@ -239,7 +239,7 @@ class Receiver:
         return self._open[1]
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         found, self._open = self._open, None
         if found is not None:
             found[1].close()

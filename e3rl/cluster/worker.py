@@ -1,6 +1,6 @@
-"""A rollout worker: a model, an engine and a thread that keeps the engine full with the groups that it was given.
+"""A rollout worker: a model, an engine and a thread that keeps the engine busy with the groups asked for.
 
-It knows nothing of how it is reached; Ray actors and the rollout server carry its calls.
+It does no networking: Ray actors and the rollout server forward calls to it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _HELP = {
 }
 
 SECONDS_TO_STOP = 60.0
-"""How long new weights wait for a batch that is given up; it stops at its next candidate."""
+"""Seconds that new weights wait for a cancelled batch, which stops at its next candidate."""
 
 
 class RolloutWorker:
@@ -64,7 +64,7 @@ class RolloutWorker:
         self._receiver = Receiver()
         self._changed = threading.Condition()
         self._run, self._settings = "", None  # type: tuple[str, GroupSettings | None]
-        self._tasks: list[Task] = []  # that the thread has not taken up
+        self._tasks: list[Task] = []  # not yet taken by the thread
         self._asked: set[str] = set()  # groups of this run
         self._finished: list[pa.RecordBatch] = []
         self._fault: Fault | None = None
@@ -105,7 +105,9 @@ class RolloutWorker:
             self._start_run("", None)
             if not self._changed.wait_for(lambda: not self._holding, SECONDS_TO_STOP):
                 raise RuntimeError(f"the engine did not stop within {SECONDS_TO_STOP:.0f} s for new weights")
-            self._version = None  # an engine that fails here holds half of them: no group may be made with that
+            self._version = (
+                None  # an engine that fails here may hold half of the new weights: no group is made with those
+            )
             self._engine.load_weights(tensors, version)
             self._version = version
 
@@ -156,7 +158,7 @@ class RolloutWorker:
                 if stale:
                     driver.close()
                 self._decode(driver, run, settings, tasks)
-            except Exception as error:  # whatever it is, the trainer must hear of it
+            except Exception as error:  # any error is reported to the trainer
                 self._report(run, error)
             finally:
                 with self._changed:

@@ -45,7 +45,7 @@ def build_engine(rollout: RolloutConfig, model: nn.Module, eos_ids: tuple[int, .
         )
     except UserError:
         raise
-    except TypeError as error:  # it is no class, or takes other arguments
+    except TypeError as error:  # not a class, or one that takes other arguments
         raise broken(rollout.engine, f"it can't be built: {error}") from error
     if rollout.engine not in ENGINES:
         check_engine_runs(rollout.engine, engine, eos_ids, (1, 2, 3)[:longest_prompt], min(3, rollout.completion_limit))

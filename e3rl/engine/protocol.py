@@ -1,7 +1,7 @@
 """The seam between deciding what to generate and generating it.
 
 An engine is the only thing that knows about KV caches. The driver asks for candidates, says which tokens to drop and
-never learns how either is done. `e3rl.testing` holds the contract suite that every engine must pass.
+does not see how either is done. `e3rl.testing` holds the contract suite that every engine must pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ with fewer tokens. It must not raise, and a token that it forbids gets a large n
 
 
 class Engine(Protocol):
-    """Generates candidates for many rows at once; rolls a row back to any earlier length for nothing."""
+    """Generates candidates for many rows at once; rolls a row back to any earlier length at no cost."""
 
     def free_rows(self) -> int:
         """How many more rows `prefill` could create now."""
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 
 class ServingEngine(Engine, Protocol):
-    """An engine that takes hooks, and that can be interrupted by those who want to submit or release something."""
+    """An engine that takes hooks, and whose poll can be interrupted to submit or release something."""
 
     def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling, hook: LogitsHook | None = None) -> None:
         """As `Engine.extend`; ``hook`` sees the logits of every token of this candidate."""

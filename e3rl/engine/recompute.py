@@ -1,4 +1,4 @@
-"""The oracle: every token by a full forward pass over one row's ids. No cache, no batch: slow and obviously right."""
+"""The oracle: every token by a full forward pass over one row's ids. No cache and no batch: slow, and simple enough to trust."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from e3rl.types import Candidate, Draw
 
 
 class RecomputeEngine:
-    """Implements `e3rl.engine.protocol.Engine`. ``max_rows`` is there for exchangeability: rows go one at a time."""
+    """Implements `e3rl.engine.protocol.Engine`. ``max_rows`` has no effect: rows are decoded one at a time."""
 
     def __init__(
         self, model: Any, *, eos_ids: Sequence[int], cache_rows: int, max_length: int, max_rows: int = 1
@@ -45,7 +45,7 @@ class RecomputeEngine:
         self._row(row).open_request(tokens, draw, sampling, self._max_length, hook)
 
     def interrupt(self) -> None:
-        """Its polls are of one row: nobody waits for another."""
+        """Nothing to do: a poll is of one row."""
 
     @torch.inference_mode()
     def poll(self) -> list[tuple[Row, Candidate]]:

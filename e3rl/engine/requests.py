@@ -1,4 +1,4 @@
-"""What every in-process engine keeps about its rows, how draws become random numbers, what is refused: no tensors, no model."""
+"""Rows and requests of an in-process engine, random numbers of draws, and what is refused. No tensors, no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def uniforms(draw: Draw, n: int) -> np.ndarray:
     """The first ``n`` numbers of the draw's stream: float64, uniform in [0, 1).
 
     A longer stream starts with the shorter one. The raw bits of the counter-based generator are turned into floats
-    here, since numpy promises to keep the former for ever and not the latter.
+    here, since numpy guarantees the former across versions and not the latter.
     """
     raw = np.random.Philox(key=draw_key(draw)).random_raw(n)
     return (raw >> np.uint64(11)) * 2.0**-53
@@ -36,7 +36,7 @@ def uniforms(draw: Draw, n: int) -> np.ndarray:
 
 @dataclass(slots=True)
 class Request:
-    """A candidate under way."""
+    """A candidate that is being generated."""
 
     tokens: int
     draw: Draw
@@ -55,7 +55,7 @@ class Request:
         return self.tokens - len(self.ids)
 
     def turns(self, tokens: int) -> int:
-        """Turns of so many tokens that it has had."""
+        """Time slices of so many tokens that it has used."""
         return len(self.ids) // tokens
 
     def complete(self, eos_ids: Collection[int]) -> bool:
@@ -110,7 +110,7 @@ class RowState:
         return candidate
 
     def append(self, ids: Sequence[int], vocabulary: int, max_length: int) -> None:
-        """Take up tokens as if they had been generated."""
+        """Add tokens as if they had been generated."""
         if self.request is not None:
             raise ValueError(f"the row has an open request ({self.request.draw}): poll until it is delivered")
         check_ids(ids, vocabulary, "what was generated before")
@@ -161,7 +161,7 @@ def check_fits(prompt: int, completion: int, max_length: int) -> None:
 
 
 def check_siblings(siblings: int, rows: int, free: int) -> None:
-    """Refuse a group that has no room."""
+    """Refuse a group that does not fit."""
     if siblings < 1:
         raise ValueError(f"a prompt needs at least 1 row, not {siblings}")
     if siblings > rows:

@@ -19,7 +19,7 @@ from e3rl.equations import tokens
 from e3rl.errors import UserError
 
 NON_FINITE = -1
-"""Stands in `Samples.ids_S` where a row's logits are not all finite."""
+"""The id in `Samples.ids_S` of a row whose logits are not all finite."""
 
 _NO_TOP_K = 2**31
 
@@ -116,7 +116,7 @@ class SamplingRows:
         )
 
 
-@functools.lru_cache(maxsize=64)  # the same few batches of settings come again at every poll
+@functools.lru_cache(maxsize=64)  # the same few batches of settings recur at every poll
 def _settings(rows: tuple[Sampling, ...], device: torch.device) -> SamplingRows:
     ranks = [r.top_k > 0 or r.top_p < 1 for r in rows]
     truncates = [by_rank or r.min_p > 0 for r, by_rank in zip(rows, ranks, strict=True)]

@@ -1,4 +1,4 @@
-"""Weights on their way from a trainer to whatever generates: what they fit, copied in place, written for another process."""
+"""Weights from a trainer to an engine: checked, copied in place, or written as a directory for another process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def take_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights of a model of the same kind, each looked up once: they may come from far."""
+    """Copy the weights of a model of the same kind, each looked up once: a look-up may gather it from other ranks."""
     own = model.state_dict(keep_vars=True)
     for name, tensor in weights.items():
         own[name].copy_(tensor)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from e3rl.equations import policy
-from e3rl.objectives.base import Loss, Need, TrainBatch
+from e3rl.equations.erpo import group_advantages
+from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.metrics import measured
 
 
@@ -62,6 +63,22 @@ def kl_terms(batch: TrainBatch, kl_coef: float) -> Tensor:
 def on_tokens(values_G: Tensor, mask_GT: Tensor) -> Tensor:
     """One value per sequence, laid on its tokens, [G, T]; 0 in padding."""
     return values_G[:, None] * mask_GT
+
+
+class GroupNormalised(TrajectoriesOnly):
+    """Base for objectives whose advantage is the group-normalised reward, the same on every token of a response."""
+
+    kl_coef: float
+    advantage_eps: float
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The reference policy where its KL term has a weight."""
+        return kl_needs(self.kl_coef) | REWARDS_ONLY
+
+    def advantages(self, signals: GroupSignals) -> Tensor:
+        """(R - mean) / (std + advantage_eps), [G, T]; 0 in padding."""
+        return on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
 
 def token_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:

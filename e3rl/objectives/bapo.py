@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from e3rl.equations import policy
-from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.settings import setting
 
 
 @dataclass(frozen=True)
-class BAPO(TrajectoriesOnly):
+class BAPO(common.GroupNormalised):
     """Balanced policy optimisation with adaptive clipping (arXiv 2510.18927). Bounds are ratios, not offsets."""
 
     kl_coef: float = setting(0.0, "weight of the KL term; 0 needs no reference policy", source="BAPO paper", min=0)
@@ -29,14 +28,6 @@ class BAPO(TrajectoriesOnly):
     highest_limit: float = setting(3.0, "b+, where the upper bound stops", source="BAPO paper", min=1)
     highest_step: float = setting(0.05, "delta_1, step of the upper bound", source="BAPO paper", above=0)
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY
-
-    def advantages(self, signals: GroupSignals) -> Tensor:
-        """The group-normalised reward, on every token."""
-        return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def bounds(self) -> list[tuple[float, float]]:
         """The pairs (c_low, c_high) in the order they are tried: first c_high rises to its limit, then c_low."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
-from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.settings import PAPER, setting
 
 
 @dataclass(frozen=True)
-class GRPO(TrajectoriesOnly):
+class GRPO(common.GroupNormalised):
     """Group relative policy optimisation (ERPO paper, eq 3-5)."""
 
     kl_coef: float = setting(0.04, "beta, weight of the KL term; 0 needs no reference policy", source=PAPER, min=0)
@@ -24,14 +21,6 @@ class GRPO(TrajectoriesOnly):
         "token", "mean over all tokens (eq 5), or of each response's own mean (DeepSeekMath)", source="ERPO paper"
     )
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY
-
-    def advantages(self, signals: GroupSignals) -> Tensor:
-        """The group-normalised reward, on every token."""
-        return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate less weighted KL, averaged, negated."""

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from e3rl.equations import policy
-from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.objectives.metrics import measured
 from e3rl.settings import setting
 
 
 @dataclass(frozen=True)
-class GSPO(TrajectoriesOnly):
+class GSPO(common.GroupNormalised):
     """Group sequence policy optimisation (arXiv 2507.18071)."""
 
     kl_coef: float = setting(0.0, "weight of the KL term; 0 needs no reference policy", source="GSPO paper", min=0)
     clip_low: float = setting(3e-4, "the ratio is clipped below 1 - clip_low", source="GSPO paper", min=0, max=1)
     clip_high: float = setting(4e-4, "the ratio is clipped above 1 + clip_high", source="GSPO paper", min=0)
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY
-
-    def advantages(self, signals: GroupSignals) -> Tensor:
-        """The group-normalised reward, on every token."""
-        return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""

@@ -5,32 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from e3rl.equations import policy
-from e3rl.equations.erpo import group_advantages
 from e3rl.objectives import _common as common
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.objectives.metrics import measured
 from e3rl.settings import setting
 
 
 @dataclass(frozen=True)
-class SAPO(TrajectoriesOnly):
+class SAPO(common.GroupNormalised):
     """Soft adaptive policy optimisation (arXiv 2511.20347)."""
 
     kl_coef: float = setting(0.0, "weight of the KL term; 0 needs no reference policy", source="SAPO paper", min=0)
     temperature_positive: float = setting(1.0, "tau where the advantage is above 0", source="SAPO paper", above=0)
     temperature_negative: float = setting(1.05, "tau elsewhere; larger: narrower gate", source="SAPO paper", above=0)
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY
-
-    def advantages(self, signals: GroupSignals) -> Tensor:
-        """The group-normalised reward, on every token."""
-        return common.on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Mean over responses of the token mean of -(4/tau) sigmoid(tau (rho - 1)) A, plus weighted KL."""

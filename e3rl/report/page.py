@@ -23,7 +23,7 @@ from e3rl.report.embed import (
 )
 from e3rl.report.overview import read_overview
 from e3rl.report.rollouts import Selection, encode_group, select
-from e3rl.types import Trajectory
+from e3rl.types import TERMS, Trajectory
 
 RUN_SCRIPTS = (
     "dom.js",
@@ -79,7 +79,8 @@ def render_page(
     title: str, scripts: Sequence[str], data: Mapping[str, str], packed: Mapping[str, str] = {}, *, charts: bool
 ) -> str:
     """A whole page. ``data`` holds `to_json` texts by the id that the scripts find them under, ``packed`` packed ones."""
-    code = "(() => {\n" + "\n".join(_asset(name) for name in scripts) + "\n})();"
+    terms = f"const TERMS = {to_json(list(TERMS.values()))};\n"
+    code = "(() => {\n" + terms + "\n".join(_asset(name) for name in scripts) + "\n})();"
     library = [_plotly()] if charts else []
     parts = {
         "policy": content_security_policy([code, *library]),

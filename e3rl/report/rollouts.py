@@ -16,11 +16,12 @@ from typing import Any
 from e3rl.errors import UserError
 from e3rl.report.embed import to_json
 from e3rl.train.metrics import mean
+from e3rl.types import TERMS
 
 _INDEX_ROW = 60  # bytes of a rollout in the index, about
 
 _ROWS_AT_A_TIME = 64
-_TERMS = ("uncertainty", "base", "gradient", "extremum", "perturbation")
+_TERMS = ("uncertainty", *TERMS)
 _FACTORS = ("threshold", "baseline", "penalty", "modulation")
 
 

@@ -25,13 +25,13 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.judge import GroupJudge
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.rollout.stats import RolloutStats, summarise
-from e3rl.types import Group, Judgement
+from e3rl.types import TERMS, Group, Judgement
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the grid, and what it would do. ``r_low`` and ``r_high`` bound the regeneration ratio: retries that
-    are as good as a sibling's draw, and retries that are no better than what they replace."""
+    """One point of the grid and its estimates. ``r_low`` and ``r_high`` bound the regeneration ratio: with retries as certain as
+    a sibling's draw, and with retries as uncertain as what they replace."""
 
     erasure: ErasureConfig
     erase_share: float
@@ -88,11 +88,11 @@ def static_baseline(groups: Sequence[Group], erasure: ErasureConfig, target: flo
 
 
 def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
-    """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. A quantile says itself how
-    much is erased, and a static baseline has no kappa_0: with these there is nothing to compare."""
+    """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. The baselines
+    'quantile' and 'static' have no kappa_0, so there is nothing to compare."""
     if base.baseline in ("quantile", "static"):
         return [base]
-    others = base.base_weight + base.gradient_weight + base.extremum_weight
+    others = sum(getattr(base, f"{term}_weight") for term in TERMS if term != "perturbation")
     return [
         replace(base, kappa0=kappa0, perturbation_weight=weight)
         for weight in perturbation_weights
@@ -148,7 +148,8 @@ def calibrate(
 def compared_settings(config: Config, kappa0s: Sequence[float]) -> tuple[Config, list[ErasureConfig]]:
     """The config that a calibration samples by, and the erasure settings that it compares; UserError where there is none.
 
-    Where thresholds are to come from calibration statistics, siblings stand in for them: those are what is being made.
+    Where thresholds are to come from calibration statistics, siblings stand in for them, since those are what is being
+    made.
     """
     if config.erasure.baseline == "reference":
         config = replace(config, erasure=replace(config.erasure, baseline="group"))
@@ -156,14 +157,12 @@ def compared_settings(config: Config, kappa0s: Sequence[float]) -> tuple[Config,
         raise UserError("calibration compares siblings: rollout.num_generations must be at least erasure.min_siblings")
     settings = grid(config.erasure, kappa0s, sorted({0.0, 1.0, config.erasure.perturbation_weight}))
     if not any(s.perturbation_weight == config.erasure.perturbation_weight for s in settings):
-        raise UserError(
-            "the four weights of [erasure] are all 0, so U has no term to calibrate: set one of them above 0"
-        )
+        raise UserError("the weights of [erasure] are all 0, so U has no term to calibrate: set one of them above 0")
     return config, settings
 
 
 def calibration_table(result: Calibration) -> Table:
-    """The grid with its estimates, the recommended row marked and followed by what it really did."""
+    """The grid with its estimates, the recommended row marked, and below it what that setting did when rolled out."""
     table = Table(title="Erasure settings, estimated from plain rollouts", title_justify="left")
     for name in ("", "method", "threshold", "weight of ε", "segments erased", "r at best", "r at worst"):
         table.add_column(

@@ -1,8 +1,8 @@
-"""Groups as Arrow record batches: the one form in which rollouts are sent, kept and read.
+"""Groups as Arrow record batches: the one encoding of rollouts on the wire and on disk.
 
 `SCHEMA` has a row for each trajectory. Rollout workers answer with it, the journal appends it, a checkpoint's prefetched groups
 and a skipped step's batch are files of it, and the ledger (`e3rl.train.ledger`) is it with the text and what was learnt beside.
-Per-token numbers are float32 and int32 columns: encoding and decoding cost nothing for each token but copies in C.
+Per-token numbers are float32 and int32 columns: encoding and decoding are copies in C, with no Python for each token.
 
 What comes from outside goes through `e3rl.rollout.ipc`, which lets nothing pass but this schema, whole and consistent.
 """
@@ -10,8 +10,9 @@ What comes from outside goes through `e3rl.rollout.ipc`, which lets nothing pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,13 @@ from e3rl.types import (
 )
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+
+
+def _numbers_of(kind: type[Uncertainty | Threshold], total: str) -> list[tuple[str, pa.DataType, str]]:
+    """A column for each field; the field ``total`` has a column of another name."""
+    return [(total if f.name == "total" else f.name, pa.float64(), f.metadata["meaning"]) for f in fields(kind)]
+
+
 _CANDIDATE = [
     ("index", pa.int32(), "segment index, from 0"),
     ("start", pa.int32(), "committed response tokens before it"),
@@ -60,16 +68,8 @@ _CANDIDATE = [
     ),
     ("attempt", pa.int32(), "erasures of this segment before this candidate; null where nothing was judged"),
     ("verdict", pa.string(), "commit, erase or forced; null where nothing was judged"),
-    ("uncertainty", pa.float64(), "U (eq 13)"),
-    ("base", pa.float64(), "weighted smoothed entropy in U"),
-    ("gradient", pa.float64(), "weighted mean entropy step in U"),
-    ("extremum", pa.float64(), "weighted extremum deviation in U"),
-    ("perturbation", pa.float64(), "weighted mean perturbation in U"),
-    ("smoothed", pa.float64(), "smoothed entropy (eq 11) without its weight"),
-    ("threshold", pa.float64(), "Theta (eq 17)"),
-    ("baseline", pa.float64(), "B_n (eq 16)"),
-    ("penalty", pa.float64(), "Gamma (eq 17)"),
-    ("modulation", pa.float64(), "phi (eq 18)"),
+    *_numbers_of(Uncertainty, "uncertainty"),
+    *_numbers_of(Threshold, "threshold"),
 ]
 CANDIDATE = pa.struct([(name, kind) for name, kind, _ in _CANDIDATE])
 _FIELDS = list(CANDIDATE)
@@ -94,7 +94,9 @@ MEANING = {name: meaning for name, _, meaning in (*_TRAJECTORY, *_CANDIDATE)}
 """What each column holds, those of a candidate included."""
 _HEAD = ("problem_id", "sibling", "policy_version", "finish")
 NUMBERS = [name for name, kind, _ in _CANDIDATE if kind == pa.float64()]
-"""U, its terms and the smoothed entropy, then Theta and its factors: the fields of `Uncertainty` and `Threshold` in order."""
+"""The fields of `Uncertainty` and then of `Threshold`, in order."""
+_U, _THETA = (attrgetter(*(f.name for f in fields(kind))) for kind in (Uncertainty, Threshold))
+_U_SIZE = len(fields(Uncertainty))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +231,7 @@ def _judgements(judgements: Sequence[Judgement | None]) -> dict[str, pa.Array]:
 def _numbers(judgement: Judgement | None) -> tuple[float, ...]:
     if judgement is None:
         return (0.0,) * len(NUMBERS)
-    u, theta = judgement.uncertainty, judgement.threshold
-    terms = (u.total, u.base, u.gradient, u.extremum, u.perturbation, u.smoothed)
-    return (*terms, theta.total, theta.baseline, theta.penalty, theta.modulation)
+    return (*_U(judgement.uncertainty), *_THETA(judgement.threshold))
 
 
 def decode_rows(batch: pa.RecordBatch) -> list[TrajectoryRow]:
@@ -267,7 +267,7 @@ def _records(lists: pa.ListArray) -> list[list[CandidateRecord]]:
         attempt, verdict = plain["attempt"][n], plain["verdict"][n]
         judgement = None
         if verdict is not None:
-            terms, factors = numbers[n][:6], numbers[n][6:]
+            terms, factors = numbers[n][:_U_SIZE], numbers[n][_U_SIZE:]
             judgement = Judgement(Uncertainty(*terms), Threshold(*factors), attempt, Verdict(verdict))
         seen = plain["observation"][n]
         observation = None if seen is None else from_json(seen)

@@ -98,7 +98,7 @@ def save_companions(directory: Path, config: Config, calibration: CalibrationSta
 
 
 def find_companions(model: str) -> Companions:
-    """What lies beside a model; nothing does where ``model`` is a hub id."""
+    """What is saved beside a local model; nothing for a hub id."""
     directory = Path(model)
     recipe = directory / RECIPE_NAME
     known = (directory / FILE_NAME).is_file()

@@ -29,7 +29,7 @@ Observer = Callable[[Event], None]
 
 
 def _ignore(event: Event) -> None:
-    """Nobody watches."""
+    """The observer of groups without one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +43,7 @@ class GroupJob:
     group: Group | None = None
     error: Exception | None = None
     version: int = 0  # of the weights that draw its next segments
-    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # what it will ask for when it gets its rows
+    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # orders that wait for the group's rows
     episodes: dict[int, Episode] = field(default_factory=dict)  # environments, by sibling, from their first turn on
 
     def result(self) -> Group:
@@ -70,9 +70,9 @@ class Driver:
         self._interruptible = hasattr(engine, "interrupt")  # then a poll may complete nothing
         self._waiting: deque[GroupJob] = deque()
         self._decoding: list[GroupJob] = []
-        self._ended: list[GroupJob] = []  # and not yet returned by `step`
+        self._ended: list[GroupJob] = []  # and `step` has not returned them yet
         self._parking = False  # no segment may begin
-        self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is at
+        self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is generating
         self._actors = Actors(memory)
 
     @property
@@ -194,7 +194,7 @@ class Driver:
             self._extend(job, order, draw)
 
     def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
-        """Whose candidates these are."""
+        """The completed candidates with the group, sibling and draw of each."""
         if not completed and not self._interruptible:
             raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
         asked = [(self._open.pop(row), candidate) for row, candidate in completed]
@@ -211,7 +211,7 @@ class Driver:
                 self._advance(job, partial(job.rollout.deliver, sibling, candidate))
 
     def _take_replies(self, wait: bool) -> None:
-        """Hand on what environments have answered; ``wait``: there is nothing to decode before one does."""
+        """Hand on what environments have answered; ``wait`` for an answer where there is nothing to decode."""
         for done, reply in self._actors.replies(wait):
             done(reply)
 
@@ -223,7 +223,7 @@ class Driver:
             self._end(job, error)
 
     def _carry_out(self, job: GroupJob, orders: Iterable[Order]) -> None:
-        """Do what a group asks for, and what follows from it where the memory knows the answer."""
+        """Carry out a group's orders, and those that follow where the memory has the candidate."""
         queue = deque(orders)
         while queue:
             order = queue.popleft()
@@ -239,7 +239,9 @@ class Driver:
                 self._actors.answer(job, job.prompt, job.episodes, order.sibling, order.ids, draw, done)
                 continue
             known = None if self._memory is None else self._memory.take(draw)
-            if known is not None and (known.version or 0) <= job.version:  # else of weights that are still to come
+            if (
+                known is not None and (known.version or 0) <= job.version
+            ):  # else of newer weights than the group has reached
                 queue += job.rollout.deliver(order.sibling, known)
             elif job.rows.held and not self._parking:
                 self._extend(job, order, draw)

@@ -1,4 +1,4 @@
-"""One group on its way: what each sibling has committed and erased, and what it asks of the engine next.
+"""One group while it is generated: what each sibling has committed and erased, and what it needs next.
 
 A state machine: `deliver` takes a candidate and returns orders. It knows no engine, so nothing here generates or waits.
 """
@@ -40,7 +40,7 @@ from e3rl.types import (
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What a group depends on beside its prompt and the weights. All groups of a batch share it.
+    """Everything that a group depends on beside its prompt and the weights. All groups of a batch share it.
 
     ``calibration`` is needed where thresholds can't come from the group (see `require_calibration`); ``entropy_moments`` of
     the previous batch serve ``erasure.entropy_reference = "batch"``. ``first_sibling`` is the number under which a
@@ -166,7 +166,7 @@ class GroupRollout:
         return [self._extend(s) for s in self._siblings]
 
     def deliver(self, number: int, candidate: Candidate) -> list[Order]:
-        """Take what the engine generated for a sibling; return what this lets its group do next."""
+        """Take a sibling's candidate from the engine; return the group's next orders."""
         sibling = self._siblings[number]
         self._check(sibling, candidate)
         if self._judge is None:
@@ -257,7 +257,9 @@ class GroupRollout:
         if reply.failure is not None or observation is None:
             sibling.failure = reply.failure
             return self._conclude(sibling, "length" if reply.end == "length" else "stop")
-        if sibling.committed + len(reply.ids) >= self._config.completion_limit:  # no room to go on: it is not shown
+        if (
+            sibling.committed + len(reply.ids) >= self._config.completion_limit
+        ):  # no room to continue: the observation is not added
             return self._conclude(sibling, "length")
         tools, judged = self.prompt.tools, self._judge is not None
         against = judged and observation.evidence > tools.threshold
@@ -284,7 +286,7 @@ class GroupRollout:
         sibling.erasures.append(erasure)
         sibling.tries, sibling.erased_turns = sibling.tries + 1, sibling.erased_turns + 1
         sibling.try_from = len(sibling.erasures)
-        assert self._judge is not None  # without one nothing speaks against a turn
+        assert self._judge is not None  # only judged rollouts erase turns
         self._judge.rollback(sibling.number, sibling.drawn())
         self._observe(Erased(self.prompt.problem.id, sibling.number, erasure))
         return [Undo(sibling.number), self._extend(sibling)]
@@ -308,7 +310,7 @@ class GroupRollout:
         return segment_size(sibling.committed, self._config.segment_length, self._config.completion_limit)
 
     def _check(self, sibling: _Sibling, candidate: Candidate) -> None:
-        """Hold the engine to what was asked: empty candidates would keep a response going for ever."""
+        """Check the candidate's length: an empty one would keep a response going for ever."""
         asked, got = self._tokens(sibling), len(candidate.ids)
         if got > asked or got == 0 or (got < asked and not candidate.ended):
             where = f"prompt '{self.prompt.problem.id}', sibling {sibling.number}, segment {len(sibling.segments)}"

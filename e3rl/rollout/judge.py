@@ -42,7 +42,7 @@ def needs_calibration(siblings: int, config: ErasureConfig) -> bool:
 
 
 def require_calibration(siblings: int, config: ErasureConfig, calibration: CalibrationStatistics | None) -> None:
-    """Raise UserError where thresholds come from what there is none of: calibration statistics, or a static baseline."""
+    """Raise UserError where thresholds need calibration statistics or a static baseline that are not there."""
     if config.baseline == "static" and not config.static_baseline:
         raise UserError(
             "erasure.baseline = 'static' needs erasure.static_baseline, and it is 0: 'e3rl calibrate' finds a value for the "
@@ -135,12 +135,12 @@ class GroupJudge:
         history.smoothed.append(judgement.uncertainty.smoothed)
 
     def expects(self, sibling: int) -> bool:
-        """Whether the sibling's next candidate is the first of its segment. A turn that is drawn again has been there before."""
+        """Whether the sibling's next candidate is the first of its segment: not so in a turn that is drawn again."""
         history = self._histories[sibling]
         return len(history.firsts) == len(history.committed)
 
     def rollback(self, sibling: int, segments: int) -> None:
-        """A turn was erased: the sibling is back at so many committed segments. Its first candidates remain what they were."""
+        """A turn was erased: the sibling is back at so many committed segments. Its first candidates keep counting."""
         history = self._histories[sibling]
         for kept in (history.committed, history.attempts, history.means, history.smoothed, history.modulations):
             del kept[segments:]
@@ -178,7 +178,7 @@ class GroupJudge:
         return self._calibration is None and self._config.baseline in _FROM_SIBLINGS
 
     def _open(self, segment: int) -> None:
-        """Fix what the segment's candidates are judged against, and measure the siblings that are there, all at once."""
+        """Fix the statistics that the segment's candidates are judged against, and measure all present siblings together."""
         entropies = self._fixed_entropies
         if entropies is None:
             entropies = self._pooled_entropies = self._pool(segment)
@@ -258,7 +258,7 @@ def _raised(baseline: float) -> float:
 
 @functools.cache
 def _say_floored(kappa0: float) -> None:
-    """A word in the log, once for each setting."""
+    """Log a warning, once for each setting."""
     _log.warning(
         "erasure.kappa0 = %g puts the baseline of some segments at or below 0, where it is held at %g: their candidates are "
         "erased until the budget is spent. Raise erasure.kappa0; 'e3rl calibrate' finds one",

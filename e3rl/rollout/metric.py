@@ -16,7 +16,7 @@ from e3rl.equations import uncertainty
 from e3rl.errors import UserError
 from e3rl.plugins import load
 from e3rl.rollout.moments import Moments
-from e3rl.types import Candidate, Uncertainty
+from e3rl.types import TERMS, Candidate, Uncertainty
 
 UNCERTAINTY_METRICS = {"e3rl": "e3rl.rollout.metric:e3rl_uncertainty"}
 
@@ -30,7 +30,7 @@ class UncertaintyMetric(Protocol):
         """U of a candidate behind segments whose mean entropies are ``history``.
 
         ``reference``: moments of the token entropies that eq 13 compares a peak with. ``total`` is finite, not negative
-        and the sum of the four terms; ``smoothed`` is what eq 18 holds against the baseline, so on the scale of ``total``.
+        and the sum of the terms; ``smoothed`` is what eq 18 holds against the baseline, so on the scale of ``total``.
         """
 
 
@@ -145,14 +145,14 @@ def measure(
         raise broken(name, f"it failed on {len(candidate.ids)} tokens with {type(error).__name__}: {error}") from error
     if not isinstance(u, Uncertainty):
         raise broken(name, f"it must return an Uncertainty, and returned a {type(u).__name__}")
-    terms = (u.base, u.gradient, u.extremum, u.perturbation)
+    terms = [getattr(u, term) for term in TERMS]
     numbers = (u.total, u.smoothed, *terms)
     if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
         raise broken(name, f"every field of its Uncertainty must be a finite number, and it returned {u}")
     if u.total < 0:
         raise broken(name, f"U is {u.total}; below 0 the attempt penalty would lower the threshold it should raise")
     if not math.isclose(u.total, math.fsum(terms), rel_tol=1e-6, abs_tol=1e-9):
-        raise broken(name, f"the terms of U must add up to it: {terms} and {u.total}")
+        raise broken(name, f"the terms of U must add up to it: {tuple(terms)} and {u.total}")
     return u
 
 

@@ -1,4 +1,4 @@
-"""What is kept of many numbers, to be merged and saved: moments, and values that divide them into equal shares."""
+"""Summaries of many numbers that can be merged and saved: moments, and markers of equal shares (quantiles)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 MARKERS = 64
-"""Values that are kept at most. Of fewer numbers, all are."""
+"""Most markers that are kept; up to so many numbers are kept as they are."""
 
 
 @dataclass(frozen=True, slots=True)

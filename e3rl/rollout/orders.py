@@ -1,4 +1,4 @@
-"""What a group tells and asks while it is on its way: events for observers, orders for the driver."""
+"""Events, which a group sends to observers, and orders, which it gives the driver."""
 
 from __future__ import annotations
 

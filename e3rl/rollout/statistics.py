@@ -16,7 +16,7 @@ from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl.parsing import read_json
 from e3rl.rollout.moments import Distribution, Moments
-from e3rl.types import Erasure, Group, Segment, Trajectory
+from e3rl.types import TERMS, Erasure, Group, Segment, Trajectory
 
 FILE_NAME = "e3rl_reference.json"
 FORMAT = 1
@@ -24,10 +24,7 @@ MEASURED_BY = (
     "metric",
     "entropy_distribution",
     "entropy_temperature",
-    "base_weight",
-    "gradient_weight",
-    "extremum_weight",
-    "perturbation_weight",
+    *(f"{term}_weight" for term in TERMS),
     "length_exponent",
     "smoothing_window",
     "smoothing_decay",
@@ -46,7 +43,7 @@ def measured_by(rollout: RolloutConfig, erasure: ErasureConfig) -> dict[str, Any
 
 
 def first_candidates(trajectory: Trajectory) -> Iterator[Segment | Erasure]:
-    """The first candidate of every segment, committed or erased; what was never judged is its own first.
+    """The first candidate of every segment, committed or erased; an unjudged segment is its own first candidate.
 
     Observations and erased turns are no candidates: indices count drawn segments.
     """
@@ -108,8 +105,8 @@ class CalibrationStatistics:
         return self.merged(CalibrationStatistics(self.settings, segments, entropies))
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raise UserError where these statistics were measured with other settings. One that a file doesn't name is younger
-        than the file, and had its default."""
+        """Raise UserError where these statistics were measured with other settings. A setting that the file doesn't name is
+        newer than the file and had its default."""
         usual = measured_by(RolloutConfig(), ErasureConfig())
         then, now = {**usual, **self.settings}, {**usual, **settings}
         differing = [n for n in sorted(then | now) if then.get(n) != now.get(n)]

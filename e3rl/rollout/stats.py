@@ -20,7 +20,7 @@ class RolloutStats:
     stopped: int  # trajectories that ended in EOS
     committed_tokens: int
     erased_tokens: int
-    redrawn_tokens: int  # drawn a second time to be committed after all (`on_exhausted` = 'least_uncertain')
+    redrawn_tokens: int  # drawn a second time and committed (`on_exhausted` = 'least_uncertain')
     erasures: int  # erased turns among them
     forced: int  # segments committed above their threshold
     candidates_N: tuple[int, ...]
@@ -49,7 +49,7 @@ class RolloutStats:
 
     @property
     def stop_rate(self) -> float:
-        """Share of trajectories that ended by themselves."""
+        """Share of trajectories that ended with EOS."""
         return _share(self.stopped, self.trajectories)
 
     @property
@@ -97,7 +97,7 @@ def summarise(groups: Iterable[Group]) -> RolloutStats:
 def redrawn_tokens(trajectory: Trajectory) -> int:
     """Tokens drawn twice: those of segments where an earlier attempt was committed after a later one was erased.
 
-    A redraw that came out differently is no second drawing: both candidates are on record, and counted.
+    A redraw with other tokens does not count: both candidates are on record.
     """
     last_erased = {e.index: e.judgement.attempt for e in trajectory.erasures}
     erased = {(e.index, e.judgement.attempt) for e in trajectory.erasures}

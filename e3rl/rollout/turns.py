@@ -1,4 +1,4 @@
-"""Turns that environments are answering while the engine decodes, and what is remembered of their answers."""
+"""Environments that answer turns while the engine decodes, and the memory of candidates and answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from e3rl.types import Candidate, Draw, Observed, Prompt, ToolResult
 
 
 class Memory(Protocol):
-    """Candidates by draw, those of an earlier process among them (`e3rl.train.journal.StepJournal`)."""
+    """Candidates and answers by draw, also those of an earlier process (`e3rl.train.journal.StepJournal`)."""
 
     def take(self, draw: Draw) -> Candidate | None:
-        """The candidate of this draw if it is known; each is given once."""
+        """The candidate of this draw if it is known; each is returned once."""
 
     def add(self, draw: Draw, candidate: Candidate) -> None:
         """Keep a candidate that was generated."""
@@ -36,7 +36,7 @@ class Memory(Protocol):
 
 
 def given(ids: Sequence[int]) -> Candidate:
-    """Tokens that nobody drew, as a candidate: log-probability, entropy and perturbation 0, rank 0."""
+    """Observation tokens as a candidate: log-probability, entropy, perturbation and rank 0."""
     zeros = np.zeros(len(ids))
     return Candidate(ids, zeros, zeros, zeros, np.ones(len(ids)), np.zeros(len(ids)), ended=False)
 
@@ -57,7 +57,7 @@ class _Acting:
 
 @dataclass
 class Actors:
-    """Turns that are being answered, each in a thread of its own, while the engine decodes others."""
+    """Runs environments, one thread a turn, while the engine decodes other rows."""
 
     memory: Memory | None = None
     _finished: queue.SimpleQueue[tuple[object, Reply]] = field(default_factory=queue.SimpleQueue)
@@ -65,7 +65,7 @@ class Actors:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is awaited."""
+        """Whether a turn is being answered."""
         return bool(self._acting)
 
     def answer(
@@ -78,7 +78,7 @@ class Actors:
         draw: Draw,
         done: Callable[[Reply], None],
     ) -> None:
-        """Have a sibling's environment answer its turn. What the memory knows of it counts; the tools run for their state."""
+        """Have a sibling's environment answer its turn. A remembered answer counts; the tools run again for their state."""
         known = None if self.memory is None else self.memory.take_reply(draw)
 
         def act() -> Reply:
@@ -103,7 +103,7 @@ class Actors:
         def run() -> None:
             try:
                 reply = act()
-            except BaseException as error:  # the code of other authors, in a thread that nobody waits for
+            except BaseException as error:  # user code, in a thread that nobody joins
                 reply = Reply(failure=f"raised {type(error).__name__}: {error}")
             self._finished.put((token, reply))
 
@@ -111,11 +111,11 @@ class Actors:
         threading.Thread(target=run, name="e3rl-environment", daemon=True).start()
 
     def forget(self, owner: object) -> None:
-        """Nobody waits for its answers any more."""
+        """Drop the answers that ``owner`` still waits for."""
         self._acting = {token: acting for token, acting in self._acting.items() if acting.owner is not owner}
 
     def replies(self, wait: bool) -> Iterator[tuple[Callable[[Reply], None], Reply]]:
-        """Answers that are there, and failures of those that are overdue; with ``wait``, at least one."""
+        """Answers that have arrived, and failures of overdue ones; with ``wait``, at least one."""
         found = False
         while self._acting:
             overdue = min(self._acting.values(), key=lambda a: a.deadline)

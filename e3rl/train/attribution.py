@@ -28,7 +28,7 @@ _PAIRS = 2**19  # of queries and keys that shares are computed of at once: 64 Mi
 
 @dataclass(frozen=True)
 class _Ends:
-    """The last L' response tokens (Q) of trajectories that are looked at together, and all that they attend to (K)."""
+    """The last L' response tokens (Q) of a batch of trajectories, and all positions that they attend to (K)."""
 
     members: tuple[int, ...]  # which sequences of the row
     queries_SQ: Tensor  # row positions, from the last token backwards
@@ -83,7 +83,7 @@ class _Ends:
 
 
 def _together(row: PackedRow, window: int) -> list[list[int]]:
-    """The row's trajectories in batches of at most _PAIRS queries times keys, in which all are as long as the longest."""
+    """The row's trajectories in batches of at most _PAIRS queries times keys, each padded to its longest."""
     batches: list[list[int]] = []
     queries = keys = 0
     for index in (i for i, erased in enumerate(row.erased) if not erased):
@@ -119,7 +119,7 @@ class AttributionTap:
     ) -> None:
         """Add one layer: ``query`` [1, heads, N, d], ``key`` [1, kv heads, N, d], both already rotated.
 
-        A query sees so many tokens as ``window`` says, itself included; None: all up to itself.
+        A query sees ``window`` tokens, itself included; None: all up to itself.
         """
         if layer in self._layers and not self._closed:
             for ends, sum_SK in zip(self._ends, self._sums, strict=True):
@@ -219,7 +219,7 @@ def _attention(
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Branches bring their own."""
+    """No mask: branches have their own."""
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped. Safetensors and JSON only, no pickle."""
+"""Checkpoints: all state that a run needs to continue bit-identically. Safetensors and JSON only, no pickle."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def checkpoint_directory(run: Path, step: int) -> Path:
 
 
 def _share(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's part of tensors that all ranks look up together: each goes to whoever has least so far."""
+    """This rank's part of tensors that all ranks look up together: each goes to the rank with the fewest bytes so far."""
     load, mine = [0] * ranks.world, {}
     for name, tensor in tensors.items():
         owner = load.index(min(load))
@@ -96,8 +96,8 @@ def _write_share(tensors: Mapping[str, Tensor], temporary: Path, kind: str, rank
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, ranks: Ranks | None = None) -> Path:
     """Write it whole or not at all, then drop the oldest beyond ``keep`` (0 keeps all).
 
-    All ranks write, each some of the tensors. An intact one of the same step stays: a resumed run comes to the same state,
-    and it may be the only one there is.
+    All ranks write, each some of the tensors. An intact checkpoint of the same step is kept: a resumed run reaches the same
+    state, and it may be the only one.
     """
     ranks = ranks or Ranks()
     directory = checkpoint_directory(run, checkpoint.step)
@@ -117,7 +117,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, ranks: Ranks |
 
 
 def _finish(checkpoint: Checkpoint, temporary: Path, stack: contextlib.ExitStack) -> None:
-    """Write what is no tensor of the model's; ``stack`` then puts the directory into its place."""
+    """Write the remaining files; ``stack`` then moves the directory into place."""
     save_file({"cpu": checkpoint.rng}, temporary / "rng.safetensors")
     write_json(temporary / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts})
     if checkpoint.prefetched:
@@ -172,7 +172,7 @@ def _newest_intact(run: Path, say: Any) -> Path:
 
 
 def newest_checkpoint(run: Path, say: Any = print, ranks: Ranks | None = None) -> Checkpoint:
-    """The newest intact checkpoint, which the first rank finds; every damaged one that is passed over is named aloud."""
+    """The newest intact checkpoint, as rank 0 finds it; ``note`` names every damaged one that is skipped."""
     ranks = ranks or Ranks()
     found = ranks.gather(ranks.attempt(lambda: _newest_intact(run, say) if ranks.first else None))[0]
     assert found is not None

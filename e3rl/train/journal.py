@@ -1,9 +1,9 @@
-"""The journal of rollouts: every candidate is on disk as soon as it is generated.
+"""The journal of rollouts: every candidate is written as soon as it is generated.
 
-A run that is killed in the middle of a rollout generates again only what was being generated. Everything else of a
-rollout's state (attempts, thresholds, group baselines, who waits for whom) follows from its candidates, so these are
-all that is kept: the driver (`e3rl.rollout.driver`) asks the journal before it asks the engine, and the
-group's state machine goes through what was drawn before.
+A run that was killed in the middle of a rollout repeats only the segments that were being generated. Everything else of a
+rollout's state (attempts, thresholds, group baselines, who waits for whom) follows from its candidates, so these are all
+that is kept: the driver (`e3rl.rollout.driver`) asks the journal before it asks the engine, and the group's state machine
+goes through what was drawn before.
 
 A file a step, for every step that no checkpoint holds yet: records of a length, a checksum and bytes. The first says
 which weights generated the rest; candidates of other weights are never used. The others are record batches
@@ -42,7 +42,7 @@ _PROBES = 64  # numbers of each weight tensor that go into the fingerprint
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Names these weights among all that a run comes by: an optimizer step changes nearly every number of a model."""
+    """Identifies the weights of a step: an optimizer update changes nearly every number of a model."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
@@ -52,7 +52,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def frame(payload: bytes) -> bytes:
-    """A record as it stands in the file."""
+    """A record as it is in the file."""
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
@@ -144,7 +144,7 @@ class StepJournal:
                 self._file.flush()
 
     def _read(self, header: Mapping[str, Any]) -> int:
-        """Take up what an earlier process left; how many bytes of it are good."""
+        """Read what an earlier process wrote; return how many of its bytes are intact."""
         content = self.path.read_bytes() if self.path.exists() else b""
         good = 0
         for end, payload in records(content):
@@ -205,7 +205,7 @@ class StepJournal:
         self.flush()
 
     def flush(self) -> None:
-        """Hand to the system what was added."""
+        """Write what was added to the file."""
         drawn, self._drawn = self._drawn, []
         replied, self._replied = self._replied, []
         with disk_full_is_a_sentence(self.path):
@@ -214,7 +214,7 @@ class StepJournal:
             self._file.flush()
 
     def close(self) -> None:
-        """Let go of the file. What could not be written to a full disk is given up."""
+        """Close the file. What could not be written (a full disk) is dropped."""
         try:
             try:
                 self.flush()
@@ -232,7 +232,7 @@ class Journal:
         self._open: dict[int, StepJournal] = {}
 
     def of(self, step: int) -> StepJournal:
-        """The journal of a step's rollout, which is made by the weights of now; the same one as long as it is open."""
+        """The journal of a step's rollout by the current weights; the same object as long as it is open."""
         if step not in self._open:
             self._close_before(step)
             header = {"format": FORMAT, "step": step, "weights": self._weights()}
@@ -240,12 +240,12 @@ class Journal:
         return self._open[step]
 
     def _close_before(self, step: int) -> None:
-        """Let go of the files of earlier steps."""
+        """Close the files of earlier steps."""
         for earlier in [s for s in self._open if s < step]:
             self._open.pop(earlier).close()
 
     def drop_through(self, step: int) -> None:
-        """Forget the steps that a checkpoint holds."""
+        """Delete the files of steps that a checkpoint holds."""
         self._close_before(step + 1)
         for path in self._directory.glob("step-*.journal"):
             if int(path.stem.removeprefix("step-")) <= step:

@@ -38,7 +38,7 @@ class Update:
 
 
 def has_dropout(model: Any) -> bool:
-    """Whether a forward pass in training draws random numbers: then it is no measure of the policy."""
+    """Whether a training forward pass uses dropout: then its log-probabilities are not the policy's."""
     modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     return modules or getattr(unwrapped(model).config, "attention_dropout", 0.0) > 0
 
@@ -107,7 +107,7 @@ class Learner:
         return lessons, Update(means.of_ranks(self._ranks.gather).values(), self._step(rate, update), rate)
 
     def _of_all_ranks(self, lessons: list[Lesson]) -> list[Lesson]:
-        """Every rank's lessons, group by group as one process would have them."""
+        """Every rank's lessons, in the order in which one process would have them."""
         together = itertools.chain(*self._ranks.gather(lessons))
         return sorted(together, key=lambda lesson: lesson.sequence.group)
 
@@ -125,7 +125,7 @@ class Learner:
         ]
 
     def _slots(self, rows: list[int]) -> list[int]:
-        """Passes to make for each part: its rows, or those of the busiest rank where ranks in lockstep keep passes."""
+        """Number of passes for each part: its rows, or the busiest rank's where ranks run in lockstep."""
         if not (self._lockstep and self._keeps_passes) or self._rewards_only:
             return rows
         return [max(each) for each in itertools.zip_longest(*self._ranks.gather(rows), fillvalue=0)]
@@ -204,10 +204,7 @@ class Learner:
         return found
 
     def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
-        """What is learnt from, group by group. Trajectories without a reward teach nothing.
-
-        Demonstrations need none: they are learnt from because they are shown.
-        """
+        """The training sequences, group by group. Trajectories without a reward are left out, unless they are demonstrations."""
         shown = "demonstrations" in self._objective.needs
         return [
             s
@@ -228,7 +225,7 @@ class Learner:
         return max(self._ranks.gather(mine)) - mine if self._lockstep else 0
 
     def _packed(self, sequences: list[TrainSequence]) -> tuple[list[TrainSequence], list[PackedRow]]:
-        """Sequences, and the rows that they make."""
+        """Sequences, and the rows that they are packed into."""
         return sequences, packed_rows(sequences, self._config.train.micro_batch_tokens, self._policy.device)
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
@@ -313,6 +310,6 @@ class Learner:
         self._found = self._found or found
         self._passes.backward(
             loss.value if found is None else loss.value * math.nan
-        )  # NaN reaches every rank's `_step`
+        )  # the NaN reaches every rank's `_step`
         means.add(loss.metrics)
         return float(loss.value.detach())

@@ -96,7 +96,7 @@ def over_drawn(scored: Scored) -> Scored:
 
 
 def unscored(sequence: TrainSequence) -> Scores:
-    """Holds the place of scores until a sequence's pass, for advantages that don't depend on them."""
+    """Placeholder scores of a sequence before its pass, for advantages that don't depend on them."""
     return Scores(sequence.rollout_logprobs_T, torch.zeros_like(sequence.rollout_logprobs_T), None)
 
 

@@ -1,4 +1,4 @@
-"""How a run and its surroundings speak: listeners are told what happens; a signal asks the run to stop."""
+"""Listeners, which a run tells what happens, and the request to stop it by a signal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from e3rl.config import Config
 
 
 class Listener(Protocol):
-    """Told of everything that happens in a run. Every method may do nothing."""
+    """Receives the events of a run. Every method may do nothing."""
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
         """The run begins, or goes on after ``first_step`` - 1 steps."""
@@ -30,14 +30,14 @@ class Listener(Protocol):
         """An evaluation is done; ``record`` is its line of evaluations.jsonl."""
 
     def noted(self, text: str) -> None:
-        """Something a person should read."""
+        """A message for the user."""
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         """The run is complete."""
 
 
 class Silent:
-    """Listens to nothing; a base for listeners that care about some events only."""
+    """Ignores all events; a base class for listeners that need only some."""
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
         pass

@@ -1,7 +1,7 @@
 """The training loop: rollouts, rewards, learning, evaluation and checkpoints, step after step.
 
-`train` is a whole run and `step` is one step of it. Tensors are the learner's matter (`e3rl.train.learner`), KV caches the
-engine's (`e3rl.engine`), the algorithm the objective's (`e3rl.objectives`).
+`train` is a whole run and `step` is one step of it. Tensors belong to the learner (`e3rl.train.learner`), KV caches to the
+engine (`e3rl.engine`), the algorithm to the objective (`e3rl.objectives`).
 """
 
 from __future__ import annotations
@@ -114,15 +114,14 @@ def next_groups(run: Run, state: State, number: int) -> StepGroups:
 
 
 def prefetch(run: Run, state: State, number: int) -> None:
-    """Begin to collect up to ``rollout.staleness`` steps after this one: bounded so, since each is begun that many updates
-    before it at the earliest, by the weights of then or later."""
+    """Begin to collect up to ``rollout.staleness`` steps after this one, so that no rollout is more updates old than that."""
     begun = number + len(state.prefetched) + len(run.prefetch)
     for step in range(begun + 1, min(number + run.config.rollout.staleness, run.steps) + 1):
         run.prefetch.start(run, state.stream, group_settings(run, state, step))
 
 
 def record(run: Run, state: State, groups: StepGroups, lessons: Sequence[Lesson], line: dict[str, Any]) -> None:
-    """Put a step on disk (ledger, then metrics), add it up in ``state`` and tell the listeners."""
+    """Write a step (ledger, then metrics), update the totals in ``state`` and tell the listeners."""
     if run.directory is not None:
         rows = ledger_rows(state.step, groups.all, learnt(groups.all, lessons), run.policy.tokenizer)
         write_ledger(run.path, state.step, rows)
@@ -177,7 +176,7 @@ def evaluate_policy(run: Run, state: State) -> None:
 
 
 def finish(run: Run, state: State) -> dict[str, Any]:
-    """The last evaluation, the model as an ordinary directory, and the summary."""
+    """The last evaluation, the model as a Hugging Face directory, and the summary."""
     evaluate_policy(run, state)
     if not run.ranks.first:
         return {}

@@ -87,7 +87,7 @@ class Means:
             self._counts[name] = self._counts.get(name, 0.0) + count
 
     def of_ranks(self, gather: Callable[[Any], Iterable[Any]]) -> Means:
-        """What all ranks have added; ``gather`` gives every rank the values of all."""
+        """The means over all ranks; ``gather`` returns the values of every rank."""
         together = Means()
         for pairs in gather({name: (self._sums[name], count) for name, count in self._counts.items()}):
             together.add(pairs)

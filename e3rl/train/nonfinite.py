@@ -78,7 +78,7 @@ def find_nonfinite(
 ) -> NonFinite | None:
     """The first such number of a micro-batch, whose rows are ``sequences``; None where all are well.
 
-    One question to the device where all is well; where not, it is looked for.
+    One read from the device where all are finite; only otherwise are they located.
     """
     logprobs_ST, old_ST, reference_ST = (
         batch.logprobs_ST.detach(),
@@ -113,7 +113,7 @@ def find_nonfinite(
 
 @torch.no_grad()
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters whose part in this process holds NaN or infinite numbers. One question to the device."""
+    """Names of the parameters whose part in this process holds NaN or infinite numbers. One read from the device."""
     named = {n: getattr(p, "_local_tensor", p) for n, p in model.named_parameters() if p.requires_grad}
     finite = {n: p.isfinite().all() for n, p in named.items() if p.numel()}
     if not finite or bool(torch.stack(list(finite.values())).all()):
@@ -156,7 +156,7 @@ def skipped_steps(run: Path) -> list[int]:
 
 
 def write_skipped(run: Path, skipped: SkippedStep) -> Path:
-    """Keep a skipped step, and forget the oldest beyond `KEPT`."""
+    """Write a skipped step, and delete the oldest beyond `KEPT`."""
     directory = skipped_directory(run, skipped.step)
     with atomic_directory(directory) as temporary:
         facts = {"format": FORMAT, "step": skipped.step, "update": skipped.update, "text": skipped.text}
@@ -188,7 +188,7 @@ def read_skipped(run: Path, step: int) -> SkippedStep:
 
 
 def _prompt_of(row: TrajectoryRow) -> Prompt:
-    """The tokens of a prompt whose problem is known by its id alone."""
+    """A prompt of these tokens, whose problem has an id and nothing else."""
     return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
 
 
@@ -205,7 +205,7 @@ def skip_step(
 ) -> str:
     """Keep a step for replay and say so; UserError where ``before`` steps were skipped already and that is the limit.
 
-    All ranks call it, since weights may have to be brought together; the one that ``writes`` keeps them.
+    All ranks call it, since weights may have to be gathered; the rank that ``writes`` stores them.
     """
     group = found.finding.group
     prompt_id = None if group is None else batch[group].group.prompt.problem.id

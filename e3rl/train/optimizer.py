@@ -37,7 +37,7 @@ def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.opti
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
-        foreach=False,  # one parameter after the other: all at once, as on a GPU by default, holds another float32 copy
+        foreach=False,  # one parameter after the other: the fused default on a GPU holds another float32 copy
     )
 
 
@@ -127,12 +127,12 @@ class MasterOptimizer:
         return norm
 
     def _collect(self) -> None:
-        """Bring the gathered gradients to the float32 weights."""
+        """Move the gathered gradients to the float32 weights."""
         for parameter, master in zip(self._model, self._masters, strict=True):
             master.grad = self._sums.take(parameter)
 
     def _clip(self) -> float:
-        """Scale gradients down to the largest norm that is allowed; returns what it was."""
+        """Scale gradients down to the largest allowed norm; returns the norm before."""
         norm = nn.utils.get_total_norm([m.grad for m in self._masters if m.grad is not None])
         if bool(norm.isfinite()):
             nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, norm)
@@ -158,7 +158,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Put back what `weights` and `state` gave."""
+        """Restore what `weights` and `state` returned."""
         masters = dict(zip(self._names, self._masters, strict=True))
         for name, tensor in fitting(weights, self._shapes):
             if name in masters:

@@ -1,4 +1,4 @@
-"""Sequences to learn from, and rows of them without padding in which what sequences have in common is computed once.
+"""Training sequences, packed into rows without padding in which shared prefixes are computed once.
 
 Tensors about a response are aligned to its first token: position t of a ``_T`` tensor is response token t.
 
@@ -42,7 +42,7 @@ def _segment_ids(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
 
 
 def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
-    """The trajectory as something to learn from."""
+    """The trajectory as a training sequence."""
     lengths = trajectory.segment_lengths
     indices = [-1 if s.observation else trajectory.drawn_index(s.index) for s in trajectory.segments]
     return TrainSequence(
@@ -104,7 +104,7 @@ class Branch:
 
 
 class PrefixTree:
-    """Tokens by what stands before them. A token's position in the row is the order in which it was first met."""
+    """Tokens by their prefix. A token's position in the row is the order in which it was inserted."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[int, int], int] = {}  # (position of the token before, or -1; id) -> position
@@ -198,7 +198,7 @@ class PackedRow:
 
 
 def _insert_all(tree: PrefixTree, sequences: Sequence[TrainSequence]) -> int:
-    """Put sequences into a tree; how many tokens it then has."""
+    """Insert sequences into a tree; return its number of tokens."""
     for sequence in sequences:
         tree.insert(sequence.prompt_ids + sequence.response_ids)
     return len(tree)

@@ -1,4 +1,4 @@
-"""What a run learns from and is evaluated on: prompts as token ids, and solutions where it learns from those."""
+"""A run's data: training and held-out prompts as token ids, and solutions where it trains on those."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def number_of_steps(config: Config, problems: int) -> int:
 
 
 def demonstrations(prompts: Sequence[Prompt], policy: Policy | Outline, config: Config) -> dict[str, RewardedGroup]:
-    """Every problem's demonstration by its id, tokenised once; whatever is wrong with one is found here."""
+    """Every problem's demonstration by its id, tokenised once; UserError where one can't be used."""
     _check_settings(config)
     return {prompt.problem.id: demonstration(prompt, policy, config) for prompt in prompts}
 
 
 def _check_settings(config: Config) -> None:
-    """Refuse settings that ask something of rollouts which are not made."""
+    """Refuse rollout settings where no rollouts are made."""
     for name, value in (
         ("filter.name", config.filter.name),
         ("train.importance_correction", config.train.importance_correction),

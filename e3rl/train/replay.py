@@ -1,4 +1,4 @@
-"""A step that was skipped, learnt again under observation: which prompt, and which module, the non-finite numbers come from."""
+"""Repeats a skipped step with hooks on every module: which prompt and which module the non-finite numbers come from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Watch:
     backward: str | None = None
 
     def words(self) -> str:
-        """What was seen."""
+        """The finding in words."""
         seen = [f"first in the output of {self.forward}"] if self.forward else []
         seen += [f"first in the gradient that reaches {self.backward}"] if self.backward else []
         return " and ".join(seen) or "every module's output and gradient is finite"
@@ -44,7 +44,7 @@ def _is_nonfinite(value: Any) -> bool:
 
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[Watch]:
-    """Look at what every module gives and at what comes back to it."""
+    """Check every module's output and the gradient of its output."""
     watch = Watch()
 
     def observe(name: str, module: nn.Module) -> list[Any]:

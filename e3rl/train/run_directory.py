@@ -147,7 +147,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 _claims: dict[Path, int] = {}
-"""Directories that this process holds, each with the open descriptor that carries the lock."""
+"""Directories that this process holds, each with the open descriptor of its lock."""
 
 
 def _claim(path: Path) -> None:
@@ -155,7 +155,7 @@ def _claim(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone when the process ends, however it ends
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(
@@ -167,7 +167,7 @@ def _claim(path: Path) -> None:
 
 
 class RunDirectory:
-    """A run's directory, claimed for this process: another that wants it is refused until this one lets go or ends."""
+    """A run's directory, locked by this process: others are refused until it is released or the process ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,7 +176,7 @@ class RunDirectory:
         clear_litter(path)
 
     def release(self) -> None:
-        """Let other processes have it."""
+        """Release the lock."""
         descriptor = _claims.pop(self._claim, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -199,7 +199,7 @@ class RunDirectory:
 
     @classmethod
     def resume(cls, config: Config) -> RunDirectory:
-        """Take up an existing run, whose settings must be the same."""
+        """Open an existing run, whose settings must be the same."""
         path = run_path(config)
         if not (path / "config.toml").exists():
             raise UserError(f"{path} holds no run to resume; start it without --resume")
@@ -211,7 +211,7 @@ class RunDirectory:
         return directory
 
     def append(self, log: str, record: Mapping[str, Any]) -> None:
-        """Add one line to ``metrics.jsonl`` or ``evaluations.jsonl`` and see it on the disk."""
+        """Append one line to ``metrics.jsonl`` or ``evaluations.jsonl`` and sync it to the disk."""
         path = self.path / log
         with disk_full_is_a_sentence(path), path.open("a", encoding="utf-8") as file:
             file.write(log_line(record))
@@ -219,7 +219,7 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def drop_after(self, step: int, note: Callable[[str], None]) -> None:
-        """Forget what was logged of steps after ``step``: they are about to be done again.
+        """Remove what was logged of steps after ``step``, which will be repeated.
 
         A log with damaged lines is copied before they are left out, and ``note`` says so. A kill cuts the last line short at
         most, of a step that is done again: that is no damage.

@@ -55,7 +55,7 @@ class _HeadScores(torch.autograd.Function):
         gradient_K = gradients[0].float()
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         hidden_gradient_KD = torch.empty_like(hidden_KD) if to_hidden else None
-        # hundreds of chunks are added up: in float32, whatever the weights are in
+        # sums over hundreds of chunks are in float32, whatever the weights are
         weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if to_weight else None
         bias_gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if to_bias else None
         for part in _chunks(len(ids_K), len(weight_VD)):
@@ -129,7 +129,7 @@ class RowScores:
         return found_ST.masked_fill(index_ST < 0, 0.0)
 
     def by_sequence(self) -> list[Scores]:
-        """Each sequence's scores, on the CPU and without gradient. Two questions to the device."""
+        """Each sequence's scores, on the CPU and without gradient. Two reads from the device."""
         logprobs_N, entropies_N = torch.stack([self.logprobs_N.detach(), self.entropies_N]).cpu()
         known = [shares_T for shares_T in self.shares if shares_T is not None]
         read = iter(torch.cat(known).cpu().split([len(shares_T) for shares_T in known]) if known else ())
@@ -149,7 +149,7 @@ def score_row(
     hidden_ND = backbone(
         input_ids=row.ids_N[None],
         position_ids=row.positions_N[None],
-        # not looked at; without one the library asks the device whether positions are those of packed sequences
+        # unused; without it the library reads the positions from the device
         attention_mask=torch.empty(1, 1, 1, 1, device=row.ids_N.device),
         use_cache=False,
         packed_row=row,
@@ -244,7 +244,7 @@ def score_sequences(
 
 @torch.no_grad()
 def require_scorable(model: Any) -> None:
-    """Refuse models that a packed row gives other log-probabilities than a plain forward pass.
+    """Refuse models whose log-probabilities in a packed row differ from those of a plain forward pass.
 
     That is: whose attention does not go through the attention registry of transformers, which keep a state beside it,
     or whose logits are more than their output matrix times the hidden state. Two responses part after two tokens, and tokens

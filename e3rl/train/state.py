@@ -103,11 +103,11 @@ def group_settings(run: Run, state: State, step: int) -> GroupSettings:
 
 
 def publish_weights(run: Run, state: State) -> None:
-    """Whoever generates takes the weights that are trained."""
+    """Give the trained weights to whatever generates."""
     with run.rollouts.paused():
         if run.generating is not run.policy:
             take_weights(run.generating.model, state.optimizer.weights())
-        elif divides_weights(run.config.train, run.ranks):  # the first rank takes them, and all bring them together
+        elif divides_weights(run.config.train, run.ranks):  # gathering needs all ranks; rank 0 takes the result
             deque(state.optimizer.weights().values(), maxlen=0)
         run.rollouts.load_weights(version(run, state))
 

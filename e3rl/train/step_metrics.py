@@ -18,7 +18,7 @@ from e3rl.types import RewardedGroup, Segment
 
 
 def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
-    """Reward, accuracy, and how many groups can teach anything."""
+    """Reward, accuracy, and the share of groups with a learning signal."""
     rewards = [r for item in rewarded for r in item.rewards]
     known = [r.value for r in rewards if r.value is not None]
     asked = [item.rewards for item in rewarded if item.group.policy_version is not None]
@@ -95,7 +95,7 @@ def turn_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
 
 
 def filter_metrics(groups: StepGroups) -> dict[str, float]:
-    """What the filter kept, and what it cost."""
+    """What the filter kept and dropped."""
     return {
         "groups_kept": len(groups.kept),
         "refills": groups.refills,

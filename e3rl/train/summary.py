@@ -1,4 +1,4 @@
-"""What a run leaves to be read: summary.json, the model card, and environment.json (versions, machine, commit)."""
+"""Written at the end and start of a run: summary.json, the model card, environment.json (versions, machine, commit)."""
 
 from __future__ import annotations
 

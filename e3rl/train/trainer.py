@@ -1,4 +1,4 @@
-"""`Trainer`: finds everything that can be wrong with a config, builds what its run works with, and trains."""
+"""`Trainer`: checks a config, builds the run and trains."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _CHECKPOINT_BYTES = 12  # of a trained number: itself and AdamW's two moments
 
 
 class Trainer:
-    """Trains one model from one config. Whatever is wrong with the config is an error here, before the first step."""
+    """Trains one model from one config. Errors in the config are raised before the first step."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Trainer:
             with run.ranks.guard(), run.stop, run.scorer:
                 return train(run, state)
         except Interrupted:
-            state.prefetched += run.prefetch.wait()  # what was begun belongs to the state
+            state.prefetched += run.prefetch.wait()  # prefetched steps belong to the state
             save(run, state)
             raise RunStopped(
                 f"stopped after step {state.step} of {run.steps}; everything is saved in {self.run_path}. "
@@ -97,7 +97,7 @@ class Trainer:
 
 
 def checkpoint_size(run: Run) -> str:
-    """What checkpoints take on the disk, where that is much."""
+    """A sentence on the disk space of checkpoints, where it is large."""
     numbers = sum(p.numel() for _, p in run.policy.trainable())
     gib = numbers * _CHECKPOINT_BYTES / 2**30
     if gib < 1:
@@ -124,7 +124,7 @@ def prepare(
     scorer = _build_scorer(config, reward_functions, data, outline)
     load_metric(config.erasure.metric)
     steps = number_of_steps(config, len(data.train))
-    torch.manual_seed(config.run.seed)  # adapters begin alike, in every run and every rank
+    torch.manual_seed(config.run.seed)  # adapters start equal in every run and rank
     policy = load_policy(config.model, outline=outline)
     require_scorable(policy.model)
     generating = policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -20,17 +20,8 @@ from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.columns import SCHEMA
 from e3rl.rollout.ipc import problem_of
 from e3rl.types import Group
-from tests.cluster.places import SETTINGS, Broken, World, ids, lost_once
+from tests.cluster.places import Broken, World, ids, lost_once
 from tests.rollout.worlds import levels, roll
-from tests.train.random_lab import lab_config
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World.of(lab_config(tmp_path_factory.mktemp("run"), *SETTINGS))
-    yield world
-    for worker in world.workers:
-        worker.close()
 
 
 @pytest.fixture(scope="module")

@@ -30,19 +30,10 @@ from e3rl.cluster.wire import decode, encode
 from e3rl.config import load_config, to_toml
 from e3rl.errors import UserError
 from e3rl.web.access import Access
-from tests.cluster.places import LONGEST_PROMPT, SETTINGS, World, ids
-from tests.train.random_lab import lab_config
+from tests.cluster.places import LONGEST_PROMPT, World, ids
 from tests.web.running import running
 
 TOKEN = "a-token-of-some-length"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World.of(lab_config(tmp_path_factory.mktemp("run"), *SETTINGS))
-    yield world
-    for worker in world.workers:
-        worker.close()
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,7 @@ from e3rl.cluster.weights import NotReachable, Offer, Publisher, Receiver, this_
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import UserError
 from e3rl.train.checkpoint import LazyTensors
-from tests.cluster.places import SETTINGS, Broken, World, ids
-from tests.train.random_lab import lab_config
+from tests.cluster.places import Broken, World, ids
 
 pytestmark = pytest.mark.skipif(not this_node(), reason="no process's memory can be opened by another here")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,14 +39,6 @@ def publisher() -> Iterator[Publisher]:
     publisher = Publisher(patience=0.2)
     yield publisher
     publisher.close()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World.of(lab_config(tmp_path_factory.mktemp("run"), *SETTINGS))
-    yield world
-    for worker in world.workers:
-        worker.close()
 
 
 def changed(by: float = 1.0) -> dict[str, Tensor]:

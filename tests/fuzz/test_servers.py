@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from tests.fuzz.cases import fuzzed, long
 from tests.report.builder import SyntheticRun
 from tests.serve.conftest import SETTINGS, serving
 from tests.train.random_lab import random_lab
-from tests.web.running import running
+from tests.web.running import raw, running
 
 PATHS = (
     "/",
@@ -96,18 +94,6 @@ def requests(draw: st.DrawFn) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-def send(port: int, request: bytes) -> bytes:
-    """What comes back."""
-    received = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, contextlib.suppress(ConnectionError):
-        with contextlib.suppress(OSError):
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-        while chunk := connection.recv(65536):
-            received += chunk
-    return received
-
-
 def healthy(port: int, path: str) -> bool:
     """Whether an ordinary request is answered as ever."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -138,7 +124,7 @@ def serve_port() -> Iterator[int]:
 @given(request_bytes=requests())
 @fuzzed
 def test_the_view_server_outlives_any_bytes(view_port: int, request_bytes: bytes):
-    answer = send(view_port, request_bytes)
+    answer = raw(view_port, request_bytes)
     assert not answer.startswith(b"HTTP/1.1 500")
     assert b"Traceback" not in answer
     assert healthy(view_port, "/api/runs")
@@ -148,7 +134,7 @@ def test_the_view_server_outlives_any_bytes(view_port: int, request_bytes: bytes
 @given(request_bytes=requests())
 @fuzzed
 def test_the_decoding_server_outlives_any_bytes(serve_port: int, request_bytes: bytes):
-    answer = send(serve_port, request_bytes)
+    answer = raw(serve_port, request_bytes)
     assert not answer.startswith(b"HTTP/1.1 500"), answer
     assert b"Traceback" not in answer
     assert healthy(serve_port, "/v1/models")

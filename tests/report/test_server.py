@@ -13,7 +13,7 @@ from e3rl.errors import UserError
 from e3rl.report.server import Site, make_server
 from e3rl.web.access import Access
 from tests.report.builder import SyntheticRun
-from tests.web.running import running
+from tests.web.running import raw, running
 
 TOKEN = "a-token-of-24-characters"
 LOOPBACK = Access("127.0.0.1")
@@ -44,18 +44,6 @@ def get(port: int, path: str, headers: dict[str, str] | None = None) -> tuple[in
     body = answer.read().decode()
     connection.close()
     return answer.status, body, answer.headers
-
-
-def raw(port: int, request: bytes) -> bytes:
-    """What comes back for bytes sent as they are; the server may hang up before it has read them all."""
-    received = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection, contextlib.suppress(ConnectionError):
-        with contextlib.suppress(OSError):
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-        while chunk := connection.recv(65536):
-            received += chunk
-    return received
 
 
 def test_the_page_comes_with_its_policy(port: int) -> None:

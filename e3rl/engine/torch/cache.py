@@ -95,13 +95,13 @@ class SlotCache(Cache):
 
 
 def cache_argument(model: Any) -> str:
-    """What the model's forward pass calls its cache: the library renamed it; its older versions and others' models did not."""
+    """Name of the forward pass's cache argument, which differs between versions of the library and custom models."""
     return "cache" if "cache" in inspect.signature(unwrapped(model).forward).parameters else "past_key_values"
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off; every module's training flag is put back afterwards."""
+    """Inside the ``with`` block dropout is off; afterwards every module's training flag is restored."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -123,7 +123,7 @@ class GenericSlotModel:
         self._dtype = self._model.dtype
         self._cache = SlotCache(config.num_hidden_layers, self.storage)
         self._given_cache = {cache_argument(model): self._cache}
-        self._additive_mask = config._attn_implementation == "eager"  # eager attention adds its mask to the scores
+        self._additive_mask = config._attn_implementation == "eager"  # eager attention adds the mask to the scores
         self._columns = torch.arange(self.storage.capacity, device=self.device)
         self._window, self._by_layer_type = sliding_window(model), getattr(config, "layer_types", None) is not None
 
@@ -134,7 +134,7 @@ class GenericSlotModel:
         """As `refresh`."""
 
     def division(self, rows: int) -> Division:
-        """One part: the cache that the model writes to is in one place at a time."""
+        """One part: the model writes to one view of the cache at a time."""
         return Division(1, torch.get_num_threads())
 
     def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
@@ -151,8 +151,8 @@ class GenericSlotModel:
         return self._forward(rows.ids_R.unsqueeze(1), positions_R1, self._masks(positions_R1, width))
 
     def _masks(self, positions_R1: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        """What each query sees; by type of layer where layers differ. Keys that slid out of a window stay where they are, so
-        that rolling back finds them."""
+        """What each query sees; by type of layer where layers differ. Keys that slid out of a window are kept, for
+        rollbacks."""
         columns_W = self._columns[:width]
         past_RW = columns_W <= positions_R1
         if self._window is None:

@@ -58,15 +58,15 @@ class Marks:
 
 
 READ_AFTER = 16
-"""Steps of a GPU after which what was drawn is read: reading waits for the device. Rows that end are decoded up to there for
-nobody. A CPU reads after each step."""
+"""Steps between two reads of drawn tokens from a GPU, since a read waits for the device. Rows that have ended are decoded on
+until the next read, and the surplus is dropped. A CPU reads after each step."""
 
 
 class StepDraws:
     """The next ``steps`` draws of some requests, with settings and random numbers on the device beforehand.
 
-    What is drawn and measured stays on the device until `read`, and goes to the requests by `deliver`. Logits come with ``spare``
-    rows more than there are requests; those are drawn for nobody.
+    What is drawn and measured stays on the device until `read`, and goes to the requests by `deliver`. Logits have ``spare``
+    padding rows beyond the requests; what is drawn for them is dropped.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class StepDraws:
     def read(self) -> bool:
         """Read what was drawn since the last time; whether a request has ended.
 
-        Raises NonFiniteLogits where the logits of one that had not were not all finite, and drops that step and later ones.
+        Raises NonFiniteLogits where a request that had not ended got logits that are not all finite; that step and later ones
+        are dropped.
         """
         unread, self._unread = self._unread, []
         for numbers in (torch.stack(unread) if len(unread) > 1 else unread[0][None]).tolist():
@@ -117,7 +118,7 @@ class StepDraws:
         return any(self._ended)
 
     def deliver(self) -> int:
-        """Give the requests their tokens and measures, each up to its end; how many tokens that is."""
+        """Give the requests their tokens and measures, each up to its end; return the number of tokens."""
         delivered = 0
         for request, steps in zip(self._requests, zip(*self._read, strict=True), strict=False):
             for token, *measures, rank in steps:
@@ -130,7 +131,7 @@ class StepDraws:
 
 
 class StepPart:
-    """Decodes ``rows``, which lie in the slots from ``first`` on, until its `Pace` says that it is enough."""
+    """Decodes ``rows``, which are in the slots from ``first`` on, until its `Pace` is over."""
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class StepPart:
         self._read_after = 1 if self._draws.hooked else read_after
 
     def run(self, pace: Pace) -> None:
-        """Step until it is enough."""
+        """Step until the pace is over."""
         with pace:
             while True:
                 logits_RV = self._model.decode(self._step_rows)
@@ -167,7 +168,7 @@ class StepPart:
                 self._step_rows.advance(ids_R)
 
     def close(self) -> int:
-        """Give the requests what was drawn for them; how many tokens that is."""
+        """Give the requests what was drawn for them; return the number of tokens."""
         delivered = self._draws.deliver()
         for row, start in zip(self.rows, self._starts, strict=True):
             row.cached = min(start + self.fed, row.total)  # a row that ended was fed on

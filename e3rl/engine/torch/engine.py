@@ -31,8 +31,8 @@ from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.types import Candidate, Draw
 
 TURN = 24
-"""Tokens after which a request lets others have its place, where more are open than are decoded together. All get on alike,
-so that few are left over at the end to be decoded in thin batches, whichever of them turn out to be long."""
+"""Round-robin time slice, in tokens, where more requests are open than are decoded together. Requests progress evenly, so few
+are left at the end for small batches."""
 
 
 @dataclass(slots=True)
@@ -42,10 +42,10 @@ class EngineStats:
     prompt_tokens: int = 0  # run through the model by prefill, once per group
     decode_steps: int = 0  # forward passes that decode
     decode_row_steps: int = 0  # tokens run through the model by those
-    filling_row_steps: int = 0  # rows that filled those passes up, for nobody
+    filling_row_steps: int = 0  # padding rows of those passes; their results are dropped
     sampled_tokens: int = 0
-    refed_tokens: int = 0  # decode row steps whose token had been in the cache before
-    appended_tokens: int = 0  # run through the model to take up rows that were generated before
+    refed_tokens: int = 0  # decode row steps of tokens that had been in the cache before
+    appended_tokens: int = 0  # run through the model to restore rows that were generated before
     moved_tokens: int = 0  # cache positions copied to pack rows
     peak_tokens: int = 0  # most tokens held at once
     kv_bytes: int = 0  # memory of the cache: fixed from the first prompt on, within rollout.kv_budget
@@ -139,7 +139,7 @@ class TorchEngine:
         self._open[row] = state
 
     def append(self, row: Row, ids: Sequence[int]) -> None:
-        """Continue the row by tokens that were generated before: their keys come out as if it had been here."""
+        """Continue the row by tokens that were generated before; their keys are computed as in decoding."""
         self._row(row).append(ids, self._vocabulary, self._max_length)
 
     def interrupt(self) -> None:
@@ -148,7 +148,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def poll(self) -> list[tuple[Row, Candidate]]:
-        """Decode requests in turns, up to max_rows together, until one is complete, or an interrupt; return all complete ones."""
+        """Decode requests in turns, up to max_rows together, until one is complete or an interrupt; return the complete ones."""
         done: list[Row] = []
         try:
             while self._open and not done:
@@ -162,7 +162,7 @@ class TorchEngine:
                         parts[0].run(pace)
                     for handle, row in active.items():
                         if row.open.turns(TURN) > begun[handle]:
-                            self._open[handle] = self._open.pop(handle)  # the next turn is behind all that wait
+                            self._open[handle] = self._open.pop(handle)  # to the end of the queue
                 done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
                 if self._interrupted.is_set():
                     break
@@ -175,7 +175,7 @@ class TorchEngine:
         return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
 
     def rollback(self, row: Row, length: int) -> None:
-        """Drop generated tokens beyond ``length``: the row's keys stay where they are and are no longer looked at."""
+        """Drop generated tokens beyond ``length``. The row's keys stay in memory and are masked out."""
         state = self._row(row)
         state.truncate(length)
         state.cached = min(state.cached, state.total)
@@ -256,7 +256,7 @@ class TorchEngine:
             self.stats.appended_tokens += len(rows)
 
     def _draw_first_tokens(self) -> list[SlotRow]:
-        """The first token of candidates whose mark still stands, waiting ones too: no forward pass. The rows it was drawn for."""
+        """Draw the first token of candidates whose mark is valid, without a forward pass; return their rows."""
         marked = [row for row in self._open.values() if row.marked == row.total]
         if not marked:
             return marked
@@ -269,7 +269,7 @@ class TorchEngine:
 
     @contextmanager
     def _delivering(self, parts: list[StepPart]) -> Iterator[None]:
-        """In the end give the requests what was drawn for them, of steps before one that failed too."""
+        """On exit give the requests what was drawn for them, also of the steps before one that failed."""
         try:
             yield
         finally:

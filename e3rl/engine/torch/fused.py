@@ -98,7 +98,7 @@ class _Layer:
 
 
 class FusedWeights:
-    """A model's weights as the written-out forward pass wants them. All engines of a model share them."""
+    """A model's weights in the layout of the written-out forward pass. All engines of a model share them."""
 
     _known: ClassVar[weakref.WeakKeyDictionary[nn.Module, FusedWeights]] = weakref.WeakKeyDictionary()
 

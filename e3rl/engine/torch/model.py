@@ -1,4 +1,4 @@
-"""A model over slots, in the way that is fastest for it, and which models can be served so: a numeric check has the last word."""
+"""The fastest slot model for a given model, and the checks, one of them numeric, whether a model can be served at all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SlotModel(Protocol):
 
 
 def slot_model(model: Any, slots: int, max_length: int) -> SlotModel:
-    """The forward pass written out where ``model`` is one of its family, else the model's own."""
+    """The written-out forward pass for models of the Llama family, else the model's own."""
     model = unwrapped(model)
     if fusable(model):
         return FusedSlotModel(FusedWeights.of(model), slots, max_length)
@@ -104,7 +104,7 @@ def check_exactness(model: Any) -> int:
         try:
             served = slot_model(model, slots=2, max_length=len(long))
             logits = _served_logits(served, long, short, redrawn)
-        except Exception as error:  # a model may choke on what it is given in any way
+        except Exception as error:  # a model may fail in any way
             raise _refusal(model, f"decoding with a slot cache fails: {type(error).__name__}: {error}") from error
     scale = expected.abs().max().item()
     difference = (logits - expected).abs().max().item()

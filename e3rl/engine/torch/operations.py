@@ -52,7 +52,7 @@ class _NormByLength:
 
 
 class _NormInPlace:
-    """The weight as it is: no copy."""
+    """The weight itself, without a copy."""
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
         self._weight_D, self._eps = weight_D, eps
@@ -85,7 +85,7 @@ def _stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 class _Stacked:
-    """A copy of the weights on top of each other. What is written to the layers later is not seen."""
+    """A stacked copy of the weights. Later writes to the layers are not seen."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._weight, self._bias = _stacked(layers)
@@ -107,7 +107,7 @@ class _Packed:
 
 
 class _ProjectionInPlace:
-    """The layers as they are: no copy."""
+    """The layers themselves, without a copy."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = layers
@@ -117,7 +117,7 @@ class _ProjectionInPlace:
 
 
 def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where the parameters lie and how often they were written to: changes when the weights do.
+    """The parameters' addresses and version counters: changes when the weights do.
 
     Writes through ``parameter.data`` are not counted: after such, say so by `Engine.load_weights`.
     """

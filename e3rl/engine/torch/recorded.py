@@ -19,7 +19,7 @@ from torch import Tensor
 ROWS, WIDTH = 16, 256
 
 MOST = 64
-"""Recordings that are kept. One costs a few MB of the driver's memory beside what all share."""
+"""Recordings kept. Each takes a few MB of driver memory beside the shared pool."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ _ALLOCATING = threading.RLock()
 
 
 def allocates(function: Callable[P, R]) -> Callable[P, R]:
-    """For what allocates on the device beside a thread that generates: it is not run while a step is being recorded."""
+    """Decorator for code of other threads that allocates on the device: it waits while a step is being recorded."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -61,7 +61,7 @@ class CudaGraphs:
         """Record ``step``."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is allocated or chosen at a first run must not be in the graph
+        with torch.cuda.stream(aside):  # warm-up: allocations and kernel choices of a first run must not be recorded
             step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()

@@ -1,8 +1,8 @@
 """Slots: keys and values of rows that have lengths of their own, which row lives in which slot, how many fit.
 
-Keys and values of a layer are one tensor each, ``[slots, kv_heads, capacity, head_dim]``. What lies behind a row's length
-is stale and masked out, so that rolling a row back is nothing but forgetting a number. The storage does not know the
-lengths: whoever uses it says where to write and how far to read.
+Keys and values of a layer are one tensor each, ``[slots, kv_heads, capacity, head_dim]``. Positions beyond a row's length
+are stale and masked out, so rolling a row back only lowers its length. The storage does not know the lengths: whoever uses
+it says where to write and how far to read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SlotStorage:
 
     @property
     def scratch(self) -> int:
-        """The slot that the rows write to which fill up a step."""
+        """The slot that padding rows of a step write to."""
         return physical_slots(self.slots) - 1
 
     @property
@@ -90,7 +90,7 @@ class SlotStorage:
 class StepRows:
     """The rows of a decode step as tensors: those of the slots from ``first`` on, filled up to a multiple of `PACK`.
 
-    A row that fills up reads what is there and writes to the scratch slot; what comes out of it is for nobody.
+    A padding row reads any slot and writes to the scratch slot; its output is dropped.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class StepRows:
         self.slots_R = torch.tensor([*range(first, first + len(ids)), *[storage.scratch] * self.spare], device=device)
 
     def advance(self, ids_R: Tensor) -> None:
-        """On to the next position with these tokens; what a row drew whose logits were not finite is no token."""
+        """Go to the next position with these tokens; `NON_FINITE` is replaced by a valid id."""
         self.ids_R = ids_R.clamp(min=0)
         self.positions_R = self.positions_R + 1
         self.last += 1
@@ -149,7 +149,7 @@ class SlotMap(Generic[K]):
         return slot
 
     def fullest(self, rows: Sequence[K], starts: Sequence[int]) -> int:
-        """The one of ``starts`` from which on as many slots as there are ``rows`` hold the most of them already."""
+        """The start of the run of slots that holds most of ``rows`` already."""
         slots = [self._slot_of[row] for row in rows]
         return max(starts, key=lambda start: sum(start <= slot < start + len(rows) for slot in slots))
 
@@ -179,7 +179,7 @@ class SlotMap(Generic[K]):
 def rows_within(budget: int, row_bytes: int, wanted: int, group: int, positions: int) -> int:
     """The most rows, up to ``wanted``, whose slots take at most ``budget`` bytes; 0 sets no bound.
 
-    Raises UserError where a group of ``group`` rows could never be held: it would wait for ever.
+    UserError where a group of ``group`` rows would never fit.
     """
     if not budget:
         return wanted

@@ -21,10 +21,10 @@ import torch
 from e3rl.engine.torch.storage import PACK
 
 PART_ROWS = 12
-"""Fewer rows are not worth a thread of their own."""
+"""Fewest rows of a part: fewer don't pay for a thread."""
 
 MOST_PARTS = 8
-"""More threads only wait for Python's lock."""
+"""Beyond this, threads mostly wait for Python's lock."""
 
 _ASLEEP = 2e-5
 """Seconds to wake a thread from which the rows are divided in place of the operations."""
@@ -49,7 +49,7 @@ def division(rows: int, weight_entries: int, threads: int, wake_s: float) -> Div
 
 @functools.cache
 def wake_seconds(threads: int) -> float:
-    """What it costs this process to divide an operation among ``threads``, in the median."""
+    """Median cost, in seconds, of dividing an operation among ``threads`` in this process."""
     if threads == 1:
         return 0.0
     taken = []
@@ -90,7 +90,7 @@ class Pace:
         """A part begins."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        """A part ends. Where it failed, the others stop at the step they are at; they end quietly, since it says why."""
+        """A part ends. Where it failed, the others stop at their current step without an error of their own."""
         if kind is not None and issubclass(kind, threading.BrokenBarrierError):
             return True
         if error is not None:
@@ -99,7 +99,7 @@ class Pace:
 
 
 class Crew:
-    """Threads that help the calling one. One crew serves one engine, so a part never waits for a thread to be free."""
+    """A thread pool of one engine, so that a part never waits for a free thread."""
 
     def __init__(self) -> None:
         self._helpers = ThreadPoolExecutor(MOST_PARTS - 1, thread_name_prefix="e3rl-decoding")

@@ -1,6 +1,11 @@
 // One group of siblings: the problem, its responses segment by segment, and above each segment what was erased for it.
 
-const TERMS = [["base", "entropy"], ["gradient", "entropy steps"], ["extremum", "peak"], ["perturbation", "perturbation"]];
+// A square or a part of a bar in the colour of U's i-th term; the page names them in TERMS.
+function termMark(tag, i) {
+  const mark = el(tag, { class: "term" });
+  mark.style.background = `var(--term-${i % 6})`;
+  return mark;
+}
 
 function candidatesOf(group) {
   return group.rollouts.flatMap((r) => [...r.segments, ...r.erasures]);
@@ -24,14 +29,14 @@ function finalAnswer(text) {
 function judgeBar(candidate, scale) {
   const [total, ...terms] = candidate.u, theta = candidate.theta[0];
   const width = (value) => Math.max(0, Math.min(100, (100 * value) / scale)).toFixed(1) + "%";
-  const parts = TERMS.map(([key], i) => {
-    const part = el("span", { class: "term " + key });
+  const parts = TERMS.map((_, i) => {
+    const part = termMark("span", i);
     part.style.width = width(terms[i]);
     return part;
   });
   const mark = el("span", { class: "mark" });
   mark.style.left = width(theta);
-  const words = TERMS.map(([, name], i) => `${name} ${number(terms[i])}`).join(", ");
+  const words = TERMS.map((name, i) => `${name} ${number(terms[i])}`).join(", ");
   return el("div", { class: "judge-bar", role: "img", title: `U: ${words}`, "aria-label": `U ${number(total)}: ${words}; threshold ${number(theta)}` }, parts, mark);
 }
 
@@ -45,7 +50,7 @@ function judgeText(candidate) {
 function why(candidate) {
   const [total, ...terms] = candidate.u;
   const largest = terms.indexOf(Math.max(...terms));
-  return `Erased because U ${number(total)} was above Θ ${number(candidate.theta[0])}; the largest term is ${TERMS[largest][1]} (${percent(terms[largest] / (total || 1))}).`;
+  return `Erased because U ${number(total)} was above Θ ${number(candidate.theta[0])}; the largest term is ${TERMS[largest]} (${percent(terms[largest] / (total || 1))}).`;
 }
 
 // Whether drawing again helped, as far as the judge can tell.
@@ -169,7 +174,7 @@ class GroupView {
     const options = this.modes().map((m) => [m, MODES[m].label]);
     const colours = select("Colour by", options, this.state.mode, (mode) => { this.state.mode = mode; this.paint(); this.onchange(); });
     return el("div", { class: "tools" }, colours, this.legend, this.judged && el("p", { class: "legend terms" },
-      TERMS.map(([key, name]) => el("span", {}, el("i", { class: "term " + key }), name)), el("span", {}, el("i", { class: "mark" }), "Θ")));
+      TERMS.map((name, i) => el("span", {}, termMark("i", i), name)), el("span", {}, el("i", { class: "mark" }), "Θ")));
   }
 
   draw() {
