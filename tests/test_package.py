@@ -1,9 +1,13 @@
-"""What the wheel must carry: every file of the package that is no Python is named in pyproject.toml."""
+"""What the wheel carries (files that are no Python are named in pyproject.toml), and the scripts that set it up."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import e3rl
 
@@ -23,3 +27,14 @@ def test_no_file_of_the_package_is_left_behind():
 def test_the_version_is_told_in_one_way():
     assert PROJECT["project"]["version"] == e3rl.__version__
     assert f"## {e3rl.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", ["setup.py", "setup_vllm.py", "setup_deepspeed.py"])
+def test_setup_scripts_refuse_what_they_do_not_know(script: str):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / script), "tset"],
+        capture_output=True, text=True, check=False, env={"E3RL_VENV": "/nowhere"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("setup: ")
+    assert "tset" in done.stderr
