@@ -205,7 +205,6 @@ def test_erasure_passes_no_token_of_the_prefix_through_the_model_again():
     # a token is fed for each sampled one, except a candidate's first when its logits are kept: in the first segment for
     # every attempt, later for the retries
     assert stats.decode_row_steps == stats.sampled_tokens - 3 * (4 + 3 + 3)
-    assert stats.peak_tokens == 3 * (3 + 12)
 
 
 def test_rollback_to_elsewhere_feeds_one_token_again():

@@ -47,7 +47,6 @@ class EngineStats:
     refed_tokens: int = 0  # decode row steps of tokens that had been in the cache before
     appended_tokens: int = 0  # run through the model to restore rows that were generated before
     moved_tokens: int = 0  # cache positions copied to pack rows
-    peak_tokens: int = 0  # most tokens held at once
     kv_bytes: int = 0  # memory of the cache: fixed from the first prompt on, within rollout.kv_budget
 
 
@@ -125,7 +124,6 @@ class TorchEngine:
         self._rows.update(zip(handles, rows, strict=True))
         self.stats.prompt_tokens += length
         self.stats.kv_bytes = self._slot_model.storage.bytes
-        self._count_held_tokens()
         return handles
 
     def length(self, row: Row) -> int:
@@ -163,7 +161,8 @@ class TorchEngine:
                     for handle, row in active.items():
                         if row.open.turns(TURN) > begun[handle]:
                             self._open[handle] = self._open.pop(handle)  # to the end of the queue
-                done = [handle for handle, row in self._open.items() if row.open.complete(self._eos_ids)]
+                drawn = active if parts else self._open
+                done = [handle for handle, row in drawn.items() if row.open.complete(self._eos_ids)]
                 if self._interrupted.is_set():
                     break
         except NonFiniteLogits:
@@ -171,7 +170,6 @@ class TorchEngine:
             raise
         finally:
             self._interrupted.clear()
-            self._count_held_tokens()
         return [(handle, self._open.pop(handle).close_request(self._eos_ids)) for handle in done]
 
     def rollback(self, row: Row, length: int) -> None:
@@ -257,7 +255,7 @@ class TorchEngine:
 
     def _draw_first_tokens(self) -> list[SlotRow]:
         """Draw the first token of candidates whose mark is valid, without a forward pass; return their rows."""
-        marked = [row for row in self._open.values() if row.marked == row.total]
+        marked = [row for row in self._open.values() if not row.open.ids and row.marked == len(row.ids)]
         if not marked:
             return marked
         spare = packed(len(marked)) - len(marked)
@@ -278,6 +276,3 @@ class TorchEngine:
                 self.stats.decode_row_steps += part.fed * len(part.rows)
                 self.stats.filling_row_steps += part.fed * part.spare
             self.stats.decode_steps += max(part.fed for part in parts)
-
-    def _count_held_tokens(self) -> None:
-        self.stats.peak_tokens = max(self.stats.peak_tokens, sum(row.total for row in self._rows.values()))
