@@ -1,11 +1,15 @@
-"""Lets mkdocs build pages that also read well in the repository, and lists the pages of results by itself."""
+"""Lets mkdocs build pages that also read well in the repository: links, formulas, and the list of pages of results."""
 
 from __future__ import annotations
 
+import html
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
+FORMULA = re.compile(r"\$<code>(.+?)</code>\$", re.S)
+"""What $`…`$ has become in a page's HTML; GitHub shows it as mathematics itself."""
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -28,3 +32,18 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         return match[1]
 
     return LINK.sub(inside_or_text, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers draw without a script."""
+    return FORMULA.sub(lambda match: mathml(html.unescape(match[1])), content)
+
+
+def mathml(latex: str) -> str:
+    """A formula for the page; its LaTeX where the package that translates it is missing."""
+    try:
+        from latex2mathml.converter import convert
+    except ImportError:
+        logging.getLogger("mkdocs.hooks").info("latex2mathml is not installed (make docs does): formulas stay LaTeX")
+        return f"<code>{html.escape(latex)}</code>"
+    return str(convert(latex))

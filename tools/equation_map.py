@@ -15,6 +15,7 @@ import argparse
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,9 @@ MEANINGS = {
         "final advantages have mean 0 and variance 1 in a group",
     ),
 }
+
+FORMULAS = tomllib.loads(Path(__file__).with_name("equations.toml").read_text(encoding="utf-8"))
+"""The equations themselves, in LaTeX, by paper and number."""
 
 Equation = tuple[str, int]
 REQUIRED: frozenset[Equation] = frozenset(
@@ -264,12 +268,13 @@ def render(functions: dict[Equation, list[Place]], tests: dict[Equation, list[Pl
         ("E3RL", "E³RL (arXiv 2606.17735)"),
         ("ERPO", "ERPO (token-level entropy-regulated policy optimization)"),
     ):
-        lines += ["", f"## {title}", "", "| eq | meaning | functions | called by | tests |", "|---|---|---|---|---|"]
+        lines += ["", f"## {title}", "", "| eq | | functions | called by | tests |", "|---|---|---|---|---|"]
         for number, meaning in enumerate(MEANINGS[paper], 1):
             found, tested = functions.get((paper, number), []), tests.get((paper, number), [])
             shown = DEFINITIONS.get((paper, number)) or links(found, full_name=True)
+            said = f"{meaning}<br>$`{FORMULAS[paper][str(number)]}`$"
             lines.append(
-                f"| {number} | {meaning} | {shown} | {called_by(found, source)} | {links(tested, full_name=False)} |"
+                f"| {number} | {said} | {shown} | {called_by(found, source)} | {links(tested, full_name=False)} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,9 @@ from e3rl.report.health import Logs, examine
 from e3rl.train.metrics import METRICS
 from e3rl.train.run_directory import read_config, read_lines
 
+GRADERS = frozenset({"math", "code", "lab"})
+"""Built-in reward functions that give 1 for a right answer. Of others accuracy is known where problems have answers."""
+
 
 def read_overview(run: Path) -> dict[str, Any]:
     """Everything about the run but its rollouts."""
@@ -28,6 +31,7 @@ def read_overview(run: Path) -> dict[str, Any]:
         "facts": facts(config) + [[k, str(v)] for k, v in _read_json(run / "environment.json").items()],
         "step": metrics[-1]["step"] if metrics else 0,
         "steps": config.train.steps,
+        "graded": bool(GRADERS.intersection(config.rewards.functions[:1])),
         "finished": bool(summary),
         "health": [asdict(f) for f in examine(Logs(metrics, evaluations, config))],
         "metrics": columns(metrics),

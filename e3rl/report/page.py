@@ -29,6 +29,7 @@ RUN_SCRIPTS = (
     "dom.js",
     "charts.js",
     "tokens.js",
+    "turns.js",
     "rollout.js",
     "list.js",
     "overview.js",
@@ -37,7 +38,7 @@ RUN_SCRIPTS = (
     "source.js",
     "main.js",
 )
-TOKEN_SCRIPTS = ("dom.js", "tokens.js", "rollout.js", "token_view.js")
+TOKEN_SCRIPTS = ("dom.js", "tokens.js", "turns.js", "rollout.js", "token_view.js")
 
 DATA_BUDGET = 16_000_000
 """Bytes of data in a page: some 20,000 short rollouts. With Plotly, which takes 4.8 MB, a page stays below 22 MB."""
@@ -65,6 +66,7 @@ def describe_run(run: Path) -> tuple[dict[str, Any], Selection]:
         **overview,
         "directory": run.resolve().name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "graded": overview["graded"] or any(step.answered for step in selection.steps),
         "index": selection.index(),
         "rollouts": {
             "shown": sum(len(step.index) for step in selection.steps),

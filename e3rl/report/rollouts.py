@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import gzip
+import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from e3rl.report.embed import to_json
 from e3rl.train.metrics import mean
 from e3rl.types import TERMS
 
-_INDEX_ROW = 60  # bytes of a rollout in the index, about
+_INDEX_ROW = 110  # bytes of a rollout in the index, about
+_SNIPPET = 40  # characters of a response's end that a list shows
 
 _ROWS_AT_A_TIME = 64
 _TERMS = ("uncertainty", *TERMS)
@@ -33,6 +35,7 @@ class StepRollouts:
     index: tuple[dict[str, Any], ...]
     packed: str
     total: int  # rollouts in the ledger, those that did not fit included
+    answered: bool  # a problem has a reference answer
 
     @property
     def json(self) -> str:
@@ -97,6 +100,7 @@ def read_step(path: Path, budget: int) -> StepRollouts:
     import pyarrow.parquet as pq
 
     index: list[dict[str, Any]] = []
+    answered = False
     step = int(path.stem.removeprefix("step-"))
     packer = _Packer(f'{{"step":{step},"groups":[')
     try:
@@ -108,6 +112,7 @@ def read_step(path: Path, budget: int) -> StepRollouts:
                     break
                 packer = longer
                 index += index_rows(step, rows)
+                answered = answered or rows[0]["answer"] is not None
     except (
         pa.ArrowException,
         OSError,
@@ -116,7 +121,7 @@ def read_step(path: Path, budget: int) -> StepRollouts:
         TypeError,
     ) as error:  # a damaged file may fail in any of these
         raise UserError(f"{path} is no whole rollout ledger ({error}); move it elsewhere to see the others") from None
-    return StepRollouts(step, tuple(index), packer.closed_by("]}"), total)
+    return StepRollouts(step, tuple(index), packer.closed_by("]}"), total, answered)
 
 
 class _Packer:
@@ -168,7 +173,7 @@ def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
         if row["shares"] is not None:
             signals["share"] = [float(f"{share:.3g}") or 0 for share in row["shares"][span]]
         segments.append({**encode_candidate(segment), **signals})
-    erasures = [encode_candidate(e) for e in row["erasures"]]
+    erasures = [{**encode_candidate(e), "start": e["start"]} for e in row["erasures"]]
     for erasure, advantage in zip(erasures, row["erased_advantages"], strict=False):
         erasure["advantage"] = round(advantage, 3)
     return {
@@ -183,9 +188,12 @@ def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode_candidate(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A segment or an erased candidate; ``u`` and ``theta`` are None where nothing was judged."""
+    """A segment or an erased candidate; ``u`` and ``theta`` are None where nothing was judged. With an ``observation`` it is an
+    environment's answer, or a whole turn that was erased after one."""
     judged = row["verdict"] is not None
+    seen = row.get("observation")  # ledgers of before there were environments have none
     return {
+        **({} if seen is None else {"observation": json.loads(seen)}),
         "index": row["index"],
         "pieces": row["pieces"],
         "entropy": _rounded(row["entropies"]),
@@ -213,9 +221,16 @@ def index_rows(step: int, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
             "forced": sum(s["verdict"] == "forced" for s in row["segments"]),
             "flips": _sign_flips(row, average),
             "finished": row["finish"] == "stop",
+            "snippet": snippet(row["response"]),
         }
         for row in rows
     ]
+
+
+def snippet(text: str) -> str:
+    """The end of a response in one line: where its answer stands."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SNIPPET else "…" + line[1 - _SNIPPET :]
 
 
 def _sign_flips(row: Mapping[str, Any], average: float) -> int:

@@ -22,8 +22,12 @@ def test_two_runs_are_compared(page: Any, tmp_path: Path) -> None:
             ["demo", "E³RL"],
             ["grpo", "GRPO"],
         ]
-        page.get_by_role("checkbox", name="grpo").uncheck()
+        look = "document.querySelector('#compare-reward .plot').data.map((d) => [d.line.color, d.line.dash])"
+        both = page.evaluate(look)
+        assert len({colour for colour, _ in both}) == len({dash for _, dash in both}) == 2
+        page.get_by_role("checkbox", name="demo").uncheck()
         page.wait_for_function("document.querySelectorAll('#compare-reward .scatterlayer .trace').length === 1")
+        assert page.evaluate(look) == both[1:]
 
 
 def heading_and_response(group: Any) -> tuple[str, list[str]]:
@@ -49,6 +53,14 @@ def test_two_runs_on_the_same_problem(page: Any, tmp_path: Path) -> None:
         shown = [heading_and_response(page.locator(".pair .group").nth(i)) for i in (0, 1)]
         assert [words for _, words in shown] == [responses_of(run, 1, shared) for run in runs]
         assert [heading.rpartition(",")[2] for heading, _ in shown] == [" step 1", " step 1"]
+        assert page.locator("#compare-reward").bounding_box()["y"] < page.locator(".pair").bounding_box()["y"]
+        legends = page.locator(".pair .legend:not(.terms)").all_inner_texts()
+        assert legends[0] == legends[1]
+        page.locator(".pair .group").first.get_by_label("Colour by").select_option("improbability")
+        assert page.locator(".pair .group").nth(1).get_by_label("Colour by").input_value() == "improbability"
+        legends = page.locator(".pair .legend:not(.terms)").all_inner_texts()
+        assert legends[0] == legends[1]
+        assert "1 − p" in legends[0]
 
 
 def test_two_checkpoints_on_the_same_problem(page: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from e3rl.report import write_report, write_token_view
 from e3rl.train.run_directory import read_lines
 from e3rl.types import Problem, Prompt
 from tests.browser.pages import RESPONSE_TOKEN, choose, open_view, report, rows_of, serving
-from tests.report.builder import HOSTILE, SyntheticRun, Words, hostile_run, many_rollouts, trajectory
+from tests.report.builder import HOSTILE, SyntheticRun, Words, hostile_run, many_rollouts, tool_run, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,10 @@ def test_siblings_stand_side_by_side(page: Any, run: SyntheticRun) -> None:
 def test_the_list_is_worked_by_keys(page: Any, run: SyntheticRun) -> None:
     open_view(page, report(run), "Rollouts")
     page.get_by_role("listbox").focus()
-    for _ in range(3):
+    choose(page, "Order", "newest")
+    page.get_by_role("listbox").focus()
+    page.keyboard.press("Home")
+    for _ in range(2):
         page.keyboard.press("ArrowDown")
     assert page.locator(".row[aria-selected=true]").get_attribute("aria-posinset") == "3"
     page.keyboard.press("End")
@@ -171,7 +174,120 @@ def test_an_address_leads_back_to_a_rollout(page: Any, run: SyntheticRun) -> Non
     page.goto("about:blank")
     page.goto(address)
     assert page.locator(".group h2").inner_text() == heading
-    assert page.locator(".sibling[aria-pressed=true]").inner_text().startswith("#2")
+    assert page.locator(".sibling[aria-pressed=true]").inner_text().startswith("#")
+
+
+def test_an_address_marks_its_row_and_brings_it_into_sight(page: Any, run: SyntheticRun) -> None:
+    row = rows_of(run, 2)[9]
+    named = f"view=rollouts&step=2&problem={row['problem_id']}&sibling={row['sibling']}"
+    page.goto(f"{report(run)}#{named}")
+    marked = page.locator(".row[aria-selected=true]")
+    marked.wait_for()
+    assert f"{row['problem_id']} #{row['sibling']}" in marked.inner_text()
+    inside, rows = marked.bounding_box(), page.locator(".rows").bounding_box()
+    assert rows["y"] <= inside["y"]
+    assert inside["y"] + inside["height"] <= rows["y"] + rows["height"] + 1
+    page.locator(".sibling").nth(1).click()
+    other = page.locator(".sibling[aria-pressed=true]").inner_text().split()[0]
+    assert f"{row['problem_id']} {other}" in marked.inner_text()
+
+
+def test_rollouts_open_on_the_most_erased(page: Any, run: SyntheticRun) -> None:
+    rows = [(r, step) for step in range(1, 13) for r in rows_of(run, step)]
+    most = max(len(r["erasures"]) for r, _ in rows)
+    open_view(page, report(run), "Rollouts")
+    marked = page.locator(".row[aria-selected=true]")
+    marked.wait_for()
+    assert marked.get_attribute("aria-posinset") == "1"
+    assert f"{most} erased" in marked.inner_text()
+    row = next(
+        r for r, _ in reversed(rows) if marked.locator(".name").inner_text() == f"{r['problem_id']} #{r['sibling']}"
+    )
+    assert marked.locator(".snippet").inner_text().endswith(" ".join(row["response"].split())[-30:])
+
+
+def test_a_response_reads_as_one_text_with_what_was_erased_in_its_place(page: Any, run: SyntheticRun) -> None:
+    row = max(rows_of(run, 12), key=lambda r: len(r["erasures"]))
+    page.goto(f"{report(run)}#view=rollouts&step=12&problem={row['problem_id']}&sibling={row['sibling']}&text=1")
+    reading = page.locator(".reading")
+    reading.wait_for()
+    expected = []
+    for n, segment in enumerate(row["segments"]):
+        gone = [e["pieces"] for e in row["erasures"] if e["index"] == n]
+        expected += [("DEL", "".join(pieces)) for pieces in gone] + [("DIV", "".join(segment["pieces"]))]
+    parts = reading.evaluate("node => [...node.children].map((n) => [n.tagName, n.textContent])")
+    assert [(kind, text) for kind, text in parts] == [(kind, text.replace("\n", "↵\n")) for kind, text in expected]
+    choose(page, "Show", "segments")
+    assert reading.count() == 0
+    assert "text=1" not in page.url
+
+
+def test_an_erased_turn_stands_struck_through_beside_the_call_that_replaced_it(page: Any, tmp_path: Path) -> None:
+    open_view(page, write_report(tool_run(tmp_path / "tools").path).as_uri(), "Rollouts")
+    turn = page.locator("details.turn")
+    turn.wait_for()
+    assert turn.locator("> summary").inner_text() == "Erased turn 1: add failed"
+    struck = turn.locator("del").last
+    assert struck.is_visible()
+    assert "line-through" in struck.evaluate("node => getComputedStyle(node).textDecorationLine")
+    assert struck.locator(".call").inner_text() == 'add({"a": 12})'
+    assert struck.locator(".result").inner_text() == "{'error': 'b is missing'}"
+    assert "the evidence against it, 1, was above 0.5" in turn.inner_text().replace("0.500", "0.5")
+    instead = turn.locator(".instead + .calls, .instead .calls")
+    assert instead.locator(".call").inner_text() == 'add({"a": 12, "b": 35})'
+    assert instead.locator(".result").inner_text() == "47"
+    assert turn.locator(".erased summary").inner_text() == "1 erased attempt within it"
+    assert page.locator(".segment > .erased:not(.turn)").count() == 0
+    assert page.locator(".answer-of-tools .call").inner_text() == 'add({"a": 12, "b": 35})'
+    choose(page, "Show", "text")
+    assert page.locator(".reading > *").evaluate_all("found => found.map((n) => n.tagName + '.' + n.className)") == [
+        "DEL.",
+        "DEL.turn",
+        "DIV.tokens kept",
+        "DIV.between",
+        "DIV.tokens kept",
+    ]
+
+
+def test_the_first_screen_has_reward_and_held_out_curves(page: Any, run: SyntheticRun) -> None:
+    page.goto(report(run))
+    page.wait_for_selector("#chart-reward svg .scatterlayer .trace")
+    for chart in ("#chart-reward", "#chart-avg"):
+        box = page.locator(chart).bounding_box()
+        assert box["y"] + box["height"] < 860, chart
+    assert not page.locator(".what .facts").is_visible()
+    page.get_by_text("What was run").click()
+    assert page.locator(".what .facts").is_visible()
+    rewards = [line["reward"] for line in read_lines(run.path / "metrics.jsonl")][-10:]
+    assert page.locator(".tile", has_text="reward").first.locator(".value").inner_text() == f"{sum(rewards) / 10:.2f}"
+
+
+def test_noise_does_not_look_like_jumps(page: Any, tmp_path: Path) -> None:
+    made = SyntheticRun(tmp_path / "flat").go(60)
+    metrics = made.path / "metrics.jsonl"
+    lines = [record | {"length": 100 + record["step"] % 2, "finish_ratio": 0.95} for record in read_lines(metrics)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    page.goto(write_report(made.path).as_uri())
+    page.locator("#chart-length").scroll_into_view_if_needed()
+    page.wait_for_selector("#chart-length svg .scatterlayer .trace")
+    low, high = page.evaluate("document.querySelector('#chart-length .plot').layout.yaxis.range")
+    assert low < 90
+    assert high > 110
+    raw, smooth = page.evaluate("document.querySelector('#chart-length .plot').data.map((d) => d.y.slice(10, 20))")
+    assert max(raw) - min(raw) == 1
+    assert max(smooth) - min(smooth) == pytest.approx(0.2, abs=0.01)
+    choose(page, "Smoothing", "1")
+    page.wait_for_function("document.querySelector('#chart-length .plot').data.length === 1")
+
+
+def test_a_wide_table_says_that_there_is_more(page: Any, run: SyntheticRun) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    open_view(page, report(run), "Segments")
+    chart = page.locator("figure").first
+    chart.get_by_text("Table").click()
+    chart.locator(".scroll-frame.more").wait_for()
+    chart.locator(".table-scroll").evaluate("node => { node.scrollLeft = node.scrollWidth; }")
+    chart.locator(".scroll-frame:not(.more)").wait_for()
 
 
 def test_dark_and_light(page: Any, run: SyntheticRun) -> None:
@@ -202,8 +318,9 @@ def test_the_page_follows_a_run(page: Any, tmp_path: Path) -> None:
         made.go(3)
         page.get_by_text("step 5 of 40").wait_for()
         page.get_by_role("button", name="Rollouts", exact=True).click()
+        choose(page, "Order", "newest")
         page.locator(".row").first.click()
-        assert page.locator(".group h2").inner_text().endswith("step 5")
+        page.wait_for_function("document.querySelector('.group h2').textContent.endsWith('step 5')")
         made.go(1)
         page.get_by_text("96 rollouts").wait_for()
         assert page.locator(".group h2").inner_text().endswith("step 5")

@@ -55,6 +55,17 @@ def test_this_repository_is_complete_and_its_page_fresh(capsys: pytest.CaptureFi
     assert status == 0, capsys.readouterr().err
 
 
+def test_every_equation_is_written_out() -> None:
+    written = {(paper, int(number)): latex for paper, found in tool.FORMULAS.items() for number, latex in found.items()}
+    assert written.keys() == tool.REQUIRED
+    for equation, latex in written.items():
+        assert "|" not in latex, equation  # it would end the table's cell
+        assert latex.count("{") == latex.count("}"), equation
+        assert latex.count(r"\left") == latex.count(r"\right") - latex.count(r"\rightarrow"), equation
+    page = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+    assert all(f"$`{latex}`$" in page for latex in written.values())
+
+
 @pytest.mark.parametrize(
     ("docstring", "expected"),
     [

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from e3rl.config import Config, build_config
 from e3rl.equations.threshold import attempt_penalty
+from e3rl.rollout.turns import given
 from e3rl.train.ledger import Learnt, ledger_rows, write_ledger
 from e3rl.train.run_directory import RunDirectory
 from e3rl.types import (
@@ -19,12 +20,14 @@ from e3rl.types import (
     Erasure,
     Group,
     Judgement,
+    Observed,
     Problem,
     Prompt,
     Reward,
     RewardedGroup,
     Segment,
     Threshold,
+    ToolResult,
     Trajectory,
     Uncertainty,
     Verdict,
@@ -113,9 +116,11 @@ def signals(draw: random.Random, group: RewardedGroup) -> list[Learnt]:
     return found
 
 
-def rewarded_group(draw: random.Random, tokenizer: Words, problem: str, config: Config, skill: float) -> RewardedGroup:
+def rewarded_group(
+    draw: random.Random, tokenizer: Words, problem: str, config: Config, skill: float, answer: str | None = "43"
+) -> RewardedGroup:
     words = tokenizer.ids("12", "+", "35", "-", "4", "=")
-    prompt = Prompt(Problem(problem, "12+35-4=", answer="43"), words)
+    prompt = Prompt(Problem(problem, "12+35-4=", answer=answer), words)
     made, rewards = [], []
     for sibling in range(config.rollout.num_generations):
         segments = draw.randrange(2, config.rollout.max_segments + 1)
@@ -227,6 +232,35 @@ def hostile_run(directory: Path) -> SyntheticRun:
     response = trajectory(draw, tokenizer, prompt, 0, 3, erase=True)
     reward = Reward(None, {HOSTILE: None, "other": 1.0}, error=HOSTILE)
     write_rollouts(made.path, 1, [RewardedGroup(Group(prompt, (response,), 0), (reward,))], tokenizer)
+    return made
+
+
+def tool_run(directory: Path) -> SyntheticRun:
+    """A run with one response: a turn whose call failed was erased (and an attempt within it before), then the call worked."""
+    made = SyntheticRun(directory)
+    words = Words(["add(12)", "add(12,35)", "[error]", "[47]"])
+    draw = random.Random(3)
+    prompt = Prompt(Problem("sum", "12+35=", answer="47"), words.ids("12", "+", "35", "="))
+    attempt = candidate(draw, words.ids(" wait", " wait"))
+    bad = candidate(draw, words.ids(" so", "add(12)", "<eos>"), ended=True)
+    failed = Observed((ToolResult("add", '{"a": 12}', "{'error': 'b is missing'}", failed=True),), 0, 1.0)
+    against = Judgement(Uncertainty(1.0, 0, 0, 0, 0, 0), Threshold(0.5, 0.5, 1.0, 1.0), 0, Verdict.ERASE)
+    good = candidate(draw, words.ids(" so", "add(12,35)", "<eos>"), ended=True)
+    told = Observed((ToolResult("add", '{"a": 12, "b": 35}', "47"),), 0)
+    last = candidate(draw, words.ids("A:", "4", "7", "<eos>"), ended=True)
+    response = Trajectory(
+        prompt,
+        0,
+        (
+            Segment(0, good, judged(good, 1.0, 0, Verdict.COMMIT)),
+            Segment(1, given(words.ids("[47]")), None, told),
+            Segment(2, last, judged(last, 1.0, 0, Verdict.COMMIT)),
+        ),
+        (Erasure(0, 0, attempt, judged(attempt, 1.0, 0, Verdict.ERASE)), Erasure(0, 0, bad, against, failed)),
+        "stop",
+    )
+    group = RewardedGroup(Group(prompt, (response,), 0), (Reward(1.0, {"math": 1.0}),))
+    write_rollouts(made.path, 1, [group], words)
     return made
 
 

@@ -19,7 +19,16 @@ from e3rl.report.overview import facts
 from e3rl.report.page import RUN_SCRIPTS, TOKEN_SCRIPTS
 from e3rl.report.rollouts import select
 from e3rl.types import Problem, Prompt
-from tests.report.builder import HOSTILE, SyntheticRun, Words, hostile_run, rewarded_group, trajectory, write_rollouts
+from tests.report.builder import (
+    HOSTILE,
+    SyntheticRun,
+    Words,
+    hostile_run,
+    rewarded_group,
+    tool_run,
+    trajectory,
+    write_rollouts,
+)
 
 ROOM = 1_000_000
 
@@ -110,9 +119,45 @@ def test_the_index_counts_what_happened(run: SyntheticRun) -> None:
     ]
 
 
+def test_a_list_shows_the_end_of_each_response(run: SyntheticRun) -> None:
+    import pyarrow.parquet as pq
+
+    rows = [r for p in sorted((run.path / "rollouts").iterdir()) for r in pq.read_table(p).to_pylist()]
+    shown = select(run.path, ROOM).index()["snippet"]
+    ends = [" ".join(r["response"].split()) for r in rows]
+    assert [s.removeprefix("…") for s in shown] == [e[-39:] if len(e) > 40 else e for e in ends]
+    assert any(s.startswith("…") for s in shown)
+
+
+def test_accuracy_is_known_where_something_says_what_is_right(tmp_path: Path) -> None:
+    def graded(name: str, *functions: str, answer: str | None) -> bool:
+        made = SyntheticRun(tmp_path / name, rewards={"functions": list(functions)})
+        group = rewarded_group(random.Random(1), made.tokenizer, "p", made.config, 0.5, answer)
+        write_rollouts(made.path, 1, [group], made.tokenizer)
+        return bool(json.loads(blocks(write_report(made.path))["run"])["runs"][0]["graded"])
+
+    assert graded("checked", "math", answer=None)
+    assert graded("compared", "mine.py:reward", answer="43")
+    assert not graded("liked", "mine.py:reward", "math", answer=None)
+
+
+def test_an_erased_turn_keeps_its_calls(tmp_path: Path) -> None:
+    made = tool_run(tmp_path / "tools")
+    rollout = json.loads(blocks(write_report(made.path))["rollouts-0-1"])["groups"][0]["rollouts"][0]
+    (attempt, turn) = rollout["erasures"]
+    assert "observation" not in attempt
+    assert turn["observation"]["calls"] == [
+        {"name": "add", "arguments": '{"a": 12}', "result": "{'error': 'b is missing'}", "failed": True}
+    ]
+    assert (turn["start"], turn["index"], turn["observation"]["evidence"]) == (0, 0, 1.0)
+    kinds = ["observation" in s for s in rollout["segments"]]
+    assert kinds == [False, True, False]
+    assert rollout["segments"][1]["observation"]["calls"][0]["result"] == "47"
+
+
 def test_older_rollouts_are_left_out_when_there_is_no_room(run: SyntheticRun) -> None:
     whole = select(run.path, ROOM)
-    newest_two = sum(len(step.packed) + 60 * len(step.index) for step in whole.steps[-2:])
+    newest_two = sum(len(step.packed) + 110 * len(step.index) for step in whole.steps[-2:])
     chosen = select(run.path, newest_two)
     assert [step.step for step in chosen.steps] == [5, 6]
     assert chosen.total == 96

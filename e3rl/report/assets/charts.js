@@ -25,17 +25,32 @@ function faded(hex, alpha) {
   return `rgba(${r},${g},${b},${alpha})`;
 }
 
-function trace(series, asPercent) {
-  const paint = series.colour();
-  const line = { x: series.x, y: series.y, name: plain(series.name), mode: series.y.length < 3 || series.error ? "lines+markers" : "lines",
-    line: { color: paint, width: series.stack ? 0.5 : 2, dash: series.dash || "solid" }, marker: { size: 6 },
+// The mean of what is known in a window around each value.
+function smoothed(values, window) {
+  const half = (window - 1) / 2;
+  return values.map((v, i) => (v === null || v === undefined ? null : mean(values.slice(Math.max(0, i - half), i + half + 1))));
+}
+
+const SMOOTHING = [["auto", "automatic"], ["1", "none"], ["5", "5 steps"], ["15", "15 steps"], ["51", "51 steps"]];
+
+function windowOf(choice, steps) {
+  return choice === "auto" ? (steps < 40 ? 1 : steps < 150 ? 5 : steps < 600 ? 15 : 51) : Number(choice);
+}
+
+function trace(series, chart) {
+  const asPercent = chart.percent, paint = series.colour();
+  const smooth = series.error || series.stack ? 1 : windowOf(chart.smoothing, series.y.length), over = (values) => (smooth > 1 ? smoothed(values, smooth) : values);
+  const line = { x: series.x, y: over(series.y), name: plain(series.name), mode: series.y.length < 3 || series.error ? "lines+markers" : "lines",
+    line: { color: paint, width: series.stack ? 0.5 : series.width ?? 2, dash: series.dash || "solid" }, marker: { size: 6, symbol: series.symbol || "circle" },
     hovertemplate: asPercent ? "%{y:.3~%}" : "%{y:.4~g}", showlegend: series.legend !== false };
+  const raw = { x: series.x, y: series.y, mode: "lines", line: { color: faded(paint, 0.3), width: 1 }, hoverinfo: "skip", showlegend: false };
+  if (smooth > 1 && !series.band) return chart.series.length > 3 ? [line] : [raw, line];
   if (series.stack) Object.assign(line, { stackgroup: "all", fillcolor: faded(paint, 0.75) });
   if (series.error) line.error_y = { type: "data", symmetric: false, array: series.error.high, arrayminus: series.error.low,
     thickness: 1.2, width: 4, color: paint };
   if (!series.band) return [line];
   const edge = { x: series.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
-  return [{ ...edge, y: series.band.low }, { ...edge, y: series.band.high, fill: "tonexty", fillcolor: faded(paint, 0.18) }, line];
+  return [{ ...edge, y: over(series.band.low) }, { ...edge, y: over(series.band.high), fill: "tonexty", fillcolor: faded(paint, 0.18) }, line];
 }
 
 // Legend entries stand in columns as wide as the longest name.
@@ -45,7 +60,22 @@ function legendRows(chart) {
   return Math.ceil(names.length / inOneRow);
 }
 
+// The range of the values' axis: wide enough that a change of little is seen to be little. Null where Plotly may choose.
+function extent(chart) {
+  if (chart.series.some((s) => s.stack)) return null;
+  const values = chart.series.flatMap((s) => s.y.flatMap((y, i) => (y === null || y === undefined ? [] : [y + (s.error?.high[i] ?? 0), y - (s.error?.low[i] ?? 0)])).concat(s.band ? [...s.band.low, ...s.band.high] : []));
+  if (!values.length) return null;
+  let low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
+  const positive = low >= 0, least = chart.percent ? 0.1 : 0.25 * Math.max(Math.abs(low), Math.abs(high)) || 1;
+  if (chart.fromZero) low = Math.min(0, low);
+  const more = Math.max(0, least - (high - low)) / 2;
+  [low, high] = positive && low < more ? [0, Math.max(high, least)] : [low - more, high + more];
+  const edge = 0.04 * (high - low);
+  return [low - (low === 0 ? 0 : edge), high + edge];
+}
+
 function layout(chart) {
+  const range = extent(chart);
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--muted").trim();
   const axis = { gridcolor: style.getPropertyValue("--line").trim(), zeroline: false, linecolor: "transparent", automargin: true,
@@ -57,7 +87,7 @@ function layout(chart) {
     hoverlabel: { bgcolor: style.getPropertyValue("--panel").trim(), bordercolor: style.getPropertyValue("--line").trim(),
       font: { color: style.getPropertyValue("--ink").trim() } },
     xaxis: { ...axis, showgrid: false, dtick: Math.max(...chart.series.map((s) => s.x[s.x.length - 1])) < 6 ? 1 : null, title: { text: chart.xTitle, standoff: 6, font: { size: 11 } } },
-    yaxis: { ...axis, tickformat: chart.percent ? ".2~%" : "", rangemode: chart.fromZero ? "tozero" : "normal" },
+    yaxis: { ...axis, ...(range ? { range } : {}), tickformat: chart.percent ? ".2~%" : "", rangemode: chart.fromZero ? "tozero" : "normal" },
   };
 }
 
@@ -85,11 +115,11 @@ const visible = new IntersectionObserver((entries) => {
 
 class Chart {
   constructor({ title, help = "", percent: asPercent = false, fromZero = asPercent, id = null }) {
-    Object.assign(this, { title, percent: asPercent, fromZero, series: [], xTitle: "step", shown: false });
+    Object.assign(this, { title, percent: asPercent, fromZero, series: [], xTitle: "step", smoothing: "auto", shown: false });
     this.plot = el("div", { class: "plot" });
     this.words = el("p", { class: "sr-only" });
-    this.table = el("div", { class: "table-scroll" });
-    this.details = el("details", { class: "as-table", ontoggle: () => this.fillTable() }, el("summary", {}, "Table"), this.table);
+    this.table = new ScrollBox(`${title}: values`);
+    this.details = el("details", { class: "as-table", ontoggle: () => this.fillTable() }, el("summary", {}, "Table"), this.table.node);
     this.node = el("figure", { class: "chart", id, hidden: true },
       el("figcaption", {}, el("h3", {}, title), help && el("p", { class: "help" }, help)), this.plot, this.words, this.details);
     this.plot.chart = this;
@@ -97,9 +127,8 @@ class Chart {
     theme.listeners.push(() => this.draw());
   }
 
-  update(series, xTitle = "step") {
-    this.series = series.filter((s) => s.y.some((y) => y !== null && y !== undefined));
-    this.xTitle = xTitle;
+  update(series, xTitle = "step", smoothing = "auto") {
+    Object.assign(this, { series: series.filter((s) => s.y.some((y) => y !== null && y !== undefined)), xTitle, smoothing });
     this.node.hidden = this.series.length === 0;
     const text = `${this.title} by ${xTitle}. ` + this.series.map((s) => describe(s, this.percent)).join("");
     this.plot.setAttribute("role", "img");
@@ -117,7 +146,7 @@ class Chart {
 
   draw() {
     if (!this.shown || this.node.hidden) return;
-    plotly.then((library) => library.react(this.plot, this.series.flatMap((s) => trace(s, this.percent)), layout(this), { displayModeBar: false, responsive: true }));
+    plotly.then((library) => library.react(this.plot, this.series.flatMap((s) => trace(s, this)), layout(this), { displayModeBar: false, responsive: true }));
   }
 
   fillTable() {
@@ -128,7 +157,7 @@ class Chart {
       rows.get(x)[i] = s.y[j];
     }));
     const sorted = [...rows.entries()].sort((a, b) => a[0] - b[0]);
-    fill(this.table, el("table", {},
+    this.table.fill(el("table", {},
       el("thead", {}, el("tr", {}, [this.xTitle, ...this.series.map((s) => s.name || this.title)].map((t) => el("th", { scope: "col" }, t)))),
       el("tbody", {}, sorted.map(([x, values]) => el("tr", {}, el("th", { scope: "row" }, number(x)), values.map((v) => el("td", {}, number(v)))))),
     ));

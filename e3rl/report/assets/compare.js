@@ -6,15 +6,22 @@ function family(run) {
   return `${name} (${run.method})`;
 }
 
-function groupsOf(runs, bands) {
-  if (!bands) return runs.map((run) => ({ name: run.label, runs: [run] }));
+// Each group keeps its place, and so its colour and its kind of line, whatever is hidden.
+function groupsOf(runs, bands, shown) {
   const groups = new Map();
   for (const run of runs) {
-    const name = family(run);
-    if (!groups.has(name)) groups.set(name, { name, runs: [] });
-    groups.get(name).runs.push(run);
+    const name = bands ? family(run) : run.label;
+    if (!groups.has(name)) groups.set(name, { place: groups.size, runs: [], family: name });
+    if (shown(run)) groups.get(name).runs.push(run);
   }
-  return [...groups.values()].map((g) => (g.runs.length > 1 ? { ...g, name: `${g.name}, ${g.runs.length} seeds` } : { name: g.runs[0].label, runs: g.runs }));
+  return [...groups.values()].filter((g) => g.runs.length).map((g) => ({ ...g, name: g.runs.length > 1 ? `${g.family}, ${g.runs.length} seeds` : g.runs[0].label }));
+}
+
+// Lines that lie on each other are told apart: those drawn later are thinner and broken, so that the others show through.
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+
+function lineOf(place) {
+  return { colour: () => colour(place), dash: DASHES[place % DASHES.length], width: place ? 2 : 3 };
 }
 
 // One line over the steps that all runs of the group have, since a mean over changing runs would jump where one stops.
@@ -30,64 +37,75 @@ function merged(lines) {
   return { x: points.map(([step]) => step), y: over(mean), band: { low: over((v) => Math.min(...v)), high: over((v) => Math.max(...v)) } };
 }
 
-function comparedCurve(group, index, name, axis) {
-  const paint = () => colour(index);
-  const lines = group.runs.map((run) => curve(run, name, axis));
-  if (lines.length === 1) return [{ name: group.name, colour: paint, ...lines[0] }];
+function comparedCurve(group, name, axis) {
+  const line = lineOf(group.place), lines = group.runs.map((run) => curve(run, name, axis));
+  if (lines.length === 1) return [{ name: group.name, ...line, ...lines[0] }];
   // Seeds spend different numbers of tokens by a step, so over tokens each keeps its own line.
-  if (axis === "tokens") return lines.map((line, i) => ({ name: group.name, legend: i === 0, colour: paint, ...line }));
-  return [{ name: group.name, colour: paint, ...merged(lines) }];
+  if (axis === "tokens") return lines.map((found, i) => ({ name: group.name, legend: i === 0, ...line, ...found }));
+  return [{ name: group.name, ...line, ...merged(lines) }];
 }
 
-function comparedEvaluation(group, index, figure, axis) {
-  const paint = () => colour(index);
-  if (group.runs.length === 1) return evaluationSeries(group.runs[0], figure, axis, group.name, paint, true);
-  if (axis === "tokens") return group.runs.flatMap((run) => evaluationSeries(run, figure, axis, run.label, paint, true));
+function comparedEvaluation(group, figure, axis) {
+  const line = lineOf(group.place);
+  if (group.runs.length === 1) return evaluationSeries(group.runs[0], figure, axis, group.name, line);
+  if (axis === "tokens") return group.runs.flatMap((run) => evaluationSeries(run, figure, axis, run.label, line));
   const modes = [...new Set(group.runs.flatMap((run) => run.evaluations.map((e) => e.mode)))];
-  return modes.map((mode, i) => ({ name: `${group.name}, ${mode}`, colour: paint, dash: i ? "dot" : "solid",
+  return modes.map((mode, i) => ({ name: `${group.name}, ${mode}`, ...line, symbol: SYMBOLS[i % SYMBOLS.length],
     ...merged(group.runs.map((run) => { const points = run.evaluations.filter((e) => e.mode === mode); return { x: points.map((e) => e.step), y: points.map((e) => e[figure]) }; })) }));
 }
 
 class CompareView {
   constructor(source) {
-    Object.assign(this, { axis: "step", bands: true, hidden: new Set() });
+    Object.assign(this, { axis: "step", smoothing: "auto", bands: true, hidden: new Set() });
     this.charts = {};
     const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
-    const box = el("input", { type: "checkbox", checked: true, onchange: () => { this.bands = box.checked; this.draw(); } });
-    this.tools = el("div", { class: "tools" }, xAxisControl("step", (axis) => { this.axis = axis; this.draw(); }),
+    const box = el("input", { type: "checkbox", checked: true, onchange: () => { this.bands = box.checked; this.drawChips(); this.draw(); } });
+    this.tools = el("div", { class: "tools" }, curveControls((change) => { Object.assign(this, change); this.draw(); }),
       el("label", { class: "control row-control" }, box, el("span", {}, "Seeds as bands")));
     this.chips = el("fieldset", { class: "chips" });
-    this.table = el("div", { class: "table-scroll" });
+    this.table = new ScrollBox("Runs");
     this.same = new SameProblem(source);
     this.curves = el("div", {}, el("p", { class: "lede" }, "The same curves of several runs. Over tokens, runs that draw more are charged for it."),
-      this.chips, this.tools, this.table);
+      this.chips, this.table.node, this.tools);
     this.charted = el("div", {}, section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
       CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, options]) =>
         chart(name, { title: label, id: "compare-" + name, ...options }))))));
-    this.node = el("div", {}, el("h1", {}, "Compare"), this.curves, this.same.node, this.charted);
+    this.node = el("div", {}, el("h1", {}, "Compare"), this.curves, this.charted, this.same.node);
+    theme.listeners.push(() => this.runs && this.drawChips());
   }
 
   update(runs) {
     this.runs = runs.map((run, number) => ({ ...run, number }));
     this.curves.hidden = this.charted.hidden = runs.length < 2;
-    const labels = runs.map((run) => run.label).join("\n");
-    if (labels !== this.labels) {
-      this.labels = labels;
-      fill(this.chips, el("legend", { class: "sr-only" }, "Runs shown"), runs.map((run) => {
-        const box = el("input", { type: "checkbox", checked: !this.hidden.has(run.label), onchange: () => { if (box.checked) this.hidden.delete(run.label); else this.hidden.add(run.label); this.draw(); } });
-        return el("label", { class: "chip" }, box, el("span", {}, run.label));
-      }));
-    }
+    this.drawChips();
     this.draw();
   }
 
+  groups() {
+    return groupsOf(this.runs, this.bands, (run) => !this.hidden.has(run.label));
+  }
+
+  // A box for each run, with the line that it has in the charts.
+  drawChips() {
+    const all = groupsOf(this.runs, this.bands, () => true);
+    const known = this.runs.map((run) => run.label).join("\n") + this.bands + theme.dark();
+    if (known === this.known) return;
+    this.known = known;
+    fill(this.chips, el("legend", { class: "sr-only" }, "Runs shown"), this.runs.map((run) => {
+      const line = lineOf(all.find((g) => g.runs.includes(run)).place), swatch = el("i", { class: "swatch" });
+      swatch.style.borderTop = `3px ${{ solid: "solid", dot: "dotted" }[line.dash] ?? "dashed"} ${line.colour()}`;
+      const box = el("input", { type: "checkbox", checked: !this.hidden.has(run.label), onchange: () => { if (box.checked) this.hidden.delete(run.label); else this.hidden.add(run.label); this.draw(); } });
+      return el("label", { class: "chip" }, box, swatch, el("span", {}, run.label));
+    }));
+  }
+
   draw() {
-    const runs = this.runs.filter((run) => !this.hidden.has(run.label)), groups = groupsOf(runs, this.bands), xTitle = AXES[this.axis][1];
-    for (const figure of ["avg", "pass"]) this.charts[figure].update(groups.flatMap((g, i) => comparedEvaluation(g, i, figure, this.axis)), xTitle);
+    const runs = this.runs.filter((run) => !this.hidden.has(run.label)), groups = this.groups(), xTitle = AXES[this.axis][1];
+    for (const figure of ["avg", "pass"]) this.charts[figure].update(groups.flatMap((g) => comparedEvaluation(g, figure, this.axis)), xTitle);
     for (const name of Object.keys(this.charts)) {
-      if (name !== "avg" && name !== "pass") this.charts[name].update(groups.flatMap((g, i) => comparedCurve(g, i, name, this.axis)), xTitle);
+      if (name !== "avg" && name !== "pass") this.charts[name].update(groups.flatMap((g) => comparedCurve(g, name, this.axis)), xTitle, this.smoothing);
     }
-    fill(this.table, this.summary(runs));
+    this.table.fill(this.summary(runs));
     this.same.update(runs);
   }
 

@@ -30,8 +30,10 @@ class Picture {
     Object.assign(this, { height, traces, axes, shown: false });
     this.plot = el("div", { class: "plot", role: "img", "aria-label": describe });
     this.plot.chart = this;
+    const values = new ScrollBox(`${title}: values`);
+    values.fill(table);
     this.node = el("figure", { class: "chart" }, el("figcaption", {}, el("h3", {}, title), el("p", { class: "help" }, help)), this.plot,
-      el("details", { class: "as-table" }, el("summary", {}, "Table"), el("div", { class: "table-scroll" }, table)));
+      el("details", { class: "as-table" }, el("summary", {}, "Table"), values.node));
     visible.observe(this.plot);
     theme.listeners.push(() => this.draw());
   }
@@ -115,8 +117,10 @@ function decodingPicture(title, help, figure) {
 }
 
 function decodingTable() {
-  return el("div", { style: "overflow-x: auto" }, tableOf(["decoding", `Avg@${diagnosis.samples}`, `Pass@${diagnosis.samples}`, "tokens for an answer"],
+  const values = new ScrollBox("All ways to decode");
+  values.fill(tableOf(["decoding", `Avg@${diagnosis.samples}`, `Pass@${diagnosis.samples}`, "tokens for an answer"],
     diagnosis.decodings.map((d) => [d.name, interval(d.avg), interval(d.passed), number(d.tokens, 1)])));
+  return values.node;
 }
 
 const facts = `${plural(diagnosis.problems, "problem")} × ${diagnosis.samples} samples, segments of ${diagnosis.segment_length} tokens, ` +

@@ -84,6 +84,22 @@ const theme = {
 };
 if (theme.chosen()) document.documentElement.dataset.theme = theme.chosen();
 
+// A box that scrolls sideways where it is too wide; a fading edge with an arrow shows that there is more.
+class ScrollBox {
+  constructor(label) {
+    const cue = () => this.node.classList.toggle("more", this.box.scrollLeft + this.box.clientWidth < this.box.scrollWidth - 1);
+    this.box = el("div", { class: "table-scroll", tabindex: "0", role: "region", "aria-label": label, onscroll: cue });
+    this.node = el("div", { class: "scroll-frame" }, this.box);
+    this.sizes = new ResizeObserver(cue);
+    this.sizes.observe(this.box);
+  }
+
+  fill(content) {
+    fill(this.box, content);
+    this.sizes.observe(content);
+  }
+}
+
 function embedded(name) {
   const block = document.getElementById(name);
   return block ? JSON.parse(block.textContent) : null;

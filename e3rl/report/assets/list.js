@@ -1,6 +1,6 @@
 // The rollouts of a run: filters, an order, and a list that only ever holds the rows in sight.
 
-const ROW = 54;
+const ROW = 74;
 const ORDERS = {
   newest: ["Newest first", (r, i) => [-r.step[i]]],
   erased: ["Most erased", (r, i) => [-r.erased[i]]],
@@ -40,7 +40,7 @@ function chosenRows(index, filter) {
 
 class RolloutList {
   constructor(onopen) {
-    Object.assign(this, { onopen, index: {}, rows: [], active: -1, filter: { step: "all", problem: "", reward: "any", having: "any", order: "newest" } });
+    Object.assign(this, { onopen, index: {}, rows: [], active: -1, filter: { step: "all", problem: "", reward: "any", having: "any", order: "erased" } });
     this.controls = el("div", { class: "filters" });
     this.count = el("p", { class: "muted", role: "status" });
     this.space = el("div", { class: "space" });
@@ -95,16 +95,30 @@ class RolloutList {
       r.flips[i] && plural(r.flips[i], "flip")].filter(Boolean);
     const node = el("div", { class: "row", role: "option", id: "row-" + at, "aria-selected": String(at === this.active), "aria-setsize": this.rows.length,
       "aria-posinset": at + 1, onclick: () => this.open(at) },
-      el("div", { class: "line" }, el("span", { class: "name" }, `${r.problem[i]} #${r.sibling[i]}`), rewardBadge(r.reward[i])), el("div", { class: "muted" }, notes.join(" · ")));
+      el("div", { class: "line" }, el("span", { class: "name" }, `${r.problem[i]} #${r.sibling[i]}`), rewardBadge(r.reward[i])), el("div", { class: "snippet" }, r.snippet[i]), el("div", { class: "muted" }, notes.join(" · ")));
     node.style.top = at * ROW + "px";
     return node;
   }
 
-  open(at) {
+  open(at, asked = true) {
     this.active = at;
     this.draw();
     const i = this.rows[at];
-    this.onopen({ step: this.index.step[i], problem: this.index.problem[i], sibling: this.index.sibling[i] });
+    this.onopen({ step: this.index.step[i], problem: this.index.problem[i], sibling: this.index.sibling[i] }, asked);
+  }
+
+  // Marks the row of a rollout that is open already and brings it into sight; filters that hide it stay as they are.
+  mark({ step, problem, sibling }) {
+    const r = this.index;
+    this.active = this.rows.findIndex((i) => r.step[i] === step && r.problem[i] === problem && r.sibling[i] === sibling);
+    if (this.active >= 0) this.reveal(this.active);
+    this.draw();
+  }
+
+  reveal(at) {
+    const top = at * ROW;
+    if (top < this.scroller.scrollTop) this.scroller.scrollTop = top;
+    if (top + ROW > this.scroller.scrollTop + this.scroller.clientHeight) this.scroller.scrollTop = top + ROW - this.scroller.clientHeight;
   }
 
   move(event) {
@@ -112,23 +126,24 @@ class RolloutList {
     const target = { ArrowDown: this.active + 1, ArrowUp: this.active - 1, PageDown: this.active + page, PageUp: this.active - page, Home: 0, End: last }[event.key];
     if (target === undefined || last < 0) return;
     event.preventDefault();
-    const at = Math.max(0, Math.min(last, target)), top = at * ROW;
-    if (top < this.scroller.scrollTop) this.scroller.scrollTop = top;
-    if (top + ROW > this.scroller.scrollTop + this.scroller.clientHeight) this.scroller.scrollTop = top + ROW - this.scroller.clientHeight;
+    const at = Math.max(0, Math.min(last, target));
+    this.reveal(at);
     this.open(at);
   }
 }
 
 class RolloutsView {
-  constructor(source, remember) {
-    Object.assign(this, { source, remember, state: { sibling: 0, side: false, mode: "entropy" } });
-    this.list = new RolloutList((place) => this.open(place));
+  // ``wanted`` is the rollout that the page's address names; without one the first of the list is shown.
+  constructor(source, remember, wanted) {
+    Object.assign(this, { source, remember, wanted, begun: false, state: { sibling: 0, side: wanted?.side ?? false, mode: "entropy", reading: wanted?.reading ?? false } });
+    this.list = new RolloutList((place, asked) => this.open(place, asked));
     this.note = el("p", { class: "muted" });
     this.detail = el("div", { class: "detail", tabindex: "-1" }, el("p", { class: "empty" }, "Choose a rollout from the list."));
     this.node = el("div", {}, this.note, el("div", { class: "rollouts" }, this.list.node, this.detail));
   }
 
   update(run, number) {
+    if (this.number !== number && this.number !== undefined) Object.assign(this, { begun: false, wanted: null });
     if (this.number !== number) this.list.filter.step = "all";
     this.number = number;
     const { shown, total, first_step: first } = run.rollouts;
@@ -136,23 +151,30 @@ class RolloutsView {
     fill(this.note, total === 0 ? "No rollouts are written yet." : shown < total
       && `${total - shown} of ${total} rollouts are left out of this page to keep it small (it starts at step ${first}); all are in the run's rollouts/*.parquet.`);
     this.list.update(run.index);
+    if (this.begun || !this.list.rows.length) return;
+    this.begun = true;
+    if (this.wanted) this.open(this.wanted);
+    else this.list.open(0, false);
   }
 
-  async open({ step, problem, sibling }) {
+  async open({ step, problem, sibling }, asked = true) {
     Object.assign(this.state, { sibling });
-    const asked = (this.asked = {});
+    const request = (this.request = {});
     let content;
     try {
       content = await this.source.step(this.number, step);
     } catch (error) {
       content = null;
     }
-    if (asked !== this.asked) return;
+    if (request !== this.request) return;
     const group = content?.groups.find((g) => g.problem === problem);
     if (!group) return fill(this.detail, el("p", { class: "empty" }, "This rollout can't be loaded."));
-    const told = () => this.remember({ step, problem, sibling: this.state.sibling, side: this.state.side ? 1 : null });
+    const told = () => {
+      this.remember({ step, problem, sibling: this.state.sibling, side: this.state.side ? 1 : null, text: this.state.reading ? 1 : null });
+      this.list.mark({ step, problem, sibling: this.state.sibling });
+    };
     fill(this.detail, new GroupView(group, `${problem}, step ${step}`, this.state, told).node);
     told();
-    if (matchMedia("(max-width: 1000px)").matches) this.detail.scrollIntoView();
+    if (asked && matchMedia("(max-width: 1000px)").matches) this.detail.scrollIntoView();
   }
 }

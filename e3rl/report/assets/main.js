@@ -5,6 +5,8 @@ const source = data.live ? new LiveSource(data) : new EmbeddedSource(data);
 const place = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 let runs = [];
 let current = Number(place.run ?? 0);
+const wanted = place.problem === undefined ? null
+  : { step: Number(place.step), problem: place.problem, sibling: Number(place.sibling), side: place.side === "1", reading: place.text === "1" };
 
 function remember(change) {
   Object.assign(place, change);
@@ -15,7 +17,7 @@ function remember(change) {
 const views = {
   overview: ["Overview", new OverviewView()],
   segments: ["Segments", new SegmentsView()],
-  rollouts: ["Rollouts", new RolloutsView(source, remember)],
+  rollouts: ["Rollouts", new RolloutsView(source, remember, wanted)],
   compare: ["Compare", new CompareView(source)],
 };
 const main = el("main", { id: "main", tabindex: "-1" }, el("p", { class: "empty" }, "Loading…"));
@@ -66,10 +68,6 @@ function changed(news) {
   current = Math.min(Math.max(0, current), runs.length - 1);
   document.title = (runs.length === 1 ? runs[0].name : `${runs.length} runs`) + " · E³RL";
   if (first || !same) show();
-  if (first && place.problem !== undefined && place.view === "rollouts") {
-    views.rollouts[1].state.side = place.side === "1";
-    views.rollouts[1].open({ step: Number(place.step), problem: place.problem, sibling: Number(place.sibling) });
-  }
   if (first || !same) return;
   const view = views[place.view][1];
   if (place.view === "compare") view.update(runs);

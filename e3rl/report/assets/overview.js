@@ -9,10 +9,13 @@ const CURVES = [
     ["grad_norm", "Gradient norm", FROM_ZERO], ["sign_flips", "Sign flips", SHARE], ["mismatch_mean", "Engine against trainer", FROM_ZERO]]],
   ["Cost", [["tokens_per_second", "Tokens per second", FROM_ZERO], ["seconds", "Seconds of a step", FROM_ZERO], ["memory_mb", "Peak memory, MiB", FROM_ZERO]]],
 ];
+const SYMBOLS = ["circle", "diamond-open", "square-open", "cross"];
 const MODE_NAMES = { plain: "plain", erasable: "erasable" };
 const AXES = { step: ["step", "step"], tokens: ["tokens_total", "tokens generated"] };
 
+// Where nothing says that a response is right, accuracy is no figure of the run.
 function curve(run, name, axis) {
+  if (name === "accuracy" && !run.graded) return { x: [], y: [] };
   return { x: run.metrics[AXES[axis][0]] ?? [], y: run.metrics[name] ?? [] };
 }
 
@@ -34,12 +37,13 @@ function curvesOf(run, name, axis) {
 }
 
 // Held-out figures with their 95 % intervals; ``figure`` is "avg" or "pass".
-function evaluationSeries(run, figure, axis, name, paint, dashes) {
+// ``line`` is how a run is drawn in a comparison, where kinds of decoding differ in their symbol; else they differ in colour.
+function evaluationSeries(run, figure, axis, name, line) {
   const modes = [...new Set(run.evaluations.map((e) => e.mode))];
   return modes.map((mode, i) => {
     const points = run.evaluations.filter((e) => e.mode === mode);
     const y = points.map((e) => e[figure]), interval = points.map((e) => e[figure + "_interval"]);
-    return { name: [name, MODE_NAMES[mode] ?? mode].filter(Boolean).join(", "), colour: () => (dashes ? paint() : colour(i)), dash: dashes && i ? "dot" : "solid",
+    return { name: [name, MODE_NAMES[mode] ?? mode].filter(Boolean).join(", "), colour: () => colour(i), ...line, symbol: SYMBOLS[i % SYMBOLS.length],
       x: points.map((e) => e[AXES[axis][0]]), y, error: { low: y.map((v, j) => v - interval[j][0]), high: y.map((v, j) => interval[j][1] - v) } };
   });
 }
@@ -57,10 +61,12 @@ function tiles(run) {
   const recent = (name) => mean((run.metrics[name] ?? []).slice(-10));
   const seconds = ["rollout", "reward", "train"].flatMap((part) => run.metrics["seconds_" + part] ?? []).reduce((a, b) => a + (b ?? 0), 0);
   const total = (run.metrics.tokens_total ?? []).slice(-1)[0] ?? null;
+  const rewards = (run.metrics.reward ?? []).filter((v) => v !== null), began = mean(rewards.slice(0, 10));
   return [
+    rewards.length > 0 && tile(number(recent("reward"), 2), "reward", "mean of the last 10 steps" + (rewards.length > 10 ? `, ${number(began, 2)} in the first` : "")),
     last && tile(percent(last.avg), `held-out Avg@${last.k}`, `${percent(last.avg_interval[0])} to ${percent(last.avg_interval[1])}`
       + (first !== last ? `, ${percent(first.avg)} at step ${first.step}` : "")),
-    recent("accuracy") !== null && tile(percent(recent("accuracy")), "training accuracy", "mean of the last 10 steps"),
+    run.graded && recent("accuracy") !== null && recent("accuracy") !== recent("reward") && tile(percent(recent("accuracy")), "training accuracy", "mean of the last 10 steps"),
     recent("r") !== null && tile(percent(recent("r")), "tokens drawn again, r", `erase rate ${percent(recent("erase_rate"))}`),
     total !== null && tile(compact(total), "tokens generated", seconds ? duration(seconds) + " of training" : null),
   ];
@@ -83,31 +89,35 @@ function section(title, help, ...content) {
   return el("section", { class: "block" }, el("h2", {}, title), help && el("p", { class: "help" }, help), content);
 }
 
-function xAxisControl(value, onchange) {
-  return select("Curves over", [["step", "steps"], ["tokens", "tokens generated"]], value, onchange);
+// Over what curves are drawn, and how much they are smoothed.
+function curveControls(onchange) {
+  return [select("Curves over", [["step", "steps"], ["tokens", "tokens generated"]], "step", (axis) => onchange({ axis })),
+    select("Smoothing", SMOOTHING, "auto", (smoothing) => onchange({ smoothing }))];
 }
 
 class OverviewView {
   constructor() {
-    this.axis = "step";
+    Object.assign(this, { axis: "step", smoothing: "auto", charts: {} });
     this.head = el("div", { class: "head" });
-    this.charts = {};
     const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
-    this.heldOut = section("Held-out evaluation", "Mean and 95 % interval over problems. Erasable decoding is reported apart from plain decoding.",
-      el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "chart-avg" }), chart("pass", { title: "Pass@k", percent: true })));
-    this.control = el("div", { class: "tools over" }, xAxisControl("step", (axis) => { this.axis = axis; this.draw(); }));
-    this.curves = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.map(([name, label, options]) =>
+    this.first = el("div", { class: "charts first" }, chart("reward", { title: "Reward", id: "chart-reward", help: "Mean of a step's responses." }),
+      chart("avg", { title: "Held-out Avg@k", percent: true, id: "chart-avg", help: "Mean and 95 % interval over problems." }),
+      chart("pass", { title: "Held-out Pass@k", percent: true, help: "Erasable decoding stands apart from plain decoding." }));
+    this.control = el("div", { class: "tools over" }, curveControls((change) => { Object.assign(this, change); this.draw(); }));
+    this.about = el("div", {});
+    this.curves = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "reward").map(([name, label, options]) =>
       chart(name, { title: label, id: "chart-" + name, ...options })))));
     this.settings = el("div", {});
-    this.node = el("div", {}, this.head, this.control, this.heldOut, this.curves, this.settings);
+    this.node = el("div", {}, this.head, this.first, this.control, this.about, this.curves, this.settings);
   }
 
   update(run) {
     this.run = run;
-    fill(this.head, el("h1", {}, run.name), el("p", { class: "lede" }, lede(run)), el("div", { class: "tiles" }, tiles(run)),
-      el("div", { class: "columns" },
-        el("section", {}, el("h2", {}, "Health"), el("ul", { class: "health" }, run.health.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
-        el("section", {}, el("h2", {}, "What was run"), el("dl", { class: "facts" }, run.facts.map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)])))));
+    fill(this.head, el("h1", {}, run.name), el("p", { class: "lede" }, lede(run)), el("div", { class: "tiles" }, tiles(run)));
+    const shown = this.about.querySelector("details")?.open;
+    fill(this.about,
+      el("section", { class: "block" }, el("h2", {}, "Health"), el("ul", { class: "health" }, run.health.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
+      el("details", { class: "what", open: shown }, el("summary", {}, "What was run"), el("dl", { class: "facts" }, run.facts.map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]))));
     const open = this.settings.firstChild?.open;
     fill(this.settings, el("details", { class: "settings", open }, el("summary", {}, "All settings"), el("div", { class: "setting-tables" },
       Object.entries(run.settings).map(([name, table]) => el("section", {}, el("h3", {}, name), el("dl", { class: "facts" },
@@ -117,11 +127,10 @@ class OverviewView {
 
   draw() {
     const [, xTitle] = AXES[this.axis];
-    for (const figure of ["avg", "pass"]) this.charts[figure].update(evaluationSeries(this.run, figure, this.axis, "", null, false), xTitle);
-    this.heldOut.hidden = this.run.evaluations.length === 0;
+    for (const figure of ["avg", "pass"]) this.charts[figure].update(evaluationSeries(this.run, figure, this.axis, ""), xTitle);
     CURVES.forEach(([, curves], i) => {
-      curves.forEach(([name]) => this.charts[name].update(curvesOf(this.run, name, this.axis), xTitle));
-      this.curves[i].hidden = curves.every(([name]) => this.charts[name].node.hidden);
+      curves.forEach(([name]) => this.charts[name].update(curvesOf(this.run, name, this.axis), xTitle, this.smoothing));
+      this.curves[i].hidden = curves.filter(([name]) => name !== "reward").every(([name]) => this.charts[name].node.hidden);
     });
   }
 }

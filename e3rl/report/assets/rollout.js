@@ -7,8 +7,9 @@ function termMark(tag, i) {
   return mark;
 }
 
+// What the model drew: an environment's answers have no numbers of their own.
 function candidatesOf(group) {
-  return group.rollouts.flatMap((r) => [...r.segments, ...r.erasures]);
+  return group.rollouts.flatMap((r) => [...r.segments.filter((s) => !s.observation), ...r.erasures]);
 }
 
 function finalAnswer(text) {
@@ -67,10 +68,16 @@ function verdict(segment, erased) {
 }
 
 class Response {
-  constructor(rollout, group, scale) {
+  constructor(rollout, group, scale, reading) {
     this.texts = [];
     this.node = el("section", { class: "response", "aria-label": `Sibling ${rollout.sibling}` },
-      this.heading(rollout, group), this.strip(rollout), rollout.segments.map((s) => this.segment(s, rollout, scale)));
+      this.heading(rollout, group), this.strip(rollout), reading ? this.read(rollout) : rollout.segments.map((s) => this.segment(s, rollout, scale)));
+  }
+
+  read(rollout) {
+    const text = new Reading(rollout);
+    this.texts = text.texts;
+    return text.node;
   }
 
   heading(rollout, group) {
@@ -104,7 +111,8 @@ class Response {
   }
 
   segment(segment, rollout, scale) {
-    const erased = rollout.erasures.filter((e) => e.index === segment.index);
+    const { attempts: erased, turns } = erasedAt(rollout, segment.index);
+    if (segment.observation) return observed(segment);
     const share = segmentShare(segment);
     const advantage = mean(segment.pieces.map((_, t) => each(segment.advantage, t)));
     return el("section", { class: "segment" },
@@ -112,6 +120,7 @@ class Response {
         verdict(segment, erased.length), segment.u && judgeBar(segment, scale), segment.u && judgeText(segment),
         advantage !== null && el("span", { class: "muted" }, "advantage " + signed(advantage)),
         share !== null && el("span", { class: "muted" }, "attribution " + percent(share))),
+      turns.map((turn, i) => this.turn(turn, i, rollout, scale)),
       erased.length > 0 && el("details", { class: "erased" }, el("summary", {}, plural(erased.length, "erased attempt")),
         erased.map((e, i) => this.attempt(e, erased[i + 1] ?? segment, scale))),
       this.tokens(segment, `Segment ${segment.index + 1}`));
@@ -122,7 +131,21 @@ class Response {
     return el("div", { class: "attempt" },
       el("header", {}, el("h5", {}, `Attempt ${erasure.attempt + 1}`), judgeBar(erasure, scale), judgeText(erasure),
         contrast !== null && el("span", { class: "muted" }, "advantage as contrast " + signed(contrast))),
-      el("del", {}, this.tokens(erasure, `Erased attempt ${erasure.attempt + 1}`)), el("p", { class: "muted why" }, why(erasure) + " " + replacement(erasure, next)));
+      el("del", {}, this.tokens(erasure, `Erased attempt ${erasure.attempt + 1}`)), el("p", { class: "muted why" }, why(erasure) + (next ? " " + replacement(erasure, next) : "")));
+  }
+
+  // A turn that was erased with what it led to, and what stands in its place.
+  turn(turn, i, rollout, scale) {
+    const later = rollout.erasures.slice(rollout.erasures.findIndex((e) => e.observation && e.attempt === turn.attempt && e.index === turn.index) + 1);
+    const next = later.find((e) => e.observation && e.index === turn.index)?.observation ?? answerTo(rollout, turn.index)?.observation ?? null;
+    return el("details", { class: "erased turn", open: true },
+      el("summary", {}, `Erased turn ${i + 1}: ${callNames(turn.observation)}`),
+      el("div", { class: "attempt" },
+        el("p", { class: "muted why" }, `Taken back after its call: the evidence against it, ${number(turn.observation.evidence)}, was above ${number(turn.theta[0])}.`),
+        turn.attempts.length > 0 && el("details", { class: "erased" }, el("summary", {}, plural(turn.attempts.length, "erased attempt") + " within it"),
+          turn.attempts.map((e, n) => this.attempt(e, turn.attempts[n + 1] ?? null, scale))),
+        el("del", {}, this.tokens(turn, `Erased turn ${i + 1}`), callList(turn.observation)),
+        el("p", { class: "instead" }, "Instead: ", next ? callList(next) : "an answer without a call")));
   }
 
   tokens(candidate, label) {
@@ -147,17 +170,19 @@ function rewardBadge(reward) {
   return el("span", { class: "badge " + kind }, "reward " + number(reward, 2));
 }
 
-// A group's view. ``state`` holds what the reader chose: sibling, side (by side) and mode; ``onchange`` is told of a choice.
+// A group's view. ``state`` holds what the reader chose: sibling, side (by side), mode and reading; ``onchange`` is told of a choice.
+// Colours and bars have the scale of ``pool``: all candidates that are looked at together.
 class GroupView {
-  constructor(group, heading, state, onchange) {
-    Object.assign(this, { group, state, onchange });
-    const judged = candidatesOf(group).filter((c) => c.u);
+  constructor(group, heading, state, onchange, pool = candidatesOf(group)) {
+    Object.assign(this, { group, state, onchange, pool });
+    const judged = pool.filter((c) => c.u && !c.observation);
     this.scale = 1.05 * Math.max(1e-6, ...judged.flatMap((c) => [c.u[0], c.theta[0]]));
     this.judged = judged.length > 0;
     this.body = el("div", {});
     this.legend = el("div", { class: "legend" });
     this.tabs = el("div", { class: "siblings", role: "group", "aria-label": "Siblings" });
-    this.node = el("article", { class: "group" }, el("h2", {}, heading), this.problem(), this.tabs, this.tools(), this.body);
+    this.chosen = el("div", { class: "tools" });
+    this.node = el("article", { class: "group" }, el("h2", {}, heading), this.problem(), this.tabs, this.chosen, this.body);
     this.draw();
   }
 
@@ -166,35 +191,38 @@ class GroupView {
   }
 
   modes() {
-    const has = (mode) => candidatesOf(this.group).some((c) => c.pieces.some((_, t) => MODES[mode].value(c, t) !== null));
+    const has = (mode) => this.pool.some((c) => c.pieces.some((_, t) => MODES[mode].value(c, t) !== null));
     return Object.keys(MODES).filter(has);
   }
 
   tools() {
     const options = this.modes().map((m) => [m, MODES[m].label]);
-    const colours = select("Colour by", options, this.state.mode, (mode) => { this.state.mode = mode; this.paint(); this.onchange(); });
-    return el("div", { class: "tools" }, colours, this.legend, this.judged && el("p", { class: "legend terms" },
-      TERMS.map((name, i) => el("span", {}, termMark("i", i), name)), el("span", {}, el("i", { class: "mark" }), "Θ")));
+    const choose = (change) => { Object.assign(this.state, change); this.draw(); this.onchange(); };
+    return [select("Show", [["segments", "segments and verdicts"], ["text", "one text"]], this.state.reading ? "text" : "segments", (view) => choose({ reading: view === "text" })),
+      select("Colour by", options, this.state.mode, (mode) => choose({ mode })),
+      this.legend, this.judged && !this.state.reading && el("p", { class: "legend terms" },
+        TERMS.map((name, i) => el("span", {}, termMark("i", i), name)), el("span", {}, el("i", { class: "mark" }), "Θ"))];
   }
 
   draw() {
     const { rollouts } = this.group;
     const chosen = rollouts.find((r) => r.sibling === this.state.sibling) ?? rollouts[0];
     const choose = (change) => { Object.assign(this.state, change); this.draw(); this.onchange(); };
+    fill(this.chosen, this.tools());
     fill(this.tabs,
       rollouts.map((r) => el("button", { type: "button", class: "sibling", "aria-pressed": String(!this.state.side && r === chosen),
         onclick: () => choose({ sibling: r.sibling, side: false }) }, "#" + r.sibling + " ", badgeOf(r),
         r.erasures.length > 0 && el("span", { class: "muted" }, r.erasures.length + " erased"))),
       rollouts.length > 1 && el("button", { type: "button", class: "sibling", id: "side-by-side", "aria-pressed": String(this.state.side),
         onclick: () => choose({ side: !this.state.side }) }, "Side by side"));
-    this.responses = (this.state.side ? rollouts : [chosen]).map((r) => new Response(r, this.group, this.scale));
+    this.responses = (this.state.side ? rollouts : [chosen]).map((r) => new Response(r, this.group, this.scale, this.state.reading));
     fill(this.body, el("div", { class: this.state.side ? "side" : "single" }, this.responses.map((r) => r.node)));
     this.paint();
   }
 
   paint() {
     const mode = this.modes().includes(this.state.mode) ? this.state.mode : "entropy";
-    const scale = scaleOf(mode, candidatesOf(this.group));
+    const scale = scaleOf(mode, this.pool);
     this.responses.forEach((r) => r.texts.forEach((t) => t.paint(mode, scale)));
     const { diverging, unit } = MODES[mode];
     const top = mode === "share" ? percent(scale) : number(scale, 2);

@@ -31,10 +31,10 @@ function gap(places) {
 
 class SameProblem {
   constructor(source) {
-    Object.assign(this, { source, problem: null, chosen: [null, null], states: [0, 1].map(() => ({ sibling: 0, side: false, mode: "entropy" })) });
+    Object.assign(this, { source, problem: null, chosen: [null, null], states: [0, 1].map(() => ({ sibling: 0, side: false, mode: "entropy", reading: false })) });
     this.controls = el("div", { class: "tools" });
     this.pair = el("div", { class: "pair" });
-    this.node = section("The same problem", "Its responses under two policies. Problems whose mean reward differs most come first.", this.controls, this.pair);
+    this.node = section("The same problem", "Its responses under two policies, coloured on one scale. Problems whose mean reward differs most come first.", this.controls, this.pair);
   }
 
   update(runs) {
@@ -66,14 +66,24 @@ class SameProblem {
     if (drawn === this.drawn) return;
     this.drawn = drawn;
     const places = this.places.get(this.problem);
-    const groups = await Promise.all(this.chosen.map((key, i) => this.group(places.find((p) => p.key === key), i)));
-    if (drawn === this.drawn) fill(this.pair, groups);
+    const chosen = this.chosen.map((key) => places.find((p) => p.key === key));
+    const groups = await Promise.all(chosen.map((place) => this.group(place)));
+    if (drawn !== this.drawn) return;
+    const pool = groups.flatMap((group) => (group ? candidatesOf(group) : []));
+    this.views = groups.map((group, i) => group && new GroupView(group, `${chosen[i].label}, step ${chosen[i].step}`, this.states[i], () => this.follow(i), pool));
+    fill(this.pair, this.views.map((view) => view?.node ?? el("p", { class: "empty" }, "These rollouts can't be loaded.")));
   }
 
-  async group(place, i) {
+  // What is chosen on one side to look at holds for the other.
+  follow(i) {
+    const { mode, reading } = this.states[i], other = this.states[1 - i];
+    if (other.mode === mode && other.reading === reading) return;
+    Object.assign(other, { mode, reading });
+    this.views[1 - i]?.draw();
+  }
+
+  async group(place) {
     const content = await this.source.step(place.run, place.step).catch(() => null);
-    const group = content?.groups.find((g) => g.problem === this.problem);
-    if (!group) return el("p", { class: "empty" }, "These rollouts can't be loaded.");
-    return new GroupView(group, `${place.label}, step ${place.step}`, this.states[i], () => {}).node;
+    return content?.groups.find((g) => g.problem === this.problem) ?? null;
   }
 }
