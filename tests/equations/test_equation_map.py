@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -61,7 +62,7 @@ def test_every_equation_is_written_out() -> None:
     for equation, latex in written.items():
         assert "|" not in latex, equation  # it would end the table's cell
         assert latex.count("{") == latex.count("}"), equation
-        assert latex.count(r"\left") == latex.count(r"\right") - latex.count(r"\rightarrow"), equation
+        assert len(re.findall(r"\\left\b", latex)) == len(re.findall(r"\\right\b", latex)), equation
     page = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
     assert all(f"$`{latex}`$" in page for latex in written.values())
 
@@ -139,7 +140,8 @@ def test_late_imports_and_tables_of_plug_ins_count(repository: Path, loop: str) 
 def test_the_page_says_who_calls(repository: Path) -> None:
     page = (repository / "docs/equations.md").read_text()
     function = "[all_of_it](../e3rl/equations/everything.py)"
-    row = f"| 13 | segment uncertainty U | {function} | [judge.decide](../e3rl/rollout/judge.py) |"
+    meaning = f"segment uncertainty U<br>$`{tool.FORMULAS['E3RL']['13']}`$"
+    row = f"| 13 | {meaning} | {function} | [judge.decide](../e3rl/rollout/judge.py) |"
     assert f"{row} [test_all](../tests/test_all.py) |" in page
 
 
