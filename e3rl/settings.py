@@ -278,7 +278,7 @@ class TrainConfig:
     )
     rank_timeout: int = setting(
         3600,
-        "seconds that a rank waits for another; it must cover a step's rollouts, and evaluations where workers generate",
+        "seconds that a rank waits for another; it must cover a step's rollouts (with staleness, a worker's evaluation too)",
         min=1,
     )
     workers: int = setting(0, "training workers on Ray, each one rank; 0: this process or torchrun's", min=0)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from e3rl.cluster.rollouts import evaluation_draws
 from e3rl.config import Config
 from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
@@ -36,7 +37,7 @@ def exam(
 ) -> dict[str, Any]:
     """Right answers of ``samples`` to each problem of each benchmark (name to source), plain or with erasable decoding.
 
-    Sampled as [eval] of the config says.
+    Sampled as [eval] of the config says, by the processes that the config names where it names some.
     """
     config = replace(config, eval=replace(config.eval, num_samples=samples))
     limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
@@ -50,9 +51,11 @@ def exam(
         for name, source in benchmarks.items()
     }
     longest = max(len(prompt.ids) for prompts in loaded.values() for prompt in prompts)
-    engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest)
     results: dict[str, Any] = {}
-    with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
+    with (
+        Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer,
+        evaluation_draws(config, policy, longest) as engine,
+    ):
         for name, prompts in loaded.items():
             done = evaluate(engine, prompts, scorer, policy.tokenizer, config, erase=erase, calibration=calibration)
             record = done.record()

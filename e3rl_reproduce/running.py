@@ -36,6 +36,12 @@ def training_tokens(config: Config) -> int:
     return _prompts(config) * config.rollout.num_generations * config.rollout.completion_limit
 
 
+def gpus(config: Config) -> float:
+    """GPUs that the processes of a config take."""
+    train, rollout = config.train, config.rollout
+    return max(1, train.workers * train.worker_gpus + rollout.workers * rollout.worker_gpus)
+
+
 def requirements(config: Config) -> list[str]:
     """What is missing here to run a config, in words."""
     found = []
@@ -44,8 +50,11 @@ def requirements(config: Config) -> list[str]:
             found.append(f"the model {config.model.path}: a local directory (model.path=DIR), or a hub to load it from")
         import torch
 
-        if not torch.cuda.is_available():
+        needed, there = gpus(config), torch.cuda.device_count()
+        if not there:
             found.append("GPUs: PyTorch sees none here")
+        elif needed > there and not config.rollout.address:
+            found.append(f"{needed:g} GPUs, and this machine has {there}: a Ray cluster (rollout.address)")
     source = config.data.train
     if not source.startswith("lab:") and not Path(source).exists():
         found.append(f"the training data {source}: a local file (data.train=FILE), or a hub to load it from")
@@ -165,14 +174,20 @@ def _threads(jobs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def _run(cells: Sequence[Cell], out: Path, launcher: Sequence[str], jobs: int) -> list[Failure]:
-    """Run cells in one process, one after the other."""
+def cell_command(cells: Sequence[Cell], out: Path) -> list[str]:
+    """What runs the cells, one after the other; they are written down where it looks for them."""
     directories = [cell.directory(out) for cell in cells]
     for cell, directory in zip(cells, directories, strict=True):
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "cell.json", cell.to_table())
         (directory / ERROR).unlink(missing_ok=True)
-    command = [*launcher, *own_python("e3rl_reproduce.worker"), *(str(d.resolve()) for d in directories)]
+    return [*own_python("e3rl_reproduce.worker"), *(str(d.resolve()) for d in directories)]
+
+
+def _run(cells: Sequence[Cell], out: Path, launcher: Sequence[str], jobs: int) -> list[Failure]:
+    """Run cells in one process, one after the other."""
+    directories = [cell.directory(out) for cell in cells]
+    command = [*launcher, *cell_command(cells, out)]
     with (directories[0] / LOG).open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
@@ -183,10 +198,11 @@ def _run(cells: Sequence[Cell], out: Path, launcher: Sequence[str], jobs: int) -
     said = (directories[0] / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     otherwise = f"exit code {done.returncode}" + (f", {said[-1]}" if said else "")
     left = [(cell, directory) for cell, directory in zip(cells, directories, strict=True) if missing(cell, out)]
-    return [Failure(cell, _reason(directory / ERROR) or otherwise) for cell, directory in left]
+    return [Failure(cell, reason(directory / ERROR) or otherwise) for cell, directory in left]
 
 
-def _reason(path: Path) -> str:
+def reason(path: Path) -> str:
+    """Why a cell failed; empty where it left no word."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 

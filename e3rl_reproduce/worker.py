@@ -10,10 +10,12 @@ import shutil
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from e3rl.cli.train import launch
+from e3rl.cluster.rollouts import generates_elsewhere
 from e3rl.cluster.training_worker import Begin
 from e3rl.errors import RunStopped, UserError
 from e3rl.files import atomic_directory, write_json
@@ -25,6 +27,7 @@ from e3rl.train.run_directory import continue_or_put_aside, read_lines
 from e3rl.train.summary import environment
 from e3rl.train.trainer import Trainer
 from e3rl_reproduce.cells import ERROR, Cell, Point
+from e3rl_reproduce.measures import EXAM
 
 SNAPSHOT = "at-tokens"
 
@@ -86,7 +89,10 @@ def run_cell(directory: Path) -> None:
         if path.is_file():
             continue
         weights, place = _weights(cell, measure.at, directory)
-        policy = load_policy(cell.config.model, directory=weights)
+        model = cell.config.model
+        if measure.function == EXAM and generates_elsewhere(cell.config):
+            model = replace(model, device="cpu")  # workers have the devices; this copy is what they are sent
+        policy = load_policy(model, directory=weights)
         values = load("measure", measure.function, {})(policy, cell.config, **measure.options)
         write_json(path, {**measure.to_table(), **place, "values": values, "environment": environment()})
 

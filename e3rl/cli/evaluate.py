@@ -89,6 +89,8 @@ def _evaluate(
     from e3rl.evaluate.study import SamplingPlan, conclude, missing
     from e3rl.lab.reward import graded_by_the_lab
     from e3rl.models import load_policy
+    from e3rl.plan.fit import require_generation_fits
+    from e3rl.plan.memory import ASSUMED_PROMPT
 
     config = graded_by_the_lab(config, source)
     problems = spread(_problems(source, config, console), config.eval.limit)
@@ -100,7 +102,9 @@ def _evaluate(
         if options.workers > 1:
             finished = _divide(source, options, plan, store)
         else:
-            policy = policy or load_policy(config.model)
+            if policy is None:
+                require_generation_fits(config, config.data.max_prompt_length or ASSUMED_PROMPT)
+                policy = load_policy(config.model)
             finished = _sample(source, options, config, calibration, policy, problems, plan, store)
     except KeyboardInterrupt:
         finished = False

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from e3rl.cli.recipes import RESEARCH
 from e3rl.errors import UserError
+
+if TYPE_CHECKING:
+    from e3rl_reproduce.reproduce import Task
 
 NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when"
 
@@ -23,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="only this one of the scale's models, such as Qwen3-4B")
     parser.add_argument("--plan", action="store_true", help="say what it would need, and stop")
+    parser.add_argument(
+        "--rehearse", type=int, metavar="N",
+        help="run the first N cells at the sizes of e3rl rehearse: the same processes, killed once and gone on with",
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write the pages from what is there; run nothing")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where cells and pages go; default: runs/reproduce/SCALE"
@@ -47,6 +57,8 @@ def _require_research() -> None:
 def run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UserError("--jobs must be at least 1")
+    if options.rehearse is not None and options.rehearse < 1:
+        raise UserError("--rehearse must be at least 1: the number of cells")
     _require_research()
     from e3rl_reproduce.reproduce import report, reproduce, show_plan, tasks
 
@@ -55,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         print("\n".join(show_plan(todo, out)))
         return 0
+    if options.rehearse is not None:
+        return _rehearse(options, todo)
     if options.report:
         pages = [report(study, scale, out) for study, scale in todo]
     else:
@@ -69,4 +83,17 @@ def run(options: argparse.Namespace) -> int:
     for page in pages:
         print(page.read_text(encoding="utf-8"))
         print(f"Written: {page}")
+    return 0
+
+
+def _rehearse(options: argparse.Namespace, todo: Sequence[Task]) -> int:
+    from e3rl.cli.opening import quiet_libraries
+    from e3rl.rehearse.rehearsal import report
+    from e3rl_reproduce.rehearsed import rehearse_cells
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory(prefix="e3rl-rehearsal-") as temporary:
+        directory = (options.out or Path(temporary)).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        print(report(rehearse_cells(todo, options.rehearse, directory, lambda text: print(text, flush=True))))
     return 0

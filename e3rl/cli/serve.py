@@ -89,8 +89,10 @@ def rollout_server(options: argparse.Namespace) -> int:
     from e3rl.cluster.server import make_server
     from e3rl.cluster.worker import RolloutWorker
     from e3rl.models import load_policy
+    from e3rl.plan.fit import require_generation_fits
 
     quiet_libraries()
+    require_generation_fits(config, options.longest_prompt)
     policy = load_policy(config.model)
     largest = 2**24 + 2 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
 

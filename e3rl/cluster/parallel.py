@@ -96,6 +96,11 @@ def in_lockstep(config: TrainConfig, ranks: Ranks) -> bool:
     return ranks.world > 1 and config.parallel in LOCKSTEP
 
 
+def keeps_passes(config: TrainConfig, world: int) -> bool:
+    """Whether a pass waits for its backward pass while others run: one that keeps its layers' inputs alone can."""
+    return config.gradient_checkpointing and (world == 1 or config.parallel in KEEPS_PASSES)
+
+
 def divides_weights(config: TrainConfig, ranks: Ranks) -> bool:
     """Whether the trained model is divided, so that it can't generate."""
     return ranks.world > 1 and config.parallel in DIVIDED

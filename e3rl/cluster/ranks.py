@@ -12,7 +12,9 @@ import hashlib
 import os
 import platform
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -31,6 +33,10 @@ _LOST = re.compile(r"connection (was )?(closed|reset|refused)|timed out|timeout|
 """PyTorch's messages where another rank is gone or silent."""
 
 
+STILL_HERE = 5.0
+"""Seconds between two signs of a rank that works while others wait for it."""
+
+
 class OtherRankGone(UserError):
     """Raised in a rank whose exchange with another one failed or timed out."""
 
@@ -42,6 +48,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     group: Any = None  # of PyTorch's processes; None: all of them, in the main thread
+    patience: timedelta | None = None  # how long an exchange may take; None: PyTorch's default
 
     @property
     def first(self) -> bool:
@@ -63,7 +70,7 @@ class Ranks:
 
     def apart(self) -> Ranks:
         """The same ranks, whose exchanges another thread may make at the same time. All ranks must call this."""
-        return replace(self, group=dist.new_group(backend="gloo")) if self.world > 1 else self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.patience)) if self.world > 1 else self
 
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """The bytes of every rank, in every rank. Each goes out once, at its own length."""
@@ -95,6 +102,31 @@ class Ranks:
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def while_first(self, action: Callable[[], None]) -> None:
+        """The first rank does ``action`` alone, however long it takes; the others wait, and hear that it is still there.
+
+        Another thread of the first rank tells them, so these ranks exchange nothing else (`apart`)."""
+        if self.world == 1:
+            action()
+        elif not self.first:
+            while self.gather(False)[0]:
+                pass
+        else:
+            ended = threading.Event()
+
+            def tell() -> None:
+                while not ended.wait(STILL_HERE):
+                    self.gather(True)
+
+            with ThreadPoolExecutor(1, thread_name_prefix="still-here") as thread:
+                told = thread.submit(tell)
+                try:
+                    action()
+                finally:
+                    ended.set()
+                    told.exception()  # a rank that is gone meets the next exchange as well
+                    self.gather(False)
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any rank."""
@@ -153,17 +185,18 @@ def join_ranks(config: Config) -> Ranks:
         raise UserError(
             f"WORLD_SIZE = {world} is set and {', '.join(missing)} is not: start the processes with torchrun"
         )
+    patience = timedelta(seconds=config.train.rank_timeout)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() and config.model.device != "cpu" else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(_number("LOCAL_RANK", 0))
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=config.train.rank_timeout))
+            dist.init_process_group(backend, timeout=patience)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {error}") from None
         atexit.register(_leave)
-    ranks = Ranks(dist.get_rank(), world)
+    ranks = Ranks(dist.get_rank(), world, patience=patience)
     _agree(ranks, config)
     return ranks
 

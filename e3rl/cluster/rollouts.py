@@ -18,8 +18,10 @@ from e3rl.cluster.pool import Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
 from e3rl.cluster.weights import Publisher
 from e3rl.config import Config
+from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import architecture
+from e3rl.evaluate.evaluation import Draws
 from e3rl.models import Policy
 from e3rl.rollout.batches import run_jobs
 from e3rl.rollout.driver import Driver, GroupJob
@@ -151,9 +153,9 @@ class NoRollouts:
 
 
 class RemoteRollouts:
-    """Generates on remote workers, for training and evaluation; the journal keeps training groups."""
+    """Generates on remote workers, for training and evaluation; the journal, which training needs, keeps its groups."""
 
-    def __init__(self, pool: WorkerPool, policy: Policy, journal: Journal) -> None:
+    def __init__(self, pool: WorkerPool, policy: Policy, journal: Journal | None) -> None:
         self._pool, self._policy, self._journal = pool, policy, journal
         self._publisher = Publisher()
         self._turns, self._asking = Turns(), threading.Lock()
@@ -161,6 +163,7 @@ class RemoteRollouts:
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`: first the groups that are known, then those that have to be made."""
+        assert self._journal is not None
         with self._turns.stay():
             journal, version = self._journal.of(settings.step), self._version
             self._asking.acquire()
@@ -217,7 +220,7 @@ class RemoteRollouts:
 
 
 def remote_rollouts(
-    config: Config, policy: Policy, longest_prompt: int, journal: Journal, note: Callable[[str], None]
+    config: Config, policy: Policy, longest_prompt: int, journal: Journal | None, note: Callable[[str], None]
 ) -> RemoteRollouts:
     """The workers that ``rollout.servers`` or ``rollout.workers`` ask for."""
     rollout = config.rollout
@@ -233,3 +236,26 @@ def remote_rollouts(
         timeout=rollout.worker_timeout,
     )
     return RemoteRollouts(WorkerPool(places, terms, note), policy, journal)
+
+
+def generates_elsewhere(config: Config) -> bool:
+    """Whether a run's settings name processes on other devices, which an evaluation after it can be spread over."""
+    return bool(config.rollout.servers or config.rollout.workers or config.train.workers)
+
+
+@contextlib.contextmanager
+def evaluation_draws(config: Config, policy: Policy, longest_prompt: int) -> Iterator[Engine | Draws]:
+    """What an evaluation beside a training draws by: an engine in this process, the run's servers, or as many workers as the run
+    has devices, those that trained included."""
+    rollout, train = config.rollout, config.train
+    if not generates_elsewhere(config):
+        yield build_engine(rollout, policy.model, policy.eos_ids, longest_prompt)
+        return
+    if not rollout.servers:
+        gpus = rollout.worker_gpus if rollout.workers else train.worker_gpus
+        rollout = replace(rollout, workers=rollout.workers + train.workers, worker_gpus=gpus)
+    found = remote_rollouts(replace(config, rollout=rollout), policy, longest_prompt, None, print)
+    try:
+        yield found.draw
+    finally:
+        found.close()

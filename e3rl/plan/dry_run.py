@@ -22,6 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import SamplingRows, sample
 from e3rl.engine.torch.cache import GenericSlotModel
+from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, of_the_family
+from e3rl.engine.torch.operations import Attention
+from e3rl.engine.torch.recorded import Step
 from e3rl.engine.torch.storage import StepRows, physical_slots
 from e3rl.models import unwrapped
 from e3rl.train.optimizer import GradientSums
@@ -161,12 +164,14 @@ class EngineBytes:
     cache: int
     marks: int  # logits at the start of each row's latest candidate
     prompt: int  # while the longest prompt runs
-    step: int  # while ``max_rows`` rows are decoded and drawn
+    recorded: int  # buffers and memory of CUDA graphs; 0 where steps are not recorded
+    step: int  # while ``max_rows`` rows are decoded and drawn, beside that
 
 
 @torch.no_grad()
-def engine(model: Any, rows: int, together: int, longest: int, prompt: int) -> EngineBytes:
+def engine(model: Any, rows: int, together: int, longest: int, prompt: int, *, on_gpu: bool = False) -> EngineBytes:
     """Build the torch engine's cache for ``rows`` rows of ``longest`` tokens, run a prompt and a step of ``together`` rows."""
+    recorded = recorded_bytes(model, rows, together, longest) if on_gpu and of_the_family(model) else 0
     slots = GenericSlotModel(model, rows, longest)
     with Allocations() as counted:
         slots.prefill([0], 0)
@@ -177,10 +182,49 @@ def engine(model: Any, rows: int, together: int, longest: int, prompt: int) -> E
         before = counted.restart()
         step = StepRows([0] * together, [longest - 1] * together, slots.storage, slots.device)
         logits = slots.decode(step)
-        settings = SamplingRows.of([Sampling(top_p=0.9, top_k=50)] * len(logits), slots.device)
-        sample(logits, settings, torch.zeros(len(logits), dtype=torch.float64, device=slots.device))
-        of_step = counted.peak - before
-    return EngineBytes(cache, rows * logits[0].nbytes, of_prompt, of_step)
+        of_pass = counted.peak - before
+        if recorded:
+            before = counted.restart()  # the pass works in the graphs' memory
+        _draw(logits)
+        of_step = counted.peak - before if recorded else max(of_pass, counted.peak - before)
+    return EngineBytes(cache, rows * logits[0].nbytes, of_prompt, recorded, of_step)
+
+
+def _draw(logits_RV: Tensor) -> None:
+    settings = SamplingRows.of([Sampling(top_p=0.9, top_k=50)] * len(logits_RV), logits_RV.device)
+    sample(logits_RV, settings, torch.zeros(len(logits_RV), dtype=torch.float64, device=logits_RV.device))
+
+
+@torch.no_grad()
+def draw_bytes(rows: int, vocabulary: int) -> int:
+    """Bytes of a step's draws from float32 logits, these included."""
+    with Allocations() as counted:
+        _draw(torch.empty(rows, vocabulary, device="meta"))
+    return counted.peak
+
+
+@torch.no_grad()
+def recorded_bytes(model: Any, rows: int, together: int, longest: int) -> int:
+    """Bytes that recorded decode steps keep: the buffers that they read and write, and the memory that they work in, as large as
+    the widest step of ``together`` rows needs."""
+    with Allocations() as counted:
+        slots = FusedSlotModel(FusedWeights(model), rows, longest, record=_run_once, attend=_nothing_kept)
+        step = StepRows([0] * together, [longest - 1] * together, slots.storage, slots.device)
+        buffers = counted.live - slots.storage.bytes
+        before = counted.restart()
+        slots.decode(step)
+    return buffers + counted.peak - before
+
+
+def _run_once(step: Step) -> Step:
+    """Stands for a CUDA graph: what the step takes while it is recorded, the graph keeps."""
+    logits = step()
+    return lambda: logits
+
+
+def _nothing_kept(mask_RW: Tensor, heads: int, kv_heads: int, scale: float) -> Attention:
+    """Stands for the fused kernel, which makes its result alone."""
+    return lambda query_RHD, keys, values: torch.empty_like(query_RHD).flatten(1)
 
 
 @torch.no_grad()

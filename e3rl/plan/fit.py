@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from e3rl.config import Config, build_config, lay, parse_override, to_tables
 from e3rl.engine.torch.storage import MIB
 from e3rl.errors import UserError
-from e3rl.plan.memory import ASSUMED_PROMPT, GIB, Plan, Process, device_bytes, make_plan
+from e3rl.plan.generation import Process
+from e3rl.plan.memory import ASSUMED_PROMPT, GIB, Plan, device_bytes, make_plan, plan_generation
 
 _SMALL = 0.02
 """Share of a device below which weights, gradients and optimizer are not worth a plan."""
@@ -68,32 +70,58 @@ def _with(config: Config, overrides: list[str]) -> Config:
 
 
 def require_fit(config: Config, ranks: int) -> None:
-    """UserError, before anything is loaded, where this process needs more memory than its device has. A model that has no plan
-    passes, and so does one that is far smaller than its device."""
-    from e3rl.models import resolve_device
-
-    on_cpu = resolve_device(config.model.device).type == "cpu"
-    available = device_bytes(config.model)
-    if on_cpu:  # ranks of a machine share its memory
-        available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if _least(config) < _SMALL * available:
+    """UserError, before anything is loaded, where this process, or a worker that Ray starts for it, needs more memory than its
+    device has. A model that has no plan passes, and so does one that is far smaller than its device."""
+    available, on_cpu = _device(config)
+    if _least(config, 16) < _SMALL * available:  # weights, gradients, AdamW's moments
         return
     plan = make_plan(config, ranks, on_cpu=on_cpu)
-    if plan.trainer.largest <= available:
+    mine = [plan.trainer, *(plan.processes[-1:] if config.rollout.workers else ())]
+    worst = max(mine, key=lambda process: process.largest)
+    if worst.largest > available:
+        raise _does_not_fit(worst, available, changes_that_fit(config, plan, available, ranks=ranks, on_cpu=on_cpu))
+
+
+def require_generation_fits(config: Config, prompt: int) -> None:
+    """The same of a process that only generates, after prompts of up to ``prompt`` tokens: a rollout server, an evaluation."""
+    available, on_cpu = _device(config)
+    if _least(config, 2) < _SMALL * available:
         return
-    changes = changes_that_fit(config, plan, available, ranks=ranks, on_cpu=on_cpu)
-    raise UserError(
-        f"this run does not fit: {plan.trainer.largest / GIB:.1f} GiB at the worst moment ({plan.trainer.worst}), "
+    process = plan_generation(config, prompt, on_cpu=on_cpu)
+    if process.largest <= available:
+        return
+    changes = ["take a device with more memory"]
+    budget = (process.held.get("KV cache", 0) - (process.largest - available)) // MIB
+    with contextlib.suppress(UserError):  # too little for a single group
+        again = plan_generation(_with(config, [f"rollout.kv_budget={budget}"]), prompt, on_cpu=on_cpu)
+        if budget > 0 and again.largest <= available:
+            changes = [f"fits with rollout.kv_budget={budget}: {again.largest / GIB:.1f} GiB"]
+    raise _does_not_fit(process, available, changes)
+
+
+def _device(config: Config) -> tuple[int, bool]:
+    """Bytes that this process can have, and whether they are the machine's own memory."""
+    from e3rl.models import resolve_device
+
+    on_cpu, available = resolve_device(config.model.device).type == "cpu", device_bytes(config.model)
+    if on_cpu:  # ranks of a machine share its memory
+        available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return available, on_cpu
+
+
+def _does_not_fit(process: Process, available: int, changes: Sequence[str]) -> UserError:
+    return UserError(
+        f"this run does not fit: {process.largest / GIB:.1f} GiB at the worst moment of a {process.name} ({process.worst}), "
         f"{available / GIB:.1f} GiB on the device; {'; '.join(changes)}. e3rl train … --plan lists what takes it"
     )
 
 
-def _least(config: Config) -> int:
-    """Bytes that a run takes at least: weights, gradients and AdamW's moments of the model's parameters."""
+def _least(config: Config, of_each: int) -> int:
+    """Bytes that a process takes at least, ``of_each`` of the model's parameters."""
     from e3rl.plan.memory import shape_of
 
     try:
-        return 16 * sum(p.numel() for p in shape_of(config.model).parameters())
+        return of_each * sum(p.numel() for p in shape_of(config.model).parameters())
     except UserError:
         return 0
 
@@ -110,6 +138,9 @@ def _memory(process: Process, alone: bool) -> Iterator[str]:
     for phase, items in process.phases.items():
         yield f"during {phase:33}{_size(process.peak(phase))}   with what is held"
         yield from (f"  {name:38}{_size(size)}" for name, size in items.items() if size)
+    if any(process.host.values()):
+        yield "in its machine's memory"
+        yield from (f"  {name:38}{_size(size)}" for name, size in process.host.items() if size)
     yield ""
 
 

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from e3rl.cluster.image import image_size
+from e3rl.cluster.parallel import keeps_passes
 from e3rl.config import Config, ModelConfig
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
-from e3rl.engine.torch.fused import decoding_copy_bytes
-from e3rl.engine.torch.storage import MIB, bucketed, rows_within
-from e3rl.engine.vllm.core import BATCHED_TOKENS, kv_cache_bytes
 from e3rl.errors import UserError
 from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
-from e3rl.plan.dry_run import COUNTED, MicroBatch, cache_row_bytes, engine, forward_bytes, micro_batch
+from e3rl.plan.dry_run import COUNTED, MicroBatch, micro_batch
+from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
 from e3rl.train.prompts import number_of_steps
 
 
@@ -63,30 +64,6 @@ def shape_of(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
         return add_lora(model, config) if config.lora_r else model
-
-
-@dataclass(frozen=True)
-class Process:
-    """Bytes by purpose of one kind of process, of which there are ``count``, each on a device of its own."""
-
-    name: str
-    count: int
-    held: Mapping[str, int]  # all the time, from the first step on
-    phases: Mapping[str, Mapping[str, int]]  # beside it, while that is done
-
-    def peak(self, phase: str) -> int:
-        """Bytes at the worst moment of a phase."""
-        return sum(self.held.values()) + sum(self.phases[phase].values())
-
-    @property
-    def worst(self) -> str:
-        """The phase that takes most."""
-        return max(self.phases, key=self.peak)
-
-    @property
-    def largest(self) -> int:
-        """Bytes at the worst moment of all."""
-        return self.peak(self.worst)
 
 
 @dataclass(frozen=True)
@@ -140,77 +117,30 @@ def _passes(model: ModelConfig, tokens: int, checkpointing: bool) -> MicroBatch:
     return micro_batch(shape_of(model), tokens, checkpointing)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What a process's bytes depend on beside its settings."""
-
-    config: Config
-    model: Any  # on the meta device
-    prompt: int
-    longest: int
-    on_cpu: bool
-
-    @property
-    def weights(self) -> int:
-        return sum(p.nbytes for p in self.model.parameters())
-
-
-def _torch_engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """What the torch engine holds beside the weights that it generates with, and what its phases take."""
-    rollout, longest = sizes.config.rollout, sizes.longest
-    rows = rollout.cache_rows or 2 * rollout.max_rows
-    row_bytes = cache_row_bytes(sizes.model) * bucketed(longest)
-    rows = rows_within(rollout.kv_budget * MIB, row_bytes, rows, rollout.num_generations, bucketed(longest))
-    found = engine(sizes.model, rows, min(rollout.max_rows, rows), longest, sizes.prompt)
-    held = {
-        "weights laid out for decoding": decoding_copy_bytes(sizes.model) if sizes.on_cpu else 0,
-        "KV cache": found.cache,
-        "logits at candidates' starts": found.marks,
-    }
-    return held, {"prompts": {"a prompt's pass": found.prompt}, "decoding": {"a step's pass and draws": found.step}}
-
-
-def _vllm_engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """The same of vLLM, which has a copy of the weights of its own."""
-    rollout, parts = sizes.config.rollout, sizes.config.rollout.vllm_tensor_parallel_size
-    rows = rollout.cache_rows or 2 * rollout.max_rows
-    held = {
-        "vLLM's weights": sizes.weights // parts,
-        "KV cache": kv_cache_bytes(sizes.model, rows, sizes.longest, rollout.kv_budget * MIB, parts),
-    }
-    return held, {"decoding": {"vLLM's largest pass": forward_bytes(sizes.model, BATCHED_TOKENS) // parts}}
-
-
-def _engine(sizes: _Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    kinds = {"torch": _torch_engine, "vllm": _vllm_engine}
-    name = sizes.config.rollout.engine
-    return kinds[name](sizes) if name in kinds else ({}, {"decoding": {}})
-
-
 def _trainer(
-    sizes: _Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool
+    sizes: Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool, copies: bool
 ) -> Process:
-    """A process that trains, and generates where nobody else does."""
+    """A process that trains, and generates where nobody else does; one that ``copies`` has whole weights to generate with or
+    to hand out."""
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    apart = config.rollout.staleness or division.divides_weights
     held = {
         "weights": division.weights(model.parameters()),
         "reference weights": sizes.weights if "reference" in needs and not config.model.lora_r else 0,
-        "weights the engine generates with": sizes.weights if apart else 0,
+        "weights the engine generates with": sizes.weights if copies else 0,
     }
     phases: dict[str, dict[str, int]] = {}
     if generates:
-        of_engine, phases = _engine(sizes)
+        of_engine, phases = engine_bytes(sizes)
         held |= of_engine
     if "frozen" not in needs:
         copied = [p for p in trained if p.dtype != torch.float32 or division.copies_float32]
         held |= {"float32 copy of the weights": division.state(copied, 4), "optimizer": division.state(trained, 8)}
-        phases |= _training(sizes, row_tokens, division)
+        phases |= _training(sizes, needs, row_tokens, division)
     return Process("trainer", division.ranks, held, phases or {"waiting": {}})
 
 
-def _training(sizes: _Sizes, row_tokens: int, division: ShardCounts) -> dict[str, dict[str, int]]:
+def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts) -> dict[str, dict[str, int]]:
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = division.gradients(trained)
@@ -221,6 +151,8 @@ def _training(sizes: _Sizes, row_tokens: int, division: ShardCounts) -> dict[str
             "weights brought together": division.gathered(model.parameters(), layers),
             "gradients": gradients,
             "activations": passes.kept,
+            "layers' inputs of a group's other rows": passes.kept
+            * waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks),
             "the backward pass beside them": passes.passing,
             "gradients under way": division.under_way(trained, layers),
             "attention mask": sizes.longest**2 * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
@@ -229,16 +161,44 @@ def _training(sizes: _Sizes, row_tokens: int, division: ShardCounts) -> dict[str
     }
 
 
-def _processes(sizes: _Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts) -> Iterator[Process]:
-    rollout = sizes.config.rollout
+def waiting_rows(config: Config, needs: frozenset[str], row_tokens: int, prompt: int, ranks: int) -> int:
+    """Rows of a group, no candidate of which was erased, that wait for its last row's forward pass with what they keep: where one
+    pass does for scores and loss, and scores make the advantages."""
+    train, rollout = config.train, config.rollout
+    one_pass = train.num_iterations == train.minibatches == 1 and "frozen" not in needs
+    if not one_pass or "rewards_only" in needs or not keeps_passes(train, ranks):
+        return 0
+    of_a_row = max(1, (row_tokens - prompt) // rollout.completion_limit)
+    return -(-rollout.num_generations // of_a_row) - 1
+
+
+def _processes(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts) -> Iterator[Process]:
+    rollout, ranks = sizes.config.rollout, division.ranks
     shown = "demonstrations" in needs
     remote = bool(rollout.workers or rollout.servers) and not shown
-    yield _trainer(sizes, needs, row_tokens, division, generates=not (remote or shown))
+    copies = bool(rollout.staleness or division.divides_weights)
+    train = partial(_trainer, sizes, needs, row_tokens, division, generates=not (remote or shown))
+    image = image_size({n: p for n, p in sizes.model.named_parameters() if p.requires_grad})
+    first = _with_host(train(copies=copies), {"image of the weights, for workers": image} if remote else {}, sizes)
+    if remote and copies and ranks > 1:  # the first rank hands weights out
+        yield replace(first, name="first trainer", count=1)
+        yield replace(train(copies=False), count=ranks - 1)
+    else:
+        yield first
     if remote:
-        held, phases = _engine(sizes)
-        yield Process(
-            "rollout worker", rollout.workers or len(rollout.servers), {"weights": sizes.weights, **held}, phases
-        )
+        worker = generator("rollout worker", rollout.workers or len(rollout.servers), sizes)
+        yield _with_host(worker, {"weights as they arrive, twice": 2 * image}, sizes)
+
+
+def plan_generation(config: Config, prompt: int, *, on_cpu: bool) -> Process:
+    """A process that only generates, after prompts of up to ``prompt`` tokens; loads no weights."""
+    longest = prompt + config.rollout.completion_limit
+    return generator("process that generates", 1, Sizes(config, shape_of(config.model), prompt, longest, on_cpu))
+
+
+def _with_host(process: Process, host: Mapping[str, int], sizes: Sizes) -> Process:
+    """With what lies in the machine's memory: on a CPU the device's."""
+    return replace(process, held={**process.held, **host}) if sizes.on_cpu else replace(process, host=host)
 
 
 def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
@@ -256,7 +216,7 @@ def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        processes=tuple(_processes(_Sizes(config, model, prompt, longest, on_cpu), needs, row_tokens, division)),
+        processes=tuple(_processes(Sizes(config, model, prompt, longest, on_cpu), needs, row_tokens, division)),
         prompt=prompt,
         prompt_is_assumed=assumed,
         problems=problems,

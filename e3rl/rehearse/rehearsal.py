@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,14 +16,16 @@ from typing import Any
 
 from e3rl.config import Config, build_config, lay, to_tables, to_toml
 from e3rl.data.benchmarks import BENCHMARKS
+from e3rl.data.loading import rows_of
 from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.rehearse import standins
+from e3rl.rehearse.stages import Stages, stages_table
 
 STEPS, SEGMENT, PROMPTS, LIMIT, RANKS = 3, 8, 4, 1, 2
+ROWS = 64
+"""Of the training data: stand-ins, or the first of real ones."""
 LARGEST_K = 256
-SECONDS = 900
-"""How long one process may take."""
 _SIZES = (
     "model.path", "model.device", "data.train", "data.directory", "data.train_limit", "data.train_split",
     "data.max_prompt_length", "rollout.segment_length", "rollout.max_completion_length", "rollout.kv_budget",
@@ -54,10 +52,10 @@ class Rehearsal:
     """What was rehearsed. ``changed``: settings with the recipe's value and the rehearsal's; ``kept``: those that the recipe
     sets otherwise than the defaults, rehearsed at their own value."""
 
-    changed: dict[str, tuple[Any, Any]]
-    model: dict[str, tuple[int, int]]
-    kept: dict[str, Any]
-    stages: list[Stage] = field(default_factory=list)
+    changed: Mapping[str, tuple[Any, Any]]
+    model: Mapping[str, tuple[int, int]]
+    kept: Mapping[str, Any]
+    stages: Stages
     notes: list[str] = field(default_factory=list)
 
 
@@ -73,11 +71,9 @@ def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int
     model = directory / "model"
     sizes = standins.make_model(config, model)
     notes.append(f"model: random weights of {config.model.path}'s architecture, and a tokenizer of bytes")
-    benchmarks = [s for s in sources(config) if s in BENCHMARKS]
     changes: dict[str, dict[str, Any]] = {
         "run": {"name": "rehearsal", "output_dir": str(directory)},
         "model": {"path": str(model), "device": "cpu"},
-        "data": {"train_limit": 0, "max_prompt_length": 0},
         "rollout": {"segment_length": min(SEGMENT, config.rollout.segment_length), "max_completion_length": 0, "kv_budget": 0,
             "workers": min(1, config.rollout.workers), "worker_gpus": 0.0},
         "rewards": {"functions": ["e3rl.rehearse.standins:coin", *config.rewards.functions[1:]], "workers": 1},
@@ -87,20 +83,37 @@ def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int
             "eval_steps": STEPS if config.train.eval_steps else 0, "save_steps": 1, "save_total_limit": 2, "report_to": [],
         },
         "eval": {"limit": LIMIT},
+        "data": {"max_prompt_length": 0, **_training_data(config, directory, notes), **_benchmarks(config, directory, notes)},
     }  # fmt: skip
-    if not Path(config.data.train).exists() and not config.data.train.startswith("lab:"):
-        train = directory / "problems.jsonl"
-        standins.make_problems(train, 64, config.data.prompt_column, config.data.answer_column)
-        changes["data"] |= {"train": str(train), "train_split": "train"}
-        notes.append(f"data.train: sums under the columns of {config.data.train}")
-    if benchmarks and not config.data.directory:
-        standins.make_benchmarks(directory / "benchmarks", benchmarks)
-        changes["data"]["directory"] = str(directory / "benchmarks")
-        notes.append(
-            f"benchmarks: sums in place of {', '.join(benchmarks)}, as many as each has, {LIMIT} of them answered"
-        )
     notes.append("rewards: a coin in place of the first function, since random weights are never right")
     return build_config(lay(to_tables(config), changes)), sizes, notes
+
+
+def _training_data(config: Config, directory: Path, notes: list[str]) -> dict[str, Any]:
+    """Settings of the training data: a few real rows where they can be had, else stand-ins."""
+    source = config.data.train
+    if source.startswith("lab:"):
+        return {"train_limit": 0}
+    if standins.has_problems(config.data):
+        notes.append(f"data.train: the first {ROWS} rows of {source}")
+        return {"train_limit": min(ROWS, config.data.train_limit or ROWS)}
+    train = directory / "problems.jsonl"
+    standins.make_problems(train, ROWS, config.data.prompt_column, config.data.answer_column)
+    notes.append(f"data.train: sums under the columns of {source}")
+    return {"train": str(train), "train_split": "train", "train_limit": 0}
+
+
+def _benchmarks(config: Config, directory: Path, notes: list[str]) -> dict[str, Any]:
+    """Settings of the benchmarks: the real ones where they can be had, else as many sums as each has problems."""
+    named = [s for s in sources(config) if s in BENCHMARKS]
+    if not named:
+        return {}
+    real = standins.has_benchmarks(named, config.data)
+    if not real:
+        standins.make_benchmarks(directory / "benchmarks", named)
+    held = "the real ones" if real else f"sums in place of {', '.join(named)}, as many as each has"
+    notes.append(f"benchmarks: {held}, {LIMIT} of each answered")
+    return {} if real else {"directory": str(directory / "benchmarks")}
 
 
 def changed(recipe: Config, small: Config) -> dict[str, tuple[Any, Any]]:
@@ -131,25 +144,37 @@ def require_extras(config: Config) -> None:
         )
 
 
+def require_sources(config: Config) -> None:
+    """UserError where data.eval names what is no benchmark, no file and nothing that a hub could have."""
+    for source in sources(config):
+        if source not in BENCHMARKS and not source.startswith("lab:"):
+            rows_of(source, config.data, "eval")
+
+
 def rehearse(config: Config, directory: Path, say: Callable[[str], None]) -> Rehearsal:
     """Run everything; UserError where a process fails, with its last lines."""
     require_extras(config)
+    require_sources(config)
     small, sizes, notes = shrink(config, directory)
     recipe = directory / "rehearsal.toml"
-    differing = changed(config, small)
-    idle = {"train.epochs", "data.train_limit"}  # steps are counted, not epochs
-    kept = {name: value for name, (value, _) in changed(config, Config()).items() if name not in {*differing, *idle}}
-    found = Rehearsal(differing, sizes, kept, notes=notes)
+    found = Rehearsal(changed(config, small), sizes, kept(config, small), Stages(directory, say), notes)
     ranks = RANKS if config.train.parallel != "none" and not config.train.workers else 1  # workers are ranks on Ray
-    with _servers(config, recipe, small, found, directory, say) as addresses:
+    with _servers(config, recipe, small, found.stages) as addresses:
         small = build_config(lay(to_tables(small), {"rollout": {"servers": addresses}}))
         write_text(recipe, to_toml(small))
         run = directory / "rehearsal"
-        _killed(found, _train(recipe, ranks), run, directory, say)
-        _stage(found, "train, resumed", [*_train(recipe, ranks), "--resume"], directory, say)
-    _check_run(found, small, run)
-    _exported(found, run / "model", small, directory, say)
+        found.stages.run_until_saved("train", _train(recipe, ranks), run)
+        found.stages.run("train, resumed", [*_train(recipe, ranks), "--resume"])
+    notes += trained(small, run)
+    _exported(found, run / "model", small)
     return found
+
+
+def kept(config: Config, small: Config) -> dict[str, Any]:
+    """What the recipe sets otherwise than the defaults, and the rehearsal as it does."""
+    idle = {"train.epochs", "data.train_limit"}  # steps are counted, not epochs
+    but = {*changed(config, small), *idle}
+    return {name: value for name, (value, _) in changed(config, Config()).items() if name not in but}
 
 
 def _train(recipe: Path, ranks: int) -> list[str]:
@@ -157,148 +182,81 @@ def _train(recipe: Path, ranks: int) -> list[str]:
     return [sys.executable, *launcher, "-m", "e3rl", "train", str(recipe)]
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def _short(command: Sequence[str]) -> str:
-    return " ".join(
-        "python" if part == sys.executable else Path(part).name if "/" in part else part for part in command
-    )
-
-
-def _stage(found: Rehearsal, name: str, command: Sequence[str], directory: Path, say: Callable[[str], None]) -> str:
-    """Run a command to its good end; returns what it printed."""
-    say(f"{name}: {_short(command)}")
-    began = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=directory, env=_environment(), capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"rehearsal: {name} had not ended after {SECONDS} s: {_short(command)}") from None
-    if done.returncode:
-        raise UserError(f"rehearsal: {name} failed: {_short(command)}\n{_last_lines(done.stdout + done.stderr)}")
-    found.stages.append(Stage(name, _short(command), time.monotonic() - began, "ended well"))
-    return done.stdout
-
-
-def _last_lines(text: str) -> str:
-    return "\n".join([line for line in text.splitlines() if line.strip()][-12:])
-
-
-def _killed(found: Rehearsal, command: Sequence[str], run: Path, directory: Path, say: Callable[[str], None]) -> None:
-    """Train until the second step is saved, then kill every process of it at once."""
-    say(f"train: {_short(command)}")
-    began, log = time.monotonic(), directory / "train.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=directory, env=_environment(), stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            while not (run / "checkpoints" / "step-000002").is_dir() and process.poll() is None:
-                if time.monotonic() - began > SECONDS:
-                    raise UserError(f"rehearsal: training had not saved its second step after {SECONDS} s")
-                time.sleep(0.05)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if not (run / "checkpoints" / "step-000002").is_dir():
-        raise UserError(f"rehearsal: train failed: {_short(command)}\n{_last_lines(log.read_text(errors='replace'))}")
-    found.stages.append(Stage("train", _short(command), time.monotonic() - began, "killed (SIGKILL) after step 2"))
-
-
 @contextlib.contextmanager
-def _servers(
-    config: Config, recipe: Path, small: Config, found: Rehearsal, directory: Path, say: Callable[[str], None]
-) -> Iterator[list[str]]:
+def _servers(config: Config, recipe: Path, small: Config, stages: Stages) -> Iterator[list[str]]:
     """A rollout server of this machine for a recipe that names some; its engine is the recipe's."""
     if not config.rollout.servers:
         yield []
         return
     own = recipe.with_name("server.toml")
     write_text(own, to_toml(build_config(lay(to_tables(small), {"rollout": {"servers": []}}))))
-    command = [sys.executable, "-m", "e3rl", "rollout-server", str(own), "--port", "0", "--longest-prompt", "512"]
-    say(f"rollout server: {_short(command)}")
-    began = time.monotonic()
-    with (directory / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command,
-            cwd=directory,
-            env=_environment(),
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            assert server.stdout is not None
-            address = next((line.split()[0] for line in server.stdout if line.startswith("http://")), None)
-            if address is None:
-                text = (directory / "server.log").read_text(errors="replace")
-                raise UserError(f"rehearsal: the rollout server did not start\n{_last_lines(text)}")
-            yield [address]
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-    found.stages.append(Stage("rollout server", _short(command), time.monotonic() - began, "served the run"))
+    longest = standins.LONGEST_PROMPT if small.data.train.endswith("problems.jsonl") else standins.LONGEST_REAL_PROMPT
+    command = [
+        sys.executable,
+        "-m",
+        "e3rl",
+        "rollout-server",
+        str(own),
+        "--port",
+        "0",
+        "--longest-prompt",
+        str(longest),
+    ]
+    with stages.serving("rollout server", command) as address:
+        yield [address]
 
 
-def _check_run(found: Rehearsal, small: Config, run: Path) -> None:
-    """Three steps, each once; every source evaluated at the recipe's k."""
+def trained(small: Config, run: Path) -> list[str]:
+    """What a run came to. UserError where it isn't three steps, each once, or a source was not evaluated at the recipe's k."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if [record["step"] for record in steps] != list(range(1, STEPS + 1)):
         raise UserError(f"rehearsal: the run recorded steps {[record['step'] for record in steps]}, not 1 to {STEPS}")
-    found.notes.append(
-        f"last step: loss {steps[-1]['loss']:+.4f}, gradient norm {steps[-1]['grad_norm']:.4f}, r {steps[-1]['r']:.2f}"
-    )
+    last = steps[-1]
+    said = [f"last step: loss {last['loss']:+.4f}, gradient norm {last['grad_norm']:.4f}, r {last['r']:.2f}"]
     if not sources(small):
-        found.notes.append("nothing was evaluated while training: data.eval is empty")
-        return
+        return [*said, "nothing was evaluated while training: data.eval is empty"]
+    k = small.eval.num_samples
     lines = (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
-    last = [record for record in map(json.loads, lines) if record["step"] == STEPS]
-    missing = [
-        s
-        for s in sources(small)
-        if not any(r.get("data", s) == s and f"avg@{small.eval.num_samples}" in r for r in last)
-    ]
+    found = [record for record in map(json.loads, lines) if record["step"] == STEPS]
+    missing = [s for s in sources(small) if not any(r.get("data", s) == s and f"avg@{k}" in r for r in found)]
     if missing:
-        raise UserError(
-            f"rehearsal: {', '.join(missing)} not evaluated at k = {small.eval.num_samples} in step {STEPS}"
-        )
-    found.notes.append(f"evaluated at step {STEPS}: {', '.join(sources(small))}, k = {small.eval.num_samples}")
+        raise UserError(f"rehearsal: {', '.join(missing)} not evaluated at k = {k} in step {STEPS}")
+    return [*said, f"evaluated at step {STEPS}: {', '.join(sources(small))}, k = {k}"]
 
 
-def _exported(found: Rehearsal, model: Path, small: Config, directory: Path, say: Callable[[str], None]) -> None:
+def _exported(found: Rehearsal, model: Path, small: Config) -> None:
     """The model by transformers and, where it is installed, vLLM; its largest k by `e3rl eval`."""
+    found.notes += loaded(found.stages, model)
+    named = [s for s in sources(small) if s in BENCHMARKS]
+    if named:
+        settings = [f"eval.num_samples={LARGEST_K}", f"eval.limit={LIMIT}", f"data.directory={small.data.directory}"]
+        command = [sys.executable, "-m", "e3rl", "eval", str(model), named[0], "--recipe", "rehearsal.toml", *settings]
+        found.stages.run(f"eval at k = {LARGEST_K}", command)
+
+
+def loaded(stages: Stages, model: Path) -> list[str]:
+    """Load an exported model by transformers and, where it is installed, vLLM; what could not be tried."""
     load = (
         "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer; "
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); AutoTokenizer.from_pretrained(sys.argv[1]); "
         "assert all(bool(p.isfinite().all()) for p in m.parameters()); "
         "print(m(torch.tensor([[1, 2, 3]])).logits.shape[-1])"
     )
-    _stage(found, "export, loaded by transformers", [sys.executable, "-c", load, str(model)], directory, say)
-    if find_spec("vllm") is not None:
-        serve = "import sys; from vllm import LLM; LLM(sys.argv[1], max_model_len=256, enforce_eager=True)"
-        _stage(found, "export, loaded by vLLM", [sys.executable, "-c", serve, str(model)], directory, say)
-    else:
-        found.notes.append("not rehearsed: the export in vLLM, which is not installed here")
-    named = [s for s in sources(small) if s in BENCHMARKS]
-    if named:
-        settings = [f"eval.num_samples={LARGEST_K}", f"eval.limit={LIMIT}", f"data.directory={small.data.directory}"]
-        command = [sys.executable, "-m", "e3rl", "eval", str(model), named[0], "--recipe", "rehearsal.toml", *settings]
-        _stage(found, f"eval at k = {LARGEST_K}", command, directory, say)
+    stages.run("export, loaded by transformers", [sys.executable, "-c", load, str(model)])
+    if find_spec("vllm") is None:
+        return ["not rehearsed: the export in vLLM, which is not installed here"]
+    serve = (
+        "import sys\nfrom vllm import LLM, SamplingParams\nif __name__ == '__main__':\n"
+        "  m = LLM(sys.argv[1], max_model_len=256, max_num_seqs=2, enforce_eager=True, kv_cache_memory_bytes=2**27)\n"
+        "  print(len(m.generate(['1 + 1 ='], SamplingParams(max_tokens=4))[0].outputs[0].token_ids))"
+    )
+    stages.run("export, loaded by vLLM", [sys.executable, "-c", serve, str(model)])
+    return []
 
 
 def report(found: Rehearsal) -> str:
     """Process by process what ran, setting by setting what shrank, and what could not be rehearsed."""
-    lines = ["", f"{'process':34}{'seconds':>8}  outcome"]
-    lines += [f"{s.name:34}{s.seconds:8.1f}  {s.outcome}" for s in found.stages]
+    lines = ["", *stages_table(found.stages.done)]
     lines += ["", "rehearsed at the recipe's value:"]
     lines += [f"  {name:32}{_value(value):>24}" for name, value in found.kept.items()]
     lines += ["", "shrunk or replaced:"]

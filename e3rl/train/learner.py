@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from e3rl.cluster.parallel import KEEPS_PASSES, idle_backward, idle_pass, idle_passes, in_lockstep, make_ready
+from e3rl.cluster.parallel import idle_backward, idle_pass, idle_passes, in_lockstep, keeps_passes, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, unwrapped
@@ -68,8 +68,7 @@ class Learner:
             and not has_dropout(policy.model)
         )
         self._rewards_only = "rewards_only" in objective.needs
-        # a pass that keeps its layers' inputs alone can wait for its backward pass
-        self._keeps_passes = train.gradient_checkpointing and (self._ranks.world == 1 or train.parallel in KEEPS_PASSES)
+        self._keeps_passes = keeps_passes(train, self._ranks.world)
         if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from e3rl.evaluate.evaluation import held_out_records
@@ -150,10 +151,15 @@ def due(state: State, every: int) -> bool:
 def evaluate_policy(run: Run, state: State) -> None:
     """Evaluate on the held-out problems, plain and, where asked for, erasable; what a resumed run has is kept.
 
-    Every rank draws and grades a share, or, where workers generate, the first one asks them.
+    Every rank draws and grades a share, or, where workers generate, the first one asks them and the others wait.
     """
-    if not run.data.held_out or (run.remote and not run.ranks.first):
-        return
+    if run.data.held_out and run.remote:
+        run.asking.while_first(partial(_evaluate, run, state))
+    elif run.data.held_out:
+        _evaluate(run, state)
+
+
+def _evaluate(run: Run, state: State) -> None:
     run.tell("progressed", "evaluating", 0, 0)
     lines = read_lines(run.path / "evaluations.jsonl") if run.directory else []
     present = [r for r in lines if r["step"] == state.step]

@@ -55,6 +55,7 @@ class Run:
     journal: Journal | None  # the first rank's: others begin again with it
     prefetch: Prefetch
     ranks: Ranks
+    asking: Ranks  # the same, for what the first rank asks of workers while the others wait
     stop: StopRequest
     listeners: Sequence[Listener]  # only the first rank has some
 

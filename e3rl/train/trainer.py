@@ -155,6 +155,7 @@ def prepare(
         journal=journal,
         prefetch=Prefetch(ranks.apart() if config.rollout.staleness else ranks),
         ranks=ranks,
+        asking=ranks.apart() if remote else ranks,
         stop=StopRequest(ranks),
         listeners=listeners if ranks.first else (),
     )

@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from e3rl.cli import main
 from e3rl.cli.train import train_rank
 from e3rl.cluster.training_worker import Begin
-from e3rl.config import Config
+from e3rl.cluster.weights import Publisher
+from e3rl.config import Config, to_toml
 from e3rl.engine.build import build_engine
 from e3rl.engine.torch.engine import TorchEngine
-from e3rl.engine.torch.storage import MIB
+from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights
+from e3rl.engine.torch.storage import MIB, StepRows
 from e3rl.engine.vllm.core import kv_cache_bytes
 from e3rl.errors import UserError
 from e3rl.models import ReferencePolicy, load_policy
 from e3rl.objectives import build
-from e3rl.plan import fit
-from e3rl.plan.dry_run import Allocations
-from e3rl.plan.memory import make_plan, shape_of
+from e3rl.plan import dry_run, fit
+from e3rl.plan.dry_run import Allocations, recorded_bytes
+from e3rl.plan.memory import make_plan, plan_generation, shape_of
 from e3rl.train import attribution
 from e3rl.train.learner import Learner
 from e3rl.train.listeners import Silent
@@ -113,12 +116,109 @@ def _matrix(row: PackedRow, branch: Branch, before: int, window: int | None, que
     return row.causal_mask(window, query.dtype)[before : before + branch.size, : before + branch.size]
 
 
-def _step(config: Config, tokens: int) -> tuple[int, int]:
+@pytest.mark.parametrize("objective", ["e3rl", "grpo"])
+def test_rows_of_a_group_wait_with_their_layers_inputs(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A group of four rows whose scores make the advantages: three of them wait; of GRPO none does, whose advantages are
+    made of rewards."""
+    monkeypatch.setattr(attribution, "_mask", _matrix)
+    settings = (
+        *("model.dtype=bfloat16", "train.gradient_checkpointing=true", f"objective.name={objective}"),
+        *("objective.kl_coef=0.0", "rollout.segment_length=40", "rollout.max_segments=4", "rollout.num_generations=4"),
+    )
+    config = lab_config(tmp_path, *settings, "train.micro_batch_tokens=180")
+    trainer = make_plan(config).trainer
+    waiting = trainer.phases["training"]["layers' inputs of a group's other rows"]
+    assert waiting == (3 * trainer.phases["training"]["activations"] if objective == "e3rl" else 0)
+    asked, row = _step(config, 160, siblings=4)
+    assert row > 600
+    planned = sum(trainer.phases["training"].values())
+    assert asked == pytest.approx(planned, rel=0.25)
+
+
+@torch.no_grad()
+def test_recorded_decode_steps(tmp_path: Path):
+    """A GPU's buffers and the memory that its graphs work in, as a model with values asks for them."""
+    config = lab_config(tmp_path, "model.dtype=bfloat16")
+    planned = recorded_bytes(shape_of(config.model), 12, 8, 96)
+    model = load_policy(config.model).model
+    weights = FusedWeights(model)
+    with Allocations() as counted:
+        slots = FusedSlotModel(weights, 12, 96, record=dry_run._run_once, attend=dry_run._nothing_kept)
+        step = StepRows([1] * 8, [95] * 8, slots.storage, slots.device)
+        slots.decode(step)
+        asked = counted.peak - slots.storage.bytes
+    assert slots.storage.scratch + 1 == 16
+    assert asked == pytest.approx(planned, rel=0.05)
+    vocabulary = len(shape_of(config.model).get_input_embeddings().weight)
+    assert planned > 16 * vocabulary * 2, "the logits' buffer has a row for every slot"
+    on_gpu, on_cpu = (make_plan(config, on_cpu=on_cpu).trainer.held for on_cpu in (False, True))
+    assert on_gpu["CUDA graphs and their buffers"] > 0 == on_cpu["CUDA graphs and their buffers"]
+
+
+def test_the_image_of_the_weights_is_what_is_published(tmp_path: Path):
+    config = lab_config(tmp_path, "rollout.servers=['http://127.0.0.1:1']")
+    weights = dict(load_policy(config.model).trainable())
+    publisher = Publisher()
+    size = publisher.publish(0, weights, weights).offer.size
+    publisher.close()
+    assert make_plan(config).trainer.held["image of the weights, for workers"] == size
+    apart = make_plan(config, on_cpu=False).trainer
+    assert apart.host["image of the weights, for workers"] == size
+    assert "image of the weights, for workers" not in apart.held
+
+
+def test_the_first_rank_alone_has_the_weights_that_workers_are_sent(tmp_path: Path):
+    """As `prepare` copies them: ranks that train by divided weights, and generate nowhere, have no whole ones."""
+    settings = ("train.parallel=fsdp2", "rollout.servers=['http://127.0.0.1:1']", "model.dtype=bfloat16")
+    first, others, worker = make_plan(lab_config(tmp_path, *settings), 4, on_cpu=False).processes
+    assert [p.count for p in (first, others, worker)] == [1, 3, 1]
+    copy = "weights the engine generates with"
+    assert first.held[copy] == worker.held["weights"] > 0 == others.held[copy]
+    assert {k: v for k, v in first.held.items() if k != copy} == {k: v for k, v in others.held.items() if k != copy}
+    assert first.phases == others.phases
+    [all_alike] = make_plan(lab_config(tmp_path, settings[0], settings[2]), 4, on_cpu=False).processes
+    assert all_alike.held[copy] == first.held[copy]
+
+
+def test_a_process_that_only_generates_is_refused_where_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A rollout server and an evaluation, before weights are loaded; the setting that it names makes it fit."""
+    config = lab_config(tmp_path, "rollout.max_rows=32")
+    roomy = plan_generation(config, 64, on_cpu=True)
+    monkeypatch.setattr(fit, "device_bytes", lambda model: roomy.largest - MIB)
+    monkeypatch.setattr("e3rl.models.load_policy", lambda *a, **k: pytest.fail("weights are loaded"))
+    recipe = tmp_path / "server.toml"
+    recipe.write_text(to_toml(config))
+    assert main(["rollout-server", str(recipe), "--port", "0", "--longest-prompt", "64"]) == 2
+    with pytest.raises(UserError, match="at the worst moment of a process that generates") as told:
+        fit.require_generation_fits(config, 64)
+    [budget] = re.findall(r"fits with rollout\.kv_budget=(\d+): ", str(told.value))
+    fit.require_generation_fits(replace(config, rollout=replace(config.rollout, kv_budget=int(budget))), 64)
+    monkeypatch.setattr(fit, "device_bytes", lambda model: roomy.held["weights"] // 2)
+    with pytest.raises(UserError, match="take a device with more memory"):
+        fit.require_generation_fits(config, 64)
+    assert (
+        main(["eval", config.model.path, "lab:chain:1", "--recipe", str(recipe), "--output", str(tmp_path / "e")]) == 2
+    )
+
+
+def test_workers_that_ray_starts_are_part_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = lab_config(tmp_path, "rollout.workers=2", "rollout.max_rows=4096", "train.micro_batch_tokens=64")
+    plan = make_plan(config)
+    worker = plan.processes[-1]
+    assert plan.trainer.largest < worker.largest
+    monkeypatch.setattr(fit, "device_bytes", lambda model: plan.trainer.largest)
+    with pytest.raises(UserError, match="at the worst moment of a rollout worker"):
+        fit.require_fit(config, 1)
+
+
+def _step(config: Config, tokens: int, siblings: int = 2) -> tuple[int, int]:
     """Bytes of a real step of two groups at its worst moment, beside what is held; tokens of its largest row."""
     policy = load_policy(config.model)
     learner = Learner(policy, build(config.objective), config, updates=4)
-    sizes = [[tokens // 4] * 4] * 2
-    groups = [rewarded_group(name, [1.0, 0.0], sizes) for name in ("first", "second")]
+    sizes = [[tokens // 4] * 4] * siblings
+    groups = [rewarded_group(name, [1.0, 0.0] * (siblings // 2), sizes) for name in ("first", "second")]
     row = max(packed_size(group_sequences([g.group], False)) for g in groups)
     learner.learn(groups, 0)  # AdamW makes its state
     with Allocations() as counted:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,9 +64,50 @@ def test_a_benchmark_that_was_not_evaluated_is_noticed(tmp_path: Path):
     line = '{"step": %d, "loss": 0.0, "grad_norm": 0.0, "r": 0.0}\n'
     (run / "metrics.jsonl").write_text("".join(line % n for n in (1, 2, 3)))
     (run / "evaluations.jsonl").write_text('{"step": 3, "data": "amc23", "avg@32": 0.0}\n')
-    found = rehearsal.Rehearsal({}, {}, {})
     with pytest.raises(UserError, match=r"aime24, .* not evaluated at k = 32"):
-        rehearsal._check_run(found, _recipe("qwen3-4b"), run)
+        rehearsal.trained(_recipe("qwen3-4b"), run)
+
+
+def test_real_data_are_taken_where_they_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A few rows of a file, or of a hub that answers; without one stand-ins of the same columns."""
+    monkeypatch.setattr(standins, "make_model", lambda config, directory: {})
+    asked: list[str] = []
+
+    def load(source: str, **_: object) -> list[str]:
+        asked.append(source)
+        return ["a problem"]
+
+    monkeypatch.setattr(standins, "load_problems", load)
+    monkeypatch.setattr(
+        standins, "load_benchmark", lambda name, directory: SimpleNamespace(problems=[asked.append(name)])
+    )
+    found = {}
+    for answers in (False, True):
+        monkeypatch.setattr(standins, "hub_answers", lambda answers=answers: answers)
+        small, _, notes = shrink(_recipe("qwen3-4b"), tmp_path)
+        found[answers] = small.data, " ".join(notes)
+    stand_ins, said = found[False]
+    assert stand_ins.train == str(tmp_path / "problems.jsonl")
+    assert stand_ins.directory == str(tmp_path / "benchmarks")
+    assert "sums under the columns of zwhe99/DeepMath-103K" in said
+    row = json.loads((tmp_path / "problems.jsonl").read_text().splitlines()[0])
+    assert {"question", "final_answer"} <= set(row)
+    real, said = found[True]
+    assert (real.train, real.train_limit, real.directory) == ("zwhe99/DeepMath-103K", rehearsal.ROWS, "")
+    assert "the first 64 rows of zwhe99/DeepMath-103K" in said
+    assert "benchmarks: the real ones" in said
+    assert asked == ["zwhe99/DeepMath-103K", *_recipe("qwen3-4b").data.eval]
+
+
+def test_a_hub_that_is_not_there_is_known_at_once(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        assert standins.hub_answers()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not standins.hub_answers()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert not standins.hub_answers()
 
 
 @pytest.mark.parametrize("name", sorted(["Qwen/Qwen3-8B", "Qwen/Qwen2.5-7B"]))

@@ -165,6 +165,7 @@ def test_a_cell_with_ranks_is_trained_by_the_launcher(tmp_path: Path, monkeypatc
         return train_rank(replace(config, train=replace(config.train, workers=0)), begin, listener)
 
     monkeypatch.setattr(ray_ranks, "train_on_ray", on_ray)
+    monkeypatch.setattr("e3rl.cluster.rollouts.generates_elsewhere", lambda config: False)
     settings = [
         "data.train=lab:chain:1",
         "train.steps=1",

@@ -20,6 +20,7 @@ from torch.nn.functional import embedding
 from e3rl.engine.torch.operations import (
     Norm,
     Projection,
+    StepAttention,
     attention,
     fingerprint,
     head_norm,
@@ -27,7 +28,7 @@ from e3rl.engine.torch.operations import (
     project,
     step_attention,
 )
-from e3rl.engine.torch.recorded import CudaGraphs, RecordedSteps
+from e3rl.engine.torch.recorded import CudaGraphs, RecordedSteps, Recorder
 from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
 from e3rl.engine.torch.threads import Division, division, wake_seconds
 from e3rl.models import sliding_window
@@ -38,14 +39,15 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """From a layer's number, queries [R, heads, dim], keys and values [R, kv_heads, dim] to what is read, [R, heads * dim]."""
 
 
-def _of_the_family(model: Any) -> bool:
+def of_the_family(model: Any) -> bool:
+    """Whether ``model`` is of a class that is written out here, and attends to all of the past."""
     ours = type(model).__name__ in _FAMILY and type(model).__module__.startswith("transformers.models.")
     return ours and sliding_window(model) is None
 
 
 def fusable(model: Any) -> bool:
     """Whether ``model`` computes what is written out here: the very class, plain linear layers, nothing hooked in."""
-    if not _of_the_family(model) or model.config._attn_implementation != "sdpa":
+    if not of_the_family(model) or model.config._attn_implementation != "sdpa":
         return False
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     at_home = (model.device, model.dtype)
@@ -64,7 +66,7 @@ def _linear_layers(model: Any) -> list[nn.Module]:
 
 def decoding_copy_bytes(model: Any) -> int:
     """Bytes of the linear layers' weights, which decoding on a CPU copies (`projections`); 0 for other models."""
-    layers = _linear_layers(model) if _of_the_family(model) else []
+    layers = _linear_layers(model) if of_the_family(model) else []
     return sum(p.nbytes for layer in layers for p in layer.parameters())
 
 
@@ -155,19 +157,28 @@ class FusedWeights:
 class FusedSlotModel:
     """`e3rl.engine.torch.model.SlotModel` for a model of the Llama family."""
 
-    def __init__(self, weights: FusedWeights, slots: int, max_length: int) -> None:
+    def __init__(
+        self,
+        weights: FusedWeights,
+        slots: int,
+        max_length: int,
+        record: Recorder | None = None,
+        attend: StepAttention | None = None,
+    ) -> None:
+        """``record`` and ``attend`` take the place of what the device has: CUDA graphs, its fastest attention."""
         self._weights = weights
         self.device = weights.device
         self.storage = SlotStorage(slots, bucketed(max_length))
         self._cos_TD, self._sin_TD = weights.rotations(self.storage.capacity)
         self.storage.add_layers(len(weights.layers), weights.kv_heads, weights.dim, weights.dim, self._cos_TD)
         self._columns = torch.arange(self.storage.capacity, device=self.device)
-        self._attention = step_attention(self.device)
+        self._attention = attend or step_attention(self.device)
         self._recorded: RecordedSteps | None = None
-        if self.device.type == "cuda":
+        record = record or (CudaGraphs() if self.device.type == "cuda" else None)
+        if record is not None:
             shape = (self.storage.scratch + 1, weights.vocabulary)
             logits_SV = torch.empty(shape, device=self.device, dtype=weights.dtype)
-            self._recorded = RecordedSteps(self.step, CudaGraphs(), self.storage.capacity, logits_SV)
+            self._recorded = RecordedSteps(self.step, record, self.storage.capacity, logits_SV)
 
     def refresh(self) -> None:
         """Take the model's weights again where they have changed."""
