@@ -131,7 +131,8 @@ def _environment() -> dict[str, str]:
 def short(command: Sequence[str]) -> str:
     """A command for people: without directories."""
     return " ".join(
-        "python" if part == sys.executable else Path(part).name if "/" in part else part for part in command
+        "python" if part == sys.executable else "…" if "import " in part else Path(part).name if "/" in part else part
+        for part in command
     )
 
 
