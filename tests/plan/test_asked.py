@@ -15,8 +15,8 @@ from e3rl.cluster.training_worker import Begin
 from e3rl.cluster.weights import Publisher
 from e3rl.config import Config, to_toml
 from e3rl.engine.build import build_engine
-from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch import fused, operations
+from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights
 from e3rl.engine.torch.storage import MIB, StepRows
 from e3rl.engine.vllm.core import kv_cache_bytes
