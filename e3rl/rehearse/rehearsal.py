@@ -37,16 +37,6 @@ _SIZES = (
 """Settings that a rehearsal may change. A test holds that it changes no other."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One process of a rehearsal: what ran, and how it ended."""
-
-    name: str
-    command: str
-    seconds: float
-    outcome: str
-
-
 @dataclass
 class Rehearsal:
     """What was rehearsed. ``changed``: settings with the recipe's value and the rehearsal's; ``kept``: those that the recipe
