@@ -97,7 +97,7 @@ def group_of(batch: pa.RecordBatch, prompt: Prompt, settings: GroupSettings, voc
         raise ValueError("responses to other tokens than those of the prompt")
     for name in ("segments", "erasures"):
         _check_candidates(batch[name].values, rollout.segment_length, vocabulary)
-    [item] = decode_groups(batch, lambda _: prompt)
+    [item] = decode_groups(batch, lambda *_: prompt)
     for trajectory in item.group.trajectories:
         tokens = trajectory.committed_tokens
         if not 0 < tokens <= rollout.completion_limit:

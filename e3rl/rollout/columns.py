@@ -9,11 +9,11 @@ What comes from outside goes through `e3rl.rollout.ipc`, which lets nothing pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from itertools import accumulate, chain, pairwise
 from operator import attrgetter
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from e3rl.types import (
     COLUMNS,
     IDS,
     Candidate,
+    Draw,
     Erasure,
     Group,
     Judgement,
@@ -92,115 +93,100 @@ _TRAJECTORY = [
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in _TRAJECTORY])
 MEANING = {name: meaning for name, _, meaning in (*_TRAJECTORY, *_CANDIDATE)}
 """What each column holds, those of a candidate included."""
-_HEAD = ("problem_id", "sibling", "policy_version", "finish")
+_REWARD = ("reward", "reward_parts", "reward_error")
 NUMBERS = [name for name, kind, _ in _CANDIDATE if kind == pa.float64()]
 """The fields of `Uncertainty` and then of `Threshold`, in order."""
 _U, _THETA = (attrgetter(*(f.name for f in fields(kind))) for kind in (Uncertainty, Threshold))
 _U_SIZE = len(fields(Uncertainty))
 
 
-@dataclass(frozen=True, slots=True)
-class CandidateRecord:
-    """A candidate in its place: `Segment` and `Erasure` in one. ``attempt`` may be known where nothing was judged."""
-
-    index: int
-    start: int
-    candidate: Candidate
-    attempt: int | None
-    judgement: Judgement | None
-    observation: Observed | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrajectoryRow:
-    """A row of `SCHEMA`. ``finish`` is None where the response is not complete: candidates that a journal keeps."""
-
-    problem_id: str
-    sibling: int
-    policy_version: int | None
-    prompt_ids: Sequence[int] | np.ndarray
-    finish: Literal["stop", "length"] | None
-    segments: Sequence[CandidateRecord]
-    erasures: Sequence[CandidateRecord] = ()
-    reward: Reward | None = None
+Record = tuple[int, int, Candidate, int | None, Judgement | None, Observed | None]
+"""A candidate as it is read: index, start, candidate, attempt, judgement, observation."""
 
 
 def encode(groups: Iterable[Group | RewardedGroup]) -> pa.RecordBatch:
     """The groups' trajectories, a row each, siblings one after the other."""
-    return encode_rows(list(chain.from_iterable(map(_rows, groups))))
+    items = [item if isinstance(item, RewardedGroup) else RewardedGroup(item, ()) for item in groups]
+    rows = [(item.group, t) for item in items for t in item.group.trajectories]
+    rewards = [r for item in items for r in item.rewards or [None] * len(item.group.trajectories)]
+    trajectories = [t for _, t in rows]
+    starts = [start for t in trajectories for start in [*accumulate(t.segment_lengths, initial=0)][:-1]]
+    return _batch(
+        len(rows),
+        problem_id=[group.prompt.problem.id for group, _ in rows],
+        sibling=[t.sibling for t in trajectories],
+        policy_version=[group.policy_version for group, _ in rows],
+        prompt_ids=_prompts([np.array(i.group.prompt.ids, np.int32) for i in items for _ in i.group.trajectories]),
+        finish=[t.finish for t in trajectories],
+        **_rewards(rewards),
+        segments=_lists([t.segments for t in trajectories], starts),
+        erasures=_lists([t.erasures for t in trajectories], [e.start for t in trajectories for e in t.erasures]),
+    )
 
 
-def _rows(item: Group | RewardedGroup) -> Iterator[TrajectoryRow]:
-    group, rewards = (item.group, item.rewards) if isinstance(item, RewardedGroup) else (item, None)
-    prompt_ids = np.array(group.prompt.ids, np.int32)
-    for number, t in enumerate(group.trajectories):
-        starts = np.cumsum([0, *t.segment_lengths]).tolist()
-        segments = [_record(s, start) for s, start in zip(t.segments, starts[:-1], strict=True)]
-        erasures = [_record(e, e.start) for e in t.erasures]
-        reward = None if rewards is None else rewards[number]
-        version = group.policy_version
-        yield TrajectoryRow(
-            group.prompt.problem.id, t.sibling, version, prompt_ids, t.finish, segments, erasures, reward
-        )
+def encode_drawn(drawn: Sequence[tuple[Draw, Candidate]]) -> pa.RecordBatch:
+    """Candidates of responses that are not complete, a row each. Seed and step of their draws are not kept."""
+    draws, rows = [draw for draw, _ in drawn], len(drawn)
+    numbers = {"index": [draw.segment for draw in draws], "start": [0] * rows, "attempt": [d.attempt for d in draws]}
+    return _batch(
+        rows,
+        problem_id=[draw.prompt_id for draw in draws],
+        sibling=[draw.sibling for draw in draws],
+        prompt_ids=_prompts([np.empty(0, np.int32)] * rows),
+        segments=pa.ListArray.from_arrays(_offsets([1] * rows), _struct([c for _, c in drawn], numbers)),
+        erasures=_lists([()] * rows, []),
+    )
 
 
-def _record(record: Segment | Erasure, start: int) -> CandidateRecord:
-    judgement = record.judgement
-    attempt = None if judgement is None else judgement.attempt
-    return CandidateRecord(record.index, start, record.candidate, attempt, judgement, record.observation)
+def _batch(rows: int, **columns: Any) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_array(columns.get(f.name), f, rows) for f in SCHEMA], schema=SCHEMA)
 
 
-def encode_rows(rows: Sequence[TrajectoryRow]) -> pa.RecordBatch:
-    """A record batch of these rows."""
-    columns = {
-        "problem_id": [row.problem_id for row in rows],
-        "sibling": [row.sibling for row in rows],
-        "policy_version": [row.policy_version for row in rows],
-        "prompt_ids": _prompts([row.prompt_ids for row in rows]),
-        "finish": [row.finish for row in rows],
-        **_rewards([row.reward for row in rows]),
-        "segments": _candidates([row.segments for row in rows]),
-        "erasures": _candidates([row.erasures for row in rows]),
-    }
-    arrays = [
-        c if isinstance(c, pa.Array) else pa.array(c, f.type) for f, c in zip(SCHEMA, columns.values(), strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+def _struct(candidates: Sequence[Candidate], columns: Mapping[str, Any]) -> pa.StructArray:
+    """Candidates as `CANDIDATE`, with columns of their places and judgements."""
+    own = {"ended": [bool(c.ended) for c in candidates], "version": [c.version for c in candidates]}
+    found = {**columns, **own, **_tokens(candidates)}
+    return pa.StructArray.from_arrays([_array(found.get(f.name), f, len(candidates)) for f in _FIELDS], fields=_FIELDS)
+
+
+def _array(values: Any, field: pa.Field, size: int) -> pa.Array:
+    """A column; null where there are no values."""
+    if values is None:
+        return pa.nulls(size, field.type)
+    return values if isinstance(values, pa.Array) else pa.array(values, field.type)
 
 
 def _offsets(sizes: Sequence[int]) -> pa.Array:
     return pa.array(np.cumsum([0, *sizes], dtype=np.int32))
 
 
-def _prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> pa.ListArray:
-    ids = np.concatenate([np.empty(0, np.int32), *(np.asarray(prompt, np.int32) for prompt in prompts)])
+def _prompts(prompts: Sequence[np.ndarray]) -> pa.ListArray:
+    ids = np.concatenate([np.empty(0, np.int32), *prompts])
     return pa.ListArray.from_arrays(_offsets([len(prompt) for prompt in prompts]), pa.array(ids))
 
 
-def _rewards(rewards: Sequence[Reward | None]) -> dict[str, pa.Array | list]:
-    names = ("reward", "reward_parts", "reward_error")
+def _rewards(rewards: Sequence[Reward | None]) -> dict[str, list]:
     if all(r is None for r in rewards):
-        return {name: pa.nulls(len(rewards), SCHEMA.field(name).type) for name in names}
+        return {}
     errors = [None if r is None or r.error is None else r.error.encode("utf-8", "replace").decode() for r in rewards]
     parts = [None if r is None else list(r.parts.items()) for r in rewards]
-    return dict(zip(names, ([None if r is None else r.value for r in rewards], parts, errors), strict=True))
+    return dict(zip(_REWARD, ([None if r is None else r.value for r in rewards], parts, errors), strict=True))
 
 
-def _candidates(rows: Sequence[Sequence[CandidateRecord]]) -> pa.ListArray:
-    """The records of each row, as a list of `CANDIDATE`."""
-    records = list(chain.from_iterable(rows))
+def _lists(rows: Sequence[Sequence[Segment] | Sequence[Erasure]], starts: Sequence[int]) -> pa.ListArray:
+    """The candidates of each row, as a list of `CANDIDATE`; ``starts`` of all."""
+    records: list[Segment | Erasure] = list(chain.from_iterable(rows))
+    judgements = [r.judgement for r in records]
     columns = {
-        "index": pa.array([r.index for r in records], pa.int32()),
-        "start": pa.array([r.start for r in records], pa.int32()),
-        **_tokens([r.candidate for r in records]),
-        "ended": pa.array([bool(r.candidate.ended) for r in records], pa.bool_()),
-        "version": pa.array([r.candidate.version for r in records], pa.int32()),
-        "observation": pa.array([r.observation and to_json(r.observation) for r in records], pa.string()),
-        "attempt": pa.array([r.attempt for r in records], pa.int32()),
-        **_judgements([r.judgement for r in records]),
+        "index": [r.index for r in records],
+        "start": starts,
+        "observation": [r.observation and to_json(r.observation) for r in records],
+        "attempt": [None if j is None else j.attempt for j in judgements],
+        **_judgements(judgements),
     }
-    struct = pa.StructArray.from_arrays(list(columns.values()), fields=_FIELDS)
-    return pa.ListArray.from_arrays(_offsets([len(row) for row in rows]), struct)
+    return pa.ListArray.from_arrays(
+        _offsets([len(row) for row in rows]), _struct([r.candidate for r in records], columns)
+    )
 
 
 def _tokens(candidates: Sequence[Candidate]) -> dict[str, pa.ListArray]:
@@ -218,8 +204,7 @@ def _judgements(judgements: Sequence[Judgement | None]) -> dict[str, pa.Array]:
     """The columns that are null where nothing was judged."""
     unjudged = np.array([j is None for j in judgements], bool)
     if unjudged.all():
-        numbers = dict.fromkeys(NUMBERS, pa.nulls(len(judgements), pa.float64()))
-        return {"verdict": pa.nulls(len(judgements), pa.string()), **numbers}
+        return {}
     verdicts = pa.array([None if j is None else j.verdict.value for j in judgements], pa.string())
     table = np.array([_numbers(j) for j in judgements], np.float64).T
     return {
@@ -234,44 +219,81 @@ def _numbers(judgement: Judgement | None) -> tuple[float, ...]:
     return (*_U(judgement.uncertainty), *_THETA(judgement.threshold))
 
 
-def decode_rows(batch: pa.RecordBatch) -> list[TrajectoryRow]:
-    """The rows of a batch. ValueError where one can't have come from `encode_rows`; per-token arrays are views of one buffer."""
-    plain = {name: batch[name].to_pylist() for name in (*_HEAD, "reward", "reward_parts", "reward_error")}
-    prompts, segments, erasures = batch["prompt_ids"], *(_records(batch[name]) for name in ("segments", "erasures"))
-    offsets, ids = prompts.offsets.to_pylist(), prompts.values.to_numpy()
-    rows = []
-    for n in range(batch.num_rows):
-        value, parts, error = (plain[name][n] for name in ("reward", "reward_parts", "reward_error"))
-        reward = None if parts is None else Reward(value, dict(parts), error)
-        problem_id, sibling, version, finish = (plain[name][n] for name in _HEAD)
-        prompt_ids = ids[offsets[n] : offsets[n + 1]]
-        rows.append(TrajectoryRow(problem_id, sibling, version, prompt_ids, finish, segments[n], erasures[n], reward))
-    return rows
+def decode(batch: pa.RecordBatch, prompt_of: Callable[[str, np.ndarray], Prompt]) -> list[RewardedGroup]:
+    """The groups of a batch with their rewards, which are missing where they are in the batch.
+
+    ``prompt_of`` makes a group's prompt of its problem's id and token ids. Per-token arrays are views of one buffer. ValueError
+    where a row is no complete response.
+    """
+    ids, siblings = batch["problem_id"].to_pylist(), batch["sibling"].to_pylist()
+    new = [n == 0 or ids[n] != ids[n - 1] or siblings[n] <= siblings[n - 1] for n in range(batch.num_rows)]
+    firsts = [n for n, first in enumerate(new) if first]
+    segments, erasures = (_records(batch[name]) for name in ("segments", "erasures"))
+    versions, finish = (batch[name].to_pylist() for name in ("policy_version", "finish"))
+    rewards, prompts = _read_rewards(batch), batch["prompt_ids"]
+    groups = []
+    for first, end in pairwise([*firsts, batch.num_rows]):
+        prompt = prompt_of(ids[first], prompts[first].values.to_numpy())
+        trajectories = tuple(
+            _trajectory(prompt, siblings[n], finish[n], segments[n], erasures[n]) for n in range(first, end)
+        )
+        groups.append(RewardedGroup(Group(prompt, trajectories, versions[first]), tuple(rewards[first:end])))
+    return groups
 
 
-def _records(lists: pa.ListArray) -> list[list[CandidateRecord]]:
-    """The records of each row."""
+def decode_drawn(batch: pa.RecordBatch, seed: int, step: int) -> list[tuple[Draw, Candidate]]:
+    """What `encode_drawn` was given; ValueError where the batch can't have come from it."""
+    found = []
+    names = zip(batch["problem_id"].to_pylist(), batch["sibling"].to_pylist(), strict=True)
+    for (problem_id, sibling), records in zip(names, _records(batch["segments"]), strict=True):
+        [(index, _, candidate, attempt, _, _)] = records
+        if attempt is None:
+            raise ValueError("a candidate without its attempt")
+        found.append((Draw(seed, step, problem_id, sibling, index, attempt), candidate))
+    return found
+
+
+def _trajectory(
+    prompt: Prompt, sibling: int, finish: Any, segments: Sequence[Record], erasures: Sequence[Record]
+) -> Trajectory:
+    if finish is None:
+        raise ValueError(f"problem '{prompt.problem.id}': a response that is not complete")
+    committed = tuple(
+        Segment(index, candidate, judgement, seen) for index, _, candidate, _, judgement, seen in segments
+    )
+    erased = []
+    for index, start, candidate, _, judgement, seen in erasures:
+        if judgement is None:
+            raise ValueError(f"problem '{prompt.problem.id}': an erased candidate without a judgement")
+        erased.append(Erasure(index, start, candidate, judgement, seen))
+    return Trajectory(prompt, sibling, committed, tuple(erased), finish)
+
+
+def _read_rewards(batch: pa.RecordBatch) -> list[Reward]:
+    columns = (batch[name].to_pylist() for name in _REWARD)
+    return [
+        Reward(None, {}) if parts is None else Reward(value, dict(parts), error)
+        for value, parts, error in zip(*columns, strict=True)
+    ]
+
+
+def _records(lists: pa.ListArray) -> list[list[Record]]:
+    """The candidates of each row."""
     struct, bounds = lists.values, lists.offsets.to_pylist()
     tokens = _arrays(struct)
     places = struct.field("ids").offsets.to_pylist()
-    plain = {
-        n: struct.field(n).to_pylist()
-        for n in ("index", "start", "ended", "version", "observation", "attempt", "verdict")
-    }
+    names = ("index", "start", "ended", "version", "observation", "attempt", "verdict")
+    plain = zip(*(struct.field(name).to_pylist() for name in names), strict=True)
     numbers = np.array([struct.field(n).to_numpy(zero_copy_only=False) for n in NUMBERS]).T.tolist()
-    found = []
-    for n in range(len(struct)):
+    found = list[Record]()
+    for n, (index, start, ended, version, seen, attempt, verdict) in enumerate(plain):
         here = slice(places[n], places[n + 1])
-        beside = {name: plain[name][n] for name in ("ended", "version")}
-        candidate = Candidate.wrap(*(column[here] for column in tokens), **beside)
-        attempt, verdict = plain["attempt"][n], plain["verdict"][n]
+        candidate = Candidate.wrap(*(column[here] for column in tokens), ended=ended, version=version)
         judgement = None
         if verdict is not None:
-            terms, factors = numbers[n][:_U_SIZE], numbers[n][_U_SIZE:]
-            judgement = Judgement(Uncertainty(*terms), Threshold(*factors), attempt, Verdict(verdict))
-        seen = plain["observation"][n]
-        observation = None if seen is None else from_json(seen)
-        found.append(CandidateRecord(plain["index"][n], plain["start"][n], candidate, attempt, judgement, observation))
+            u, theta = Uncertainty(*numbers[n][:_U_SIZE]), Threshold(*numbers[n][_U_SIZE:])
+            judgement = Judgement(u, theta, attempt, Verdict(verdict))
+        found.append((index, start, candidate, attempt, judgement, None if seen is None else from_json(seen)))
     return [found[a:b] for a, b in pairwise(bounds)]
 
 
@@ -284,31 +306,3 @@ def _arrays(struct: pa.StructArray) -> list[np.ndarray]:
         column.flags.writeable = False
         columns.append(column)
     return columns
-
-
-def decode(batch: pa.RecordBatch, prompt_of: Callable[[TrajectoryRow], Prompt]) -> list[RewardedGroup]:
-    """The groups of a batch with their rewards, which are missing where they are in the batch. ValueError where a row is no
-    complete response."""
-    groups: list[list[TrajectoryRow]] = []
-    for row in decode_rows(batch):
-        if groups and groups[-1][-1].problem_id == row.problem_id and groups[-1][-1].sibling < row.sibling:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [_group(rows, prompt_of(rows[0])) for rows in groups]
-
-
-def _group(rows: Sequence[TrajectoryRow], prompt: Prompt) -> RewardedGroup:
-    trajectories = []
-    for row in rows:
-        if row.finish is None:
-            raise ValueError(f"problem '{row.problem_id}': a response that is not complete")
-        if any(r.judgement is None for r in row.erasures):
-            raise ValueError(f"problem '{row.problem_id}': an erased candidate without a judgement")
-        segments = tuple(Segment(r.index, r.candidate, r.judgement, r.observation) for r in row.segments)
-        erasures = tuple(
-            Erasure(r.index, r.start, r.candidate, r.judgement, r.observation) for r in row.erasures if r.judgement
-        )
-        trajectories.append(Trajectory(prompt, row.sibling, segments, erasures, row.finish))
-    rewards = tuple(row.reward or Reward(None, {}) for row in rows)
-    return RewardedGroup(Group(prompt, tuple(trajectories), rows[0].policy_version), rewards)

@@ -116,7 +116,7 @@ def exchanged(ranks: Ranks, prompts: Sequence[Prompt], mine: Sequence[Group]) ->
         sent = ranks.gather_bytes(to_ipc(encode([group]) for group in mine) if mine else b"")
         others = [body for rank, body in enumerate(sent) if body and rank != ranks.rank]
         batches = itertools.chain(*map(from_ipc, others))
-        mine = [*mine, *(item.group for b in batches for item in decode(b, lambda row: named[row.problem_id]))]
+        mine = [*mine, *(item.group for b in batches for item in decode(b, lambda name, _: named[name]))]
     found = {group.prompt.problem.id: group for group in mine}
     return [found[prompt.problem.id] for prompt in prompts]
 
@@ -204,7 +204,7 @@ def unpack_groups(run: Run, facts: Sequence[Mapping[str, Any]], content: bytes) 
     prompts = {prompt.problem.id: prompt for prompt in run.data.train}
     steps = []
     for fact, batch in zip(facts, batches, strict=True):
-        found = decode(batch, lambda row: prompts[row.problem_id])
+        found = decode(batch, lambda name, _: prompts[name])
         kept, dropped = tuple(found[: fact["kept"]]), tuple(found[fact["kept"] :])
         rollout, rewards = fact["seconds"]
         steps.append(StepGroups(kept, dropped, fact["refills"], rollout, rewards, fact["position"]))

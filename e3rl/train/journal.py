@@ -30,7 +30,7 @@ import torch
 from e3rl.environments.protocol import Reply
 from e3rl.errors import UserError
 from e3rl.files import disk_full_is_a_sentence
-from e3rl.rollout.columns import CandidateRecord, TrajectoryRow, decode_rows, encode, encode_rows
+from e3rl.rollout.columns import decode_drawn, encode, encode_drawn
 from e3rl.rollout.ipc import problem_of, read_batch
 from e3rl.rollout.turns import from_json
 from e3rl.types import Candidate, Draw, Group
@@ -70,14 +70,12 @@ def records(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 def pack(drawn: Sequence[tuple[Draw, Candidate]]) -> list[bytes]:
     """Records of these candidates, one for each seed and step: which they are as JSON, a line end, then a record batch."""
-    found: dict[tuple[int, int], list[TrajectoryRow]] = {}
+    found: dict[tuple[int, int], list[tuple[Draw, Candidate]]] = {}
     for draw, candidate in drawn:
-        kept = CandidateRecord(draw.segment, 0, candidate, draw.attempt, None)
-        row = TrajectoryRow(draw.prompt_id, draw.sibling, None, (), None, [kept])
-        found.setdefault((draw.seed, draw.step), []).append(row)
+        found.setdefault((draw.seed, draw.step), []).append((draw, candidate))
     return [
-        _CANDIDATES + json.dumps(named).encode() + b"\n" + encode_rows(rows).serialize().to_pybytes()
-        for named, rows in found.items()
+        _CANDIDATES + json.dumps(named).encode() + b"\n" + encode_drawn(here).serialize().to_pybytes()
+        for named, here in found.items()
     ]
 
 
@@ -85,14 +83,7 @@ def unpack(payload: bytes) -> list[tuple[Draw, Candidate]]:
     """What `pack` was given, to the last bit; ValueError or TypeError where it can't have come from it."""
     head, _, body = payload.removeprefix(_CANDIDATES).partition(b"\n")
     seed, step = json.loads(head)
-    found = []
-    for row in decode_rows(read_batch(body)):
-        [kept] = row.segments
-        if kept.attempt is None:
-            raise ValueError("a candidate without its attempt")
-        draw = Draw(seed, step, row.problem_id, row.sibling, kept.index, kept.attempt)
-        found.append((draw, kept.candidate))
-    return found
+    return decode_drawn(read_batch(body), seed, step)
 
 
 def survey(content: bytes) -> tuple[str, int]:

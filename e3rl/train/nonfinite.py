@@ -22,7 +22,7 @@ from e3rl.config import TrainConfig
 from e3rl.errors import UserError
 from e3rl.files import atomic_directory, damage, write_json
 from e3rl.objectives.base import TrainBatch
-from e3rl.rollout.columns import TrajectoryRow, decode, encode
+from e3rl.rollout.columns import decode, encode
 from e3rl.rollout.ipc import from_ipc, to_ipc
 from e3rl.train.packing import TrainSequence
 from e3rl.types import Problem, Prompt, RewardedGroup
@@ -187,9 +187,9 @@ def read_skipped(run: Path, step: int) -> SkippedStep:
     return SkippedStep(facts["step"], facts["update"], facts["text"], finding, batch, weights)
 
 
-def _prompt_of(row: TrajectoryRow) -> Prompt:
+def _prompt_of(problem_id: str, ids: np.ndarray) -> Prompt:
     """A prompt of these tokens, whose problem has an id and nothing else."""
-    return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
+    return Prompt(Problem(problem_id, ""), tuple(ids.tolist()))
 
 
 def skip_step(

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3rl.rollout.columns import SCHEMA, CandidateRecord, TrajectoryRow, decode, decode_rows, encode, encode_rows
+from e3rl.rollout.columns import SCHEMA, decode, decode_drawn, encode, encode_drawn
 from e3rl.rollout.ipc import check, from_ipc, read_batch, to_ipc
 from e3rl.types import (
     Candidate,
+    Draw,
     Erasure,
     Group,
     Judgement,
@@ -72,8 +73,8 @@ def _groups(draw: st.DrawFn) -> RewardedGroup:
     return RewardedGroup(Group(prompt, tuple(trajectories), version), tuple(draw(_REWARDS) for _ in trajectories))
 
 
-def prompt_of(row: TrajectoryRow) -> Prompt:
-    return Prompt(Problem(row.problem_id, ""), tuple(np.asarray(row.prompt_ids).tolist()))
+def prompt_of(name: str, ids: np.ndarray) -> Prompt:
+    return Prompt(Problem(name, ""), tuple(ids.tolist()))
 
 
 @settings(max_examples=50)
@@ -174,10 +175,13 @@ def test_a_batch_that_is_inconsistent_is_refused(batch: Callable[[], pa.RecordBa
 
 
 def test_a_response_under_way_is_no_group():
-    batch = encode_rows([TrajectoryRow("p", 0, None, (), None, [CandidateRecord(0, 0, candidate(), 2, None)])])
+    drawn = [(Draw(7, 3, "p", 1, 4, 2), candidate()), (Draw(7, 3, "q", 0, 0, 0), candidate(2).drawn_by(5))]
+    batch = encode_drawn(drawn)
     check(batch)
-    [row] = decode_rows(batch)
-    assert (row.finish, row.segments[0].attempt, row.segments[0].candidate) == (None, 2, candidate())
+    assert batch["finish"].null_count == 2
+    found = decode_drawn(batch, 7, 3)
+    assert found == drawn
+    assert [c.version for _, c in found] == [None, 5]
     with pytest.raises(ValueError, match="problem 'p': a response that is not complete"):
         decode(batch, prompt_of)
 

@@ -372,7 +372,7 @@ def test_turns_survive_every_encoding():
     memory = Memory()
     [trajectory], _ = roll(tools, [("p", 0, 0, 0), ("p", 0, 3, 0), ("p", 0, 2, 3), ("p", 0, 4, 3)], memory=memory)
     group = Group(trajectory.prompt, (trajectory,), 4)
-    [found] = decode(from_ipc(to_ipc([encode([group])]))[0], lambda _: trajectory.prompt)
+    [found] = decode(from_ipc(to_ipc([encode([group])]))[0], lambda *_: trajectory.prompt)
     assert found.group == group
     for draw, kept in memory.replies.items():
         assert unpack_reply(pack_reply(draw, kept)) == (draw, kept)

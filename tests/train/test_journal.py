@@ -200,7 +200,7 @@ def test_a_group_that_a_worker_sent_is_kept(tmp_path: Path):
     journal.close()
     assert survey((tmp_path / "j").read_bytes()) == ("1 groups", 0)
     again = StepJournal(tmp_path / "j", HEADER, lambda _: None)
-    [item] = decode(again.groups[group.prompt.problem.id], lambda _: group.prompt)
+    [item] = decode(again.groups[group.prompt.problem.id], lambda *_: group.prompt)
     assert item.group == group
 
 
