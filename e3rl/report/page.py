@@ -81,8 +81,8 @@ def render_page(
     title: str, scripts: Sequence[str], data: Mapping[str, str], packed: Mapping[str, str] = {}, *, charts: bool
 ) -> str:
     """A whole page. ``data`` holds `to_json` texts by the id that the scripts find them under, ``packed`` packed ones."""
-    terms = f"const TERMS = {to_json(list(TERMS.values()))};\n"
-    code = "(() => {\n" + terms + "\n".join(_asset(name) for name in scripts) + "\n})();"
+    terms = f"const TERMS = {to_json(list(TERMS.values()))};"
+    code = "\n".join(["(() => {", '"use strict";', terms, *(_asset(name) for name in scripts), "})();"])
     library = [_plotly()] if charts else []
     parts = {
         "policy": content_security_policy([code, *library]),

@@ -1,4 +1,3 @@
-"use strict";
 // Making and filling elements. Text only ever enters the page as text nodes, never as markup.
 
 function el(tag, attributes = {}, ...children) {
