@@ -25,7 +25,7 @@ from e3rl.engine.torch.cache import GenericSlotModel
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, of_the_family
 from e3rl.engine.torch.operations import Attention
 from e3rl.engine.torch.recorded import Step
-from e3rl.engine.torch.storage import StepRows, physical_slots
+from e3rl.engine.torch.storage import RowSize, StepRows
 from e3rl.models import unwrapped
 from e3rl.train.optimizer import GradientSums
 from e3rl.train.scoring import head_scores, output_matrix
@@ -162,6 +162,7 @@ class EngineBytes:
     """Bytes of the torch engine."""
 
     cache: int
+    states: int  # recurrent states, and a snapshot of each
     marks: int  # logits at the start of each row's latest candidate
     prompt: int  # while the longest prompt runs
     recorded: int  # buffers and memory of CUDA graphs; 0 where steps are not recorded
@@ -175,7 +176,8 @@ def engine(model: Any, rows: int, together: int, longest: int, prompt: int, *, o
     slots = GenericSlotModel(model, rows, longest)
     with Allocations() as counted:
         slots.prefill([0], 0)
-        cache = slots.storage.bytes
+        states = slots.storage.state_bytes
+        cache = slots.storage.bytes - states
         before = counted.restart()
         slots.prefill([0] * prompt, 0)
         of_prompt = counted.peak - before
@@ -187,7 +189,7 @@ def engine(model: Any, rows: int, together: int, longest: int, prompt: int, *, o
             before = counted.restart()  # the pass works in the graphs' memory
         _draw(logits)
         of_step = counted.peak - before if recorded else max(of_pass, counted.peak - before)
-    return EngineBytes(cache, rows * logits[0].nbytes, of_prompt, recorded, of_step)
+    return EngineBytes(cache, states, rows * logits[0].nbytes, of_prompt, recorded, of_step)
 
 
 def _draw(logits_RV: Tensor) -> None:
@@ -238,9 +240,9 @@ def forward_bytes(model: Any, tokens: int) -> int:
     return counted.peak - before
 
 
-def cache_row_bytes(model: Any) -> int:
-    """Bytes of a position in the torch engine's cache, all layers."""
+def cache_row_size(model: Any) -> RowSize:
+    """What a row takes in the torch engine's cache, all layers."""
     slots = GenericSlotModel(model, 1, 1)
     with torch.no_grad():
         slots.prefill([0], 0)
-    return slots.storage.bytes // (physical_slots(1) * slots.storage.capacity)
+    return slots.storage.row_size

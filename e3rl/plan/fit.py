@@ -42,7 +42,7 @@ def _candidates(config: Config, plan: Plan, available: int, ranks: int) -> Itera
     """Overrides and numbers of ranks, the least loss first."""
     train, budget = config.train, []
     worst = max(plan.processes, key=lambda process: process.largest)
-    cache = worst.held.get("KV cache", 0) - (plan.largest - available)
+    cache = worst.cache - (plan.largest - available)
     if cache > 0:
         budget = [f"rollout.kv_budget={cache // MIB}"]
         yield budget, ranks
@@ -91,7 +91,7 @@ def require_generation_fits(config: Config, prompt: int) -> None:
     if process.largest <= available:
         return
     changes = ["take a device with more memory"]
-    budget = (process.held.get("KV cache", 0) - (process.largest - available)) // MIB
+    budget = (process.cache - (process.largest - available)) // MIB
     with contextlib.suppress(UserError):  # too little for a single group
         again = plan_generation(_with(config, [f"rollout.kv_budget={budget}"]), prompt, on_cpu=on_cpu)
         if budget > 0 and again.largest <= available:

@@ -10,7 +10,9 @@ from e3rl.config import Config
 from e3rl.engine.torch.fused import decoding_copy_bytes
 from e3rl.engine.torch.storage import MIB, bucketed, rows_within
 from e3rl.engine.vllm.core import BATCHED_TOKENS, kv_cache_bytes
-from e3rl.plan.dry_run import cache_row_bytes, draw_bytes, engine, forward_bytes
+from e3rl.plan.dry_run import cache_row_size, draw_bytes, engine, forward_bytes
+
+KV_CACHE, RECURRENT_STATES = "KV cache", "recurrent states and snapshots"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Process:
     def peak(self, phase: str) -> int:
         """Bytes at the worst moment of a phase."""
         return sum(self.held.values()) + sum(self.phases[phase].values())
+
+    @property
+    def cache(self) -> int:
+        """What `rollout.kv_budget` bounds."""
+        return self.held.get(KV_CACHE, 0) + self.held.get(RECURRENT_STATES, 0)
 
     @property
     def worst(self) -> str:
@@ -57,12 +64,13 @@ def _torch_engine(sizes: Sizes) -> tuple[dict[str, int], dict[str, dict[str, int
     """What the torch engine holds beside the weights that it generates with, and what its phases take."""
     rollout, longest = sizes.config.rollout, sizes.longest
     rows = rollout.cache_rows or 2 * rollout.max_rows
-    row_bytes = cache_row_bytes(sizes.model) * bucketed(longest)
+    row_bytes = cache_row_size(sizes.model).of(longest)
     rows = rows_within(rollout.kv_budget * MIB, row_bytes, rows, rollout.num_generations, bucketed(longest))
     found = engine(sizes.model, rows, min(rollout.max_rows, rows), longest, sizes.prompt, on_gpu=not sizes.on_cpu)
     held = {
         "weights laid out for decoding": decoding_copy_bytes(sizes.model) if sizes.on_cpu else 0,
-        "KV cache": found.cache,
+        KV_CACHE: found.cache,
+        RECURRENT_STATES: found.states,
         "logits at candidates' starts": found.marks,
         "CUDA graphs and their buffers": found.recorded,
     }
@@ -75,7 +83,7 @@ def _vllm_engine(sizes: Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]
     rows = rollout.cache_rows or 2 * rollout.max_rows
     held = {
         "vLLM's weights": sizes.weights // parts,
-        "KV cache": kv_cache_bytes(sizes.model, rows, sizes.longest, rollout.kv_budget * MIB, parts),
+        KV_CACHE: kv_cache_bytes(sizes.model, rows, sizes.longest, rollout.kv_budget * MIB, parts),
     }
     draws = draw_bytes(rollout.max_rows, sizes.model.get_input_embeddings().weight.shape[0])
     largest = forward_bytes(sizes.model, BATCHED_TOKENS) // parts

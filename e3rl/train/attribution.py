@@ -8,6 +8,7 @@ are computed for the last L' response positions of each trajectory alone: no T x
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from e3rl.engine.torch.cache import RECURRENT
 from e3rl.engine.torch.operations import attention
 from e3rl.equations.attribution import attention_shares, token_attribution
+from e3rl.errors import UserError
 from e3rl.models import unwrapped
-from e3rl.train.packing import Branch, PackedRow, pad
+from e3rl.train.packing import Branch, PackedRow, each_alone, pad, recurrent_mixers
 
 ATTENTION_NAME = "e3rl_packed"
 _PAIRS = 2**19  # of queries and keys that shares are computed of at once: 64 MiB with 32 heads
@@ -201,12 +204,7 @@ def _attention(
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value))
     outputs = []
     for index, branch in enumerate(branches):
-        seen_keys, seen_values = (
-            torch.cat([*(states[b][:, :, start:end] for b, start, end in branch.context), states[index]], 2)
-            if branch.context
-            else states[index]
-            for states in (keys, values)
-        )
+        seen_keys, seen_values = (packed_row.behind_context(states, index, 2) for states in (keys, values))
         before = seen_keys.shape[2] - branch.size
         if s_aux is None:
             mask = _mask(packed_row, branch, before, sliding_window, query)
@@ -227,9 +225,17 @@ AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 def attribution_layers(model: nn.Module, which: str) -> frozenset[int]:
-    """The layers averaged over, by `attribution_layers`: 'last' or 'all'."""
-    count: int = unwrapped(model).config.num_hidden_layers
-    return frozenset({count - 1} if which == "last" else range(count))
+    """The layers averaged over, by `attribution_layers`: 'last' or 'all' of those that attend. UserError where none does."""
+    config = unwrapped(model).config.get_text_config(decoder=True)
+    count: int = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    attending = [layer for layer, kind in enumerate(kinds[:count]) if kind not in (*RECURRENT, "moe", "mlp")]
+    if not attending:
+        raise UserError(
+            f"{type(unwrapped(model)).__name__} has no attention layers, and this objective divides rewards by attention: "
+            "choose objective.allocation = 'sequence', which leaves them undivided, or another objective"
+        )
+    return frozenset(attending[-1:] if which == "last" else attending)
 
 
 @contextlib.contextmanager
@@ -237,8 +243,16 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     """Inside the ``with`` block the model takes packed rows; backward passes that recompute belong inside as well."""
     config = unwrapped(model).config
     before = config._attn_implementation
+    if before == ATTENTION_NAME:
+        yield
+        return
     config._attn_implementation = ATTENTION_NAME
+    mixers: list[Any] = recurrent_mixers(model)
+    for mixer in mixers:
+        mixer.forward = functools.partial(each_alone, mixer.forward)
     try:
         yield
     finally:
         config._attn_implementation = before
+        for mixer in mixers:
+            del mixer.forward

@@ -23,7 +23,7 @@ from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
-from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, plan_rows
+from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, plan_rows, recurrent_mixers
 from e3rl.train.scoring import AttributionSettings, RowScores, Scores, score_rows
 from e3rl.types import RewardedGroup
 
@@ -67,6 +67,7 @@ class Learner:
             and "frozen" not in objective.needs
             and not has_dropout(policy.model)
         )
+        self._whole = bool(recurrent_mixers(policy.model))  # what sequences share is computed for each of them
         self._rewards_only = "rewards_only" in objective.needs
         self._keeps_passes = keeps_passes(train, self._ranks.world)
         if train.gradient_checkpointing:
@@ -87,7 +88,7 @@ class Learner:
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
         totals = totals_of(itertools.chain(*by_group), self._config.rollout.completion_limit)
         means, lessons, loss, mine = Means(), [], 0.0, self._ranks.share(by_group)
-        plan = plan_rows(mine, self._config.train.micro_batch_tokens)
+        plan = plan_rows(mine, self._config.train.micro_batch_tokens, whole=self._whole)
         parts = [self._packed([s for i in indices for s in mine[i]]) for indices in plan]
         references = iter(self._reference_logprobs([row for _, rows in parts for row in rows]))
         scored, slots = self._scored_apart([rows for _, rows in parts]), self._slots([len(rows) for _, rows in parts])
@@ -225,7 +226,8 @@ class Learner:
 
     def _packed(self, sequences: list[TrainSequence]) -> tuple[list[TrainSequence], list[PackedRow]]:
         """Sequences, and the rows that they are packed into."""
-        return sequences, packed_rows(sequences, self._config.train.micro_batch_tokens, self._policy.device)
+        budget = self._config.train.micro_batch_tokens
+        return sequences, packed_rows(sequences, budget, self._policy.device, whole=self._whole)
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""

@@ -10,11 +10,12 @@ shares (its *context*), so every number is that of the sequence alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e3rl.types import Group, Trajectory
 
@@ -192,6 +193,11 @@ class PackedRow:
         """To add to attention: 0 where a place of the longest sequence sees another, -inf elsewhere."""
         return _causal_mask(max(map(len, self.paths)), window, dtype, self.ids_N.device)
 
+    def behind_context(self, parts: Sequence[Tensor], index: int, dim: int) -> Tensor:
+        """What a branch's tokens and those before them have; ``parts`` are those of the branches, along ``dim``."""
+        context = [parts[b].narrow(dim, start, end - start) for b, start, end in self.branches[index].context]
+        return torch.cat([*context, parts[index]], dim) if context else parts[index]
+
     def response_paths(self) -> list[Tensor]:
         """Row positions of each sequence's response tokens, on the CPU."""
         return [path[size:] for path, size in zip(self.paths, self.prompt_lengths, strict=True)]
@@ -209,24 +215,60 @@ def packed_size(sequences: Sequence[TrainSequence]) -> int:
     return _insert_all(PrefixTree(), sequences)
 
 
-def plan_rows(parts: Sequence[Sequence[TrainSequence]], token_budget: int) -> list[list[int]]:
-    """Indices of parts, in order, gathered into rows of at most ``token_budget`` tokens.
+def plan_rows(parts: Sequence[Sequence[TrainSequence]], token_budget: int, *, whole: bool = False) -> list[list[int]]:
+    """Indices of parts, in order, gathered into rows of at most ``token_budget`` tokens; ``whole`` counts what sequences share
+    once for each of them.
 
     A part is never divided; one that is larger than the budget gets a row of its own.
     """
     rows: list[list[int]] = []
-    tree = PrefixTree()
+    tree, total = PrefixTree(), 0
     for index, part in enumerate(parts):
-        if rows and _insert_all(tree, part) <= token_budget:
+        size = sum(sequence.length for sequence in part)
+        total += size
+        if rows and (total if whole else _insert_all(tree, part)) <= token_budget:
             rows[-1].append(index)
         else:
-            tree = PrefixTree()
+            tree, total = PrefixTree(), size
             _insert_all(tree, part)
             rows.append([index])
     return rows
 
 
-def packed_rows(sequences: Sequence[TrainSequence], token_budget: int, device: torch.device) -> list[PackedRow]:
-    """Sequences, in their order, as rows of at most ``token_budget`` tokens."""
-    plan = plan_rows([[s] for s in sequences], token_budget)
+def packed_rows(
+    sequences: Sequence[TrainSequence], token_budget: int, device: torch.device, *, whole: bool = False
+) -> list[PackedRow]:
+    """Sequences, in their order, as rows of at most ``token_budget`` tokens, counted as in `plan_rows`."""
+    plan = plan_rows([[s] for s in sequences], token_budget, whole=whole)
     return [PackedRow.of([sequences[i] for i in indices], device) for indices in plan]
+
+
+def recurrent_mixers(model: nn.Module) -> list[nn.Module]:
+    """Modules that carry a state from token to token: those with a convolution over tokens directly inside."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and any(isinstance(child, nn.Conv1d) for child in module.children())
+    ]
+
+
+def each_alone(
+    forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    *,
+    packed_row: PackedRow | None = None,
+    attribution_tap: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A recurrent mixer over a packed row: each branch behind the whole sequence that it goes on from, run from its beginning.
+
+    What sequences share is computed once for each of them here, and only here.
+    """
+    if packed_row is None:
+        raise TypeError("its recurrent layers are not given the row")
+    parts = hidden_states.split([branch.size for branch in packed_row.branches], 1)
+    found = [
+        forward(packed_row.behind_context(parts, index, 1), **kwargs)[:, -branch.size :]
+        for index, branch in enumerate(packed_row.branches)
+    ]
+    return torch.cat(found, 1)

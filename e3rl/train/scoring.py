@@ -18,7 +18,7 @@ from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
 from e3rl.models import narrow_window, unwrapped
 from e3rl.train.attribution import AttributionTap, packed_attention
-from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, pad
+from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, pad, recurrent_mixers
 
 _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 _SMALLEST_CHUNK = 16  # tokens; fewer waste the matrix product
@@ -238,7 +238,8 @@ def score_sequences(
     attribution: AttributionSettings | None = None,
 ) -> list[Scores]:
     """Scores of every sequence, in their order, on the CPU; shares only where ``attribution`` is given."""
-    rows = packed_rows(sequences, token_budget, next(model.parameters()).device)
+    whole, device = bool(recurrent_mixers(model)), next(model.parameters()).device
+    rows = packed_rows(sequences, token_budget, device, whole=whole)
     return score_rows(Passes(), model, rows, temperature, attribution)
 
 

@@ -36,6 +36,7 @@ from e3rl.train.journal import Journal, fingerprint
 from e3rl.train.learner import Learner
 from e3rl.train.listeners import Interrupted, Listener, StopRequest, tell
 from e3rl.train.loop import train
+from e3rl.train.packing import recurrent_mixers
 from e3rl.train.prompts import RunData, answers_as_responses, load_data, number_of_steps
 from e3rl.train.run_directory import RunDirectory, run_path
 from e3rl.train.scoring import require_scorable
@@ -127,6 +128,11 @@ def prepare(
     torch.manual_seed(config.run.seed)  # adapters start equal in every run and rank
     policy = load_policy(config.model, outline=outline)
     require_scorable(policy.model)
+    if mixers := recurrent_mixers(policy.model):
+        note(
+            f"{len(mixers)} layers carry a recurrent state: in training they run each sequence from its beginning, also what it "
+            "shares with others; train.micro_batch_tokens counts that for each of them"
+        )
     generating = policy
     # rollouts need weights that training does not touch or divide
     if (config.rollout.staleness or divides_weights(config.train, ranks)) and (ranks.first or not remote):

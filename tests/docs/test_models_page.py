@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from e3rl.engine.torch.storage import RowSize
 from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
@@ -56,7 +57,7 @@ def test_the_fast_path_is_that_of_the_page(tool, lines):
 def test_a_model_that_is_served_wrongly_is_not_called_exact(tool, monkeypatch):
     """With the checks at a run's start out of the way, a window that the engine doesn't know of is seen."""
     model = tool["build"]("mistral")
-    monkeypatch.setattr("e3rl.engine.torch.engine.check_exactness", lambda model: 1024)
+    monkeypatch.setattr("e3rl.engine.torch.engine.check_exactness", lambda model: RowSize(1024))
     monkeypatch.setattr("e3rl.engine.torch.cache.sliding_window", lambda model: None)
     assert tool["_engine"](model).startswith("NOT REFUSED")
 

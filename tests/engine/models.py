@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import runpy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,3 +65,30 @@ def tiny(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32)
 def sliding(name: str, attention: str = "sdpa") -> Any:
     """A shared tiny model whose layers, or every other one, see 5 positions; tests must not change it."""
     return build(name, attention, **_SLIDING[name])
+
+
+RECURRENT = (
+    "qwen3_5_text",
+    "qwen3_next",
+    "bamba",
+    "granitemoehybrid",
+    "nemotron_h",
+    "falcon_h1",
+    "olmo_hybrid",
+    "lfm2",
+    "lfm2_moe",
+    "mamba2",
+)
+"""Architectures with recurrent states: gated delta nets, Mamba 2, short convolutions; the last one attends nowhere."""
+
+
+@functools.cache
+def _models_page() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[2] / "tools" / "models_page.py"))
+
+
+@functools.cache
+def recurrent(name: str) -> Any:
+    """A shared tiny model of an architecture as docs/models.md tries it; tests must not change it."""
+    with _models_page()["_quiet"]():
+        return _models_page()["build"](name)

@@ -62,12 +62,6 @@ def test_a_model_that_transforms_its_logits_is_refused():
         del model.forward
 
 
-def test_a_model_that_keeps_a_state_beside_its_attention_is_refused():
-    """A second branch would go on from the state that the first one left."""
-    with pytest.raises(UserError, match="packed sequences get log-probabilities that differ by"):
-        require_scorable(build("Qwen3Next", None))
-
-
 @pytest.mark.parametrize("name", SLIDING)
 def test_models_with_windows_are_scored(name: str):
     require_scorable(sliding(name))

@@ -1,26 +1,37 @@
-"""A slot cache for any model of the transformers library that attends to keys and values, as that library's `Cache`."""
+"""A slot cache for any model of the transformers library that attends to keys and values or keeps recurrent states in that
+library's `Cache`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed
+from e3rl.engine.torch.storage import SlotStorage, StateName, StepRows, bucketed
 from e3rl.engine.torch.threads import Division
 from e3rl.models import sliding_window, unwrapped
 
+RECURRENT = ("linear_attention", "conv")
+"""Types of layer that keep a state in place of keys and values; those of type hybrid have both."""
+
+_Masks = Tensor | dict[str, Tensor | None] | None
+
 
 class _View(Protocol):
-    """Where a forward pass writes new keys (or values), and which ones its queries see."""
+    """Where a forward pass writes new keys (or values), and which ones its queries see; which recurrent states it goes on from,
+    and where it leaves the new ones."""
 
     def write(self, storage: Tensor, states: Tensor) -> Tensor: ...
+
+    def state(self, storage: SlotStorage, name: StateName) -> Tensor | None: ...
+
+    def store(self, storage: SlotStorage, name: StateName, state: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,14 @@ class PromptView:
         storage[self.slot, :, : states.shape[2]] = states[0]
         return states
 
+    def state(self, storage: SlotStorage, name: StateName) -> None:
+        """None: a prompt begins anew."""
+
+    def store(self, storage: SlotStorage, name: StateName, state: Tensor) -> None:
+        if name not in storage.states:
+            storage.add_state(name, state)
+        storage.states[name][self.slot] = state[0]
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeView:
@@ -42,10 +61,23 @@ class DecodeView:
     slots_R: Tensor
     positions_R: Tensor
     width: int
+    taken: dict[StateName, Tensor] = field(default_factory=dict)  # states of the rows, which layers change in place
 
     def write(self, storage: Tensor, states: Tensor) -> Tensor:
         storage[self.slots_R, :, self.positions_R] = states[:, :, 0]
         return storage[self.read, :, : self.width]
+
+    def state(self, storage: SlotStorage, name: StateName) -> Tensor:
+        """A copy: rows that fill up a step must not change the states of those that live where they read."""
+        return self.taken.setdefault(name, storage.states[name][self.slots_R])
+
+    def store(self, storage: SlotStorage, name: StateName, state: Tensor) -> None:
+        self.taken[name] = state
+
+    def put_back(self, storage: SlotStorage) -> None:
+        """Write the states that the step left to the rows' slots."""
+        for name, state in self.taken.items():
+            storage.states[name][self.slots_R] = state
 
 
 class SlotLayer(CacheLayerMixin):
@@ -53,13 +85,14 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: SlotCache, number: int) -> None:
+    def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self._cache, self._number = cache, number
+        self._cache, self._number = cache, -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Layers meet their first keys in order, from the first to the last."""
+        """Layers that have keys meet their first ones in order, from the first to the last."""
         _, kv_heads, _, key_dim = key_states.shape
+        self._number = len(self._cache.storage.keys)
         self._cache.storage.add_layers(1, kv_heads, key_dim, value_states.shape[3], key_states)
         self.is_initialized = True
 
@@ -89,9 +122,45 @@ class SlotCache(Cache):
     """A `SlotStorage` that the layers of a transformers model write to and read from."""
 
     def __init__(self, layers: int, storage: SlotStorage) -> None:
-        super().__init__(layers=[SlotLayer(self, number) for number in range(layers)])
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
         self.storage = storage
         self.view: _View = PromptView(slot=0)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The last inputs of a layer's convolution; None at a prompt's beginning."""
+        return self.view.state(self.storage, ("conv", layer_idx, state_idx))
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Keep the last inputs of a convolution; return them with those before, zeros at a prompt's beginning."""
+        before, size = self.get_conv_state(layer_idx, state_idx), conv_kernel_size or conv_states.shape[-1]
+        if before is None:
+            whole = nn.functional.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
+        else:
+            whole = torch.cat([before, conv_states], -1)
+        self.view.store(self.storage, ("conv", layer_idx, state_idx), whole[..., -size:])
+        return whole
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A layer's recurrent state; None at a prompt's beginning."""
+        return self.view.state(self.storage, ("recurrent", layer_idx, state_idx))
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Keep a layer's recurrent state."""
+        self.view.store(self.storage, ("recurrent", layer_idx, state_idx), recurrent_states)
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether there are states to go on from."""
+        return not isinstance(self.view, PromptView)
 
 
 def cache_argument(model: Any) -> str:
@@ -146,19 +215,25 @@ class GenericSlotModel:
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
         width = bucketed(rows.last + 1)
-        self._cache.view = DecodeView(rows.read, rows.slots_R, rows.positions_R, width)
+        self._cache.view = view = DecodeView(rows.read, rows.slots_R, rows.positions_R, width)
         positions_R1 = rows.positions_R.unsqueeze(1)
-        return self._forward(rows.ids_R.unsqueeze(1), positions_R1, self._masks(positions_R1, width))
+        logits_RV = self._forward(rows.ids_R.unsqueeze(1), positions_R1, self._masks(positions_R1, width))
+        view.put_back(self.storage)
+        return logits_RV
 
-    def _masks(self, positions_R1: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+    def _masks(self, positions_R1: Tensor, width: int) -> _Masks:
         """What each query sees; by type of layer where layers differ. Keys that slid out of a window are kept, for
-        rollbacks."""
+        rollbacks. Recurrent layers take no mask."""
+        if not self.storage.keys:
+            return None
         columns_W = self._columns[:width]
         past_RW = columns_W <= positions_R1
         if self._window is None:
             return self._mask(past_RW)
         near = self._mask(past_RW & (columns_W > positions_R1 - self._window))
-        return {"full_attention": self._mask(past_RW), "sliding_attention": near} if self._by_layer_type else near
+        if not self._by_layer_type:
+            return near
+        return {"full_attention": self._mask(past_RW), "sliding_attention": near} | dict.fromkeys(RECURRENT)
 
     def _mask(self, seen_RW: Tensor) -> Tensor:
         seen_R11W = seen_RW[:, None, None, :]
@@ -167,7 +242,7 @@ class GenericSlotModel:
         zeros_R11W = torch.zeros_like(seen_R11W, dtype=self._dtype)
         return zeros_R11W.masked_fill_(~seen_R11W, torch.finfo(self._dtype).min)
 
-    def _forward(self, ids_RT: Tensor, positions_RT: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
+    def _forward(self, ids_RT: Tensor, positions_RT: Tensor, mask: _Masks) -> Tensor:
         with evaluating(self._model):
             output = self._model(
                 input_ids=ids_RT,

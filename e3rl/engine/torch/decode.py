@@ -24,6 +24,7 @@ class SlotRow(RowState):
     number: int = -1  # among the rows held: where its mark is kept
     cached: int = 0  # leading tokens whose keys are in the slot
     marked: int = -1  # which token the mark draws; -1: none
+    stale: bool = False  # recurrent states in the slot are of tokens that were dropped
 
     @property
     def total(self) -> int:
@@ -35,9 +36,13 @@ class SlotRow(RowState):
         """The latest token."""
         return self.request.ids[-1] if self.request and self.request.ids else self.ids[-1]
 
+    def tokens(self) -> list[int]:
+        """All tokens, those of an open request included."""
+        return self.ids + self.request.ids if self.request else self.ids
+
 
 class Marks:
-    """Logits at the start of each row's latest candidate."""
+    """Logits at the start of each row's latest candidate; the storage keeps recurrent states beside them."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -171,11 +176,15 @@ class StepPart:
         """Give the requests what was drawn for them; return the number of tokens."""
         delivered = self._draws.deliver()
         for row, start in zip(self.rows, self._starts, strict=True):
-            row.cached = min(start + self.fed, row.total)  # a row that ended was fed on
+            row.stale = start + self.fed > row.total  # a row that ended was fed on
+            row.cached = min(start + self.fed, row.total)
         return delivered
 
     def _mark(self, logits_RV: Tensor) -> None:
         """Keep the logits of rows that are about to draw the first token of a candidate."""
         chosen = [index for index, row in enumerate(self.rows) if not row.open.ids]
         if chosen:
-            self._marks.keep([self.rows[index] for index in chosen], logits_RV[chosen])
+            rows = [self.rows[index] for index in chosen]
+            self._marks.keep(rows, logits_RV[chosen])
+            slots = [self._step_rows.first + index for index in chosen]
+            self._model.storage.keep_states(slots, [row.number for row in rows])

@@ -1,9 +1,11 @@
-"""The in-process engine: any transformers model that attends to keys and values over a slot cache (`e3rl.engine.torch.cache`).
+"""The in-process engine: any transformers model that attends to keys and values, or keeps recurrent states, over a slot cache
+(`e3rl.engine.torch.cache`).
 
 A row's last token is in its ids but not yet in the cache: feeding it gives the next token's logits. The logits at the
 start of the row's latest candidate are kept (its *mark*), so that after an erasure the retry draws its first token from
 them and no token of the prefix passes through the model again. After a rollback to any other place, the one token
-before it is fed once more; `EngineStats.refed_tokens` counts those.
+before it is fed once more; `EngineStats.refed_tokens` counts those. Recurrent states are kept with the logits: they go back
+to a mark, and after a rollback to any other place tokens since the mark, or all, are run through the model again.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class TorchEngine:
         if not 1 <= max_rows <= cache_rows:
             raise UserError(f"max_rows = {max_rows} must be at least 1 and at most cache_rows = {cache_rows}")
         require_servable(model)
-        row_bytes = check_exactness(model) * bucketed(max_length)
+        row_bytes = check_exactness(model).of(max_length)
         cache_rows = rows_within(kv_budget, row_bytes, cache_rows, group, bucketed(max_length))
         self.policy_version = policy_version
         self.stats = EngineStats()
@@ -119,6 +121,7 @@ class TorchEngine:
         self._slot_model.storage.copy(first, others, length)
         for row in rows:
             row.number = self._numbers.pop()
+        self._slot_model.storage.keep_states([first, *others], [row.number for row in rows])
         self._marks.keep(rows, logits_V.expand(siblings, -1))
         handles = [Row(next(self._handles)) for _ in rows]
         self._rows.update(zip(handles, rows, strict=True))
@@ -176,6 +179,7 @@ class TorchEngine:
         """Drop generated tokens beyond ``length``. The row's keys stay in memory and are masked out."""
         state = self._row(row)
         state.truncate(length)
+        state.stale |= state.cached > state.total
         state.cached = min(state.cached, state.total)
         if state.marked > state.total:
             state.marked = -1
@@ -207,7 +211,9 @@ class TorchEngine:
         with operation_threads(division.threads):
             if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
                 return []
-            self._catch_up([row for row in rows if row.cached < len(row.ids) - 1])
+            if self._slot_model.storage.states:
+                self._restore_states([row for row in rows if row.stale or row.cached == row.total])
+            self._catch_up([row for row in rows if row.cached < row.total - 1])
             rows = self._pack(rows)
             first = self._slots.slot(rows[0])
             steps = min(row.open.remaining for row in rows)
@@ -242,11 +248,30 @@ class TorchEngine:
                 self.stats.moved_tokens += row.cached + evicted.cached
         return sorted(rows, key=self._slots.slot)
 
+    def _restore_states(self, rows: list[SlotRow]) -> None:
+        """Recurrent states of tokens that the rows hold, short of the last: those at the mark where that is among them, else
+        of all tokens, run through the model again."""
+        storage = self._slot_model.storage
+        near = [row for row in rows if 0 <= row.marked < row.total]
+        storage.restore_states([self._slots.slot(row) for row in near], [row.number for row in near])
+        for row in rows:
+            had, row.stale, row.cached = row.cached, False, row.marked if row in near else row.total - 1
+            if row not in near:
+                self._run_again(row)
+            self.stats.refed_tokens += max(0, min(had, row.total - 1) - (row.marked if row in near else 0))
+
+    def _run_again(self, row: SlotRow) -> None:
+        slot = self._slots.slot(row)
+        if row.cached:
+            self._slot_model.prefill(row.tokens()[: row.cached], slot)
+        else:
+            self._slot_model.storage.clear_states(slot)
+
     def _catch_up(self, behind: list[SlotRow]) -> None:
         """Decode appended tokens into the cache, one at a time as when they were drawn, all but each row's last."""
-        while rows := [row for row in behind if row.cached < len(row.ids) - 1]:
+        while rows := [row for row in behind if row.cached < row.total - 1]:
             rows = self._pack(rows)
-            ids, positions = [row.ids[row.cached] for row in rows], [row.cached for row in rows]
+            ids, positions = [row.tokens()[row.cached] for row in rows], [row.cached for row in rows]
             model, first = self._slot_model, self._slots.slot(rows[0])
             model.decode(StepRows(ids, positions, model.storage, model.device, first))
             for row in rows:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from e3rl.engine.torch.cache import GenericSlotModel, evaluating
+from e3rl.engine.torch.cache import RECURRENT, GenericSlotModel, evaluating
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, fusable
-from e3rl.engine.torch.storage import SlotStorage, StepRows, bucketed, physical_slots
+from e3rl.engine.torch.storage import RowSize, SlotStorage, StepRows
 from e3rl.engine.torch.threads import Division
 from e3rl.errors import UserError
 from e3rl.models import narrow_window, unwrapped
@@ -50,7 +50,7 @@ def slot_model(model: Any, slots: int, max_length: int) -> SlotModel:
 
 
 def require_servable(model: Any) -> None:
-    """Raise UserError for a model whose cached state is not one key and value per past token and layer."""
+    """Raise UserError for a model whose cached state is neither keys and values nor a state in the library's cache."""
     reason = _obstacle(model)
     if reason:
         raise _refusal(model, reason)
@@ -59,21 +59,23 @@ def require_servable(model: Any) -> None:
 def _refusal(model: Any, reason: str) -> UserError:
     return UserError(
         f"{type(model).__name__} can't be served by the torch engine: {reason}. It serves decoder-only models whose layers "
-        "attend to the past, all of it or a sliding window."
+        "attend to the past, all of it or a sliding window, or keep a recurrent state in transformers' cache."
     )
 
 
 def _obstacle(model: Any) -> str | None:
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None)
-    others = sorted(set(layer_types or ()) - {"full_attention", "sliding_attention"})
+    known = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding", "moe", "mlp", *RECURRENT}
+    others = sorted(set(layer_types or ()) - known)
+    in_cache = any(kind in RECURRENT or kind.startswith("hybrid") for kind in layer_types or ())
     attention = getattr(config, "_attn_implementation", "") or ""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     if others:
         return f"it has layers of type {', '.join(others)}"
-    if getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
-        return "it keeps a recurrent state, which can't be rolled back token by token"
+    if not in_cache and (getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads")):
+        return "it keeps a recurrent state of its own, outside transformers' cache"
     if any(rope in _rope_types(config) for rope in _LENGTH_DEPENDENT_ROPE):
         return f"its rotary embedding ({', '.join(_rope_types(config))}) depends on the longest row of the batch"
     if "flash" in attention or "flex" in attention or "paged" in attention:
@@ -89,8 +91,8 @@ def _rope_types(config: Any) -> list[str]:
     return sorted({str(r.get("rope_type", r.get("type", "default"))) for r in (nested or [rope])})
 
 
-def check_exactness(model: Any) -> int:
-    """Bytes of KV cache per position; raises UserError where decoding and full passes disagree on two ragged rows.
+def check_exactness(model: Any) -> RowSize:
+    """What a row of the cache takes; raises UserError where decoding and full passes disagree on two ragged rows.
 
     The rows are prefilled and decoded together; one is rolled back and decoded again with another token. Windows are made
     so small for this that the rows outgrow them.
@@ -115,7 +117,7 @@ def check_exactness(model: Any) -> int:
             f"with a slot cache its logits differ by up to {difference:.3g} from a full forward pass (allowed "
             f"{allowed:.3g}, largest logit {scale:.3g})",
         )
-    return served.storage.bytes // (physical_slots(2) * bucketed(len(long)))
+    return served.storage.row_size
 
 
 def _served_logits(served: SlotModel, long: Sequence[int], short: Sequence[int], redrawn: Sequence[int]) -> Tensor:
@@ -127,8 +129,10 @@ def _served_logits(served: SlotModel, long: Sequence[int], short: Sequence[int],
         positions = (len(long) - back, len(short) - back)
         return served.decode(StepRows((long_id, short_id), positions, served.storage, served.device))[:2].float()
 
+    served.storage.keep_states((0, 1), (0, 1))
     decode(2, long[-2], short[-2])
     first = decode(1, long[-1], short[-1])
+    served.storage.restore_states((0, 1), (0, 1))
     again_short = decode(2, long[-2], redrawn[-1])[1:]
     again_long = decode(1, long[-1], short[-1])[:1]
     return torch.cat([first, again_long, again_short])

@@ -3,6 +3,9 @@
 Keys and values of a layer are one tensor each, ``[slots, kv_heads, capacity, head_dim]``. Positions beyond a row's length
 are stale and masked out, so rolling a row back only lowers its length. The storage does not know the lengths: whoever uses
 it says where to write and how far to read.
+
+Layers with a recurrent state have that in place of keys and values, ``[slots, ...]``. It can't be shortened, so there is one
+snapshot of it for each row, made where the row may have to go back to.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from e3rl.errors import UserError
 K = TypeVar("K", bound=Hashable)
 
 MIB = 2**20
+
+StateName = tuple[str, int, int]
+"""Of a recurrent state: what it is, its layer, which of the layer's states of this kind."""
 
 PACK = 4
 """Rows of a decode step come in multiples of this: with one to three rows the CPU's matrix kernels round otherwise than
@@ -42,6 +48,17 @@ def physical_slots(slots: int) -> int:
     return max(packed(slots), slots + 1)
 
 
+class RowSize(NamedTuple):
+    """Bytes that a row takes: of each position, and of its recurrent states, which don't grow, with their snapshot."""
+
+    position: int
+    states: int = 0
+
+    def of(self, positions: int) -> int:
+        """Bytes of a row that can hold so many positions."""
+        return self.position * bucketed(positions) + self.states
+
+
 class SlotStorage:
     """``slots`` rows of up to ``capacity`` positions in every layer that was added."""
 
@@ -49,7 +66,9 @@ class SlotStorage:
         self.slots, self.capacity = slots, capacity
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._blocks: list[Tensor] = []  # [layers, slots, ...]: the memory behind both
+        self.states: dict[StateName, Tensor] = {}
+        self._snapshots: dict[StateName, Tensor] = {}  # by number of the row, wherever that lives
+        self._blocks: list[Tensor] = []  # [layers, slots, ...]: the memory behind keys and values
 
     @property
     def scratch(self) -> int:
@@ -58,8 +77,20 @@ class SlotStorage:
 
     @property
     def bytes(self) -> int:
-        """Memory of all keys and values, used or not. It never changes once every layer is there."""
-        return sum(block.nbytes for block in self._blocks)
+        """Memory of all keys, values and states, used or not. It never changes once every layer is there."""
+        return sum(block.nbytes for block in self._blocks) + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of recurrent states and their snapshots."""
+        return 2 * sum(states.nbytes for states in self.states.values())
+
+    @property
+    def row_size(self) -> RowSize:
+        """What a row takes. Every layer must be there."""
+        slots = physical_slots(self.slots)
+        of_positions = (self.bytes - self.state_bytes) // (slots * self.capacity)
+        return RowSize(of_positions, self.state_bytes // slots)
 
     def add_layers(self, layers: int, kv_heads: int, key_dim: int, value_dim: int, like: Tensor) -> None:
         """Allocate layers, of the type and on the device of ``like``. Zeros: what is masked out must still be finite."""
@@ -73,18 +104,43 @@ class SlotStorage:
         for block in self._blocks:
             for target in targets:
                 block[:, target, :, :length] = block[:, source, :, :length]
+        for states in self.states.values() if targets else ():
+            states[torch.tensor(targets)] = states[source].clone()
 
     def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange the first ``length`` positions of two slots."""
+        """Exchange the first ``length`` positions of two slots, and their states."""
         for block in self._blocks:
             kept = block[:, one, :, :length].clone()
             block[:, one, :, :length] = block[:, other, :, :length]
             block[:, other, :, :length] = kept
+        for states in self.states.values():
+            states[torch.tensor((one, other))] = states[torch.tensor((other, one))]
 
     def scrub(self, slot: int) -> None:
         """Zero a slot that may hold NaN, which a mask does not stop (0 * NaN)."""
         for block in self._blocks:
             block[:, slot].zero_()
+        self.clear_states(slot)
+
+    def add_state(self, name: StateName, like_1: Tensor) -> None:
+        """Allocate a recurrent state, of the shape and type of one row's."""
+        self.states[name] = like_1.new_zeros((physical_slots(self.slots), *like_1.shape[1:]))
+        self._snapshots[name] = torch.zeros_like(self.states[name])
+
+    def clear_states(self, slot: int) -> None:
+        """States as they are before the first token."""
+        for states in self.states.values():
+            states[slot].zero_()
+
+    def keep_states(self, slots: Sequence[int], numbers: Sequence[int]) -> None:
+        """Take the snapshots of rows with these numbers, which live in ``slots`` now."""
+        for name, states in self.states.items():
+            self._snapshots[name][torch.tensor(numbers)] = states[torch.tensor(slots)]
+
+    def restore_states(self, slots: Sequence[int], numbers: Sequence[int]) -> None:
+        """States of the rows in ``slots`` as they were when their snapshots were taken."""
+        for name, states in self.states.items() if slots else ():
+            states[torch.tensor(slots)] = self._snapshots[name][torch.tensor(numbers)]
 
 
 class StepRows:
