@@ -31,7 +31,7 @@ from e3rl.train.learner import Learner
 from e3rl.train.listeners import Silent
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import Branch, PackedRow, group_sequences, packed_size
-from tests.train.random_lab import lab_config
+from tests.train.random_lab import lab_config, random_hybrid
 from tests.train.rollouts import rewarded_group
 
 MODELS = ("model.dtype=float32", "model.dtype=bfloat16", "model.lora_r=2")
@@ -85,6 +85,21 @@ def test_the_torch_engines_cache(model: str, budget: int, tmp_path: Path):
     assert engine.stats.kv_bytes == plan.trainer.held["KV cache"]
     assert engine._marks._logits_SV is not None
     assert engine._marks._logits_SV.nbytes == plan.trainer.held["logits at candidates' starts"]
+
+
+@pytest.mark.parametrize("budget", [0, 3])
+def test_the_torch_engines_cache_of_a_hybrid(budget: int, tmp_path: Path):
+    """Recurrent states and a snapshot of each, within the same bound."""
+    config = lab_config(tmp_path, f"model.path={random_hybrid()}", f"rollout.kv_budget={budget}", "rollout.max_rows=64")
+    plan, policy = make_plan(config), load_policy(config.model)
+    engine = build_engine(config.rollout, policy.model, policy.eos_ids, plan.prompt)
+    assert isinstance(engine, TorchEngine)
+    engine.prefill([3, 4], 1)
+    storage = engine._slot_model.storage
+    assert storage.state_bytes == plan.trainer.held["recurrent states and snapshots"] > 0
+    assert storage.bytes - storage.state_bytes == plan.trainer.held["KV cache"]
+    if budget:
+        assert 2.5 * MIB < storage.bytes <= budget * MIB
 
 
 def test_vllms_cache_is_within_the_budget(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 
 from e3rl.errors import UserError
 from e3rl.train.attribution import attribution_layers, packed_attention
+from e3rl.train.listeners import Silent
 from e3rl.train.packing import PackedRow, packed_rows, plan_rows, recurrent_mixers
+from e3rl.train.run_directory import read_lines
 from e3rl.train.scoring import require_scorable, score_row, score_sequences
+from e3rl.train.trainer import Trainer
 from tests.engine.models import VOCAB, build, recurrent
 from tests.train.packs import sequence
+from tests.train.random_lab import lab_config, random_hybrid
 
 CPU = torch.device("cpu")
 TRAINED = (
@@ -117,3 +122,37 @@ def test_rows_are_counted_with_what_each_sequence_repeats():
     rows = packed_rows([s for part in parts for s in part], 8, CPU, whole=True)
     assert [len(row.ids_N) for row in rows] == [4, 5]
     assert isinstance(rows[0], PackedRow)
+
+
+def _even(completions: list[Any], **kwargs: Any) -> list[float]:
+    """The share of characters with even numbers: something that a random model can learn."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ord(x) % 2 == 0 for x in text) / max(1, len(text)) for text in texts]
+
+
+def test_twenty_steps_with_erasing_go_the_same_way_packed_and_alone(tmp_path: Path):
+    """A tiny Qwen3.5. Alone: every sequence is a row of its own, erased candidates too."""
+    curves = []
+    for budget in (16384, 1):
+        path = tmp_path / str(budget)
+        path.mkdir()
+        config = lab_config(
+            path,
+            f"model.path={random_hybrid()}",
+            f"train.micro_batch_tokens={budget}",
+            "train.steps=20",
+            "train.prompts_per_step=1",
+            "train.learning_rate=1e-4",
+            "objective.erased=contrast",
+            "erasure.kappa0=0.0",
+        )
+        trainer = Trainer(config, reward_functions=[_even], listeners=[Silent()])
+        trainer.train()
+        curves.append(read_lines(trainer.run_path / "metrics.jsonl"))
+    assert [line["step"] for line in curves[0]] == list(range(1, 21))
+    assert sum(line["erased_tokens"] for line in curves[0]) > 100
+    assert max(abs(line["loss"]) for line in curves[0]) > 1e-2
+    for packed, alone in zip(*curves, strict=True):
+        assert packed["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert packed["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert packed["reward"] == alone["reward"]
