@@ -44,7 +44,7 @@ _HELP = {
     "e3rl_groups_decoding": "groups under way",
     "e3rl_groups_waiting": "groups that wait for rows",
     "e3rl_policy_version": "version of the weights; -1 before any came",
-    "e3rl_prefix_cache_hit_rate": "share of the submitted tokens that vLLM's prefix cache held",
+    "e3rl_prefix_cache_hit_rate": "share of the submitted tokens whose keys and values vLLM had already",
 }
 
 SECONDS_TO_STOP = 60.0

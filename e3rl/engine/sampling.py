@@ -101,7 +101,7 @@ class SamplingRows:
         """The settings of each row; what later decides about work (``depth``) is settled here, without the device."""
         return _settings(tuple(rows), torch.device(device))
 
-    def part(self, rows: slice) -> SamplingRows:
+    def part(self, rows: slice | Tensor) -> SamplingRows:
         """The settings of some of the rows."""
         return replace(
             self,

@@ -145,11 +145,11 @@ def test_erasable_rollouts_draw_what_a_full_pass_says(loaded: Loaded):
     draws, entropies = zip(*(distances_from_a_full_pass(loaded, t) for t in got), strict=True)
     print(
         f"trajectories as the torch engine's: {same} of {len(got)}; largest distance of a draw from its token "
-        f"{max(draws):.1e}, of an entropy {max(entropies):.1e}\nerasures {erasures}; prefix cache hit rate "
-        f"{stats.hit_rate:.3f}; run again per continued request {stats.refed_tokens / stats.continued_requests:.1f} "
-        f"tokens, most {stats.most_refed} (block: {loaded.core.block_size})"
+        f"{max(draws):.1e}, of an entropy {max(entropies):.1e}\nerasures {erasures}; keys and values there already "
+        f"{stats.hit_rate:.3f}; run again after a commit {stats.after_commit.mean:.2f} tokens, after an erasure "
+        f"{stats.after_erasure.mean:.2f}, most {max(stats.after_commit.most, stats.after_erasure.most)}"
     )
     assert erasures > 0
     assert max(draws) < 1e-4
     assert max(entropies) < 1e-3
-    assert stats.most_refed <= loaded.core.block_size
+    assert (stats.after_commit.most, stats.after_erasure.most) == (1, 1)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from e3rl.engine.requests import Request
 from e3rl.engine.sampling import Measures
+from e3rl.engine.vllm.arguments import VllmArguments
+from e3rl.engine.vllm.table import merged_measures
 from e3rl.engine.weights import write_model
 from e3rl.errors import UserError
 
 _CPU_BLOCK = (
     32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
 )
+
+_FIRST_RUNNER = "e3rl.engine.vllm.first_runner:FirstRunnerTap"
+_SECOND_RUNNER = "e3rl.engine.vllm.second_runner:SecondRunnerTap"
+
+_PARKS = ("0.32.",)
+"""Versions whose scheduler's insides `e3rl.engine.vllm.parking` was tried with. With others prefixes come from the prefix
+cache: at most a block of tokens runs again."""
 
 BATCHED_TOKENS = 16384
 """Tokens of vLLM's largest pass: its default for an engine inside a program, on large GPUs."""
@@ -67,15 +76,20 @@ class VllmCore:
         )
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self._weights = 0  # how often they were changed: the salt of the prefix cache
-        self._keys = (f"{n}" for n in count())
+        self._keys = (f"{n}" for n in itertools.count())
         self._open: set[str] = set()
+        self._forgotten: list[str] = []  # whose measures nobody wants, and the workers don't know yet
         self._finished: dict[str, Generated] = {}
+        self.calls = 0  # of the workers, for measures
+        self.measure_bytes = 0
 
-    def submit(self, ids: Sequence[int], request: Request) -> str:
-        """Start generating after ``ids``; returns the key under which `take` will have the result."""
+    def submit(self, ids: Sequence[int], request: Request, continues: str = "") -> str:
+        """Start generating after ``ids``; returns the key under which `take` will have the result.
+
+        ``continues``: the finished request whose keys and values are to be used as far as the ids are the same. They are held
+        until then, or until it is abandoned. Requests that redraw an erased segment come before others.
+        """
         from vllm import SamplingParams
-
-        from e3rl.engine.vllm.tap import tap_arguments
 
         key = next(self._keys)
         params = SamplingParams(
@@ -84,18 +98,24 @@ class VllmCore:
             ignore_eos=True,
             stop_token_ids=self._eos_ids,
             detokenize=False,
-            extra_args=tap_arguments(key, request.uniforms, request.sampling),
+            extra_args=VllmArguments(key, request.uniforms, request.sampling, continues).packed(),
         )
         prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
-        self._llm.add_request(key, prompt, params)
+        self._llm.add_request(key, prompt, params, priority=-request.draw.attempt)
         self._open.add(key)
         return key
 
-    def abandon(self, key: str) -> None:
-        """Stop a request whose result nobody wants."""
-        self._open.discard(key)
-        self._finished.pop(key, None)
-        self._llm.abort_request([key])
+    def abandon(self, keys: Iterable[str]) -> None:
+        """Stop requests whose results nobody wants, and let go of what finished ones hold."""
+        keys = list(keys)
+        if dropped := [key for key in keys if key in self._open]:
+            self._open.difference_update(dropped)
+            self._forgotten += dropped
+            self._llm.abort_request(dropped)
+        for key in keys:
+            self._finished.pop(key, None)
+        if keys:
+            self._llm.engine_core.abort_requests(keys)  # the scheduler knows parked requests by their keys
 
     def take(self, keys: Iterable[str]) -> dict[str, Generated]:
         """Generate until one of ``keys`` is finished; all of them that are."""
@@ -109,22 +129,24 @@ class VllmCore:
         if not outputs:
             return
         self._open -= {o.request_id for o in outputs}
-        measures = self._measures([o.request_id for o in outputs])
-        for output in outputs:
-            [completion] = output.outputs
+        ids = [tuple(o.outputs[0].token_ids) for o in outputs]
+        measures = self._measures([(o.request_id, len(i)) for o, i in zip(outputs, ids, strict=True)])
+        for output, drawn, measured in zip(outputs, ids, measures, strict=True):
             self._finished[output.request_id] = Generated(
-                tuple(completion.token_ids),
-                measures[output.request_id],
-                len(output.prompt_token_ids),
-                output.num_cached_tokens or 0,
+                drawn, measured, len(output.prompt_token_ids), output.num_cached_tokens or 0
             )
 
-    def _measures(self, finished: list[str]) -> dict[str, list[Measures]]:
-        """What the tap measured. With tensor parallelism every worker has measured the same."""
-        found = self._llm.collective_rpc("take_measures", args=(finished, sorted(self._open)))[0]
-        return {
-            key: [Measures(p, h, e, mass, int(rank)) for p, h, e, mass, rank in found.get(key, [])] for key in finished
-        }
+    def _measures(self, finished: list[tuple[str, int]]) -> list[list[Measures]]:
+        """What the tap measured of requests and their tokens: one call, and one array from each worker."""
+        forgotten, self._forgotten = self._forgotten, []
+        workers = self._llm.collective_rpc("take_measures", args=(finished, forgotten))
+        self.calls += 1
+        self.measure_bytes += sum(map(len, workers))
+        rows = iter(merged_measures(workers).astype(float).tolist())
+        return [
+            [Measures._make((*floats, int(rank))) for *floats, rank in itertools.islice(rows, tokens)]
+            for _, tokens in finished
+        ]
 
     def reload(self) -> None:
         """Take over the model's weights as they are now; nothing that was cached before is used again."""
@@ -162,9 +184,10 @@ def kv_cache_bytes(model: Any, rows: int, longest: int, budget: int = 0, parts: 
 
 
 def _start(directory: Path, **arguments: Any) -> Any:
-    """A `vllm.LLMEngine` with our tap in it."""
+    """A `vllm.LLMEngine` with our tap and our scheduler in it."""
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     try:
+        import vllm
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
     except ImportError as error:
@@ -173,26 +196,29 @@ def _start(directory: Path, **arguments: Any) -> Any:
             "with an NVIDIA GPU; on a CPU see docs/how-to/scale.md. Without it: rollout.engine = 'torch'"
         ) from None
     cpu = current_platform.is_cpu()
-    engine_arguments = EngineArgs(
-        model=str(directory),
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        enable_prefix_caching=True,
-        logits_processors=["e3rl.engine.vllm.tap:DrawTap"],
-        worker_extension_cls="e3rl.engine.vllm.tap.MeasuringWorker",
-        async_scheduling=False,  # the tap must know a row's last token before it draws the next
-        enforce_eager=cpu,
-        disable_log_stats=True,
-        block_size=_CPU_BLOCK if cpu else None,
+    common = {
+        "model": str(directory),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "enable_prefix_caching": True,
+        "worker_extension_cls": "e3rl.engine.vllm.table.MeasuringWorker",
+        "scheduling_policy": "priority",
+        "enforce_eager": cpu,
+        "disable_log_stats": True,
+        "block_size": _CPU_BLOCK if cpu else None,
         **arguments,
-    )
-    config = engine_arguments.create_engine_config()
-    if config.use_v2_model_runner:
-        raise UserError(
-            "vLLM would use its second model runner, which has no place for the sampler that erasing needs: unset "
-            "VLLM_USE_V2_MODEL_RUNNER or set it to 0"
-        )
+    }
     try:
+        found = EngineArgs(**common).create_engine_config()
+        tap = _SECOND_RUNNER if found.use_v2_model_runner else _FIRST_RUNNER
+        parks = {"scheduler_cls": _scheduler(found)} if vllm.__version__.startswith(_PARKS) else {}
+        config = EngineArgs(**common, logits_processors=[tap], **parks).create_engine_config()
         return LLMEngine.from_vllm_config(config)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"vLLM did not start: {error} (its own messages above say more)") from error
+
+
+def _scheduler(config: Any) -> str:
+    """The scheduler that holds keys and values between segments, of the kind that vLLM would have."""
+    kind = "AsyncParkingScheduler" if config.scheduler_config.async_scheduling else "ParkingScheduler"
+    return f"e3rl.engine.vllm.parking.{kind}"

@@ -1,7 +1,8 @@
-"""Rollouts by vLLM: rows are lists of ids, and a request submits a row's ids again.
+"""Rollouts by vLLM: rows are lists of ids, and a request submits a row's ids again, naming the row's request before.
 
-Erasing costs no call: the retry's ids share their prefix with what was generated before, and vLLM's prefix cache holds
-every full block of it. What runs through the model again is the rest of the last block, at most one block of tokens.
+Erasing costs no call: the keys and values of the request before are held (`e3rl.engine.vllm.parking`), and the ids that both
+have in common say how many of them are used. What runs through the model again is one token, after an erasure as after a
+commit. Where memory for holding them is missing, vLLM's prefix cache has every full block that was not used for others.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -28,27 +29,47 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
+class RunAgain:
+    """Requests of rows that had generated before, and the tokens that vLLM ran through the model again for them."""
+
+    requests: int = 0
+    tokens: int = 0
+    most: int = 0  # for one request
+
+    def add(self, tokens: int) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.tokens += tokens
+        self.most = max(self.most, tokens)
+
+    @property
+    def mean(self) -> float:
+        """Tokens a request."""
+        return self.tokens / self.requests if self.requests else 0.0
+
+
+@dataclass(slots=True)
 class VllmStats:
     """What the engine has asked of vLLM. ``prompt`` tokens are those submitted, with all that came before."""
 
     requests: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of those, found in the prefix cache
+    cached_tokens: int = 0  # of those, held for the row or found in the prefix cache
     sampled_tokens: int = 0
-    continued_requests: int = 0  # of rows that had generated before, so that their prefix was in the cache once
-    refed_tokens: int = 0  # of continued requests, run through the model again
-    most_refed: int = 0  # by one request
+    after_commit: RunAgain = field(default_factory=RunAgain)
+    after_erasure: RunAgain = field(default_factory=RunAgain)
 
     @property
     def hit_rate(self) -> float:
-        """Share of the submitted tokens that the prefix cache held."""
+        """Share of the submitted tokens whose keys and values were there already."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 @dataclass(slots=True, eq=False)
 class _VllmRow(RowState):
     key: str | None = None  # of the open request
-    continued: bool = False  # it has generated before
+    parked: str = ""  # of the request that ended last: its keys and values are held
+    erased: bool = False  # tokens were dropped since then
 
 
 class VllmEngine:
@@ -108,7 +129,7 @@ class VllmEngine:
         """Submit the row's ids, with the random numbers of ``draw``."""
         state = find_row(self._rows, row)
         state.open_request(tokens, draw, sampling, self._max_length)
-        state.key = self._core.submit(state.ids, state.open)
+        state.key = self._core.submit(state.ids, state.open, state.parked)
 
     def append(self, row: Row, ids: Sequence[int]) -> None:
         """Continue the row by tokens that were generated before; they run with the row's next request."""
@@ -128,7 +149,7 @@ class VllmEngine:
             raise NonFiniteLogits(request.draw)
         request.ids, request.measures = list(generated.ids), generated.measures
         self._count(row, generated)
-        row.key, row.continued = None, True
+        row.key, row.parked, row.erased = None, row.key or "", False
         return row.close_request(self._eos_ids)
 
     def _count(self, row: _VllmRow, generated: Generated) -> None:
@@ -137,21 +158,20 @@ class VllmEngine:
         stats.prompt_tokens += generated.prompt_tokens
         stats.cached_tokens += generated.cached_tokens
         stats.sampled_tokens += len(generated.ids)
-        if row.continued:
-            stats.continued_requests += 1
-            stats.refed_tokens += again
-            stats.most_refed = max(stats.most_refed, again)
+        if row.parked:
+            (stats.after_erasure if row.erased else stats.after_commit).add(again)
 
     def rollback(self, row: Row, length: int) -> None:
-        """Drop generated tokens beyond ``length``: vLLM is told nothing."""
-        find_row(self._rows, row).truncate(length)
+        """Drop generated tokens beyond ``length``: vLLM is told with the row's next request."""
+        state = find_row(self._rows, row)
+        state.erased |= length < state.length
+        state.truncate(length)
 
     def release(self, row: Row) -> None:
         """Forget the row; an open request is stopped."""
         state = find_row(self._rows, row)
         del self._rows[row]
-        if state.key is not None:
-            self._core.abandon(state.key)
+        self._core.abandon(key for key in (state.key, state.parked) if key)
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Bring new weights into the model and from there into vLLM."""
