@@ -10,8 +10,7 @@ from torch import Tensor
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.requests import uniforms
 from e3rl.engine.sampling import Measures, SamplingRows, sample
-from e3rl.engine.vllm.arguments import VllmArguments
-from e3rl.engine.vllm.table import WIDTH, SlotTable, merged_measures
+from e3rl.engine.vllm.table import WIDTH, SlotTable, VllmArguments, merged_measures
 from e3rl.testing.reads import META, DeviceReads
 from e3rl.types import Draw
 

@@ -18,15 +18,15 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from e3rl.engine.protocol import Sampling
-from e3rl.engine.vllm.arguments import VllmArguments
-from e3rl.engine.vllm.parking import AsyncParkingScheduler, ParkingScheduler
+from e3rl.engine.vllm.inside import AsyncParkingScheduler, ParkingScheduler
+from e3rl.engine.vllm.table import VllmArguments
 
 BLOCK, VOCABULARY, EOS = 4, 50, 1
 
@@ -54,6 +54,7 @@ class World:
     erase: float
     end: float
     cancel: float
+    twins: bool = False  # pairs of siblings draw and judge the same, so that they can find each other's blocks
 
     @property
     def longest(self) -> int:
@@ -78,6 +79,7 @@ class World:
             erase=rng.choice([0.0, 0.3, 0.6]),
             end=rng.choice([0.0, 0.05, 0.2]),
             cancel=rng.choice([0.0, 0.0, 0.1]),
+            twins=rng.random() < 0.5,
         )
 
 
@@ -91,7 +93,7 @@ class StandInWorker:
         self.prompts: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
         self.params: dict[str, VllmArguments] = {}
-        self.run = 0  # tokens
+        self.names: dict[int, tuple[int, ...]] = {}  # the tokens behind what a slot holds
 
     def execute(self, scheduled: Any) -> ModelRunnerOutput:
         """One step: every token that is scheduled reads the slots before it and writes its own."""
@@ -121,10 +123,10 @@ class StandInWorker:
 
     def _write(self, key: str, start: int, count: int) -> None:
         tokens, blocks = self.tokens[key], self.blocks[key]
-        self.run += count
         for position in range(start, start + count):
-            slot = blocks[position // BLOCK], position % BLOCK
-            self.slots[slot] = prefix_name(tuple(tokens[: position + 1]), self.salt)
+            slot, ids = (blocks[position // BLOCK], position % BLOCK), tuple(tokens[: position + 1])
+            self.slots[slot] = prefix_name(ids, self.salt)
+            self.names[self.slots[slot]] = ids
 
     def _draw(self, key: str, end: int) -> list[int]:
         """The next token, where all before it have run; after a look at every slot that it depends on."""
@@ -199,10 +201,24 @@ class Schedule:
             self.steps += 1
             assert self.steps < 20_000
             self._finished(self.scheduler.update_from_output(scheduled, output))
+            if self.steps % 8 == 0:
+                assert not self.stale_names()
             self._maybe_cancel()
         while flight:
             self.scheduler.update_from_output(*flight.popleft())
         return {s.name: s.drawn for group in self.groups for s in group}
+
+    def stale_names(self) -> int:
+        """Blocks whose name in the prefix cache says something else than what is in them, of those that somebody could find."""
+        stale = 0
+        for block in self.scheduler.kv_cache_manager.block_pool.blocks:
+            if block.block_hash is None:
+                continue
+            ids = self.worker.names[self.worker.slots[block.block_id, BLOCK - 1]]
+            params = SamplingParams(max_tokens=1)
+            named = Request("", list(ids), params, None, block_hasher=self.hasher).block_hashes[-1]
+            stale += len(ids) % BLOCK > 0 or get_block_hash(block.block_hash) != named
+        return stale
 
     def _extend(self, number: int, sibling: Sibling) -> None:
         world, key = self.world, f"r{self.count}"
@@ -304,13 +320,20 @@ def prompt_of(world: World, group: int) -> list[int]:
 
 def arguments_of(world: World, name: str, segment: int, attempt: int, key: str = "", parked: str = "") -> VllmArguments:
     """A request's numbers follow from what it draws."""
-    rng = np.random.default_rng([world.seed, *map(int, name.split(".")), segment, attempt])
+    rng = np.random.default_rng([world.seed, *drawn_as(world, name), segment, attempt])
     return VllmArguments(key, rng.random(world.length), Sampling(top_p=0.5 + world.end), parked)
 
 
 def erased(world: World, name: str, segment: int, attempt: int) -> bool:
     """The judge's verdict; three times at most."""
-    return attempt < 3 and random.Random(f"{world.seed} {name} {segment} {attempt}").random() < world.erase
+    rng = random.Random(f"{world.seed} {drawn_as(world, name)} {segment} {attempt}")
+    return attempt < 3 and rng.random() < world.erase
+
+
+def drawn_as(world: World, name: str) -> tuple[int, int]:
+    """Group and sibling that stand in a draw's name."""
+    group, number = map(int, name.split("."))
+    return group, number // 2 if world.twins else number
 
 
 def make_scheduler(world: World, model: Path) -> Any:

@@ -44,20 +44,35 @@ def test_greedy_decoding_gives_the_oracles_tokens(model: Any, make_engine: Calla
     assert generate(engine, row, 40, sampling=coldest).ids.tolist() == expected.ids.tolist()
 
 
-def test_an_erasure_runs_at_most_one_block_again(core: Any, make_engine: Callable[[], Any]):
+def test_one_token_runs_again_after_a_commit_and_after_an_erasure(core: Any, make_engine: Callable[[], Any]):
     engine = make_engine()
     [row] = engine.prefill(tuple(range(2, 30)), 1)
-    long = Sampling(top_k=3)
-    kept = 0
+    kept, calls, sent = 0, core.calls, core.measure_bytes
     for attempt in range(12):
-        candidate = generate(engine, row, 12, attempt, long)
+        candidate = generate(engine, row, 12, attempt, Sampling(top_k=3))
         if attempt % 3 == 2 and not candidate.ended and kept + 24 <= LENGTH - 28:
             kept += len(candidate.ids)
         else:
             engine.rollback(row, kept)
-    assert engine.stats.continued_requests == 11
-    assert 0 < engine.stats.most_refed <= core.block_size
-    assert engine.stats.hit_rate > 0.3
+    stats = engine.stats
+    assert stats.after_commit.requests + stats.after_erasure.requests == 11
+    assert (stats.after_commit.most, stats.after_erasure.most) == (1, 1)
+    assert core.calls - calls == stats.requests
+    assert core.measure_bytes - sent == 20 * stats.sampled_tokens
+
+
+def test_a_row_whose_keys_were_given_up_goes_on_to_the_same_tokens(
+    model: Any, core: Any, make_engine: Callable[[], Any]
+):
+    """As where vLLM has no room to hold them: the prefix comes from the prefix cache, or runs again."""
+    engine, expected_engine = make_engine(), oracle(model)
+    [row], [expected_row] = engine.prefill(tuple(range(2, 40)), 1), expected_engine.prefill(tuple(range(2, 40)), 1)
+    for segment in range(3):
+        expected = generate(expected_engine, expected_row, 8, segment)
+        assert_same(generate(engine, row, 8, segment), expected, TOLERANCE, f"segment {segment}")
+        core.abandon([engine._rows[row].parked])
+    assert engine.stats.after_commit.most > 1
+    engine.release(row)
 
 
 def test_new_weights_are_used_and_nothing_cached_under_the_old_ones(model: Any, make_engine: Callable[[], Any]):

@@ -14,8 +14,7 @@ from typing import Any
 
 from e3rl.engine.requests import Request
 from e3rl.engine.sampling import Measures
-from e3rl.engine.vllm.arguments import VllmArguments
-from e3rl.engine.vllm.table import merged_measures
+from e3rl.engine.vllm.table import VllmArguments, merged_measures
 from e3rl.engine.weights import write_model
 from e3rl.errors import UserError
 
@@ -23,11 +22,11 @@ _CPU_BLOCK = (
     32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
 )
 
-_FIRST_RUNNER = "e3rl.engine.vllm.first_runner:FirstRunnerTap"
-_SECOND_RUNNER = "e3rl.engine.vllm.second_runner:SecondRunnerTap"
+_FIRST_RUNNER = "e3rl.engine.vllm.inside:FirstRunnerTap"
+_SECOND_RUNNER = "e3rl.engine.vllm.inside:SecondRunnerTap"
 
 _PARKS = ("0.32.",)
-"""Versions whose scheduler's insides `e3rl.engine.vllm.parking` was tried with. With others prefixes come from the prefix
+"""Versions whose scheduler's insides `e3rl.engine.vllm.inside` was tried with. With others prefixes come from the prefix
 cache: at most a block of tokens runs again."""
 
 BATCHED_TOKENS = 16384
@@ -221,4 +220,4 @@ def _start(directory: Path, **arguments: Any) -> Any:
 def _scheduler(config: Any) -> str:
     """The scheduler that holds keys and values between segments, of the kind that vLLM would have."""
     kind = "AsyncParkingScheduler" if config.scheduler_config.async_scheduling else "ParkingScheduler"
-    return f"e3rl.engine.vllm.parking.{kind}"
+    return f"e3rl.engine.vllm.inside.{kind}"

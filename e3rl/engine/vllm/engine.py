@@ -1,6 +1,6 @@
 """Rollouts by vLLM: rows are lists of ids, and a request submits a row's ids again, naming the row's request before.
 
-Erasing costs no call: the keys and values of the request before are held (`e3rl.engine.vllm.parking`), and the ids that both
+Erasing costs no call: the keys and values of the request before are held (`e3rl.engine.vllm.inside`), and the ids that both
 have in common say how many of them are used. What runs through the model again is one token, after an erasure as after a
 commit. Where memory for holding them is missing, vLLM's prefix cache has every full block that was not used for others.
 """

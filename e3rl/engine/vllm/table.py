@@ -1,4 +1,4 @@
-"""The tap's memory on the device: by request slot the random numbers, the settings and the measures. Needs no vLLM.
+"""What our requests carry into vLLM, and the tap's memory there: numbers, settings and measures by slot. Needs no vLLM.
 
 The tap sees a step's logits [S, V] where they are made. It draws each row's token with `e3rl.engine.sampling`, from the
 random numbers that came with the request, and lifts that token's logit above all others; vLLM then takes the likeliest
@@ -10,9 +10,9 @@ Shapes: N slots, L tokens of the longest request so far, S rows, V vocabulary; 5
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,10 +20,43 @@ from torch import Tensor
 
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import Measures, SamplingRows, sample
-from e3rl.engine.vllm.arguments import VllmArguments
+
+ARGUMENT = "e3rl"
+"""The key of `SamplingParams.extra_args`."""
+
 
 WIDTH = len(Measures._fields)
 _RANK = Measures._fields.index("rank")  # at least 1 of a token that was drawn; 0: none was
+
+
+@dataclass(frozen=True)
+class VllmArguments:
+    """A request's name, its random numbers, how it samples, and the ended request that it goes on from ('': none)."""
+
+    key: str
+    numbers: np.ndarray
+    sampling: Sampling
+    continues: str = ""
+
+    def packed(self) -> dict[str, Any]:
+        """What `read` reads, in types that survive the way to the worker."""
+        return {
+            ARGUMENT: {
+                "key": self.key,
+                "numbers": self.numbers.tobytes(),
+                "sampling": list(astuple(self.sampling)),
+                "continues": self.continues,
+            }
+        }
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None) -> VllmArguments | None:
+        """None for a request that is not ours, such as those of vLLM's warm-up."""
+        found = (extra_args or {}).get(ARGUMENT)
+        if found is None:
+            return None
+        numbers = np.frombuffer(found["numbers"])
+        return cls(found["key"], numbers, Sampling(*found["sampling"]), found["continues"])
 
 
 class SlotTable:
