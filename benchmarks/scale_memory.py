@@ -123,7 +123,7 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
                     found.sum().backward()
                     del found
                 optimizer._collect()
-                optimizer._adamw.step()
+                optimizer._apply(config.train.learning_rate)
                 for master in optimizer._masters:
                     master.grad = None
         held = counted.live

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.errors import UserError, unknown
-from e3rl.parsing import parse_toml, read_toml
+from e3rl.parsing import parse_toml, read_tables
 from e3rl.sections import build_section, convert, toml_value
 from e3rl.settings import (
     DataConfig,
@@ -68,8 +68,19 @@ class Config:
                 f"rollout.staleness = {self.rollout.staleness} trains on rollouts of weights before the last update: choose how "
                 "to correct for it, for example train.importance_correction=segment_truncate"
             )
+        self._check_optimizer()
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer whose state ``train.parallel`` can't divide."""
+        name, parallel = self.train.optimizer, self.train.parallel
+        whole = parallel in ("none", "ddp") or name == "adamw" or (name == "adamw_fused" and parallel[:4] != "deep")
+        if not whole:
+            raise UserError(
+                f"train.optimizer = '{name}' keeps its state whole, and train.parallel = '{parallel}' divides it: take "
+                "adamw, or train.parallel=ddp"
+            )
 
 
 def _build_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
@@ -144,7 +155,7 @@ def layered(base: Mapping[str, Any], overlays: Sequence[Path] = (), overrides: S
     """``base`` with each overlay and then the overrides laid on it, unchecked."""
     tables = dict(base)
     for overlay in overlays:
-        tables = lay(tables, read_toml(overlay))
+        tables = lay(tables, read_tables(overlay))
     together: dict[str, Any] = {}
     for override in overrides:
         together = merge(together, parse_override(override))
@@ -153,7 +164,7 @@ def layered(base: Mapping[str, Any], overlays: Sequence[Path] = (), overrides: S
 
 def load_config(recipe: Path | None = None, overlays: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
     """The recipe, then each overlay, then the overrides, checked as a whole."""
-    base = read_toml(recipe) if recipe else {}
+    base = read_tables(recipe) if recipe else {}
     try:
         return build_config(layered(base, overlays, overrides))
     except UserError as error:

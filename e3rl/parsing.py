@@ -1,7 +1,8 @@
-"""The reader of JSON and TOML that may come from elsewhere: plain values within limits, or a sentence that names the place."""
+"""The reader of JSON, TOML and YAML from anywhere: plain values within limits, or a sentence that names the place."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -89,10 +90,57 @@ def read_json(path: Path, *, finite: bool = True) -> Any:
     return parse_json(read_text(path), path, finite=finite)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a recipe, as `parse_toml`."""
+def parse_yaml(text: str, where: object) -> dict[str, Any]:
+    """The tables of a YAML text: plain values alone, no anchors, which could make much of little; as `parse_toml`."""
+    import yaml
+
+    if len(text) > MAX_TOML_BYTES:
+        raise UserError(f"{where} has {len(text)} characters, and a recipe at most {MAX_TOML_BYTES}")
     try:
-        return parse_toml(read_text(path, MAX_TOML_BYTES), path)
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{where}: YAML anchors (&, *) are not read: write the value where it is meant")
+        tables = yaml.load(text, _plain_loader())
+    except RecursionError:
+        raise UserError(f"{where}: YAML is nested too deeply to read") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} is not valid YAML: {reason[:200]}") from None
+    if not isinstance(tables, dict) or not all(isinstance(key, str) for key in tables):
+        raise UserError(f"{where} holds no sections: write SECTION: and its fields, indented, below it")
+    _check(tables, where)
+    return tables
+
+
+@functools.cache
+def _plain_loader() -> Any:
+    """PyYAML's safe loader, to which 1e-6 is a number, and on, off, yes, no and dates are texts."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        """YAML 1.2's plain values."""
+
+    wanted = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+    PlainLoader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag not in wanted]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    number = re.compile(r"[-+]?(\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$")
+    PlainLoader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"(true|false)$", re.IGNORECASE), list("tTfF")
+    )
+    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return PlainLoader
+
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a recipe: TOML, or YAML by its name, within the same limits."""
+    parse = parse_yaml if path.suffix.lower() in YAML_SUFFIXES else parse_toml
+    try:
+        return parse(read_text(path, MAX_TOML_BYTES), path)
     except FileNotFoundError:
         raise UserError(f"no such recipe: {path}") from None
     except UserError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from e3rl.errors import UserError
+from e3rl.sections import shown
 
 PAPER = "paper, app. D"
 PAPER_METHOD = "paper, method"
@@ -72,6 +73,9 @@ class DataConfig:
     """Problems to train on and to evaluate on."""
 
     train: str = setting("lab:chain", "training data: JSONL, JSON, Parquet or CSV file, hub id, or lab:FAMILY[:LEVEL]")
+    mixture: Mapping[str, Any] = setting(
+        {}, "several sources in place of train, each with its weight: {'a.jsonl' = 3, 'OWNER/NAME' = 1}"
+    )
     eval: tuple[str, ...] = setting((), "held-out data, one or several; empty: a lab family's held-out half, else none")
     directory: str = setting("", "where benchmarks named in train or eval lie as files; empty: they come from the hub")
     train_split: str = setting("train", "split of a hub dataset to train on")
@@ -88,6 +92,24 @@ class DataConfig:
     max_prompt_length: int = setting(
         0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0
     )
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """What is trained on, with the share of a step's prompts that comes from each."""
+        total = sum(self.mixture.values())
+        return {name: weight / total for name, weight in self.mixture.items()} if self.mixture else {self.train: 1.0}
+
+    @property
+    def trained_on(self) -> str:
+        """The training sources, for a sentence."""
+        return " + ".join(self.sources)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.mixture.items():
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= _MOST:
+                raise UserError(f"data.mixture: the weight of '{name}' is {shown(weight)}; it must be a number above 0")
+        if self.mixture and self.train != "lab:chain":
+            raise UserError("data.train and data.mixture are both set: a mixture names all that is trained on")
 
 
 @dataclass(frozen=True)
@@ -253,6 +275,9 @@ class TrainConfig:
     num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
     minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
     micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
+    mask_truncated_completions: bool = setting(
+        False, "a response cut off at the length limit counts for its siblings' advantages, and in no loss (TRL, DAPO)"
+    )
     learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0, max=1)
     warmup_steps: int = setting(0, "optimizer updates that the learning rate rises; 0: by warmup_ratio", min=0)
     warmup_ratio: float = setting(
@@ -263,7 +288,12 @@ class TrainConfig:
         max=1,
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")
-    weight_decay: float = setting(0.0, "AdamW weight decay", min=0, max=1)
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "muon"] = setting(
+        "adamw",
+        "PyTorch's AdamW, its fused kernel, bitsandbytes' with 8-bit moments (pip install 'e3rl[8bit]'), or Muon for "
+        "layers' matrices and AdamW for the rest",
+    )
+    weight_decay: float = setting(0.0, "weight decay of matrices", min=0, max=1)
     adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
     adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
     max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from e3rl.cli.recipes import find_recipe, find_recipes
-from e3rl.config import Config, load_config, parse_override, read_toml
+from e3rl.config import Config, load_config, parse_override, read_tables
 from e3rl_reproduce.cells import Cell, Measure
 from e3rl_reproduce.measures import EXAM
 from e3rl_reproduce.output import Plot, Table
@@ -250,7 +250,7 @@ def row_config(scale: Scale, model: str, row: Row, *, seed: int, learning_rate: 
 def varied(row: Row) -> set[str]:
     """The settings, as section.field, that a row is there to vary: its overrides, its ablations', its division."""
     ablations = [name for name in row.overlays if name.startswith("ablations/")]
-    tables = [*map(read_toml, find_recipes(ablations)), *map(parse_override, row.overrides)]
+    tables = [*map(read_tables, find_recipes(ablations)), *map(parse_override, row.overrides)]
     names = {f"{section}.{field}" for table in tables for section, fields in table.items() for field in fields}
     return names | ({"rollout.segment_length", "rollout.max_segments"} if row.segments else set())
 

@@ -216,3 +216,39 @@ def test_json_within_measure_is_read():
     text = '{"a": [1, -2.5e3, null, true, "é \\ud83d\\ude00"], "b": ' + "9" * 300 + "}"
     assert parse_json(text, "f") == json.loads(text)
     assert str(parse_json("[NaN, 1e999]", "f", finite=False)) == "[nan, inf]"
+
+
+def test_a_recipe_may_be_yaml(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "run:\n  name: on\n  seed: 7\ntrain:\n  learning_rate: 1e-6\n  warmup_ratio: .5\n  report_to: [wandb]\n"
+        "data:\n  train: 2026-01-01.jsonl\n  chat_template_kwargs: {enable_thinking: False}\n"
+        "rewards:\n  functions:\n    - math\n    - my.py:brief\n",
+        encoding="utf-8",
+    )
+    config = load_config(recipe, [], ["train.steps=3"])
+    assert (config.run.name, config.run.seed, config.train.learning_rate) == ("on", 7, 1e-6)
+    assert (config.train.warmup_ratio, config.train.report_to, config.train.steps) == (0.5, ("wandb",), 3)
+    assert config.data.train == "2026-01-01.jsonl"
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    assert config.rewards.functions == ("math", "my.py:brief")
+    (tmp_path / "same.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load_config(tmp_path / "same.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: [1,", "is not valid YAML"),
+        ("- a\n- b\n", "holds no sections"),
+        ("train: &x {steps: 1}\neval: *x\n", r"anchors \(&, \*\) are not read"),
+        ("train: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
+        ("train:\n  stepz: 1\n", "Did you mean 'steps'"),
+        ("train: " + "[" * 900, "nested|not valid YAML"),
+        ("train:\n  steps: 'a'\n", r"train\.steps: expected a whole number"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_a_sentence(tmp_path: Path, text: str, words: str):
+    (tmp_path / "recipe.yml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"recipe.yml.*({words})"):
+        load_config(tmp_path / "recipe.yml")

@@ -35,11 +35,13 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.models import load_outline
 
     outline = load_outline(config.model)
-    sources: list[tuple[str, Any]] = [(config.data.train, "train")]
+    shares = config.data.sources
+    sources: list[tuple[str, Any]] = [(source, "train") for source in shares]
     sources += [(source, "eval") for source in held_out_sources(config.data)]
     for source, split in sources:
         problems = load_problems(source, config=config.data, split=split)
-        name = "training data" if split == "train" else "held-out data"
+        part = f" ({100 * shares[source]:.3g} % of the prompts)" if len(shares) > 1 else ""
+        name = f"training data{part}" if split == "train" else "held-out data"
         print(f"{name}: {source}", *_lines(problems, outline, config, options.show), "", sep="\n")
     return 0
 

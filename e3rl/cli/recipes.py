@@ -1,4 +1,4 @@
-"""Recipes by name: those that come with the package, or any TOML file."""
+"""Recipes by name: those that come with the package, or any TOML or YAML file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from e3rl.errors import UserError, unknown
+from e3rl.parsing import YAML_SUFFIXES
 
 BUILT_IN = Path(__file__).parents[1] / "recipes"
 RESEARCH = "e3rl_reproduce"
@@ -26,7 +27,7 @@ def recipe_names() -> list[str]:
 
 def find_recipe(name: str) -> Path:
     """A recipe file's path, or a built-in recipe's name."""
-    if name.endswith(".toml"):
+    if name.endswith((".toml", *YAML_SUFFIXES)):
         path = Path(name)
         if not path.is_file():
             raise UserError(f"no such recipe file: {name}")

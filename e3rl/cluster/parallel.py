@@ -44,7 +44,7 @@ class Optimizer(Protocol):
         """The float32 weights, whole; brought together when they are looked up, one after the other."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """AdamW's moments and step counts as ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``, in the same way."""
+        """Moments and step counts, AdamW's as ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``, in the same way."""
 
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Take what `weights` and `state` gave, under any number of ranks and any ``train.parallel``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -43,11 +43,19 @@ def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Prob
     return problems
 
 
+def training_problems(config: DataConfig) -> dict[str, list[Problem]]:
+    """What is trained on, by source. Of several sources each problem's id begins with its source's name."""
+    found = {source: load_problems(source, config=config, split="train") for source in config.sources}
+    if len(found) == 1:
+        return found
+    return {source: [replace(p, id=f"{source}/{p.id}") for p in problems] for source, problems in found.items()}
+
+
 def held_out_sources(config: DataConfig) -> tuple[str, ...]:
     """What is evaluated on: data.eval, else the held-out half of the lab families that are trained on, else nothing."""
     if len(set(config.eval)) < len(config.eval):
         raise UserError(f"data.eval names a source twice: {', '.join(config.eval)}")
-    return config.eval or ((config.train,) if config.train.startswith("lab:") else ())
+    return config.eval or tuple(source for source in config.sources if source.startswith("lab:"))
 
 
 def spread(problems: Sequence[_T], limit: int) -> list[_T]:

@@ -84,3 +84,61 @@ class PromptStream:
             raise UserError(f"the saved data position is damaged: position {position} of {len(self._prompts)} prompts")
         self._seed = seed
         self._go_to(epoch, position)
+
+
+class MixedStream:
+    """Prompts of several sources, each in an endless order of its own, by weight.
+
+    Which source comes next is no draw: the one that lags most behind its share. So every step has the shares, to within a
+    prompt of each source, and a position is those of the sources.
+    """
+
+    def __init__(self, sources: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], seed: int) -> None:
+        self._streams = {name: PromptStream(prompts, seed) for name, prompts in sources.items()}
+        self._shares = shares
+        self._taken = dict.fromkeys(sources, 0)
+        self._size = sum(map(len, sources.values()))
+
+    @property
+    def epochs(self) -> float:
+        """Prompts taken so far over all that there are."""
+        return sum(self._taken.values()) / self._size
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next ``n`` prompts, all different."""
+        before = sum(self._taken.values())
+        counts = dict.fromkeys(self._taken, 0)
+        for total in range(before + 1, before + n + 1):
+            lag = {name: share * total - self._taken[name] - counts[name] for name, share in self._shares.items()}
+            counts[max(lag, key=lag.__getitem__)] += 1
+        found = {name: self._streams[name].take(count) for name, count in counts.items() if count}
+        self._taken = {name: taken + counts[name] for name, taken in self._taken.items()}
+        return [prompt for prompts in found.values() for prompt in prompts]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain JSON values."""
+        return {"taken": dict(self._taken), "sources": {name: s.state() for name, s in self._streams.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back, or on, to where `state` was taken over the same sources."""
+        sources, taken = state.get("sources"), state.get("taken")
+        if not isinstance(sources, dict) or not isinstance(taken, dict) or not sources.keys() == taken.keys():
+            raise UserError("the saved data position is damaged, or of a run on one source")
+        if sources.keys() != self._streams.keys():
+            raise UserError(
+                f"the run was on other sources: {', '.join(sources)}; a run goes on with those it began with"
+            )
+        counts = {name: _count(taken, name) for name in self._streams}
+        for name, stream in self._streams.items():
+            stream.restore(sources[name])
+        self._taken = counts
+
+
+Stream = PromptStream | MixedStream
+
+
+def build_stream(sources: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], seed: int) -> Stream:
+    """The order of the prompts of one source, or of several by their shares."""
+    if len(sources) > 1:
+        return MixedStream(sources, shares, seed)
+    return PromptStream(next(iter(sources.values())), seed)

@@ -45,7 +45,9 @@ def check_config(run: Path) -> Iterator[CheckResult]:
     except UserError as error:
         yield CheckResult("problem", "config.toml", f"{error}. Restore it from the recipe that started the run")
         return
-    yield CheckResult("ok", "config.toml", f"{config.objective.name} on {config.data.train}, model {config.model.path}")
+    yield CheckResult(
+        "ok", "config.toml", f"{config.objective.name} on {config.data.trained_on}, model {config.model.path}"
+    )
 
 
 def check_logs(run: Path) -> Iterator[CheckResult]:

@@ -77,6 +77,9 @@ def train_table(settings: Settings, generations: int, processes: int) -> tuple[d
             "activation_checkpointing", settings.take("gradient_checkpointing", True)
         ),
     }
+    if settings.take("mask_truncated_completions", False):
+        table["mask_truncated_completions"] = True
+    table |= _optimizer(settings)
     norm = settings.take("max_grad_norm", 1.0)
     if norm > 0:
         table["max_grad_norm"] = norm
@@ -87,6 +90,22 @@ def train_table(settings: Settings, generations: int, processes: int) -> tuple[d
     table |= {"steps": math.ceil(max_steps / updates)} if max_steps > 0 else {"epochs": epochs}
     table |= _schedule(settings) | _correction(settings)
     return table, updates
+
+
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw_fused",
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
+}
+
+
+def _optimizer(settings: Settings) -> dict[str, Any]:
+    name = settings.optional("optim")
+    if name is None:
+        return {}
+    if name not in _OPTIMIZERS:
+        settings.lose(f"optim = {name!r}: the recipe takes AdamW; train.optimizer has adamw_fused, adamw_8bit and muon")
+    return {"optimizer": _OPTIMIZERS.get(name, "adamw")}
 
 
 def _schedule(settings: Settings) -> dict[str, Any]:

@@ -112,5 +112,6 @@ def clipped_token_loss(
     surrogate_ST = policy.clipped_surrogate(ratios_ST, advantages_ST, clip_low, clip_high)
     objective_ST = policy.penalized(surrogate_ST, kl_ST, kl_coef)
     clipped_ST = policy.clipped(ratios_ST, advantages_ST, clip_low, clip_high)
-    metrics = measured(batch.mask_ST, {"clip_fraction": clipped_ST, "ratio": ratios_ST, "kl": kl_ST})
+    sides = {"clip_low": clipped_ST & (advantages_ST < 0), "clip_high": clipped_ST & (advantages_ST > 0)}
+    metrics = measured(batch.mask_ST, {"clip_fraction": clipped_ST, **sides, "ratio": ratios_ST, "kl": kl_ST})
     return Loss(-mean(objective_ST, batch), metrics)

@@ -62,9 +62,9 @@ class ShardCounts:
         """Bytes of the gradients: float32, but DeepSpeed adds them up in the weights' own type."""
         return sum((p.nbytes if self.copies_float32 else 4 * p.numel()) // self._parts("gradients") for p in parameters)
 
-    def state(self, parameters: Iterable[nn.Parameter], width: int) -> int:
+    def state(self, parameters: Iterable[nn.Parameter], width: float) -> int:
         """Bytes of what the optimizer keeps, ``width`` of it for each entry of a parameter."""
-        return sum(width * p.numel() // self._parts("state") for p in parameters)
+        return sum(int(width * p.numel()) // self._parts("state") for p in parameters)
 
     def gathered(self, parameters: Iterable[nn.Parameter], layers: int) -> int:
         """Bytes of whole layers beside a rank's own parts at the worst moment: of all layers, or of two, one on its way."""

@@ -7,7 +7,7 @@ train and decode, at any size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from e3rl.config import TrainConfig
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import SamplingRows, sample
 from e3rl.engine.torch.cache import GenericSlotModel
@@ -27,7 +28,7 @@ from e3rl.engine.torch.operations import Attention
 from e3rl.engine.torch.recorded import Step
 from e3rl.engine.torch.storage import RowSize, StepRows
 from e3rl.models import unwrapped
-from e3rl.train.optimizer import GradientSums
+from e3rl.train.optimizer import GradientSums, muon
 from e3rl.train.scoring import head_scores, output_matrix
 
 
@@ -246,3 +247,17 @@ def cache_row_size(model: Any) -> RowSize:
     with torch.no_grad():
         slots.prefill([0], 0)
     return slots.storage.row_size
+
+
+def muon_scratch(matrices: Sequence[Tensor], config: TrainConfig) -> int:
+    """Bytes that Muon's update of these matrices makes for itself."""
+    made = [torch.nn.Parameter(torch.empty(p.shape, device="meta")) for p in matrices]
+    if not made:
+        return 0
+    optimizer = muon(made, config)
+    for parameter in made:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()  # makes its momentum
+    with Allocations() as counted:
+        optimizer.step()
+    return counted.peak

@@ -17,15 +17,16 @@ import torch
 from e3rl.cluster.image import image_size
 from e3rl.cluster.parallel import keeps_passes
 from e3rl.config import Config, ModelConfig
-from e3rl.data.loading import load_problems
+from e3rl.data.loading import training_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.errors import UserError
 from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
-from e3rl.plan.dry_run import COUNTED, MicroBatch, micro_batch
+from e3rl.plan.dry_run import COUNTED, MicroBatch, micro_batch, muon_scratch
 from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
+from e3rl.train.optimizer import muon_takes, state_width
 from e3rl.train.prompts import number_of_steps
 
 
@@ -93,16 +94,12 @@ class Plan:
 
 def _data(config: Config) -> tuple[int, bool, int | None]:
     """Longest prompt, whether that is assumed, and the number of problems. Nothing is fetched from a hub for it."""
-    local = config.data.train.startswith("lab:") or config.data.train.rpartition(".")[2] in (
-        "jsonl",
-        "json",
-        "parquet",
-        "csv",
-    )
+    endings = ("jsonl", "json", "parquet", "csv")
+    local = all(name.startswith("lab:") or name.rpartition(".")[2] in endings for name in config.data.sources)
     if local and known_config(config.model.path) is None:
         from transformers import AutoTokenizer
 
-        problems = load_problems(config.data.train, config=config.data, split="train")
+        problems = [p for found in training_problems(config.data).values() for p in found]
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model_path(config.model.path), trust_remote_code=config.model.trust_remote_code
         )
@@ -135,7 +132,9 @@ def _trainer(
         held |= of_engine
     if "frozen" not in needs:
         copied = [p for p in trained if p.dtype != torch.float32 or division.copies_float32]
-        held |= {"float32 copy of the weights": division.state(copied, 4), "optimizer": division.state(trained, 8)}
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        kept = sum(division.state([p], state_width(n, p, config.train.optimizer)) for n, p in named)
+        held |= {"float32 copy of the weights": division.state(copied, 4), "optimizer": kept}
         phases |= _training(sizes, needs, row_tokens, division)
     return Process("trainer", division.ranks, held, phases or {"waiting": {}})
 
@@ -157,8 +156,19 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
             "gradients under way": division.under_way(trained, layers),
             "attention mask": sizes.longest**2 * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
         },
-        "optimizer": {"gradients": gradients, "an update's scratch": division.scratch(trained)},
+        "optimizer": {"gradients": gradients, "an update's scratch": _scratch(sizes, division)},
     }
+
+
+def _scratch(sizes: Sizes, division: ShardCounts) -> int:
+    """Bytes of an update's temporaries. Fused and 8-bit kernels have none; Muon goes through its matrices before AdamW."""
+    train = sizes.config.train
+    named = [(n, p) for n, p in sizes.model.named_parameters() if p.requires_grad]
+    if train.optimizer == "muon":
+        matrices = [p for n, p in named if muon_takes(n, p)]
+        rest = [p for n, p in named if not muon_takes(n, p)]
+        return max(muon_scratch(matrices, train), division.scratch(rest))
+    return division.scratch([p for _, p in named]) if train.optimizer == "adamw" else 0
 
 
 def waiting_rows(config: Config, needs: frozenset[str], row_tokens: int, prompt: int, ranks: int) -> int:

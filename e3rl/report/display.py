@@ -93,7 +93,7 @@ class PlainDisplay(Silent):
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
         self._clock, self._steps = _Clock(first_step, steps), steps
-        self._say(f"{method}: training {config.model.path} on {config.data.train}, {steps} steps, in {run}")
+        self._say(f"{method}: training {config.model.path} on {config.data.trained_on}, {steps} steps, in {run}")
 
     def stepped(self, record: Mapping[str, Any]) -> None:
         self._say(step_line(record, self._steps, self._clock.left(record["step"])))

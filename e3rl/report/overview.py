@@ -93,6 +93,13 @@ def evaluation_point(record: Mapping[str, Any], metrics: Sequence[Mapping[str, A
     }
 
 
+def mixture_text(sources: Mapping[str, float]) -> str:
+    """What is trained on, in words."""
+    if len(sources) == 1:
+        return next(iter(sources))
+    return ", ".join(f"{100 * share:.3g} % {source}" for source, share in sources.items())
+
+
 def facts(config: Config) -> list[list[str]]:
     """What was run, as label and value."""
     rollout, train, erasure = config.rollout, config.train, config.erasure
@@ -107,7 +114,7 @@ def facts(config: Config) -> list[list[str]]:
     return [
         ["Method", _method(config)],
         ["Model", config.model.path + (f", LoRA r = {config.model.lora_r}" if config.model.lora_r else "")],
-        ["Training data", config.data.train],
+        ["Training data", mixture_text(config.data.sources)],
         ["Rewards", ", ".join(config.rewards.functions)],
         ["Batch", learned],
         ["Response", f"up to {rollout.max_segments} segment{ending} of {rollout.segment_length} tokens"],

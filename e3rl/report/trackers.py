@@ -25,9 +25,17 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 USUAL_NAMES: Mapping[str, str] = {
     "reward": "reward",
+    "reward_std": "reward_std",
     "frac_reward_zero_std": "degenerate_groups",
     "completions/mean_length": "length",
+    "completions/min_length": "length_min",
+    "completions/max_length": "length_max",
+    "completions/mean_terminated_length": "length_finished",
     "clip_ratio/region_mean": "clip_fraction",
+    "clip_ratio/low_mean": "clip_low",
+    "clip_ratio/high_mean": "clip_high",
+    "tools/call_frequency": "calls",
+    "tools/failure_frequency": "call_errors",
     "kl": "kl",
     "entropy": "entropy",
     "loss": "loss",

@@ -22,7 +22,7 @@ from e3rl.config import (
 )
 from e3rl.errors import UserError
 from e3rl.files import write_text
-from e3rl.parsing import read_toml
+from e3rl.parsing import read_tables
 from e3rl.plugins import foreign_code, require_named
 from e3rl.rollout.statistics import FILE_NAME, CalibrationStatistics
 from e3rl.sections import build_section, current_names
@@ -62,7 +62,7 @@ class Companions:
 
 
 def _saved_settings(path: Path, own: Mapping[str, Any], say: Callable[[str], object]) -> dict[str, dict[str, Any]]:
-    tables = read_toml(path)
+    tables = read_tables(path)
     for section in sorted(tables.keys() - SAVED.keys()):
         raise UserError(
             f"{path} sets [{section}], and settings beside a model are [rollout] and [erasure] alone. Remove that section; to "

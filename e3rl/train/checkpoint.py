@@ -180,20 +180,28 @@ def newest_checkpoint(run: Path, say: Any = print, ranks: Ranks | None = None) -
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, flat."""
-    state = optimizer.state_dict()["state"]
+    """The optimizer's state by parameter name, flat. ``names``: of its parameters, in its groups' order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        f"{names[index]}/{key}": torch.as_tensor(value)
-        for index, entry in state.items()
-        for key, value in entry.items()
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, parameter in zip(names, parameters, strict=True)
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
-    position = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    optimizer.state.clear()
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("/")
-        state.setdefault(position[name], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter = parameters[name]
+        if (
+            key == "step"
+        ):  # PyTorch counts in a tensor on the CPU or, fused, beside the parameter; bitsandbytes in an int
+            fused = optimizer.defaults.get("fused")
+            kept: Any = value.to(parameter.device) if fused else value
+            kept = kept if isinstance(optimizer, torch.optim.AdamW) else int(value)
+        else:
+            kept = value.to(parameter.device)
+        optimizer.state[parameter][key] = kept

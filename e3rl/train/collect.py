@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from e3rl.cluster.ranks import Ranks
-from e3rl.data.stream import PromptStream
+from e3rl.data.stream import Stream
 from e3rl.errors import UserError
 from e3rl.rewards.scorer import require_some
 from e3rl.rollout.columns import decode, encode
@@ -56,7 +56,7 @@ class StepGroups:
         return summarise(item.group for item in self.dropped).generated_tokens
 
 
-def collect(run: Run, stream: PromptStream, settings: GroupSettings, tick: Callable[[], None]) -> StepGroups:
+def collect(run: Run, stream: Stream, settings: GroupSettings, tick: Callable[[], None]) -> StepGroups:
     """Groups of different prompts until enough pass the filter, refills are spent or prompts run out.
 
     A refill asks for as many groups as are missing, so no group that passes is thrown away. ``tick`` is called often and
@@ -146,7 +146,7 @@ class Prefetch:
         """Steps that were begun and not yet handed over."""
         return len(self._coming)
 
-    def start(self, run: Run, stream: PromptStream, settings: GroupSettings) -> None:
+    def start(self, run: Run, stream: Stream, settings: GroupSettings) -> None:
         """Begin to collect a step, after those begun before. No other caller may take from ``stream`` meanwhile."""
         apart = replace(run, ranks=self._ranks)
         self._coming.append(self._thread.submit(collect, apart, stream, settings, self._check))

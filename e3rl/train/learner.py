@@ -205,10 +205,10 @@ class Learner:
 
     def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
         """The training sequences, group by group. Trajectories without a reward are left out, unless they are demonstrations."""
-        shown = "demonstrations" in self._objective.needs
+        shown, masks = "demonstrations" in self._objective.needs, self._config.train.mask_truncated_completions
         return [
             s
-            for s in group_sequences([r.group for r in rewarded], "erased" in self._objective.needs)
+            for s in group_sequences([r.group for r in rewarded], "erased" in self._objective.needs, masks)
             if shown or rewarded[s.group].rewards[s.sibling].value is not None
         ]
 

@@ -106,7 +106,7 @@ def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Tota
     return Totals(
         groups=len({s.group for s in kept}),
         sequences=len(kept),
-        tokens=sum(int(s.mask_T.sum()) for s in kept),
+        tokens=max(1, sum(int(s.loss_mask_T.sum()) for s in kept)),
         completion_limit=completion_limit,
     )
 
@@ -126,7 +126,7 @@ def train_batch(lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals) 
         if references[0] is None
         else pad([r for r in references if r is not None], 0.0, device),
         advantages_ST=pad([lesson.advantages_T for lesson in lessons], 0.0, device),
-        mask_ST=pad([s.mask_T for s in sequences], False, device),
+        mask_ST=pad([s.loss_mask_T for s in sequences], False, device),
         segments_ST=pad([s.segments_T for s in sequences], -1, device),
         group_sizes_S=torch.tensor([lesson.group_size for lesson in lessons], device=device),
         erased_S=torch.tensor([s.erased for s in sequences], device=device),

@@ -10,6 +10,8 @@ METRICS: dict[str, str] = {
     "step": "training step, from 1",
     "epoch": "passes over the training problems so far",
     "reward": "mean reward of the step's trajectories, missing ones left out",
+    "reward_std": "standard deviation of those rewards",
+    "rewards": "as rewards/NAME/mean and rewards/NAME/std: reward function NAME's own values, before its weight",
     "accuracy": "share of trajectories whose first reward function gave at least 1",
     "reward_missing": "trajectories without a reward because a function failed on them, or none had an opinion",
     "reward_restarts": "reward workers that were killed or died in this step, each replaced by a new one",
@@ -19,6 +21,9 @@ METRICS: dict[str, str] = {
     "dropped_tokens": "tokens generated for groups that the filter dropped; part of tokens",
     "finish_ratio": "share of trajectories that ended by themselves",
     "length": "mean response tokens",
+    "length_min": "tokens of the shortest response",
+    "length_max": "tokens of the longest response",
+    "length_finished": "mean tokens of responses that ended by themselves",
     "segments": "mean committed segments of a response",
     "candidates": "candidates generated",
     "erasures": "candidates erased",
@@ -45,6 +50,8 @@ METRICS: dict[str, str] = {
     "loss": "loss of the step",
     "kl": "mean per-token KL to the reference policy (k3); absent without one",
     "clip_fraction": "share of ratios outside the clip range where that cuts the gradient",
+    "clip_low": "of the ratios, those below the range where the advantage is negative; objectives with token ratios",
+    "clip_high": "of the ratios, those above the range where the advantage is positive; objectives with token ratios",
     "ratio": "mean probability ratio of the policy to the one that made the rollout",
     "gate": "SAPO: mean share of the unclipped gradient that is left",
     "bound_low": "BAPO: lower clip bound, mean over micro-batches",
@@ -102,6 +109,15 @@ def mean(values: Iterable[float]) -> float:
     """Arithmetic mean; NaN of nothing."""
     found = list(values)
     return math.fsum(found) / len(found) if found else math.nan
+
+
+def spread(values: Iterable[float]) -> float:
+    """Sample standard deviation; NaN of fewer than two."""
+    found = list(values)
+    if len(found) < 2:
+        return math.nan
+    centre = mean(found)
+    return math.sqrt(math.fsum((v - centre) ** 2 for v in found) / (len(found) - 1))
 
 
 def by_index(pairs: Iterable[tuple[int, float]]) -> list[float]:

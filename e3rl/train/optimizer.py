@@ -1,9 +1,11 @@
-"""AdamW over float32 master weights, whatever type the model computes in, and the learning-rate schedule."""
+"""Optimizers over float32 master weights, whatever type the model computes in, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +31,70 @@ def by_kind(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], lis
     return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
 
 
-def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW as the settings describe it: matrices decay; norms and biases don't."""
     matrices, others = by_kind(parameters)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        foreach=False,  # one parameter after the other: the fused default on a GPU holds another float32 copy
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adamw_8bit":
+        return _eight_bit()(groups, **settings)  # type: ignore[no-any-return]
+    if config.optimizer == "adamw_fused":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    # one parameter after the other: all at once, as on a GPU by default, holds another float32 copy
+    return torch.optim.AdamW(groups, **settings, foreach=False)
+
+
+def _eight_bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("train.optimizer = 'adamw_8bit' needs bitsandbytes: pip install 'e3rl[8bit]'") from None
+    return AdamW8bit
+
+
+_EMBEDDINGS = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|\boutput\.weight$")
+
+
+def muon_takes(name: str, parameter: Tensor) -> bool:
+    """Whether Muon updates this parameter: a matrix that is neither an embedding nor the output matrix."""
+    return parameter.ndim == 2 and not _EMBEDDINGS.search(name)
+
+
+def muon(matrices: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Muon with updates of AdamW's size, so that learning rates and weight decay mean the same."""
+    return torch.optim.Muon(
+        matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
+
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def build_optimizers(named: Named, config: TrainConfig) -> list[tuple[torch.optim.Optimizer, list[str]]]:
+    """What ``train.optimizer`` names: one optimizer, or Muon with AdamW for the rest, each with its parameters' names in the
+    order that it numbers their state."""
+    of_muon = [(n, p) for n, p in named if config.optimizer == "muon" and muon_takes(n, p)]
+    taken = {n for n, _ in of_muon}
+    rest = [(n, p) for n, p in named if n not in taken]
+    names = [n for n, p in rest if p.ndim >= 2] + [n for n, p in rest if p.ndim < 2]
+    found: list[tuple[torch.optim.Optimizer, list[str]]] = []
+    if of_muon:
+        found.append((muon([p for _, p in of_muon], config), [n for n, _ in of_muon]))
+    return [*found, (adamw([p for _, p in rest], config), names)] if rest else found
+
+
+_EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256
+"""bitsandbytes: smaller parameters keep float32 moments; others one float32 scale a block."""
+
+
+def state_width(name: str, parameter: Tensor, optimizer: str) -> float:
+    """Bytes that an optimizer keeps for each entry of a parameter."""
+    if optimizer == "muon" and muon_takes(name, parameter):
+        return 4.0
+    if optimizer == "adamw_8bit" and parameter.numel() >= _EIGHT_BIT_FROM:
+        return 2 * (1 + 4 / _EIGHT_BIT_BLOCK)
+    return 8.0
 
 
 def scratch_bytes(entries: Sequence[int]) -> int:
@@ -106,10 +162,7 @@ class MasterOptimizer:
         self._max_norm = config.max_grad_norm
         self.nonfinite: tuple[str, ...] = ()
         """Parameters whose gradients were NaN or infinite in the last step."""
-        self._adamw = adamw(self._masters, config)
-        # AdamW numbers its state by position in its groups, not by position in the model
-        self._state_names = [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim >= 2]
-        self._state_names += [n for n, m in zip(self._names, self._masters, strict=True) if m.ndim < 2]
+        self._optimizers = build_optimizers(list(zip(self._names, self._masters, strict=True)), config)
 
     @allocates
     def step(self, rate: float) -> float:
@@ -118,13 +171,18 @@ class MasterOptimizer:
         norm = self._clip()
         self.nonfinite = () if math.isfinite(norm) else self._nonfinite_gradients()
         if math.isfinite(norm):
-            for group in self._adamw.param_groups:
-                group["lr"] = rate
-            self._adamw.step()
+            self._apply(rate)
             self._publish()
         for master in self._masters:
             master.grad = None
         return norm
+
+    def _apply(self, rate: float) -> None:
+        """Update the float32 weights from their gradients."""
+        for optimizer, _ in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
 
     def _collect(self) -> None:
         """Move the gathered gradients to the float32 weights."""
@@ -153,8 +211,8 @@ class MasterOptimizer:
         return dict(zip(self._names, self._masters, strict=True))
 
     def state(self) -> Mapping[str, Tensor]:
-        """AdamW's moments and step counts, flat, by parameter name."""
-        return optimizer_tensors(self._adamw, self._state_names)
+        """The optimizer's moments and step counts, flat, by parameter name."""
+        return {key: t for found in self._optimizers for key, t in optimizer_tensors(*found).items()}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -164,4 +222,7 @@ class MasterOptimizer:
             if name in masters:
                 masters[name].copy_(tensor)
         self._publish()
-        load_optimizer_tensors(self._adamw, self._state_names, state)
+        for optimizer, names in self._optimizers:
+            known = set(names)
+            own = {key: state[key] for key in state if key.rpartition("/")[0] in known}
+            load_optimizer_tensors(optimizer, names, own)

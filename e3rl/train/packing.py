@@ -32,6 +32,12 @@ class TrainSequence:
     group: int  # position of its group in the step
     sibling: int
     erased: bool
+    unlearnt: bool = False  # cut off at the length limit: its reward counts for its siblings, its tokens in no loss
+
+    @property
+    def loss_mask_T(self) -> Tensor:
+        """``mask_T`` as the loss has it."""
+        return torch.zeros_like(self.mask_T) if self.unlearnt else self.mask_T
 
     @property
     def length(self) -> int:
@@ -42,8 +48,8 @@ def _segment_ids(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(indices), torch.tensor(lengths))
 
 
-def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
-    """The trajectory as a training sequence."""
+def trajectory_sequence(trajectory: Trajectory, group: int, mask_truncated: bool = False) -> TrainSequence:
+    """The trajectory as a training sequence; with ``mask_truncated`` one that was cut off is in no loss."""
     lengths = trajectory.segment_lengths
     indices = [-1 if s.observation else trajectory.drawn_index(s.index) for s in trajectory.segments]
     return TrainSequence(
@@ -55,6 +61,7 @@ def trajectory_sequence(trajectory: Trajectory, group: int) -> TrainSequence:
         group=group,
         sibling=trajectory.sibling,
         erased=False,
+        unlearnt=mask_truncated and trajectory.finish == "length",
     )
 
 
@@ -81,11 +88,11 @@ def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:
     return sequences
 
 
-def group_sequences(groups: Sequence[Group], with_erased: bool) -> list[TrainSequence]:
+def group_sequences(groups: Sequence[Group], with_erased: bool, mask_truncated: bool = False) -> list[TrainSequence]:
     """All sequences of a step: every group's trajectories, then its erased candidates where they are learnt from."""
     sequences: list[TrainSequence] = []
     for index, group in enumerate(groups):
-        sequences += [trajectory_sequence(t, index) for t in group.trajectories]
+        sequences += [trajectory_sequence(t, index, mask_truncated) for t in group.trajectories]
         if with_erased:
             sequences += [s for t in group.trajectories for s in erased_sequences(t, index)]
     return sequences

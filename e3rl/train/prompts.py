@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from e3rl.config import Config
-from e3rl.data.loading import held_out_sources, load_problems, spread
+from e3rl.data.loading import held_out_sources, load_problems, spread, training_problems
 from e3rl.data.prompts import fitting, prompt_limit
 from e3rl.data.rows import lookup
 from e3rl.environments.episodes import tool_prompts
@@ -25,10 +26,15 @@ UNRANKED = 0
 class RunData:
     """The data of a run. ``demonstrations``: by problem id; where there are any they take the place of rollouts."""
 
-    train: Sequence[Prompt]
+    sources: Mapping[str, Sequence[Prompt]]  # what is trained on
     held_out: Mapping[str, Sequence[Prompt]]  # by source
     demonstrations: Mapping[str, RewardedGroup]
     left_out: int = 0  # training prompts that were too long
+
+    @functools.cached_property
+    def train(self) -> list[Prompt]:
+        """All training prompts."""
+        return [prompt for prompts in self.sources.values() for prompt in prompts]
 
     @property
     def longest_prompt(self) -> int:
@@ -38,30 +44,33 @@ class RunData:
 
 def load_data(config: Config, policy: Policy | Outline, *, shown: bool) -> RunData:
     """Prompts of both kinds; ``shown``: the objective learns from the data's solutions."""
-    train, held_out, left_out = load_prompts(config, policy)
-    return RunData(train, held_out, demonstrations(train, policy, config) if shown else {}, left_out)
+    sources, held_out, left_out = load_prompts(config, policy)
+    data = RunData(sources, held_out, {}, left_out)
+    return replace(data, demonstrations=demonstrations(data.train, policy, config)) if shown else data
 
 
-def load_prompts(config: Config, policy: Policy | Outline) -> tuple[list[Prompt], dict[str, list[Prompt]], int]:
-    """Training prompts, and held-out ones by source, as token ids; and how many training prompts were left out as too long."""
+def load_prompts(
+    config: Config, policy: Policy | Outline
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]], int]:
+    """Training and held-out prompts by source, as token ids; and how many training prompts were left out as too long."""
 
     def rendered(problems: Sequence[Problem]) -> list[Prompt]:
         limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
         return tool_prompts(problems, policy.tokenizer, config, **limits)
 
-    problems = load_problems(config.data.train, config=config.data, split="train")
-    if config.data.filter_overlong_prompts:
+    def fit(problems: Sequence[Problem]) -> list[Prompt]:
         unlimited = replace(config, data=replace(config.data, max_prompt_length=0))
         every = tool_prompts(problems, policy.tokenizer, unlimited, context_limit=2**31, completion_limit=1)
-        limit = prompt_limit(config.data, policy.context_length, config.rollout.completion_limit)
-        train = fitting(every, limit)
-    else:
-        train = rendered(problems)
+        return fitting(every, prompt_limit(config.data, policy.context_length, config.rollout.completion_limit))
+
+    problems = training_problems(config.data)
+    render = fit if config.data.filter_overlong_prompts else rendered
+    sources = {source: render(found) for source, found in problems.items()}
     held_out = {
         source: rendered(spread(load_problems(source, config=config.data, split="eval"), config.eval.limit))
         for source in held_out_sources(config.data)
     }
-    return train, held_out, len(problems) - len(train)
+    return sources, held_out, sum(map(len, problems.values())) - sum(map(len, sources.values()))
 
 
 def number_of_steps(config: Config, problems: int) -> int:
@@ -69,7 +78,7 @@ def number_of_steps(config: Config, problems: int) -> int:
     per_epoch = problems // config.train.prompts_per_step
     if not per_epoch:
         raise UserError(
-            f"train.prompts_per_step = {config.train.prompts_per_step}, but {config.data.train} has only {problems} problems: "
+            f"train.prompts_per_step = {config.train.prompts_per_step}, but {config.data.trained_on} has only {problems} problems: "
             "lower it"
         )
     return config.train.steps or math.ceil(config.train.epochs * per_epoch)

@@ -14,7 +14,7 @@ from e3rl.cluster.parallel import Optimizer, divides_weights
 from e3rl.cluster.ranks import Ranks
 from e3rl.cluster.rollouts import Rollouts
 from e3rl.config import Config
-from e3rl.data.stream import PromptStream
+from e3rl.data.stream import Stream
 from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import take_weights
 from e3rl.errors import UserError
@@ -73,7 +73,7 @@ class State:
     """Where a run stands. A checkpoint holds exactly this, and PyTorch's random numbers."""
 
     optimizer: Optimizer  # float32 weights, AdamW's moments
-    stream: PromptStream  # what `collect` takes prompts from
+    stream: Stream  # what `collect` takes prompts from
     position: Mapping[str, Any]  # where it stood after the last groups that are here
     calibration: CalibrationStatistics  # of all first candidates so far
     entropy_moments: Moments | None = None  # of the step before

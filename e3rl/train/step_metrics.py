@@ -13,8 +13,8 @@ from e3rl.rollout.stats import summarise
 from e3rl.train.collect import StepGroups
 from e3rl.train.learner import Update
 from e3rl.train.lessons import Lesson
-from e3rl.train.metrics import by_index, mean
-from e3rl.types import RewardedGroup, Segment
+from e3rl.train.metrics import by_index, mean, spread
+from e3rl.types import Reward, RewardedGroup, Segment
 
 
 def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
@@ -25,10 +25,22 @@ def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     by_group = [{r.value for r in group if r.value is not None} for group in asked]
     return {
         "reward": mean(known),
+        "reward_std": spread(known),
+        **function_metrics(rewards),
         "accuracy": mean(r.right for r in rewards if r.right is not None),
         "reward_missing": sum(r.value is None for group in asked for r in group),
         "degenerate_groups": mean(len(values) < 2 for values in by_group),
     }
+
+
+def function_metrics(rewards: Sequence[Reward]) -> dict[str, float]:
+    """Each reward function's own values."""
+    names = dict.fromkeys(name for r in rewards for name in r.parts)
+    found = {}
+    for name in names:
+        values = [v for r in rewards if (v := r.parts.get(name)) is not None]
+        found |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": spread(values)}
+    return found
 
 
 def segment_metrics(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]) -> dict[str, list[float]]:
@@ -63,6 +75,9 @@ def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     return {
         "finish_ratio": mean(t.finish == "stop" for t in trajectories),
         "length": mean(t.committed_tokens for t in trajectories),
+        "length_min": min((t.committed_tokens for t in trajectories), default=math.nan),
+        "length_max": max((t.committed_tokens for t in trajectories), default=math.nan),
+        "length_finished": mean(t.committed_tokens for t in trajectories if t.finish == "stop"),
         "segments": mean(len(t.drawn_segments) for t in trajectories),
         "candidates": stats.candidates,
         "erasures": stats.erasures,

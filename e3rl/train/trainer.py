@@ -15,7 +15,7 @@ from e3rl.cluster.ranks import join_ranks
 from e3rl.cluster.rollouts import LocalRollouts, NoRollouts, Rollouts, remote_rollouts
 from e3rl.config import Config
 from e3rl.data.contamination import overlap_notes
-from e3rl.data.stream import PromptStream
+from e3rl.data.stream import build_stream
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
 from e3rl.errors import RunStopped, UserError
@@ -142,7 +142,7 @@ def prepare(
     journal = Journal(path, partial(fingerprint, generating.model), note) if ranks.first else None
     rollouts, draws = _rollouts(config, generating, data.longest_prompt, journal, note, remote=remote)
     calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
-    stream = PromptStream(data.train, seed=config.run.seed)
+    stream = build_stream(data.sources, config.data.sources, seed=config.run.seed)
     state = State(learner.optimizer, stream, stream.state(), calibration)
     run = Run(
         config=config,
@@ -207,7 +207,7 @@ def _build_scorer(config: Config, functions: Sequence[RewardFunction], data: Run
     if asks and not any(p.problem.answer for p in data.train):
         columns = sorted({name for p in data.train[:100] for name in p.problem.columns})
         raise UserError(
-            f"reward 'math' compares with an answer, and no problem of {config.data.train} has one in column "
+            f"reward 'math' compares with an answer, and no problem of {config.data.trained_on} has one in column "
             f"'{config.data.answer_column}' (data.answer_column). Its other columns: {', '.join(columns) or 'none'}"
         )
     limit = config.rollout.completion_limit

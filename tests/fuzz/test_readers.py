@@ -19,7 +19,7 @@ from e3rl.config import DataConfig, build_config, load_config, parse_override, t
 from e3rl.data.loading import load_problems
 from e3rl.doctor.run import check_run
 from e3rl.errors import UserError
-from e3rl.parsing import read_toml
+from e3rl.parsing import read_tables
 from e3rl.report.page import describe_run
 from e3rl.train.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from e3rl.train.journal import StepJournal
@@ -87,7 +87,9 @@ def test_any_bytes_are_a_recipe_or_a_sentence(tmp_path: Path, content: bytes):
     path = tmp_path / "recipe.toml"
     path.write_bytes(content)
     _or_sentence(lambda: load_config(path))
-    _or_sentence(lambda: read_toml(path))
+    _or_sentence(lambda: read_tables(path))
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    _or_sentence(lambda: load_config(tmp_path / "recipe.yaml"))
     (tmp_path / "config.toml").write_bytes(content)
     _or_sentence(lambda: read_config(tmp_path))
 

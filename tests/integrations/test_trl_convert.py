@@ -129,7 +129,7 @@ def test_a_loss_becomes_its_objective(tmp_path: Path, given: str, name: str, opt
         ("--beta 0.1", "use_bias_correction_kl"),
         ("--scale_rewards batch", "scale_rewards = 'batch'"),
         ("--loss_type dr_grpo", "scale_rewards = 'group'"),
-        ("--mask_truncated_completions", "mask_truncated_completions = True"),
+        ("--optim adafactor", "optim = 'adafactor'"),
         ("--min_p 0.1", "min_p = 0.1: sampling has"),
         ("--delta 4.0", "delta = 4.0"),
         ("--use_vllm", "use_vllm = True"),
@@ -161,6 +161,14 @@ def test_settings_that_ask_for_nothing_are_no_loss(tmp_path: Path, given: str):
     _, translation = convert(tmp_path, given)
     basic = ("model: ", "train_dataset: ", "reward_funcs: ")
     assert [loss for loss in translation.losses if not loss.startswith(basic)] == []
+
+
+def test_optimizers_and_masking_carry_over(tmp_path: Path):
+    config, translation = convert(tmp_path, "--optim adamw_bnb_8bit --mask_truncated_completions")
+    assert (config.train.optimizer, config.train.mask_truncated_completions) == ("adamw_8bit", True)
+    assert convert(tmp_path, "--optim adamw_torch_fused")[0].train.optimizer == "adamw_fused"
+    assert not lost(translation, "optim") + lost(translation, "mask")
+    assert convert(tmp_path, "")[0].train.optimizer == "adamw"
 
 
 def test_trl_defaults_are_written_out(tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 
 import e3rl_reproduce
 from e3rl.cli.recipes import find_recipe, find_recipes, recipe_names
-from e3rl.config import Config, load_config, read_toml
+from e3rl.config import Config, load_config, read_tables
 from e3rl.data.benchmarks import BENCHMARKS
 from e3rl.objectives import build
 from e3rl_reproduce.paper import deviations, filled, paper_of, setting_of, stated
@@ -103,7 +103,7 @@ def test_the_paper_s_machines_are_an_overlay():
         assert config.train.workers + config.rollout.workers == 32
         assert config.train.prompts_per_step // config.train.minibatches % config.train.workers == 0
     for topology in (name for name in recipe_names() if name.startswith("topologies/")):
-        assert set(read_toml(find_recipe(topology))) <= {"rollout", "train"}
+        assert set(read_tables(find_recipe(topology))) <= {"rollout", "train"}
 
 
 def test_benchmarks_of_the_recipes_are_there_and_are_those_of_the_tables():
@@ -136,7 +136,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_switches_off_what_it_is_named_for_and_nothing_else(name: str):
-    table = read_toml(find_recipe(f"ablations/{name}"))
+    table = read_tables(find_recipe(f"ablations/{name}"))
     assert {f"{s}.{k}": v for s, fields in table.items() for k, v in fields.items()} == ABLATIONS[name]
 
 

@@ -113,6 +113,19 @@ def test_steps_are_logged_under_the_usual_names_too():
     }  # fmt: skip
 
 
+def test_names_that_dashboards_for_trl_know():
+    ours = {
+        "reward_std": 1.0, "length_min": 2.0, "length_max": 3.0, "length": 4.0, "clip_low": 5.0, "clip_high": 6.0,
+        "clip_fraction": 7.0, "rewards/math/mean": 8.0, "kl": 9.0, "entropy": 10.0,
+    }  # fmt: skip
+    logged = _logged(ours)
+    usual = (
+        "reward_std completions/min_length completions/max_length completions/mean_length clip_ratio/low_mean "
+        "clip_ratio/high_mean clip_ratio/region_mean rewards/math/mean kl entropy"
+    )
+    assert [logged[f"train/{name}"] for name in usual.split()] == list(ours.values())
+
+
 def test_a_model_card_names_the_base_model_where_it_is_on_a_hub(config: Config, tmp_path: Path):
     summary = {"method": "GRPO", "steps": 1, "tokens_generated": 1, "train_seconds": 1.0, "before": {}, "after": {}}
     for path, named in (("owner/name", True), ("lab", False), (str(tmp_path), False)):

@@ -1,14 +1,17 @@
 """The master-weight optimizer and the learning-rate schedule, by value."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from e3rl.config import TrainConfig
-from e3rl.train.optimizer import MasterOptimizer, learning_rate
+from e3rl.config import build_config
+from e3rl.errors import UserError
+from e3rl.settings import TrainConfig
+from e3rl.train.optimizer import MasterOptimizer, learning_rate, state_width
 
 CONFIG = TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_grad_norm=1.0)
 
@@ -102,3 +105,79 @@ def test_going_on_from_saved_state_gives_the_same_weights(dtype: torch.dtype):
     run(second, [p for _, p in resumed], range(5, 9))
     for (_, a), (_, b) in zip(whole, resumed, strict=True):
         assert torch.equal(a, b)
+
+
+def _named() -> list[tuple[str, nn.Parameter]]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"embed_tokens.weight": (72, 64), "layers.0.q.weight": (64, 80), "layers.0.norm.weight": (64,)}
+    return [(name, nn.Parameter(torch.randn(shape, generator=generator))) for name, shape in shapes.items()]
+
+
+def _learn(optimizer: MasterOptimizer, named: list[tuple[str, nn.Parameter]], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for _, parameter in named:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step(0.01)
+
+
+@pytest.mark.parametrize("name", ["adamw_fused", "adamw_8bit", "muon"])
+def test_every_optimizer_goes_on_from_its_saved_state(name: str):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'e3rl[8bit]'")
+    config = replace(CONFIG, optimizer=name, weight_decay=0.1)
+    whole, resumed = _named(), _named()
+    first, second = MasterOptimizer(whole, config), MasterOptimizer(resumed, config)
+    _learn(first, whole, range(3))
+    state = {k: v.clone() for k, v in first.state().items()}
+    second.load({k: v.detach().clone() for k, v in first.weights().items()}, state)
+    _learn(first, whole, range(3, 6))
+    _learn(second, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole, resumed, strict=True))
+    kept = sum(v.nbytes for k, v in state.items() if v.numel() > 1 and "qmap" not in k)
+    assert kept == sum(int(state_width(n, p, name) * p.numel()) for n, p in whole)
+
+
+def test_the_fused_kernel_is_adamw():
+    plain, fused = _named(), _named()
+    _learn(MasterOptimizer(plain, CONFIG), plain, range(4))
+    _learn(MasterOptimizer(fused, replace(CONFIG, optimizer="adamw_fused")), fused, range(4))
+    for (_, a), (_, b) in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_turns_a_layers_matrix_and_leaves_the_rest_to_adamw():
+    named, plain = _named(), _named()
+    before = named[1][1].detach().clone()
+    _learn(MasterOptimizer(named, replace(CONFIG, optimizer="muon")), named, range(1))
+    _learn(MasterOptimizer(plain, CONFIG), plain, range(1))
+    change = torch.linalg.svdvals(named[1][1].detach() - before) / (0.01 * 0.2 * math.sqrt(80))
+    assert 0.5 < change.min() < change.max() < 1.5  # Newton-Schulz: all singular values near 1
+    for place in (0, 2):
+        assert torch.equal(named[place][1], plain[place][1])
+
+
+def test_bitsandbytes_that_is_missing_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'e3rl\[8bit\]'"):
+        MasterOptimizer(_named(), replace(CONFIG, optimizer="adamw_8bit"))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "parallel", "fine"),
+    [
+        *(("adamw", p, True) for p in ("none", "zero1", "fsdp2", "deepspeed-zero3")),
+        ("adamw_fused", "fsdp2", True),
+        ("adamw_fused", "deepspeed-zero2", False),
+        ("muon", "ddp", True),
+        *(("muon", p, False) for p in ("zero1", "zero2", "fsdp2", "deepspeed-zero2")),
+        ("adamw_8bit", "zero1", False),
+    ],
+)
+def test_an_optimizer_that_ranks_can_not_divide_is_refused(optimizer: str, parallel: str, fine: bool):
+    tables = {"train": {"optimizer": optimizer, "parallel": parallel}}
+    if fine:
+        assert build_config(tables).train.optimizer == optimizer
+        return
+    with pytest.raises(UserError, match=f"'{optimizer}' keeps its state whole, and train.parallel = '{parallel}'"):
+        build_config(tables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -65,10 +66,23 @@ def test_rewards_that_are_missing_count_as_missing_alone():
     found = reward_metrics([rewarded(1.0, None), rewarded(0.0, 0.5), rewarded(1.0, 1.0)])
     assert found == {
         "reward": pytest.approx(3.5 / 5),
+        "reward_std": pytest.approx(statistics.stdev([1.0, 0.0, 0.5, 1.0, 1.0])),
+        "rewards/first/mean": pytest.approx(3.5 / 5),
+        "rewards/first/std": pytest.approx(statistics.stdev([1.0, 0.0, 0.5, 1.0, 1.0])),
+        "rewards/other/mean": 9.0,
+        "rewards/other/std": 0.0,
         "accuracy": 3 / 5,
         "reward_missing": 1,
         "degenerate_groups": pytest.approx(2 / 3),
     }
+
+
+def test_lengths_of_the_shortest_the_longest_and_those_that_ended():
+    first, second = group().trajectories
+    short = replace(first, segments=first.segments[:2], finish="stop")
+    found = rollout_metrics([rewarded(1.0, 0.0, item=replace(group(), trajectories=(short, second)))])
+    assert (found["length_min"], found["length_max"], found["length_finished"]) == (4, 6, 4)
+    assert math.isnan(rollout_metrics([rewarded(1.0, 0.0)])["length_finished"])
 
 
 def test_what_was_rolled_out():
