@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
+from e3rl.files import write_json
 from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
 
 
@@ -266,6 +269,33 @@ def narrow_window(model: Any) -> Iterator[None]:
     finally:
         for holder in holders:
             holder.sliding_window = window
+
+
+def save_adapter(policy: Policy, directory: Path, card: str) -> None:
+    """The adapters alone, as PEFT and vLLM load them, with tokenizer and model card."""
+    policy.model.save_pretrained(directory)
+    policy.tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def describe_checkpoint(policy: Policy, directory: Path) -> None:
+    """What `from_pretrained` needs beside a checkpoint's weights: config, tokenizer and where each weight lies; with LoRA
+    adapters PEFT's own two files. Adapters that several ranks wrote can't be read there: the run's end writes them whole."""
+    model, files = policy.model, sorted(directory.glob("weights*.safetensors"))
+    policy.tokenizer.save_pretrained(directory)
+    if not hasattr(model, "peft_config"):
+        where = {}
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                where |= dict.fromkeys(opened.keys(), file.name)
+        model.config.save_pretrained(directory)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(directory)
+        write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    elif len(files) == 1:
+        model.peft_config["default"].save_pretrained(directory)
+        adapters = {name.replace(".default.", "."): tensor for name, tensor in load_file(files[0]).items()}
+        save_file(adapters, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 def save_pretrained(policy: Policy, directory: Path, card: str) -> None:

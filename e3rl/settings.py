@@ -329,6 +329,9 @@ class TrainConfig:
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
     save_total_limit: int = setting(2, "checkpoints to keep; 0: all", min=0)
     show_steps: int = setting(0, "print a sampled completion every n steps; 0: never", min=0)
+    push_to_hub: str = setting(
+        "", "hub repository OWNER/NAME that the finished model is uploaded to, private where it is new; empty: none"
+    )
     report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio, mlflow, swanlab")
 
 

@@ -23,10 +23,11 @@ Written by `python tools/run_directory_page.py`; do not edit.
 | `metrics.jsonl` | one line a step, below |
 | `evaluations.jsonl` | one line an evaluation: step, mode, `data` (of several sources), Avg@k, Pass@k, intervals, tokens |
 | `rollouts/step-NNNNNN.parquet` | every trajectory of the step and all that was erased on the way, below |
-| `checkpoints/step-NNNNNN/` | float32 weights, optimizer, random state, position, statistics, prefetched rollouts, checksums |
+| `checkpoints/step-NNNNNN/` | a model for `from_pretrained`; optimizer, random state, position, statistics, prefetched rollouts |
 | `journal/step-NNNNNN.journal` | candidates of steps that no checkpoint holds yet, each as soon as it is generated |
 | `skipped/step-NNNNNN/` | a step that was skipped because of NaN or exploding numbers: finding, batch, weights (`e3rl replay`) |
-| `model/` | the trained model as an ordinary Hugging Face directory, written at the end |
+| `model/` | the trained model as an ordinary Hugging Face directory, written at the end; LoRA adapters merged |
+| `adapter/` | with LoRA: the adapters alone, as PEFT and vLLM load them |
 | `summary.json` | before and after, r, erase rate, steps, seconds, tokens; written at the end |
 | `report.html` | the run as a page that opens from disk |
 """

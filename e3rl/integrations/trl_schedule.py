@@ -146,6 +146,9 @@ def rhythm_table(settings: Settings, updates: int) -> dict[str, Any]:
             table[name] = 0
             if strategy != "no":
                 settings.lose(f"{name}: it is a number of steps here, not every epoch or a share of the run")
+    if settings.left.get("push_to_hub") is True and settings.left.get("hub_model_id"):
+        settings.take("push_to_hub", False)
+        table["push_to_hub"] = settings.take("hub_model_id", "")
     table["save_total_limit"] = settings.optional("save_total_limit") or 0
     names = settings.optional("report_to") or []
     several = [names] if isinstance(names, str) else list(names)

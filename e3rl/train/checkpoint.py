@@ -55,6 +55,7 @@ class Checkpoint:
     rng: Tensor
     facts: Mapping[str, Any]
     prefetched: bytes = b""  # groups that were collected for the next step already, as an Arrow IPC stream
+    describe: Callable[[Path], None] | None = None  # writes what else stands in the directory
 
 
 def checkpoint_directory(run: Path, step: int) -> Path:
@@ -122,6 +123,8 @@ def _finish(checkpoint: Checkpoint, temporary: Path, stack: contextlib.ExitStack
     write_json(temporary / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts})
     if checkpoint.prefetched:
         (temporary / _PREFETCHED).write_bytes(checkpoint.prefetched)
+    if checkpoint.describe is not None:
+        checkpoint.describe(temporary)
     stack.close()
 
 

@@ -78,8 +78,8 @@ def number_of_steps(config: Config, problems: int) -> int:
     per_epoch = problems // config.train.prompts_per_step
     if not per_epoch:
         raise UserError(
-            f"train.prompts_per_step = {config.train.prompts_per_step}, but {config.data.trained_on} has only {problems} problems: "
-            "lower it"
+            f"train.prompts_per_step = {config.train.prompts_per_step}, but {config.data.trained_on} has only {problems} "
+            "problems: lower it"
         )
     return config.train.steps or math.ceil(config.train.epochs * per_epoch)
 

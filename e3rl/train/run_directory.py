@@ -31,7 +31,7 @@ MAY_CHANGE = {
     *("train.micro_batch_tokens", "train.gradient_checkpointing", "rewards.workers", "rewards.timeout"),
     *("train.parallel", "train.workers", "train.worker_gpus"),
     *("train.steps", "train.eval_steps", "train.save_steps"),
-    *("train.save_total_limit", "train.show_steps", "train.report_to", "train.rank_timeout"),
+    *("train.save_total_limit", "train.show_steps", "train.report_to", "train.push_to_hub", "train.rank_timeout"),
     *("train.max_skipped_steps", "train.max_log_ratio", "train.max_kl"),
     *("rollout.workers", "rollout.worker_gpus", "rollout.worker_timeout", "rollout.address", "rollout.servers"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import take_weights
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import Draws
-from e3rl.models import Policy
+from e3rl.models import Policy, describe_checkpoint
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.filters import GroupFilter
 from e3rl.rollout.group import GroupSettings
@@ -138,7 +139,9 @@ def save(run: Run, state: State) -> None:
         "ahead": ahead,
     }
     weights, moments = state.optimizer.weights(), state.optimizer.state()
-    checkpoint = Checkpoint(state.step, weights, moments, torch.get_rng_state(), facts, prefetched)
+    checkpoint = Checkpoint(
+        state.step, weights, moments, torch.get_rng_state(), facts, prefetched, partial(describe_checkpoint, run.policy)
+    )
     save_checkpoint(run.path, checkpoint, run.config.train.save_total_limit, run.ranks)
     if run.journal is not None:
         run.journal.drop_through(state.step)

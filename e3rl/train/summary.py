@@ -15,6 +15,7 @@ import torch
 
 from e3rl import __version__
 from e3rl.config import Config, to_toml
+from e3rl.errors import UserError
 from e3rl.evaluate.figures import evaluated_name, overall
 from e3rl.objectives import method_name
 from e3rl.train.run_directory import read_lines
@@ -90,6 +91,38 @@ def model_card(config: Config, summary: Mapping[str, Any], *, has_statistics: bo
             "",
         ]
     )
+
+
+def require_hub(repository: str) -> None:
+    """UserError, before a run starts, where its model could not be uploaded at its end."""
+    from huggingface_hub import HfApi, get_token
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"train.push_to_hub = '{repository}' is no repository: write OWNER/NAME")
+    if get_token() is None:
+        raise UserError("train.push_to_hub needs a login: run 'hf auth login', or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no network, no such token: the library documents no closed list
+        raise UserError(f"train.push_to_hub: the hub does not let us in: {str(error).splitlines()[0]}") from None
+
+
+def upload(model: Path, adapter: Path, repository: str) -> str:
+    """Upload a finished model, adapters as its folder adapter/; what became of it, for a note. The run is whole without."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=model, commit_message="Trained with e3rl")
+        if adapter.is_dir():
+            api.upload_folder(
+                repo_id=repository, folder_path=adapter, path_in_repo="adapter", commit_message="Adapters"
+            )
+    except Exception as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        return f"the model was not uploaded: {reason}. It is saved; try again with: hf upload {repository} {model}"
+    return f"uploaded to {repository}"
 
 
 def _commit() -> str | None:

@@ -41,7 +41,7 @@ from e3rl.train.prompts import RunData, answers_as_responses, load_data, number_
 from e3rl.train.run_directory import RunDirectory, run_path
 from e3rl.train.scoring import require_scorable
 from e3rl.train.state import Run, State, restore, save
-from e3rl.train.summary import environment
+from e3rl.train.summary import environment, require_hub
 
 RewardFunction = Callable[..., Any]
 
@@ -117,6 +117,8 @@ def prepare(
     remote = bool(config.rollout.workers or config.rollout.servers)
     note = partial(tell, listeners if ranks.first else (), "noted")
 
+    if config.train.push_to_hub and ranks.first:
+        require_hub(config.train.push_to_hub)
     objective = build_objective(config.objective)
     _require_siblings(config, objective)
     # what takes moments comes before the weights: data, columns, reward functions

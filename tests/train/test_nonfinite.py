@@ -210,7 +210,7 @@ def _skipped_run(tmp_path: Path, harm: str) -> Path:
     config = lab_config(tmp_path, "objective.kl_coef=0.0")
     run = RunDirectory.create(config).path
     policy = load_policy(config.model)
-    rendered = load_prompts(config, policy)[0][:2]
+    rendered = load_prompts(config, policy)[0][config.data.train][:2]
     learner = Learner(policy, build_objective(config.objective), config, updates=1)
     with torch.no_grad():
         weight = policy.model.model.layers[1].mlp.down_proj.weight
