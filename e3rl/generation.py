@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from e3rl.config import Config
+from e3rl.config import Config, RolloutConfig
 from e3rl.engine.build import build_engine
 from e3rl.environments.episodes import tool_prompts
 from e3rl.errors import UserError
@@ -19,6 +20,9 @@ from e3rl.types import Message, Problem, Prompt, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LONGEST = 4096
+"""Most tokens of prompt and answer where an answer may end by itself: as of `e3rl serve`."""
 
 PromptLike = str | Sequence[Message]
 
@@ -65,17 +69,20 @@ def generate(
     erase: bool = True,
     samples: int = 1,
     config: Config | None = None,
+    whole: bool | None = None,
     observe: Callable[[Any], None] | None = None,
 ) -> list[list[Generation]]:
     """Decode ``samples`` answers to every prompt, erasing and redrawing segments on the way unless ``erase`` is False.
 
     ``model`` is a directory, a hub id, 'lab', 'smollm2', a loaded `Policy`, or a loaded transformers model with its
     ``tokenizer``. Without ``config`` the settings saved beside the model are used, or the defaults; they run no code. With
+    ``whole``, the default without ``config``, answers may be as long as the context and `LONGEST` allow. With
     one sample the thresholds come from calibration statistics saved beside the model (`e3rl calibrate`); several samples of a
     prompt are a group of their own.
     """
     loaded = None if isinstance(model, str) else _loaded(model, tokenizer)
     companions = find_companions(resolve_model_path(loaded.source if loaded else str(model)))
+    whole = config is None if whole is None else whole
     config = config or companions.config()
     policy = loaded or load_policy(replace(config.model, path=str(model)))
     rollout = replace(config.rollout, erase=erase, num_generations=samples)
@@ -89,11 +96,26 @@ def generate(
         policy.tokenizer,
         config,
         context_limit=policy.context_length,
-        completion_limit=rollout.completion_limit,
+        completion_limit=1 if whole else rollout.completion_limit,
     )
+    if whole:
+        config = replace(config, rollout=to_the_end(config.rollout, policy.context_length, rendered))
     found = sample(policy, rendered, config, calibration=companions.calibration, observe=observe)
     decode = policy.tokenizer.decode
     return [[Generation(decode(t.ids.tolist(), skip_special_tokens=True), t) for t in group] for group in found]
+
+
+def to_the_end(rollout: RolloutConfig, context_length: int, prompts: Sequence[Prompt]) -> RolloutConfig:
+    """The settings with as many segments as fit behind the longest prompt, and rows for these prompts' samples alone."""
+    room = max(1, min(context_length, LONGEST) - max(len(p.ids) for p in prompts))
+    rows = min(rollout.max_rows, len(prompts) * rollout.num_generations)
+    return replace(
+        rollout,
+        max_segments=math.ceil(room / rollout.segment_length),
+        max_completion_length=min(room, rollout.max_completion_length or room),
+        max_rows=rows,
+        cache_rows=min(rollout.cache_rows or 2 * rows, max(2 * rows, rollout.num_generations)),
+    )
 
 
 def _loaded(model: Any, tokenizer: Any) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from e3rl.config import Config, load_config
+from e3rl.cli import main
+from e3rl.config import Config, RolloutConfig, load_config
 from e3rl.errors import UserError
-from e3rl.generation import generate
+from e3rl.generation import LONGEST, generate, to_the_end
+from e3rl.lab import lab_directory
 from e3rl.lab.pretrain import build_model
 from e3rl.lab.tokenizer import build_tokenizer
-from e3rl.rollout.companions import save_companions
+from e3rl.rollout.companions import find_companions, save_companions
 from e3rl.rollout.moments import Distribution
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
+from e3rl.types import Problem, Prompt
 
 SETTINGS = ["rollout.segment_length=5", "rollout.max_segments=3", "erasure.max_erasures=2"]
 
@@ -63,3 +67,40 @@ def test_a_model_made_in_memory_decodes_with_siblings(directory: Path, config: C
 def test_a_loaded_model_needs_its_tokenizer(directory: Path):
     with pytest.raises(UserError, match="tokenizer=tokenizer"):
         generate(AutoModelForCausalLM.from_pretrained(directory), "1+1")
+
+
+@pytest.fixture(scope="module")
+def short_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, saved with settings by which an answer has at most 4 tokens."""
+    path = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(lab_directory(), path)
+    short = replace(find_companions(str(path)).config().rollout, segment_length=4, max_segments=1)
+    save_companions(path, Config(rollout=short), CalibrationStatistics({}))
+    return path
+
+
+def test_an_answer_goes_on_to_its_end_unless_a_length_is_asked_for(short_settings: Path):
+    [[whole]] = generate(str(short_settings), "3+4:", erase=False)
+    assert whole.trajectory.finish == "stop"
+    assert len(whole.trajectory.ids) > 4
+    config = find_companions(str(short_settings)).config()
+    [[cut]] = generate(str(short_settings), "3+4:", erase=False, config=config)
+    assert (cut.trajectory.finish, len(cut.trajectory.ids)) == ("length", 4)
+    [[told]] = generate(str(short_settings), "3+4:", erase=False, config=config, whole=True)
+    assert told.text == whole.text
+
+
+def test_decode_says_where_an_answer_was_cut_off(short_settings: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["decode", str(short_settings), "3+4:", "--plain"]) == 0
+    assert "cut off" not in capsys.readouterr().out
+    assert main(["decode", str(short_settings), "3+4:", "--plain", "rollout.max_segments=1"]) == 0
+    assert "\ncut off at 4 tokens\n" in capsys.readouterr().out
+
+
+def test_a_whole_answer_is_bounded_by_context_and_by_its_settings():
+    prompts = [Prompt(Problem("a", "a"), (1,) * 10), Prompt(Problem("b", "b"), (1,) * 30)]
+    rollout = RolloutConfig(segment_length=16, max_segments=2, num_generations=3)
+    found = to_the_end(rollout, 100, prompts)
+    assert (found.completion_limit, found.max_segments, found.max_rows) == (70, 5, 6)
+    assert to_the_end(rollout, 10**6, prompts).completion_limit == LONGEST - 30
+    assert to_the_end(replace(rollout, max_completion_length=20), 100, prompts).completion_limit == 20

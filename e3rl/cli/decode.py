@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.opening import open_model
+from e3rl.cli.recipes import find_recipes
+from e3rl.config import layered
 from e3rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from e3rl.cli.live import LiveText
     from e3rl.generation import generate
 
+    chosen = layered({}, find_recipes(options.overlay), options.overrides).get("rollout", {})
     policy = opened.load_policy()
     text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)
     generations = generate(
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         erase=not options.plain,
         samples=options.samples,
         config=opened.config,
+        whole=not chosen.keys() & {"max_segments", "max_completion_length"},
         observe=text.observe if text else None,
     )[0]
     if text:

@@ -70,6 +70,9 @@ class LiveText:
         ending, r = "" if erasures == 1 else "s", erased / committed
         cost = f"{erasures} segment{ending} erased, {erased} tokens redrawn for {committed} kept (r = {r:.3f})"
         self._console.print(Text(cost, style="dim"))
+        if cut := [g.trajectory for g in generations if g.trajectory.finish == "length"]:
+            which = "" if len(generations) == 1 else f"{len(cut)} of {len(generations)} answers "
+            self._console.print(Text(f"{which}cut off at {max(len(t.ids) for t in cut)} tokens", style="dim"))
 
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ def _top_p(request: DecodingRequest, rollout: RolloutConfig) -> float:
 
 
 def _limit(request: DecodingRequest, rollout: RolloutConfig, room: int) -> int:
-    """Most tokens of a response."""
+    """Most tokens of a response: what the client asks for, or all that there is room for, within max_completion_length."""
     if room < 1 or (request.max_tokens or 0) > room:
         asked = f" and {request.max_tokens} more were asked for" if request.max_tokens else ""
         raise ApiError(
@@ -128,7 +128,7 @@ def _limit(request: DecodingRequest, rollout: RolloutConfig, room: int) -> int:
             param="max_tokens",
             code="context_length_exceeded",
         )
-    return request.max_tokens or min(room, rollout.completion_limit)
+    return request.max_tokens or min(room, rollout.max_completion_length or room)
 
 
 def _require_statistics(

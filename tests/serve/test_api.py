@@ -46,8 +46,9 @@ def test_an_answer_is_what_the_library_decodes(
     seeded = replace(config, run=replace(config.run, seed=5))
     expected = generate(policy, "1+1", samples=n, erase=erase, config=seeded)[0]
     answer = client.chat.completions.create(
-        model="tiny", messages=QUESTION, n=n, seed=5, extra_body={"e3rl": {"erase": erase}}
-    )
+        model="tiny", messages=QUESTION, n=n, seed=5, extra_body={"e3rl": {"erase": erase}},
+        max_tokens=config.rollout.completion_limit,
+    )  # fmt: skip
     assert [c.message.content for c in answer.choices] == [g.text for g in expected]
     assert [c.finish_reason for c in answer.choices] == [g.trajectory.finish for g in expected]
     assert [c.e3rl["erasures"] for c in answer.choices] == [g.erased for g in expected]
