@@ -284,7 +284,7 @@ def describe_checkpoint(policy: Policy, directory: Path) -> None:
     model, files = policy.model, sorted(directory.glob("weights*.safetensors"))
     policy.tokenizer.save_pretrained(directory)
     if not hasattr(model, "peft_config"):
-        where = {}
+        where: dict[str, str] = {}
         for file in files:
             with safe_open(file, "pt") as opened:
                 where |= dict.fromkeys(opened.keys(), file.name)

@@ -36,7 +36,7 @@ def reward_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
 def function_metrics(rewards: Sequence[Reward]) -> dict[str, float]:
     """Each reward function's own values."""
     names = dict.fromkeys(name for r in rewards for name in r.parts)
-    found = {}
+    found: dict[str, float] = {}
     for name in names:
         values = [v for r in rewards if (v := r.parts.get(name)) is not None]
         found |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": spread(values)}
