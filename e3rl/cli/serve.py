@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
+from typing import TYPE_CHECKING
 
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.opening import announce_foreign_code, open_model, quiet_libraries, read_recipe
 from e3rl.cli.recipes import recipe_names
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.errors import UserError
+
+if TYPE_CHECKING:
+    from e3rl.serve.service import Service
+    from e3rl.web.access import Access
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +32,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain", type=float, default=30, metavar="SECONDS", help="that requests in progress have to end at a stop; 30"
     )
+    parser.add_argument(
+        "--replicas", type=int, default=0, metavar="N", help="copies of the model, each in a process, on Ray Serve"
+    )
     parser.add_argument("--page", action="store_true", help="a page at / that shows live what is being erased")
     add_setting_arguments(parser)
 
@@ -40,11 +49,30 @@ def serve(options: argparse.Namespace) -> int:
     if not 0 <= options.drain < float("inf"):
         raise UserError("--drain must be a number of seconds, at least 0")
 
+    if options.replicas:
+        return _serve_replicas(options, access)
+
     from e3rl.serve.server import make_server
+
+    service = _open_service(options)
+    with make_server(service, access, options.port, drain_s=options.drain) as server:
+        try:
+            server.run_until_interrupted("/v1")
+        finally:
+            service.close()
+    return 0
+
+
+def _open_service(options: argparse.Namespace) -> Service:
+    """The model that ``options`` name, ready to decode."""
     from e3rl.serve.service import Service
 
     opened = open_model(options)
-    service = Service(
+    if opened.calibration is None:
+        print(
+            'no calibration statistics beside the model: single samples need "e3rl": {"erase": false}', file=sys.stderr
+        )
+    return Service(
         opened.load_policy(),
         opened.config,
         opened.calibration,
@@ -53,15 +81,26 @@ def serve(options: argparse.Namespace) -> int:
         queue_limit=options.queue,
         live=options.page,
     )
-    if opened.calibration is None:
-        print(
-            'no calibration statistics beside the model: single samples need "e3rl": {"erase": false}', file=sys.stderr
-        )
-    with make_server(service, access, options.port, drain_s=options.drain) as server:
-        try:
-            server.run_until_interrupted("/v1")
-        finally:
-            service.close()
+
+
+def _serve_replicas(options: argparse.Namespace, access: Access) -> int:
+    """Copies on Ray Serve until Ctrl+C or SIGTERM."""
+    if options.replicas < 0:
+        raise UserError("--replicas must be at least 1")
+    if options.page:
+        raise UserError("--page shows one process: leave out --replicas")
+
+    from e3rl.serve.replicas import run_replicas
+
+    open_model(options)  # finds mistakes before Ray starts
+    run_replicas(
+        partial(_open_service, options),
+        access,
+        count=options.replicas,
+        port=options.port,
+        queue=options.queue,
+        drain_s=options.drain,
+    )
     return 0
 
 
