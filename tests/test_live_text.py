@@ -1,4 +1,4 @@
-"""What `e3rl decode` prints: a response's own characters, also where a segment ends within one."""
+"""What `e3rl decode` prints: a response's own characters, also where a segment ends within one; and how far long work is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from e3rl.cli.live import LiveText
+from e3rl.cli.live import LiveCount, LiveText
 from e3rl.generation import Generation
+from e3rl.models import load_policy, resolve_model_path
+from e3rl.rollout.calibrate import calibrate
+from e3rl.rollout.companions import find_companions
 from e3rl.rollout.metric import single_term, toy_candidate
 from e3rl.rollout.orders import Committed, Erased
+from e3rl.settings import ModelConfig
 from e3rl.types import Erasure, Judgement, Problem, Prompt, Segment, Threshold, Trajectory
 
 ERASED = Judgement(single_term(1.0), Threshold(0.5, 0.5, 1.0, 1.0), attempt=0, verdict="erase")
@@ -58,3 +62,27 @@ def test_what_was_erased_within_a_character_is_shown_with_the_half_before_it():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_character_that_never_completes_is_shown_at_the_end(terminal: bool):
     assert "n\ufffd\n" in _printed([("keep", b"n\xc3")], terminal=terminal)
+
+
+def test_how_far_something_is_stands_in_a_log_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    now = [100.0]
+    monkeypatch.setattr("e3rl.cli.live.time.monotonic", lambda: now[0])
+    with LiveCount("calibrating") as live:
+        for done in range(1, 8):
+            now[0] += 12
+            live.tell("plain rollouts", done, 7)
+        now[0] += 31
+        live.tell("decoding", 0, 0)
+    assert capsys.readouterr().err.splitlines() == ["plain rollouts, 3/7", "plain rollouts, 6/7", "decoding"]
+
+
+def test_calibration_tells_how_far_it_is():
+    said: list[tuple[str, int, int]] = []
+    policy = load_policy(ModelConfig(path="lab"))
+    config = find_companions(resolve_model_path("lab")).config([], ["rollout.num_generations=2"])
+    calibrate(policy, "lab:chain:1", config, prompts=3, target=0.1, kappa0s=(1.0,), tell=lambda *a: said.append(a))
+    assert [(a, d, of) for a, d, of in said] == [
+        (activity, done, 3) for activity in ("plain rollouts", "with the recommended setting") for done in (1, 2, 3)
+    ]

@@ -37,6 +37,7 @@ def diagnose(options: argparse.Namespace) -> int:
         raise UserError("--problems must be at least 4, --retries at least 1")
     from rich.console import Console
 
+    from e3rl.cli.live import LiveCount
     from e3rl.data.loading import load_problems
     from e3rl.diagnose import decoding
     from e3rl.diagnose.advice import advise
@@ -59,18 +60,20 @@ def diagnose(options: argparse.Namespace) -> int:
     load_problems(
         options.data, config=config.data, split="train"
     )  # what is wrong with them is found before the model loads
-    console = Console()
-    result = diagnose(
-        opened.load_policy(),
-        options.data,
-        config,
-        problems=options.problems,
-        retries=options.retries,
-        temperatures=temperatures,
-        settings=settings,
-        own_settings=opened.own_settings,
-        report=lambda text: console.print(f"{text} …", highlight=False),
-    )
+    console, policy = Console(), opened.load_policy()
+    with LiveCount("diagnosing") as live:
+        result = diagnose(
+            policy,
+            options.data,
+            config,
+            problems=options.problems,
+            retries=options.retries,
+            temperatures=temperatures,
+            settings=settings,
+            own_settings=opened.own_settings,
+            report=lambda text: console.print(f"{text} …", highlight=False),
+            tell=live.tell,
+        )
     console.print(signal_table(result))
     console.print(decoding_table(result))
     for finding in advise(result):
@@ -102,6 +105,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from e3rl.cli.live import LiveCount
     from e3rl.data.loading import load_problems
     from e3rl.rollout.calibrate import calibrate, calibration_directory, calibration_table, compared_settings
     from e3rl.rollout.companions import save_companions
@@ -110,9 +114,9 @@ def calibrate(options: argparse.Namespace) -> int:
     compared_settings(opened.config, KAPPAS)  # what can be wrong is found before the model is loaded
     load_problems(options.data, config=opened.config.data, split="train")
     policy = opened.load_policy()
-    result = calibrate(
-        policy, options.data, opened.config, prompts=options.prompts, target=options.target, kappa0s=KAPPAS
-    )
+    asked = {"prompts": options.prompts, "target": options.target}
+    with LiveCount("calibrating") as live:
+        result = calibrate(policy, options.data, opened.config, **asked, kappa0s=KAPPAS, tell=live.tell)
     console = Console()
     console.print(calibration_table(result))
     save_companions(directory, result.config, result.calibration)

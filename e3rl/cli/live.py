@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -81,26 +81,42 @@ if TYPE_CHECKING:
 _EVERY = 30.0  # seconds between lines
 
 
-class LiveSamples:
-    """Counts samples, their tokens and how many are right; for a ``with`` block."""
+class LiveCount:
+    """How far something is: a bar on a terminal, elsewhere a line now and then, both on stderr. For a ``with`` block."""
 
-    def __init__(self, name: str, total: int) -> None:
+    def __init__(self, name: str, total: int | None = None) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task(name, total=total)
-        self._name, self._total = name, total
-        self._done = self._right = self._tokens = 0
-        self._began = self._told = time.monotonic()
+        self._told = time.monotonic()
 
-    def __enter__(self) -> LiveSamples:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def tell(self, text: str, done: int, total: int, unit: str = "") -> None:
+        """What is done of it."""
+        self._bar.update(self._task, completed=done, total=total or None, description=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._told >= _EVERY:
+            self._told = now
+            print(f"{text}, {done}/{total}{unit}" if total else text, file=sys.stderr, flush=True)
+
+
+class LiveSamples(LiveCount):
+    """Counts samples, their tokens and how many are right."""
+
+    def __init__(self, name: str, total: int) -> None:
+        super().__init__(name, total)
+        self._name, self._total = name, total
+        self._done = self._right = self._tokens = 0
+        self._began = time.monotonic()
 
     def add(self, samples: Sequence[Sample]) -> None:
         """A group has finished."""
@@ -108,9 +124,10 @@ class LiveSamples:
         self._right += sum(s.correct is True for s in samples)
         self._tokens += sum(s.generated for s in samples)
         self._total = max(self._total, self._done)  # an equal budget's samples are known only on the way
-        now = time.monotonic()
-        text = f"{self._name}: {self._right / self._done:.3f} right, {self._tokens / max(now - self._began, 1e-9):.0f} tokens/s"
-        self._bar.update(self._task, completed=self._done, total=self._total, description=text)
-        if not self._console.is_terminal and now - self._told >= _EVERY:
-            self._told = now
-            print(f"{text}, {self._done}/{self._total} samples", file=sys.stderr, flush=True)
+        speed = self._tokens / max(time.monotonic() - self._began, 1e-9)
+        self.tell(
+            f"{self._name}: {self._right / self._done:.3f} right, {speed:.0f} tokens/s",
+            self._done,
+            self._total,
+            " samples",
+        )

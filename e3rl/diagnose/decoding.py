@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from e3rl.config import Config, RolloutConfig, to_tables
+from e3rl.diagnose.sampling import Tell
 from e3rl.diagnose.signals import LATE_EPS_WEIGHT, LENGTH_EXPONENT, late_suspicion
 from e3rl.diagnose.statistics import Estimate, mean_by_problem
 from e3rl.engine.protocol import Engine
@@ -194,6 +195,7 @@ def compare(
     temperatures: Sequence[float],
     settings: Sequence[str],
     own: bool,
+    tell: Tell = lambda activity, done, of: None,
 ) -> list[Decoding]:
     """Every way to decode on the same problems: plainly at each temperature, with erasure at the highest in each of the named
     `SETTINGS`, and in the most accurate of these at the others. ``own``: the config's own settings are one of them.
@@ -202,6 +204,7 @@ def compare(
     def measured(name: str, kind: Kind, temperature: float, way: Config) -> tuple[Decoding, Evaluation]:
         sampling = replace(way.eval, temperature=temperature, top_p=way.rollout.top_p, top_k=way.rollout.top_k)
         settings = replace(way, eval=sampling)
+        tell(f"decoding: {name}, T = {temperature:g}", 0, 0)
         result = evaluate(
             engine, prompts, scorer, tokenizer, settings, erase=kind == "erasable", keep_trajectories=True
         )

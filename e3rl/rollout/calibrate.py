@@ -6,7 +6,7 @@ recommended one is then rolled out for real.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,9 +118,17 @@ class Calibration:
 
 
 def calibrate(
-    policy: Policy, data: str, config: Config, *, prompts: int, target: float, kappa0s: Sequence[float]
+    policy: Policy,
+    data: str,
+    config: Config,
+    *,
+    prompts: int,
+    target: float,
+    kappa0s: Sequence[float],
+    tell: Callable[[str, int, int], object] = lambda activity, done, of: None,
 ) -> Calibration:
-    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it."""
+    """Compare settings on plain rollouts, then roll out once with the recommended one and measure it. ``tell`` hears how far
+    that is."""
     asked = config.erasure.baseline
     config, settings = compared_settings(config, kappa0s)
     mine = [s for s in settings if s.perturbation_weight == config.erasure.perturbation_weight]
@@ -131,14 +139,18 @@ def calibrate(
     )
     engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in rendered))
 
-    def roll_out(chosen: Config) -> list[Group]:
-        return list(run_groups(engine, rendered, GroupSettings(chosen.rollout, chosen.erasure, chosen.run.seed)))
+    def roll_out(activity: str, chosen: Config) -> list[Group]:
+        groups = []
+        for group in run_groups(engine, rendered, GroupSettings(chosen.rollout, chosen.erasure, chosen.run.seed)):
+            groups.append(group)
+            tell(activity, len(groups), len(rendered))
+        return groups
 
-    plain = roll_out(replace(config, rollout=replace(config.rollout, erase=False)))
+    plain = roll_out("plain rollouts", replace(config, rollout=replace(config.rollout, erase=False)))
     assessed = [assess(plain, erasure) for erasure in settings]
     best = recommend([s for s in assessed if s.erasure in mine], target)
     chosen = replace(config, erasure=best.erasure, rollout=replace(config.rollout, erase=True))
-    real = roll_out(chosen)
+    real = roll_out("with the recommended setting", chosen)
     calibration = CalibrationStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
     height = config.erasure.static_baseline if asked == "static" else static_baseline(plain, best.erasure, target)
     chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked, static_baseline=height))
