@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The path of a new user, each step timed: demo, own data, own reward, starter recipe, LoRA, stop, resume, export, serve.
-# usage: tools/new_user.sh [BIN]    BIN: the directory of e3rl and python; default: .venv/bin. Works in a directory of its own.
+# The path of a new user, each step timed: clone, demo, own data, own reward, starter recipe, LoRA, stop, resume, export, serve.
+# usage: tools/new_user.sh [BIN]    without BIN: a fresh clone of this repository, set up by make; BIN: the directory of e3rl and
+# python of an environment that is there. vLLM loads the model too where E3RL_VLLM names a python that has it.
 set -euo pipefail
-bin=$(cd "${1:-.venv/bin}" && pwd)
+here=$(cd "$(dirname "$0")/.." && pwd)
+bin=${1:+$(cd "$1" && pwd)}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
@@ -16,6 +18,13 @@ step() { # NAME COMMAND…: runs it, says how long it took; a failure ends the s
     printf '%-34s %4d s\n' "$name" $((SECONDS - start))
 }
 expect() { grep -q -- "$1" log || { echo "FAILED: the step before does not say '$1'"; tail -20 log; exit 1; }; }
+
+if [ -z "$bin" ]; then
+    step "clone" git clone -q "$here" clone
+    step "make setup" make -C clone setup
+    step "the extra for LoRA" clone/.venv/bin/python -m pip install -q --disable-pip-version-check "./clone[lora,test]"
+    bin=$work/clone/.venv/bin
+fi
 
 for n in $(seq 1 24); do printf '{"prompt": "%d+%d:", "answer": "%d"}\n' "$n" $((n + 3)) $((2 * n + 3)); done >problems.jsonl
 cat >my_rewards.py <<'PY'
@@ -36,6 +45,9 @@ step "what the model will see" "$bin/e3rl" data my.toml
 expect "24 with an answer"
 step "own data and reward, LoRA, 2 steps" "$bin/e3rl" train my.toml "${small[@]}" train.steps=2 model.lora_r=4 erasure.rho=0
 expect "model   runs/my/model"
+step "the adapters in PEFT" "$bin/python" -c "
+from peft import AutoPeftModelForCausalLM
+print(AutoPeftModelForCausalLM.from_pretrained('runs/my/adapter').peft_config)"
 run=("$bin/e3rl" train my.toml "${small[@]}" run.name=stopped train.steps=6 erasure.rho=0)
 "${run[@]}" >log 2>&1 &
 pid=$!
@@ -54,6 +66,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 m, t = (k.from_pretrained('runs/my/model') for k in (AutoModelForCausalLM, AutoTokenizer))
 ids = t.apply_chat_template([{'role': 'user', 'content': '3+4:'}], add_generation_prompt=True, return_tensors='pt', return_dict=True)
 print(t.decode(m.generate(**ids, max_new_tokens=8)[0]))"
+if [ -n "${E3RL_VLLM:-}" ]; then
+    step "the model in vLLM" "$E3RL_VLLM" -c "
+from vllm import LLM, SamplingParams
+print(LLM('runs/my/model', max_model_len=64, enforce_eager=True).generate(['3+4:'], SamplingParams(max_tokens=8)))"
+fi
 "$bin/e3rl" serve runs/my/model --port 18437 >serve.log 2>&1 &
 server=$!
 trap 'kill $server 2>/dev/null || true; rm -rf "$work"' EXIT
