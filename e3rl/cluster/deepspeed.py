@@ -26,7 +26,8 @@ from e3rl.train.optimizer import adamw, fitting
 from e3rl.train.scoring import ModulePasses, RowScorer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_BUCKET = 5 * 10**8  # elements exchanged at once, DeepSpeed's own default
+BUCKET = 5 * 10**8
+"""Elements exchanged at once, DeepSpeed's own default."""
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -63,7 +64,7 @@ def _settings(policy: Policy, config: TrainConfig) -> dict[str, Any]:
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": stage == 2,
-            "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in trained)),
+            "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in trained)),
             # norms and biases stay whole, matrices are divided
             "stage3_param_persistence_threshold": max((p.numel() for p in trained if p.ndim < 2), default=0),
         },

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from e3rl.cluster.deepspeed import BUCKET
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
 from e3rl.train.optimizer import by_kind, scratch_bytes
@@ -29,6 +30,7 @@ class ShardCounts:
     ranks: int
     divides: frozenset[str]
     layers: frozenset[int]  # ids of the parameters of the decoder's layers
+    buckets: bool  # DeepSpeed's ZeRO-2 gathers gradients in buckets
     copies_float32: bool  # DeepSpeed keeps its own float32 weights even of a float32 model
     keeps_gathered: bool  # zero2 keeps a layer's whole weights from its forward to its backward pass
 
@@ -45,6 +47,7 @@ class ShardCounts:
             ranks=ranks,
             divides=_DIVIDES[parallel] if ranks > 1 else frozenset(),
             layers=frozenset(id(p) for layer in layers for p in layer.parameters()),
+            buckets=ranks > 1 and parallel == "deepspeed-zero2",
             copies_float32=ranks > 1 and parallel.startswith("deepspeed"),
             keeps_gathered=parallel == "zero2",
         )
@@ -59,7 +62,13 @@ class ShardCounts:
         return sum(p.nbytes // self._parts("weights") for p in parameters)
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of the gradients: float32, but DeepSpeed adds them up in the weights' own type."""
+        """Bytes of the gradients: float32, but DeepSpeed adds them up in the weights' own type, and in ZeRO-2 whole those that
+        a rank has a part of, the output matrix's for one."""
+        parameters = list(parameters)
+        most = max((p.nbytes for p in parameters), default=0) if self.buckets else 0
+        return max(most, self._gradients(parameters))
+
+    def _gradients(self, parameters: Sequence[nn.Parameter]) -> int:
         return sum((p.nbytes if self.copies_float32 else 4 * p.numel()) // self._parts("gradients") for p in parameters)
 
     def state(self, parameters: Iterable[nn.Parameter], width: float) -> int:
@@ -77,7 +86,11 @@ class ShardCounts:
 
     def under_way(self, parameters: Sequence[nn.Parameter], layers: int) -> int:
         """Bytes of gradients on their way to the ranks that keep them: the output matrix's, which waits for the embeddings',
-        and a layer's with its float32 copy."""
+        and a layer's with its float32 copy; of DeepSpeed's ZeRO-2 two buckets, and a copy of the rank's part."""
+        if self.buckets:
+            width = max((p.itemsize for p in parameters), default=0)
+            entries = min(BUCKET, sum(p.numel() for p in parameters))
+            return 2 * width * entries + self._gradients(parameters)
         if not self.divides_weights:
             return 0
         beside = max((p.nbytes for p in parameters if id(p) not in self.layers), default=0)

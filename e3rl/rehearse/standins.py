@@ -20,7 +20,7 @@ from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.model_files import known_architecture, resolve_model_path
 
-WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 64, 128, 2, 4, 512
+WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 128, 256, 2, 4, 512  # heads of 32: the least that vLLM has on CPUs
 LONGEST_PROMPT, LONGEST_REAL_PROMPT = 512, 8192
 """Tokens of the byte tokenizer that a rollout server has room for, of stand-ins and of real problems."""
 _SECONDS_TO_REACH = 3.0
