@@ -205,7 +205,9 @@ class RunDirectory:
             raise UserError(f"{path} holds no run to resume; start it without --resume")
         changed = changed_settings(read_config(path), config)
         if changed:
-            raise UserError(f"{path} was started with other settings: {', '.join(changed)}. Resume with the same ones.")
+            raise UserError(
+                f"{path} was started with other settings, by its config.toml: {', '.join(changed)}. Resume with the same ones."
+            )
         directory = cls(path)
         write_text(path / "config.toml", to_toml(config))
         return directory
@@ -218,11 +220,12 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def drop_after(self, step: int, note: Callable[[str], None]) -> None:
+    def drop_after(self, step: int, note: Callable[[str], None], evaluations: int = 0) -> None:
         """Remove what was logged of steps after ``step``, which will be repeated.
 
-        A log with damaged lines is copied before they are left out, and ``note`` says so. A kill cuts the last line short at
-        most, of a step that is done again: that is no damage.
+        ``evaluations`` is how many were logged before ``step``; where fewer are left, ``note`` says so. A log with
+        damaged lines is copied before they are left out, and ``note`` says so. A kill cuts the last line short at most, of a
+        step that is done again: that is no damage.
         """
         for log in LOGS:
             path = self.path / log
@@ -236,6 +239,11 @@ class RunDirectory:
             if log == "metrics.jsonl" and (missing := sorted(set(range(1, step + 1)) - {r["step"] for r in records})):
                 note(f"{path}: nothing is logged of step {ranges(missing)}; curves and summary lack what is missing")
             kept = [r for r in records if r["step"] <= step]
+            lost = evaluations - sum(r["step"] < step for r in kept)
+            if log == "evaluations.jsonl" and lost > 0:
+                note(
+                    f"{path}: {lost} of {evaluations} evaluations before step {step} are missing; curves and summary lack them"
+                )
             write_text(path, "".join(map(log_line, kept)))
         for ledger in (self.path / "rollouts").glob("step-*.parquet"):
             if int(ledger.stem.removeprefix("step-")) > step:

@@ -33,7 +33,7 @@ from e3rl.train.learner import Learner
 from e3rl.train.listeners import Listener, StopRequest, tell
 from e3rl.train.nonfinite import nonfinite_parameters
 from e3rl.train.prompts import RunData
-from e3rl.train.run_directory import RunDirectory
+from e3rl.train.run_directory import RunDirectory, read_lines
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def save(run: Run, state: State) -> None:
     """Write a checkpoint; the journals of the steps that it holds are no longer needed."""
     require_finite_weights(run, f"at step {state.step}")
     ahead, prefetched = pack_groups(state.prefetched)
+    lines = read_lines(run.path / "evaluations.jsonl") if run.directory is not None else []
     facts = {
         "stream": (state.prefetched[-1] if state.prefetched else state).position,
         "tokens": state.tokens,
@@ -137,6 +138,7 @@ def save(run: Run, state: State) -> None:
         "reference": state.calibration.to_tables(),
         "entropy_moments": state.entropy_moments and state.entropy_moments.to_table(),
         "ahead": ahead,
+        "evaluations": sum(r["step"] < state.step for r in lines),  # that of this step is made again if need be
     }
     weights, moments = state.optimizer.weights(), state.optimizer.state()
     checkpoint = Checkpoint(
@@ -149,9 +151,11 @@ def save(run: Run, state: State) -> None:
 
 def restore(run: Run, state: State) -> None:
     """Go on from the newest intact checkpoint; from the beginning where a run was stopped before its first."""
+    evaluations = 0
     if list_checkpoints(run.path):
         checkpoint = newest_checkpoint(run.path, run.note, run.ranks)
         facts, moments = checkpoint.facts, checkpoint.facts["entropy_moments"]
+        evaluations = facts.get("evaluations", 0)
         state.step, state.tokens, state.seconds = checkpoint.step, facts["tokens"], facts["seconds"]
         state.skipped = facts.get("skipped", 0)
         state.optimizer.load(checkpoint.weights, checkpoint.optimizer)
@@ -165,4 +169,4 @@ def restore(run: Run, state: State) -> None:
         if run.journal is not None:
             run.journal.drop_through(state.step)
     if run.directory is not None:
-        run.directory.drop_after(state.step, run.note)
+        run.directory.drop_after(state.step, run.note, evaluations)

@@ -2,8 +2,8 @@
 
     python -m tests.chaos.faults --seconds 120
 
-A call by which a run reads, writes, syncs, renames, starts a process or uses a pipe raises EIO, ENOMEM or EMFILE once: the
-run must end as the unharmed one, or with a sentence, and then resume to the same bits. When the power fails, only what was
+A call by which a run reads, writes, syncs, renames, maps, starts a process or uses a pipe raises EIO, ENOMEM or EMFILE once:
+the run must end as the unharmed one; or with a sentence, and then resume to the same bits. When the power fails, only what was
 synced is left, of files and of directories alike: the run must resume to the same bits. (Python itself repeats calls that
 are interrupted by a signal, EINTR.)
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import mmap
 import os
 import pathlib
 import pickle
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,9 +31,36 @@ import pyarrow.parquet as pq
 
 from e3rl.train import checkpoint
 from tests.chaos.kills import Crash
-from tests.chaos.trials import Place, Verdicts
+from tests.chaos.trials import Place, Verdicts, broken, not_the_same
 
 ERRORS = (errno.EIO, errno.ENOMEM, errno.EMFILE)
+
+
+class _FailingFile:
+    """An open file, a write to which may fail."""
+
+    def __init__(self, file: Any, fault: Fault) -> None:
+        self._file, self._fault = file, fault
+
+    def write(self, data: Any) -> Any:
+        self._fault.check("write to an open file")
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._fault.check("flush")
+        self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _FailingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._file)
 
 
 @dataclass
@@ -41,13 +69,17 @@ class Fault(Crash):
 
     error: int = errno.EIO
 
-    def _fails(self, owner: Any, name: str, kind: str) -> None:
+    def check(self, kind: str) -> None:
+        """OSError where this call is the one."""
+        if self.reached(kind):
+            raise OSError(self.error, os.strerror(self.error))
+
+    def _fails(self, owner: Any, name: str, kind: str, wrap: Callable[[Any], Any] = lambda result: result) -> None:
         real = getattr(owner, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            if self.reached(kind):
-                raise OSError(self.error, os.strerror(self.error))
-            return real(*arguments, **options)
+            self.check(kind)
+            return wrap(real(*arguments, **options))
 
         setattr(owner, name, call)
 
@@ -57,7 +89,6 @@ class Fault(Crash):
             (os, "fsync", "sync"),
             (os, "replace", "rename"),
             (os, "open", "open"),
-            (pathlib.Path, "open", "open"),
             (pathlib.Path, "read_bytes", "read"),
             (pathlib.Path, "read_text", "read"),
             (pathlib.Path, "write_text", "write"),
@@ -65,11 +96,13 @@ class Fault(Crash):
             (checkpoint, "save_file", "write tensors"),
             (checkpoint, "safe_open", "map tensors"),
             (pq, "write_table", "write rollouts"),
+            (mmap, "mmap", "map a file"),
             (subprocess, "Popen", "start a process"),
             (Connection, "send", "use a pipe"),
             (Connection, "recv_bytes", "use a pipe"),
         ):
             self._fails(owner, name, kind)
+        self._fails(pathlib.Path, "open", "open", lambda file: _FailingFile(file, self))
 
 
 @dataclass
@@ -133,17 +166,17 @@ def restore_image(image: Path, root: Path) -> None:
 def try_faults(directory: Path, seconds: float, seed: int = 0, trials: int = 10**6) -> Verdicts:
     """Fail calls at random positions, each position once, for so long."""
     end, place, rng = time.monotonic() + seconds, Place(directory), random.Random(seed)
-    verdicts = Verdicts(place.run("unharmed"))
+    verdicts = Verdicts()
     for kind, nth in positions(place, Fault(), rng, trials):
         if time.monotonic() > end:
             break
         error = rng.choice(ERRORS)
         what = f"{kind} {nth}: {errno.errorcode[error]}"
-        life = place.train("harmed", Fault(kind, nth, error=error))
-        if life.status == 2 and "Traceback" not in place.said("harmed"):
-            verdicts.ended["(sentence, then resumed)"] += 1
-            life = place.train("harmed")
-        verdicts.add(what, place.expected, life.status, place.said("harmed"), place.run("harmed"))
+        life, how = place.train("harmed", Fault(kind, nth, error=error)), "identical"
+        wrong = broken(life, place.said("harmed"))
+        if not wrong and life.status == 2:
+            life, how = place.train("harmed"), "a sentence, then resumed: identical"
+        verdicts.add(what, how, wrong or not_the_same(place, "harmed", life), place.said("harmed"))
         place.forget("harmed")
     return verdicts
 
@@ -151,14 +184,14 @@ def try_faults(directory: Path, seconds: float, seed: int = 0, trials: int = 10*
 def try_power_cuts(directory: Path, seconds: float, seed: int = 0, trials: int = 10**6) -> Verdicts:
     """Cut the power before syncs in a random order, each once, for so long."""
     end, place, rng = time.monotonic() + seconds, Place(directory), random.Random(seed)
-    verdicts, run, image = Verdicts(place.run("unharmed")), place.run("harmed"), directory / "image"
+    verdicts, run, image = Verdicts(), place.run("harmed"), directory / "image"
     for kind, nth in positions(place, PowerCut(root=run, image=image), rng, trials):
         if time.monotonic() > end:
             break
         place.train("harmed", PowerCut(kind, nth, root=run, image=image))
         restore_image(image, run)
-        life = place.train("harmed")
-        verdicts.add(f"power cut before sync {nth}", place.expected, life.status, place.said("harmed"), run)
+        wrong = not_the_same(place, "harmed", place.train("harmed"))
+        verdicts.add(f"power cut before sync {nth}", "identical", wrong, place.said("harmed"))
         place.forget("harmed")
     return verdicts
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -29,7 +31,9 @@ import pyarrow.parquet as pq
 import torch
 
 from e3rl.cli.main import main as e3rl
+from e3rl.errors import UserError
 from e3rl.train import checkpoint, journal
+from e3rl.train.ledger import read_ledger
 from e3rl.train.run_directory import read_lines
 
 RECIPE = """
@@ -37,6 +41,7 @@ RECIPE = """
 train = "lab:chain:1"
 train_limit = 10
 [rollout]
+temperature = 1.8
 num_generations = 4
 segment_length = 6
 max_segments = 4
@@ -164,7 +169,7 @@ def live(command: list[str], log: Path, crash: Crash, patience: float | None = N
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be(command, log, counted, crash)
+        be(command, log, crash)
     waited = status = 0
     while not waited:
         waited, status = os.waitpid(child, os.WNOHANG)
@@ -178,14 +183,16 @@ def live(command: list[str], log: Path, crash: Crash, patience: float | None = N
     )
 
 
-def _be(command: list[str], log: Path, counted: Path, crash: Crash) -> None:
-    """The child: never returns."""
+def be(command: list[str], log: Path, crash: Crash) -> None:
+    """Be e3rl, in a forked process: never returns. Beside the log it leaves how often it generated, and its calls."""
+    counted = log.with_suffix(".generated")
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        os.environ["COLUMNS"] = "2000"  # sentences are not wrapped, so that they can be read here
         torch.set_num_threads(1)
-        count = os.open(counted, os.O_WRONLY | os.O_APPEND)
+        count = os.open(counted, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         real = journal.StepJournal.add
 
         def add(self: journal.StepJournal, *arguments: Any) -> None:
@@ -195,8 +202,11 @@ def _be(command: list[str], log: Path, counted: Path, crash: Crash) -> None:
         journal.StepJournal.add = add  # type: ignore[method-assign]
         crash.install()
         status = e3rl(command)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if crash.nth == 0:
             log.with_suffix(".calls").write_text(json.dumps(crash.calls))
+            log.with_suffix(".modules").write_text(json.dumps(sorted(sys.modules)))
         os._exit(status)
     except BaseException:
         traceback.print_exc()
@@ -204,9 +214,24 @@ def _be(command: list[str], log: Path, counted: Path, crash: Crash) -> None:
         os._exit(70)
 
 
+def preload(log: Path) -> None:
+    """Import what a life that nothing ended has imported: those that are forked from now on need not do it again."""
+    for name in json.loads(log.with_suffix(".modules").read_text()):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what depends on the clock and the machine."""
     return {k: v for k, v in record.items() if not k.startswith(("seconds", "tokens_per", "memory", "train_seconds"))}
+
+
+def _rows(ledger: Path) -> list[dict[str, Any]] | None:
+    """The rows of a rollout file; None where it can't be read."""
+    try:
+        return list(read_ledger(ledger).to_pylist())
+    except UserError:
+        return None
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -215,7 +240,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "weights": (run / "model" / "model.safetensors").read_bytes(),
         "metrics": [timeless(r) for r in read_lines(run / "metrics.jsonl")],
         "evaluations": read_lines(run / "evaluations.jsonl"),
-        "rollouts": [pq.read_table(p).to_pylist() for p in sorted((run / "rollouts").glob("*.parquet"))],
+        "rollouts": {p.name: _rows(p) for p in sorted((run / "rollouts").glob("*.parquet"))},
         "summary": timeless(json.loads((run / "summary.json").read_text(encoding="utf-8"))),
         "litter": sorted(str(p.relative_to(run)) for p in run.rglob("*.tmp")),
         "files": sorted(p.name for p in run.iterdir()),
@@ -274,6 +299,7 @@ def chaos(
     first = live(command("undisturbed"), directory / "undisturbed.log", Crash())
     if first.status != 0:
         raise RuntimeError((directory / "undisturbed.log").read_text())
+    preload(directory / "undisturbed.log")
     expected = outcome(directory / "undisturbed")
     calls = json.loads((directory / "undisturbed.calls").read_text())
     tally.candidates = first.generated

@@ -10,31 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from e3rl.doctor.run import check_run
-from tests.chaos.kills import RECIPE, Crash, Life, live, outcome
+from tests.chaos.kills import RECIPE, Crash, Life, live, outcome, preload
 
 TINY = (
-    RECIPE.replace("steps = 7", "steps = 2")
+    RECIPE.replace("steps = 7", "steps = 3")
     .replace("save_steps = 3", "save_steps = 1")
     .replace("eval_steps = 4", "eval_steps = 1")
-    .replace("num_generations = 4", "num_generations = 2")
-    .replace("prompts_per_step = 3", "prompts_per_step = 1")
+    .replace("prompts_per_step = 3", "prompts_per_step = 2")
     .replace("max_refills = 1", "max_refills = 0")
     .replace("[eval]\nlimit = 2", "[eval]\nlimit = 1\nerasable = false")
 )
-"""Two steps, each with a checkpoint and an evaluation, of two siblings."""
-
-SAYS = (
-    "damaged",
-    "can't read",
-    "nothing is logged",
-    "is missing",
-    "does not match",
-    "skipped",
-    "left out",
-    "evaluated again",
-)
-"""Words of a sentence about something that is not as it was left."""
+"""Three steps, each with a checkpoint and an evaluation; two of them change the weights."""
 
 
 class Place:
@@ -45,7 +31,10 @@ class Place:
         self.recipe.write_text(recipe, encoding="utf-8")
         if self.train("unharmed").status != 0:
             raise RuntimeError(self.said("unharmed"))
+        preload(self.directory / "unharmed.log")
         self.expected = outcome(self.run("unharmed"))
+        if sum(record["grad_norm"] > 0 for record in self.expected["metrics"]) < 2:
+            raise RuntimeError("the run changes no weights: being identical would say little")
 
     def run(self, name: str) -> Path:
         return self.directory / name
@@ -65,8 +54,8 @@ class Place:
         return live(command, self.directory / f"{name}.log", crash or Crash(kind="none"))
 
     def unfinished(self, name: str) -> Path:
-        """A run killed when the candidates of its second step were written, and its rollouts halfway."""
-        life = self.train(name, Crash("write rollouts", 2))
+        """A run killed when the candidates of its last step were written, and its rollouts halfway."""
+        life = self.train(name, Crash("write rollouts", 3))
         if life.status is not None:
             raise RuntimeError(f"it should have been killed: {self.said(name)}")
         return self.run(name)
@@ -81,33 +70,14 @@ class Place:
 class Verdicts:
     """How the trials ended, and which of them ended wrongly."""
 
-    whole: Path  # the run that nobody harmed
     ended: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    def add(self, what: str, expected: Mapping[str, Any], status: int | None, said: str, run: Path) -> None:
-        """Judge one resumed run: the same in all bits, a sentence, or wrong."""
-        if "Traceback" in said or status not in (0, 2):
-            self.ended["wrong"] += 1
-            self.wrong.append(f"{what}: exit {status}: {said[-1200:]}")
-            return
-        if status == 2:
-            self.ended["refused with a sentence"] += 1
-            return
-        unreadable = [f.subject for f in check_run(run) if f.kind == "problem" and f.subject.startswith("rollouts/")]
-        for name in unreadable:  # resuming reads no old rollouts: whoever does is told
-            shutil.copyfile(self.whole / name, run / name)
-        said += "damaged" * len(unreadable)
-        found = outcome(run)
-        differing = [key for key, value in expected.items() if key != "files" and found[key] != value]
-        differing += ["rollouts"] * len(unreadable)
-        if not differing:
-            self.ended["identical"] += 1
-        elif any(word in said for word in SAYS):
-            self.ended["a sentence, then on to the end"] += 1
-        else:
-            self.ended["wrong"] += 1
-            self.wrong.append(f"{what}: differs in {', '.join(differing)}, and nothing was said: {said[-800:]}")
+    def add(self, what: str, how: str, wrong: str, said: str) -> None:
+        """Count a trial that ended so; with ``wrong`` it should have ended otherwise."""
+        self.ended["wrong" if wrong else how] += 1
+        if wrong:
+            self.wrong.append(f"{what}: {wrong}: {said[-1200:]}")
 
     def lines(self, of: str) -> list[str]:
         """The figures, for people."""
@@ -115,3 +85,25 @@ class Verdicts:
             f"{sum(self.ended.values())} {of}: " + ", ".join(f"{k} {n}" for k, n in sorted(self.ended.items())),
             *self.wrong,
         ]
+
+
+def broken(life: Life, said: str) -> str:
+    """Why a process didn't end as one should: with a status of e3rl's, and no traceback. Empty where it did."""
+    if "Traceback" in said:
+        return "a traceback"
+    return "" if life.status in (0, 2) else f"exit {life.status}"
+
+
+def differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What of two outcomes is not the same."""
+    return [key for key, value in expected.items() if found[key] != value]
+
+
+def not_the_same(place: Place, name: str, life: Life) -> str:
+    """Why a run isn't the unharmed one in all bits; empty where it is."""
+    if wrong := broken(life, place.said(name)):
+        return wrong
+    if life.status != 0:
+        return "refused"
+    keys = differing(place.expected, outcome(place.run(name)))
+    return f"differs in {', '.join(keys)}" if keys else ""

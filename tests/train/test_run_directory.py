@@ -120,6 +120,25 @@ def test_a_log_that_is_gone_is_said(tmp_path: Path):
     assert ["nothing is logged of step 1 to 3" in text for text in said] == [True]
 
 
+def test_evaluations_that_are_gone_are_said_wherever_the_file_was_cut(tmp_path: Path):
+    run = RunDirectory.create(_config(tmp_path))
+    for step in (1, 2):
+        run.append("metrics.jsonl", {"step": step})
+    for step in (0, 1, 2, 4):
+        run.append("evaluations.jsonl", {"step": step, "avg@1": 0.5})
+    log, said = run.path / "evaluations.jsonl", []
+    run.drop_after(2, said.append, evaluations=2)
+    assert said == []
+    whole = log.read_bytes()
+    for cut in (whole.index(b"\n") + 1, 5):
+        log.write_bytes(whole[:cut])
+        run.drop_after(2, said.append, evaluations=2)
+    assert [text.partition("evaluations.jsonl: ")[2][:22] for text in said] == [
+        "1 of 2 evaluations bef",
+        "2 of 2 evaluations bef",
+    ]
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "/tmp/x", "a\\b"])
 def test_a_run_stays_in_its_output_directory(tmp_path: Path, name: str):
     config = Config(run=RunConfig(name=name, output_dir=str(tmp_path / "runs")))
