@@ -18,7 +18,7 @@ from e3rl.errors import UserError
 from e3rl.rewards.batch import Batch, BatchReward, Part
 from e3rl.rewards.pool import PooledCall, ProcessPool
 
-_FENCE = re.compile(r"```[ \t]*(python3?|py|)[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[ \t]*+(python3?|py|)[ \t]*+\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
 _SHARE = 0.8  # of the workers' time limit: a slow program is wrong, not missing
 _TOLERANCE = 1e-6
 MOST_TESTS = 200

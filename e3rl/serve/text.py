@@ -11,12 +11,17 @@ from e3rl.data.toolcalls import ToolCall, ToolCallFormat, parse_tool_calls
 from e3rl.serve.messages import ToolChoice
 
 _HALF_CHARACTER = "\ufffd"
+_WINDOW = 32
+"""Tokens before new ones that are decoded again with them: what a token stands for may depend on those before it."""
+_MOST_HALVES = 256
+"""Characters that are held back for want of their other half. So many together are no character's."""
 
 
 class TextStream:
     """The text of one sample as it grows. What might yet turn out otherwise is held back.
 
-    Once ``stopped`` by a stop string, ``kept`` is how many tokens it took to write it.
+    Once ``stopped`` by a stop string, ``kept`` is how many tokens it took to write it. The work for a token doesn't grow with
+    the number of those before it.
     """
 
     def __init__(
@@ -25,7 +30,9 @@ class TextStream:
         self._tokenizer, self._stops = tokenizer, stops
         self._keep_stop, self._keep_special = keep_stop, keep_special
         self._ids: list[int] = []
-        self._sent = 0
+        self._read = self._window = 0  # tokens that ended in whole characters when they came; where their window begins
+        self._pending = ""  # their text that is not sent
+        self._sent = 0  # characters that are sent of it and of what follows it
         self.stopped: str | None = None
         self.kept = 0
 
@@ -33,8 +40,11 @@ class TextStream:
         """The text that became certain with these tokens; ``last`` says that no more will come."""
         before = len(self._ids)
         self._ids += ids
-        text = self._decode(self._ids)
+        text = self._pending + self._unread(self._ids)
         found = _first_stop(text, self._stops)
+        whole = text.rstrip(_HALF_CHARACTER)
+        if len(text) - len(whole) > _MOST_HALVES:
+            whole = text
         if found is not None:
             at, self.stopped = found
             end = at + len(self.stopped) if self._keep_stop else at
@@ -42,15 +52,31 @@ class TextStream:
         elif last:
             end = len(text)
         else:
-            whole = text.rstrip(_HALF_CHARACTER)
             end = len(whole) - max((_begun(whole, stop) for stop in self._stops), default=0)
         certain = text[self._sent : max(end, self._sent)]
         self._sent += len(certain)
+        if whole == text:
+            self._settle(text[self._sent :])
         return certain
 
     def would_add(self, ids: Sequence[int]) -> str:
         """The text that these tokens would stand for here, half characters included; nothing is kept of them."""
-        return self._decode([*self._ids, *ids])[self._sent :]
+        return (self._pending + self._unread([*self._ids, *ids]))[self._sent :]
+
+    def _settle(self, pending: str) -> None:
+        """All tokens so far stand for whole characters, of which ``pending`` is not sent: later ones are read in a new window."""
+        self._pending, self._sent, self._read = pending, 0, len(self._ids)
+        for start in range(max(0, self._read - _WINDOW), max(-1, self._read - _WINDOW - 4), -1):
+            self._window = start  # not in the middle of a character, whose half would spoil what follows
+            if not self._decode(self._ids[start : self._read]).startswith(_HALF_CHARACTER):
+                break
+
+    def _unread(self, ids: Sequence[int]) -> str:
+        """The text of the tokens behind those that were read."""
+        known, text = self._decode(ids[self._window : self._read]), self._decode(ids[self._window :])
+        if self._window and not (known and text.startswith(known)):  # the window was too narrow
+            known, text = self._decode(ids[: self._read]), self._decode(ids)
+        return text[len(known) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=not self._keep_special))
@@ -78,21 +104,20 @@ class CallStream:
         if last:
             visible, calls = parse_tool_calls(self.text, self.form, self.choice.tools)
             calls = calls if self.choice.parallel else calls[:1]
+            shown = visible[self.sent :]
         else:
-            visible = self._before_calls()
-        shown = visible[self.sent :]
+            shown = self.text[self.sent : self._end_of_text()].rstrip()
         self.sent += len(shown)
         return shown, calls
 
-    def _before_calls(self) -> str:
-        """What comes before anything that may be a call."""
+    def _end_of_text(self) -> int:
+        """Where what is not sent might begin to be a call."""
         opening = self.form.opening
         if not opening:  # the whole answer may be one
             begun = self.text.lstrip()
-            return "" if not begun or begun[0] in "{[<" else self.text
-        at = self.text.find(opening)
-        end = at if at >= 0 else len(self.text) - _begun(self.text, opening)
-        return self.text[:end].rstrip()
+            return 0 if not begun or begun[0] in "{[<" else len(self.text)
+        at = self.text.find(opening, self.sent)
+        return at if at >= 0 else len(self.text) - _begun(self.text, opening)
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:

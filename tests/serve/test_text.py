@@ -8,14 +8,23 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Strip
+from tokenizers.decoders import Sequence as Decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from e3rl.data.toolcalls import FORMATS
+from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.serve.messages import ToolChoice
 from e3rl.serve.text import CallStream, TextStream
 
 
 class Bytes:
     """A tokenizer with a token a byte."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return bytes(ids).decode("utf-8", "replace")
@@ -111,3 +120,32 @@ def test_text_before_a_call_is_not_held_back():
 def test_where_calls_may_not_be_parallel_the_first_is_taken():
     stream = CallStream(FORMATS["hermes"], ToolChoice(parallel=False))
     assert len(stream.add(CALL * 2, last=True)[1]) == 1
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer of the SentencePiece kind: spaces are marks, unknown characters are bytes, read as a whole."""
+    pieces = ["<unk>", "<s>", *(f"<0x{n:02X}>" for n in range(256)), *"▁abc.,", "▁ab", "▁c"]
+    model = BPE({p: i for i, p in enumerate(pieces)}, [("▁", "c")], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = Decoders([Replace("▁", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+@given(data=st.data())
+def test_text_read_in_windows_is_the_text_of_the_whole(data: st.DataObject):
+    tokenizer = data.draw(st.sampled_from(TOKENIZERS))
+    words = st.sampled_from(("a", " ab", " c.", ", ", "é", "€", "你好", "🙂", "  ", "cab", "<s>"))
+    text = "".join(data.draw(st.lists(words, max_size=80)))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=30)))
+    stream = TextStream(tokenizer, ())
+    pieces = [ids[a:b] for a, b in itertools.pairwise([0, *cuts, len(ids)])]
+    sent = ""
+    for index, piece in enumerate(pieces):
+        would = stream.would_add(piece)
+        sent += (part := stream.add(piece, last=index == len(pieces) - 1))
+        assert would.startswith(part)
+    assert sent == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+TOKENIZERS = [byte_fallback(), build_tokenizer(256), Bytes()]
