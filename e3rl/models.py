@@ -248,6 +248,34 @@ def _text_config(model: Any) -> Any:
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its output matrix's product: ``cap * tanh(scale * x / cap)``, or the scale alone."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of_model(cls, model: Any) -> LogitTransform:
+        """As the model's config says; `e3rl.train.scoring.require_scorable` compares the result."""
+        config = _text_config(model)
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def of(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits, in the products' place."""
+        scaled = products if self.scale == 1 else products.mul_(self.scale)
+        return scaled if self.cap is None else scaled.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """d logits / d products."""
+        return self.scale if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
+
+
+PLAIN_LOGITS = LogitTransform()
+
+
 def sliding_window(model: Any) -> int | None:
     """How many positions the queries of sliding layers see, their own included; None where every layer sees all."""
     config = _text_config(model)

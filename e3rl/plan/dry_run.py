@@ -27,7 +27,7 @@ from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, of_the_family
 from e3rl.engine.torch.operations import Attention
 from e3rl.engine.torch.recorded import Step
 from e3rl.engine.torch.storage import RowSize, StepRows
-from e3rl.models import unwrapped
+from e3rl.models import LogitTransform, unwrapped
 from e3rl.train.optimizer import GradientSums, muon
 from e3rl.train.scoring import head_scores, output_matrix
 
@@ -133,7 +133,7 @@ def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
     mask = torch.empty(1, 1, 1, 1, device=device)  # ready made: making one looks at values
     backbone = getattr(base, base.base_model_prefix)
     hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
-    return head_scores(output_matrix(base), hidden, ids[0], 1.0)
+    return head_scores(output_matrix(base), hidden, ids[0], 1.0, LogitTransform.of_model(base))
 
 
 def micro_batch(

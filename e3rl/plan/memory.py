@@ -19,6 +19,7 @@ from e3rl.cluster.parallel import keeps_passes
 from e3rl.config import Config, ModelConfig
 from e3rl.data.loading import training_problems
 from e3rl.data.prompts import render_prompts
+from e3rl.engine.torch.operations import MASKED
 from e3rl.errors import UserError
 from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
@@ -154,7 +155,7 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
             * waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks),
             "the backward pass beside them": passes.passing,
             "gradients under way": division.under_way(trained, layers),
-            "attention mask": sizes.longest**2 * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
+            "attention mask": min(sizes.longest**2, MASKED) * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
         },
         "optimizer": {"gradients": gradients, "an update's scratch": _scratch(sizes, division)},
     }

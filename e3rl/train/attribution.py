@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from e3rl.engine.torch.cache import RECURRENT
-from e3rl.engine.torch.operations import attention
+from e3rl.engine.torch.operations import attention_behind
 from e3rl.equations.attribution import attention_shares, token_attribution
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
-from e3rl.train.packing import Branch, PackedRow, each_alone, pad, recurrent_mixers
+from e3rl.train.packing import PackedRow, each_alone, pad, recurrent_mixers
 
 ATTENTION_NAME = "e3rl_packed"
 _PAIRS = 2**19  # of queries and keys that shares are computed of at once: 64 MiB with 32 heads
@@ -147,17 +147,6 @@ class AttributionTap:
         return [found[i][start : len(path)] if i in found else None for i, (start, path) in enumerate(ranges)]
 
 
-def _mask(row: PackedRow, branch: Branch, before: int, window: int | None, query: Tensor) -> Tensor | None:
-    """Which of ``before`` context tokens and its own a branch's tokens see: part of a matrix that the row's branches share.
-
-    None for attention to all that came before where kernels can do without: on a GPU, or without context.
-    """
-    total = before + branch.size
-    if (window is None or total <= window) and (before == 0 or query.device.type != "cpu"):
-        return None
-    return row.causal_mask(window, query.dtype)[before:total, :total]
-
-
 def _with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks_H: Tensor, scale: float) -> tuple[Tensor, ...]:
     """Queries, keys and values eight wider: a key that is 1 at the first new place, 0 elsewhere, scores each head's sink."""
     columns_1H11 = (sinks_H.to(query.dtype) / scale).view(1, -1, 1, 1)
@@ -165,15 +154,9 @@ def _with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks_H: Tensor, scal
     return nn.functional.pad(wider, (0, 7)), nn.functional.pad(key, (0, 8)), nn.functional.pad(value, (0, 8))
 
 
-def _behind_sink(
-    row: PackedRow, key: Tensor, value: Tensor, before: int, window: int | None, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A branch's keys and values with the sink's behind them, which every query sees and gets nothing from; its mask."""
-    total = key.shape[2]
-    sink = nn.functional.one_hot(torch.tensor(width, device=key.device), key.shape[3]).to(key.dtype)
-    keys = torch.cat([key, sink.expand(1, key.shape[1], 1, -1)], 2)
-    mask = row.causal_mask(window, key.dtype)[before:total, :total]
-    return keys, nn.functional.pad(value, (0, 0, 0, 1)), nn.functional.pad(mask, (0, 1))
+def _before(sink_D: Tensor, states: Tensor) -> Tensor:
+    """Keys (or values) with a sink's in front."""
+    return torch.cat([sink_D.expand(1, states.shape[1], 1, -1), states], 2)
 
 
 def _attention(
@@ -199,20 +182,25 @@ def _attention(
     if s_aux is not None:
         query, key, value = _with_sinks(query, key, value, s_aux, scale)
         scaling = scale  # that of the narrower queries
-    branches = packed_row.branches
-    sizes = [branch.size for branch in branches]
+        sink_D = nn.functional.one_hot(torch.tensor(width, device=key.device), key.shape[3]).to(key.dtype)
+    sizes = [branch.size for branch in packed_row.branches]
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value))
     outputs = []
-    for index, branch in enumerate(branches):
-        seen_keys, seen_values = (packed_row.behind_context(states, index, 2) for states in (keys, values))
-        before = seen_keys.shape[2] - branch.size
-        if s_aux is None:
-            mask = _mask(packed_row, branch, before, sliding_window, query)
-        else:
-            seen_keys, seen_values, mask = _behind_sink(
-                packed_row, seen_keys, seen_values, before, sliding_window, width
+    for index in range(len(sizes)):
+        seen_key, seen_value = (packed_row.behind_context(states, index, 2) for states in (keys, values))
+        if s_aux is not None:
+            seen_key, seen_value = _before(sink_D, seen_key), _before(torch.zeros_like(sink_D), seen_value)
+        outputs.append(
+            attention_behind(
+                queries[index],
+                seen_key,
+                seen_value,
+                window=sliding_window,
+                sink=s_aux is not None,
+                scale=scaling,
+                dropout=dropout,
             )
-        outputs.append(attention(queries[index], seen_keys, seen_values, mask, scaling, dropout))
+        )
     return torch.cat(outputs, 2)[..., :value_width].transpose(1, 2).contiguous(), None
 
 

@@ -9,7 +9,6 @@ shares (its *context*), so every number is that of the sequence alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,15 +147,6 @@ def _ranges(path: Sequence[int], starts: Sequence[int]) -> tuple[tuple[int, int,
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=2)  # a row's layers ask for one, or two where some have a window
-@torch.inference_mode(False)
-def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    place_L = torch.arange(length, device=device)
-    back_LL = place_L[:, None] - place_L
-    unseen_LL = back_LL < 0 if window is None else (back_LL < 0) | (back_LL >= window)
-    return torch.zeros(unseen_LL.shape, dtype=dtype, device=device).masked_fill_(unseen_LL, -torch.inf)
-
-
 @dataclass(frozen=True)
 class PackedRow:
     """A prefix tree as model input: N tokens, the branches that they lie in, and where each sequence's tokens are."""
@@ -195,10 +185,6 @@ class PackedRow:
             tuple(len(s.prompt_ids) for s in sequences),
             tuple(s.erased for s in sequences),
         )
-
-    def causal_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """To add to attention: 0 where a place of the longest sequence sees another, -inf elsewhere."""
-        return _causal_mask(max(map(len, self.paths)), window, dtype, self.ids_N.device)
 
     def behind_context(self, parts: Sequence[Tensor], index: int, dim: int) -> Tensor:
         """What a branch's tokens and those before them have; ``parts`` are those of the branches, along ``dim``."""

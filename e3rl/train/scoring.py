@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
-from e3rl.models import narrow_window, unwrapped
+from e3rl.models import PLAIN_LOGITS, LogitTransform, narrow_window, unwrapped
 from e3rl.train.attribution import AttributionTap, packed_attention
 from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, pad, recurrent_mixers
 
@@ -38,20 +38,26 @@ class _HeadScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_K: Tensor, temperature: float
+        ctx: Any,
+        hidden_KD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_K: Tensor,
+        temperature: float,
+        transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
         logprobs_K, entropies_K, log_z_K = torch.empty(3, len(ids_K), device=hidden_KD.device).unbind()
         for part in _chunks(len(ids_K), len(weight_VD)):
-            logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float()
+            logits_CV = transform.of(nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float())
             logprobs_K[part], entropies_K[part], log_z_K[part] = token_scores(logits_CV, ids_K[part], temperature)
         ctx.save_for_backward(hidden_KD, weight_VD, bias_V, ids_K, log_z_K)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.transform = temperature, transform
         ctx.mark_non_differentiable(entropies_K)
         return logprobs_K, entropies_K
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        hidden_KD, weight_VD, bias_V, ids_K, log_z_K = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (hidden_KD, weight_VD, bias_V, ids_K, log_z_K), transform = ctx.saved_tensors, ctx.transform
         gradient_K = gradients[0].float()
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         hidden_gradient_KD = torch.empty_like(hidden_KD) if to_hidden else None
@@ -59,9 +65,10 @@ class _HeadScores(torch.autograd.Function):
         weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if to_weight else None
         bias_gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if to_bias else None
         for part in _chunks(len(ids_K), len(weight_VD)):
-            logits_CV = nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float()
+            logits_CV = transform.of(nn.functional.linear(hidden_KD[part], weight_VD, bias_V).float())
+            rise = transform.slope(logits_CV)
             slope_CV = logprob_gradient(logits_CV, log_z_K[part], ids_K[part], gradient_K[part], ctx.temperature)
-            slope_CV = slope_CV.to(weight_VD.dtype)
+            slope_CV = (slope_CV if transform == PLAIN_LOGITS else slope_CV.mul_(rise)).to(weight_VD.dtype)
             if hidden_gradient_KD is not None:
                 torch.mm(slope_CV, weight_VD, out=hidden_gradient_KD[part])
             if weight_gradient_VD is not None and weight_VD.dtype == torch.float32:
@@ -70,7 +77,7 @@ class _HeadScores(torch.autograd.Function):
                 weight_gradient_VD += slope_CV.T @ hidden_KD[part]
             if bias_gradient_V is not None:
                 bias_gradient_V += slope_CV.sum(0, dtype=torch.float32)
-        return hidden_gradient_KD, _as(weight_gradient_VD, weight_VD), _as(bias_gradient_V, bias_V), None, None
+        return hidden_gradient_KD, _as(weight_gradient_VD, weight_VD), _as(bias_gradient_V, bias_V), None, None, None
 
 
 def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -78,9 +85,17 @@ def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
-def head_scores(head: nn.Linear, hidden_KD: Tensor, ids_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def head_scores(
+    head: nn.Linear,
+    hidden_KD: Tensor,
+    ids_K: Tensor,
+    temperature: float,
+    transform: LogitTransform = PLAIN_LOGITS,
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each id (with gradient) and entropy (nats) of the distribution it was drawn from."""
-    found: tuple[Tensor, Tensor] = _HeadScores.apply(hidden_KD, head.weight, head.bias, ids_K, temperature)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _HeadScores.apply(  # type: ignore[no-untyped-call]
+        hidden_KD, head.weight, head.bias, ids_K, temperature, transform
+    )
     return found
 
 
@@ -157,7 +172,9 @@ def score_row(
     ).last_hidden_state[0]
     before_K, ids_K = (x_N.index_select(0, row.scored_K) for x_N in (row.before_N, row.ids_N))
     hidden_KD = hidden_ND.index_select(0, before_K)  # the state before a token predicts it
-    logprobs_K, entropies_K = head_scores(output_matrix(base), hidden_KD, ids_K, temperature)
+    logprobs_K, entropies_K = head_scores(
+        output_matrix(base), hidden_KD, ids_K, temperature, LogitTransform.of_model(base)
+    )
     blank_N = torch.zeros(len(row.ids_N), device=row.ids_N.device)
     return RowScores(
         row,
@@ -247,8 +264,8 @@ def score_sequences(
 def require_scorable(model: Any) -> None:
     """Refuse models whose log-probabilities in a packed row differ from those of a plain forward pass.
 
-    That is: whose attention does not go through the attention registry of transformers, which keep a state beside it,
-    or whose logits are more than their output matrix times the hidden state. Two responses part after two tokens, and tokens
+    That is: whose attention does not go through the attention registry of transformers, or whose logits are more than their
+    output matrix times the hidden state, scaled or capped. Two responses part after two tokens, and tokens
     follow on both sides; windows are made so small that these outgrow them.
     """
     base, device = unwrapped(model), next(model.parameters()).device
@@ -295,6 +312,5 @@ def _sequence(prompt: Sequence[int], response: Sequence[int]) -> TrainSequence:
 def _refusal(model: Any, reason: str) -> UserError:
     return UserError(
         f"e3rl can't train {type(model).__name__}: {reason}. It trains decoder-only models whose attention goes through "
-        "transformers' attention registry, without a recurrent state, and whose logits are their output matrix times the "
-        "hidden state"
+        "transformers' attention registry and whose logits are their output matrix times the hidden state, scaled or capped"
     )

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from e3rl.engine.torch.storage import RowSize
+from e3rl.train import attribution
 from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
@@ -65,7 +66,8 @@ def test_a_model_that_is_served_wrongly_is_not_called_exact(tool, monkeypatch):
 def test_a_model_that_is_packed_wrongly_is_not_called_exact(tool, monkeypatch):
     model = tool["build"]("mistral")
     monkeypatch.setitem(tool["main"].__globals__, "require_scorable", lambda model: None)
-    monkeypatch.setattr("e3rl.train.attribution._mask", lambda *args: None)
+    respected = attribution.attention_behind
+    monkeypatch.setattr(attribution, "attention_behind", lambda *states, window, **kw: respected(*states, **kw))
     assert tool["_training"](model).startswith("NOT REFUSED")
 
 

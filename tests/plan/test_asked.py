@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from e3rl.train import attribution
 from e3rl.train.learner import Learner
 from e3rl.train.listeners import Silent
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.packing import Branch, PackedRow, group_sequences, packed_size
+from e3rl.train.packing import group_sequences, packed_size
 from tests.train.random_lab import lab_config, random_hybrid
 from tests.train.rollouts import rewarded_group
 
@@ -128,16 +129,18 @@ def test_copies_of_the_weights(tmp_path: Path):
         del reference
 
 
-def _matrix(row: PackedRow, branch: Branch, before: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
+def _by_matrix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> torch.Tensor:
     """`causal_lower_right` is a tensor of a class of its own, which can't be made where operations are counted."""
-    return row.causal_mask(window, query.dtype)[before : before + branch.size, : before + branch.size]
+    queries, keys = query.shape[2], key.shape[2]
+    mask = operations._mask(queries, keys, keys - queries, None, query.dtype, query.device)
+    return operations.attention(query, key, value, mask, settings["scale"])
 
 
 @pytest.mark.parametrize("objective", ["e3rl", "grpo"])
 def test_rows_of_a_group_wait_with_their_layers_inputs(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A group of four rows whose scores make the advantages: three of them wait; of GRPO none does, whose advantages are
     made of rewards."""
-    monkeypatch.setattr(attribution, "_mask", _matrix)
+    monkeypatch.setattr(attribution, "attention_behind", _by_matrix)
     settings = (
         *("model.dtype=bfloat16", "train.gradient_checkpointing=true", f"objective.name={objective}"),
         *("objective.kl_coef=0.0", "rollout.segment_length=40", "rollout.max_segments=4", "rollout.num_generations=4"),
@@ -247,7 +250,7 @@ def _step(config: Config, tokens: int, siblings: int = 2) -> tuple[int, int]:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step(model: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A whole step of the learner, a group a row, against the phases of the plan at that row's size."""
-    monkeypatch.setattr(attribution, "_mask", _matrix)
+    monkeypatch.setattr(attribution, "attention_behind", _by_matrix)
     settings = (model, f"train.gradient_checkpointing={str(checkpointing).lower()}", "objective.kl_coef=0.04")
     real = lab_config(tmp_path, *settings, "rollout.segment_length=40", "rollout.max_segments=4")
     _, row = _step(real, 160)

@@ -8,7 +8,7 @@ from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
-from e3rl.models import add_lora
+from e3rl.models import LogitTransform, add_lora
 from e3rl.train import scoring
 from e3rl.train.scoring import head_scores, output_matrix
 from tests.engine.models import build
@@ -47,6 +47,25 @@ def test_values_and_gradients_equal_those_of_the_whole_matrix(
     for mine, theirs in zip(torch.autograd.grad((found[0] * weights_K).sum(), leaves), slopes, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
     assert not found[1].requires_grad
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(0.25), LogitTransform(1.0, 2.0), LogitTransform(3.0, 1.5)])
+def test_scaled_and_capped_logits_are_learnt_from(transform: LogitTransform):
+    """As Granite, Cohere and Gemma have them; the cap cuts deep into these logits."""
+    head, hidden_KD, ids_K, weights_K = _case(bias=True)
+    leaves = [hidden_KD, *head.parameters()]
+    logits_KV = head(hidden_KD) * transform.scale
+    if transform.cap is not None:
+        assert logits_KV.abs().max() > transform.cap
+        logits_KV = transform.cap * torch.tanh(logits_KV / transform.cap)
+    logprobs_KV = (logits_KV / 0.6).log_softmax(-1)
+    expected_K = logprobs_KV.gather(-1, ids_K[:, None])[:, 0]
+    slopes = torch.autograd.grad((expected_K * weights_K).sum(), leaves, retain_graph=True)
+    found = head_scores(head, hidden_KD, ids_K, 0.6, transform)
+    torch.testing.assert_close(found[0], expected_K, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], -(logprobs_KV.exp() * logprobs_KV).sum(-1), atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad((found[0] * weights_K).sum(), leaves), slopes, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_frozen_matrix_gets_no_gradient():

@@ -1,10 +1,13 @@
 """Log-probabilities and entropies of finished sequences, against a plain forward pass of each sequence alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from e3rl.errors import UserError
-from e3rl.train.packing import PackedRow, TrainSequence
+from e3rl.train import attribution
+from e3rl.train.packing import TrainSequence
 from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
 from tests.engine.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 
@@ -50,6 +53,11 @@ def test_shares_add_up_to_one_over_each_response():
         assert (found.shares_T >= 0).all()
 
 
+@pytest.mark.parametrize(("name", "settings"), [("Granite", {"logits_scaling": 3.0}), ("Cohere", {"logit_scale": 0.4})])
+def test_models_that_scale_their_logits_are_scored(name: str, settings: dict[str, Any]):
+    require_scorable(build(name, **settings))
+
+
 def test_a_model_that_transforms_its_logits_is_refused():
     model = tiny("Llama")
     require_scorable(model)
@@ -70,8 +78,8 @@ def test_models_with_windows_are_scored(name: str):
 def test_a_window_that_is_not_respected_is_refused_however_wide_it_is(monkeypatch: pytest.MonkeyPatch):
     model = build("Mistral", sliding_window=100)
     require_scorable(model)
-    respected = PackedRow.causal_mask
-    monkeypatch.setattr(PackedRow, "causal_mask", lambda row, window, dtype: respected(row, None, dtype))
+    respected = attribution.attention_behind
+    monkeypatch.setattr(attribution, "attention_behind", lambda *states, window, **kw: respected(*states, **kw))
     with pytest.raises(UserError, match="packed sequences get log-probabilities that differ by"):
         require_scorable(model)
     assert model.config.sliding_window == 100

@@ -7,6 +7,7 @@ stacked, and large ones laid out for oneDNN, whose kernels are faster for few ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -184,3 +185,66 @@ def attention(
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
     )
+
+
+MASKED = 2**20
+"""Entries up to which a CPU's kernel, which knows no other place for the first query than the beginning, is given a mask."""
+_BLOCK = 512
+"""Queries of a layer with a window that are looked at together."""
+
+
+@functools.lru_cache(maxsize=32)  # layers and neighbouring branches ask for the same
+@torch.inference_mode(False)
+def _mask(queries: int, keys: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where a query sees a key, -inf where it doesn't; the first query is at place ``before`` of the keys."""
+    back_QK = torch.arange(before, before + queries, device=device)[:, None] - torch.arange(keys, device=device)
+    unseen_QK = back_QK < 0 if window is None else (back_QK < 0) | (back_QK >= window)
+    return torch.zeros(unseen_QK.shape, dtype=dtype, device=device).masked_fill_(unseen_QK, -torch.inf)
+
+
+def attention_behind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    sink: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of a sequence's last places to all of it: each sees itself and what is before it, at most ``window`` places, and
+    always the first key where that is a ``sink``.
+
+    What it takes grows with the places, not with queries times keys: no mask is larger than `MASKED` or a block of a window.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    before = keys - queries
+    if window is not None and keys - sink > window:
+        return _in_window(query, key, value, window, sink, scale, dropout)
+    if before == 0 or query.device.type != "cpu":
+        return attention(query, key, value, None, scale, dropout)
+    if queries * keys <= MASKED:
+        mask = _mask(queries, keys, before, None, query.dtype, query.device)
+        return attention(query, key, value, mask, scale, dropout)
+    whole = nn.functional.pad(query, (0, 0, before, 0))  # queries for the places before, whose results are dropped
+    return attention(whole, key, value, None, scale, dropout)[:, :, before:]
+
+
+def _in_window(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sink: bool, scale: float | None, dropout: float
+) -> Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    outputs = []
+    for start in range(0, queries, _BLOCK):
+        end = min(start + _BLOCK, queries)
+        place, last = keys - queries + start, keys - queries + end
+        first = max(int(sink), place - window + 1)
+        mask = _mask(end - start, last - first, place - first, window, query.dtype, query.device)
+        seen_key, seen_value = key[:, :, first:last], value[:, :, first:last]
+        if sink:
+            seen_key, seen_value = (
+                torch.cat([x[:, :, :1], seen], 2) for x, seen in ((key, seen_key), (value, seen_value))
+            )
+            mask = nn.functional.pad(mask, (1, 0))
+        outputs.append(attention(query[:, :, start:end], seen_key, seen_value, mask, scale, dropout))
+    return torch.cat(outputs, 2)
