@@ -84,11 +84,15 @@ def add_lora(model: Any, config: ModelConfig) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("model.lora_r > 0 needs PEFT: pip install 'e3rl[lora]'") from None
+    names = config.lora_target_modules
+    experts = [n for n in names if any(where.endswith(f".{n}") for where, _ in model.named_parameters())]
+    modules = _target_modules([n for n in names if n not in experts])
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=_target_modules(config.lora_target_modules),
+        target_modules=[] if experts and modules is None else modules,
+        target_parameters=experts or None,  # weights of experts are parameters of one module, not modules
         task_type="CAUSAL_LM",
     )
     try:

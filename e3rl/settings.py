@@ -63,7 +63,7 @@ class ModelConfig:
     lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)
     lora_target_modules: tuple[str, ...] = setting(
         ("all-linear",),
-        "modules that get adapters, as PEFT names them; empty: PEFT's choice for the model",
+        "modules and parameters of experts that get adapters, as PEFT names them; empty: PEFT's choice for the model",
         source="ERPO paper",
     )
 

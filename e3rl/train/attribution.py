@@ -172,9 +172,12 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every branch. Split, not indexed: its gradient is a concatenation. ``s_aux``: sinks, a logit a head."""
+    if softcap is not None:
+        raise TypeError("it caps its scores")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     width, value_width = query.shape[-1], value.shape[-1]
     if attribution_tap is not None:

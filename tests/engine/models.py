@@ -88,7 +88,7 @@ def _models_page() -> dict[str, Any]:
 
 
 @functools.cache
-def recurrent(name: str) -> Any:
+def page_model(name: str) -> Any:
     """A shared tiny model of an architecture as docs/models.md tries it; tests must not change it."""
     with _models_page()["_quiet"]():
         return _models_page()["build"](name)

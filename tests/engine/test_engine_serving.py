@@ -14,7 +14,7 @@ from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.fused import FusedSlotModel
 from e3rl.engine.torch.model import check_exactness, require_servable
 from e3rl.errors import UserError
-from tests.engine.models import ARCHITECTURES, SLIDING, build, recurrent, sliding, tiny
+from tests.engine.models import ARCHITECTURES, SLIDING, build, page_model, sliding, tiny
 
 
 def t5() -> Any:
@@ -60,8 +60,8 @@ def test_a_window_that_is_wrongly_kept_is_refused_with_numbers(name, monkeypatch
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: recurrent("rwkv"), "a recurrent state of its own"),
-        (lambda: recurrent("llama4_text"), "layers of type chunked_attention"),
+        (lambda: page_model("rwkv"), "a recurrent state of its own"),
+        (lambda: page_model("llama4_text"), "layers of type chunked_attention"),
         (t5, "encoder-decoder"),
         (flash, "sdpa"),
         (lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),

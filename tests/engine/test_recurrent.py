@@ -14,7 +14,7 @@ from e3rl.errors import UserError
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import assert_same, assert_same_transcript, play, random_script
 from e3rl.types import Draw
-from tests.engine.models import EOS, RECURRENT, VOCAB, recurrent
+from tests.engine.models import EOS, RECURRENT, VOCAB, page_model
 from tests.engine.test_engine import ROWS, SCRIPTS, contract, drain, draw, generate, oracle, torch_engine
 
 TOLERANCE = 1e-4
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 @pytest.mark.parametrize("name", RECURRENT)
 def test_scripts_give_the_oracles_candidates(name: str):
     """Prompts of one token and more, rollbacks to any place, rows that move and are taken again."""
-    model = recurrent(name)
+    model = page_model(name)
     for seed in (3, 21):
         script = random_script(seed, VOCAB)
         got, expected = (play(make(model), script, contract(model)) for make in (torch_engine, oracle))
@@ -34,19 +34,19 @@ def test_scripts_give_the_oracles_candidates(name: str):
 @settings(max_examples=15)
 @given(script=SCRIPTS)
 def test_any_script_gives_the_oracles_candidates(script):
-    model = recurrent("qwen3_5_text")
+    model = page_model("qwen3_5_text")
     got, expected = (play(make(model), script, contract(model)) for make in (torch_engine, oracle))
     assert_same_transcript(got, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("check", ENGINE_CHECKS[1:], ids=lambda check: check.__name__)
 def test_contract(check):
-    check(contract(recurrent("nemotron_h")))
+    check(contract(page_model("nemotron_h")))
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "bamba", "lfm2"])
 def test_erasing_runs_no_token_again_and_gives_what_a_new_row_gives(name: str):
-    engine = torch_engine(recurrent(name), eos_ids=())
+    engine = torch_engine(page_model(name), eos_ids=())
     rows = engine.prefill([4, 5, 6], 3)
     held = engine.stats.kv_bytes
     for segment in range(3):
@@ -59,7 +59,7 @@ def test_erasing_runs_no_token_again_and_gives_what_a_new_row_gives(name: str):
     assert (stats.prompt_tokens, stats.refed_tokens, stats.appended_tokens) == (3, 0, 0)
     assert stats.decode_row_steps == stats.sampled_tokens - 3 * (3 + 2 + 2)
     assert stats.kv_bytes == engine._slot_model.storage.bytes == held
-    slow = oracle(recurrent(name))
+    slow = oracle(page_model(name))
     slow._eos_ids = frozenset()
     for i, row in enumerate(rows):
         [again] = slow.prefill([4, 5, 6], 1)
@@ -70,7 +70,7 @@ def test_erasing_runs_no_token_again_and_gives_what_a_new_row_gives(name: str):
 
 
 def test_rollback_into_a_candidate_runs_its_tokens_again_and_before_it_all():
-    engine = torch_engine(recurrent("qwen3_5_text"), eos_ids=())
+    engine = torch_engine(page_model("qwen3_5_text"), eos_ids=())
     [row] = engine.prefill([4, 5, 6], 1)
     generate(engine, row, 4)
     generate(engine, row, 8)  # from 7 tokens on; 14 of 15 tokens are in the state
@@ -81,14 +81,14 @@ def test_rollback_into_a_candidate_runs_its_tokens_again_and_before_it_all():
     generate(engine, row, 1, attempt=2)
     assert engine.stats.refed_tokens == 4 + 4
     engine.rollback(row, 0)
-    slow = oracle(recurrent("qwen3_5_text"))
+    slow = oracle(page_model("qwen3_5_text"))
     slow._eos_ids = frozenset()
     [again] = slow.prefill([4, 5, 6], 1)
     assert_same(generate(engine, row, 6, 3), generate(slow, again, 6, 3), TOLERANCE, "from the prompt again")
 
 
 def test_other_tokens_after_a_rollback_are_not_taken_for_those_that_were_dropped():
-    engine, slow = torch_engine(recurrent("bamba"), eos_ids=()), oracle(recurrent("bamba"))
+    engine, slow = torch_engine(page_model("bamba"), eos_ids=()), oracle(page_model("bamba"))
     slow._eos_ids = frozenset()
     found = []
     for each in (engine, slow):
@@ -103,7 +103,7 @@ def test_other_tokens_after_a_rollback_are_not_taken_for_those_that_were_dropped
 @pytest.mark.parametrize("ended", [True, False])
 def test_rows_that_are_fed_on_after_their_end_go_on_exactly(ended: bool):
     """Where draws are read after several steps, as on a GPU, a row that ended has been fed tokens that are none of its own."""
-    model = recurrent("qwen3_next")
+    model = page_model("qwen3_next")
     plain = torch_engine(model, eos_ids=())
     [row] = plain.prefill([4, 5, 6], 1)
     ids = generate(plain, row, 12).ids.tolist()
@@ -121,7 +121,7 @@ def test_rows_that_are_fed_on_after_their_end_go_on_exactly(ended: bool):
 
 def test_prompts_longer_than_a_chunk_equal_the_oracle():
     """The gated delta rule runs prompts in chunks of 64."""
-    model, prompt = recurrent("qwen3_5_text"), [(7 * i) % VOCAB for i in range(70)]
+    model, prompt = page_model("qwen3_5_text"), [(7 * i) % VOCAB for i in range(70)]
     engine = torch_engine(model, max_length=160, eos_ids=())
     rows = engine.prefill(prompt, 2)
     slow = oracle(model)
@@ -133,13 +133,13 @@ def test_prompts_longer_than_a_chunk_equal_the_oracle():
 
 
 def test_memory_is_that_of_the_states_and_one_snapshot():
-    engine = torch_engine(recurrent("lfm2"), cache_rows=4)
+    engine = torch_engine(page_model("lfm2"), cache_rows=4)
     engine.prefill([4, 5, 6], 2)
     storage = engine._slot_model.storage
     # two convolutions of three inputs, 32 wide, in each of five slots, and once more; keys and values of two layers
     assert storage.state_bytes == 2 * (2 * 5 * 32 * 3 * 4)
     assert storage.bytes == storage.state_bytes + 2 * 2 * 5 * 2 * 64 * 8 * 4
-    size = check_exactness(recurrent("lfm2"))
+    size = check_exactness(page_model("lfm2"))
     assert size.of(48) * 5 == storage.bytes
 
 
@@ -148,12 +148,12 @@ def test_an_engine_without_snapshots_is_seen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(SlotStorage, "restore_states", lambda *args: None)
     for name in ("qwen3_5_text", "nemotron_h", "lfm2"):
         with pytest.raises(UserError, match=r"differ by up to \d"):
-            TorchEngine(recurrent(name), eos_ids=EOS, max_rows=1, cache_rows=1, max_length=16)
+            TorchEngine(page_model(name), eos_ids=EOS, max_rows=1, cache_rows=1, max_length=16)
 
 
 def test_rows_keep_their_states_when_they_move():
     """Two rows of five decode together, so they change places with others; all go on as if they had not."""
-    model = recurrent("lfm2")
+    model = page_model("lfm2")
     found = []
     for each in (torch_engine(model, max_rows=2, eos_ids=()), oracle(model)):
         each._eos_ids = frozenset()

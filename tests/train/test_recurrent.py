@@ -16,7 +16,7 @@ from e3rl.train.packing import PackedRow, packed_rows, plan_rows, recurrent_mixe
 from e3rl.train.run_directory import read_lines
 from e3rl.train.scoring import require_scorable, score_row, score_sequences
 from e3rl.train.trainer import Trainer
-from tests.engine.models import VOCAB, build, recurrent
+from tests.engine.models import VOCAB, build, page_model
 from tests.train.packs import sequence
 from tests.train.random_lab import lab_config, random_hybrid
 
@@ -55,7 +55,7 @@ def _alone(model: Any, temperature: float = 1.0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", TRAINED)
 @torch.no_grad()
 def test_log_probabilities_are_those_of_plain_passes(name: str):
-    model = recurrent(name)
+    model = page_model(name)
     require_scorable(model)
     found = score_sequences(model, SEQUENCES, temperature=0.7, token_budget=999)
     for scores, expected_T in zip(found, _alone(model, 0.7), strict=True):
@@ -65,7 +65,7 @@ def test_log_probabilities_are_those_of_plain_passes(name: str):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["qwen3_5_text", "nemotron_h", "lfm2"])
 def test_gradients_are_those_of_plain_passes(name: str, checkpointing: bool):
-    model, plain = (copy.deepcopy(recurrent(name)).train() for _ in range(2))
+    model, plain = (copy.deepcopy(page_model(name)).train() for _ in range(2))
     weights = torch.arange(1, 10) / 10
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_plain_passes(name: str, checkpointing: bool):
 
 
 def test_the_model_is_left_as_it_was():
-    model = recurrent("qwen3_5_text")
+    model = page_model("qwen3_5_text")
     mixers = recurrent_mixers(model)
     assert len(mixers) == 3
     with packed_attention(model), packed_attention(model):
@@ -99,18 +99,18 @@ def test_a_state_that_goes_on_from_another_branch_is_refused(monkeypatch: pytest
     monkeypatch.setattr("e3rl.train.attribution.recurrent_mixers", lambda model: [])
     for name in ("qwen3_5_text", "bamba", "lfm2"):
         with pytest.raises(UserError, match="packed sequences get log-probabilities that differ by"):
-            require_scorable(recurrent(name))
+            require_scorable(page_model(name))
 
 
 def test_attribution_is_over_the_layers_that_attend():
-    assert attribution_layers(recurrent("qwen3_5_text"), "all") == frozenset({3})
-    assert attribution_layers(recurrent("lfm2"), "all") == frozenset({1, 3})
-    assert attribution_layers(recurrent("nemotron_h"), "last") == frozenset({1})
-    assert attribution_layers(recurrent("falcon_h1"), "last") == frozenset({3})
+    assert attribution_layers(page_model("qwen3_5_text"), "all") == frozenset({3})
+    assert attribution_layers(page_model("lfm2"), "all") == frozenset({1, 3})
+    assert attribution_layers(page_model("nemotron_h"), "last") == frozenset({1})
+    assert attribution_layers(page_model("falcon_h1"), "last") == frozenset({3})
     with pytest.raises(
         UserError, match=r"Mamba2ForCausalLM has no attention layers.* objective\.allocation = 'sequence'"
     ):
-        attribution_layers(recurrent("mamba2"), "last")
+        attribution_layers(page_model("mamba2"), "last")
 
 
 def test_rows_are_counted_with_what_each_sequence_repeats():

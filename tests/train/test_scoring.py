@@ -58,6 +58,13 @@ def test_models_that_scale_their_logits_are_scored(name: str, settings: dict[str
     require_scorable(build(name, **settings))
 
 
+def test_a_model_that_caps_its_attention_scores_is_refused():
+    """However little that changes: a random model's scores are small."""
+    model = build("Gemma2", None, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1000.0)
+    with pytest.raises(UserError, match="it caps its scores"):
+        require_scorable(model)
+
+
 def test_a_model_that_transforms_its_logits_is_refused():
     model = tiny("Llama")
     require_scorable(model)

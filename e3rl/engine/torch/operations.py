@@ -193,7 +193,7 @@ _BLOCK = 512
 """Queries of a layer with a window that are looked at together."""
 
 
-@functools.lru_cache(maxsize=32)  # layers and neighbouring branches ask for the same
+@functools.lru_cache(maxsize=64)  # layers and neighbouring branches ask for the same
 @torch.inference_mode(False)
 def _mask(queries: int, keys: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where a query sees a key, -inf where it doesn't; the first query is at place ``before`` of the keys."""
