@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,32 +253,23 @@ def _text_config(model: Any) -> Any:
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to its output matrix's product: ``cap * tanh(scale * x / cap)``, or the scale alone."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    @classmethod
-    def of_model(cls, model: Any) -> LogitTransform:
-        """As the model's config says; `e3rl.train.scoring.require_scorable` compares the result."""
-        config = _text_config(model)
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
-
-    def of(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits, in the products' place."""
-        scaled = products if self.scale == 1 else products.mul_(self.scale)
-        return scaled if self.cap is None else scaled.div_(self.cap).tanh_().mul_(self.cap)
-
-    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """d logits / d products."""
-        return self.scale if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
+def router_loss(model: Any) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
+    """From router logits by layer to the load-balancing loss that the architecture defines, without a weight. UserError where
+    there is none."""
+    base = unwrapped(model)
+    balance = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    if balance is None or not hasattr(base, "num_experts"):
+        raise UserError(
+            f"train.router_loss: {type(base).__name__} defines no loss of routers; leave it at 0 (models without experts, and "
+            "those that balance them in another way, as DeepSeek-V3 does, need none)"
+        )
+    return lambda logits: balance(logits, base.num_experts, base.num_experts_per_tok)
 
 
-PLAIN_LOGITS = LogitTransform()
+def has_dropout(model: Any) -> bool:
+    """Whether a forward pass in training draws random numbers: then it is no measure of the policy."""
+    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return modules or getattr(unwrapped(model).config, "attention_dropout", 0.0) > 0
 
 
 def sliding_window(model: Any) -> int | None:

@@ -296,6 +296,9 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "weight decay of matrices", min=0, max=1)
     adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
     adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
+    router_loss: float = setting(
+        0.0, "weight of the load-balancing loss that a mixture of experts defines; 0: without it", min=0
+    )
     max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
     importance_correction: Literal[
         "none", "token_truncate", "token_mask", "segment_truncate", "segment_mask", "sequence_truncate", "sequence_mask"

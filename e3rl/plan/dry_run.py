@@ -24,10 +24,10 @@ from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import SamplingRows, sample
 from e3rl.engine.torch.cache import GenericSlotModel
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, of_the_family
-from e3rl.engine.torch.operations import Attention
+from e3rl.engine.torch.operations import Attention, LogitTransform
 from e3rl.engine.torch.recorded import Step
 from e3rl.engine.torch.storage import RowSize, StepRows
-from e3rl.models import LogitTransform, unwrapped
+from e3rl.models import unwrapped
 from e3rl.train.optimizer import GradientSums, muon
 from e3rl.train.scoring import head_scores, output_matrix
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from e3rl.cluster.parallel import idle_backward, idle_pass, idle_passes, in_lockstep, keeps_passes, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
-from e3rl.models import Policy, ReferencePolicy, unwrapped
+from e3rl.models import Policy, ReferencePolicy, has_dropout, router_loss
 from e3rl.objectives.base import AttributionOptions, Objective, Totals
 from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, train_batch, unscored
@@ -35,12 +35,6 @@ class Update:
     means: dict[str, float]
     grad_norm: float
     learning_rate: float
-
-
-def has_dropout(model: Any) -> bool:
-    """Whether a training forward pass uses dropout: then its log-probabilities are not the policy's."""
-    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    return modules or getattr(unwrapped(model).config, "attention_dropout", 0.0) > 0
 
 
 class Learner:
@@ -68,6 +62,8 @@ class Learner:
             and not has_dropout(policy.model)
         )
         self._whole = bool(recurrent_mixers(policy.model))  # what sequences share is computed for each of them
+        if train.router_loss:
+            router_loss(policy.model)  # refuses models that have none
         self._rewards_only = "rewards_only" in objective.needs
         self._keeps_passes = keeps_passes(train, self._ranks.world)
         if train.gradient_checkpointing:
@@ -184,7 +180,7 @@ class Learner:
             if waiting:
                 scored = zip(these, found.by_sequence(), strict=True)
                 these = [self._weighed(replace(lesson, scores=scores)) for lesson, scores in scored]
-            total += self._backward(these, found.logprobs_ST(), totals, means)
+            total += self._backward(these, found, totals, means)
             learnt += these
         return learnt, total
 
@@ -226,8 +222,8 @@ class Learner:
 
     def _packed(self, sequences: list[TrainSequence]) -> tuple[list[TrainSequence], list[PackedRow]]:
         """Sequences, and the rows that they are packed into."""
-        budget = self._config.train.micro_batch_tokens
-        return sequences, packed_rows(sequences, budget, self._policy.device, whole=self._whole)
+        budget, routers = self._config.train.micro_batch_tokens, self._config.train.router_loss > 0
+        return sequences, packed_rows(sequences, budget, self._policy.device, whole=self._whole, routers=routers)
 
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""
@@ -303,10 +299,14 @@ class Learner:
         idle_passes(self._passes, model, idle, backward=True)
         return total
 
-    def _backward(self, lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals, means: Means) -> float:
-        """Gradients of one micro-batch, whose lessons are the rows of ``logprobs_ST``; returns its part of the loss."""
-        batch = train_batch(lessons, logprobs_ST, totals)
+    def _backward(self, lessons: Sequence[Lesson], scored: RowScores, totals: Totals, means: Means) -> float:
+        """Gradients of one micro-batch, whose lessons are the sequences of the row; returns its part of the loss."""
+        batch = train_batch(lessons, scored.logprobs_ST(), totals)
         loss = self._objective.loss(batch)
+        if scored.router_loss is not None:  # each row counts by its tokens
+            share = totals_of((lesson.sequence for lesson in lessons), totals.completion_limit).tokens / totals.tokens
+            means.add({"router_loss": (share * float(scored.router_loss.detach()), share)})
+            loss = replace(loss, value=loss.value + self._config.train.router_loss * share * scored.router_loss)
         found = find_nonfinite([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
         self._found = self._found or found
         self._passes.backward(

@@ -48,6 +48,7 @@ METRICS: dict[str, str] = {
     "kept_mass": "mean probability mass that truncation left to sample from",
     "sign_flips": "share of positions whose advantage has the sign opposite to the sequence advantage",
     "loss": "loss of the step",
+    "router_loss": "load-balancing loss of routers before its weight; only with train.router_loss",
     "kl": "mean per-token KL to the reference policy (k3); absent without one",
     "clip_fraction": "share of ratios outside the clip range where that cuts the gradient",
     "clip_low": "of the ratios, those below the range where the advantage is negative; objectives with token ratios",

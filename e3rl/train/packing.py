@@ -159,9 +159,10 @@ class PackedRow:
     paths: tuple[Tensor, ...]  # row positions of each sequence's tokens, prompt and response; on the CPU
     prompt_lengths: tuple[int, ...]
     erased: tuple[bool, ...]
+    routers: bool = False  # a pass with gradients also gives the loss of routers
 
     @classmethod
-    def of(cls, sequences: Sequence[TrainSequence], device: torch.device) -> PackedRow:
+    def of(cls, sequences: Sequence[TrainSequence], device: torch.device, *, routers: bool = False) -> PackedRow:
         tree, places, scored = PrefixTree(), list[int](), set[int]()
         branches, starts, paths = list[Branch](), list[int](), list[Tensor]()
         for sequence in sequences:
@@ -184,6 +185,7 @@ class PackedRow:
             tuple(paths),
             tuple(len(s.prompt_ids) for s in sequences),
             tuple(s.erased for s in sequences),
+            routers,
         )
 
     def behind_context(self, parts: Sequence[Tensor], index: int, dim: int) -> Tensor:
@@ -229,11 +231,16 @@ def plan_rows(parts: Sequence[Sequence[TrainSequence]], token_budget: int, *, wh
 
 
 def packed_rows(
-    sequences: Sequence[TrainSequence], token_budget: int, device: torch.device, *, whole: bool = False
+    sequences: Sequence[TrainSequence],
+    token_budget: int,
+    device: torch.device,
+    *,
+    whole: bool = False,
+    routers: bool = False,
 ) -> list[PackedRow]:
     """Sequences, in their order, as rows of at most ``token_budget`` tokens, counted as in `plan_rows`."""
     plan = plan_rows([[s] for s in sequences], token_budget, whole=whole)
-    return [PackedRow.of([sequences[i] for i in indices], device) for indices in plan]
+    return [PackedRow.of([sequences[i] for i in indices], device, routers=routers) for indices in plan]
 
 
 def recurrent_mixers(model: nn.Module) -> list[nn.Module]:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e3rl.engine.torch.operations import PLAIN_LOGITS, LogitTransform
 from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
-from e3rl.models import PLAIN_LOGITS, LogitTransform, narrow_window, unwrapped
+from e3rl.models import narrow_window, router_loss, unwrapped
 from e3rl.train.attribution import AttributionTap, packed_attention
 from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, pad, recurrent_mixers
 
@@ -24,12 +25,8 @@ _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 _SMALLEST_CHUNK = 16  # tokens; fewer waste the matrix product
 
 
-def _chunk_size(vocabulary: int) -> int:
-    return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
-
-
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    size = _chunk_size(vocabulary)
+    size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
@@ -135,6 +132,7 @@ class RowScores:
     logprobs_N: Tensor
     entropies_N: Tensor
     shares: Sequence[Tensor | None]
+    router_loss: Tensor | None = None  # of the row's tokens, where the row asks for it
 
     def logprobs_ST(self) -> Tensor:
         """Log-probabilities of each sequence's response tokens, with gradient; 0 in padding."""
@@ -161,7 +159,8 @@ def score_row(
     base = unwrapped(model)
     tap = None if attribution is None else AttributionTap(row, attribution.window, attribution.layers)
     backbone = getattr(base, base.base_model_prefix)
-    hidden_ND = backbone(
+    routers = {"output_router_logits": True} if row.routers and torch.is_grad_enabled() else {}
+    output = backbone(
         input_ids=row.ids_N[None],
         position_ids=row.positions_N[None],
         # unused; without it the library reads the positions from the device
@@ -169,7 +168,9 @@ def score_row(
         use_cache=False,
         packed_row=row,
         attribution_tap=tap,
-    ).last_hidden_state[0]
+        **routers,
+    )
+    hidden_ND = output.last_hidden_state[0]
     before_K, ids_K = (x_N.index_select(0, row.scored_K) for x_N in (row.before_N, row.ids_N))
     hidden_KD = hidden_ND.index_select(0, before_K)  # the state before a token predicts it
     logprobs_K, entropies_K = head_scores(
@@ -181,6 +182,7 @@ def score_row(
         blank_N.index_copy(0, row.scored_K, logprobs_K),
         blank_N.index_copy(0, row.scored_K, entropies_K),
         [None] * len(row.paths) if tap is None else tap.shares(),
+        router_loss(base)(output.router_logits) if routers else None,
     )
 
 
@@ -211,7 +213,7 @@ class RowScorer(nn.Module):
         self, row: PackedRow, temperature: float, attribution: AttributionSettings | None
     ) -> tuple[Tensor | None, ...]:
         found = score_row(self.model, row, temperature, attribution)
-        return (found.logprobs_N, found.entropies_N, *found.shares)
+        return (found.logprobs_N, found.entropies_N, found.router_loss, *found.shares)
 
 
 class ModulePasses(Passes):
@@ -227,8 +229,8 @@ class ModulePasses(Passes):
         """See `score_row`."""
         if model is not self._model:
             return super().score_row(model, row, temperature, attribution)
-        logprobs_N, entropies_N, *shares = self._scorer(row, temperature, attribution)
-        return RowScores(row, logprobs_N, entropies_N, shares)
+        logprobs_N, entropies_N, balance, *shares = self._scorer(row, temperature, attribution)
+        return RowScores(row, logprobs_N, entropies_N, shares, balance)
 
 
 @torch.no_grad()

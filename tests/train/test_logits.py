@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from e3rl.config import ModelConfig
+from e3rl.engine.torch.operations import LogitTransform
 from e3rl.errors import UserError
-from e3rl.models import LogitTransform, add_lora
+from e3rl.models import add_lora
 from e3rl.train import scoring
 from e3rl.train.scoring import head_scores, output_matrix
 from tests.engine.models import build

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from e3rl.models import unwrapped
 
 Norm = Callable[[Tensor], Tensor]
 """Normalises the last dimension."""
@@ -248,3 +252,31 @@ def _in_window(
             mask = nn.functional.pad(mask, (1, 0))
         outputs.append(attention(query[:, :, start:end], seen_key, seen_value, mask, scale, dropout))
     return torch.cat(outputs, 2)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its output matrix's product: ``cap * tanh(scale * x / cap)``, or the scale alone."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of_model(cls, model: Any) -> LogitTransform:
+        """As the model's config says; `e3rl.train.scoring.require_scorable` compares the result."""
+        config = unwrapped(model).config.get_text_config(decoder=True)
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+    def of(self, products: Tensor) -> Tensor:
+        """Logits, in the products' place."""
+        scaled = products if self.scale == 1 else products.mul_(self.scale)
+        return scaled if self.cap is None else scaled.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d products."""
+        return self.scale if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
+
+
+PLAIN_LOGITS = LogitTransform()
