@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,19 +250,6 @@ def unwrapped(model: Any) -> Any:
 
 def _text_config(model: Any) -> Any:
     return unwrapped(model).config.get_text_config(decoder=True)
-
-
-def router_loss(model: Any) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
-    """From router logits by layer to the load-balancing loss that the architecture defines, without a weight. UserError where
-    there is none."""
-    base = unwrapped(model)
-    balance = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
-    if balance is None or not hasattr(base, "num_experts"):
-        raise UserError(
-            f"train.router_loss: {type(base).__name__} defines no loss of routers; leave it at 0 (models without experts, and "
-            "those that balance them in another way, as DeepSeek-V3 does, need none)"
-        )
-    return lambda logits: balance(logits, base.num_experts, base.num_experts_per_tok)
 
 
 def has_dropout(model: Any) -> bool:

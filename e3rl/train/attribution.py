@@ -1,4 +1,4 @@
-"""Attention over a packed row, and how much the end of a response attends to each of its tokens.
+"""Attention over a packed row, how much the end of a response attends to each of its tokens, and the loss of routers.
 
 Registered with the attention registry of transformers, so it serves every model that goes through it. Each branch of
 the row attends to its context and causally to itself, in plain scaled-dot-product attention; beside it, softmax rows
@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,6 +228,19 @@ def attribution_layers(model: nn.Module, which: str) -> frozenset[int]:
             "choose objective.allocation = 'sequence', which leaves them undivided, or another objective"
         )
     return frozenset(attending[-1:] if which == "last" else attending)
+
+
+def router_loss(model: Any) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    """From router logits by layer to the load-balancing loss that the architecture defines, without a weight. UserError where
+    there is none."""
+    base = unwrapped(model)
+    balance = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    if balance is None or not hasattr(base, "num_experts"):
+        raise UserError(
+            f"train.router_loss: {type(base).__name__} defines no loss of routers; leave it at 0 (models without experts, and "
+            "those that balance them in another way, as DeepSeek-V3 does, need none)"
+        )
+    return lambda logits: balance(logits, base.num_experts, base.num_experts_per_tok)
 
 
 @contextlib.contextmanager

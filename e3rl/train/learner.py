@@ -16,9 +16,9 @@ from torch import Tensor
 from e3rl.cluster.parallel import idle_backward, idle_pass, idle_passes, in_lockstep, keeps_passes, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
-from e3rl.models import Policy, ReferencePolicy, has_dropout, router_loss
+from e3rl.models import Policy, ReferencePolicy, has_dropout
 from e3rl.objectives.base import AttributionOptions, Objective, Totals
-from e3rl.train.attribution import attribution_layers, packed_attention
+from e3rl.train.attribution import attribution_layers, packed_attention, router_loss
 from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, train_batch, unscored
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite

@@ -17,8 +17,8 @@ from e3rl.engine.torch.operations import PLAIN_LOGITS, LogitTransform
 from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
-from e3rl.models import narrow_window, router_loss, unwrapped
-from e3rl.train.attribution import AttributionTap, packed_attention
+from e3rl.models import narrow_window, unwrapped
+from e3rl.train.attribution import AttributionTap, packed_attention, router_loss
 from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, pad, recurrent_mixers
 
 _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
