@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LONGEST = 4096
 """Most tokens of prompt and answer where an answer may end by itself: as of `e3rl serve`."""
 
-PromptLike = str | Sequence[Message]
+PromptLike = str | Sequence[Message] | Problem
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Generation:
 
 
 def _as_problem(index: int, prompt: PromptLike) -> Problem:
+    if isinstance(prompt, Problem):
+        return prompt
     return Problem(id=f"prompt-{index}", prompt=prompt if isinstance(prompt, str) else tuple(prompt))
 
 
@@ -78,7 +80,7 @@ def generate(
     ``tokenizer``. Without ``config`` the settings saved beside the model are used, or the defaults; they run no code. With
     ``whole``, the default without ``config``, answers may be as long as the context and `LONGEST` allow. With
     one sample the thresholds come from calibration statistics saved beside the model (`e3rl calibrate`); several samples of a
-    prompt are a group of their own.
+    prompt are a group of their own. A `Problem` is a prompt with a row's columns, which an environment may need.
     """
     loaded = None if isinstance(model, str) else _loaded(model, tokenizer)
     companions = find_companions(resolve_model_path(loaded.source if loaded else str(model)))
@@ -87,7 +89,7 @@ def generate(
     policy = loaded or load_policy(replace(config.model, path=str(model)))
     rollout = replace(config.rollout, erase=erase, num_generations=samples)
     config = replace(config, rollout=rollout)
-    several = [prompts] if isinstance(prompts, str) or _is_conversation(prompts) else list(prompts)
+    several = [prompts] if isinstance(prompts, str | Problem) or _is_conversation(prompts) else list(prompts)
     if not several:
         raise UserError("there is no prompt to decode")
     problems = [_as_problem(i, p) for i, p in enumerate(several)]  # type: ignore[arg-type]

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.errors import UserError
-from e3rl.lab import lab_directory
+from e3rl.lab import lab_directory, tools_directory
 from e3rl.lab.smollm2 import smollm2_directory
 from e3rl.parsing import read_json
 from e3rl.sections import shown
 
-BUILT_IN: Mapping[str, Callable[[], Path]] = {"lab": lab_directory, "smollm2": smollm2_directory}
+BUILT_IN: Mapping[str, Callable[[], Path]] = {
+    "lab": lab_directory,
+    "lab-tools": tools_directory,
+    "smollm2": smollm2_directory,
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LONGEST_HUB_ID = 96
 _MERGED = "adapters have to be merged into their model first (PEFT: merge_and_unload, then save_pretrained)"

@@ -52,7 +52,7 @@ class RunConfig:
 class ModelConfig:
     """The policy: any decoder-only causal language model of the transformers library."""
 
-    path: str = setting("lab", "a directory or hub id; 'lab' is the embedded model, 'smollm2' is SmolLM2-135M-Instruct")
+    path: str = setting("lab", "a directory or hub id; 'lab' and 'lab-tools' are embedded, 'smollm2' is SmolLM2-135M-Instruct")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights in training and rollout")
     device: str = setting("auto", "'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1'")
     trust_remote_code: bool = setting(
@@ -262,6 +262,7 @@ class RewardsConfig:
     unboxed: Literal["last", "stated", "none"] = setting("last", "math: what counts without a box (docs/answers.md)")
     cut_off_needs_box: bool = setting(False, "math: a response cut off at the length limit is wrong without a box")
     judge: Mapping[str, Any] = setting({}, "judge: its endpoint, model, rubric and limits (docs/rewards.md)")
+    reward_model: Mapping[str, Any] = setting({}, "reward_model: its path, label and batch (docs/rewards.md)")
 
 
 @dataclass(frozen=True)
@@ -356,12 +357,15 @@ class EnvironmentsConfig:
 
     factory: str = setting(
         "",
-        "class or function that makes an environment, 'file.py:Name' as for TRL, or calculator, python, files; empty: none",
+        "what makes an environment: 'file.py:Name' as for TRL, calculator, python, files, books; empty: none",
     )
     max_turns: int = setting(8, "turns of a response that are answered; one more call ends it", min=1)
     max_calls: int = setting(16, "calls of a turn that are carried out; further ones are answered with an error", min=1)
     timeout: float = setting(
         30.0, "seconds for the calls of one turn; beyond them the response ends without a reward", above=0
+    )
+    isolate: bool = setting(
+        False, "each environment in a process of its own, which is killed where a turn takes too long or the process ends"
     )
     erase: str = setting(
         "none",

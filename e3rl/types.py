@@ -216,12 +216,14 @@ class Observed:
     """What an environment answered to an assistant turn. ``state``: turns in effect before it, its state's version.
 
     ``evidence``: what the result says against the turn, 0 nothing and 1 all. ``forced``: too much, with no erasure left.
+    ``seconds``: what the calls took, where they were made in this process; not stored.
     """
 
     calls: tuple[ToolResult, ...]
     state: int
     evidence: float = 0.0
     forced: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

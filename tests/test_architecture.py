@@ -15,7 +15,7 @@ PACKAGE = ROOT / "e3rl"
 FLOORS = [
     {"types", "config", "settings", "sections", "errors", "parsing", "synonyms", "plugins", "files", "__init__"},
     {"equations"},
-    {"engine", "environments", "objectives", "rewards", "data", "lab", "models", "model_files", "web"},
+    {"engine", "environments", "objectives", "rewards", "data", "lab", "models", "model_files", "reward_model", "web"},
     {"rollout"},
     {"train", "cluster", "evaluate", "testing"},
     {"report", "generation", "doctor", "diagnose", "plan", "serve", "integrations", "rehearse"},

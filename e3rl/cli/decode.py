@@ -13,6 +13,8 @@ from e3rl.cli.opening import open_model
 from e3rl.cli.recipes import find_recipes
 from e3rl.config import layered
 from e3rl.errors import UserError
+from e3rl.parsing import parse_json
+from e3rl.types import Problem
 
 if TYPE_CHECKING:
     from e3rl.generation import Generation
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="no erasing, for comparison")
     parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to draw; K > 1 are one group")
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample instead of text")
+    parser.add_argument("--row", metavar="JSON", help="with environments.factory: the row that its reset() is given")
     parser.add_argument("--html", metavar="FILE", help="also write a page with every token's entropy")
     add_setting_arguments(parser)
 
@@ -43,12 +46,32 @@ def _prompt(given: str | None) -> str:
     return prompt
 
 
+def _row(options: argparse.Namespace, factory: str) -> dict[str, Any]:
+    if options.row is None:
+        return {}
+    if not factory:
+        raise UserError("--row is for an environment: name it, environments.factory=…")
+    row = parse_json(options.row, "--row")
+    if not isinstance(row, dict):
+        raise UserError("--row must be a JSON object")
+    return row
+
+
+def _problem(options: argparse.Namespace, factory: str) -> Problem:
+    """What is asked: the prompt with its row, or a lab problem."""
+    if options.prompt is None and factory == "books":
+        from e3rl.lab.problems import generate
+
+        return generate("books", 4, "heldout", 1)[0]
+    return Problem("prompt-0", _prompt(options.prompt), columns=_row(options, factory))
+
+
 def run(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise UserError("--samples must be at least 1")
 
-    prompt = _prompt(options.prompt)
     opened = open_model(options)
+    problem = _problem(options, opened.config.environments.factory)
 
     from rich.console import Console
 
@@ -57,10 +80,10 @@ def run(options: argparse.Namespace) -> int:
 
     chosen = layered({}, find_recipes(options.overlay), options.overrides).get("rollout", {})
     policy = opened.load_policy()
-    text = None if options.json else LiveText(Console(), prompt, policy.tokenizer)
+    text = None if options.json else LiveText(Console(), str(problem.prompt), policy.tokenizer)
     generations = generate(
         policy,
-        prompt,
+        problem,
         erase=not options.plain,
         samples=options.samples,
         config=opened.config,

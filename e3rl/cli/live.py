@@ -15,6 +15,7 @@ from rich.text import Text
 
 from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.serve.text import TextStream
+from e3rl.types import Observed
 
 if TYPE_CHECKING:
     from e3rl.generation import Generation
@@ -29,6 +30,7 @@ class LiveText:
         self._console = console
         self._samples: defaultdict[int, Text] = defaultdict(Text)
         self._streams: defaultdict[int, TextStream] = defaultdict(lambda: TextStream(tokenizer, ()))
+        self._turns: defaultdict[int, int] = defaultdict(int)  # where the text of each sample's turn begins
         console.print(Text(prompt, style="dim"))
         self._live = Live(Text(""), console=console, refresh_per_second=12) if console.is_terminal else None
         if self._live:
@@ -36,7 +38,11 @@ class LiveText:
 
     def observe(self, event: Event) -> None:
         """What to hand to the driver. A character that two segments share appears with its last token."""
-        if isinstance(event, Committed):
+        if isinstance(event, Committed) and event.segment.observation is not None:
+            self._answered(event.sibling, event.segment.observation, erased=False)
+        elif isinstance(event, Erased) and event.erasure.observation is not None:
+            self._answered(event.sibling, event.erasure.observation, erased=True)
+        elif isinstance(event, Committed):
             candidate = event.segment.candidate
             text = self._streams[event.sibling].add(candidate.ids.tolist(), last=candidate.ended)
             self._samples[event.sibling].append(text)
@@ -47,6 +53,20 @@ class LiveText:
             )
         if self._live:
             self._live.update(self._page())
+
+    def _answered(self, sibling: int, observation: Observed, *, erased: bool) -> None:
+        """A turn ended with calls; where it was erased, all of it is struck through."""
+        text, begin = self._samples[sibling], self._turns[sibling]
+        calls = "".join(f"\n  {call.name}({call.arguments}) → {call.result}" for call in observation.calls)
+        if erased:
+            said = text.plain[begin:] + calls
+            text = text[:begin]
+            text.append(said if self._console.is_terminal else f"~~{said}~~", style=ERASED_STYLE)
+        else:
+            text.append(calls, style="cyan")
+        text.append("\n")
+        self._samples[sibling], self._turns[sibling] = text, len(text)
+        del self._streams[sibling]  # the next turn's text begins anew
 
     def _page(self) -> RenderableType:
         rows: list[RenderableType] = []

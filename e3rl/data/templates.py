@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from e3rl.errors import UserError
-from e3rl.lab.tokenizer import CHAT_TEMPLATE as OWN_TEMPLATE
+from e3rl.lab.tokenizer import CHAT_TEMPLATE, TOOL_TEMPLATE
 from e3rl.rewards.pool import PooledCall, ProcessPool
 
 SECONDS = 5.0
@@ -63,7 +63,7 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 
 def _rendered(template: str, given: Mapping[str, Any], chats: Sequence[list[dict[str, str]]]) -> list[str]:
     """The text of every conversation, or a `_Refusal`."""
-    if template == OWN_TEMPLATE:
+    if template in (CHAT_TEMPLATE, TOOL_TEMPLATE):  # our own
         render = renderer(json.dumps([template, dict(given)]))
         return [_or_refusal(render, chat) for chat in chats]
     setup = json.dumps([template, dict(given)])

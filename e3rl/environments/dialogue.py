@@ -44,6 +44,16 @@ class Dialogue:
             kept.pop()
         return parse_tool_calls(self._tokenizer.decode(kept), self._form, self._schemas)[1]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What an assistant turn says beside its calls."""
+        said = str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        beside, calls = parse_tool_calls(said, self._form, self._schemas)
+        if not calls:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        for mark in self._tokenizer.all_special_tokens:
+            beside = beside.replace(mark, "")
+        return beside.strip()
+
     def after(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         """The tokens behind an assistant turn's end: the results by tool name, and what the next turn begins with."""
         chat = _called(results[0][0])

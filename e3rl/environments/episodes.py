@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from e3rl.config import Config, EnvironmentsConfig
 from e3rl.data.prompts import render_prompts
 from e3rl.data.toolcalls import ToolCall
 from e3rl.environments.dialogue import Dialogue
+from e3rl.environments.isolation import HostLost, HostProcesses, IsolatedHost
 from e3rl.environments.protocol import Reply
 from e3rl.environments.tools import (
-    call,
+    Host,
     can_go_back,
-    check_restore,
     create,
     evidence_of,
     make,
-    reset,
+    row_of,
     schemas_of,
-    tools_of,
+    within,
 )
 from e3rl.errors import UserError
 from e3rl.types import Message, Observed, Problem, Prompt, ToolResult
@@ -33,84 +33,101 @@ class Toolbox:
     """A run's tools (`e3rl.environments.protocol.Tools`). Whatever is wrong with environment or template is an error here."""
 
     def __init__(self, config: EnvironmentsConfig, tokenizer: Any, arguments: dict[str, Any]) -> None:
-        self.config, self._factory = config, make(config)
-        trial = create(self._factory, config.factory)
-        self.schemas = schemas_of(trial, config.factory)
+        self.config, self._name, self._factory = config, config.factory, make(config)
+        deep = config.state == "deepcopy"
+        trial = create(self._factory, self._name)
+        self.schemas = schemas_of(trial, self._name)
         self.dialogue = Dialogue(tokenizer, arguments, self.schemas)
         self.evidence = evidence_of(config)
+        self.undoable = self.evidence is not None and can_go_back(trial, config)
         self.deadline, self.erasures, self.threshold = config.timeout, config.max_turn_erasures, config.erase_threshold
+        processes = HostProcesses(self._name, config.timeout, deep=deep) if config.isolate else None
+        self._host: Callable[[], Host | IsolatedHost] = (
+            processes.open if processes else partial(Host, self._factory, self._name, deep=deep)
+        )
 
     def said(self, problem: Problem) -> str:
         """What a fresh environment adds to a problem's prompt."""
-        environment = create(self._factory, self.config.factory)
-        text = reset(environment, problem, self.config.factory)
-        return text
+        try:
+            return str(within(self.deadline, lambda: self._opened(problem)[1], self._name))
+        except UserError:
+            raise
+        except Exception as error:  # the code of other authors
+            raise UserError(
+                f"environment '{self._name}': reset() fails on problem '{problem.id}': {type(error).__name__}: {error}"
+            ) from None
 
     def check(self, problem: Problem) -> None:
         """UserError where a turn could not be taken back, tried on one problem."""
-        environment = create(self._factory, self.config.factory)
-        reset(environment, problem, self.config.factory)
-        check_restore(environment, self.schemas, self.config)
+        if self.undoable:
+            within(self.deadline, lambda: self._opened(problem)[0].check(self.schemas), self._name)
 
-    def open(self, problem: Problem) -> LocalEpisode:
+    def open(self, problem: Problem) -> HostedEpisode:
         """See `e3rl.environments.protocol.Tools.open`."""
-        environment = create(self._factory, self.config.factory)
-        reset(environment, problem, self.config.factory)
-        return LocalEpisode(self, environment)
+        return HostedEpisode(self, self._opened(problem)[0])
+
+    def _opened(self, problem: Problem) -> tuple[Host | IsolatedHost, str]:
+        host = self._host()
+        host.begin(self.deadline)
+        return host, host.reset(row_of(problem))
 
 
-class LocalEpisode:
-    """One trajectory's environment, in this process."""
+class HostedEpisode:
+    """One trajectory's environment, in this process or in one of its own."""
 
-    def __init__(self, toolbox: Toolbox, environment: Any) -> None:
-        self._toolbox, self.environment = toolbox, environment
-        self.broken: str | None = None
+    def __init__(self, toolbox: Toolbox, host: Host | IsolatedHost) -> None:
+        self._toolbox, self._host = toolbox, host
         self._turns = 0
-        self._before: Any = None
+
+    @property
+    def environment(self) -> Any:
+        """What rewards are given."""
+        return self._host.instance
 
     def act(self, ids: Sequence[int]) -> Reply:
         """See `e3rl.environments.protocol.Episode.act`."""
-        box, config = self._toolbox, self._toolbox.config
-        if self.broken is not None:
-            return Reply(failure=self.broken)
+        box = self._toolbox
         calls = box.dialogue.calls(ids)
         if not calls:
             return Reply(end="stop")
-        if self._turns == config.max_turns:
+        if self._turns == box.config.max_turns:
             return Reply(end="length")
-        undoable = box.evidence is not None and can_go_back(self.environment, config)
-        if undoable:
-            deep = config.state == "deepcopy"
-            self._before = copy.deepcopy(self.environment) if deep else self.environment.snapshot()
-        results = tuple(self._result(asked, n) for n, asked in enumerate(calls))
+        self._host.begin(box.deadline)
+        began = time.perf_counter()
+        try:
+            if box.undoable:
+                self._host.save()
+            results = tuple(self._result(asked, n) for n, asked in enumerate(calls))
+        except HostLost as error:
+            return Reply(failure=str(error))
+        seconds = time.perf_counter() - began
         against = 0.0 if box.evidence is None else float(box.evidence(results))
-        observed = Observed(results, self._turns, against if math.isfinite(against) else 1.0)
+        observed = Observed(results, self._turns, against if math.isfinite(against) else 1.0, seconds=seconds)
         self._turns += 1
-        return Reply(box.dialogue.after([(r.name, r.result) for r in results]), observed, undoable)
+        return Reply(box.dialogue.after([(r.name, r.result) for r in results]), observed, box.undoable)
 
-    def undo(self) -> None:
+    def undo(self) -> Reply:
         """See `e3rl.environments.protocol.Episode.undo`. Where it fails, the trajectory has no reward."""
         self._turns -= 1
+        self._host.begin(self._toolbox.deadline)
         try:
-            if self._toolbox.config.state == "deepcopy":
-                self.environment = self._before
-            else:
-                self.environment.restore(self._before)
+            self._host.go_back()
         except Exception as error:  # the code of other authors
-            self.broken = f"could not go back: {type(error).__name__}: {error}"
+            return Reply(failure=f"could not go back: {type(error).__name__}: {error}")
+        return Reply()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """End a process of its own."""
+        self._host.close()
 
     def _result(self, asked: ToolCall, number: int) -> ToolResult:
         """The call carried out; what goes wrong is what the model sees."""
         try:
             if number >= self._toolbox.config.max_calls:
                 raise ValueError(f"At most {self._toolbox.config.max_calls} calls a turn.")
-            tool: Callable[..., Any] | None = tools_of(self.environment).get(asked.name)
-            if tool is None:
-                raise ValueError(f"Tool {asked.name} not found.")
-            return ToolResult(asked.name, asked.arguments, str(call(tool, json.loads(asked.arguments))))
+            return ToolResult(asked.name, asked.arguments, self._host.call(asked.name, asked.arguments))
+        except HostLost:
+            raise
         except Exception as error:
             return ToolResult(asked.name, asked.arguments, str({"error": str(error)}), failed=True)
 

@@ -28,14 +28,12 @@ class Episode(Protocol):
     """The environment of one trajectory. Calls come one at a time, each in a thread that may be given up on."""
 
     environment: Any
-    broken: str | None
-    """Why its state is not what it should be: an `undo` that failed."""
 
     def act(self, ids: Sequence[int]) -> Reply:
         """Carry out what an assistant turn asks for."""
 
-    def undo(self) -> None:
-        """Take the last `act` back."""
+    def undo(self) -> Reply:
+        """Take the last `act` back; a reply with a failure where that didn't work."""
 
     def close(self) -> None:
         """The trajectory is complete or given up."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import json
+import queue
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +21,7 @@ ENVIRONMENTS = {
     "calculator": "e3rl.environments.builtin:Calculator",
     "python": "e3rl.environments.builtin:PythonTool",
     "files": "e3rl.environments.builtin:Files",
+    "books": "e3rl.lab.books:Books",
 }
 _RESERVED = ("reset", "get_reward", "snapshot", "restore")
 _TOY = {"integer": 1, "number": 1.0, "string": "x", "boolean": True, "array": [], "object": {}}
@@ -80,10 +84,9 @@ def row_of(problem: Problem) -> dict[str, Any]:
     return {**problem.columns, "id": problem.id, "prompt": prompt, "answer": problem.answer}
 
 
-def reset(environment: Any, problem: Problem, name: str) -> str:
+def reset(environment: Any, row: dict[str, Any], name: str) -> str:
     """What the environment says first, to be added to the last user message."""
     takes = inspect.signature(environment.reset).parameters
-    row = row_of(problem)
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         row = {key: value for key, value in row.items() if key in takes}
     said = environment.reset(**row)
@@ -107,26 +110,95 @@ def can_go_back(environment: Any, config: EnvironmentsConfig) -> bool:
     return config.state == "deepcopy" or (hasattr(environment, "snapshot") and hasattr(environment, "restore"))
 
 
-def check_restore(environment: Any, schemas: list[dict[str, Any]], config: EnvironmentsConfig) -> None:
-    """UserError where ``restore`` doesn't: tried once on a toy call of every tool."""
-    if config.erase == "none" or config.state == "deepcopy" or not can_go_back(environment, config):
-        return
-    before = copy.deepcopy(environment.snapshot())
-    held = environment.snapshot()
-    for schema in schemas:
-        function = schema["function"]
-        properties: Mapping[str, Any] = function["parameters"].get("properties", {})
-        toy = {key: _TOY.get(str(value.get("type"))) for key, value in properties.items()}
+class Host:
+    """An environment and all that is asked of it; `e3rl.environments.isolation.IsolatedHost` has one in a process of its own."""
+
+    def __init__(self, factory: Callable[[], Any], name: str, *, deep: bool) -> None:
+        self.instance = create(factory, name)
+        self._name, self._deep = name, deep
+        self._kept: Any = None
+
+    def begin(self, seconds: float) -> None:
+        """Nothing is timed here: whoever calls from a thread stops waiting for it."""
+
+    def reset(self, row: dict[str, Any]) -> str:
+        """What the environment says first."""
+        return reset(self.instance, row, self._name)
+
+    def call(self, tool: str, arguments: str) -> str:
+        """What a tool returns, as text."""
+        found = tools_of(self.instance).get(tool)
+        if found is None:
+            raise ValueError(f"Tool {tool} not found.")
+        return str(call(found, json.loads(arguments)))
+
+    def save(self) -> None:
+        """Keep the state of now."""
+        self._kept = copy.deepcopy(self.instance) if self._deep else self.instance.snapshot()
+
+    def go_back(self) -> None:
+        """Back to the state that was kept last."""
+        if self._deep:
+            self.instance = self._kept
+        else:
+            self.instance.restore(self._kept)
+
+    def check(self, schemas: list[dict[str, Any]]) -> None:
+        """UserError where it doesn't come back to a state that was kept: tried once, on a toy call of every tool."""
         try:
-            call(getattr(environment, function["name"]), toy)
-        except Exception:
-            continue  # a toy call may well be refused
-    environment.restore(held)
-    if environment.snapshot() != before:
+            self.save()
+            before = copy.deepcopy(self._kept)
+        except Exception as error:
+            how = "can't be copied (environments.state = 'deepcopy')" if self._deep else "has a snapshot() that fails"
+            raise UserError(f"environment '{self._name}' {how}: {type(error).__name__}: {error}") from None
+        if self._deep:
+            return
+        for function in (schema["function"] for schema in schemas):
+            properties: Mapping[str, Any] = function["parameters"].get("properties", {})
+            toy = {key: _TOY.get(str(value.get("type"))) for key, value in properties.items()}
+            with contextlib.suppress(Exception):  # a toy call may well be refused
+                self.call(function["name"], json.dumps(toy))
+        try:
+            self.go_back()
+            after = self.instance.snapshot()
+        except Exception as error:
+            raise UserError(
+                f"environment '{self._name}': restore(snapshot()) fails after a call: {type(error).__name__}: {error}"
+            ) from None
+        if after != before:
+            raise UserError(
+                f"environment '{self._name}': after restore(snapshot()) its snapshot is another one: restore() doesn't bring "
+                "back what a call changed, or snapshot() hands out what calls go on to change"
+            )
+
+    def reward(self) -> Any:
+        """What ``get_reward`` says; None without one."""
+        return self.instance.get_reward() if hasattr(self.instance, "get_reward") else None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def within(seconds: float, work: Callable[[], Any], name: str) -> Any:
+    """What ``work`` returns; UserError where the environment takes longer. The thread that hangs is left behind."""
+    found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            found.put((work(), None))
+        except BaseException as error:  # the code of other authors
+            found.put((None, error))
+
+    threading.Thread(target=run, name="e3rl-environment", daemon=True).start()
+    try:
+        value, error = found.get(timeout=seconds)
+    except queue.Empty:
         raise UserError(
-            f"environment '{config.factory}': after restore(snapshot()) its snapshot is another one: restore() doesn't bring "
-            "back what a call changed, or snapshot() hands out what calls go on to change"
-        )
+            f"environment '{name}' took longer than {seconds:g} s before the run (environments.timeout)"
+        ) from None
+    if error is not None:
+        raise error
+    return value
 
 
 def evidence_of(config: EnvironmentsConfig) -> Callable[[tuple[ToolResult, ...]], float] | None:

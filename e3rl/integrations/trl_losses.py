@@ -80,7 +80,7 @@ REASONS: dict[str, str] = {
     "model_revision": "download the revision and name its directory in model.path",
     "model_init_kwargs": "models are loaded in model.dtype with default arguments",
     "parallelism_config": _MACHINE,
-    "reward_model_name_or_path": "a reward is a function; wrap the reward model in one",
+    "reward_model_name_or_path": "name it in rewards.reward_model = {path = …}, with 'reward_model' among rewards.functions",
     "datasets": "write their files and weights into data.mixture",
     "dataset_streaming": "data are read before the run, so that a bad row is found before the first step",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of the whole step",

@@ -268,6 +268,6 @@ _REASONS = {
     "optimizers": "the optimizer and schedule are those of [train]",
     "tools": "set the tools by hand",
     "quantization_config": "quantised weights can't be trained here",
-    "reward_processing_classes": "a reward is a function; wrap the reward model in one",
+    "reward_processing_classes": "a reward model is named in rewards.reward_model; its own tokenizer is used",
     "rollout_func": "rollout.engine says what generates",
 }

@@ -8,3 +8,8 @@ from pathlib import Path
 def lab_directory() -> Path:
     """The embedded model: an ordinary Hugging Face directory inside the package."""
     return Path(__file__).parent / "weights"
+
+
+def tools_directory() -> Path:
+    """The embedded model that calls tools (`e3rl.lab.books`)."""
+    return Path(__file__).parent / "tools"

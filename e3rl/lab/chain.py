@@ -16,8 +16,8 @@ _EQUATION = re.compile(r"(\d\d)([+-])(\d)=(\d\d)")
 _ANSWER = re.compile(r"A:(\d+)\s*$")
 
 
-def _apply(value: int, operation: str) -> int:
-    """``operation`` is a sign and a digit."""
+def apply_operation(value: int, operation: str) -> int:
+    """The sum modulo 100 after ``operation``, a sign and a digit."""
     return (value + int(operation)) % 100
 
 
@@ -31,7 +31,7 @@ def draw(level: int, rng: Random) -> LabTask:
     operations = [rng.choice("+-") + str(rng.randrange(1, 10)) for _ in range(_OPERATIONS[level])]
     value, lines = start, []
     for operation in operations:
-        after = _apply(value, operation)
+        after = apply_operation(value, operation)
         lines.append(f"{value:02d}{operation}={after:02d}")
         value = after
     question = f"{start:02d}{''.join(operations)}:"
@@ -47,7 +47,7 @@ def _is_right(text: str, before: str, operation: str | None) -> bool:
     if match is None:
         return False
     value, sign, digit, after = match.groups()
-    return value == before and sign + digit == operation and int(after) == _apply(int(value), operation)
+    return value == before and sign + digit == operation and int(after) == apply_operation(int(value), operation)
 
 
 def steps(question: str, answer: str, response: str) -> list[Step]:

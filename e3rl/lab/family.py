@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class LabTask:
-    """One drawn problem. ``key`` identifies its content: tasks that differ in wording or order alone share it."""
+    """One drawn problem. ``key`` identifies its content: tasks that differ in wording or order alone share it.
+
+    ``columns`` are what only the environment is told.
+    """
 
     question: str
     answer: str
     solution: str
     key: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""Makes the lab's model: supervised training on solutions of training-half problems, short on purpose.
+"""Makes the lab's models: supervised training on solutions of training-half problems, short on purpose.
 
-It stops where the model solves about half of its training-level chains, so that reinforcement learning has something
-to do. Run ``python -m e3rl.lab.pretrain --output DIR``. It trains in one thread, so that one seed gives the same
-weights bit for bit on the same machine.
+It stops where the model solves about half of its training-level chains, or a third of its books, so that reinforcement
+learning has something to do. Run ``python -m e3rl.lab.pretrain --output DIR``, with ``--tools`` for the model that calls
+tools. It trains in one thread, so that one seed gives the same weights bit for bit on the same machine.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from e3rl.lab import lab_directory
+from e3rl.lab.books import Books, conversation
 from e3rl.lab.problems import load, solution
-from e3rl.lab.tokenizer import build_tokenizer
+from e3rl.lab.tokenizer import TURNS, build_tokenizer
 from e3rl.types import Problem
 
 CONTEXT = 512
+ASSISTANT = TURNS[-1]
 _POOL_SEED = 1  # other training problems than reinforcement learning sees first
 
 
@@ -37,6 +40,12 @@ class Schedule:
     warmup: int = 50  # steps of linear warm-up; the learning rate is constant after them
     pool: int = 40_000  # problems of each name to draw batches from
     seed: int = 0
+    tools: bool = False
+    """Problems are conversations with tool calls, and the weights begin as those of the other model, which can reckon."""
+
+
+TOOLS = Schedule(steps=100, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True)
+"""How the weights that call tools are made."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -61,35 +70,48 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> tuple[list[int], list[int]]:
-    """A problem's prompt and its solution, with the end-of-turn mark, as ids."""
-    turns = [{"role": "user", "content": str(problem.prompt)}]
-    prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    return tokenizer.encode(prompt), tokenizer.encode(solution(problem) + str(tokenizer.eos_token))
+def extend_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """The shipped model with rows for the tokens that its own tokenizer lacks."""
+    model = Qwen3ForCausalLM.from_pretrained(lab_directory(), dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model
 
 
-def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and labels; only solution tokens have a label."""
-    width = max(len(prompt) + len(target) for prompt, target in pairs)
-    ids = torch.full((len(pairs), width), pad)
-    labels = torch.full((len(pairs), width), -100)
-    for row, (prompt, target) in enumerate(pairs):
-        end = len(prompt) + len(target)
-        ids[row, :end] = torch.tensor(prompt + target)
-        labels[row, len(prompt) : end] = torch.tensor(target)
+def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem, *, tools: bool = False) -> tuple[list[int], list[int]]:
+    """A solved problem as ids, and the same with -100 wherever it isn't the assistant who speaks."""
+    turns = [{"role": "user", "content": str(problem.prompt)}, {"role": "assistant", "content": solution(problem)}]
+    if tools:
+        turns = conversation(problem)
+    text = tokenizer.apply_chat_template(turns, tools=[Books().book] if tools else None, tokenize=False)
+    ids = tokenizer.encode(str(text))
+    labels, speaks, begin = list[int](), False, tokenizer.convert_tokens_to_ids(ASSISTANT)
+    for token in ids:
+        labels.append(token if speaks else -100)
+        speaks = (speaks or token == begin) and token != tokenizer.eos_token_id
     return ids, labels
+
+
+def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and labels."""
+    width = max(len(ids) for ids, _ in rows)
+    padded = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), -100)
+    for row, (ids, learned) in enumerate(rows):
+        padded[row, : len(ids)] = torch.tensor(ids)
+        labels[row, : len(ids)] = torch.tensor(learned)
+    return padded, labels
 
 
 class _Batches:
     """Random batches from a pool of training problems."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, schedule: Schedule) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._tools = tokenizer, schedule.tools
         self._rng = Random(f"{name}/{schedule.seed}")
         self._pool = load(name, "train", schedule.pool, _POOL_SEED)
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
-        drawn = [encode(self._tokenizer, problem) for problem in self._rng.choices(self._pool, k=size)]
+        drawn = [encode(self._tokenizer, p, tools=self._tools) for p in self._rng.choices(self._pool, k=size)]
         return collate(drawn, self._tokenizer.pad_token_id)
 
 
@@ -109,8 +131,8 @@ def pretrain(
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """The trained model and its tokenizer. ``report`` gets each step's loss by name."""
     torch.manual_seed(schedule.seed)
-    tokenizer = build_tokenizer(CONTEXT)
-    model = build_model(tokenizer).train()
+    tokenizer = build_tokenizer(CONTEXT, tools=schedule.tools)
+    model = (extend_model if schedule.tools else build_model)(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / schedule.warmup))
     sources = {name: _Batches(tokenizer, name, schedule) for name in schedule.mixture}
@@ -128,7 +150,8 @@ def main() -> None:
     """Train and save an ordinary Hugging Face directory."""
     parser = argparse.ArgumentParser(prog="python -m e3rl.lab.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
-    output = parser.parse_args().output
+    parser.add_argument("--tools", action="store_true", help="the model that calls tools")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
 
@@ -137,10 +160,10 @@ def main() -> None:
             values = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"step {step:5d}  {time.perf_counter() - started:6.1f} s  {values}", flush=True)
 
-    model, tokenizer = pretrain(Schedule(), report)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters saved in {output}")
+    model, tokenizer = pretrain(TOOLS if options.tools else Schedule(), report)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters saved in {options.output}")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ from random import Random
 from typing import Literal, get_args
 
 from e3rl.errors import UserError, unknown
-from e3rl.lab import arith, chain, path, ways
+from e3rl.lab import arith, books, chain, path, ways
 from e3rl.lab.family import Family, LabTask, Step
 from e3rl.types import Problem
 
 Split = Literal["train", "heldout"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (chain.FAMILY, path.FAMILY, ways.FAMILY, arith.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (chain.FAMILY, path.FAMILY, ways.FAMILY, arith.FAMILY, books.FAMILY)
+}
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 2048, "heldout": 256}
 """Problems of a level that `load` gives where no count is asked for."""
@@ -86,7 +88,8 @@ def _tasks(family: Family, level: int, split: Split, seed: int) -> Iterator[LabT
 
 
 def _problem(family: Family, level: int, id: str, task: LabTask) -> Problem:
-    columns = {"family": family.name, "level": level, "question": task.question, "solution": task.solution}
+    told = {"family": family.name, "level": level, "question": task.question, "solution": task.solution}
+    columns = {**told, **task.columns}
     return Problem(id=id, prompt=task.question, answer=task.answer, columns=columns)
 
 

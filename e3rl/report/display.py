@@ -52,6 +52,8 @@ def step_line(record: Mapping[str, Any], steps: int, left: float) -> str:
     if _known(record, "accuracy") and record["accuracy"] != record["reward"]:
         parts.append(f"accuracy {record['accuracy']:.3f}")
     parts += [f"{label} {record[name]:.{digits}g}" for name, label, digits in _LEARNT if _known(record, name)]
+    if _known(record, "calls"):
+        parts.append(f"calls {record['calls']:.2f}  erased calls {record['erased_turns']:.0f}")
     parts += [f"r {record['r']:.2f}", f"{duration(left)} left", f"erase rate {record['erase_rate']:.3f}"]
     return "  ".join([*parts, f"{record['tokens_per_second']:.0f} tokens/s"])
 
@@ -192,17 +194,24 @@ def telling_erasure(run: Path) -> Mapping[str, Any] | None:
             rows = read_ledger(ledger, ["prompt", "reward", "segments", "erasures"]).to_pylist()
         except UserError:  # `e3rl doctor` names it
             continue
-        found = [(e, row) for row in rows if (row["reward"] or 0) > 0 for e in row["erasures"]]
+        found = [(e, row) for row in rows if (row["reward"] or 0) > 0 for e in row["erasures"] if _replacement(e, row)]
         if found:
             erasure, row = max(found, key=lambda pair: pair[0]["uncertainty"] / pair[0]["threshold"])
             return {"erasure": erasure, "row": row}
     return None
 
 
+def _replacement(erasure: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The judged segment that stands in an erasure's place. A turn that was drawn again may have fewer segments."""
+    judged = (s for s in row["segments"] if s["uncertainty"] is not None)
+    return next((s for s in judged if s["index"] == erasure["index"]), None)
+
+
 def erasure_text(example: Mapping[str, Any]) -> Text:
     """The prompt and prefix, the erased segment struck through, and what replaced it."""
     erasure, row = example["erasure"], example["row"]
-    replaced = next(s for s in row["segments"] if s["index"] == erasure["index"])
+    replaced = _replacement(erasure, row)
+    assert replaced is not None
     prefix = "".join(s["text"] for s in row["segments"] if s["index"] < erasure["index"])
     return Text.assemble(
         ("An erased segment and what replaced it\n", "bold"),

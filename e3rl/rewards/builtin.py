@@ -19,6 +19,7 @@ REWARDS = {
     "overlong": "e3rl.rewards.builtin:overlong_reward",
     "code": "e3rl.environments.code:CodeReward",
     "judge": "e3rl.rewards.judge:JudgeReward",
+    "reward_model": "e3rl.reward_model:SequenceReward",
     "environment": "e3rl.rewards.builtin:environment_reward",
     "lab": "e3rl.lab.reward:lab_reward",
 }

@@ -13,6 +13,7 @@ from typing import Any
 from e3rl.config import RewardsConfig
 from e3rl.errors import UserError
 from e3rl.plugins import load
+from e3rl.reward_model import SequenceReward
 from e3rl.rewards.adapters import LARGEST, Adapter, IsolatedFunction, RewardFunction, adapt, contained, describe
 from e3rl.rewards.batch import Batch, BatchReward, Log, Part, TrainerState
 from e3rl.rewards.builtin import REWARDS, MathReward
@@ -160,6 +161,8 @@ def _adapter(function: Any, pool: ProcessPool, config: RewardsConfig) -> Adapter
         return _guarded(MathReward(pool, config.unboxed, config.cut_off_needs_box).score)
     if function is JudgeReward:
         return _guarded(JudgeReward(config.judge).score)
+    if function is SequenceReward:
+        return _guarded(SequenceReward(config.reward_model).score)
     if _is_batch_reward(function):
         return _guarded(function(pool).score)
     return adapt(function)

@@ -74,6 +74,7 @@ class Driver:
         self._parking = False  # no segment may begin
         self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is generating
         self._actors = Actors(memory)
+        self.wake = self._actors.wake  # by any thread: a step that waits for environments returns
 
     @property
     def decoding(self) -> int:
@@ -230,14 +231,12 @@ class Driver:
             if isinstance(order, Release):
                 job.rows.release(order.sibling)
                 continue
-            if isinstance(order, Undo):
-                job.episodes[order.sibling].undo()
-                continue
-            draw = job.settings.draw(job.prompt.problem.id, order)
-            if isinstance(order, Act):
+            draw = None if isinstance(order, Undo) else job.settings.draw(job.prompt.problem.id, order)
+            if isinstance(order, Act | Undo):
                 done = partial(self._observe, job, order.sibling)
-                self._actors.answer(job, job.prompt, job.episodes, order.sibling, order.ids, draw, done)
+                self._actors.answer(job, job.prompt, job.episodes, order, draw, done)
                 continue
+            assert draw is not None
             known = None if self._memory is None else self._memory.take(draw)
             if (
                 known is not None and (known.version or 0) <= job.version

@@ -101,6 +101,7 @@ class _Sibling:
     try_from: int = 0  # erasures before the turn was begun, for the last time
     tries: int = 0  # erasures of that turn
     erased_turns: int = 0  # of the whole response
+    against: Observed | None = None  # what the turn is erased for, once its environment is back
 
     def attempts(self) -> list[Erasure]:
         """Erased candidates of the segment under way, by attempt."""
@@ -143,10 +144,11 @@ class GroupRollout:
             if s.finish is None:
                 raise RuntimeError(f"sibling {s.number} of prompt '{self.prompt.problem.id}' is not finished")
             episode = episodes.get(s.number)
-            failure = s.failure or (episode.broken if episode else None)
             environment = episode.environment if episode else None
             trajectories.append(
-                Trajectory(self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish, failure, environment)
+                Trajectory(
+                    self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish, s.failure, environment
+                )
             )
         group = Group(self.prompt, tuple(trajectories), self._version)
         self._observe(Finished(group))
@@ -252,8 +254,10 @@ class GroupRollout:
         return Act(sibling.number, ids, len(sibling.segments), sibling.erased_turns * self._attempts)
 
     def observe(self, number: int, reply: Reply) -> list[Order]:
-        """Take what the environment answered to a sibling's turn. In a judged rollout the answer may erase the turn."""
+        """Take what the environment answered to a sibling's turn, or to `Undo`. In a judged rollout it may erase the turn."""
         sibling, observation = self._siblings[number], reply.observation
+        if sibling.against is not None and reply.failure is None:
+            return self._erase_turn(sibling, sibling.against)
         if reply.failure is not None or observation is None:
             sibling.failure = reply.failure
             return self._conclude(sibling, "length" if reply.end == "length" else "stop")
@@ -264,7 +268,8 @@ class GroupRollout:
         tools, judged = self.prompt.tools, self._judge is not None
         against = judged and observation.evidence > tools.threshold
         if against and reply.undoable and sibling.tries < tools.erasures:
-            return self._erase_turn(sibling, observation)
+            sibling.against = observation
+            return [Undo(number)]
         segment = Segment(len(sibling.segments), given(reply.ids), None, replace(observation, forced=against))
         sibling.segments.append(segment)
         sibling.committed += len(reply.ids)
@@ -284,12 +289,12 @@ class GroupRollout:
         erasure = Erasure(sibling.turn, sibling.committed, turn, judgement, observation)
         del sibling.segments[sibling.turn :]
         sibling.erasures.append(erasure)
-        sibling.tries, sibling.erased_turns = sibling.tries + 1, sibling.erased_turns + 1
+        sibling.tries, sibling.erased_turns, sibling.against = sibling.tries + 1, sibling.erased_turns + 1, None
         sibling.try_from = len(sibling.erasures)
         assert self._judge is not None  # only judged rollouts erase turns
         self._judge.rollback(sibling.number, sibling.drawn())
         self._observe(Erased(self.prompt.problem.id, sibling.number, erasure))
-        return [Undo(sibling.number), self._extend(sibling)]
+        return [self._extend(sibling)]
 
     def _finish(self, sibling: _Sibling, how: Literal["stop", "length"]) -> Order:
         sibling.finish = how

@@ -58,7 +58,7 @@ class Act:
 
 @dataclass(frozen=True, slots=True)
 class Undo:
-    """The sibling's last turn was erased: its environment goes back to where it was before it."""
+    """The sibling's last turn was erased: its environment is to go back to where it was, and the group waits to be told."""
 
     sibling: int
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from e3rl.environments.protocol import Episode, Reply
+from e3rl.rollout.orders import Act, Undo
 from e3rl.types import Candidate, Draw, Observed, Prompt, ToolResult
 
 
@@ -55,6 +56,9 @@ class _Acting:
     limit: float
 
 
+_AWAKE = object()
+
+
 @dataclass
 class Actors:
     """Runs environments, one thread a turn, while the engine decodes other rows."""
@@ -73,12 +77,20 @@ class Actors:
         owner: object,
         prompt: Prompt,
         episodes: dict[int, Episode],
-        sibling: int,
-        ids: Sequence[int],
-        draw: Draw,
+        order: Act | Undo,
+        draw: Draw | None,
         done: Callable[[Reply], None],
     ) -> None:
-        """Have a sibling's environment answer its turn. A remembered answer counts; the tools run again for their state."""
+        """Have a sibling's environment answer its turn, or go back to where it was before the last one.
+
+        A remembered answer counts; the tools run again for their state.
+        """
+        limit = prompt.tools.deadline
+        if isinstance(order, Undo):
+            self._start(episodes[order.sibling].undo, _Acting(owner, done, time.monotonic() + limit, limit))
+            return
+        sibling, ids = order.sibling, order.ids
+        assert draw is not None
         known = None if self.memory is None else self.memory.take_reply(draw)
 
         def act() -> Reply:
@@ -95,7 +107,7 @@ class Actors:
                 self.memory.flush()
             done(reply)
 
-        self._start(act, _Acting(owner, kept, time.monotonic() + prompt.tools.deadline, prompt.tools.deadline))
+        self._start(act, _Acting(owner, kept, time.monotonic() + limit, limit))
 
     def _start(self, act: Callable[[], Reply], acting: _Acting) -> None:
         token = object()
@@ -114,8 +126,13 @@ class Actors:
         """Drop the answers that ``owner`` still waits for."""
         self._acting = {token: acting for token, acting in self._acting.items() if acting.owner is not owner}
 
+    def wake(self) -> None:
+        """Called by any thread: `replies` returns, with or without an answer."""
+        if self._acting:
+            self._finished.put((_AWAKE, Reply()))
+
     def replies(self, wait: bool) -> Iterator[tuple[Callable[[Reply], None], Reply]]:
-        """Answers that have arrived, and failures of overdue ones; with ``wait``, at least one."""
+        """Answers that have arrived, and failures of overdue ones; with ``wait``, at least one, unless woken."""
         found = False
         while self._acting:
             overdue = min(self._acting.values(), key=lambda a: a.deadline)
@@ -131,6 +148,8 @@ class Actors:
                 if found or not wait:
                     return
                 continue
+            if token is _AWAKE:
+                return
             if token in self._acting:  # else it was given up on
                 found = True
                 yield self._acting.pop(token).done, reply
@@ -138,7 +157,9 @@ class Actors:
 
 def to_json(observation: Observed) -> str:
     """An observation as JSON."""
-    return json.dumps(asdict(observation), ensure_ascii=True)
+    found = asdict(observation)
+    del found["seconds"]  # else no two runs would be equal
+    return json.dumps(found, ensure_ascii=True)
 
 
 def from_json(text: str) -> Observed:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from e3rl.data.toolcalls import ToolCall
+from e3rl.environments.episodes import Toolbox
 from e3rl.rollout.orders import Committed, Erased
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.text import CallStream, TextStream
-from e3rl.types import Erasure, Judgement
+from e3rl.types import Erasure, Judgement, Observed, Segment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,58 @@ class ServedChoice:
         if erased_texts:
             facts["erased"] = [_erasure(e, tokenizer) for e in self.erasures]
         return facts
+
+
+@dataclass
+class ServedDialogue(ServedChoice):
+    """A sample whose tool calls are run here. A turn is shown once its calls were answered: until then it may be erased."""
+
+    tools: Toolbox | None = None
+    turn: list[Segment] = field(default_factory=list)  # that is not answered
+    answered: list[dict[str, Any]] = field(default_factory=list)
+    failure: str | None = None
+
+    def erased(self, event: Erased) -> None:
+        super().erased(event)
+        if event.erasure.observation is not None:
+            self.turn.clear()
+            self.answered += _results(event.erasure.observation, erased=True)
+
+    def committed(self, event: Committed) -> Piece | None:
+        self.segments += 1
+        if event.segment.observation is None:
+            self.turn.append(event.segment)
+            return None
+        self.answered += (found := _results(event.segment.observation, erased=False))
+        return self._shown(found)
+
+    def finished(self, trajectory: Trajectory) -> Piece:
+        """What is left to show."""
+        self.finish, self.failure = trajectory.finish, trajectory.failure
+        return self._shown([])
+
+    def _shown(self, results: list[dict[str, Any]]) -> Piece:
+        assert self.tools is not None
+        ids = [i for segment in self.turn for i in segment.candidate.ids.tolist()]
+        logprobs = [p for segment in self.turn for p in segment.candidate.logprobs.tolist()]
+        text = self.tools.dialogue.text(ids)
+        if text and self.text:
+            text = "\n" + text
+        tokens = Tokens(ids, logprobs, [[] for _ in ids])
+        facts = {"segment": len(self.texts), "tokens": len(ids), "erasures": len(self.erasures), "calls": results}
+        self.tokens.extend(tokens)
+        self.texts.append(text)
+        self.turn.clear()
+        return Piece(text, tokens, [], facts)
+
+    def summary(self, tokenizer: Any, *, erased_texts: bool) -> dict[str, Any]:
+        failed = {"failure": f"its environment {self.failure}"} if self.failure else {}
+        return {**super().summary(tokenizer, erased_texts=erased_texts), "calls": self.answered, **failed}
+
+
+def _results(observation: Observed, *, erased: bool) -> list[dict[str, Any]]:
+    """Calls with their results, as the answer's extension field has them."""
+    return [{**asdict(call), "erased": erased} for call in observation.calls]
 
 
 def _erasure(erasure: Erasure, tokenizer: Any) -> dict[str, Any]:

@@ -12,22 +12,24 @@ from e3rl.config import Config
 from e3rl.data.templates import encode_chats
 from e3rl.data.toolcalls import ToolCallFormat, tool_call_format
 from e3rl.engine.build import build_engine
+from e3rl.environments.episodes import Toolbox
 from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.rollout.statistics import CalibrationStatistics
-from e3rl.serve.choices import Piece, ServedChoice, usage
+from e3rl.serve.choices import Piece, ServedChoice, ServedDialogue, usage
 from e3rl.serve.errors import ApiError, as_api_error, invalid
+from e3rl.serve.fields import table
 from e3rl.serve.grammar import GrammarCompiler, call_grammar
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.messages import Chat
 from e3rl.serve.page import LiveFeed
 from e3rl.serve.requests import DecodingRequest
-from e3rl.serve.settings import RequestSettings, decoding
+from e3rl.serve.settings import RequestSettings, decoding, runs_tools
 from e3rl.serve.text import CallStream, TextStream
 from e3rl.serve.worker import DecodingWorker, Failed, Outbox, Ticket
-from e3rl.types import Problem, Prompt
+from e3rl.types import Message, Problem, Prompt
 from e3rl.web.prometheus import Metrics
 
 
@@ -89,6 +91,9 @@ class Service:
         self._vocabulary = policy.model.get_input_embeddings().weight.shape[0]
         self.metrics = Metrics(_HELP)
         self.live = LiveFeed(policy.tokenizer) if live else None
+        self._tools = None
+        if config.environments.factory:
+            self._tools = Toolbox(config.environments, policy.tokenizer, dict(config.data.chat_template_kwargs))
         self._grammars = GrammarCompiler(policy.tokenizer, policy.eos_ids, self._vocabulary)
 
     def close(self) -> None:
@@ -118,8 +123,9 @@ class Service:
         if request.n > self._worker.rows:
             raise ApiError(400, f"n = {request.n}, and the server holds {self._worker.rows} rows", param="n")
         try:
+            runs = runs_tools(request)
             prompts = tuple(
-                Prompt(Problem(f"prompt-{i}", ""), tuple(self.encode(p, request.add_special_tokens)))
+                self._with_tools(request, i, p) if runs else self._plain(request, i, p)
                 for i, p in enumerate(request.prompts)
             )
             room = self.max_length - max(len(p.ids) for p in prompts)
@@ -129,6 +135,21 @@ class Service:
         except UserError as error:
             raise as_api_error(error) from None
         return running
+
+    def _plain(self, request: DecodingRequest, index: int, prompt: str | Chat | tuple[int, ...]) -> Prompt:
+        return Prompt(Problem(f"prompt-{index}", ""), tuple(self.encode(prompt, request.add_special_tokens)))
+
+    def _with_tools(self, request: DecodingRequest, index: int, chat: str | Chat | tuple[int, ...]) -> Prompt:
+        """A conversation whose calls the server's environment answers; what that says first is added to its last message."""
+        if self._tools is None:
+            raise invalid("e3rl.run_tools", "this server has no tools: it was started without environments.factory")
+        assert isinstance(chat, Chat)
+        messages = [Message(str(m["role"]), str(m["content"])) for m in chat.messages]
+        problem = Problem(f"prompt-{index}", tuple(messages), columns=dict(table(request.extension, "row")))
+        *before, last = chat.messages
+        told = {**last, "content": str(last["content"]) + self._tools.said(problem)}
+        ids = self.encode(Chat((*before, told), tuple(self._tools.schemas), chat.arguments))
+        return Prompt(problem, tuple(ids), self._tools)
 
     async def pieces(self, running: Running) -> AsyncGenerator[tuple[ServedChoice, Piece], None]:
         """Every committed segment with the sample it belongs to, until all samples have ended; ApiError where they can't."""
@@ -165,6 +186,11 @@ class Service:
                 choice.erased(event)
             elif piece := choice.committed(event):
                 yield choice, piece
+        else:
+            for trajectory in event.group.trajectories:
+                choice = running.choices[prompt * running.request.n + trajectory.sibling]
+                if isinstance(choice, ServedDialogue) and choice.finish is None:
+                    yield choice, choice.finished(trajectory)
 
     def encode(self, prompt: str | Chat | tuple[int, ...], add_special_tokens: bool = True) -> Sequence[int]:
         """A conversation goes through the chat template; a text is encoded, and token ids are taken, as they stand."""
@@ -188,7 +214,7 @@ class Service:
     ) -> Running:
         form = self._call_format(request)
         limit, output = settings.rollout.completion_limit, request.output
-        choices = []
+        choices: list[ServedChoice] = []
         for index, prompt in enumerate(p for p in prompts for _ in range(request.n)):
             stream = TextStream(
                 self.policy.tokenizer,
@@ -196,6 +222,9 @@ class Service:
                 keep_stop=output.keep_stop,
                 keep_special=output.keep_special or form is not None,
             )
+            if prompt.tools is not None:
+                choices.append(ServedDialogue(index, limit, stream, tools=prompt.tools))
+                continue
             choice = ServedChoice(index, limit, stream, frozenset(request.stop_ids), output.keep_stop)
             choice.hook = self._hook(request, settings, prompt, form)
             choice.call_stream = CallStream(form, request.tools) if form else None

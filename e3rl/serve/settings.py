@@ -16,13 +16,14 @@ from e3rl.rollout.judge import needs_calibration
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.sections import build_section
 from e3rl.serve.errors import ApiError, invalid
+from e3rl.serve.messages import Chat
 from e3rl.serve.requests import MIN_TEMPERATURE, DecodingRequest
 
 MAX_ERASURES = 20
 """Largest erasure budget that a client may ask for: it multiplies the work of a request."""
 
 _ROLLOUT = ("erase", "segment_length", "top_k")
-_OWN = ("return_erased",)
+_OWN = ("return_erased", "run_tools", "row")
 _ERASURE = tuple(
     name
     for name, kind in typing.get_type_hints(ErasureConfig).items()
@@ -44,6 +45,30 @@ class RequestSettings:
     erasure: ErasureConfig
     seed: int
     return_erased: bool
+
+
+def runs_tools(request: DecodingRequest) -> bool:
+    """Whether the server is to run tool calls (``e3rl.run_tools``); ApiError where that can't go with the rest."""
+    asked = _flag(request.extension, "run_tools")
+    if not asked:
+        if "row" in request.extension:
+            raise invalid("e3rl.row", "is for the server's own tools: send run_tools too")
+        return False
+    if not all(isinstance(prompt, Chat) for prompt in request.prompts):
+        raise invalid("e3rl.run_tools", "only for POST /v1/chat/completions")
+    output, plain = request.output, DecodingRequest("", ())
+    others = {
+        "tools": request.tools.tools,
+        "stop": request.stop,
+        "stop_token_ids": request.stop_ids,
+        "logprobs": output.logprobs is not None,
+        "return_token_ids": output.token_ids,
+        "penalties, biases and grammars": request.shaping != plain.shaping,
+    }
+    for name, value in others.items():
+        if value:
+            raise invalid("e3rl.run_tools", f"can't be combined with {name}")
+    return True
 
 
 def decoding(

@@ -67,7 +67,7 @@ class DecodingWorker:
     def __init__(self, engine: Engine, *, rows: int, queue_limit: int) -> None:
         self.rows, self._queue_limit = rows, queue_limit
         self._engine, self._driver = engine, Driver(engine)
-        self._interrupt = getattr(engine, "interrupt", _no_interrupt)
+        self._interrupt_engine = getattr(engine, "interrupt", _no_interrupt)
         self._arrived: list[Ticket] = []
         self._tickets: dict[GroupJob, Ticket] = {}  # that the driver has
         self._changed = threading.Condition()
@@ -89,6 +89,11 @@ class DecodingWorker:
             self._changed.notify()
         if self._engine.free_rows() and not waiting:  # else there is nothing to be had before somebody ends
             self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Have the step under way return, whether it decodes or waits for tools."""
+        self._interrupt_engine()
+        self._driver.wake()
 
     def load(self) -> dict[str, int]:
         """How much is decoding and waiting now."""

@@ -105,6 +105,7 @@ def turn_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
         "calls": sum(len(observation.calls) for observation in kept) / len(trajectories),
         "call_errors": mean(call.failed for call in calls),
         "erased_turns": len(erased),
+        "seconds_tools": sum(observation.seconds for observation in (*kept, *erased)),
         "environment_failures": sum(t.failure is not None for t in trajectories),
     }
 

@@ -16,6 +16,7 @@ from e3rl.environments.dialogue import Dialogue
 from e3rl.environments.episodes import Toolbox, tool_prompts
 from e3rl.environments.tools import ENVIRONMENTS, schemas_of
 from e3rl.errors import UserError
+from e3rl.lab.problems import generate
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
@@ -286,4 +287,6 @@ def test_python_and_files():
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_every_environment_in_the_box_is_sound(name: str):
     box = Toolbox(EnvironmentsConfig(factory=name, erase="errors"), tokenizer(), {})
-    box.check(Problem("p", "?"))
+    problem = generate("books", 1, "train", 1)[0] if name == "books" else Problem("p", "?")
+    box.check(problem)
+    assert box.said(problem) == ""

@@ -68,6 +68,7 @@ def test_a_run_with_tools(tmp_path: Path, objective: str):
     [line] = read_lines(path / "metrics.jsonl")
     assert (line["turns"], line["calls"], line["erased_turns"], line["environment_failures"]) == (2, 1, 1, 0)
     assert line["call_errors"] == pytest.approx(1 / 3)
+    assert 0 < line["seconds_tools"] < 1
     assert (line["reward"], line["reward_missing"]) == (5.5, 0)
     assert line["committed_tokens"] == 2 * (
         len('<tool_call>\n{"name": "add", "arguments": {"by": 2}}\n</tool_call>') + 1 + 6

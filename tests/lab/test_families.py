@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from e3rl.lab import arith, chain, path, ways
+from e3rl.lab import arith, books, chain, path, ways
 from e3rl.lab.problems import FAMILIES
 from e3rl.lab.reward import lab_reward
 
@@ -152,3 +152,61 @@ def test_the_answer_of_a_ways_graph_is_one_way_at_random() -> None:
     tasks = [ways.draw(1, Random(seed)) for seed in range(200)]
     named = [next(e[0] for e in t.question.split(";")[:-1] if e[1] == t.answer[-1]) for t in tasks]
     assert 0.35 < sum(t.answer[-2] == first for t, first in zip(tasks, named, strict=True)) / 200 < 0.65
+
+
+BOOKS = ("qxv47+5:", "53")
+"""+5, then -8 and +9."""
+
+
+def booked(*said: str) -> str:
+    """Sums and results in turn, as a decoded response has them."""
+    return "".join(books._CALL.format(text) if n % 2 == 0 else text for n, text in enumerate(said))
+
+
+@pytest.mark.parametrize(
+    ("response", "right", "solved"),
+    [
+        (booked("52", "-8", "44", "+9", "53", "ok") + "A:53", [True] * 4, True),
+        (booked("53", "-8", "45", "+9", "54", "ok") + "A:54", [False, True, True, True], False),
+        (booked("52", "-8", "44", "+9", "53", "ok") + "A:54", [True, True, True, False], False),
+        (booked("52", "-8") + "A:52", [True, False], False),  # too early
+        (booked("52", "-8", "4", "+9", "53"), [True, False, False], False),
+        (booked("53", "{'error': 'wrong'}") + "A:53", [False, True], True),  # a guess
+        ("A:", [False], False),
+        ("", [], False),
+    ],
+)
+def test_books_steps(response: str, right: list[bool], solved: bool) -> None:
+    assert [ok for _, ok in read("books", BOOKS, response)] == right
+    assert books.FAMILY.grade(*BOOKS, response) is solved
+
+
+def opened(checked: str) -> books.Books:
+    made = books.Books()
+    made.reset(operations=["+5", "-8", "+9"], question=BOOKS[0], checked=checked, level=1, answer="53")
+    return made
+
+
+def test_right_bookings_close_the_books() -> None:
+    for checked in (books.AT_ONCE, books.AT_THE_END):
+        made = opened(checked)
+        assert [made.book(total) for total in ("52", "44", "53")] == ["-8", "+9", "ok"]
+        assert made.get_reward() == 1.0
+        with pytest.raises(ValueError, match="closed"):
+            made.book("53")
+
+
+def test_a_wrong_booking_is_seen_at_once_or_at_the_end_and_can_only_be_taken_back_from_outside() -> None:
+    made = opened(books.AT_ONCE)
+    before = made.snapshot()
+    with pytest.raises(ValueError, match="wrong"):
+        made.book("53")
+    with pytest.raises(ValueError, match="closed"):
+        made.book("52")
+    made.restore(before)
+    assert [made.book(total) for total in ("52", "44", "53")] == ["-8", "+9", "ok"]
+    made = opened(books.AT_THE_END)
+    assert [made.book(total) for total in ("53", "45")] == ["-8", "+9"]
+    with pytest.raises(ValueError, match="wrong"):
+        made.book("54")
+    assert made.get_reward() == 0.0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from e3rl.lab.pretrain import Schedule, build_model, collate, encode, pretrain
+from e3rl.lab.pretrain import TOOLS, Schedule, build_model, collate, encode, pretrain
 from e3rl.lab.problems import generate
 from e3rl.lab.tokenizer import build_tokenizer
 
@@ -62,3 +63,23 @@ def test_only_the_solution_is_learned() -> None:
 def test_the_model_is_small_enough_to_come_with_the_package() -> None:
     model = build_model(build_tokenizer(64))
     assert sum(p.numel() for p in model.parameters()) == 702_720
+
+
+def test_only_the_calls_and_the_answer_are_learned() -> None:
+    tokenizer = build_tokenizer(256, tools=True)
+    [problem] = generate("books", 1, "train", 1)
+    ids, labels = encode(tokenizer, problem, tools=True)
+    learned = tokenizer.decode([token for token in labels if token != -100])
+    sums = re.findall("<arg_value>(.*?)</arg_value>", str(problem.columns["solution"]))
+    calls = [f"<tool_call>book<arg_key>sum</arg_key><arg_value>{s}</arg_value></tool_call><|end|>" for s in sums]
+    assert learned == "".join(calls) + f"A:{problem.answer}<|end|>"
+    said = [*problem.columns["operations"][1:], "ok"]
+    turns = "".join(f"{call}<|tool|>{told}<|end|><|assistant|>" for call, told in zip(calls, said, strict=True))
+    head = f"<|begin|><|system|>book(sum)<|end|><|user|>{problem.prompt}<|end|><|assistant|>"
+    assert tokenizer.decode(ids) == f"{head}{turns}A:{problem.answer}<|end|>"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_tool_model_learns_its_calls() -> None:
+    _, losses = run(replace(TOOLS, steps=6, mixture={"lab:books:1": 4}, warmup=2, pool=64))
+    assert losses[-1]["lab:books:1"] < 0.8 * losses[0]["lab:books:1"]

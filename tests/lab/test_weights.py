@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from e3rl.lab import lab_directory
+from e3rl.lab import lab_directory, tools_directory
 from e3rl.lab.measure import sample, score
 from e3rl.lab.pretrain import CONTEXT
 from e3rl.lab.problems import FAMILIES, generate
@@ -45,6 +46,20 @@ def test_it_half_solves_what_it_trains_on(lab, family: str, low: float, high: fl
     assert result.passed > 1.5 * result.average  # some groups hold right and wrong responses: a learning signal
 
 
-def test_its_checksum_stands_in_the_docs() -> None:
-    found = hashlib.sha256((lab_directory() / "model.safetensors").read_bytes()).hexdigest()
+def test_the_tool_model_is_small_and_has_the_tokenizer_that_the_code_builds() -> None:
+    assert sum(file.stat().st_size for file in tools_directory().iterdir()) <= 3_100_000
+    found, built = AutoTokenizer.from_pretrained(tools_directory()), build_tokenizer(CONTEXT, tools=True)
+    assert found.get_vocab() == built.get_vocab()
+    assert found.chat_template == built.chat_template
+    text = "<|tool|>+5<|end|><|assistant|><tool_call>book<arg_key>sum</arg_key><arg_value>52</arg_value></tool_call>"
+    ids = found(text, add_special_tokens=False)["input_ids"]
+    assert (len(ids), found.decode(ids)) == (20, text)
+    assert found.decode(ids, skip_special_tokens=True) == text.replace("<|tool|>", "").replace(
+        "<|end|><|assistant|>", ""
+    )
+
+
+@pytest.mark.parametrize("directory", [lab_directory, tools_directory])
+def test_its_checksum_stands_in_the_docs(directory: Callable[[], Path]) -> None:
+    found = hashlib.sha256((directory() / "model.safetensors").read_bytes()).hexdigest()
     assert found in (Path(__file__).parents[2] / "docs" / "lab.md").read_text(encoding="utf-8")

@@ -41,6 +41,7 @@ class Script:
     erasures: int = 1
     threshold: float = 0.5
     deadline: float = 5.0
+    going_back: Callable[[], Reply] = Reply
     opened: list[Env] = field(default_factory=list)
 
     def open(self, problem: Problem) -> Env:
@@ -55,7 +56,6 @@ class Env:
     turns: list[tuple[int, ...]] = field(default_factory=list)
     undone: int = 0
     closed: bool = False
-    broken: str | None = None
 
     @property
     def environment(self) -> Env:
@@ -70,9 +70,10 @@ class Env:
             self.state += 1
         return reply
 
-    def undo(self) -> None:
+    def undo(self) -> Reply:
         self.undone += 1
         self.state -= 1
+        return self.script.going_back()
 
     def close(self) -> None:
         self.closed = True
@@ -298,6 +299,29 @@ def test_budget(erasures: int, undoable: bool, erased: int):
     assert len(trajectory.erasures) == erased
     seen = trajectory.segments[1].observation
     assert (seen.forced, seen.evidence, tools.opened[0].undone) == (True, 0.7, erased)
+
+
+@pytest.mark.parametrize("how", ["hangs", "raises", "says so"])
+def test_going_back(how: str):
+    """51. A turn is drawn again once its environment is back; one that can't, or takes too long, ends without a reward."""
+
+    def bad() -> Reply:
+        if how == "hangs":
+            time.sleep(1.0)
+        if how == "raises":
+            raise OSError("no way")
+        return Reply(failure="could not go back")
+
+    ends = [("p", 0, 0, 0), ("p", 0, 2, 0), ("p", 0, 0, 3), ("p", 0, 2, 3), ("p", 1, 0, 0)]
+    config = rollout(num_generations=2, max_segments=4)
+    tools = Script({0: reply(1.0)}, going_back=bad, deadline=0.2)
+    began = time.monotonic()
+    trajectories, engine = roll(tools, ends, config=config)
+    assert time.monotonic() - began < 0.9
+    why = {"hangs": "took longer than 0.2 s", "raises": "raised OSError: no way", "says so": "could not go back"}[how]
+    assert [t.failure for t in trajectories] == [why] * 2
+    assert [(t.finish, kinds(t), t.erasures) for t in trajectories] == [("stop", ["drawn"], ())] * 2
+    assert {c.draw.attempt for c in engine.made("extend")} == {0}, "nothing is drawn behind a state that is not there"
 
 
 def test_plain():

@@ -5,6 +5,7 @@ const CURVES = [
   ["Learning", [["reward", "Reward"], ["accuracy", "Training accuracy", SHARE], ["degenerate_groups", "Groups without signal", SHARE]]],
   ["Erasing", [["erase_rate", "Erase rate", SHARE], ["r", "Regeneration ratio r", SHARE], ["forced_rate", "Forced accepts", SHARE]]],
   ["Responses", [["length", "Length, tokens"], ["segments", "Segments"], ["finish_ratio", "Finish ratio", SHARE]]],
+  ["Tools", [["calls", "Calls of a response"], ["call_errors", "Calls that failed", SHARE], ["erased_turns", "Erased calls", FROM_ZERO], ["seconds_tools", "Seconds in tools", FROM_ZERO]]],
   ["Policy", [["entropy", "Entropy, nats"], ["kl", "KL to the reference", FROM_ZERO], ["clip_fraction", "Clip fraction", SHARE],
     ["grad_norm", "Gradient norm", FROM_ZERO], ["sign_flips", "Sign flips", SHARE], ["mismatch_mean", "Engine against trainer", FROM_ZERO]]],
   ["Cost", [["tokens_per_second", "Tokens per second", FROM_ZERO], ["seconds", "Seconds of a step", FROM_ZERO], ["memory_mb", "Peak memory, MiB", FROM_ZERO]]],

@@ -1,0 +1,123 @@
+"""Environments in processes of their own: the same rollouts, and accidents that cost one trajectory its reward."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e3rl.errors import UserError
+from e3rl.rewards.scorer import Scorer
+from e3rl.types import Draw, Problem, Trajectory
+from tests.environments.test_environments import COUNTER, STATEFUL, add, answers, roll, world
+from tests.environments.worlds import CALL
+
+ACCIDENTS = {
+    "ends the process": "import os; os._exit(0)",
+    "crashes": "import ctypes; ctypes.string_at(0)",
+    "kills itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "sleeps": "import time; time.sleep(60)",
+    "one long call that no thread gets past": "9 ** 9 ** 9",
+    "catches everything": "exec('while True:\\n  try:\\n    while True: pass\\n  except BaseException: pass')",
+    "answers without end": "return 'x' * 2 ** 25",
+    "closes everything": "import os; os.closerange(3, 256)",
+    "writes into the pipe": "import os; [os.write(d, b'\\0' * 64) for d in range(3, 64) if os.path.exists(f'/proc/self/fd/{d}')]",
+}
+ACCIDENT = (
+    COUNTER
+    + '''
+    def accident(self, code: str) -> str:
+        """Have one.
+
+        Args:
+            code: which
+        """
+        scope = {}
+        exec("def run():\\n    " + code, scope)
+        return str(scope["run"]())
+'''
+)
+
+
+def hosts_left() -> set[int]:
+    """Processes of environments and what they have forked: those of this module that are no child of this process."""
+    gc.collect()
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"e3rl.environments.isolated" in (place / "cmdline").read_bytes() and parent != os.getpid():
+                found.add(int(place.name))
+    return found
+
+
+@pytest.mark.parametrize(("source", "state"), [(STATEFUL, "snapshot"), (COUNTER, "deepcopy")])
+def test_a_process_of_its_own_changes_no_token(tmp_path: Path, source: str, state: str):
+    def says(context: str, draw: Draw) -> str:
+        if context.count("<tool_response>") == 2:
+            return "Done."
+        return (
+            (add(10) if draw.attempt == 0 else add(2)) if "<tool_response>" not in context else CALL.format("ask", "{}")
+        )
+
+    found: list[Trajectory] = []
+    values: list[float | None] = []
+    for isolate in (False, True):
+        config = world(tmp_path, source, erase="errors", state=state, isolate=isolate)
+        found += roll(config, says)[0]
+        with Scorer(config.rewards) as scorer:
+            values += [r.value for r in scorer.score(found[-1:], [""])]
+    assert values == [5.0, 5.0]
+    assert (found[0].segments, found[0].erasures) == (found[1].segments, found[1].erasures)
+    assert len(found[1].erasures) == 1
+
+
+@pytest.mark.parametrize("name", ACCIDENTS)
+def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str):
+    config = world(tmp_path, ACCIDENT, timeout=1.5, isolate=True)
+    problems = [Problem(text, text, columns={"start": 3}) for text in ("bad", "good")]
+
+    def says(context: str, draw: Draw) -> str:
+        if "<tool_response>" in context:
+            return "Done."
+        return CALL.format("accident", json.dumps({"code": ACCIDENTS[name]})) if draw.prompt_id == "bad" else add(1)
+
+    before, began = hosts_left(), time.monotonic()
+    trajectories: Any = roll(config, says, *problems)[0]
+    with Scorer(config.rewards) as scorer:
+        rewards = scorer.score(trajectories, ["", ""])
+    by_name = {t.prompt.problem.id: r for t, r in zip(trajectories, rewards, strict=True)}
+    assert (by_name["good"].value, by_name["bad"].value) == (4.0, None)
+    assert "its environment" in str(by_name["bad"].error)
+    assert time.monotonic() - began < 8
+    del trajectories
+    assert hosts_left() <= before
+
+
+def test_no_process_outlives_its_trajectory(tmp_path: Path):
+    config = world(tmp_path, ACCIDENT, isolate=True)
+    before = hosts_left()
+    fork = json.dumps({"code": "import os, time; os.fork() or time.sleep(60)"})
+    found = roll(config, answers(CALL.format("accident", fork), "Done."))
+    assert len(hosts_left() - before) == 2
+    del found
+    assert hosts_left() <= before
+
+
+def test_what_is_wrong_is_said_from_there_too(tmp_path: Path):
+    with pytest.raises(UserError, match="doesn't bring back"):
+        roll(
+            world(tmp_path, STATEFUL.replace("self.count = snapshot", "pass"), erase="errors", isolate=True),
+            answers("3"),
+        )
+    with pytest.raises(UserError, match=r"reset\(\) returned int"):
+        roll(world(tmp_path, COUNTER.replace('return f" It', 'return 3 or f" It'), isolate=True), answers("3"))
+    broken = COUNTER.replace("self.count, self.asleep", "int('no number')\n        self.count, self.asleep")
+    with pytest.raises(UserError, match=r"reset\(\) fails on problem 'p': .*no number"):
+        roll(world(tmp_path, broken, isolate=True), answers("3"))
