@@ -44,7 +44,7 @@ class Schedule:
     """Problems are conversations with tool calls, and the weights begin as those of the other model, which can reckon."""
 
 
-TOOLS = Schedule(steps=100, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True)
+TOOLS = Schedule(steps=180, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True)
 """How the weights that call tools are made."""
 
 
