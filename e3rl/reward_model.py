@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from e3rl.config import setting
 from e3rl.errors import UserError
 from e3rl.rewards.batch import Batch, Part
 from e3rl.sections import build_section
+from e3rl.settings import setting
 
 
 @dataclass(frozen=True)

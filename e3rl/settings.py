@@ -52,7 +52,9 @@ class RunConfig:
 class ModelConfig:
     """The policy: any decoder-only causal language model of the transformers library."""
 
-    path: str = setting("lab", "a directory or hub id; 'lab' and 'lab-tools' are embedded, 'smollm2' is SmolLM2-135M-Instruct")
+    path: str = setting(
+        "lab", "a directory or hub id; 'lab' and 'lab-tools' are embedded, 'smollm2' is SmolLM2-135M-Instruct"
+    )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights in training and rollout")
     device: str = setting("auto", "'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1'")
     trust_remote_code: bool = setting(
@@ -365,7 +367,8 @@ class EnvironmentsConfig:
         30.0, "seconds for the calls of one turn; beyond them the response ends without a reward", above=0
     )
     isolate: bool = setting(
-        False, "each environment in a process of its own, which is killed where a turn takes too long or the process ends"
+        False,
+        "each environment in a process of its own, which is killed where a turn takes too long or the process ends",
     )
     erase: str = setting(
         "none",

@@ -215,8 +215,7 @@ class ToolResult:
 class Observed:
     """What an environment answered to an assistant turn. ``state``: turns in effect before it, its state's version.
 
-    ``evidence``: what the result says against the turn, 0 nothing and 1 all. ``forced``: too much, with no erasure left.
-    ``seconds``: what the calls took, where they were made in this process; not stored.
+    ``evidence`` speaks against the turn, 0 to 1; ``forced``: it is kept all the same. ``seconds`` of the calls are not stored.
     """
 
     calls: tuple[ToolResult, ...]

@@ -143,13 +143,9 @@ class GroupRollout:
         for s in self._siblings:
             if s.finish is None:
                 raise RuntimeError(f"sibling {s.number} of prompt '{self.prompt.problem.id}' is not finished")
-            episode = episodes.get(s.number)
-            environment = episode.environment if episode else None
-            trajectories.append(
-                Trajectory(
-                    self.prompt, s.number, tuple(s.segments), tuple(s.erasures), s.finish, s.failure, environment
-                )
-            )
+            environment = episodes[s.number].environment if s.number in episodes else None
+            made = tuple(s.segments), tuple(s.erasures), s.finish, s.failure, environment
+            trajectories.append(Trajectory(self.prompt, s.number, *made))
         group = Group(self.prompt, tuple(trajectories), self._version)
         self._observe(Finished(group))
         return group

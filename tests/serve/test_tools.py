@@ -54,7 +54,9 @@ def start(tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> It
         chosen = {"environments.factory": f"{tmp_path}/counter.py:Counter", "environments.erase": "errors", **settings}
         overrides = ["rollout.segment_length=64", "rollout.max_segments=8", *(f"{k}={v}" for k, v in chosen.items())]
         served = replace(policy, tokenizer=tokens, context_length=4096)
-        made.append(Service(served, load_config(None, [], overrides), None, name="tiny", max_length=4096, queue_limit=8))
+        made.append(
+            Service(served, load_config(None, [], overrides), None, name="tiny", max_length=4096, queue_limit=8)
+        )
         return made[-1]
 
     yield run
@@ -100,7 +102,11 @@ def test_several_samples_have_environments_of_their_own(start: Callable[..., Ser
 
 def test_a_tool_that_hangs_is_a_failure_and_holds_nobody_up(start: Callable[..., Service]):
     def says(context: str, draw: Draw) -> str:
-        return '<tool_call>\n{"name": "rest", "arguments": {"seconds": 20}}\n</tool_call>' if "Count." in context else "Hi."
+        return (
+            '<tool_call>\n{"name": "rest", "arguments": {"seconds": 20}}\n</tool_call>'
+            if "Count." in context
+            else "Hi."
+        )
 
     service = start(says, **{"environments.timeout": 1.5})
     found: dict[str, Any] = {}
