@@ -37,7 +37,7 @@ class IsolatedHost:
 
     def __init__(self, connection: Connection, patience: float) -> None:
         self._connection, self._patience = connection, patience
-        self._finalizer = weakref.finalize(self, connection.close)
+        self._finalizer: weakref.finalize[..., IsolatedHost] = weakref.finalize(self, connection.close)
         self.begin(_START)
         pid = int(self._receive()["pid"])
         self._finalizer = weakref.finalize(self, _kill, connection, pid, os.getpid())
