@@ -1,23 +1,27 @@
-"""300 hostile programs against the sandbox: wrong verdicts, the worst delay beyond the limit, what was left behind.
+"""300 hostile programs and tools: wrong verdicts, the worst delay beyond the limit, what was left behind.
 
     python -m benchmarks.hostile_programs
 
 Each attack of `tests/environments/hostile.py` in five packings. A verdict is wrong where an unsolved problem counts as solved, or
-a program whose attack was refused and which then solves the problem does not.
+a program whose attack was refused and which then solves the problem does not. Tools have accidents in isolated environments:
+a verdict is wrong where such a trajectory has a reward, or the one beside it has not.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from e3rl.environments.code import run_tests
-from tests.environments.hostile import ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, VARIANTS, refused
+from tests.environments.hostile import ACCIDENTS, ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, VARIANTS, refused
+from tests.environments.test_isolation import accident, hosts_left
 
 TESTS = [{"call": "f(4816)", "value": 4817}]
 SECONDS = 1.0
-PROGRAMS = 300
+TOGETHER = 300
 
 
 def programs() -> list[tuple[str, str, float]]:
@@ -26,13 +30,22 @@ def programs() -> list[tuple[str, str, float]]:
     found = [(f"{name}, refused", refused(body), 1.0) for name, body in ATTACKS.items()]
     for variant, pack in VARIANTS.items():
         found += [(f"{name}, {variant}", pack(body), 0.0) for name, body in attacks.items()]
-    return found[:PROGRAMS]
+    return found[: TOGETHER - len(ACCIDENTS)]
+
+
+def accidents() -> Iterator[tuple[str, float, bool]]:
+    """Name, seconds beyond the limit, and whether the verdict is wrong."""
+    for name in ACCIDENTS:
+        with tempfile.TemporaryDirectory() as directory:
+            rewards, seconds = accident(Path(directory), name, SECONDS)
+        wrong = rewards["bad"].value is not None or rewards["good"].value != 4.0
+        yield f"tool that {name}", seconds - SECONDS, wrong
 
 
 def left_behind() -> set[str]:
-    """Processes on this machine that run a jail, and files that attacks would make."""
+    """Processes on this machine that run a jail or an isolated environment, and files that attacks would make."""
     commands = {p: p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()}
-    jails = {str(p) for p, command in commands.items() if b"jail.py" in command}
+    jails = {str(p) for p, command in commands.items() if b"jail.py" in command} | set(map(str, hosts_left()))
     places = ("/tmp/e3rl-hostile", "/dev/shm/e3rl-hostile", "/root/.hostile", "hostile")
     return jails | {place for place in places if os.path.lexists(place)}
 
@@ -45,9 +58,12 @@ def main() -> None:
         delays.append((time.monotonic() - began - SECONDS, name))
         if float(found["passed"] == found["total"]) != deserved:
             wrong.append((name, found["why"]))
+    for name, delay, mistaken in accidents():
+        delays.append((delay, name))
+        wrong += [(name, "")] if mistaken else []
     worst, name = max(delays)
     print(
-        f"{len(delays)} programs, limit {SECONDS:g} s: {len(wrong)} wrong verdicts, worst delay {worst:+.2f} s ({name})"
+        f"{len(delays)} programs and tools, limit {SECONDS:g} s: {len(wrong)} wrong verdicts, worst delay {worst:+.2f} s ({name})"
     )
     print(f"left behind: {sorted(left_behind() - before) or 'nothing'}")
     for verdict in wrong:

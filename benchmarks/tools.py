@@ -43,7 +43,8 @@ def run_one(data: str, level: str, seed: int, options: argparse.Namespace, direc
         command = [sys.executable, "-m", "e3rl", "train", "tools-demo", *LEVELS[level], f"data.train={DATA[data]}"]
         command += [f"run.name={name}", f"run.output_dir={directory}", f"run.seed={seed}", "--again"]
         command += ["train.steps=100000", f"train.max_tokens={options.tokens}", "train.warmup_ratio=0"]
-        command += ["train.save_steps=0", f"eval.limit={options.limit}"]
+        command += ["train.save_steps=0", f"eval.limit={options.limit}", f"train.prompts_per_step={options.prompts}"]
+        command += [f"eval.erasable={str(options.erasable).lower()}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     summary = dict(json.loads((path / "summary.json").read_text(encoding="utf-8")))
     lines = read_lines(path / "metrics.jsonl")
@@ -69,7 +70,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "plain before": f"{mean(run['summary']['before']['plain']['avg@8'] for run in runs):.3f}",
         "plain after": after("plain", "avg@8"),
         "Pass@8": after("plain", "pass@8"),
-        "erasable after": after("erasable", "avg@8"),
+        **({"erasable after": after("erasable", "avg@8")} if "erasable" in runs[0]["summary"]["after"] else {}),
         "training reward": course("reward"),
         "calls": course("calls"),
         "errors": course("call_errors"),
@@ -92,7 +93,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of a step")
     parser.add_argument("--limit", type=int, default=96, help="held-out problems")
+    parser.add_argument("--erasable", action="store_true", help="evaluate erasable decoding as well")
     parser.add_argument("--books", nargs="*", choices=DATA, default=list(DATA))
     parser.add_argument("--only", nargs="*", choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--runs", type=Path, help="keep the runs here, and reuse those that are complete")

@@ -99,6 +99,7 @@ def generate(
         config,
         context_limit=policy.context_length,
         completion_limit=1 if whole else rollout.completion_limit,
+        ends=policy.eos_ids,
     )
     if whole:
         config = replace(config, rollout=to_the_end(config.rollout, policy.context_length, rendered))

@@ -171,7 +171,12 @@ def _sample(
 
     limit = config.rollout.completion_limit
     prompts = tool_prompts(
-        problems, policy.tokenizer, config, context_limit=policy.context_length, completion_limit=limit
+        problems,
+        policy.tokenizer,
+        config,
+        context_limit=policy.context_length,
+        completion_limit=limit,
+        ends=policy.eos_ids,
     )
     store.claim(identity(policy.model, source, prompts, config, erase=options.erase, calibration=calibration))
     shard = Shard.parse(options.shard) if options.shard else Shard()

@@ -22,12 +22,13 @@ class ToolCall:
 @dataclass(frozen=True, slots=True)
 class ToolCallFormat:
     """How a family of models writes calls: each between ``opening`` and ``closing``. An empty ``closing`` is the text's end;
-    an empty ``opening`` is for models whose whole answer is the call."""
+    an empty ``opening`` is for models whose whole answer is the call. ``around``: marks that stand around several calls."""
 
     name: str
     opening: str
     closing: str
     read: Callable[[str, Mapping[str, Any]], list[ToolCall]]
+    around: tuple[str, ...] = ()
 
 
 def tool_call_format(template: str) -> ToolCallFormat | None:
@@ -60,6 +61,8 @@ def parse_tool_calls(
         at = after
     kept.append(text[at:])
     beside = "".join(kept)
+    for mark in form.around if calls else ():
+        beside = beside.replace(mark, "")
     return (beside.rstrip(), calls) if calls else (text, [])
 
 
@@ -132,6 +135,44 @@ def _read_arg_keys(body: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
     return [_call(name, _arguments(body, schemas, name, *marks))]
 
 
+def _read_harmony(body: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
+    """NAME<|channel|>commentary json<|message|>{…}, with or without <|constrain|>: what follows "to=functions."."""
+    head, message, arguments = body.partition("<|message|>")
+    name = head.partition("<|")[0].split()
+    if not message or not name:
+        raise ValueError("no call")
+    return [_call(name[0], json.loads(arguments))]
+
+
+def _read_deepseek(body: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
+    """function<sep>NAME and a fenced block of JSON (V3, R1), or NAME<sep>{…} (V3.1 and later)."""
+    left, mark, right = body.partition("<｜tool▁sep｜>")
+    if not mark:
+        raise ValueError("no call")
+    name, fence, block = right.partition("```json")
+    if not fence:
+        return [_call(left.strip(), json.loads(right))]
+    return [_call(name.strip(), json.loads(block.strip().removesuffix("```")))]
+
+
+def _read_python_calls(body: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
+    """[NAME(key='value', …), …], by transformers' own parser."""
+    from transformers.utils.chat_parsing.content_parsers import parse_content
+
+    return _objects(parse_content(body, "python-call-list", {}))
+
+
+def _read_gemma(body: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
+    """NAME{key:<|"|>text<|"|>,key:3}, by transformers' own parser."""
+    from transformers.utils.chat_parsing.content_parsers import parse_content
+
+    brace = body.find("{")
+    if brace < 0 or body.count('<|"|>') % 2:  # an opening mark without its closing one makes that parser slow
+        raise ValueError("no call")
+    dialect = {"string_delims": [['<|"|>', '<|"|>']], "unquoted_keys": True}
+    return [_call(body[:brace].strip(), parse_content(body[brace:], "json", dialect))]
+
+
 def _arguments(
     text: str, schemas: Mapping[str, Any], function: str, keys: tuple[str, str], values: tuple[str, str]
 ) -> dict[str, Any]:
@@ -177,11 +218,28 @@ FORMATS = {
         ToolCallFormat("arg-keys", "<tool_call>", "</tool_call>", _read_arg_keys),
         ToolCallFormat("mistral", "[TOOL_CALLS]", "", _read_mistral),
         ToolCallFormat("llama3", "", "", _read_whole),
+        ToolCallFormat("harmony", "to=functions.", "<|call|>", _read_harmony),
+        ToolCallFormat(
+            "deepseek",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁call▁end｜>",
+            _read_deepseek,
+            ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        ),
+        ToolCallFormat("python-calls", "<|tool_call_start|>", "<|tool_call_end|>", _read_python_calls),
+        ToolCallFormat("gemma", "<|tool_call>call:", "<tool_call|>", _read_gemma),
     )
 }
-"""By name: Hermes, Qwen2.5 and Qwen3; Qwen3-Coder, Qwen3.5 and Nemotron 3; GLM 4.5; Mistral; Llama 3."""
+"""By name: Hermes, Qwen2.5 and Qwen3; Qwen3-Coder, Qwen3.5 and Nemotron 3; GLM 4.5; Mistral; Llama 3; gpt-oss; DeepSeek V3 and
+later; LFM2; Gemma 4."""
 
 _MARKS = (
+    ("to=functions.", "harmony"),
+    ('functions." + tool_call', "harmony"),
+    ("<｜tool▁call▁begin｜>", "deepseek"),
+    ("<|tool_call>call:", "gemma"),
+    ("<|tool_call_start|>", "python-calls"),
+    ("<|tool_response_start|>", "python-calls"),
     ("<function=", "function"),
     ("<arg_key>", "arg-keys"),
     ("[TOOL_CALLS]", "mistral"),

@@ -18,8 +18,15 @@ Chat = list[dict[str, Any]]
 class Dialogue:
     """A tokenizer's template with a set of tools. UserError where it can't carry them from turn to turn."""
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], schemas: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        arguments: Mapping[str, Any],
+        schemas: Sequence[Mapping[str, Any]],
+        ends: Sequence[int] = (),
+    ) -> None:
         self._tokenizer, self._arguments, self._schemas = tokenizer, dict(arguments), list(schemas)
+        self._ends = {tokenizer.eos_token_id, *ends}  # gpt-oss ends a call with another token than an answer
         template = getattr(tokenizer, "chat_template", None)
         if not template:
             raise UserError("environments.factory needs a model with a chat template, and this tokenizer has none")
@@ -30,7 +37,8 @@ class Dialogue:
         form = tool_call_format(text)
         if form is None:
             raise UserError(
-                "the model's chat template has no tool calls that e3rl reads (Qwen and Hermes, GLM, Mistral, Llama 3): "
+                "the model's chat template has no tool calls that e3rl reads (Qwen and Hermes, GLM, Mistral, Llama 3, gpt-oss, "
+                "DeepSeek, LFM2, Gemma 4): "
                 "take a model that was made for tools"
             )
         self._form = form
@@ -38,9 +46,8 @@ class Dialogue:
 
     def calls(self, ids: Sequence[int]) -> list[ToolCall]:
         """The calls that an assistant turn makes, in order."""
-        end = self._tokenizer.eos_token_id
         kept = list(ids)
-        while kept and kept[-1] == end:
+        while kept and kept[-1] in self._ends:
             kept.pop()
         return parse_tool_calls(self._tokenizer.decode(kept), self._form, self._schemas)[1]
 
@@ -70,15 +77,26 @@ class Dialogue:
 
     def _end_of(self, ids: Sequence[int]) -> int:
         """Tokens up to the end of the last turn that ends, its EOS included."""
-        end = self._tokenizer.eos_token_id
-        places = [place for place, token in enumerate(ids) if token == end]
+        places = [place for place, token in enumerate(ids) if token in self._ends]
         if not places:
             raise UserError("the model's chat template doesn't end assistant turns with the end-of-sequence token")
         return places[-1] + 1
 
+    def _shown(self) -> list[int]:
+        """A prompt with the tools; UserError names one that the template can't render."""
+        found, *alone = (
+            encode_chats(self._tokenizer, [[_user()]], {**self._arguments, "tools": tools})[0]
+            for tools in (self._schemas, *([schema] for schema in self._schemas))
+        )
+        if not isinstance(found, str):
+            return [int(i) for i in found]
+        refused = [s["function"]["name"] for s, one in zip(self._schemas, alone, strict=True) if isinstance(one, str)]
+        raise UserError(f"the model's chat template can't show {', '.join(refused) or 'the tools together'}: {found}")
+
     def _check(self) -> None:
         """Tools are shown, and every turn keeps what stands before it."""
-        plain, shown = self._encoded([[_user()]])[0], self._encoded([[_user()]], tools=self._schemas)[0]
+        plain = self._encoded([[_user()]])[0]
+        shown = self._shown()
         text = self._tokenizer.decode(shown)
         missing = [s["function"]["name"] for s in self._schemas if s["function"]["name"] not in text]
         if missing or shown == plain:

@@ -32,12 +32,14 @@ from e3rl.types import Message, Observed, Problem, Prompt, ToolResult
 class Toolbox:
     """A run's tools (`e3rl.environments.protocol.Tools`). Whatever is wrong with environment or template is an error here."""
 
-    def __init__(self, config: EnvironmentsConfig, tokenizer: Any, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, config: EnvironmentsConfig, tokenizer: Any, arguments: dict[str, Any], ends: Sequence[int] = ()
+    ) -> None:
         self.config, self._name, self._factory = config, config.factory, make(config)
         deep = config.state == "deepcopy"
         trial = create(self._factory, self._name)
         self.schemas = schemas_of(trial, self._name)
-        self.dialogue = Dialogue(tokenizer, arguments, self.schemas)
+        self.dialogue = Dialogue(tokenizer, arguments, self.schemas, ends)
         self.evidence = evidence_of(config)
         self.undoable = self.evidence is not None and can_go_back(trial, config)
         self.deadline, self.erasures, self.threshold = config.timeout, config.max_turn_erasures, config.erase_threshold
@@ -49,7 +51,7 @@ class Toolbox:
     def said(self, problem: Problem) -> str:
         """What a fresh environment adds to a problem's prompt."""
         try:
-            return str(within(self.deadline, lambda: self._opened(problem)[1], self._name))
+            return str(self._timed(lambda: self._opened(problem)[1]))
         except UserError:
             raise
         except Exception as error:  # the code of other authors
@@ -60,7 +62,11 @@ class Toolbox:
     def check(self, problem: Problem) -> None:
         """UserError where a turn could not be taken back, tried on one problem."""
         if self.undoable:
-            within(self.deadline, lambda: self._opened(problem)[0].check(self.schemas), self._name)
+            self._timed(lambda: self._opened(problem)[0].check(self.schemas))
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        """A process of its own has its deadlines itself, and may be slow to start."""
+        return work() if self.config.isolate else within(self.deadline, work, self._name)
 
     def open(self, problem: Problem) -> HostedEpisode:
         """See `e3rl.environments.protocol.Tools.open`."""
@@ -133,9 +139,15 @@ class HostedEpisode:
 
 
 def tool_prompts(
-    problems: Sequence[Problem], tokenizer: Any, config: Config, *, context_limit: int, completion_limit: int
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    config: Config,
+    *,
+    context_limit: int,
+    completion_limit: int,
+    ends: Sequence[int] = (),
 ) -> list[Prompt]:
-    """`render_prompts`, with the tools of ``environments.factory`` where there are some."""
+    """`render_prompts`, with the tools of ``environments.factory`` where there are some. ``ends``: ids that end a turn."""
     limits = {"context_limit": context_limit, "completion_limit": completion_limit}
     if not config.environments.factory:
         return render_prompts(problems, tokenizer, config.data, **limits)
@@ -143,7 +155,7 @@ def tool_prompts(
         raise UserError(
             "data.chat_template_kwargs sets 'tools', and environments.factory brings its own: leave one of them out"
         )
-    box = Toolbox(config.environments, tokenizer, dict(config.data.chat_template_kwargs))
+    box = Toolbox(config.environments, tokenizer, dict(config.data.chat_template_kwargs), ends)
     if problems:
         box.check(problems[0])
     data = replace(config.data, chat_template_kwargs={**config.data.chat_template_kwargs, "tools": box.schemas})

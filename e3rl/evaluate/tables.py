@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def results_table(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """Labelled evaluation records, one a row, in the order given."""
     k = rows[0][1]["samples"]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # ":books:" would be an emoji
     table.add_column("decoding", no_wrap=True)
     for column in (f"Avg@{k}", "95 %", f"Pass@{k}", "95 %", "finished", "r"):
         table.add_column(column, justify="right", no_wrap=True)

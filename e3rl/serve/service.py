@@ -93,7 +93,9 @@ class Service:
         self.live = LiveFeed(policy.tokenizer) if live else None
         self._tools = None
         if config.environments.factory:
-            self._tools = Toolbox(config.environments, policy.tokenizer, dict(config.data.chat_template_kwargs))
+            self._tools = Toolbox(
+                config.environments, policy.tokenizer, dict(config.data.chat_template_kwargs), policy.eos_ids
+            )
         self._grammars = GrammarCompiler(policy.tokenizer, policy.eos_ids, self._vocabulary)
 
     def close(self) -> None:

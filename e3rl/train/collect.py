@@ -193,19 +193,17 @@ def pack_groups(steps: Sequence[StepGroups]) -> tuple[list[dict[str, Any]], byte
 
 
 def unpack_groups(run: Run, facts: Sequence[Mapping[str, Any]], content: bytes) -> list[StepGroups]:
-    """The steps' groups that `pack_groups` was given."""
+    """The steps' groups that `pack_groups` was given; UserError for those of another version."""
+    prompts, steps = {prompt.problem.id: prompt for prompt in run.data.train}, []
     try:
-        batches = from_ipc(content) if facts else []
-    except ValueError:
+        for fact, batch in zip(facts, from_ipc(content) if facts else [], strict=True):
+            found = decode(batch, lambda name, _: prompts[name])
+            kept, dropped = tuple(found[: fact["kept"]]), tuple(found[fact["kept"] :])
+            rollout, rewards = fact["seconds"]
+            steps.append(StepGroups(kept, dropped, fact["refills"], rollout, rewards, fact["position"]))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"the newest checkpoint of {run.path} holds prefetched rollouts in the format of an earlier version: "
+            f"the newest checkpoint of {run.path} holds prefetched rollouts in the format of an earlier version ({error}): "
             "continue the run with that version, or start it under another name"
         ) from None
-    prompts = {prompt.problem.id: prompt for prompt in run.data.train}
-    steps = []
-    for fact, batch in zip(facts, batches, strict=True):
-        found = decode(batch, lambda name, _: prompts[name])
-        kept, dropped = tuple(found[: fact["kept"]]), tuple(found[fact["kept"] :])
-        rollout, rewards = fact["seconds"]
-        steps.append(StepGroups(kept, dropped, fact["refills"], rollout, rewards, fact["position"]))
     return steps

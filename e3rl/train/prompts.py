@@ -56,11 +56,12 @@ def load_prompts(
 
     def rendered(problems: Sequence[Problem]) -> list[Prompt]:
         limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
-        return tool_prompts(problems, policy.tokenizer, config, **limits)
+        return tool_prompts(problems, policy.tokenizer, config, ends=policy.eos_ids, **limits)
 
     def fit(problems: Sequence[Problem]) -> list[Prompt]:
         unlimited = replace(config, data=replace(config.data, max_prompt_length=0))
-        every = tool_prompts(problems, policy.tokenizer, unlimited, context_limit=2**31, completion_limit=1)
+        most = {"context_limit": 2**31, "completion_limit": 1}
+        every = tool_prompts(problems, policy.tokenizer, unlimited, ends=policy.eos_ids, **most)
         return fitting(every, prompt_limit(config.data, policy.context_length, config.rollout.completion_limit))
 
     problems = training_problems(config.data)

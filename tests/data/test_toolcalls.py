@@ -29,6 +29,11 @@ ARG_KEYS = (
     "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
     "<arg_key>s</arg_key>\n<arg_value>1</arg_value></tool_call>"
 )
+ARGUMENTS = '{"a": 1, "b": [2, null]}'
+THOUGHT = "<|channel|>analysis<|message|>Add.<|end|><|start|>assistant"
+HARMONY = f"{THOUGHT} to=functions.add<|channel|>commentary json<|message|>{ARGUMENTS}<|call|>"
+_ONE = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{ARGUMENTS}\n```<｜tool▁call▁end｜>"
+DEEPSEEK = f"I add.<｜tool▁calls▁begin｜>{_ONE}\n{_ONE}<｜tool▁calls▁end｜>"
 LLAMA = '{"name": "add", "parameters": {"a": 1}}'
 
 CASES: list[tuple[str, str, str | None, list[tuple[str, dict]]]] = [
@@ -52,6 +57,29 @@ CASES: list[tuple[str, str, str | None, list[tuple[str, dict]]]] = [
     ("llama3", f"<|python_tag|>{LLAMA}; {LLAMA}", "", [("add", {"a": 1})] * 2),
     ("llama3", f"It is {LLAMA}", None, []),
     ("llama3", "7", None, []),
+    ("harmony", HARMONY, THOUGHT, [("add", BOTH)]),
+    ("harmony", HARMONY.replace("<|channel|>commentary json", " <|constrain|>json"), THOUGHT, [("add", BOTH)]),
+    ("harmony", HARMONY.removesuffix("<|call|>"), THOUGHT, [("add", BOTH)]),
+    ("harmony", "to=functions.add<|channel|>commentary json", None, []),
+    ("deepseek", DEEPSEEK, "I add.", [("add", BOTH)] * 2),
+    ("deepseek", f"<｜tool▁call▁begin｜>add<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>", "", [("add", BOTH)]),
+    ("deepseek", f"<｜tool▁call▁begin｜>add{ARGUMENTS}<｜tool▁call▁end｜>", None, []),
+    (
+        "python-calls",
+        "<|tool_call_start|>[add(a=1, b=[2, None]), now()]<|tool_call_end|>",
+        "",
+        [("add", BOTH), ("now", {})],
+    ),
+    (
+        "python-calls",
+        "<|tool_call_start|>[add(s='it\\'s', t=True)]<|tool_call_end|>",
+        "",
+        [("add", {"s": "it's", "t": True})],
+    ),
+    ("python-calls", "<|tool_call_start|>[add(__import__('os'))]<|tool_call_end|>", None, []),
+    ("gemma", "<|tool_call>call:add{a:1,b:[2,null]}<tool_call|>", "", [("add", BOTH)]),
+    ("gemma", '<|tool_call>call:add{s:<|"|>a "b", {c:1}<|"|>}<tool_call|>', "", [("add", {"s": 'a "b", {c:1}'})]),
+    ("gemma", "<|tool_call>call:add<tool_call|>", None, []),
 ]
 
 
@@ -70,6 +98,10 @@ def test_calls_are_read_as_the_family_writes_them(form, text, beside, calls):
         ("<tool_call>{{ tc.name }}<arg_key>{{ k }}</arg_key>", "arg-keys"),
         ("{{ '[TOOL_CALLS] [' }}", "mistral"),
         ("<|start_header_id|>ipython<|end_header_id|>", "llama3"),
+        ('{{- "functions." + tool_call.name + "<|channel|>commentary " }}', "harmony"),
+        ("{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type']}}", "deepseek"),
+        ("{{ '<|tool_call>call:' + name + '{' }}", "gemma"),
+        ("{{ '<|tool_call_start|>[' }}", "python-calls"),
         ("{{ message['content'] }}", None),
     ],
 )
@@ -79,8 +111,9 @@ def test_the_template_says_which_format(template: str, name: str | None):
 
 
 PIECES = ["<tool_call>", "</tool_call>", "<function=f>", "<parameter=a>", "</parameter>", "</function>", "<arg_key>",
-          "</arg_key>", "<arg_value>", "</arg_value>", "[TOOL_CALLS]", "[ARGS]", '{"name": "f", "arguments": {}}',
-          "{", "}", "x", " ", "\n", '"', "é"]  # fmt: skip
+          "</arg_key>", "<arg_value>", "</arg_value>", "[TOOL_CALLS]", "[ARGS]", "to=functions.", "<|message|>", "<|call|>",
+          "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<|tool_call_start|>", "f(a=", ")", "]", "<|tool_call>call:", '<|"|>',
+          '{"name": "f", "arguments": {}}', "{", "}", "x", " ", "\n", '"', "é"]  # fmt: skip
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))

@@ -125,3 +125,17 @@ def refused(body: str) -> str:
         f"def attack():\n{_indented(body)}\ntry:\n    attack()\n    through = True\nexcept BaseException:\n    through = False\n"
         "def f(x): return 0 if through else x + 1\n"
     )
+
+
+ACCIDENTS = {
+    "ends the process": "import os; os._exit(0)",
+    "crashes": "import ctypes; ctypes.string_at(0)",
+    "kills itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "sleeps": "import time; time.sleep(60)",
+    "one long call that no thread gets past": "9 ** 9 ** 9",
+    "catches everything": "exec('while True:\\n  try:\\n    while True: pass\\n  except BaseException: pass')",
+    "answers without end": "return 'x' * 2 ** 25",
+    "closes everything": "import os; os.closerange(3, 256)",
+    "writes into the pipe": "import os; [os.write(d, b'\\0' * 64) for d in range(3, 64) if os.path.exists(f'/proc/self/fd/{d}')]",
+}
+"""What the code of a tool may do, in a process of its own: its trajectory has no reward, all others have theirs."""

@@ -14,21 +14,11 @@ import pytest
 
 from e3rl.errors import UserError
 from e3rl.rewards.scorer import Scorer
-from e3rl.types import Draw, Problem, Trajectory
+from e3rl.types import Draw, Problem, Reward, Trajectory
+from tests.environments.hostile import ACCIDENTS
 from tests.environments.test_environments import COUNTER, STATEFUL, add, answers, roll, world
 from tests.environments.worlds import CALL
 
-ACCIDENTS = {
-    "ends the process": "import os; os._exit(0)",
-    "crashes": "import ctypes; ctypes.string_at(0)",
-    "kills itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "sleeps": "import time; time.sleep(60)",
-    "one long call that no thread gets past": "9 ** 9 ** 9",
-    "catches everything": "exec('while True:\\n  try:\\n    while True: pass\\n  except BaseException: pass')",
-    "answers without end": "return 'x' * 2 ** 25",
-    "closes everything": "import os; os.closerange(3, 256)",
-    "writes into the pipe": "import os; [os.write(d, b'\\0' * 64) for d in range(3, 64) if os.path.exists(f'/proc/self/fd/{d}')]",
-}
 ACCIDENT = (
     COUNTER
     + '''
@@ -78,9 +68,9 @@ def test_a_process_of_its_own_changes_no_token(tmp_path: Path, source: str, stat
     assert len(found[1].erasures) == 1
 
 
-@pytest.mark.parametrize("name", ACCIDENTS)
-def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str):
-    config = world(tmp_path, ACCIDENT, timeout=1.5, isolate=True)
+def accident(tmp_path: Path, name: str, timeout: float) -> tuple[dict[str, Reward], float]:
+    """The rewards of a trajectory whose tool has an accident and of one beside it, and the seconds that both took."""
+    config = world(tmp_path, ACCIDENT, timeout=timeout, isolate=True)
     problems = [Problem(text, text, columns={"start": 3}) for text in ("bad", "good")]
 
     def says(context: str, draw: Draw) -> str:
@@ -88,15 +78,21 @@ def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str):
             return "Done."
         return CALL.format("accident", json.dumps({"code": ACCIDENTS[name]})) if draw.prompt_id == "bad" else add(1)
 
-    before, began = hosts_left(), time.monotonic()
+    began = time.monotonic()
     trajectories: Any = roll(config, says, *problems)[0]
+    seconds = time.monotonic() - began
     with Scorer(config.rewards) as scorer:
         rewards = scorer.score(trajectories, ["", ""])
-    by_name = {t.prompt.problem.id: r for t, r in zip(trajectories, rewards, strict=True)}
-    assert (by_name["good"].value, by_name["bad"].value) == (4.0, None)
-    assert "its environment" in str(by_name["bad"].error)
-    assert time.monotonic() - began < 8
-    del trajectories
+    return {t.prompt.problem.id: r for t, r in zip(trajectories, rewards, strict=True)}, seconds
+
+
+@pytest.mark.parametrize("name", [name for name in ACCIDENTS if name != "sleeps"])
+def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str):
+    before = hosts_left()
+    rewards, seconds = accident(tmp_path, name, 3.0)
+    assert (rewards["good"].value, rewards["bad"].value) == (4.0, None)
+    assert "its environment" in str(rewards["bad"].error)
+    assert seconds < 12
     assert hosts_left() <= before
 
 

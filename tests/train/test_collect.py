@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,8 +142,24 @@ def test_groups_come_back_from_a_checkpoint_in_their_order():
 
 
 def test_prefetched_groups_of_an_earlier_version_are_refused():
-    run: Any = SimpleNamespace(path="runs/a", data=SimpleNamespace(train=[]))
-    with pytest.raises(
-        UserError, match="runs/a holds prefetched rollouts in the format of an earlier version: continue"
+    world = World(4, good=lambda _: True)
+    facts, content = pack_groups([world.collect(2, 0)])
+    run: Any = SimpleNamespace(path="runs/a", data=SimpleNamespace(train=world.run.data.train))
+    assert len(unpack_groups(run, facts, content)) == 1
+    with pa.ipc.open_stream(content) as reader:
+        batches = [batch.drop_columns(["finish"]) for batch in reader]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        writer.write_batch(batches[0])
+    elsewhere: Any = SimpleNamespace(path="runs/a", data=SimpleNamespace(train=[]))
+    for bad in (
+        (run, [{"kept": 0}], b""),  # nothing where there should be something
+        (run, facts, sink.getvalue().to_pybytes()),  # other columns
+        (run, [*facts, *facts], content),  # as many steps as there are not
+        (run, [{"kept": 2}], content),  # facts that were not written then
+        (elsewhere, facts, content),  # other problems
     ):
-        unpack_groups(run, [{"kept": 0}], b"")
+        with pytest.raises(
+            UserError, match=r"runs/a holds prefetched rollouts in the format of an earlier version \(.*\): continue"
+        ):
+            unpack_groups(*bad)
