@@ -22,6 +22,8 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """The page, with plain text where a relative link would lead out of the site."""
+    if "$`" in markdown:
+        page.meta["hide"] = ["toc"]  # formulas need the room
     docs = Path(config["docs_dir"]).resolve()
     here = Path(page.file.abs_src_path).resolve().parent
 
