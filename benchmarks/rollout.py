@@ -47,6 +47,8 @@ from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import Samples, SamplingRows, inverse_cdf
 from e3rl.engine.torch import decode
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.errors import UserError
+from e3rl.model_files import BUILT_IN, resolve_model_path
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import RolloutStats, summarise
@@ -245,6 +247,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    try:  # what a model needs is found out now, not after the others have run
+        for name in {name for _, name, _ in parts(options)} & BUILT_IN.keys():
+            resolve_model_path(name)
+    except UserError as error:
+        parser.error(str(error))
     results: dict[str, Values] = {}
     if options.json.is_file():
         results = json.loads(options.json.read_text(encoding="utf-8"))["results"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,15 @@ def test_a_benchmark_is_a_command_or_imported_by_one(path: Path):
     text = path.read_text(encoding="utf-8")
     imported = any(f"from {path.stem} import" in other.read_text(encoding="utf-8") for other in BENCHMARKS)
     assert 'if __name__ == "__main__":' in text or imported, "neither a command nor a part of one"
+
+
+def test_what_a_benchmarks_model_needs_is_found_out_before_anything_is_measured(tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "rollout.py"), "--json", str(tmp_path / "out.json"), "--only", "linear_memory", "profile"],
+        env={**os.environ, "E3RL_HOME": str(tmp_path / "file" / "home")}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "SmolLM2" in done.stderr.splitlines()[-1]
+    assert done.stdout == ""
+    assert not (tmp_path / "out.json").exists()
