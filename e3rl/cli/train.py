@@ -94,7 +94,7 @@ def train_rank(
 
     quiet_libraries()
     require_fit(config, int(os.environ.get("WORLD_SIZE", "1")))
-    listeners = [display, *build_trackers(config.train.report_to), ReportListener(display.noted)]
+    listeners = [display, *build_trackers(config.train.report_to, display.noted), ReportListener(display.noted)]
     display.noted(f"loading {config.model.path} …")
     trainer = Trainer(config, listeners=listeners, resume=resume)
     on_stop(trainer.ask_to_stop)

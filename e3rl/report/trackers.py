@@ -96,6 +96,15 @@ class ModuleTracker(Silent):
         self._module.finish()
 
 
+def _as_files(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics under names none of which is another's folder: MLflow may keep each in a file."""
+    named = {}
+    for name, value in metrics.items():
+        owner = next((n for n in metrics if name.startswith(f"{n}/")), None)
+        named[f"{owner}.{name[len(owner) + 1 :].replace('/', '.')}" if owner else name] = value
+    return named
+
+
 class MLflow(Silent):
     """A run of the experiment e3rl at MLflow's tracking URI."""
 
@@ -111,7 +120,7 @@ class MLflow(Silent):
         self._module.log_params({"method": method, **flat})
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        self._module.log_metrics(_logged(record), step=record["step"])
+        self._module.log_metrics(_as_files(_logged(record)), step=record["step"])
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         scalars = {f"eval_{evaluated_name(record)}/{k}": v for k, v in _scalars(record).items()}
@@ -121,7 +130,36 @@ class MLflow(Silent):
         self._module.end_run()
 
 
-def build_trackers(names: tuple[str, ...]) -> list[Listener]:
+class Tracked(Silent):
+    """A tracker that must not cost the run: where it fails once, it is told nothing more and ``note`` says so."""
+
+    def __init__(self, name: str, tracker: Listener, note: Callable[[str], None]) -> None:
+        self._name, self._tracker, self._note, self._failed = name, tracker, note, False
+
+    def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
+        self._tell("started", run, config, method, first_step, steps)
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self._tell("stepped", record)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        self._tell("evaluated", record)
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        self._tell("finished", summary)
+
+    def _tell(self, event: str, *values: Any) -> None:
+        if self._failed:
+            return
+        try:
+            getattr(self._tracker, event)(*values)
+        except Exception as error:  # a service elsewhere: the packages document no closed list
+            self._failed = True
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            self._note(f"{self._name} failed and is told nothing more: {reason}. metrics.jsonl has everything")
+
+
+def build_trackers(names: tuple[str, ...], note: Callable[[str], None]) -> list[Listener]:
     """The trackers of train.report_to; a missing package is said before the run starts."""
     import importlib
 
@@ -138,7 +176,7 @@ def build_trackers(names: tuple[str, ...]) -> list[Listener]:
                 f"train.report_to names {name}, which is not installed: pip install 'e3rl[{name}]'"
             ) from None
         made = {"tensorboard": lambda _: TensorBoard(), "mlflow": MLflow}.get(name, ModuleTracker)
-        trackers.append(made(module))
+        trackers.append(Tracked(name, made(module), note))
     return trackers
 
 
