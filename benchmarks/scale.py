@@ -21,6 +21,7 @@ from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, token
 from scale_memory import plan_error
 from scale_precision import grad_error_512, head_grad_error
 from scale_ranks import fsdp_roots, gather_bytes_ratio, rank_files, trainer_engines
+from scale_start import host_copies
 from scale_weights import weights_files, weights_passes, weights_vs_memcpy
 
 from e3rl.cluster.messages import Answer, decode_answer, encode_answer, group_of
@@ -79,6 +80,7 @@ KEYS: dict[str, Callable[[], Figure]] = {
     "fsdp_roots": fsdp_roots,
     "plan_error": plan_error,
     "trainer_engines": trainer_engines,
+    "host_copies": host_copies,
     "flops_per_param_token": flops_per_param_token,
     "host_reads_per_step": host_reads_per_step,
 }

@@ -14,7 +14,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -97,12 +96,15 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
     world = Ranks(0, ranks)
     with _ranks(ranks) as mesh, FakeTensorMode(), Allocations() as counted:
         model = _model(config.model)
-        reference = ReferencePolicy(model) if not config.model.lora_r else None
-        generating = copy.deepcopy(model) if ranks > 1 else None
-        run: Any = None
+        reference = ReferencePolicy(model).frozen if not config.model.lora_r else None
+        generating = copy.deepcopy(model) if ranks > 1 and generates else None
+        run: Any = lambda work: work(model)  # noqa: E731
+        beside = None
         if ranks > 1:
             with mock.patch("e3rl.cluster.sharding.init_device_mesh", return_value=mesh):
-                run = shard(model, config.train, world)
+                device = torch.device("cpu")
+                run = shard(model, device, config.train, world)
+                beside = None if reference is None else shard(reference, device, config.train, world, frozen=True)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = ShardedOptimizer(named, config.train, world) if ranks > 1 else MasterOptimizer(named, config.train)
         cache = _cache(config, model, longest) if generates else None
@@ -110,24 +112,19 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
             model.gradient_checkpointing_enable()
         model.train()
 
-        def score(_: Any, tokens: int, *__: Any) -> Any:
-            logprobs, entropies = hidden_and_head(model, tokens)
-            return SimpleNamespace(logprobs_N=logprobs, entropies_N=entropies, shares=[])
-
-        with mock.patch("e3rl.train.scoring.score_row", score):
-            for step in range(2):
-                if step:  # the first makes AdamW's moments, by operations that are no part of a step
-                    counted.restart()
-                for _ in range(2):
-                    found = run(plan.row_tokens, 1.0, None)[0] if run else score(None, plan.row_tokens).logprobs_N
-                    found.sum().backward()
-                    del found
-                optimizer._collect()
-                optimizer._apply(config.train.learning_rate)
-                for master in optimizer._masters:
-                    master.grad = None
+        for step in range(2):
+            if step:  # the first makes AdamW's moments, by operations that are no part of a step
+                counted.restart()
+            for _ in range(2):
+                logprobs, entropies = run(lambda _: hidden_and_head(model, plan.row_tokens))
+                logprobs.sum().backward()
+                del logprobs, entropies
+            optimizer._collect()
+            optimizer._apply(config.train.learning_rate)
+            for master in optimizer._masters:
+                master.grad = None
         held = counted.live
-        del reference, generating, cache, run
+        del reference, beside, generating, cache, run
     return Asked(held, counted.peak)
 
 

@@ -151,7 +151,8 @@ def trainer_engines() -> Figure:
 def _divide(ranks: Ranks, place: Path) -> tuple[int, int, int]:
     """FSDP2's root modules, its units, and those of them that reduce gradients in float32."""
     config = load_config(DEMO, [], [])
-    root = shard(load_policy(config.model).model, TrainConfig(parallel="fsdp2"), ranks)
+    policy = load_policy(config.model, empty=True)
+    root = shard(policy.model, policy.device, TrainConfig(parallel="fsdp2"), ranks)
     units = [module for module in root.modules() if isinstance(module, FSDPModule)]
     inner = {id(below) for unit in units for below in unit.modules() if below is not unit}
     exact = sum(group.mp_policy.reduce_dtype == torch.float32 for u in units for group in _groups(u))

@@ -6,19 +6,17 @@ import contextlib
 import copy
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
-from e3rl.files import write_json
 from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
+from e3rl.weight_files import WeightFiles, emptied, fill, finite, require_finite, some, without_memory
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Policy:
     source: str
     eos_ids: tuple[int, ...]
     context_length: int
+    files: WeightFiles | None = None  # what an empty model is filled from
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, *, source: str | None = None) -> Policy:
@@ -43,7 +42,22 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.files.device if self.files is not None else next(self.model.parameters()).device
+
+    def fill(self, model: Any = None) -> None:
+        """Read in the weights of ``model``, or of this policy's own, where it is empty."""
+        if self.files is not None:
+            fill(self.model if model is None else model, self.files)
+
+    def copied(self) -> Policy:
+        """The same with whole weights of its own."""
+        found = replace(self, model=copy.deepcopy(self.model))
+        found.fill()
+        return found
+
+    def emptied(self) -> Policy:
+        """The same without weights: names, shapes and types."""
+        return replace(self, model=emptied(self.model), files=None)
 
     @property
     def vocabulary(self) -> int:
@@ -137,6 +151,7 @@ class Outline:
     eos_ids: tuple[int, ...]
     context_length: int
     config: Any  # transformers' own
+    generation: Any = None  # the same of its generation config
 
 
 def load_outline(config: ModelConfig, *, directory: Path | None = None) -> Outline:
@@ -153,7 +168,7 @@ def load_outline(config: ModelConfig, *, directory: Path | None = None) -> Outli
         except OSError:  # a model without generation_config.json
             generation = GenerationConfig.from_model_config(described)
     context = getattr(described, "max_position_embeddings", None) or 2048
-    return Outline(tokenizer, config.path, _eos_ids(generation, tokenizer), int(context), described)
+    return Outline(tokenizer, config.path, _eos_ids(generation, tokenizer), int(context), described, generation)
 
 
 @contextlib.contextmanager
@@ -182,47 +197,70 @@ def _attention(config: Any) -> str:
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
-def load_policy(config: ModelConfig, *, directory: Path | None = None, outline: Outline | None = None) -> Policy:
-    """The policy that ``config`` names, its weights taken from ``directory`` where one is given."""
-    from transformers import AutoModelForCausalLM
+def load_policy(
+    config: ModelConfig, *, directory: Path | None = None, outline: Outline | None = None, empty: bool = False
+) -> Policy:
+    """The policy that ``config`` names, its weights taken from ``directory`` where one is given.
 
+    Asked for an ``empty`` one, it reads no weights, for whoever divides the model first (`Policy.fill`); with adapters, and
+    where weights have to be converted while they are read, it is whole.
+    """
     outline = outline or load_outline(config, directory=directory)
     source = str(directory) if directory else resolve_model_path(config.path)
+    device = resolve_device(config.device)
     with _loading_errors(config.path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=outline.config,  # given apart, or an implementation that it names would go before ours
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=_attention(outline.config),
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    model, found = loaded
-    _check_weights(model, found["missing_keys"], config.path)
-    model.to(resolve_device(config.device))
+        # on a CPU transformers reads each tensor to its place itself
+        files = WeightFiles.find(source, config.path, device) if empty or device.type != "cpu" else None
+        model = None if files is None else _empty_model(config, source, outline, files)
+        if model is None:
+            model, files = _whole_model(config, source, outline).to(device), None
+        elif config.lora_r or not empty:
+            fill(model, cast(WeightFiles, files))
+            files = None
     if config.lora_r:
         model = add_lora(model, config)
-    return Policy.of(model, outline.tokenizer, source=config.path)
+    return replace(Policy.of(model, outline.tokenizer, source=config.path), files=files)
+
+
+def _whole_model(config: ModelConfig, source: str, outline: Outline) -> Any:
+    """The model as transformers loads it. UserError where its files lack tensors or hold numbers that are none."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=outline.config,  # given apart, or an implementation that it names would go before ours
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=_attention(outline.config),
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+    )
+    model, found = loaded
+    _check_weights(model, found["missing_keys"], config.path)
+    return model
+
+
+def _empty_model(config: ModelConfig, source: str, outline: Outline, files: WeightFiles) -> Any:
+    """The same without memory for its parameters; None where the files don't hold them as they are."""
+    from transformers import AutoModelForCausalLM
+
+    described = copy.deepcopy(outline.config)
+    described.name_or_path = source
+    with without_memory():
+        model = AutoModelForCausalLM.from_config(
+            described,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=_attention(described),
+            trust_remote_code=config.trust_remote_code,
+        )
+    model.generation_config = outline.generation
+    return model.eval() if files.hold(model) else None
 
 
 def _check_weights(model: nn.Module, missing: Collection[str], path: str) -> None:
     """UserError where the files lack tensors, which transformers would draw at random, or hold NaN or infinity."""
     if missing:
-        raise UserError(f"the weights of model '{path}' are incomplete: {_some(sorted(missing))}")
-    broken = [name for name, p in model.named_parameters() if not _finite(p)]
-    if broken:
-        raise UserError(f"the weights of model '{path}' hold NaN or infinity: {_some(broken)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"tensor '{names[0]}'{more}"
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are. A sum, which takes no memory, is nearly always enough to say so."""
-    flat = tensor.detach()
-    return flat.is_meta or bool(flat.sum(dtype=torch.float32).isfinite()) or bool(flat.isfinite().all())
+        raise UserError(f"the weights of model '{path}' are incomplete: {some(sorted(missing))}")
+    require_finite([name for name, p in model.named_parameters() if not finite(p)], path)
 
 
 class ReferencePolicy:
@@ -231,13 +269,13 @@ class ReferencePolicy:
     def __init__(self, model: Any) -> None:
         self._policy = model
         self._adapted = hasattr(model, "disable_adapter")
-        self._frozen = None if self._adapted else copy.deepcopy(model).requires_grad_(False).eval()
+        self.frozen = None if self._adapted else copy.deepcopy(model).requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def model(self) -> Iterator[Any]:
         """The reference model, for use inside the ``with`` block."""
-        if self._frozen is not None:
-            yield self._frozen
+        if self.frozen is not None:
+            yield self.frozen
         else:
             with self._policy.disable_adapter():
                 yield self._policy
@@ -279,40 +317,3 @@ def narrow_window(model: Any) -> Iterator[None]:
     finally:
         for holder in holders:
             holder.sliding_window = window
-
-
-def save_adapter(policy: Policy, directory: Path, card: str) -> None:
-    """The adapters alone, as PEFT and vLLM load them, with tokenizer and model card."""
-    policy.model.save_pretrained(directory)
-    policy.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def describe_checkpoint(policy: Policy, directory: Path) -> None:
-    """What `from_pretrained` needs beside a checkpoint's weights: config, tokenizer and where each weight lies; with LoRA
-    adapters PEFT's own two files. Adapters that several ranks wrote can't be read there: the run's end writes them whole."""
-    model, files = policy.model, sorted(directory.glob("weights*.safetensors"))
-    policy.tokenizer.save_pretrained(directory)
-    if not hasattr(model, "peft_config"):
-        where: dict[str, str] = {}
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file.name)
-        model.config.save_pretrained(directory)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(directory)
-        write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
-    elif len(files) == 1:
-        model.peft_config["default"].save_pretrained(directory)
-        adapters = {name.replace(".default.", "."): tensor for name, tensor in load_file(files[0]).items()}
-        save_file(adapters, directory / "adapter_model.safetensors", {"format": "pt"})
-
-
-def save_pretrained(policy: Policy, directory: Path, card: str) -> None:
-    """An ordinary Hugging Face directory: adapters merged, tokenizer, generation config and model card with it."""
-    model = policy.model
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(directory)
-    policy.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card, encoding="utf-8")

@@ -19,13 +19,14 @@ from e3rl.cluster.rollouts import generates_elsewhere
 from e3rl.cluster.training_worker import Begin
 from e3rl.errors import RunStopped, UserError
 from e3rl.files import atomic_directory, write_json
-from e3rl.models import Policy, load_policy, save_pretrained
+from e3rl.models import Policy, load_policy
 from e3rl.plugins import load
 from e3rl.train.checkpoint import list_checkpoints
 from e3rl.train.listeners import Silent
 from e3rl.train.run_directory import continue_or_put_aside, read_lines
 from e3rl.train.summary import environment
 from e3rl.train.trainer import Trainer
+from e3rl.weight_files import save_pretrained
 from e3rl_reproduce.cells import ERROR, Cell, Point
 from e3rl_reproduce.measures import EXAM
 

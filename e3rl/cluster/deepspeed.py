@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from e3rl.cluster.ranks import Ranks
+from e3rl.cluster.sharding import ModulePasses, WholePass
 from e3rl.config import TrainConfig
 from e3rl.engine.torch.recorded import allocates
 from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.train.checkpoint import LazyTensors
 from e3rl.train.optimizer import adamw, fitting
-from e3rl.train.scoring import ModulePasses, RowScorer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 5 * 10**8
@@ -71,17 +71,20 @@ def _settings(policy: Policy, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def start_engine(policy: Policy, config: TrainConfig) -> Any:
-    """DeepSpeed's engine around the model, whose parameters it takes over in place."""
+def start_engine(policy: Policy, config: TrainConfig, ranks: Ranks) -> Any:
+    """DeepSpeed's engine around the model, whose parameters it takes over in place. An empty model is filled first."""
     deepspeed = _import_deepspeed(policy.device)
     if "managed_gradient_accumulation" not in dir(deepspeed.DeepSpeedEngine):
         raise UserError(
             f"DeepSpeed {deepspeed.__version__} is too old: it can't leave the end of a step to the trainer. "
             "pip install --upgrade 'e3rl[deepspeed]'"
         )
+    settings = _settings(policy, config)
+    if policy.files is not None:
+        ranks.attempt(lambda: policy.fill())
     optimizer = adamw([p for _, p in policy.trainable()], config)
     engine, *_ = deepspeed.initialize(
-        model=RowScorer(policy.model), optimizer=optimizer, config=_settings(policy, config), dist_init_required=True
+        model=WholePass(policy.model), optimizer=optimizer, config=settings, dist_init_required=True
     )
     return engine
 
@@ -89,10 +92,14 @@ def start_engine(policy: Policy, config: TrainConfig) -> Any:
 class EnginePasses(ModulePasses):
     """Passes through DeepSpeed's engine, which brings weights together and divides gradients as it goes."""
 
+    def __init__(self, engine: Any, model: Any) -> None:
+        super().__init__({model: engine})
+        self._engine = engine
+
     @allocates
     def backward(self, loss: Tensor) -> None:
         """See `Passes.backward`."""
-        self._scorer.backward(loss * self._scorer.dp_world_size)
+        self._engine.backward(loss * self._engine.dp_world_size)
 
 
 class DeepSpeedOptimizer:

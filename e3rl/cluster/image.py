@@ -13,6 +13,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from e3rl.errors import UserError
+from e3rl.weight_files import finite
 
 _CHUNK = 2**20  # bytes that are checked at once: they fit into a core's cache
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -21,7 +22,8 @@ _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 def header(tensors: Mapping[str, Tensor]) -> bytes:
     """The head of a safetensors image of these tensors, which follow one after the other; only their shapes are looked at."""
     entries, end = {}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+    for name in in_order(tensors):
+        tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
         if tensor.dtype not in _KINDS:
             raise UserError(f"weight {name} is {tensor.dtype}, which rollout workers can't be sent")
@@ -36,10 +38,16 @@ def image_size(tensors: Mapping[str, Tensor]) -> int:
     return len(header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of these tensors as they follow one another in an image."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
 def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Views of the tensors in an image whose head is that of ``like``."""
     found, position = {}, len(header(like))
-    for name, tensor in sorted(like.items(), key=lambda item: -item[1].dtype.itemsize):
+    for name in in_order(like):
+        tensor = like[name]
         found[name] = image[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         position += tensor.nbytes
     return found
@@ -82,22 +90,17 @@ def read_image(image: Tensor, named: str | None, expected: Mapping[str, Tensor])
     broken, seen = None, len(head)
     for name, tensor in tensors.items():
         for part in tensor.view(-1).split(_CHUNK // tensor.itemsize):
-            broken = broken if _finite(part) else broken or name
+            broken = broken if finite(part) else broken or name
             seen += part.nbytes
             total.follow(seen)
     if named is not None and total.named() != named:
         raise UserError("the weights arrived damaged: their checksum differs")
     if not ours:
         tensors = _parsed(image.numpy().tobytes(), expected)
-        broken = next((name for name, tensor in tensors.items() if not _finite(tensor)), None)
+        broken = next((name for name, tensor in tensors.items() if not finite(tensor)), None)
     if broken:
         raise UserError(f"weight {broken} holds NaN or infinity")
     return tensors
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are. A sum, which takes no memory, is nearly always enough to say so."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _parsed(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

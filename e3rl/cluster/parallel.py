@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from e3rl.cluster.ranked_optimizer import DataParallelOptimizer, Zero1Optimizer
 from e3rl.cluster.ranks import Ranks
-from e3rl.cluster.sharding import ShardedOptimizer, shard
+from e3rl.cluster.sharding import ShardedOptimizer, ShardedPasses, shard
 from e3rl.config import TrainConfig
 from e3rl.models import Policy
 from e3rl.train.attribution import packed_attention
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import PackedRow, TrainSequence
-from e3rl.train.scoring import ModulePasses, Passes, RowScores
+from e3rl.train.scoring import Passes, RowScores
 
 LOCKSTEP = ("zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
 """Values of ``train.parallel`` under which all ranks must run the same number of passes: they exchange tensors in them."""
@@ -59,22 +59,28 @@ class Way:
 
 
 def _whole(kind: Callable[[list[tuple[str, nn.Parameter]], TrainConfig, Ranks], Optimizer]) -> Callable[..., Way]:
-    return lambda policy, config, ranks: Way(kind(policy.trainable(), config, ranks))
+    return lambda policy, frozen, config, ranks: Way(kind(policy.trainable(), config, ranks))
 
 
-def _fsdp2(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
-    scorer = shard(policy.model, config, ranks)
-    return Way(ShardedOptimizer(policy.trainable(), config, ranks), ModulePasses(scorer, policy.model))
+def _fsdp2(policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks: Ranks) -> Way:
+    """Each rank reads its own part of the weights, of the frozen model too."""
+    roots = {policy.model: shard(policy.model, policy.device, config, ranks)}
+    if frozen is not None:
+        roots[frozen] = shard(frozen, policy.device, config, ranks, frozen=True)
+    ranks.attempt(lambda: [policy.fill(model) for model in roots])
+    return Way(ShardedOptimizer(policy.trainable(), config, ranks), ShardedPasses(roots))
 
 
-def _deepspeed(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
+def _deepspeed(policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks: Ranks) -> Way:
     from e3rl.cluster.deepspeed import DeepSpeedOptimizer, EnginePasses, start_engine
 
-    engine = start_engine(policy, config)
+    engine = start_engine(policy, config, ranks)
+    if frozen is not None:
+        ranks.attempt(lambda: policy.fill(frozen))
     return Way(DeepSpeedOptimizer(engine, policy, ranks), EnginePasses(engine, policy.model))
 
 
-WAYS: dict[str, Callable[[Policy, TrainConfig, Ranks], Way]] = {
+WAYS: dict[str, Callable[[Policy, nn.Module | None, TrainConfig, Ranks], Way]] = {
     "ddp": _whole(DataParallelOptimizer),
     "zero1": _whole(Zero1Optimizer),
     "zero2": _fsdp2,
@@ -84,11 +90,14 @@ WAYS: dict[str, Callable[[Policy, TrainConfig, Ranks], Way]] = {
 }
 
 
-def make_ready(policy: Policy, config: TrainConfig, ranks: Ranks) -> Way:
-    """The way that ``train.parallel`` names, the model prepared for it in place; of one rank, the ordinary one."""
+def make_ready(policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks: Ranks) -> Way:
+    """The way that ``train.parallel`` names, the model prepared for it in place; of one rank, the ordinary one.
+
+    ``frozen`` is the reference model, where that is another. Both may be empty where the way divides weights, and are filled.
+    """
     if ranks.world == 1:
         return Way(MasterOptimizer(policy.trainable(), config))
-    return WAYS[config.parallel](policy, config, ranks)
+    return WAYS[config.parallel](policy, frozen, config, ranks)
 
 
 def in_lockstep(config: TrainConfig, ranks: Ranks) -> bool:

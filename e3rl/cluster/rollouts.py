@@ -6,17 +6,21 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
+from torch import Tensor
+
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.cluster.client import server_place
+from e3rl.cluster.image import in_order
 from e3rl.cluster.messages import group_of
 from e3rl.cluster.pool import Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
-from e3rl.cluster.weights import Publisher
+from e3rl.cluster.weights import Published, Publisher
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
@@ -40,8 +44,11 @@ class Rollouts(Protocol):
         """Inside the ``with`` block the weights may change and the local engine holds no row: rollouts under way in another
         thread rest between two segments."""
 
-    def load_weights(self, version: int) -> None:
-        """The policy has changed, and this is its version now. While `paused`, or where nothing is under way."""
+    def load_weights(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        """The policy has changed, and this is its version now. While `paused`, or where nothing is under way.
+
+        ``weights`` are what training changes, for workers elsewhere; each is looked up once, by all ranks in the same order.
+        """
 
     def close(self) -> None:
         """Release remote workers."""
@@ -124,8 +131,8 @@ class LocalRollouts:
         """See `Rollouts.paused`."""
         return self._turns.visit()
 
-    def load_weights(self, version: int) -> None:
-        """See `Rollouts.load_weights`."""
+    def load_weights(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        """See `Rollouts.load_weights`: the engine's model has them already."""
         self._engine.load_weights({}, version)
         self._version = version
 
@@ -136,6 +143,9 @@ class LocalRollouts:
 class NoRollouts:
     """The source of ranks above 0 where workers generate: rank 0 asks them."""
 
+    def __init__(self, policy: Policy) -> None:
+        self._published = in_order(dict(policy.trainable()))
+
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """No groups: ``prompts`` is empty here."""
         assert not prompts
@@ -145,8 +155,9 @@ class NoRollouts:
         """See `Rollouts.paused`: nothing is under way."""
         return contextlib.nullcontext()
 
-    def load_weights(self, version: int) -> None:
-        """Nothing to do."""
+    def load_weights(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        """Nothing here generates; divided weights are brought together for the rank that publishes them."""
+        deque((weights[name] for name in self._published), maxlen=0)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -157,18 +168,25 @@ class RemoteRollouts:
 
     def __init__(self, pool: WorkerPool, policy: Policy, journal: Journal | None) -> None:
         self._pool, self._policy, self._journal = pool, policy, journal
-        self._publisher = Publisher()
+        self._publishers = [
+            Publisher(),
+            Publisher(),
+        ]  # while groups are made by the first's weights, the next are the other's
         self._turns, self._asking = Turns(), threading.Lock()
-        self._version, self._published = 0, -1
+        self._published: Published | None = None
+        self._sent: Published | None = None  # what the workers were last told of
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """See `Rollouts.run`: first the groups that are known, then those that have to be made."""
         assert self._journal is not None
         with self._turns.stay():
-            journal, version = self._journal.of(settings.step), self._version
             self._asking.acquire()
+            try:
+                journal, version = self._journal.of(settings.step), self._send()
+            except BaseException:
+                self._asking.release()
+                raise
         try:
-            self._publish(version)
             yield from self._run(prompts, replace(settings, policy_version=version), tick, journal)
         finally:
             self._asking.release()
@@ -196,27 +214,36 @@ class RemoteRollouts:
         """Groups for an evaluation, each with its first sample; those of the same samples, which follow each other, together."""
         for _, jobs in itertools.groupby(wanted, lambda job: (job[1].first_sibling, job[1].rollout.num_generations)):
             prompts, settings = zip(*jobs, strict=True)
-            asked = replace(settings[0], policy_version=self._version)
             with self._asking:  # after a step's groups that are under way, by weights of before
-                self._publish(self._version)
+                asked = replace(settings[0], policy_version=self._send())
                 for group in self._pool.run(prompts, asked, lambda: None):
                     yield asked.first_sibling, group
 
-    def load_weights(self, version: int) -> None:
-        """See `Rollouts.load_weights`; only what training changes travels, before the next step's groups."""
-        self._version = version
+    def load_weights(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        """See `Rollouts.load_weights`: written down now, and given to the workers before the next groups."""
+        if self._asking.locked() and self._sent is self._published:
+            self._publishers.reverse()
+        self._published = self._publishers[0].publish(version, dict(self._policy.trainable()), weights)
 
-    def _publish(self, version: int) -> None:
-        """Only between two runs, since a worker that is replaced in one needs the weights that it was begun with."""
-        if version == self._published:
-            return
-        self._published, weights = version, dict(self._policy.trainable())
-        self._pool.load_weights(self._publisher.publish(version, weights, weights))
+    def checksum(self) -> str:
+        """Names the latest weights."""
+        assert self._published is not None
+        return self._published.offer.checksum
+
+    def _send(self) -> int:
+        """Tell the workers of the latest weights; their version. Only between two runs: a worker that is replaced in one needs
+        the weights that it was begun with."""
+        assert self._published is not None
+        if self._sent is not self._published:
+            self._sent = self._published
+            self._pool.load_weights(self._published)
+        return self._published.version
 
     def close(self) -> None:
         """Release the workers."""
         self._pool.close()
-        self._publisher.close()
+        for publisher in self._publishers:
+            publisher.close()
 
 
 def remote_rollouts(
@@ -256,6 +283,7 @@ def evaluation_draws(config: Config, policy: Policy, longest_prompt: int) -> Ite
         rollout = replace(rollout, workers=rollout.workers + train.workers, worker_gpus=gpus)
     found = remote_rollouts(replace(config, rollout=rollout), policy, longest_prompt, None, print)
     try:
+        found.load_weights(0, dict(policy.trainable()))
         yield found.draw
     finally:
         found.close()

@@ -8,13 +8,13 @@ run the same passes. Gradients are reduced and added up in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from e3rl.cluster.ranks import Ranks
@@ -23,11 +23,40 @@ from e3rl.errors import UserError
 from e3rl.models import unwrapped
 from e3rl.train.checkpoint import LazyTensors
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.scoring import RowScorer
+from e3rl.train.scoring import Passes
 
 
-def shard(model: Any, config: TrainConfig, ranks: Ranks) -> RowScorer:
-    """Divide the model among the ranks, in place; returns the root, through which it must be run."""
+class WholePass(nn.Module):
+    """A pass as a module, output matrix included: whoever divides a model's weights sees every use of them in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[Any], Any]) -> Any:
+        return work(self.model)
+
+
+class ModulePasses(Passes):
+    """Passes of models through what divides them, by model; others run as they are."""
+
+    def __init__(self, roots: Mapping[Any, Any]) -> None:
+        self._roots = roots
+
+    def divides(self, model: Any) -> bool:
+        """See `Passes.divides`."""
+        return model in self._roots
+
+    def run(self, model: Any, work: Callable[[Any], Any]) -> Any:
+        """See `Passes.run`."""
+        return self._roots[model](work) if model in self._roots else work(model)
+
+
+def shard(model: Any, device: torch.device, config: TrainConfig, ranks: Ranks, *, frozen: bool = False) -> WholePass:
+    """Divide the model among the ranks, in place; returns the root, through which it must be run.
+
+    An empty model stays empty (`e3rl.weight_files.fill`). A ``frozen`` one has no backward pass to keep weights for.
+    """
     base = unwrapped(model)
     layers = getattr(getattr(base, base.base_model_prefix), "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -35,16 +64,25 @@ def shard(model: Any, config: TrainConfig, ranks: Ranks) -> RowScorer:
             f"train.parallel = '{config.parallel}' divides a decoder's layers, and {type(base).__name__} has none that are "
             "called so; take ddp or zero1"
         )
-    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,))
+    mesh = init_device_mesh(device.type, (ranks.world,))
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    root = RowScorer(model)
+    root = WholePass(model)
     for unit in (*layers, root):
-        sharded: Any = fully_shard(
-            unit, mesh=mesh, reshard_after_forward=config.parallel == "fsdp2" and unit is not root, mp_policy=precision
-        )
+        freed = frozen or (config.parallel == "fsdp2" and unit is not root)
+        sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=freed, mp_policy=precision)
         sharded.set_gradient_divide_factor(1.0)  # losses carry the whole step's totals: gradients add up
         sharded.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it adds
     return root
+
+
+class ShardedPasses(ModulePasses):
+    """Passes through FSDP2's roots."""
+
+    def rest(self, model: Any) -> None:
+        """See `Passes.rest`."""
+        for unit in self._roots[model].modules() if self.divides(model) else ():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
 
 class ShardedOptimizer(MasterOptimizer):

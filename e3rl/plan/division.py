@@ -61,6 +61,10 @@ class ShardCounts:
         """Bytes of the weights between passes."""
         return sum(p.nbytes // self._parts("weights") for p in parameters)
 
+    def frozen(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Bytes of a reference model's weights: FSDP2 divides them as it does the trained ones, DeepSpeed leaves them whole."""
+        return sum(p.nbytes // (1 if self.copies_float32 else self._parts("weights")) for p in parameters)
+
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the gradients: float32, but DeepSpeed adds them up in the weights' own type, and in ZeRO-2 whole those that
         a rank has a part of, the output matrix's for one."""

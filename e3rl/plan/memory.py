@@ -118,13 +118,14 @@ def _passes(model: ModelConfig, tokens: int, checkpointing: bool) -> MicroBatch:
 def _trainer(
     sizes: Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool, copies: bool
 ) -> Process:
-    """A process that trains, and generates where nobody else does; one that ``copies`` has whole weights to generate with or
-    to hand out."""
+    """A process that trains, and generates where nobody else does; one that ``copies`` has whole weights to generate with."""
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
     held = {
         "weights": division.weights(model.parameters()),
-        "reference weights": sizes.weights if "reference" in needs and not config.model.lora_r else 0,
+        "reference weights": division.frozen(model.parameters())
+        if "reference" in needs and not config.model.lora_r
+        else 0,
         "weights the engine generates with": sizes.weights if copies else 0,
     }
     phases: dict[str, dict[str, int]] = {}
@@ -187,11 +188,14 @@ def _processes(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: S
     rollout, ranks = sizes.config.rollout, division.ranks
     shown = "demonstrations" in needs
     remote = bool(rollout.workers or rollout.servers) and not shown
-    copies = bool(rollout.staleness or division.divides_weights)
+    copies = not remote and bool(rollout.staleness or division.divides_weights)
     train = partial(_trainer, sizes, needs, row_tokens, division, generates=not (remote or shown))
     image = image_size({n: p for n, p in sizes.model.named_parameters() if p.requires_grad})
-    first = _with_host(train(copies=copies), {"image of the weights, for workers": image} if remote else {}, sizes)
-    if remote and copies and ranks > 1:  # the first rank hands weights out
+    images = 2 if rollout.staleness > 1 else 1  # new weights are written while workers have those of before
+    first = _with_host(
+        train(copies=copies), {"image of the weights, for workers": images * image} if remote else {}, sizes
+    )
+    if remote and ranks > 1:  # the first rank hands weights out
         yield replace(first, name="first trainer", count=1)
         yield replace(train(copies=False), count=ranks - 1)
     else:

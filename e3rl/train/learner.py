@@ -48,8 +48,8 @@ class Learner:
         self._found: NonFinite | None = None
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._lockstep = in_lockstep(config.train, self._ranks)
-        way = make_ready(policy, config.train, self._ranks)
-        self.optimizer, self._passes = way.optimizer, way.passes
+        way = make_ready(policy, self.reference and self.reference.frozen, config.train, self._ranks)
+        self.optimizer, self.passes = way.optimizer, way.passes
         self._attribution = None
         if "shares" in objective.needs:
             options = cast(AttributionOptions, objective)
@@ -94,7 +94,7 @@ class Learner:
             learnt, value = self._learn_part(*part, most, scores, references, rewarded, totals, means)
             lessons += learnt
             loss += value
-        idle_passes(self._passes, self._policy.model, idle, backward=True)
+        idle_passes(self.passes, self._policy.model, idle, backward=True)
         lessons = self._of_all_ranks(lessons)
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
@@ -151,11 +151,11 @@ class Learner:
             elif scores is None:
                 passes = list(passes)
                 scores = [of_sequence for found in passes for of_sequence in found.by_sequence()]
-            idle = [idle_pass(self._passes, self._policy.model) for _ in range(most - len(rows))]
+            idle = [idle_pass(self.passes, self._policy.model) for _ in range(most - len(rows))]
             lessons = self._lessons(zip(sequences, scores, references, strict=False), rewarded)
             learnt = self._backward_rows(lessons, passes, totals, means, waiting)
             for found in idle:
-                idle_backward(self._passes, found)
+                idle_backward(self.passes, found)
         return learnt
 
     def _forward(
@@ -163,7 +163,7 @@ class Learner:
     ) -> Iterable[RowScores]:
         """A pass through each row, made when it is asked for."""
         temperature = self._config.rollout.temperature
-        return (self._passes.score_row(self._policy.model, row, temperature, attribution) for row in rows)
+        return (self.passes.score_row(self._policy.model, row, temperature, attribution) for row in rows)
 
     def _backward_rows(
         self,
@@ -193,10 +193,11 @@ class Learner:
     def _scores(
         self, model: Any, rows: Sequence[PackedRow], attribution: AttributionSettings | None = None
     ) -> list[Scores]:
-        """`score_rows`, at the pace of the busiest rank where the model is the one that is trained."""
-        idle = self._idle(len(rows)) if model is self._policy.model else 0
-        found = score_rows(self._passes, model, rows, self._config.rollout.temperature, attribution)
-        idle_passes(self._passes, model, idle, backward=False)
+        """`score_rows`, at the pace of the busiest rank where the model is divided."""
+        idle = self._idle(len(rows)) if self.passes.divides(model) else 0
+        found = score_rows(self.passes, model, rows, self._config.rollout.temperature, attribution)
+        idle_passes(self.passes, model, idle, backward=False)
+        self.passes.rest(model)
         return found
 
     def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
@@ -296,7 +297,7 @@ class Learner:
         idle = self._idle(len(rows))
         with packed_attention(model):
             _, total = self._backward_rows(lessons, self._forward(rows), totals, means)
-        idle_passes(self._passes, model, idle, backward=True)
+        idle_passes(self.passes, model, idle, backward=True)
         return total
 
     def _backward(self, lessons: Sequence[Lesson], scored: RowScores, totals: Totals, means: Means) -> float:
@@ -309,7 +310,7 @@ class Learner:
             loss = replace(loss, value=loss.value + self._config.train.router_loss * share * scored.router_loss)
         found = find_nonfinite([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
         self._found = self._found or found
-        self._passes.backward(
+        self.passes.backward(
             loss.value if found is None else loss.value * math.nan
         )  # the NaN reaches every rank's `_step`
         means.add(loss.metrics)

@@ -14,7 +14,6 @@ from typing import Any
 
 from e3rl.evaluate.evaluation import held_out_records
 from e3rl.files import atomic_directory, write_json
-from e3rl.models import save_adapter, save_pretrained
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.statistics import entropy_moments
 from e3rl.train.collect import StepGroups, collect
@@ -23,10 +22,20 @@ from e3rl.train.ledger import learnt, ledger_rows, write_ledger
 from e3rl.train.lessons import Lesson
 from e3rl.train.nonfinite import NonFiniteNumbers, skip_step
 from e3rl.train.run_directory import read_lines
-from e3rl.train.state import Run, State, group_settings, publish_weights, require_finite_weights, save, version
+from e3rl.train.state import (
+    Run,
+    State,
+    group_settings,
+    publish_weights,
+    require_finite_weights,
+    save,
+    version,
+    whole_policy,
+)
 from e3rl.train.step_metrics import sampled_text, step_record
 from e3rl.train.summary import model_card, run_summary, upload
 from e3rl.types import RewardedGroup
+from e3rl.weight_files import save_adapter, save_pretrained
 
 
 def train(run: Run, state: State) -> dict[str, Any]:
@@ -184,17 +193,18 @@ def _evaluate(run: Run, state: State) -> None:
 def finish(run: Run, state: State) -> dict[str, Any]:
     """The last evaluation, the model as a Hugging Face directory, and the summary."""
     evaluate_policy(run, state)
-    if not run.ranks.first:
+    policy, path = whole_policy(run, state), run.path
+    if policy is None:
         return {}
-    path, config = run.path, run.config
+    config = run.config
     summary = run_summary(path, config, step=state.step, seconds=state.seconds, tokens=state.tokens)
     with atomic_directory(path / "model") as temporary:
         card = model_card(config, summary, has_statistics=bool(state.calibration.segments))
-        save_pretrained(run.generating, temporary, card)
+        save_pretrained(policy, temporary, card)
         save_companions(temporary, config, state.calibration)
     if config.model.lora_r:
         with atomic_directory(path / "adapter") as temporary:
-            save_adapter(run.generating, temporary, card)
+            save_adapter(policy, temporary, card)
     write_json(path / "summary.json", summary)
     if config.train.push_to_hub:
         run.note(upload(path / "model", path / "adapter", config.train.push_to_hub))

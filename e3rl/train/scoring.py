@@ -6,8 +6,9 @@ backward pass computes each chunk's logits once more and turns them into gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,12 +190,26 @@ def score_row(
 class Passes:
     """Forward and backward passes through a model, as PyTorch runs them."""
 
+    def divides(self, model: Any) -> bool:
+        """Whether ranks exchange tensors in passes through this model."""
+        return False
+
+    def run(self, model: Any, work: Callable[[Any], Any]) -> Any:
+        """What ``work`` makes of the model, whose weights it has whole."""
+        return work(model)
+
+    def rest(self, model: Any) -> None:
+        """Let go of what passes without a backward pass brought together; all ranks call it, after as many of them."""
+
     @allocates
     def score_row(
         self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
     ) -> RowScores:
         """See `score_row`."""
-        return score_row(model, row, temperature, attribution)
+        logprobs_N, entropies_N, balance, *shares = self.run(
+            model, partial(_scored, row=row, temperature=temperature, attribution=attribution)
+        )
+        return RowScores(row, logprobs_N, entropies_N, shares, balance)
 
     @allocates
     def backward(self, loss: Tensor) -> None:
@@ -202,35 +217,11 @@ class Passes:
         loss.backward()
 
 
-class RowScorer(nn.Module):
-    """`score_row` as a module, output matrix included: whoever divides a model's weights sees every use of them in it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, row: PackedRow, temperature: float, attribution: AttributionSettings | None
-    ) -> tuple[Tensor | None, ...]:
-        found = score_row(self.model, row, temperature, attribution)
-        return (found.logprobs_N, found.entropies_N, found.router_loss, *found.shares)
-
-
-class ModulePasses(Passes):
-    """Passes of the trained model through what divides it; a frozen reference model runs as it is."""
-
-    def __init__(self, scorer: Any, model: Any) -> None:
-        self._scorer, self._model = scorer, model
-
-    @allocates
-    def score_row(
-        self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
-    ) -> RowScores:
-        """See `score_row`."""
-        if model is not self._model:
-            return super().score_row(model, row, temperature, attribution)
-        logprobs_N, entropies_N, balance, *shares = self._scorer(row, temperature, attribution)
-        return RowScores(row, logprobs_N, entropies_N, shares, balance)
+def _scored(
+    model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None
+) -> tuple[Tensor | None, ...]:
+    found = score_row(model, row, temperature, attribution)
+    return (found.logprobs_N, found.entropies_N, found.router_loss, *found.shares)
 
 
 @torch.no_grad()
@@ -263,15 +254,15 @@ def score_sequences(
 
 
 @torch.no_grad()
-def require_scorable(model: Any) -> None:
+def require_scorable(model: Any, passes: Passes | None = None) -> None:
     """Refuse models whose log-probabilities in a packed row differ from those of a plain forward pass.
 
     That is: whose attention does not go through the attention registry of transformers, or whose logits are more than their
     output matrix times the hidden state, scaled or capped. Two responses part after two tokens, and tokens
     follow on both sides; windows are made so small that these outgrow them.
     """
-    base, device = unwrapped(model), next(model.parameters()).device
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    passes, base, device = passes or Passes(), unwrapped(model), next(model.parameters()).device
+    vocabulary = base.config.get_text_config(decoder=True).vocab_size  # DeepSpeed leaves the embeddings no shape
     ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     other = [*ids[3:5], (ids[5] + 1) % vocabulary, *ids[6:]]
     sequences = [_sequence(ids[:3], response) for response in (ids[3:], other)]
@@ -280,7 +271,7 @@ def require_scorable(model: Any) -> None:
     with narrow_window(model):
         try:
             with packed_attention(model):
-                packed = score_row(model, PackedRow.of(sequences, device), 1.0).by_sequence()
+                packed = passes.score_row(model, PackedRow.of(sequences, device), 1.0).by_sequence()
         except UserError:
             raise
         except TypeError as error:
@@ -288,8 +279,9 @@ def require_scorable(model: Any) -> None:
         except Exception as error:  # a model may choke on a packed row in any way
             reason = f"packed sequences can't pass through it ({type(error).__name__}: {error})"
             raise _refusal(base, reason) from error
-        expected = [_plain_logprobs(base, sequence, device) for sequence in sequences]
+        expected = [passes.run(model, partial(_plain_logprobs, sequence=s, device=device)) for s in sequences]
     model.train(training)
+    passes.rest(model)
     allowed = 1e-3 if base.dtype == torch.float32 else 0.1
     for found, expected_T in zip(packed, expected, strict=True):
         difference = float((found.logprobs_T - expected_T).abs().max())
@@ -297,8 +289,9 @@ def require_scorable(model: Any) -> None:
             raise _refusal(base, f"packed sequences get log-probabilities that differ by {difference:.2g}")
 
 
-def _plain_logprobs(base: Any, sequence: TrainSequence, device: torch.device) -> Tensor:
+def _plain_logprobs(model: Any, sequence: TrainSequence, device: torch.device) -> Tensor:
     """Log-probabilities of the response's tokens by a forward pass of the sequence alone."""
+    base = unwrapped(model)
     whole_1T = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device)
     first = len(sequence.prompt_ids)
     logprobs_TV = base(input_ids=whole_1T, use_cache=False).logits[0, first - 1 : -1].float().log_softmax(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from e3rl.engine.protocol import Engine
 from e3rl.engine.weights import take_weights
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import Draws
-from e3rl.models import Policy, describe_checkpoint
+from e3rl.models import Policy, load_policy
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.filters import GroupFilter
 from e3rl.rollout.group import GroupSettings
@@ -34,6 +34,7 @@ from e3rl.train.listeners import Listener, StopRequest, tell
 from e3rl.train.nonfinite import nonfinite_parameters
 from e3rl.train.prompts import RunData
 from e3rl.train.run_directory import RunDirectory, read_lines
+from e3rl.weight_files import describe_checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Run:
     data: RunData
     steps: int
     policy: Policy  # what is trained
-    generating: Policy  # what rollouts are made by: the same, or a copy that `publish_weights` brings up to date
+    generating: Policy
+    """What rollouts are made by: the same, a copy that `publish_weights` brings up to date, or, where they are made elsewhere
+    and no rank has the weights whole, an empty one."""
     learner: Learner
     draws: Engine | Draws  # what evaluation draws by
     rollouts: Rollouts
@@ -106,12 +109,26 @@ def group_settings(run: Run, state: State, step: int) -> GroupSettings:
 
 def publish_weights(run: Run, state: State) -> None:
     """Give the trained weights to whatever generates."""
+    divided = divides_weights(run.config.train, run.ranks)
+    weights = state.optimizer.weights() if divided else dict(run.policy.trainable())
     with run.rollouts.paused():
-        if run.generating is not run.policy:
-            take_weights(run.generating.model, state.optimizer.weights())
-        elif divides_weights(run.config.train, run.ranks):  # gathering needs all ranks; rank 0 takes the result
-            deque(state.optimizer.weights().values(), maxlen=0)
-        run.rollouts.load_weights(version(run, state))
+        if not run.remote and run.generating is not run.policy:
+            take_weights(run.generating.model, weights)
+        run.rollouts.load_weights(version(run, state), weights)
+
+
+def whole_policy(run: Run, state: State) -> Policy | None:
+    """The policy with all its weights, in the first rank. Where no rank has them, it reads the model once more, on the host."""
+    first = run.ranks.first
+    if not (run.remote and divides_weights(run.config.train, run.ranks)):
+        return run.generating if first else None
+    on_host = replace(run.config.model, device="cpu")
+    policy = run.ranks.attempt(lambda: load_policy(on_host) if first else None)
+    if policy is not None:
+        take_weights(policy.model, state.optimizer.weights())
+    else:
+        deque(state.optimizer.weights().values(), maxlen=0)
+    return policy
 
 
 def require_finite_weights(run: Run, after: str) -> None:
@@ -165,7 +182,6 @@ def restore(run: Run, state: State) -> None:
         state.calibration = CalibrationStatistics.from_tables(facts["reference"])
         state.entropy_moments = moments and Moments.from_table(moments)
         state.prefetched = unpack_groups(run, facts.get("ahead") or [], checkpoint.prefetched)
-        publish_weights(run, state)
         if run.journal is not None:
             run.journal.drop_through(state.step)
     if run.directory is not None:

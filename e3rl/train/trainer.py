@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from e3rl.train.packing import recurrent_mixers
 from e3rl.train.prompts import RunData, answers_as_responses, load_data, number_of_steps
 from e3rl.train.run_directory import RunDirectory, run_path
 from e3rl.train.scoring import require_scorable
-from e3rl.train.state import Run, State, restore, save
+from e3rl.train.state import Run, State, publish_weights, restore, save
 from e3rl.train.summary import environment, require_hub
 
 RewardFunction = Callable[..., Any]
@@ -128,21 +127,18 @@ def prepare(
     load_metric(config.erasure.metric)
     steps = number_of_steps(config, len(data.train))
     torch.manual_seed(config.run.seed)  # adapters start equal in every run and rank
-    policy = load_policy(config.model, outline=outline)
-    require_scorable(policy.model)
+    divided = divides_weights(config.train, ranks)
+    policy = load_policy(config.model, outline=outline, empty=divided)
+    generating = _generating(config, policy, divided=divided, remote=remote)
+    updates = steps * config.train.num_iterations * config.train.minibatches
+    learner = Learner(policy, objective, config, updates, ranks)
+    require_scorable(policy.model, learner.passes)
     if mixers := recurrent_mixers(policy.model):
         note(
             f"{len(mixers)} layers carry a recurrent state: in training they run each sequence from its beginning, also what it "
             "shares with others; train.micro_batch_tokens counts that for each of them"
         )
-    generating = policy
-    # rollouts need weights that training does not touch or divide
-    if (config.rollout.staleness or divides_weights(config.train, ranks)) and (ranks.first or not remote):
-        generating = replace(policy, model=copy.deepcopy(policy.model))
-    updates = steps * config.train.num_iterations * config.train.minibatches
-    learner = Learner(policy, objective, config, updates, ranks)
-    journal = Journal(path, partial(fingerprint, generating.model), note) if ranks.first else None
-    rollouts, draws = _rollouts(config, generating, data.longest_prompt, journal, note, remote=remote)
+    rollouts, draws, journal = _rollouts(config, generating, data.longest_prompt, path, note, remote, ranks.first)
     calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
     stream = build_stream(data.sources, config.data.sources, seed=config.run.seed)
     state = State(learner.optimizer, stream, stream.state(), calibration)
@@ -169,26 +165,38 @@ def prepare(
     )
     if resume:
         restore(run, state)
+    if remote or state.step:
+        publish_weights(run, state)
     return run, state
+
+
+def _generating(config: Config, policy: Policy, *, divided: bool, remote: bool) -> Policy:
+    """The policy that rollouts are made by. An engine here needs weights that training does not touch or divide."""
+    if remote:
+        return policy.emptied() if divided else policy
+    return policy.copied() if divided or config.rollout.staleness else policy
 
 
 def _rollouts(
     config: Config,
     policy: Policy,
     longest_prompt: int,
-    journal: Journal | None,
+    path: Path,
     note: Callable[[str], None],
-    *,
     remote: bool,
-) -> tuple[Rollouts, Engine | Draws]:
-    """Where groups come from, in training and in evaluation. With workers elsewhere, no engine is built."""
+    first: bool,
+) -> tuple[Rollouts, Engine | Draws, Journal | None]:
+    """Where groups come from, in training and in evaluation, and the first rank's journal of them. With workers elsewhere, no
+    engine is built."""
     if not remote:
         engine = build_engine(config.rollout, policy.model, policy.eos_ids, longest_prompt)
-        return LocalRollouts(engine, journal), engine
-    if journal is None:  # the first rank asks the workers
-        return NoRollouts(), lambda _: iter(())
+        journal = Journal(path, partial(fingerprint, policy.model), note) if first else None
+        return LocalRollouts(engine, journal), engine, journal
+    if not first:  # the first rank asks the workers
+        return NoRollouts(policy), lambda _: iter(()), None
+    journal = Journal(path, lambda: found.checksum(), note)
     found = remote_rollouts(config, policy, longest_prompt, journal, note)
-    return found, found.draw
+    return found, found.draw, journal
 
 
 def _require_siblings(config: Config, objective: Objective) -> None:

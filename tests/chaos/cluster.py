@@ -217,7 +217,7 @@ class Cluster:
                 while True:
                     rollouts = rollouts or self.trainer(policy)
                     try:
-                        rollouts.load_weights(step)
+                        rollouts.load_weights(step, dict(policy.trainable()))
                         self._step(rollouts, step, had)
                         break
                     except (TrainerDied, UserError) as end:

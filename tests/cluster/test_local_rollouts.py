@@ -67,7 +67,7 @@ def test_new_weights_draw_the_segments_after_them():
         torch.manual_seed(1)
         for weight in model.parameters():
             weight.data += 0.05 * torch.randn_like(weight)
-        rollouts.load_weights(1)
+        rollouts.load_weights(1, {})
 
     found, _ = rolled_out_beside(update)
     versions = [[s.candidate.version for s in t.segments] for g in found for t in g.trajectories]

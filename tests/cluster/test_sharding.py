@@ -17,7 +17,7 @@ from e3rl.config import TrainConfig
 from e3rl.models import load_policy
 from e3rl.train.attribution import packed_attention
 from e3rl.train.packing import PackedRow, TrainSequence
-from e3rl.train.scoring import RowScorer
+from e3rl.train.scoring import score_row
 from tests.train.random_lab import lab_config
 
 
@@ -41,7 +41,7 @@ def test_one_root_divides_all_and_sums_in_float32(one_rank: Ranks, tmp_path):
     train = TrainConfig(parallel="fsdp2", max_grad_norm=1e9)
     config = lab_config(tmp_path, "model.dtype=bfloat16").model
     plain, policy = load_policy(config), load_policy(config)
-    root = shard(policy.model, train, one_rank)
+    root = shard(policy.model, policy.device, train, one_rank)
     units = [m for m in root.modules() if isinstance(m, FSDPModule)]
     layers = policy.model.model.layers
     assert sorted(map(id, units)) == sorted(map(id, (root, *layers)))
@@ -52,9 +52,9 @@ def test_one_root_divides_all_and_sums_in_float32(one_rank: Ranks, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for _ in range(64):
         row = PackedRow.of([_sequence(torch.randint(3, 20, (12,), generator=generator).tolist())], policy.device)
-        for model, scorer in ((policy.model, root), (plain.model, RowScorer(plain.model))):
+        for model, run in ((policy.model, root), (plain.model, lambda work: work(plain.model))):
             with packed_attention(model):
-                scorer(row, 1.0, None)[0].sum().backward()
+                run(lambda m, row=row: score_row(m, row, 1.0).logprobs_N).sum().backward()
         for name, p in plain.trainable():
             exact[name] += p.grad.double()
             p.grad = None

@@ -16,7 +16,7 @@ from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights
 from e3rl.engine.torch.recorded import MOST, WIDTH, RecordedSteps, Step, allocates
 from e3rl.engine.torch.storage import physical_slots
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.scoring import ModulePasses, Passes
+from e3rl.train.scoring import Passes
 from e3rl.types import Draw
 from tests.engine.models import ARCHITECTURES, build, tiny
 
@@ -106,7 +106,7 @@ def test_no_pass_of_training_runs_while_a_step_is_recorded():
     RecordedSteps(lambda *args: torch.zeros(16, 3)[:4], record, WIDTH, torch.empty(4, 3))(rows, rows, rows, 32)
     other.join()
     assert order == ["recorded", "backward"]
-    waits = [Passes.score_row, Passes.backward, ModulePasses.score_row, MasterOptimizer.step]
+    waits = [Passes.score_row, Passes.backward, MasterOptimizer.step]
     assert all(hasattr(function, "__wrapped__") for function in waits)
 
 

@@ -45,6 +45,8 @@ VARIANTS = {
     ),
     # groups of several rows, whose passes wait for their backward passes; ranks have different numbers of them
     "kept": ("train.micro_batch_tokens=40", "train.gradient_checkpointing=true"),
+    # the reference model is divided too: its passes, of which ranks have different numbers, are made in lockstep
+    "reference": ("objective.kl_coef=0.1", "train.micro_batch_tokens=40"),
     "stale": ("rollout.staleness=1", "train.importance_correction=segment_truncate"),
     "adapters": ("model.lora_r=4", "objective.kl_coef=0.1"),  # their reference is the same model without them
 }

@@ -32,7 +32,7 @@ def assert_same_run(run: Path, expected: Path, what: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process's runs, and two ranks' runs of the same."""
     directory = tmp_path_factory.mktemp("runs")
-    for name in ("none", "none_several", "none_stale", "none_half", "none_kept"):
+    for name in ("none", "none_several", "none_stale", "none_half", "none_kept", "none_reference"):
         alone(directory, name)
     succeed(
         torchrun(
@@ -43,6 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ddp_stale",
             "fsdp2_stale",
             *(f"{mode}_kept" for mode in LOCKSTEP),
+            *(f"{mode}_reference" for mode in LOCKSTEP),
             *(f"{mode}_half" for mode in MODES),
         )
     )
@@ -81,6 +82,11 @@ def test_rollouts_beside_the_training_too(runs: Path, mode: str):
 def test_groups_larger_than_a_micro_batch_too(runs: Path, mode: str):
     """Their passes wait for their backward passes, under FSDP2 at the pace of the rank that has most."""
     assert_same_run(runs / f"{mode}_kept", runs / "none_kept", f"2, {mode}, groups in parts")
+
+
+@pytest.mark.parametrize("mode", LOCKSTEP)
+def test_a_divided_reference_model_too(runs: Path, mode: str):
+    assert_same_run(runs / f"{mode}_reference", runs / "none_reference", f"2, {mode}, with a reference model")
 
 
 @pytest.mark.parametrize("mode", MODES)
