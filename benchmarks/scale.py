@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from scale_compute import flops_per_param_token, host_reads_per_step
 from scale_figure import Figure
 from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
@@ -29,7 +30,9 @@ from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.rollout.columns import encode
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.journal import StepJournal
-from e3rl.train.ledger import Learnt, ledger_rows, write_ledger
+from e3rl.train.ledger import ledger_rows, write_ledger
+from e3rl.train.lessons import Lesson, unscored
+from e3rl.train.packing import group_sequences
 from e3rl.types import Reward, RewardedGroup
 
 ROUNDS = 7
@@ -43,7 +46,11 @@ def python_us_per_token() -> Figure:
     rollout = RolloutConfig(num_generations=SIBLINGS, segment_length=SEGMENT_LENGTH, max_segments=SEGMENTS)
     settings = GroupSettings(rollout, ErasureConfig(), seed=0, step=1, policy_version=0)
     rewards = tuple(Reward(float(n % 2), {"math": float(n % 2)}) for n in range(SIBLINGS))
-    learnt = [Learnt(rng.random(SEGMENTS * SEGMENT_LENGTH)) for _ in range(SIBLINGS)]
+    random_T = torch.from_numpy(rng.random(SEGMENTS * SEGMENT_LENGTH))
+    learnt = [
+        Lesson(sequence, unscored(sequence), None, random_T, SIBLINGS)
+        for sequence in group_sequences([groups[0]], with_erased=False)
+    ]
     bodies = [encode_answer(Answer("run", 1), [encode([group])]) for group in groups]
     tokens = sum(t.committed_tokens + t.erased_tokens for t in groups[0].trajectories)
     seconds: dict[str, list[float]] = {"decode": [], "journal": [], "ledger": []}
@@ -56,7 +63,7 @@ def python_us_per_token() -> Figure:
             decoded = time.process_time()
             journal.add_group(group)
             kept = time.process_time()
-            rows = ledger_rows(number, [RewardedGroup(group, rewards)], [learnt], tokenizer)
+            rows = ledger_rows(number, [RewardedGroup(group, rewards)], learnt, tokenizer)
             write_ledger(Path(place), number, rows)
             written = time.process_time()
             if number:  # the first warms up: most pieces of text are new in it

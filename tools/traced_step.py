@@ -22,7 +22,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.train.learner import Learner, Update
-from e3rl.train.ledger import learnt, ledger_rows
+from e3rl.train.ledger import ledger_rows
 from e3rl.train.lessons import Lesson
 from e3rl.types import Group, Prompt, RewardedGroup
 
@@ -112,5 +112,5 @@ def trace() -> Trace:
     before = [float(x.scores.logprobs_T.sum()) for x in kept]
     update = learner.update(lessons, 0)
     after = logprobs_of(learner, rewarded)
-    ledger = ledger_rows(1, [rewarded], learnt([rewarded], lessons), policy.tokenizer).to_pylist()
+    ledger = ledger_rows(1, [rewarded], lessons, policy.tokenizer).to_pylist()
     return Trace(row, config, policy, rewarded, lessons, update, before, after, ledger)

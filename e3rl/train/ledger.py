@@ -6,8 +6,7 @@ file format's definition; its field metadata says what each column holds, and do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,49 +96,27 @@ def response_columns(trajectory: Trajectory, pieces: Pieces) -> dict[str, Any]:
     return {name: found[name][0].as_py() for name in names}
 
 
-@dataclass(frozen=True)
-class Learnt:
-    """What a trajectory was trained with. The defaults are those of one that was not."""
-
-    advantages: Sequence[float] | np.ndarray = ()
-    shares: Sequence[float] | np.ndarray | None = None
-    erased_advantages: Sequence[float] | np.ndarray = ()
+def ledger_rows(step: int, rewarded: Sequence[RewardedGroup], lessons: Iterable[Lesson], tokenizer: Any) -> pa.Table:
+    """One row a trajectory, with what ``lessons`` say of those that were trained on."""
+    found = _with_text(rewarded, pieces_of(tokenizer)) | _learnt(rewarded, lessons)
+    found["step"] = pa.array(np.full(len(found["sibling"]), step), pa.int32())
+    return pa.Table.from_arrays([found[f.name] for f in SCHEMA], schema=SCHEMA)
 
 
-def learnt(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]) -> list[list[Learnt]]:
-    """By group and sibling."""
+def _learnt(rewarded: Sequence[RewardedGroup], lessons: Iterable[Lesson]) -> dict[str, pa.Array]:
+    """The columns of `_LEARNT`. Of a trajectory's lessons its own comes first, then those of its erased candidates."""
     by_place: dict[tuple[int, int], list[Lesson]] = {}
     for lesson in lessons:
         by_place.setdefault((lesson.sequence.group, lesson.sequence.sibling), []).append(lesson)
-    return [
-        [_learnt(by_place.get((group, t.sibling), [])) for t in item.group.trajectories]
-        for group, item in enumerate(rewarded)
-    ]
-
-
-def _learnt(lessons: Sequence[Lesson]) -> Learnt:
-    """The lessons of one trajectory: its own, then those of its erased candidates."""
-    if not lessons:
-        return Learnt()
-    own, *erased = lessons
-    shares_T = own.scores.shares_T
-    return Learnt(
-        own.advantages_T.numpy(),
-        None if shares_T is None else shares_T.numpy(),
-        [float(x.advantages_T[-1]) for x in erased],  # the same for all its tokens, which come last
-    )
-
-
-def ledger_rows(
-    step: int, rewarded: Sequence[RewardedGroup], signals: Sequence[Sequence[Learnt]], tokenizer: Any
-) -> pa.Table:
-    """One row a trajectory; ``signals`` by group and sibling."""
-    found = _with_text(rewarded, pieces_of(tokenizer))
-    each = [signal for group in signals for signal in group]
-    found["step"] = pa.array(np.full(len(each), step), pa.int32())
-    for name, _ in _LEARNT:
-        found[name] = _floats([getattr(signal, name) for signal in each])
-    return pa.Table.from_arrays([found[f.name] for f in SCHEMA], schema=SCHEMA)
+    places = [(group, t.sibling) for group, item in enumerate(rewarded) for t in item.group.trajectories]
+    each = [by_place.get(place, []) for place in places]
+    shares = [x[0].scores.shares_T if x else None for x in each]
+    return {
+        "advantages": _floats([x[0].advantages_T.numpy() if x else () for x in each]),
+        "shares": _floats([None if shares_T is None else shares_T.numpy() for shares_T in shares]),
+        # an erased candidate's advantage is the same on all its tokens, which come last
+        "erased_advantages": _floats([[float(lesson.advantages_T[-1]) for lesson in x[1:]] for x in each]),
+    }
 
 
 def _floats(rows: Sequence[Sequence[float] | np.ndarray | None]) -> pa.ListArray:

@@ -18,7 +18,7 @@ from e3rl.rollout.companions import save_companions
 from e3rl.rollout.statistics import entropy_moments
 from e3rl.train.collect import StepGroups, collect
 from e3rl.train.learner import Update
-from e3rl.train.ledger import learnt, ledger_rows, write_ledger
+from e3rl.train.ledger import ledger_rows, write_ledger
 from e3rl.train.lessons import Lesson
 from e3rl.train.nonfinite import NonFiniteNumbers, skip_step
 from e3rl.train.run_directory import read_lines
@@ -133,7 +133,7 @@ def prefetch(run: Run, state: State, number: int) -> None:
 def record(run: Run, state: State, groups: StepGroups, lessons: Sequence[Lesson], line: dict[str, Any]) -> None:
     """Write a step (ledger, then metrics), update the totals in ``state`` and tell the listeners."""
     if run.directory is not None:
-        rows = ledger_rows(state.step, groups.all, learnt(groups.all, lessons), run.policy.tokenizer)
+        rows = ledger_rows(state.step, groups.all, lessons, run.policy.tokenizer)
         write_ledger(run.path, state.step, rows)
     state.tokens = line["tokens_total"]
     state.seconds += line["seconds_rollout"] + line["seconds_reward"] + line["seconds_train"]

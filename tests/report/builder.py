@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from e3rl.config import Config, build_config
 from e3rl.equations.threshold import attempt_penalty
 from e3rl.rollout.turns import given
-from e3rl.train.ledger import Learnt, ledger_rows, write_ledger
+from e3rl.train.ledger import ledger_rows, write_ledger
+from e3rl.train.lessons import Lesson, unscored
+from e3rl.train.packing import TrainSequence, erased_sequences, trajectory_sequence
 from e3rl.train.run_directory import RunDirectory
 from e3rl.types import (
     Candidate,
@@ -102,17 +106,28 @@ def trajectory(
     return Trajectory(prompt, sibling, tuple(made), tuple(erasures), "stop" if draw.random() < 0.9 else "length")
 
 
-def signals(draw: random.Random, group: RewardedGroup) -> list[Learnt]:
+def lesson(sequence: TrainSequence, advantages: Sequence[float], shares: Sequence[float] | None = None) -> Lesson:
+    """A sequence that was trained on with these advantages and shares."""
+    scores = replace(unscored(sequence), shares_T=None if shares is None else torch.tensor(shares))
+    return Lesson(sequence, scores, None, torch.tensor(advantages), 1)
+
+
+def made_lessons(draw: random.Random, groups: Sequence[RewardedGroup]) -> list[Lesson]:
     """Advantages constant in a segment, of which some flip the sign; shares that add up to 1; contrast."""
+    return [x for number, group in enumerate(groups) for x in _lessons_of(draw, group, number)]
+
+
+def _lessons_of(draw: random.Random, group: RewardedGroup, number: int) -> list[Lesson]:
     known = [r.value or 0.0 for r in group.rewards]
     average = sum(known) / len(known)
-    found = []
+    found: list[Lesson] = []
     for item, value in zip(group.group.trajectories, known, strict=True):
         by_segment = [(value - average) * 2 * draw.uniform(-0.3, 1.2) for _ in item.segments]
         advantages = [a for a, length in zip(by_segment, item.segment_lengths, strict=True) for _ in range(length)]
         raw = [draw.random() + 0.05 for _ in advantages]
-        erased = tuple(-1.0 if value > 0 else 0.0 for _ in item.erasures)
-        found.append(Learnt(tuple(advantages), tuple(x / sum(raw) for x in raw), erased))
+        found.append(lesson(trajectory_sequence(item, number), advantages, [x / sum(raw) for x in raw]))
+        for erased in erased_sequences(item, number):
+            found.append(lesson(erased, [-1.0 if value > 0 else 0.0]))
     return found
 
 
@@ -134,7 +149,7 @@ def rewarded_group(
 
 def write_rollouts(run: Path, step: int, groups: Sequence[RewardedGroup], tokenizer: Words) -> None:
     draw = random.Random(step)
-    write_ledger(run, step, ledger_rows(step, groups, [signals(draw, group) for group in groups], tokenizer))
+    write_ledger(run, step, ledger_rows(step, groups, made_lessons(draw, groups), tokenizer))
 
 
 def metrics_record(draw: random.Random, step: int, steps: int, config: Config) -> dict[str, Any]:
@@ -213,7 +228,7 @@ def many_rollouts(run: Path, steps: int, groups: int, config: Config) -> int:
     """Ledgers of ``steps`` steps that hold the same rollouts but for the step; returns how many rollouts that is."""
     tokenizer, draw = Words(), random.Random(0)
     made = [rewarded_group(draw, tokenizer, f"p{i:03d}", config, 0.5) for i in range(groups)]
-    rows = ledger_rows(0, made, [signals(draw, group) for group in made], tokenizer)
+    rows = ledger_rows(0, made, made_lessons(draw, made), tokenizer)
     for step in range(1, steps + 1):
         numbers = pa.array([step] * rows.num_rows, pa.int32())
         write_ledger(run, step, rows.set_column(0, rows.schema.field(0), numbers))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from e3rl.doctor.run import _ledger_problem
 from e3rl.report.rollouts import read_step
-from e3rl.train.ledger import SCHEMA, Learnt, ledger_path, ledger_rows, write_ledger
+from e3rl.train.ledger import SCHEMA, ledger_path, ledger_rows, write_ledger
+from e3rl.train.packing import group_sequences
 from e3rl.train.run_directory import read_lines
 from e3rl.train.trainer import Trainer
-from tests.report.builder import Words, rewarded_group, run_config, write_rollouts
+from tests.report.builder import Words, lesson, rewarded_group, run_config, write_rollouts
 from tests.train.random_lab import lab_config
 
 REWARD = '''
@@ -62,8 +62,9 @@ def test_an_erased_candidates_advantage_stands_beside_it(run: Path) -> None:
 def test_every_column_holds_what_it_says(tmp_path: Path) -> None:
     config = run_config(tmp_path / "a")
     groups = [rewarded_group(random.Random(n), Words(), f"p{n}", config, 0.5) for n in range(3)]
-    learnt = [[Learnt(np.arange(t.committed_tokens), None, (0.5,)) for t in g.group.trajectories] for g in groups]
-    write_ledger(tmp_path, 7, ledger_rows(7, groups, learnt, Words()))
+    sequences = group_sequences([g.group for g in groups], with_erased=True)
+    lessons = [lesson(s, [0.5] if s.erased else range(len(s.response_ids))) for s in sequences]
+    write_ledger(tmp_path, 7, ledger_rows(7, groups, lessons, Words()))
     table = pq.read_table(ledger_path(tmp_path, 7))
     assert (table.schema.names, table.schema.metadata) == (SCHEMA.names, {b"format": b"3"})
     assert all(field.metadata[b"meaning"] for field in table.schema)
@@ -80,7 +81,7 @@ def test_every_column_holds_what_it_says(tmp_path: Path) -> None:
                 reward.error,
             )
             assert row["advantages"] == list(range(t.committed_tokens))
-            assert (row["shares"], row["erased_advantages"]) == (None, [0.5])
+            assert (row["shares"], row["erased_advantages"]) == (None, [0.5] * len(t.erasures))
             for kept, found in zip([*t.segments, *t.erasures], [*row["segments"], *row["erasures"]], strict=True):
                 assert found["pieces"] == [words.words[i] for i in kept.candidate.ids]
                 assert found["text"] == "".join(found["pieces"])
