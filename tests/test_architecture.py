@@ -84,6 +84,16 @@ def test_files_can_be_read_in_one_sitting(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES.get(room, LONGEST)
 
 
+def test_functions_fit_on_a_screen():
+    functions = (
+        (f"{path.relative_to(ROOT)}:{node.name}", (node.end_lineno or 0) - node.lineno + 1)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert {name: lines for name, lines in functions if lines > 50} == {}
+
+
 @pytest.mark.parametrize("tool", ["equation_map.py", "run_directory_page.py", "objective_tables.py"])
 def test_pages_made_from_code_are_fresh(tool: str):
     done = subprocess.run(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from e3rl.plan.simulation import Costs, StepTime, Work
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+COLUMNS = ("GPUs", "rows", "together", "bottleneck", "apart", "generate + train", "speed-up", "barrier %", "idle %")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,17 +54,52 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
     """A line for each number of GPUs: all of them generate and then train; some generate while the others train."""
     from rich.table import Table
 
-    from e3rl.plan.simulation import (
-        Gpu,
-        Work,
-        fitting_rows,
-        operations,
-        read_context,
-        roofline,
-        simulate_step,
-    )
+    from e3rl.plan.simulation import Gpu, fitting_rows, operations, read_context, roofline, simulate_step
 
-    work = Work(
+    work, seed, engine = _work(config, options), options.seed, config.rollout.engine
+    length = work.segment_length * work.segments
+    context, flops = read_context(length, engine), operations(config)
+    costs = roofline(options.parameters, options.kv_bytes, context, flops, prompt=work.prompt_tokens)
+    trained = options.parameters * (18 if flops else 2)  # float32 master, sum and moments; copies
+
+    def rows(held: float) -> int:
+        """Rows of an engine beside ``held`` bytes; of the torch engine in slots of full length."""
+        size = context if engine == "vllm" else length + work.prompt_tokens
+        return fitting_rows(options.rows, options.parameters, options.kv_bytes, size, held, Gpu())
+
+    table = Table(
+        title=f"{work.groups} groups of {work.siblings}, {options.parameters:.3g} parameters, {flops} operations a weight and "
+        "token in training; seconds",
+        title_justify="left",
+    )
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "bottleneck" else "right", no_wrap=name == "bottleneck")
+    first, alone = 0.0, rows(0.0)
+    for gpus in options.gpus:
+        fit, together, best = rows(trained / gpus), None, None
+        if fit >= work.siblings:
+            together = simulate_step(work, costs, workers=gpus, trainers=gpus, rows=fit, seed=seed)
+        if alone >= work.siblings:
+            best = _best_split(work, costs, gpus, alone, trained, seed)
+        seconds = [found.seconds for found in (together, best and best[0]) if found]
+        first = first or min(seconds, default=0.0)
+        table.add_row(
+            str(gpus),
+            str(fit),
+            f"{together.seconds:.1f}" if together else "–",
+            together.bottleneck if together else "",
+            f"{best[0].seconds:.1f}" if best else "",
+            f"{gpus - best[1]} + {best[1]}" if best else "",
+            f"{first / min(seconds):.1f}" if seconds else "",
+            *(_lost(work, costs, together, gpus, fit, seed) if together else ("", "")),
+        )
+    return table
+
+
+def _work(config: Config, options: argparse.Namespace) -> Work:
+    from e3rl.plan.simulation import Work
+
+    return Work(
         groups=config.train.prompts_per_step,
         siblings=config.rollout.num_generations,
         segment_length=config.rollout.segment_length,
@@ -73,65 +109,20 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
         max_erasures=config.erasure.max_erasures,
         prompt_tokens=options.prompt,
     )
-    length = work.segment_length * work.segments
-    context, flops = read_context(length, config.rollout.engine), operations(config)
-    costs = roofline(options.parameters, options.kv_bytes, context, flops, prompt=work.prompt_tokens)
-    trained = (
-        2 * options.parameters if flops == 0 else 18 * options.parameters
-    )  # float32 master, sum and moments; copies
 
-    def rows(held: float) -> int:
-        """Rows of an engine beside ``held`` bytes; of the torch engine in slots of full length."""
-        size = context if config.rollout.engine == "vllm" else length + work.prompt_tokens
-        return fitting_rows(options.rows, options.parameters, options.kv_bytes, size, held, Gpu())
 
-    table = Table(
-        title=f"{work.groups} groups of {work.siblings}, {options.parameters:.3g} parameters, {flops} operations a weight and "
-        "token in training; seconds",
-        title_justify="left",
-    )
-    for name in (
-        "GPUs",
-        "rows",
-        "together",
-        "bottleneck",
-        "apart",
-        "generate + train",
-        "speed-up",
-        "barrier %",
-        "idle %",
-    ):
-        table.add_column(name, justify="left" if name == "bottleneck" else "right", no_wrap=name == "bottleneck")
-    first = 0.0
-    for gpus in options.gpus:
-        fit, alone = rows(trained / gpus), rows(0.0)
-        together = None
-        if fit >= work.siblings:
-            together = simulate_step(work, costs, workers=gpus, trainers=gpus, rows=fit, seed=options.seed)
-        splits = [t for t in sorted({max(1, gpus * part // 8) for part in range(1, 8)}) if t < gpus]
-        apart = [
-            (
-                simulate_step(work, costs, workers=gpus - t, trainers=t, rows=alone, ahead=True, seed=options.seed),
-                gpus - t,
-                t,
-            )
-            for t in splits
-            if alone >= work.siblings and trained / t < Gpu().memory
-        ]
-        best = min(apart, key=lambda found: found[0].seconds, default=None)
-        seconds = [found.seconds for found in (together, best and best[0]) if found]
-        first = first or min(seconds, default=0.0)
-        table.add_row(
-            str(gpus),
-            str(fit),
-            f"{together.seconds:.1f}" if together else "–",
-            together.bottleneck if together else "",
-            f"{best[0].seconds:.1f}" if best else "",
-            f"{best[1]} + {best[2]}" if best else "",
-            f"{first / min(seconds):.1f}" if seconds else "",
-            *(_lost(work, costs, together, gpus, fit, options.seed) if together else ("", "")),
-        )
-    return table
+def _best_split(
+    work: Work, costs: Costs, gpus: int, rows: int, trained: float, seed: int
+) -> tuple[StepTime, int] | None:
+    """The fastest step with some GPUs as trainers, whose memory must hold ``trained`` bytes, and their number."""
+    from e3rl.plan.simulation import Gpu, simulate_step
+
+    found = [
+        (simulate_step(work, costs, workers=gpus - t, trainers=t, rows=rows, ahead=True, seed=seed), t)
+        for t in sorted({max(1, gpus * part // 8) for part in range(1, 8)})
+        if t < gpus and trained / t < Gpu().memory
+    ]
+    return min(found, key=lambda split: split[0].seconds, default=None)
 
 
 def _lost(work: Work, costs: Costs, step: StepTime, gpus: int, rows: int, seed: int) -> tuple[str, str]:

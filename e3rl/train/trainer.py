@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from e3rl.cluster.parallel import divides_weights
-from e3rl.cluster.ranks import join_ranks
+from e3rl.cluster.ranks import Ranks, join_ranks
 from e3rl.cluster.rollouts import LocalRollouts, NoRollouts, Rollouts, remote_rollouts
 from e3rl.config import Config
 from e3rl.data.contamination import overlap_notes
@@ -21,8 +21,7 @@ from e3rl.errors import RunStopped, UserError
 from e3rl.evaluate.evaluation import Draws, evaluation_settings
 from e3rl.files import write_json
 from e3rl.models import Outline, Policy, load_outline, load_policy, resolve_model_path
-from e3rl.objectives import build as build_objective
-from e3rl.objectives import method_name
+from e3rl.objectives import build, method_name
 from e3rl.objectives.base import Objective
 from e3rl.rewards.scorer import Scorer, check_rewards_run
 from e3rl.rollout.companions import find_companions
@@ -115,33 +114,20 @@ def prepare(
     resume = ranks.gather(resume)[0]
     remote = bool(config.rollout.workers or config.rollout.servers)
     note = partial(tell, listeners if ranks.first else (), "noted")
-
-    if config.train.push_to_hub and ranks.first:
-        require_hub(config.train.push_to_hub)
-    objective = build_objective(config.objective)
-    _require_siblings(config, objective)
+    _check_early(config, ranks)
+    objective = _build_objective(config)
     # what takes moments comes before the weights: data, columns, reward functions
     outline = load_outline(config.model)
     data = load_data(config, outline, shown="demonstrations" in objective.needs)
     scorer = _build_scorer(config, reward_functions, data, outline)
-    load_metric(config.erasure.metric)
     steps = number_of_steps(config, len(data.train))
     torch.manual_seed(config.run.seed)  # adapters start equal in every run and rank
     divided = divides_weights(config.train, ranks)
     policy = load_policy(config.model, outline=outline, empty=divided)
     generating = _generating(config, policy, divided=divided, remote=remote)
-    updates = steps * config.train.num_iterations * config.train.minibatches
-    learner = Learner(policy, objective, config, updates, ranks)
-    require_scorable(policy.model, learner.passes)
-    if mixers := recurrent_mixers(policy.model):
-        note(
-            f"{len(mixers)} layers carry a recurrent state: in training they run each sequence from its beginning, also what it "
-            "shares with others; train.micro_batch_tokens counts that for each of them"
-        )
+    learner = _build_learner(policy, objective, config, steps, ranks, note)
     rollouts, draws, journal = _rollouts(config, generating, data.longest_prompt, path, note, remote, ranks.first)
-    calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
-    stream = build_stream(data.sources, config.data.sources, seed=config.run.seed)
-    state = State(learner.optimizer, stream, stream.state(), calibration)
+    state = _first_state(config, data, learner)
     run = Run(
         config=config,
         path=path,
@@ -170,11 +156,39 @@ def prepare(
     return run, state
 
 
+def _check_early(config: Config, ranks: Ranks) -> None:
+    """UserError for what can be seen to fail before data and model are loaded."""
+    if config.train.push_to_hub and ranks.first:
+        require_hub(config.train.push_to_hub)
+    load_metric(config.erasure.metric)
+
+
 def _generating(config: Config, policy: Policy, *, divided: bool, remote: bool) -> Policy:
     """The policy that rollouts are made by. An engine here needs weights that training does not touch or divide."""
     if remote:
         return policy.emptied() if divided else policy
     return policy.copied() if divided or config.rollout.staleness else policy
+
+
+def _build_learner(
+    policy: Policy, objective: Objective, config: Config, steps: int, ranks: Ranks, note: Callable[[str], None]
+) -> Learner:
+    """The learner; UserError where its packed rows don't give the model's own numbers."""
+    updates = steps * config.train.num_iterations * config.train.minibatches
+    learner = Learner(policy, objective, config, updates, ranks)
+    require_scorable(policy.model, learner.passes)
+    if mixers := recurrent_mixers(policy.model):
+        note(
+            f"{len(mixers)} layers carry a recurrent state: in training they run each sequence from its beginning, also what it "
+            "shares with others; train.micro_batch_tokens counts that for each of them"
+        )
+    return learner
+
+
+def _first_state(config: Config, data: RunData, learner: Learner) -> State:
+    calibration = first_statistics(config, trains=not data.demonstrations, evaluates=bool(data.held_out))
+    stream = build_stream(data.sources, config.data.sources, seed=config.run.seed)
+    return State(learner.optimizer, stream, stream.state(), calibration)
 
 
 def _rollouts(
@@ -199,13 +213,15 @@ def _rollouts(
     return found, found.draw, journal
 
 
-def _require_siblings(config: Config, objective: Objective) -> None:
-    """Refuse single samples where the objective compares several."""
+def _build_objective(config: Config) -> Objective:
+    """The objective; single samples are refused where it compares several."""
+    objective = build(config.objective)
     if config.rollout.num_generations < 2 and not objective.needs & {"demonstrations", "frozen"}:
         raise UserError(
             f"rollout.num_generations = 1, but objective '{config.objective.name}' compares the samples of a prompt: "
             "it needs at least 2 samples of each"
         )
+    return objective
 
 
 def _build_scorer(config: Config, functions: Sequence[RewardFunction], data: RunData, outline: Outline) -> Scorer:
