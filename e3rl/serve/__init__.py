@@ -1,1 +1,1 @@
-"""Erasable decoding over HTTP, in the form that OpenAI's clients speak."""
+"""Erasable decoding over HTTP with an OpenAI-compatible API."""

@@ -1,4 +1,4 @@
-"""What one sample of a request has come to: its text, its tokens, its calls, its counts, how it ended."""
+"""The state of one sample of a request: text, tokens, tool calls, counts, and how it ended."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ServedChoice:
             self.erasures.append(event.erasure)
 
     def committed(self, event: Committed) -> Piece | None:
-        """The response grew; None where the sample has ended before."""
+        """The response grew by a segment; None where the sample had ended."""
         if self.finish is not None:
             return None
         candidate, start = event.segment.candidate, len(self.tokens.ids)
@@ -192,7 +192,7 @@ def _judged(judgement: Judgement) -> dict[str, float | None]:
 
 
 def usage(prompt_tokens: int, choices: Sequence[ServedChoice]) -> dict[str, int]:
-    """Tokens of a request. Erased ones are counted apart: they were generated and are in no answer."""
+    """Tokens of a request. Erased tokens, which are in no answer, are counted apart."""
     completion = sum(len(c.tokens.ids) for c in choices)
     return {
         "prompt_tokens": prompt_tokens,

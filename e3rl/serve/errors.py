@@ -1,4 +1,4 @@
-"""Refusals in the form that OpenAI's clients understand."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def invalid(param: str, message: str) -> ApiError:
 
 
 def as_api_error(error: UserError) -> ApiError:
-    """What the library says to a user, said to a client."""
+    """A UserError of the library as an error for the client."""
     return ApiError(400, str(error))

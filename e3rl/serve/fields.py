@@ -39,7 +39,7 @@ def integer(fields: Mapping[str, Any], name: str, low: int, high: int | None = N
 
 
 def number(fields: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
-    """A number within bounds, which NaN is not."""
+    """A number within bounds; NaN is refused."""
     value = fields.get(name)
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""The shapes that an answer has: chat completions, text completions, token ids; whole and in chunks."""
+"""Response formats: chat completions, text completions, token ids; whole and streamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from e3rl.serve.service import Running
 
 @dataclass(frozen=True)
 class Form:
-    """How one endpoint reads a request and words an answer."""
+    """The request reader and the response format of one endpoint."""
 
     read: Callable[[Any], DecodingRequest]
     prefix: str
@@ -94,7 +94,7 @@ FORMS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/inference/v1/g
 
 @dataclass(frozen=True)
 class AnswerWriter:
-    """Words one answer; all its parts share an id."""
+    """Formats one answer; all its parts share an id."""
 
     form: Form
     running: Running
@@ -121,7 +121,7 @@ class AnswerWriter:
         return json.dumps({**self._head(self.form.chunk), **prompt, "choices": [made]})
 
     def usage_chunk(self) -> str:
-        """What closes a stream that was asked for its usage."""
+        """The last chunk of a stream that was asked for usage."""
         return json.dumps({**self._head(self.form.chunk), "choices": [], "usage": self.running.usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_GRAMMAR = 2**16
 """Characters of a schema or grammar."""
 _JSON: Any = {"whitespace_pattern": r"[\x20\x0A\x09]{0,16}"}
-"""A model that rambles in white space must come to an end."""
+"""Bounds white space, so that a model can't generate it for ever."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class GrammarMatcher:
         return end_V
 
     def _follow(self, generated: Sequence[int]) -> None:
-        """Bring the matcher to these tokens: what a rollback took away is taken back here as well."""
+        """Bring the matcher to these tokens, rolling it back where tokens were erased."""
         same = next(
             (i for i, (a, b) in enumerate(zip(self._consumed, generated, strict=False)) if a != b),
             min(len(self._consumed), len(generated)),

@@ -1,4 +1,4 @@
-"""What changes or reads logits before a token is drawn: penalties, biases, a grammar, the likeliest tokens.
+"""Logits hooks: penalties, biases, a grammar, and the likeliest tokens.
 
 One `RowHook` a sample (`e3rl.engine.protocol.LogitsHook`). Erasing costs it nothing: it is shown the tokens that a row has,
 and erased ones are not among them.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORBIDDEN = -1e30
-"""In place of minus infinity, which an engine takes for broken weights."""
+"""Used in place of minus infinity, which an engine reports as non-finite logits."""
 
 
 class Matcher(Protocol):

@@ -1,4 +1,4 @@
-"""The live page of a server: what is committed and what is erased, as it happens. There only where `--page` asks for it."""
+"""The live page of a server: what is committed and what is erased, as it happens. Served only with `--page`."""
 
 from __future__ import annotations
 

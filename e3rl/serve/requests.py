@@ -53,7 +53,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "n_probs": (0,),
 }
-"""Fields of the interface that do nothing here, with the values that ask for nothing. null always does."""
+"""Unsupported fields of the API, with the values under which they have no effect. null always has none."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Output:
 
 @dataclass(frozen=True)
 class DecodingRequest:
-    """What a client asked for. None means that it left the choice to the server; so does an empty ``model``."""
+    """What a client asked for. None: the server's default; so does an empty ``model``."""
 
     model: str
     prompts: tuple[str | Chat | tuple[int, ...], ...]
@@ -123,7 +123,7 @@ def read_chat(body: Any) -> DecodingRequest:
 def read_text(body: Any) -> DecodingRequest:
     """The body of POST /v1/completions. A prompt is text or token ids, used as it stands."""
     fields = _fields(body, _TEXT)
-    top = fields.get("logprobs")  # a number here; false asks for nothing
+    top = fields.get("logprobs")  # a number here; false is the default
     count = None if top is False else integer(fields, "logprobs", 0, MAX_TOP_LOGPROBS)
     limit = integer(fields, "max_tokens", 1)
     return _request(fields, _prompts(fields.get("prompt")), limit, count, read_grammar(fields), ToolChoice())

@@ -101,7 +101,7 @@ def make_app(service: Service, access: Access) -> Door:
 
 @dataclass(frozen=True)
 class _Api:
-    """What is answered, by path."""
+    """The handlers by path."""
 
     service: Service
 
@@ -243,6 +243,6 @@ def _unrouted(request: Request, error: Exception) -> Response:
 
 
 def _broken(request: Request, error: Exception) -> Response:
-    """Whatever goes wrong, the client gets an error object and never a traceback."""
+    """Unexpected errors: the client gets an error object, never a traceback."""
     traceback.print_exception(error, file=sys.stderr)
     return _error(ApiError(500, "an internal error; the server's own output says more"))

@@ -1,4 +1,4 @@
-"""Between the wire and the worker: one request in, its samples' segments out as they are committed."""
+"""Turns requests into groups for the decoding thread, and committed segments into pieces of answers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Service:
         self._worker.stop()
 
     def drain(self) -> bool:
-        """Take no more requests; whether earlier ones are still under way."""
+        """Refuse new requests; return whether earlier ones are still under way."""
         return self._worker.drain()
 
     def load(self) -> dict[str, int]:
@@ -169,7 +169,7 @@ class Service:
                 yield found
 
     def drop(self, running: Running) -> None:
-        """Nobody waits for the request any more: its rows become free, and what became of it is counted."""
+        """The client is gone or served: free its rows and count the outcome."""
         used, choices = running.usage(), running.choices
         for name in ("prompt", "completion", "erased"):
             self.metrics.add(f"e3rl_{name}_tokens_total", used[f"{name}_tokens"])

@@ -18,7 +18,7 @@ _MOST_HALVES = 256
 
 
 class TextStream:
-    """The text of one sample as it grows. What might yet turn out otherwise is held back.
+    """The text of one sample as it grows. Text that later tokens may change is held back.
 
     Once ``stopped`` by a stop string, ``kept`` is how many tokens it took to write it. The work for a token doesn't grow with
     the number of those before it.
@@ -60,7 +60,7 @@ class TextStream:
         return certain
 
     def would_add(self, ids: Sequence[int]) -> str:
-        """The text that these tokens would stand for here, half characters included; nothing is kept of them."""
+        """The text that these tokens would add, incomplete characters included; changes no state."""
         return (self._pending + self._unread([*self._ids, *ids]))[self._sent :]
 
     def _settle(self, pending: str) -> None:
@@ -113,7 +113,7 @@ class CallStream:
     def _end_of_text(self) -> int:
         """Where what is not sent might begin to be a call."""
         opening = self.form.opening
-        if not opening:  # the whole answer may be one
+        if not opening:  # the whole answer may be a call
             begun = self.text.lstrip()
             return 0 if not begun or begun[0] in "{[<" else len(self.text)
         at = self.text.find(opening, self.sent)

@@ -1,8 +1,8 @@
 """The thread that owns the engine: groups of several clients decode together, each by its own settings.
 
 A new group joins whenever rows are free, in the order of asking, and a group whose client has gone leaves: both
-interrupt the engine, in the middle of a segment, where it is a `ServingEngine`. Handing over is the only thing that other
-threads do here: everything else that touches the engine runs on this thread.
+interrupt the engine, in the middle of a segment, where it is a `ServingEngine`. Other threads only
+hand over work: everything that touches the engine runs on this thread.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Failed:
 
 
 class Outbox:
-    """What becomes of a request, on its way from the decoding thread to the event loop that made this."""
+    """A queue of a request's events from the decoding thread to the event loop that made this."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | Failed] = asyncio.Queue()
 
     def put(self, message: tuple[int, Event] | Failed) -> None:
-        """Called by any thread. A message for a loop that has ended is for nobody."""
+        """Called by any thread. Messages for a loop that has ended are dropped."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
 
@@ -57,7 +57,7 @@ class Ticket:
     cancelled: threading.Event
 
     def tell(self, event: Event) -> None:
-        """Hand an event over to whoever waits for this group."""
+        """Pass an event to the client that waits for this group."""
         self.outbox.put((self.index, event))
 
 
@@ -87,7 +87,7 @@ class DecodingWorker:
                 raise ApiError(429, f"{waiting} groups wait already; try again soon", code="overloaded")
             self._arrived.extend(tickets)
             self._changed.notify()
-        if self._engine.free_rows() and not waiting:  # else there is nothing to be had before somebody ends
+        if self._engine.free_rows() and not waiting:  # else rows become free only when a group ends
             self._interrupt()
 
     def _interrupt(self) -> None:
@@ -130,7 +130,7 @@ class DecodingWorker:
                     ticket = self._tickets.pop(job)
                     if job.error is not None:
                         ticket.outbox.put(Failed(_said_to_client(job.error)))
-        finally:  # whatever ended the loop, nobody may wait for ever
+        finally:  # whatever ended the loop, no client may wait for ever
             self._close(ApiError(503, "the server is stopping"))
 
     def _take_work(self) -> bool:

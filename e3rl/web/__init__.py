@@ -1,1 +1,1 @@
-"""What the servers have in common: who may ask, what is read of a request, and the process around an ASGI app."""
+"""Shared by all servers: access control, reading requests within limits, and running an ASGI app."""

@@ -53,7 +53,7 @@ class Access:
         return not is_loopback(self.host) and (_is_address(name) or name == socket.gethostname().lower())
 
     def admits(self, token: str) -> bool:
-        """Whether this token opens the door; without one set, everything does."""
+        """Whether this token is accepted; any is where none is set."""
         return self.token is None or hmac.compare_digest(token.encode(errors="replace"), self.token.encode())
 
 

@@ -1,4 +1,4 @@
-"""ASGI middleware: a request is admitted by its headers, then its body is read within limits, then the app sees it."""
+"""ASGI middleware: admits a request by its headers, reads its body within limits, then calls the app."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _replay(body: bytes, scope: Scope, receive: Receive) -> Receive:
 async def _answer_unread(response: Response, scope: Scope, receive: Receive, send: Send, *, unread: bool) -> None:
     """Answer without reading the body, and close the connection.
 
-    What still arrives is thrown away for a moment: a socket that is closed with unread bytes resets the connection, and
+    For a moment, what still arrives is read and dropped: a socket that is closed with unread bytes resets the connection, and
     the client would not see the answer.
     """
     response.headers["connection"] = "close"

@@ -1,4 +1,4 @@
-"""Numbers for an operator's monitoring, in Prometheus' text format."""
+"""Counters and histograms in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Metrics:
             found.total += seconds
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        """All of it, with ``gauges``: what is so at this moment."""
+        """Everything as text, with ``gauges``, the current values."""
         with self._lock:
             names = [*dict.fromkeys(name for name, _ in self._counters)]
             lines = [line for name in names for line in self._of_counter(name)]

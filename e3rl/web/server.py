@@ -1,4 +1,4 @@
-"""Runs an ASGI app: a bound socket, uvicorn, and limits that slow or many connections meet."""
+"""Runs an ASGI app: a bound socket, uvicorn, and limits for slow or many connections."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class WebServer:
             proxy_headers=False,
             server_header=False,
             access_log=False,
-            log_config=None,  # the terminal belongs to whoever started the server
+            log_config=None,  # logging is left to the caller
             log_level="critical",
             backlog=_BACKLOG,
             timeout_keep_alive=SECONDS_IDLE,
@@ -134,7 +134,7 @@ class HttpConnection(H11Protocol):
     """Uvicorn's connection, with deadlines for clients that don't send or don't read.
 
     There is always room for a new one: beyond the limit, the connection that has been without an admitted request for
-    longest is closed for it. A client that has gone is noticed whatever it sent before.
+    longest is closed for it. A client that disconnects is noticed even after a request sent early.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -155,7 +155,7 @@ class HttpConnection(H11Protocol):
             return
         try:
             super().data_received(data)
-        except h11.LocalProtocolError:  # nonsense in the middle of a body that has been answered already
+        except h11.LocalProtocolError:  # invalid data in a body that was answered already
             self.transport.abort()
         if self._busy:
             self._cancel_asking()
