@@ -158,8 +158,7 @@ def diagnose(
     report: Callable[[str], None] = lambda text: None,
     tell: Tell = lambda activity, done, of: None,
 ) -> Diagnosis:
-    """Measure everything on ``problems`` problems of ``data``, each sampled ``eval.num_samples`` times. ``report`` hears of
-    each part, ``tell`` how far it is."""
+    """Measure everything on ``problems`` problems of ``data``; ``report`` is told of each part, ``tell`` how far it is."""
     began = time.perf_counter()
     prompts = _prompts(policy, data, config, problems)
     by_steps = knows_steps([p.problem for p in prompts])
@@ -170,9 +169,8 @@ def diagnose(
         samples, faults = firsts(groups, scorer, policy.tokenizer, by_steps)
         require_rewards(faults)
         report(f"{len(samples)} prefixes × {retries} retries")
-        forks, siblings = retry(
-            engine, scorer, policy.tokenizer, config, choose_forks(samples, config.run.seed), retries, by_steps, tell
-        )
+        chosen = choose_forks(samples, config.run.seed)
+        forks, siblings = retry(engine, scorer, policy.tokenizer, config, chosen, retries, by_steps, tell)
         report("decoding: plain, votes, erasable")
         ways = {"temperatures": temperatures, "settings": settings, "own": own_settings, "tell": tell}
         decodings = compare(engine, prompts, scorer, policy.tokenizer, config, **ways)  # type: ignore[arg-type]
