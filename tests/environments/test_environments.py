@@ -96,7 +96,7 @@ def answers(*texts: str) -> Says:
     return lambda context, draw: texts[context.count("<|im_start|>assistant") - 1]
 
 
-def test_a_class_written_for_trl_runs_unchanged(tmp_path: Path):
+def test_a_class_written_for_trl_runs_unchanged(tmp_path: Path) -> None:
     config = world(tmp_path)
     [trajectory], tokens, engine = roll(config, answers(f"Let me see. {add(2)}", add(4), "It stands at 9."))
     prompt = tokens.decode(list(trajectory.prompt.ids))
@@ -123,7 +123,7 @@ def test_a_class_written_for_trl_runs_unchanged(tmp_path: Path):
     assert (reward.value, reward.parts) == (9.0, {"environment": 9.0})
 
 
-def test_what_goes_wrong_is_what_the_model_sees(tmp_path: Path):
+def test_what_goes_wrong_is_what_the_model_sees(tmp_path: Path) -> None:
     turns = answers(
         add(10) + add(1) + CALL.format("ask", "{}"),
         CALL.format("fly", "{}") + CALL.format("add", '{"to": 1}'),
@@ -137,7 +137,7 @@ def test_what_goes_wrong_is_what_the_model_sees(tmp_path: Path):
     assert (trajectory.finish, trajectory.turns) == ("stop", 3)
 
 
-def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path):
+def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path) -> None:
     config = world(tmp_path, timeout=0.3)
     problems = [Problem(name, name, columns={"start": 3}) for name in ("hang", "go")]
 
@@ -156,7 +156,7 @@ def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path):
     assert by_name["hang"].error == "its environment took longer than 0.3 s"
 
 
-def test_turns_and_calls_have_limits(tmp_path: Path):
+def test_turns_and_calls_have_limits(tmp_path: Path) -> None:
     [trajectory], _, _ = roll(world(tmp_path, max_turns=2, max_calls=1), lambda context, draw: add(1) + add(1))
     seen = [s.observation for s in trajectory.segments if s.observation]
     assert (len(seen), trajectory.finish, trajectory.environment.count) == (2, "length", 5)
@@ -164,7 +164,7 @@ def test_turns_and_calls_have_limits(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("source", "state"), [(STATEFUL, "snapshot"), (COUNTER, "deepcopy")])
-def test_a_bad_call_is_taken_back_with_the_state(tmp_path: Path, source: str, state: str):
+def test_a_bad_call_is_taken_back_with_the_state(tmp_path: Path, source: str, state: str) -> None:
     config = world(tmp_path, source, erase="errors", state=state)
 
     def says(context: str, draw: Draw) -> str:
@@ -178,13 +178,13 @@ def test_a_bad_call_is_taken_back_with_the_state(tmp_path: Path, source: str, st
     assert trajectory.environment.count == 5
 
 
-def test_without_a_way_back_the_bad_call_stays(tmp_path: Path):
+def test_without_a_way_back_the_bad_call_stays(tmp_path: Path) -> None:
     [trajectory], _, _ = roll(world(tmp_path, erase="errors"), answers(add(10), "Done."))
     assert (trajectory.erasures, trajectory.environment.count) == ((), -1)
     assert trajectory.segments[-2].observation.forced
 
 
-def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path):
+def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text("def odd(calls):\n    return float(int(calls[0].result) % 2)\n")
     config = world(tmp_path, STATEFUL, erase=f"{tmp_path}/judge.py:odd", max_turn_erasures=2)
 
@@ -209,7 +209,7 @@ def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path):
         (STATEFUL.replace("return self.count\n\n    def restore", "return self.__dict__\n\n    def restore").replace("self.count = snapshot", "pass"), "hands out"),
     ],
 )  # fmt: skip
-def test_an_environment_that_cannot_work_is_refused(tmp_path: Path, source: str, why: str):
+def test_an_environment_that_cannot_work_is_refused(tmp_path: Path, source: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
         roll(world(tmp_path, source, erase="errors"), answers("Done."))
 
@@ -227,7 +227,7 @@ def test_an_environment_that_cannot_work_is_refused(tmp_path: Path, source: str,
         (TEMPLATE.replace("if m.role == 'tool'", "if m.role == 'tool' and raise_exception('no tools here')"), "refuses .* no tools here"),
     ],
 )  # fmt: skip
-def test_a_template_that_cannot_carry_tools_is_refused(template: str | None, why: str | None):
+def test_a_template_that_cannot_carry_tools_is_refused(template: str | None, why: str | None) -> None:
     tokens = tokenizer(template or TEMPLATE)
     tokens.chat_template = template
     if why is None:  # assistant texts that are dropped: the dummy's is empty, its second one is not followed by others
@@ -237,14 +237,14 @@ def test_a_template_that_cannot_carry_tools_is_refused(template: str | None, why
         Dialogue(tokens, {}, schemas_of(Calculator(), "c"))
 
 
-def test_a_chat_prompt_keeps_its_messages(tmp_path: Path):
+def test_a_chat_prompt_keeps_its_messages(tmp_path: Path) -> None:
     prompt = (Message("system", "Be brief."), Message("user", "Count."))
     [trajectory], tokens, _ = roll(world(tmp_path), answers("3"), Problem("p", prompt, columns={"start": 3}))
     assert "Be brief." in tokens.decode(list(trajectory.prompt.ids))
     assert trajectory.prompt.problem.prompt == prompt
 
 
-def test_the_calculator_computes_and_nothing_else():
+def test_the_calculator_computes_and_nothing_else() -> None:
     calculate = Calculator().calculate
     assert [calculate(e) for e in ("2 + 3 * 4", "(1 + 2) / 2", "7 // 2 - -1", "2 ** 10", "6 / 3", "0.1")] == [
         "14", "1.5", "4", "1024", "2", "0.1",
@@ -265,7 +265,7 @@ def test_the_calculator_computes_and_nothing_else():
             calculate(bad)
 
 
-def test_python_and_files():
+def test_python_and_files() -> None:
     assert PythonTool().python("print(sum(range(5)))") == "10\n"
     with pytest.raises(RuntimeError, match="PermissionError"):
         PythonTool().python("open('/etc/passwd')")
@@ -286,7 +286,7 @@ def test_python_and_files():
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_every_environment_in_the_box_is_sound(name: str):
+def test_every_environment_in_the_box_is_sound(name: str) -> None:
     box = Toolbox(EnvironmentsConfig(factory=name, erase="errors"), tokenizer(), {})
     problem = generate("books", 1, "train", 1)[0] if name == "books" else Problem("p", "?")
     box.check(problem)

@@ -48,7 +48,7 @@ def hosts_left() -> set[int]:
 
 
 @pytest.mark.parametrize(("source", "state"), [(STATEFUL, "snapshot"), (COUNTER, "deepcopy")])
-def test_a_process_of_its_own_changes_no_token(tmp_path: Path, source: str, state: str):
+def test_a_process_of_its_own_changes_no_token(tmp_path: Path, source: str, state: str) -> None:
     def says(context: str, draw: Draw) -> str:
         if context.count("<tool_response>") == 2:
             return "Done."
@@ -87,7 +87,7 @@ def accident(tmp_path: Path, name: str, timeout: float) -> tuple[dict[str, Rewar
 
 
 @pytest.mark.parametrize("name", [name for name in ACCIDENTS if name != "sleeps"])
-def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str):
+def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str) -> None:
     before = hosts_left()
     rewards, seconds = accident(tmp_path, name, 3.0)
     assert (rewards["good"].value, rewards["bad"].value) == (4.0, None)
@@ -96,7 +96,7 @@ def test_an_accident_costs_one_trajectory(tmp_path: Path, name: str):
     assert hosts_left() <= before
 
 
-def test_no_process_outlives_its_trajectory(tmp_path: Path):
+def test_no_process_outlives_its_trajectory(tmp_path: Path) -> None:
     config = world(tmp_path, ACCIDENT, isolate=True)
     before = hosts_left()
     fork = json.dumps({"code": "import os, time; os.fork() or time.sleep(60)"})
@@ -106,7 +106,7 @@ def test_no_process_outlives_its_trajectory(tmp_path: Path):
     assert hosts_left() <= before
 
 
-def test_what_is_wrong_is_said_from_there_too(tmp_path: Path):
+def test_what_is_wrong_is_said_from_there_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="doesn't bring back"):
         roll(
             world(tmp_path, STATEFUL.replace("self.count = snapshot", "pass"), erase="errors", isolate=True),
