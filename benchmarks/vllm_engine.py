@@ -168,14 +168,13 @@ class Ours:
 def measure(options: argparse.Namespace) -> Values:
     """Rounds in turn: ours with nothing erased, plain; ours erasing, plain."""
     settings = config(options.model, options.siblings, options.segment_length, options.segments, options.kappa0)
-    keeping = config(options.model, options.siblings, options.segment_length, options.segments, 1e9)
+    keeping = config(options.model, options.siblings, options.segment_length, options.segments, 1e6)
     policy = load_policy(settings.model)
     problems = load_problems(settings.data.train, config=settings.data, split="train")[: options.groups]
     limits = {"context_limit": policy.context_length, "completion_limit": settings.rollout.completion_limit}
     prompts = render_prompts(problems, policy.tokenizer, settings.data, **limits)
     longest = max(len(p.ids) for p in prompts) + settings.rollout.completion_limit
-    rows = options.groups * options.siblings
-    sizes = Sizes(rows, longest, kv_cache_bytes(policy.model, rows, longest))
+    sizes = Sizes(options.rows, longest, kv_cache_bytes(policy.model, 3 * options.rows, longest))
     arrived = Arrived()
     ours, rounds = Ours(policy, sizes, arrived), list[Values]()
     with tempfile.TemporaryDirectory() as folder:
@@ -221,10 +220,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--groups", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=16, help="responses that run at once")
     parser.add_argument("--siblings", type=int, default=4)
     parser.add_argument("--segment-length", type=int, default=32)
-    parser.add_argument("--segments", type=int, default=3)
+    parser.add_argument("--segments", type=int, default=2)
     parser.add_argument("--kappa0", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

@@ -24,6 +24,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+def schedule_ahead() -> None:
+    """vLLM switches asynchronous scheduling off on CPUs, where little is gained by it. Here it is to be tried."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    usual = CpuPlatform.check_and_update_config.__func__
+
+    def changed(kind: Any, config: Any) -> None:
+        usual(kind, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(changed)
+
+
 @pytest.fixture(scope="session")
 def model() -> Any:
     """A tiny random model in a shape that vLLM's attention has a kernel for; tests may change its weights."""
@@ -35,6 +48,8 @@ def core(model: Any) -> Iterator[Any]:
     from e3rl.engine.vllm.core import VllmCore
 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if os.environ.get("E3RL_SCHEDULE_AHEAD"):
+        schedule_ahead()
     core = VllmCore(model, eos_ids=EOS, max_rows=ROWS, cache_rows=2 * ROWS, max_length=LENGTH)
     yield core
     core.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from e3rl.engine.protocol import Engine, Sampling
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.requests import uniforms
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.engine.vllm.core import kv_cache_bytes
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
@@ -153,3 +155,22 @@ def test_erasable_rollouts_draw_what_a_full_pass_says(loaded: Loaded):
     assert max(draws) < 1e-4
     assert max(entropies) < 1e-3
     assert (stats.after_commit.most, stats.after_erasure.most) == (1, 1)
+
+
+def test_with_room_for_a_third_of_the_rows_the_rollout_ends_and_draws_what_a_full_pass_says(loaded: Loaded):
+    """Parked siblings give their blocks back and running ones are preempted; they go on with the tokens of their draws."""
+    from e3rl.engine.vllm.core import VllmCore
+
+    core = VllmCore(loaded.policy.model, **loaded.settings(), kv_budget=kv_cache_bytes(loaded.policy.model, 1, LENGTH))
+    try:
+        engine = dataclasses.replace(loaded, core=core).vllm()
+        print()
+        got = roll_out(loaded, "vLLM with little room", engine)
+        draws, entropies = zip(*(distances_from_a_full_pass(loaded, t) for t in got), strict=True)
+        again = engine.stats.after_commit.tokens + engine.stats.after_erasure.tokens
+        print(f"largest distance of a draw from its token {max(draws):.1e}; {again} tokens ran again")
+        assert max(draws) < 1e-4
+        assert max(entropies) < 1e-3
+        assert max(engine.stats.after_commit.most, engine.stats.after_erasure.most) > 1
+    finally:
+        core.close()

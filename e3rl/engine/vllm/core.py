@@ -25,9 +25,9 @@ _CPU_BLOCK = (
 _FIRST_RUNNER = "e3rl.engine.vllm.inside:FirstRunnerTap"
 _SECOND_RUNNER = "e3rl.engine.vllm.inside:SecondRunnerTap"
 
-_PARKS = ("0.32.",)
-"""Versions whose scheduler's insides `e3rl.engine.vllm.inside` was tried with. With others prefixes come from the prefix
-cache: at most a block of tokens runs again."""
+_KNOWN = ("0.32.",)
+"""Versions whose second model runner and whose scheduler's insides our parts were tried with (`e3rl.engine.vllm.inside`). With
+others the first runner is asked for, and prefixes come from the prefix cache: at most a block of tokens runs again."""
 
 BATCHED_TOKENS = 16384
 """Tokens of vLLM's largest pass: its default for an engine inside a program, on large GPUs."""
@@ -89,6 +89,7 @@ class VllmCore:
         until then, or until it is abandoned. Requests that redraw an erased segment come before others.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         key = next(self._keys)
         params = SamplingParams(
@@ -97,6 +98,7 @@ class VllmCore:
             ignore_eos=True,
             stop_token_ids=self._eos_ids,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=VllmArguments(key, request.uniforms, request.sampling, continues).packed(),
         )
         prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
@@ -184,7 +186,6 @@ def kv_cache_bytes(model: Any, rows: int, longest: int, budget: int = 0, parts: 
 
 def _start(directory: Path, **arguments: Any) -> Any:
     """A `vllm.LLMEngine` with our tap and our scheduler in it."""
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     try:
         import vllm
         from vllm import EngineArgs, LLMEngine
@@ -194,7 +195,9 @@ def _start(directory: Path, **arguments: Any) -> Any:
             f"rollout.engine = 'vllm' needs vLLM, and it can't be imported ({error}): pip install 'e3rl[vllm]' on a machine "
             "with an NVIDIA GPU; on a CPU see docs/how-to/scale.md. Without it: rollout.engine = 'torch'"
         ) from None
-    cpu = current_platform.is_cpu()
+    cpu, known = current_platform.is_cpu(), vllm.__version__.startswith(_KNOWN)
+    if not known:
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     common = {
         "model": str(directory),
         "skip_tokenizer_init": True,
@@ -203,16 +206,15 @@ def _start(directory: Path, **arguments: Any) -> Any:
         "worker_extension_cls": "e3rl.engine.vllm.table.MeasuringWorker",
         "scheduling_policy": "priority",
         "enforce_eager": cpu,
-        "disable_log_stats": True,
         "block_size": _CPU_BLOCK if cpu else None,
         **arguments,
     }
     try:
         found = EngineArgs(**common).create_engine_config()
         tap = _SECOND_RUNNER if found.use_v2_model_runner else _FIRST_RUNNER
-        parks = {"scheduler_cls": _scheduler(found)} if vllm.__version__.startswith(_PARKS) else {}
+        parks = {"scheduler_cls": _scheduler(found)} if known else {}
         config = EngineArgs(**common, logits_processors=[tap], **parks).create_engine_config()
-        return LLMEngine.from_vllm_config(config)
+        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"vLLM did not start: {error} (its own messages above say more)") from error
 

@@ -26,9 +26,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SlotLogitsProcessor
 
-from e3rl.engine.vllm.table import SlotTable, VllmArguments
+from e3rl.engine.vllm.table import ARGUMENT, SlotTable, VllmArguments
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SlotLogitsProcessor
+except ImportError:  # of the older supported versions, where the first model runner is asked for
+    SlotLogitsProcessor = object
 
 _Row = tuple[int, list[int]]
 """The slot of a row's request, and its generated tokens: vLLM's own list, which grows."""
@@ -267,6 +271,26 @@ class ParkingScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parking = Parking(self.kv_cache_manager, self.kv_cache_config)
+        self._unsaid: dict[str, Any] = {}  # the output of a request of ours that is under way
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
+        """As vLLM's; a request of ours says all it has drawn when it ends, in one message."""
+        found = super().update_from_output(*args, **kwargs)
+        for outputs in found.values():
+            outputs.outputs = [output for output in outputs.outputs if self._is_said(output)]
+        return {client: o for client, o in found.items() if o.outputs or o.scheduler_stats or o.finished_requests}
+
+    def _is_said(self, output: Any) -> bool:
+        """Whether the output goes out; it then has what its request drew before."""
+        key, request = output.request_id, self.requests.get(output.request_id)
+        before = self._unsaid.pop(key, None)
+        if before is not None:
+            output.new_token_ids = before.new_token_ids + output.new_token_ids
+            output.prefill_stats = output.prefill_stats or before.prefill_stats
+        if request is None or ARGUMENT not in (request.sampling_params.extra_args or {}):
+            return True
+        self._unsaid[key] = output
+        return False
 
     def _free_blocks(self, request: Request) -> None:
         arguments = VllmArguments.read(request.sampling_params.extra_args) if request.sampling_params else None
@@ -279,8 +303,10 @@ class ParkingScheduler(Scheduler):
         """As vLLM's; parked requests may be among them, by their keys."""
         if request_ids is None:
             self.parking.give_up_all()
+            self._unsaid.clear()
         for key in [request_ids] if isinstance(request_ids, str) else list(request_ids or ()):
             self.parking.give_up(key)
+            self._unsaid.pop(key, None)
         return super().finish_requests(request_ids, finished_status)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
