@@ -78,6 +78,15 @@ def test_a_block_that_is_written_to_loses_its_name(model_path: Path):
     _check_end(played)
 
 
+def test_retries_come_before_other_requests(model_path: Path):
+    played = Schedule(replace(ROOMY, rows=1, budget=8, groups=1, siblings=2, erase=0.0), model_path)
+    first, second = played.groups[0]
+    played._extend(0, first)
+    second.attempt = 1
+    played._extend(0, second)
+    assert list(played.scheduler.schedule().num_scheduled_tokens) == [second.open]
+
+
 def test_random_schedules_end_and_draw_what_a_lonely_row_would(model_path: Path):
     """Any number of blocks from one row's upwards, with everything parked, both ways of scheduling: no deadlock, no block
     with other tokens in it than its reader thinks, nothing left behind."""

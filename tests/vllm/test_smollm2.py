@@ -20,6 +20,7 @@ from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.requests import uniforms
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.vllm.core import kv_cache_bytes
+from e3rl.errors import UserError
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
@@ -157,6 +158,7 @@ def test_erasable_rollouts_draw_what_a_full_pass_says(loaded: Loaded):
     assert (stats.after_commit.most, stats.after_erasure.most) == (1, 1)
 
 
+@pytest.mark.timeout(200)
 def test_with_room_for_a_third_of_the_rows_the_rollout_ends_and_draws_what_a_full_pass_says(loaded: Loaded):
     """Parked siblings give their blocks back and running ones are preempted; they go on with the tokens of their draws."""
     from e3rl.engine.vllm.core import VllmCore
@@ -172,5 +174,16 @@ def test_with_room_for_a_third_of_the_rows_the_rollout_ends_and_draws_what_a_ful
         assert max(draws) < 1e-4
         assert max(entropies) < 1e-3
         assert max(engine.stats.after_commit.most, engine.stats.after_erasure.most) > 1
+        check_a_killed_engine_is_a_sentence(core, engine, loaded.prompts[0])
     finally:
         core.close()
+
+
+def check_a_killed_engine_is_a_sentence(core: Any, engine: Any, prompt: Prompt) -> None:
+    """`kill -9` of vLLM's process in the middle of a segment."""
+    [row] = engine.prefill(prompt.ids, 1)
+    engine.extend(row, 64, Draw(0, 0, prompt.problem.id, 0, 0, 0), Sampling())
+    for process in core._llm.engine_core.resources.engine_manager.processes:
+        process.kill()
+    with pytest.raises(UserError, match="a process of vLLM's has died"):
+        engine.poll()

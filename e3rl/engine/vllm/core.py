@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing.connection
 import os
 import shutil
 import tempfile
+import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,7 @@ class VllmCore:
             max_num_seqs=max_rows,
             kv_cache_memory_bytes=kv_cache_bytes(model, cache_rows, max_length, kv_budget, tensor_parallel_size),
         )
+        threading.Thread(target=_tell_of_deaths, args=(self._llm.engine_core,), daemon=True).start()
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self._weights = 0  # how often they were changed: the salt of the prefix cache
         self._keys = (f"{n}" for n in itertools.count())
@@ -102,7 +106,8 @@ class VllmCore:
             extra_args=VllmArguments(key, request.uniforms, request.sampling, continues).packed(),
         )
         prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
-        self._llm.add_request(key, prompt, params, priority=-request.draw.attempt)
+        with _living():
+            self._llm.add_request(key, prompt, params, priority=-request.draw.attempt)
         self._open.add(key)
         return key
 
@@ -126,7 +131,8 @@ class VllmCore:
         return {key: self._finished.pop(key) for key in wanted & self._finished.keys()}
 
     def _step(self) -> None:
-        outputs = [o for o in self._llm.step() if o.finished and o.request_id in self._open]
+        with _living():
+            outputs = [o for o in self._llm.step() if o.finished and o.request_id in self._open]
         if not outputs:
             return
         self._open -= {o.request_id for o in outputs}
@@ -140,7 +146,8 @@ class VllmCore:
     def _measures(self, finished: list[tuple[str, int]]) -> list[list[Measures]]:
         """What the tap measured of requests and their tokens: one call, and one array from each worker."""
         forgotten, self._forgotten = self._forgotten, []
-        workers = self._llm.collective_rpc("take_measures", args=(finished, forgotten))
+        with _living():
+            workers = self._llm.collective_rpc("take_measures", args=(finished, forgotten))
         self.calls += 1
         self.measure_bytes += sum(map(len, workers))
         rows = iter(merged_measures(workers).astype(float).tolist())
@@ -163,6 +170,35 @@ class VllmCore:
         core = self._llm.engine_core
         core.shutdown()
         self._remove()
+
+
+def _tell_of_deaths(client: Any) -> None:
+    """Wait for the end of a process of vLLM's, and tell who waits for its answer: vLLM's own client would wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    sentinels = [process.sentinel for process in getattr(manager, "processes", ())]
+    if not sentinels:  # vLLM runs in this process
+        return
+    multiprocessing.connection.wait(sentinels)
+    client.outputs_queue.put_nowait(EngineDeadError())
+    for future in list(client.utility_results.values()):
+        future.set_exception(EngineDeadError())
+
+
+@contextlib.contextmanager
+def _living() -> Iterator[None]:
+    """UserError where a process of vLLM's is gone."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise UserError(
+            "a process of vLLM's has died, and what it was generating with it; its own messages above say why. Where it was "
+            "killed for memory, lower rollout.kv_budget or rollout.max_rows. A run goes on from its newest checkpoint with "
+            "--resume"
+        ) from error
 
 
 def kv_cache_bytes(model: Any, rows: int, longest: int, budget: int = 0, parts: int = 1) -> int:
