@@ -4,7 +4,7 @@
 # make test-browser  the report in a real browser
 # make test-vllm     the vLLM engine against the oracle, with a table (own environment, several GB)
 # make test-ranks    training on two ranks: DDP, ZeRO-1, FSDP2, DeepSpeed; their losses beside one process's (own environment)
-# make test-chaos    kills, full disks, hostile answers, fuzz, a soak, with their figures (below 20 minutes on two idle cores)
+# make test-chaos    kills, damage, failing calls, power cuts, hostile files, answers and clients, a soak (20 minutes; CHAOS=10: tenfold)
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
 # make test-clients  openai, verifiers, lm-eval, litellm and langchain against e3rl serve (own environment)
 # make docs     the documentation as a site in site/
@@ -54,10 +54,11 @@ test-ranks: python
 	@E3RL_VENV=.venv-ranks "$(PYTHON)" tools/setup_deepspeed.py
 	E3RL_RANKS=all .venv-ranks/bin/python -m pytest -s tests/ranks
 
+CHAOS ?= 1
 .PHONY: test-chaos
 test-chaos: python
 	@"$(PYTHON)" tools/setup.py test
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.chaos
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.chaos --scale $(CHAOS)
 
 test-ray: python
 	@E3RL_VENV=.venv-ray "$(PYTHON)" tools/setup.py test ray

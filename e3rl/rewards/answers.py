@@ -26,7 +26,7 @@ _LONGEST_WORDS = 100  # characters of an answer in words
 _APART = 80  # characters between boxes that form a list
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s?")
-_BARE = re.compile(r"[^\s${}\\.,]{1,40}")
+_BARE = re.compile(r"(?:[^\s${}\\.,]|[.,](?=\d)){1,40}")
 _MARKERS = re.compile(
     r"(?i:\banswer(?: is| would be| must be)? ?[:=]|\banswer (?:is|would be|must be|equals)\b|\banswer\b\s?(?=\$|\\\(|\\\[)"
     r"|\br[ée]ponse(?: est\b| ?:)|\brespuesta(?: es\b| ?:)|\bantwort(?: ist\b| ?:))|答案 ?(?:是|为|[:：])?"

@@ -180,9 +180,12 @@ def _sides(text: str) -> list[str]:
     return split_at(text, _EQUALS)
 
 
+_TORN = re.compile(r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]")  # what no side ends or begins with; a name may end as x^* does
+
+
 def _value(sides: Sequence[str]) -> str | None:
     """What a chain of equations says its name or its arithmetic is; None where it is an equation in its own right, or false."""
-    if len(sides) < 2:
+    if len(sides) < 2 or any(_TORN.search(squeezed(side)) for side in sides):
         return None
     nodes = [_expression(side) for side in sides]
     numbers = [side for side, node in zip(sides, nodes, strict=True) if node is not None and constant(node)]

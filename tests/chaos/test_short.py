@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.canary import Payload, command
 from tests.chaos.cluster import simulate
 from tests.chaos.damage import judge, try_damage
 from tests.chaos.faults import try_faults, try_power_cuts
 from tests.chaos.kills import RECIPE, Life, chaos
+from tests.chaos.neighbours import try_neighbours
 
 SMALL = (
     RECIPE.replace("steps = 7", "steps = 2")
@@ -58,6 +60,21 @@ def test_a_simulated_cluster_loses_nothing_and_mixes_nothing():
         assert counts[kind] > 0, kind
     simulate(range(205, 206))  # once, an answer with the same group twice ended the run
     assert simulate(range(3)) == simulate(range(3)), "a seed names the whole course of events"
+
+
+def test_streams_are_as_alone_beside_fuzzed_requests():
+    found = try_neighbours(40)
+    assert found.wrong == []
+    assert sum(found.streams.values()) > 0
+    assert {"200", "400"} <= found.statuses.keys()
+
+
+def test_the_canary_dies_where_code_runs(tmp_path: Path):
+    (hostile := tmp_path / "hostile").mkdir()
+    payload = Payload(hostile)
+    command(["decode", "lab", f"rollout.engine={payload.plugin}"], hostile, tmp_path)
+    assert "the mark" in payload.tripped(tmp_path / "events")
+    assert any(seen.startswith("exec ") for seen in payload.tripped(tmp_path / "events"))
 
 
 WHOLE: dict[str, Any] = {
