@@ -100,7 +100,7 @@ def parse_yaml(text: str, where: object) -> dict[str, Any]:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{where}: YAML anchors (&, *) are not read: write the value where it is meant")
-        tables = yaml.load(text, _plain_loader())
+        tables = _plain_loader()(text).get_single_data()
     except RecursionError:
         raise UserError(f"{where}: YAML is nested too deeply to read") from None
     except (yaml.YAMLError, ValueError) as error:
