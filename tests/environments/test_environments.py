@@ -215,6 +215,25 @@ def test_an_environment_that_cannot_work_is_refused(tmp_path: Path, source: str,
 
 
 @pytest.mark.parametrize(
+    ("source", "settings", "why"),
+    [
+        (STATEFUL.replace("return self.count\n\n    def restore", "raise OSError('gone')\n\n    def restore"), {}, r"snapshot\(\) that fails: OSError: gone"),
+        (STATEFUL.replace("self.count = snapshot", "raise OSError('gone')"), {}, r"restore\(snapshot\(\)\) fails after a call: OSError: gone"),
+        (COUNTER.replace("self.count, self.asleep", "import threading\n        self.lock, self.count, self.asleep").replace("= start, False", "= threading.Lock(), start, False"), {"state": "deepcopy"}, r"can't be copied .*deepcopy.*TypeError"),
+        (COUNTER.replace("self.count, self.asleep", "int(kwargs)\n        self.count, self.asleep"), {}, r"reset\(\) fails on problem 'p': NameError"),
+        (COUNTER.replace("start: int = 0, **row", "start: int, sheet: str"), {}, r"reset\(\) fails on problem 'p': TypeError: .*'sheet'"),
+        (COUNTER.replace("self.count, self.asleep", "import time\n        time.sleep(2)\n        self.count, self.asleep"), {"timeout": 0.2}, "took longer than 0.2 s before the run"),
+        (STATEFUL.replace("self.count = snapshot", "import time\n        time.sleep(2)"), {"timeout": 0.2}, "took longer than 0.2 s before the run"),
+    ],
+)  # fmt: skip
+def test_one_that_fails_before_the_run_is_named(
+    tmp_path: Path, source: str, settings: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(UserError, match=why):
+        roll(world(tmp_path, source, erase="errors", **settings), answers("Done."))
+
+
+@pytest.mark.parametrize(
     ("template", "why"),
     [
         (None, "this tokenizer has none"),
