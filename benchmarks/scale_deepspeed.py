@@ -75,9 +75,9 @@ def asked(config: Config, tokens: int, ranks: int) -> tuple[int, int]:
         model.gradient_checkpointing_enable()
         model.train()
         policy: Any = SimpleNamespace(
-            model=model, device=torch.device("cpu"), trainable=lambda: [*model.named_parameters()]
+            model=model, device=torch.device("cpu"), files=None, trainable=lambda: [*model.named_parameters()]
         )
-        engine = ours.start_engine(policy, config.train)
+        engine = ours.start_engine(policy, config.train, Ranks(0, ranks))
         optimizer = ours.DeepSpeedOptimizer(engine, policy, Ranks(0, ranks))
         zero, passes = engine.optimizer, ours.EnginePasses(engine, model)
         zero.check_overflow = lambda **_: setattr(zero, "overflow", False)

@@ -101,12 +101,13 @@ def host_copies() -> Figure:
 
 
 def _shape(hidden: int, layers: int, vocabulary: int, **others: int) -> Qwen3Config:
+    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4, **others}
     return Qwen3Config(
         hidden_size=hidden,
         intermediate_size=5 * hidden,
         num_hidden_layers=layers,
         vocab_size=vocabulary,
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4, **others},
+        **sizes,
         tie_word_embeddings=False,
     )
 

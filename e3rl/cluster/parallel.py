@@ -67,7 +67,12 @@ def _fsdp2(policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks:
     roots = {policy.model: shard(policy.model, policy.device, config, ranks)}
     if frozen is not None:
         roots[frozen] = shard(frozen, policy.device, config, ranks, frozen=True)
-    ranks.attempt(lambda: [policy.fill(model) for model in roots])
+
+    def fill() -> None:
+        for model in roots:
+            policy.fill(model)
+
+    ranks.attempt(fill)
     return Way(ShardedOptimizer(policy.trainable(), config, ranks), ShardedPasses(roots))
 
 

@@ -48,7 +48,8 @@ class Learner:
         self._found: NonFinite | None = None
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._lockstep = in_lockstep(config.train, self._ranks)
-        way = make_ready(policy, self.reference and self.reference.frozen, config.train, self._ranks)
+        frozen = self.reference.frozen if self.reference is not None else None
+        way = make_ready(policy, frozen, config.train, self._ranks)
         self.optimizer, self.passes = way.optimizer, way.passes
         self._attribution = None
         if "shares" in objective.needs:
