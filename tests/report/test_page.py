@@ -18,7 +18,7 @@ from e3rl.report.embed import content_security_policy, to_json
 from e3rl.report.overview import facts
 from e3rl.report.page import RUN_SCRIPTS, TOKEN_SCRIPTS
 from e3rl.report.rollouts import select
-from e3rl.types import Problem, Prompt
+from e3rl.types import TERMS, Problem, Prompt
 from tests.report.builder import (
     HOSTILE,
     SyntheticRun,
@@ -266,3 +266,13 @@ def test_decoded_responses_are_a_page_of_their_own(tmp_path: Path) -> None:
     ]
     assert [len(r["erasures"]) for r in group["rollouts"]] == [len(response.erasures), 0]
     assert path.stat().st_size < 100_000
+
+
+def test_the_pages_scripts_are_strict_and_know_the_terms_of_u(tmp_path: Path) -> None:
+    group = rewarded_group(random.Random(1), Words(), "p", build_config({}), 0.5).group
+    page = write_token_view(tmp_path / "view.html", group.trajectories, Words()).read_text(encoding="utf-8")
+    assert '<script>(() => {\n"use strict";\n' in page
+    assert f"const TERMS = {to_json(list(TERMS.values()))};" in page
+    [view] = [json.loads(text) for text in Elements(page).blocks.values()]
+    judged = [s["u"] for r in view["rollouts"] for s in r["segments"] if s["u"]]
+    assert {len(u) for u in judged} == {1 + len(TERMS)}, "U, then its terms in the same order"

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3rl.config import ErasureConfig
+from e3rl.rollout.columns import NUMBERS
 from e3rl.rollout.metric import e3rl_uncertainty, load_metric, siblings_metric, toy_candidate
 from e3rl.rollout.moments import Moments
+from e3rl.rollout.statistics import MEASURED_BY
+from e3rl.types import TERMS
 
 _ENTROPIES = st.lists(st.floats(0.0, 5.0), min_size=1, max_size=5)
 _SIBLING = st.tuples(_ENTROPIES, st.floats(0.0, 3.0), st.lists(st.floats(0.0, 5.0), max_size=3))
@@ -49,3 +52,15 @@ def test_a_long_candidate_counts_for_more_the_larger_the_exponent() -> None:
         found = [e3rl_uncertainty(c, (), _REFERENCE, config) for c in (long, short)]
         assert [u.total for u in found] == pytest.approx(totals)
         assert found[0].smoothed == pytest.approx(0.5 * 4**exponent)  # what eq 18 holds against the baseline
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_has_a_weight_that_statistics_name_and_a_place_in_the_sum(term: str):
+    """With that weight alone U is the term, and doubles with it."""
+    alone = replace(ErasureConfig(), **{f"{other}_weight": float(other == term) for other in TERMS})
+    twice = replace(alone, **{f"{term}_weight": 2.0})
+    once, more = (e3rl_uncertainty(toy_candidate(), (0.6, 0.9), _REFERENCE, config) for config in (alone, twice))
+    assert once.total == getattr(once, term) > 0
+    assert more.total == 2 * once.total
+    assert f"{term}_weight" in MEASURED_BY
+    assert term in NUMBERS
