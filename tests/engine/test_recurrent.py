@@ -87,6 +87,20 @@ def test_rollback_into_a_candidate_runs_its_tokens_again_and_before_it_all():
     assert_same(generate(engine, row, 6, 3), generate(slow, again, 6, 3), TOLERANCE, "from the prompt again")
 
 
+def test_a_prompt_of_one_token_can_be_gone_back_to():
+    """Nothing is left to run then: the states are those before the first token."""
+    engine, slow = (make(page_model("bamba")) for make in (torch_engine, oracle))
+    found = []
+    for each in (engine, slow):
+        each._eos_ids = frozenset()
+        [row] = each.prefill([4], 1)
+        generate(each, row, 4)
+        generate(each, row, 4, attempt=1)
+        each.rollback(row, 0)
+        found.append(generate(each, row, 5, attempt=2))
+    assert_same(*found, TOLERANCE, "from one token")
+
+
 def test_other_tokens_after_a_rollback_are_not_taken_for_those_that_were_dropped():
     engine, slow = torch_engine(page_model("bamba"), eos_ids=()), oracle(page_model("bamba"))
     slow._eos_ids = frozenset()
