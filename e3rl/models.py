@@ -167,7 +167,7 @@ def load_outline(config: ModelConfig, *, directory: Path | None = None) -> Outli
             generation = GenerationConfig.from_pretrained(source)
         except OSError:  # a model without generation_config.json
             generation = GenerationConfig.from_model_config(described)
-    context = getattr(described, "max_position_embeddings", None) or 2048
+    context = getattr(described.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     return Outline(tokenizer, config.path, _eos_ids(generation, tokenizer), int(context), described, generation)
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from e3rl.config import ModelConfig
 from e3rl.errors import UserError
+from e3rl.models import load_outline, load_policy
 from e3rl.train.attribution import attribution_layers, packed_attention
 from e3rl.train.listeners import Silent
 from e3rl.train.packing import PackedRow, packed_rows, plan_rows, recurrent_mixers
@@ -122,6 +125,24 @@ def test_rows_are_counted_with_what_each_sequence_repeats():
     rows = packed_rows([s for part in parts for s in part], 8, CPU, whole=True)
     assert [len(row.ids_N) for row in rows] == [4, 5]
     assert isinstance(rows[0], PackedRow)
+
+
+def test_a_checkpoint_with_a_vision_tower_is_loaded_as_its_language_model(tmp_path: Path):
+    """As Qwen3.5 is published; the context is that of the text."""
+    lab = load_policy(ModelConfig(path=random_hybrid(), device="cpu"))
+    text = lab.model.config.to_dict() | {"max_position_embeddings": 4096}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, eos_token_id=lab.eos_ids[0])
+    whole = Qwen3_5ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    lab.tokenizer.save_pretrained(tmp_path)
+    found = ModelConfig(path=str(tmp_path), device="cpu")
+    policy = load_policy(found)
+    assert load_outline(found).context_length == policy.context_length == 4096
+    require_scorable(policy.model)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(policy.model(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
 def _even(completions: list[Any], **kwargs: Any) -> list[float]:
