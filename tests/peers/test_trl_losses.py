@@ -6,6 +6,7 @@ TRL pins its own dependencies, so this runs in an environment of its own (`make 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,9 +175,42 @@ def test_loss_and_gradients_equal_trl(
         assert (clip[0] > 0) == (drift == FAR or name == "gspo"), "the case must exercise what it is named for"
         if name != "gspo":  # TRL averages over sequences there, and we over tokens
             assert clip[0] / clip[1] == pytest.approx(their_share, abs=1e-6)
+            for side in ("low", "high"):
+                total, count = ours.metrics[f"clip_{side}"]
+                theirs_here = trainer._metrics["train"][f"clip_ratio/{side}_mean"][-1]
+                assert total / count == pytest.approx(theirs_here, abs=1e-6)
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(our_gradients, their_gradients, strict=True))
     difference = abs(float(ours.value.detach() - theirs.detach()))
     table[f"{case}, {'KL' if kl_coef else 'no KL'}, {'far' if drift == FAR else 'near'}"] = (difference, worst)
+    assert difference < 1e-5
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cut_off_responses_are_masked_as_trl_masks_them(
+    case: str, model: LlamaForCausalLM, table: dict, tmp_path
+) -> None:
+    """TRL's mask_truncated_completions: out of the loss and of the tokens that it is a mean over, not out of the advantages."""
+    name, options, settings = CASES[case]
+    objective = build(ObjectiveConfig(name, {**options, "kl_coef": 0.04}))
+    trainer = make_trainer(model, str(tmp_path), 0.04, settings)
+    model.train()
+    inputs, parameters = make_inputs(model, NEAR), list(model.parameters())
+    advantages_ST = our_advantages(objective, inputs)
+    learnt_ST = inputs["completion_mask"].clone()
+    learnt_ST[[1, 5]] = 0
+    masked = {**inputs, "completion_mask": learnt_ST, "num_items_in_batch": learnt_ST.sum()}
+
+    theirs = trainer._compute_loss(model, {**masked, "advantages": advantages_ST[:, 0]})
+    their_gradients = torch.autograd.grad(theirs, parameters)
+    batch = our_batch(model, inputs, advantages_ST)
+    kept = replace(batch, mask_ST=learnt_ST.bool(), totals=replace(batch.totals, tokens=int(learnt_ST.sum())))
+    ours = objective.loss(kept).value
+    our_gradients = torch.autograd.grad(ours, parameters)
+
+    worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(our_gradients, their_gradients, strict=True))
+    difference = abs(float(ours.detach() - theirs.detach()))
+    table[f"{case}, cut-off responses masked"] = (difference, worst)
     assert difference < 1e-5
     assert worst < 1e-5
 
