@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.canary import Payload, command
+from tests.chaos.artefacts import Payload
+from tests.chaos.canary import command
 from tests.chaos.cluster import simulate
 from tests.chaos.damage import judge, try_damage
 from tests.chaos.faults import try_faults, try_power_cuts
