@@ -65,29 +65,30 @@ def _group() -> RewardedGroup:
     return RewardedGroup(Group(prompt, trajectories, 0), rewards)
 
 
-def operations(objective: str, **options: object) -> float:
-    """Multiplications and additions of matrix products with weights in a step, per weight and token."""
+def operations(objective: str, minibatches: int = 1, **options: object) -> float:
+    """Multiplications and additions of matrix products with weights in a step, per weight and token; a group a minibatch."""
     model, rewarded = small_model(), _group()
     config = Config(
         objective=ObjectiveConfig(objective, options),
         rollout=RolloutConfig(segment_length=SEGMENT, max_segments=SEGMENTS, num_generations=SIBLINGS),
-        train=TrainConfig(micro_batch_tokens=MICRO_BATCH, gradient_checkpointing=True),
+        train=TrainConfig(micro_batch_tokens=MICRO_BATCH, gradient_checkpointing=True, minibatches=minibatches),
     )
     learner = Learner(Policy(model, None, "small", (0,), 1024), build(config.objective), config, updates=1)
     with FlopCounterMode(display=False) as counter:
-        learner.learn([rewarded], 0)
+        learner.learn([rewarded] * minibatches, 0)
     products = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     found = sum(products.get(f"aten.{name}", 0) for name in ("mm", "addmm"))
     sequences = group_sequences([rewarded.group], with_erased=False)
     tokens = sum(len(row.ids_N) for row in packed_rows(sequences, MICRO_BATCH, torch.device("cpu")))
     head = model.lm_head.weight.numel()
     layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
-    return found / (layers * tokens + head * SIBLINGS * SEGMENTS * SEGMENT)
+    return found / minibatches / (layers * tokens + head * SIBLINGS * SEGMENTS * SEGMENT)
 
 
 def flops_per_param_token() -> Figure:
     """E³RL with its KL term, where a group is 2.8 micro-batches as in the papers' recipes; beside it GRPO without KL."""
     parts = {"GRPO without KL": operations("grpo", kl_coef=0.0), "ERPO": operations("erpo")}
+    parts["E³RL, two minibatches"] = operations("e3rl", 2, kl_coef=0.04)
     return Figure(operations("e3rl", kl_coef=0.04), 10.0, parts)
 
 

@@ -7,8 +7,8 @@ The other ranks are PyTorch's fake process group, which exchanges nothing; so an
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,11 +66,7 @@ def asked(config: Config, tokens: int, ranks: int) -> tuple[int, int]:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     found = AutoConfig.from_pretrained(config.model.path)
 
-    def score(model: Any, row: int, *_: Any) -> Any:
-        logprobs, entropies = hidden_and_head(model, row)
-        return SimpleNamespace(logprobs_N=logprobs, entropies_N=entropies, shares=[])
-
-    with _Counted() as counted, mock.patch("e3rl.train.scoring.score_row", score):
+    with _Counted() as counted:
         model: Any = AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16, attn_implementation=COUNTED)
         model.gradient_checkpointing_enable()
         model.train()
@@ -85,7 +81,7 @@ def asked(config: Config, tokens: int, ranks: int) -> tuple[int, int]:
         held = counted.restart()
         for _ in range(2):
             for _ in range(2):
-                scores = engine(tokens, 1.0, None)
+                scores = engine(lambda of: hidden_and_head(of, tokens))
                 passes.backward(scores[0].sum())
                 del scores
             optimizer.step(1e-6)
@@ -101,9 +97,7 @@ class _Counted(Allocations):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ranks", type=int, nargs="?", default=8)
-    ranks = parser.parse_args().ranks
+    ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     with (
         tempfile.TemporaryDirectory() as directory,
         mock.patch.object(ours, "BUCKET", BUCKET),

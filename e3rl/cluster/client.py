@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from e3rl.cluster.broadcast import local_address
 from e3rl.cluster.pool import Place, WorkerLost
 from e3rl.errors import UserError
 
@@ -21,7 +22,7 @@ class ServerConnection:
     """One connection to one server, kept open between calls."""
 
     def __init__(self, host: str, port: int, token: str | None, timeout: float) -> None:
-        self._name = f"{host}:{port}"
+        self._host, self._port, self._name = host, port, f"{host}:{port}"
         self._token, self._timeout = token, timeout
         self._http = http.client.HTTPConnection(host, port, timeout=timeout)
         self._used = 0.0
@@ -41,6 +42,14 @@ class ServerConnection:
     def take_weights(self, offer: bytes) -> bytes:
         """See `RolloutWorker.take_weights`."""
         return self._call("POST", "/offer", offer)
+
+    def receive_weights(self, body: bytes) -> None:
+        """See `RolloutWorker.receive_weights`."""
+        self._call("POST", "/broadcast", body)
+
+    def address(self) -> str:
+        """This machine's address on the way to the server."""
+        return local_address(self._host, self._port)
 
     def _call(
         self, method: str, path: str, body: bytes | memoryview | None = None, headers: Mapping[str, str] | None = None

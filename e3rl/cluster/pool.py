@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from e3rl.cluster.broadcast import Broadcaster
 from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, decode_answer, group_of
+from e3rl.cluster.open_groups import OpenGroups
 from e3rl.cluster.weights import Published, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import NonFiniteLogits, UserError
@@ -37,6 +38,10 @@ class Connection(Protocol):
     def load_weights(self, version: int, weights: bytes | memoryview, named: str) -> None: ...
 
     def take_weights(self, offer: bytes) -> bytes: ...
+
+    def receive_weights(self, body: bytes) -> None: ...
+
+    def address(self) -> str: ...
 
     def close(self) -> None: ...
 
@@ -64,20 +69,29 @@ class Terms:
 class WorkerPool:
     """Workers at fixed places. One thread per place talks to its worker; the caller's thread takes finished groups."""
 
-    def __init__(self, places: Sequence[Place], terms: Terms, note: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        terms: Terms,
+        note: Callable[[str], None] = lambda _: None,
+        broadcaster: Broadcaster | None = None,
+    ) -> None:
         if not places:
             raise UserError("no rollout workers: set rollout.workers or rollout.servers")
         self._seats = [_Seat(place, terms) for place in places]
         self._terms, self._note = terms, note
         self._weights: Published | None = None
+        self._broadcaster = broadcaster
 
     def load_weights(self, weights: Published) -> None:
-        """New weights. Each worker gets them before its next group."""
+        """New weights, between two runs. Each worker gets them before its next group."""
         self._weights = weights
+        if self._broadcaster is not None:
+            self._broadcaster.publish(weights, self._seats)
 
     def run(self, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield groups as they finish, each once. ``tick`` is called about once a second and may raise to stop."""
-        batch = _Batch(prompts, len(self._seats))
+        batch = OpenGroups(prompts, len(self._seats))
         threads = [
             threading.Thread(target=self._serve, args=(seat, batch, settings), name=seat.place.name, daemon=True)
             for seat in self._seats
@@ -93,7 +107,7 @@ class WorkerPool:
             for thread in threads:
                 thread.join(2 * self._terms.poll)
 
-    def _serve(self, seat: _Seat, batch: _Batch, settings: GroupSettings) -> None:
+    def _serve(self, seat: _Seat, batch: OpenGroups, settings: GroupSettings) -> None:
         """Keep one worker busy until the batch is done; begin anew with another when it is lost."""
         losses: list[str] = []
         with seat.lock:
@@ -123,6 +137,8 @@ class WorkerPool:
         """Let all workers go."""
         for seat in self._seats:
             seat.drop()
+        if self._broadcaster is not None:
+            self._broadcaster.close_group()
 
 
 class _Seat:
@@ -134,13 +150,18 @@ class _Seat:
         self.rows = 0
         self.useful = False  # the present worker has finished a group
         self._worker: Connection | None = None
-        self._version: int | None = None
+        self.version: int | None = None
+        self._far = False  # on another machine
+
+    def hearer(self) -> Connection | None:
+        """See `e3rl.cluster.broadcast.BroadcastSeat`."""
+        return self._worker if self._far else None
 
     def ready(self, weights: Published, siblings: int) -> Connection:
         """The worker, checked and with these weights."""
         if self._worker is None:
             self._worker = self.place.connect()
-            self._version, self.useful = None, False
+            self.version, self.useful = None, False
         try:
             hello = decode(Hello, self._worker.hello())
         except ValueError as error:
@@ -149,12 +170,13 @@ class _Seat:
         if obstacle:
             raise UserError(f"rollout worker {self.place.name} can't be used: {obstacle}")
         self.rows = hello.rows
-        if self._version != weights.version:
-            self._version = None
-            if hello.node != this_node() or not hello.node or self._worker.take_weights(encode(weights.offer)):
+        self._far = hello.node != this_node() or not hello.node
+        if self.version != weights.version:
+            self.version = None
+            if self._far or self._worker.take_weights(encode(weights.offer)):
                 with weights.image() as image:
                     self._worker.load_weights(weights.version, image, weights.offer.checksum)
-            self._version = weights.version
+            self.version = weights.version
         return self._worker
 
     def drop(self) -> None:
@@ -164,97 +186,12 @@ class _Seat:
             worker.close()
 
 
-class _Batch:
-    """The groups of one call: waiting, at a worker, delivered. Every method may be called from any thread."""
-
-    def __init__(self, prompts: Sequence[Prompt], seats: int) -> None:
-        self._prompts = {prompt.problem.id: prompt for prompt in prompts}
-        if len(self._prompts) < len(prompts):
-            raise UserError(
-                "a problem id occurs twice in one batch of rollouts. Give every problem its own (data.id_column)"
-            )
-        self._waiting = deque(self._prompts)
-        self._left = len(prompts)  # not yet handed to the caller
-        self._open = set(self._prompts)
-        self._ready: list[Group] = []
-        self._seats, self._reasons = seats, list[str]()
-        self._error: Exception | None = None
-        self._stopped = False
-        self._changed = threading.Condition()
-
-    @property
-    def all_delivered(self) -> bool:
-        return self._left == 0
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is left for workers to do."""
-        return self._stopped or not self._open or self._error is not None
-
-    def take(self, room: int) -> list[Prompt]:
-        """Some waiting groups: at most a fair share, so that few groups are spread over all workers."""
-        with self._changed:
-            share = -(-len(self._waiting) // max(1, self._seats))
-            return [self._prompts[self._waiting.popleft()] for _ in range(min(room, share))]
-
-    def put_back(self, ids: Sequence[str]) -> None:
-        """Make groups available again that their worker will not finish."""
-        with self._changed:
-            self._waiting.extendleft(i for i in reversed(ids) if i in self._open)
-            self._changed.notify_all()
-
-    def deliver(self, group: Group) -> None:
-        """A finished group; a second result of the same group is dropped."""
-        with self._changed:
-            if group.prompt.problem.id in self._open:
-                self._open.discard(group.prompt.problem.id)
-                self._ready.append(group)
-                self._changed.notify_all()
-
-    def rest(self, seconds: float) -> None:
-        """Wait until there may be something to do."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.over or self._waiting, seconds)
-
-    def pause(self, seconds: float) -> None:
-        """Wait, unless the batch is over before."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.over, seconds)
-
-    def delivered(self, seconds: float) -> list[Group]:
-        """Finished groups that the caller has not had; raises the batch's error."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error, seconds)
-            if self._error is not None:
-                raise self._error
-            ready, self._ready = self._ready, []
-            self._left -= len(ready)
-            return ready
-
-    def give_up(self, reason: str) -> None:
-        """Remove a worker for good. The others do its work; the last one's end is an error."""
-        with self._changed:
-            self._seats -= 1
-            self._reasons.append(reason)
-            if self._seats == 0:
-                self._error = UserError(f"no rollout worker is left ({'; '.join(self._reasons)})")
-            self._changed.notify_all()
-
-    def fail(self, error: Exception) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-
 class _Shift:
     """One worker's part in one batch."""
 
-    def __init__(self, seat: _Seat, worker: Connection, batch: _Batch, settings: GroupSettings, terms: Terms) -> None:
+    def __init__(
+        self, seat: _Seat, worker: Connection, batch: OpenGroups, settings: GroupSettings, terms: Terms
+    ) -> None:
         self._seat, self._worker, self._batch, self._settings, self._terms = seat, worker, batch, settings, terms
         self._run = uuid.uuid4().hex
         self._mine: dict[str, Prompt] = {}

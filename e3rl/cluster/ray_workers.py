@@ -49,6 +49,15 @@ class RayConnection:
         answer: bytes = self._wait(self._actor.take_weights.remote(offer), self._timeout)
         return answer
 
+    def receive_weights(self, body: bytes) -> None:
+        """See `RolloutWorker.receive_weights`."""
+        self._wait(self._actor.receive_weights.remote(body), self._timeout)
+
+    def address(self) -> str:
+        """This machine's address in the cluster."""
+        found: str = self._ray.util.get_node_ip_address()
+        return found
+
     def _wait(self, reference: Any, seconds: float) -> Any:
         errors = self._ray.exceptions
         try:

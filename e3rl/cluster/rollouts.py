@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from e3rl.cluster import TOKEN_VARIABLE
+from e3rl.cluster.broadcast import Broadcaster
 from e3rl.cluster.client import server_place
 from e3rl.cluster.image import in_order
 from e3rl.cluster.messages import group_of
@@ -262,7 +263,8 @@ def remote_rollouts(
         longest=longest_prompt + rollout.completion_limit,
         timeout=rollout.worker_timeout,
     )
-    return RemoteRollouts(WorkerPool(places, terms, note), policy, journal)
+    broadcaster = Broadcaster(note, cuda=policy.device.type == "cuda" and rollout.worker_gpus > 0)
+    return RemoteRollouts(WorkerPool(places, terms, note, broadcaster), policy, journal)
 
 
 def generates_elsewhere(config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""A rollout worker over HTTP: four calls, JSON and safetensors, no pickle."""
+"""A rollout worker over HTTP: five calls, JSON and safetensors, no pickle."""
 
 from __future__ import annotations
 
@@ -49,12 +49,18 @@ def make_app(worker: RolloutWorker, access: Access, largest: int) -> Door:
         async with loading:
             return await _called(worker.take_weights, body)
 
+    async def broadcast(request: Request) -> Response:
+        body = await request.body()
+        async with loading:
+            return await _called(_receive, worker, body)
+
     routes = [
         Route("/hello", hello),
         Route("/metrics", metrics),
         Route("/exchange", exchange, methods=["POST"]),
         Route("/weights", weights, methods=["POST"]),
         Route("/offer", offer, methods=["POST"]),
+        Route("/broadcast", broadcast, methods=["POST"]),
     ]
 
     def admit(request: Request) -> Response | None:
@@ -74,6 +80,11 @@ def _load(worker: RolloutWorker, version: str, said: str, body: bytes) -> bytes:
     if not (version.isascii() and version.isdigit() and len(version) < 20):
         raise ValueError("version: a whole number is required")
     worker.load_weights(int(version), body, said)
+    return b""
+
+
+def _receive(worker: RolloutWorker, body: bytes) -> bytes:
+    worker.receive_weights(body)
     return b""
 
 

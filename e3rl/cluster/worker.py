@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from e3rl import __version__
-from e3rl.cluster.image import read_image
+from e3rl.cluster.broadcast import Audience, Broadcast
+from e3rl.cluster.image import image_size, read_image
 from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Hello, Task, encode_answer
 from e3rl.cluster.weights import NotReachable, Offer, Receiver, this_node
 from e3rl.cluster.wire import decode, encode
@@ -61,7 +62,7 @@ class RolloutWorker:
         self._architecture = architecture(self._policy.model)
         self._max_length = longest_prompt + config.rollout.completion_limit
         self._version: int | None = None
-        self._receiver = Receiver()
+        self._receiver, self._audience = Receiver(), Audience()
         self._changed = threading.Condition()
         self._run, self._settings = "", None  # type: tuple[str, GroupSettings | None]
         self._tasks: list[Task] = []  # not yet taken by the thread
@@ -100,6 +101,13 @@ class RolloutWorker:
             return str(error).encode()
         return b""
 
+    def receive_weights(self, body: bytes) -> None:
+        """As `load_weights`, where they are about to be broadcast (`Broadcast`)."""
+        wanted, own = decode(Broadcast, body), dict(self._policy.trainable())
+        if wanted.size != image_size(own):
+            raise UserError(f"weights of {wanted.size} bytes were announced, and this worker's are {image_size(own)}")
+        self._replace(wanted.version, read_image(self._audience.receive(wanted), wanted.checksum, own))
+
     def _replace(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         with self._changed:
             self._start_run("", None)
@@ -131,6 +139,7 @@ class RolloutWorker:
             self._closed = True
             self._start_run("", None)
         self._thread.join(SECONDS_TO_STOP)
+        self._audience.leave()
         close = getattr(self._engine, "close", None)
         if close is not None:
             close()

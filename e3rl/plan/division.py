@@ -66,14 +66,14 @@ class ShardCounts:
         return sum(p.nbytes // (1 if self.copies_float32 else self._parts("weights")) for p in parameters)
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of the gradients: float32, but DeepSpeed adds them up in the weights' own type, and in ZeRO-2 whole those that
-        a rank has a part of, the output matrix's for one."""
+        """Bytes of the gradients: float32, and in DeepSpeed's ZeRO-2 whole those that a rank has a part of, the output matrix's
+        for one."""
         parameters = list(parameters)
-        most = max((p.nbytes for p in parameters), default=0) if self.buckets else 0
+        most = max((4 * p.numel() for p in parameters), default=0) if self.buckets else 0
         return max(most, self._gradients(parameters))
 
     def _gradients(self, parameters: Sequence[nn.Parameter]) -> int:
-        return sum((p.nbytes if self.copies_float32 else 4 * p.numel()) // self._parts("gradients") for p in parameters)
+        return sum(4 * p.numel() // self._parts("gradients") for p in parameters)
 
     def state(self, parameters: Iterable[nn.Parameter], width: float) -> int:
         """Bytes of what the optimizer keeps, ``width`` of it for each entry of a parameter."""
@@ -90,23 +90,22 @@ class ShardCounts:
 
     def under_way(self, parameters: Sequence[nn.Parameter], layers: int) -> int:
         """Bytes of gradients on their way to the ranks that keep them: the output matrix's, which waits for the embeddings',
-        and a layer's with its float32 copy; of DeepSpeed's ZeRO-2 two buckets, and a copy of the rank's part."""
+        and a layer's with its float32 copy; of DeepSpeed's ZeRO-2 two buckets."""
         if self.buckets:
             width = max((p.itemsize for p in parameters), default=0)
             entries = min(BUCKET, sum(p.numel() for p in parameters))
-            return 2 * width * entries + self._gradients(parameters)
+            return 2 * width * entries
         if not self.divides_weights:
             return 0
         beside = max((p.nbytes for p in parameters if id(p) not in self.layers), default=0)
         return beside + sum(p.nbytes + 4 * p.numel() for p in parameters if id(p) in self.layers) // layers
 
     def scratch(self, parameters: Sequence[nn.Parameter]) -> int:
-        """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once, from a float32 copy of
-        its gradients."""
+        """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once."""
         kinds = by_kind(parameters)
         if self.copies_float32:
             parts = [sum(p.numel() for p in kind) // self.ranks for kind in kinds]
-            return scratch_bytes(parts) + self.state(parameters, 4)
+            return scratch_bytes(parts)
         parts_of_each = self.ranks if self.divides_weights else 1
         return max(scratch_bytes([p.numel() // parts_of_each for p in kind]) for kind in kinds)
 

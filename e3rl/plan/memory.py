@@ -177,7 +177,7 @@ def waiting_rows(config: Config, needs: frozenset[str], row_tokens: int, prompt:
     """Rows of a group, no candidate of which was erased, that wait for its last row's forward pass with what they keep: where one
     pass does for scores and loss, and scores make the advantages."""
     train, rollout = config.train, config.rollout
-    one_pass = train.num_iterations == train.minibatches == 1 and "frozen" not in needs
+    one_pass = train.num_iterations == 1 and "frozen" not in needs
     if not one_pass or "rewards_only" in needs or not keeps_passes(train, ranks):
         return 0
     of_a_row = max(1, (row_tokens - prompt) // rollout.completion_limit)

@@ -242,17 +242,17 @@ _HELD = 0.9  # of the memory: what CUDA and the allocator leave
 _PADDED = 256  # positions to which a recorded decode step of the torch engine rounds its width
 
 
-def operations(config: Config) -> int:
+def operations(config: Config) -> float:
     """Operations of a training step for each weight and token, 2 a forward pass and 4 a backward pass, at lengths where a group
     is several micro-batches (`flops_per_param_token` of benchmarks/scale.py counts them)."""
     needs, train = build(config.objective).needs, config.train
     if "frozen" in needs:
         return 0
-    one_update = train.num_iterations == train.minibatches == 1
     keeps = train.gradient_checkpointing and train.parallel in KEEPS_PASSES
-    one_pass = one_update and ("rewards_only" in needs or keeps)
+    one_pass = train.num_iterations == 1 and ("rewards_only" in needs or keeps)
+    scored = 1 - 1 / train.minibatches if one_pass else 1.0  # all minibatches but the first
     updates = train.num_iterations * (6 + 2 * train.gradient_checkpointing)
-    return updates + 2 * ("reference" in needs) + 2 * (not one_pass)
+    return updates + 2 * ("reference" in needs) + 2 * scored
 
 
 def fitting_rows(wanted: int, parameters: float, kv_bytes: float, context: float, held: float, gpu: Gpu) -> int:

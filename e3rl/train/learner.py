@@ -16,15 +16,15 @@ from torch import Tensor
 from e3rl.cluster.parallel import idle_backward, idle_pass, idle_passes, in_lockstep, keeps_passes, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
-from e3rl.models import Policy, ReferencePolicy, has_dropout
+from e3rl.models import Policy, ReferencePolicy
 from e3rl.objectives.base import AttributionOptions, Objective, Totals
 from e3rl.train.attribution import attribution_layers, packed_attention, router_loss
-from e3rl.train.lessons import Lesson, Scored, group_signals, importance_weights, totals_of, train_batch, unscored
+from e3rl.train.lessons import Lesson, Scored, group_lessons, of_all_ranks, totals_of, train_batch, unscored, weighed
 from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
 from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, plan_rows, recurrent_mixers
-from e3rl.train.scoring import AttributionSettings, RowScores, Scores, score_rows
+from e3rl.train.scoring import AttributionSettings, RowScores, Scores, has_dropout, score_rows
 from e3rl.types import RewardedGroup
 
 
@@ -57,11 +57,7 @@ class Learner:
             layers = attribution_layers(policy.model, options.attribution_layers)
             self._attribution = AttributionSettings(options.attribution_window, layers)
         train = config.train
-        self._one_pass = (
-            train.num_iterations == train.minibatches == 1
-            and "frozen" not in objective.needs
-            and not has_dropout(policy.model)
-        )
+        self._one_pass = train.num_iterations == 1 and "frozen" not in objective.needs and not has_dropout(policy.model)
         self._whole = bool(recurrent_mixers(policy.model))  # what sequences share is computed for each of them
         if train.router_loss:
             router_loss(policy.model)  # refuses models that have none
@@ -77,14 +73,30 @@ class Learner:
         """A whole step: what was learnt from, and the updates; ``update`` counts those before it.
 
         Where the weights that are trained are the old policy, one forward pass is everything: its log-probabilities,
-        detached, are the old ones, and its entropies and shares make the advantages that its loss then uses.
+        detached, are the old ones, and its entropies and shares make the advantages that its loss then uses. Of several
+        minibatches that is the first; the others are scored before its update.
         """
         if not self._one_pass:
             lessons = self.prepare(rewarded)
             return lessons, self.update(lessons, update)
+        parts, means, rate = self._config.train.minibatches, Means(), 0.0
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
+        waiting = self._prepared([g for n, g in enumerate(by_group) if n % parts], rewarded) if parts > 1 else []
+        lessons, norm, rate = self._learn_at_once(by_group[::parts], rewarded, update, means)
+        norms = [norm]
+        for part in range(1, parts):
+            chosen = {group[0].group for group in by_group[part::parts]}
+            norm, rate = self._learn_scored([s for s in waiting if s.sequence.group in chosen], update + part, means)
+            norms.append(norm)
+        lessons = sorted(lessons + waiting, key=lambda lesson: lesson.sequence.group)
+        return lessons, Update(means.of_ranks(self._ranks.gather).values() if lessons else {}, max(norms), rate)
+
+    def _learn_at_once(
+        self, by_group: list[list[TrainSequence]], rewarded: Sequence[RewardedGroup], update: int, means: Means
+    ) -> tuple[list[Lesson], float, float]:
+        """An update with groups that were not scored before: their lessons, the gradients' norm, the learning rate."""
         totals = totals_of(itertools.chain(*by_group), self._config.rollout.completion_limit)
-        means, lessons, loss, mine = Means(), [], 0.0, self._ranks.share(by_group)
+        lessons, loss, mine = list[Lesson](), 0.0, self._ranks.share(by_group)
         plan = plan_rows(mine, self._config.train.micro_batch_tokens, whole=self._whole)
         parts = [self._packed([s for i in indices for s in mine[i]]) for indices in plan]
         references = iter(self._reference_logprobs([row for _, rows in parts for row in rows]))
@@ -96,17 +108,12 @@ class Learner:
             lessons += learnt
             loss += value
         idle_passes(self.passes, self._policy.model, idle, backward=True)
-        lessons = self._of_all_ranks(lessons)
+        lessons = of_all_ranks(self._ranks, lessons, by_group)
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
-            return [], Update({}, 0.0, rate)
+            return [], 0.0, rate
         means.add({"loss": (loss, float(self._ranks.first))})
-        return lessons, Update(means.of_ranks(self._ranks.gather).values(), self._step(rate, update), rate)
-
-    def _of_all_ranks(self, lessons: list[Lesson]) -> list[Lesson]:
-        """Every rank's lessons, in the order in which one process would have them."""
-        together = itertools.chain(*self._ranks.gather(lessons))
-        return sorted(together, key=lambda lesson: lesson.sequence.group)
+        return lessons, self._step(rate, update), rate
 
     def _scored_apart(self, parts: Sequence[Sequence[PackedRow]]) -> list[list[Scores] | None]:
         """Scores of the parts that need passes of their own for them; None for the others.
@@ -180,7 +187,7 @@ class Learner:
             these = list(itertools.islice(left, len(found.row.paths)))
             if waiting:
                 scored = zip(these, found.by_sequence(), strict=True)
-                these = [self._weighed(replace(lesson, scores=scores)) for lesson, scores in scored]
+                these = [weighed(replace(lesson, scores=scores), self._config.train) for lesson, scores in scored]
             total += self._backward(these, found, totals, means)
             learnt += these
         return learnt, total
@@ -213,10 +220,13 @@ class Learner:
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
         by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
+        return self._prepared(by_group, rewarded)
+
+    def _prepared(self, by_group: list[list[TrainSequence]], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         sequences, rows = self._packed([*itertools.chain(*self._ranks.share(by_group))])
         scores = self._scores(self._policy.model, rows, self._attribution)
         scored = zip(sequences, scores, self._reference_logprobs(rows), strict=True)
-        return self._of_all_ranks(self._lessons(scored, rewarded))
+        return of_all_ranks(self._ranks, self._lessons(scored, rewarded), by_group)
 
     def _idle(self, mine: int) -> int:
         """Passes that the busiest rank makes beyond this one's ``mine``, where tensors are exchanged in passes; 0 elsewhere."""
@@ -230,30 +240,8 @@ class Learner:
     def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Every sequence with its advantages, in the order that they came in: group by group."""
         groups = itertools.groupby(scored, key=lambda item: item[0].group)
-        return [
-            self._weighed(lesson) for g, items in groups for lesson in self._group_lessons(list(items), rewarded[g])
-        ]
-
-    def _weighed(self, lesson: Lesson) -> Lesson:
-        """The lesson with the importance weights that the settings ask for."""
-        correction, cap = self._config.train.importance_correction, self._config.train.importance_cap
-        if correction == "none":
-            return lesson
-        weights = importance_weights(lesson.scores.logprobs_T, lesson.sequence, correction, cap)
-        return replace(lesson, importance=weights)
-
-    def _group_lessons(self, scored: Sequence[Scored], rewarded: RewardedGroup) -> list[Lesson]:
-        kept = [s for s in scored if not s[0].erased]
-        values = {s[0].sibling: float(rewarded.rewards[s[0].sibling].value or 0.0) for s in kept}
-        advantages_GT = self._objective.advantages(group_signals(kept, list(values.values()))).float()
-        lessons = [
-            Lesson(sequence, scores, reference, advantage_T[: len(sequence.response_ids)], len(kept))
-            for (sequence, scores, reference), advantage_T in zip(kept, advantages_GT, strict=True)
-        ]
-        for sequence, scores, reference in (s for s in scored if s[0].erased):
-            advantage = self._objective.erased_advantage(values[sequence.sibling])
-            lessons.append(Lesson(sequence, scores, reference, sequence.mask_T * advantage, len(kept)))
-        return lessons
+        made = (group_lessons(self._objective, list(items), rewarded[g]) for g, items in groups)
+        return [weighed(lesson, self._config.train) for of_group in made for lesson in of_group]
 
     def update(self, lessons: Sequence[Lesson], update: int) -> Update:
         """All optimizer updates of one step, none where weights are frozen; ``update`` counts those before it."""
@@ -265,12 +253,18 @@ class Learner:
             for part in range(train.minibatches):
                 chosen = set(groups[part :: train.minibatches])
                 minibatch = [lesson for lesson in lessons if lesson.sequence.group in chosen]
-                rate = learning_rate(train, update, self._updates)
-                if minibatch:
-                    self._accumulate(minibatch, means)
-                    norms.append(self._step(rate, update))
+                norm, rate = self._learn_scored(minibatch, update, means)
+                norms.append(norm)
                 update += 1
         return Update(means.of_ranks(self._ranks.gather).values(), max(norms), rate)
+
+    def _learn_scored(self, lessons: Sequence[Lesson], update: int, means: Means) -> tuple[float, float]:
+        """An update with scored lessons, none where there are none: the gradients' norm, the learning rate."""
+        rate = learning_rate(self._config.train, update, self._updates)
+        if not lessons:
+            return 0.0, rate
+        self._accumulate(lessons, means)
+        return self._step(rate, update), rate
 
     def _step(self, rate: float, update: int) -> float:
         """One optimizer update with the gathered gradients; returns their norm."""

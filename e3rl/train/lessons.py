@@ -7,15 +7,22 @@ weighed, its KL term among them, while clip decisions and the reported loss stay
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from e3rl.objectives.base import GroupSignals, Totals, TrainBatch
+from e3rl.cluster.ranks import Ranks
+from e3rl.config import TrainConfig
+from e3rl.objectives.base import GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.packing import TrainSequence, pad
 from e3rl.train.scoring import Scores
+from e3rl.types import RewardedGroup
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,40 @@ class Lesson:
     advantages_T: Tensor
     group_size: int
     importance: ImportanceWeights | None = None
+
+
+def weighed(lesson: Lesson, train: TrainConfig) -> Lesson:
+    """The lesson with the importance weights that the settings ask for."""
+    if train.importance_correction == "none":
+        return lesson
+    logprobs_T = lesson.scores.logprobs_T
+    weights = importance_weights(logprobs_T, lesson.sequence, train.importance_correction, train.importance_cap)
+    return replace(lesson, importance=weights)
+
+
+def group_lessons(objective: Objective, scored: Sequence[Scored], rewarded: RewardedGroup) -> list[Lesson]:
+    """A group's sequences with their advantages; erased candidates last."""
+    kept = [s for s in scored if not s[0].erased]
+    values = {s[0].sibling: float(rewarded.rewards[s[0].sibling].value or 0.0) for s in kept}
+    advantages_GT = objective.advantages(group_signals(kept, list(values.values()))).float()
+    lessons = [
+        Lesson(sequence, scores, reference, advantage_T[: len(sequence.response_ids)], len(kept))
+        for (sequence, scores, reference), advantage_T in zip(kept, advantages_GT, strict=True)
+    ]
+    for sequence, scores, reference in (s for s in scored if s[0].erased):
+        advantage = objective.erased_advantage(values[sequence.sibling])
+        lessons.append(Lesson(sequence, scores, reference, sequence.mask_T * advantage, len(kept)))
+    return lessons
+
+
+def of_all_ranks(ranks: Ranks, lessons: list[Lesson], by_group: list[list[TrainSequence]]) -> list[Lesson]:
+    """Every rank's lessons, of these sequences, in the order in which one process would have them."""
+    if ranks.world > 1:
+        sequences = [*itertools.chain(*by_group)]
+        sent = ranks.gather_bytes(lessons_to_bytes(lessons, sequences))
+        others = [lessons_from_bytes(b, sequences) for rank, b in enumerate(sent) if rank != ranks.rank]
+        lessons = [*lessons, *itertools.chain(*others)]
+    return sorted(lessons, key=lambda lesson: lesson.sequence.group)
 
 
 def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupSignals:
@@ -132,3 +173,71 @@ def train_batch(lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals) 
         erased_S=torch.tensor([s.erased for s in sequences], device=device),
         totals=totals,
     )
+
+
+_LISTS = ("logprobs", "entropies", "shares", "reference", "advantages", "importance")
+_LESSONS = pa.schema(
+    [
+        ("place", pa.int32()),
+        ("group_size", pa.int32()),
+        *((name, pa.list_(pa.float32())) for name in _LISTS),
+        ("limited", pa.list_(pa.bool_())),
+    ]
+)
+
+
+def lessons_to_bytes(lessons: Sequence[Lesson], sequences: Sequence[TrainSequence]) -> bytes:
+    """Lessons for another rank as an Arrow IPC stream; it has ``sequences`` itself, of which theirs are some."""
+    places = {id(sequence): n for n, sequence in enumerate(sequences)}
+    weights = [lesson.importance for lesson in lessons]
+    columns: dict[str, Sequence[Tensor | None]] = {
+        "logprobs": [lesson.scores.logprobs_T for lesson in lessons],
+        "entropies": [lesson.scores.entropies_T for lesson in lessons],
+        "shares": [lesson.scores.shares_T for lesson in lessons],
+        "reference": [lesson.reference_logprobs_T for lesson in lessons],
+        "advantages": [lesson.advantages_T for lesson in lessons],
+        "importance": [None if w is None else w.weights_T for w in weights],
+        "limited": [None if w is None else w.limited_T for w in weights],
+    }
+    numbers = [pa.array([places[id(s.sequence)] for s in lessons], pa.int32())]
+    numbers.append(pa.array([lesson.group_size for lesson in lessons], pa.int32()))
+    lists = [_as_lists(columns[field.name], field.type) for field in _LESSONS if field.name in columns]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, _LESSONS) as writer:
+        writer.write_batch(pa.record_batch([*numbers, *lists], schema=_LESSONS))
+    return bytes(sink.getvalue())
+
+
+def _as_lists(tensors: Sequence[Tensor | None], kind: pa.DataType) -> pa.Array:
+    """A list for each tensor; null where there is none, which is so for all or for none."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    if not known:
+        return pa.nulls(len(tensors), kind)
+    offsets = np.cumsum([0, *(len(tensor) for tensor in known)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(torch.cat(known).numpy(), kind.value_type))
+
+
+def lessons_from_bytes(content: bytes, sequences: Sequence[TrainSequence]) -> list[Lesson]:
+    """What `lessons_to_bytes` was given in another rank."""
+    [batch] = pa.ipc.open_stream(content)
+    found = {name: _tensors(batch[name]) for name in (*_LISTS, "limited")}
+    return [
+        Lesson(
+            sequences[place],
+            Scores(logprobs_T, entropies_T, shares_T),
+            reference_T,
+            advantages_T,
+            size,
+            None if weights_T is None or limited_T is None else ImportanceWeights(weights_T, limited_T),
+        )
+        for place, size, logprobs_T, entropies_T, shares_T, reference_T, advantages_T, weights_T, limited_T in zip(
+            batch["place"].to_pylist(), batch["group_size"].to_pylist(), *found.values(), strict=True
+        )
+    ]
+
+
+def _tensors(lists: pa.ListArray) -> Sequence[Any]:
+    if lists.null_count or not len(lists):
+        return [None] * len(lists)
+    sizes = np.diff(lists.offsets.to_numpy()).tolist()
+    return torch.from_numpy(lists.values.to_numpy(zero_copy_only=False).copy()).split(sizes)

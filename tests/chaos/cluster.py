@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from e3rl.cluster import open_groups as open_groups_module
 from e3rl.cluster import pool as pool_module
 from e3rl.cluster import weights as weights_module
 from e3rl.cluster import worker as worker_module
@@ -200,7 +201,7 @@ class Cluster:
     def run(self) -> None:
         """Some steps, by as many trainers as it takes."""
         with ExitStack() as stack:
-            for module in (pool_module, worker_module):
+            for module in (pool_module, open_groups_module, worker_module):
                 stack.enter_context(mock.patch.object(module, "threading", self.simulation.threading))
             for module in (pool_module, weights_module):
                 stack.enter_context(mock.patch.object(module, "time", self.simulation.time))

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save
 
 from e3rl.cluster.messages import Hello, decode_answer, encode_answer
-from e3rl.cluster.pool import Place, WorkerLost, _Batch
+from e3rl.cluster.open_groups import OpenGroups
+from e3rl.cluster.pool import Place, WorkerLost
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.columns import SCHEMA
@@ -267,7 +268,7 @@ def test_a_group_that_comes_twice_is_its_first_result():
     """A worker that was given up may still answer, after another has made its group again."""
     group = roll(levels({}))[0]["p"]
     other = dataclasses.replace(group, policy_version=9)
-    batch = _Batch([group.prompt], seats=2)
+    batch = OpenGroups([group.prompt], seats=2)
     assert batch.take(4) == [group.prompt]
     batch.deliver(group)
     batch.deliver(other)

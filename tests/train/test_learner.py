@@ -195,8 +195,9 @@ OBJECTIVES_TO_COMPARE = [
         (8, {}),
         (8, {"gradient_checkpointing": True}),
         (8, {"importance_correction": "token_mask", "importance_cap": 1.1}),
+        (30, {"minibatches": 2}),
     ],
-    ids=["one row", "a group a row", "groups in parts", "passes kept", "importance weights"],
+    ids=["one row", "a group a row", "groups in parts", "passes kept", "importance weights", "minibatches"],
 )
 @pytest.mark.parametrize(("objective", "options"), OBJECTIVES_TO_COMPARE)
 def test_one_pass_learns_what_scoring_first_learns(
@@ -236,6 +237,7 @@ def _forward_passes(learner: Learner, monkeypatch: pytest.MonkeyPatch, step: Cal
         ({"micro_batch_tokens": 30}, 2),  # a group each
         ({"num_iterations": 2}, 3),
         ({"minibatches": 2}, 3),
+        ({"minibatches": 2, "micro_batch_tokens": 30}, 3),  # the second alone, before the first one's update
         ({"importance_correction": "token_truncate"}, 1),
         ({"micro_batch_tokens": 8}, 12),  # six sequences: all scored before the first backward pass
         ({"micro_batch_tokens": 8, "gradient_checkpointing": True}, 6),
