@@ -110,8 +110,10 @@ class DataConfig:
         for name, weight in self.mixture.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= _MOST:
                 raise UserError(f"data.mixture: the weight of '{name}' is {shown(weight)}; it must be a number above 0")
-        if self.mixture and self.train != "lab:chain":
-            raise UserError("data.train and data.mixture are both set: a mixture names all that is trained on")
+        if self.mixture and self.train not in ("", "lab:chain"):
+            raise UserError(
+                "data.train and data.mixture are both set: a mixture names all that is trained on (data.train='')"
+            )
 
 
 @dataclass(frozen=True)

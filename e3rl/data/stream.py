@@ -86,6 +86,13 @@ class PromptStream:
         self._go_to(epoch, position)
 
 
+def epochs_at(position: Mapping[str, Any]) -> float:
+    """Passes over the prompts at a position that a stream's `state` gave."""
+    if "sources" in position:
+        return sum(position["taken"].values()) / sum(source["prompts"] for source in position["sources"].values())
+    return float(position["epoch"] + position["position"] / position["prompts"])
+
+
 class MixedStream:
     """Prompts of several sources, each in an endless order of its own, by weight.
 
@@ -97,12 +104,11 @@ class MixedStream:
         self._streams = {name: PromptStream(prompts, seed) for name, prompts in sources.items()}
         self._shares = shares
         self._taken = dict.fromkeys(sources, 0)
-        self._size = sum(map(len, sources.values()))
 
     @property
     def epochs(self) -> float:
         """Prompts taken so far over all that there are."""
-        return sum(self._taken.values()) / self._size
+        return epochs_at(self.state())
 
     def take(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts, all different."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from e3rl.cluster.ranks import Ranks
-from e3rl.data.stream import Stream
+from e3rl.data.stream import Stream, epochs_at
 from e3rl.errors import UserError
 from e3rl.rewards.scorer import require_some
 from e3rl.rollout.columns import decode, encode
@@ -43,7 +43,7 @@ class StepGroups:
     @property
     def epochs(self) -> float:
         """Passes over the prompts up to here."""
-        return float(self.position["epoch"] + self.position["position"] / self.position["prompts"])
+        return epochs_at(self.position)
 
     @property
     def all(self) -> tuple[RewardedGroup, ...]:

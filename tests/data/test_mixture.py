@@ -6,13 +6,17 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from e3rl.config import build_config
 from e3rl.data.loading import training_problems
 from e3rl.data.stream import MixedStream, PromptStream, build_stream
 from e3rl.errors import UserError
+from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 from e3rl.types import Problem, Prompt
+from tests.train.random_lab import lab_config
 
 
 def prompts(source: str, count: int) -> list[Prompt]:
@@ -111,3 +115,26 @@ def test_one_source_has_the_order_that_it_always_had():
     assert isinstance(ours, PromptStream)
     with pytest.raises(UserError, match="a step of 5 different prompts can't be made of 4"):
         mixed({"a": 1.0, "b": 1e-9}, {"a": 4, "b": 4}).take(5)
+
+
+def test_a_run_on_a_mixture_goes_on_where_it_stopped(tmp_path: Path):
+    """Metrics, ledger and weights of a run that was stopped and taken up again are those of one that was not."""
+    mixture = ("data.train=", 'data.mixture={"lab:chain:1"=3, "lab:path:2"=1}', "train.prompts_per_step=4")
+
+    def records(*overrides: str, resume: bool = False) -> list[dict]:
+        trainer = Trainer(lab_config(tmp_path, *mixture, "train.save_steps=1", *overrides), resume=resume)
+        trainer.train()
+        rows = [
+            pq.read_table(p, columns=["problem_id"]).to_pylist() for p in sorted(trainer.run_path.glob("rollouts/*"))
+        ]
+        ids = [{r["problem_id"] for r in step} for step in rows]
+        assert all(sum(i.startswith("lab:chain:1/") for i in step) == 3 and len(step) == 4 for step in ids)
+        clock = ("seconds", "tokens_per", "memory")
+        lines = read_lines(trainer.run_path / "metrics.jsonl")
+        return [{k: v for k, v in r.items() if not k.startswith(clock)} | {"ids": ids[n]} for n, r in enumerate(lines)]
+
+    whole = records("run.name=whole", "train.steps=3")
+    assert [r["epoch"] for r in whole] == [4 * step / 16 for step in (1, 2, 3)]
+    records("run.name=cut", "train.steps=1")
+    (tmp_path / "cut" / "summary.json").unlink()
+    assert records("run.name=cut", "train.steps=3", resume=True) == whole
