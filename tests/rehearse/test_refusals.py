@@ -20,7 +20,9 @@ from tests.train.random_lab import lab_config
 
 def _refused(arguments: list[str], words: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr()
+    assert words in " ".join(said.err.split())
+    assert "train: python" not in said.out, "no process of a rehearsal was begun"
     assert not list(place.rglob("metrics.jsonl"))
 
 
