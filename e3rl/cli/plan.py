@@ -68,7 +68,7 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
         return fitting_rows(options.rows, options.parameters, options.kv_bytes, size, held, Gpu())
 
     table = Table(
-        title=f"{work.groups} groups of {work.siblings}, {options.parameters:.3g} parameters, {flops} operations a weight and "
+        title=f"{work.groups} groups of {work.siblings}, {options.parameters:.3g} parameters, {flops:g} operations a weight and "
         "token in training; seconds",
         title_justify="left",
     )

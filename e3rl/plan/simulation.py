@@ -268,7 +268,7 @@ def read_context(length: int, engine: str) -> float:
 
 
 def roofline(
-    parameters: float, kv_bytes: float, context: float, operations: int, gpu: Gpu | None = None, prompt: int = 256
+    parameters: float, kv_bytes: float, context: float, operations: float, gpu: Gpu | None = None, prompt: int = 256
 ) -> Costs:
     """Costs of a bfloat16 model on a GPU: decoding by memory and arithmetic, training by arithmetic, weights by their rate.
 
