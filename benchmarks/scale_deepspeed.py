@@ -7,8 +7,8 @@ The other ranks are PyTorch's fake process group, which exchanges nothing; so an
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +97,9 @@ class _Counted(Allocations):
 
 
 def main() -> None:
-    ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks", type=int, nargs="?", default=8, help="default: %(default)s")
+    ranks = parser.parse_args().ranks
     with (
         tempfile.TemporaryDirectory() as directory,
         mock.patch.object(ours, "BUCKET", BUCKET),

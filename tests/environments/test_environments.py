@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from e3rl.config import Config, EnvironmentsConfig, RewardsConfig, RolloutConfig
+from e3rl.engine.protocol import Engine
 from e3rl.environments.builtin import Calculator, Files, PythonTool
 from e3rl.environments.dialogue import Dialogue
 from e3rl.environments.episodes import Toolbox, tool_prompts
@@ -24,7 +25,7 @@ from e3rl.types import Draw, Group, Message, Problem, Trajectory
 from tests.environments.worlds import CALL, TEMPLATE, Says, TextEngine, tokenizer
 from tests.rollout.worlds import MEAN_ONLY
 
-LIMITS = {"context_limit": 8192, "completion_limit": 2048}
+LIMITS: dict[str, Any] = {"context_limit": 8192, "completion_limit": 2048}
 COUNTER = '''
 class Counter:
     def reset(self, start: int = 0, **row):
@@ -87,7 +88,9 @@ def roll(config: Config, says: Says, *problems: Problem) -> tuple[list[Trajector
     tokens = tokenizer()
     prompts = tool_prompts(problems or [Problem("p", "Count.", columns={"start": 3})], tokens, config, **LIMITS)
     engine = TextEngine(says, tokens)
-    groups: list[Group] = list(run_groups(engine, prompts, GroupSettings(config.rollout, MEAN_ONLY, seed=1)))
+    groups: list[Group] = list(
+        run_groups(cast(Engine, engine), prompts, GroupSettings(config.rollout, MEAN_ONLY, seed=1))
+    )
     return [t for g in groups for t in g.trajectories], tokens, engine
 
 
@@ -173,6 +176,7 @@ def test_a_bad_call_is_taken_back_with_the_state(tmp_path: Path, source: str, st
     [trajectory], tokens, _ = roll(config, says)
     [erasure] = trajectory.erasures
     assert tokens.decode(erasure.candidate.ids.tolist()) == f"{add(10)}<|im_end|>"
+    assert erasure.observation is not None
     assert erasure.observation.calls[0].result == "{'error': 'too many'}"
     assert "too many" not in tokens.decode(trajectory.ids.tolist())
     assert trajectory.environment.count == 5
@@ -181,7 +185,9 @@ def test_a_bad_call_is_taken_back_with_the_state(tmp_path: Path, source: str, st
 def test_without_a_way_back_the_bad_call_stays(tmp_path: Path) -> None:
     [trajectory], _, _ = roll(world(tmp_path, erase="errors"), answers(add(10), "Done."))
     assert (trajectory.erasures, trajectory.environment.count) == ((), -1)
-    assert trajectory.segments[-2].observation.forced
+    observation = trajectory.segments[-2].observation
+    assert observation is not None
+    assert observation.forced
 
 
 def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path) -> None:
@@ -192,7 +198,8 @@ def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path) -> None:
         return add(4 if draw.attempt == 0 else 3) if "<tool_response>" not in context else "Done."
 
     [trajectory], _, _ = roll(config, says)
-    assert ([e.observation.calls[0].result for e in trajectory.erasures], trajectory.environment.count) == (["7"], 6)
+    results = [e.observation.calls[0].result for e in trajectory.erasures if e.observation is not None]
+    assert (results, trajectory.environment.count) == (["7"], 6)
 
 
 @pytest.mark.parametrize(
