@@ -39,6 +39,7 @@ from e3rl.train.trainer import Trainer
 from e3rl.weight_files import without_memory
 
 A_NODE = 8  # ranks
+A_FILE = 5 * 10**9  # bytes, as large models are published
 
 
 class OnHost(Allocations):
@@ -117,14 +118,21 @@ def _write_zeros(directory: Path) -> None:
     shape = _shape(5120, 64, 151_936, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
     with without_memory():
         model = Qwen3ForCausalLM(shape)
-    entries, end = {}, 0
+    where: dict[str, str] = {}
+    files: list[dict[str, Any]] = []
+    end = A_FILE
     for name, parameter in model.named_parameters():
+        if end >= A_FILE:
+            files, end = [*files, {}], 0
         begin, end = end, end + 2 * parameter.numel()
-        entries[name] = {"dtype": "BF16", "shape": [*parameter.shape], "data_offsets": [begin, end]}
-    head = json.dumps(entries).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        file.truncate(8 + len(head) + end)
+        files[-1][name] = {"dtype": "BF16", "shape": [*parameter.shape], "data_offsets": [begin, end]}
+        where[name] = f"model-{len(files)}.safetensors"
+    for number, entries in enumerate(files, 1):
+        head, last = json.dumps(entries).encode(), max(entry["data_offsets"][1] for entry in entries.values())
+        with (directory / f"model-{number}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            file.truncate(8 + len(head) + last)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     shape.architectures = ["Qwen3ForCausalLM"]
     shape.save_pretrained(directory)
     _with_tokenizer(directory)
