@@ -2,8 +2,9 @@
 
 python benchmarks/scale_memory.py [--recipes qwen3-4b …]
 
-The code that trains runs on fake tensors (shapes without memory), as one of so many ranks as the topology has: weights, copies,
-FSDP2's shards, two micro-batches, two updates, the KV cache. Every storage is counted from its creation to its end.
+The code that trains and generates runs on fake tensors (shapes without memory), as one of so many ranks as the topology has:
+weights, copies, FSDP2's shards, two micro-batches, two updates, the KV cache, graphs, a prompt, a decode step. Every storage is
+counted from its creation to its end.
 """
 
 from __future__ import annotations
@@ -29,15 +30,19 @@ from e3rl.cli.recipes import find_recipe
 from e3rl.cluster.ranks import Ranks
 from e3rl.cluster.sharding import ShardedOptimizer, shard
 from e3rl.config import Config, ModelConfig, load_config
-from e3rl.engine.torch.storage import MIB, SlotStorage, bucketed, physical_slots, rows_within
+from e3rl.engine.protocol import Sampling
+from e3rl.engine.sampling import SamplingRows, sample
+from e3rl.engine.torch.decode import Marks, SlotRow
+from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights
+from e3rl.engine.torch.storage import MIB, SlotStorage, StepRows, bucketed, physical_slots, rows_within
 from e3rl.models import ReferencePolicy, add_lora
-from e3rl.plan.dry_run import COUNTED, Allocations, hidden_and_head
-from e3rl.plan.memory import GIB, Plan, known_config, make_plan
+from e3rl.plan.dry_run import COUNTED, Allocations, _nothing_kept, _run_once, hidden_and_head
+from e3rl.plan.generation import Process
+from e3rl.plan.memory import GIB, Plan, known_config, make_plan, plan_generation
 from e3rl.train.optimizer import MasterOptimizer
 
 CASES = (
     ("qwen3-4b", "one-h200", ()),
-    ("erpo-qwen2.5-3b", "one-h200", ()),
     ("qwen3-4b", "8xh100", ()),
     ("qwen3-8b", "8xh100", ()),
     ("qwen3-4b", "32xh100", ("train.parallel=zero2",)),
@@ -74,24 +79,46 @@ def _model(config: ModelConfig) -> Any:
     return add_lora(model, config) if config.lora_r else model
 
 
-def _cache(config: Config, model: Any, longest: int) -> SlotStorage:
-    """The torch engine's, by the rule that the engine counts its rows by."""
-    shape, rollout = model.config.get_text_config(decoder=True), config.rollout
+def _rows(config: Config, longest: int) -> int:
+    """The torch engine's, by the rule that the engine counts them by."""
+    shape, rollout = known_config(config.model.path), config.rollout
     size = shape.head_dim if getattr(shape, "head_dim", None) else shape.hidden_size // shape.num_attention_heads
-    like = torch.empty(0, dtype=getattr(torch, config.model.dtype))
     one = SlotStorage(1, bucketed(longest))
+    like = torch.empty(0, dtype=getattr(torch, config.model.dtype))
     one.add_layers(shape.num_hidden_layers, shape.num_key_value_heads, size, size, like)
     row_bytes = one.bytes // physical_slots(1)
     wanted = rollout.cache_rows or 2 * rollout.max_rows
-    rows = rows_within(rollout.kv_budget * MIB, row_bytes, wanted, rollout.num_generations, bucketed(longest))
-    found = SlotStorage(rows, bucketed(longest))
-    found.add_layers(shape.num_hidden_layers, shape.num_key_value_heads, size, size, like)
-    return found
+    return rows_within(rollout.kv_budget * MIB, row_bytes, wanted, rollout.num_generations, bucketed(longest))
+
+
+def asked_to_generate(config: Config, prompt: int) -> Asked:
+    """The torch engine as on a GPU, beside the weights: cache, graphs, a prompt, a step of as many rows as it decodes together,
+    their draws. Attention is a kernel that makes its result alone."""
+    longest = prompt + config.rollout.completion_limit
+    rows = _rows(config, longest)
+    together = min(config.rollout.max_rows, rows)
+    with torch.device("meta"):
+        model = _model(config.model)
+    flash = mock.patch("e3rl.engine.torch.fused.attention", lambda query, *_, **__: torch.empty_like(query))
+    with torch.no_grad(), flash, Allocations() as counted:
+        slots = FusedSlotModel(FusedWeights(model), rows, longest, record=_run_once, attend=_nothing_kept)
+        step = StepRows([0] * together, [longest - 1] * together, slots.storage, slots.device)
+        buffers = counted.restart()
+        logits = slots.decode(step)
+        graphs = counted.peak - buffers  # what a graph works in, it keeps
+        marks = Marks(rows)
+        marks.keep([SlotRow(1, [0])], logits[:1])
+        held = counted.restart() + graphs
+        drawn = SamplingRows.of([Sampling(top_p=0.9, top_k=50)] * together, slots.device)
+        sample(logits, drawn, torch.zeros(together, dtype=torch.float64, device=slots.device))
+        slots.prefill([0] * prompt, 0)
+        largest = counted.peak + graphs
+        del slots, marks, logits, step
+    return Asked(held, largest)
 
 
 def asked(config: Config, plan: Plan, ranks: int) -> Asked:
     """Build a trainer's process and run two steps of it, without memory."""
-    longest = plan.prompt + config.rollout.completion_limit
     generates = not (config.rollout.workers or config.rollout.servers)
     world = Ranks(0, ranks)
     with _ranks(ranks) as mesh, FakeTensorMode(), Allocations() as counted:
@@ -107,7 +134,6 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
                 beside = None if reference is None else shard(reference, device, config.train, world, frozen=True)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = ShardedOptimizer(named, config.train, world) if ranks > 1 else MasterOptimizer(named, config.train)
-        cache = _cache(config, model, longest) if generates else None
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
@@ -124,8 +150,9 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
             for master in optimizer._masters:
                 master.grad = None
         held = counted.live
-        del reference, beside, generating, cache, run
-    return Asked(held, counted.peak)
+        del reference, beside, generating, run
+    engine = asked_to_generate(config, plan.prompt).held if generates else 0
+    return Asked(held + engine, counted.peak + engine)
 
 
 def measure(recipe: str, topology: str, overrides: tuple[str, ...]) -> tuple[str, Asked, Plan]:
@@ -139,12 +166,23 @@ def measure(recipe: str, topology: str, overrides: tuple[str, ...]) -> tuple[str
         return f"{recipe} {topology} {' '.join(overrides)}".strip(), asked(config, plan, ranks), plan
 
 
+def measure_worker(recipe: str, topology: str) -> tuple[str, Asked, Process]:
+    """A rollout worker's process with the torch engine, which an evaluation's is as well."""
+    config = load_config(find_recipe(recipe), [find_recipe(f"topologies/{topology}")], ["rollout.engine=torch"])
+    process = plan_generation(config, config.data.max_prompt_length, on_cpu=False)
+    found, weights = asked_to_generate(config, config.data.max_prompt_length), process.held["weights"]
+    return f"{recipe} {topology}, a rollout worker", Asked(found.held + weights, found.largest + weights), process
+
+
 def plan_error() -> Figure:
-    """Largest difference, in percent, of a trainer's planned bytes from those that it asks for."""
+    """Largest difference, in percent, of a process's planned bytes from those that it asks for."""
     parts = {}
-    for case in CASES[:1] + CASES[2:3]:
+    for case in CASES[:2]:
         name, found, plan = measure(*case)
         parts[name] = 100 * abs(plan.trainer.largest / found.largest - 1)
+    for recipe in ("qwen3-4b", "qwen3-8b"):
+        name, found, process = measure_worker(recipe, "32xh100")
+        parts[name] = 100 * abs(process.largest / found.largest - 1)
     return Figure(max(parts.values()), 3.0, parts)
 
 
@@ -152,16 +190,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="only these recipes")
     options = parser.parse_args()
-    print("| a trainer's process | held: asked, GiB | planned | at most: asked, GiB | planned | difference, % |")
+    print("| a process | held: asked, GiB | planned | at most: asked, GiB | planned | difference, % |")
     print("| --- | --- | --- | --- | --- | --- |")
     for case in CASES:
-        if options.recipes and case[0] not in options.recipes:
-            continue
-        name, found, plan = measure(*case)
-        held, most = sum(plan.trainer.held.values()), plan.trainer.largest
-        error = 100 * (most / found.largest - 1)
-        sizes = " | ".join(f"{size / GIB:.2f}" for size in (found.held, held, found.largest, most))
-        print(f"| {name} | {sizes} | {error:+.1f} |", flush=True)
+        if not options.recipes or case[0] in options.recipes:
+            name, found, plan = measure(*case)
+            _print(name, found, plan.trainer)
+    for recipe in ("qwen3-4b", "qwen3-8b"):
+        if not options.recipes or recipe in options.recipes:
+            _print(*measure_worker(recipe, "32xh100"))
+
+
+def _print(name: str, found: Asked, process: Process) -> None:
+    held, most = sum(process.held.values()), process.largest
+    error = 100 * (most / found.largest - 1)
+    sizes = " | ".join(f"{size / GIB:.2f}" for size in (found.held, held, found.largest, most))
+    print(f"| {name} | {sizes} | {error:+.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -57,22 +57,22 @@ class Checksum:
     """A hash over the sums of an image's chunks: finds damage and mixed versions at memory speed."""
 
     def __init__(self, image: Tensor) -> None:
-        self._image, self._sums, self._done = image, list[int](), 0
+        self._image, self._sums, self._done = image.numpy(), list[int](), 0
 
     def follow(self, written: int) -> None:
         """Add up the chunks that are complete, while they are in a core's cache."""
         while self._done + _CHUNK <= written:
             self._add(self._image[self._done : self._done + _CHUNK])
 
-    def _add(self, chunk: Tensor) -> None:
-        self._sums.append(int(chunk.view(torch.int64).sum()))
+    def _add(self, chunk: np.ndarray) -> None:
+        self._sums.append(int(chunk.view(np.int64).sum()))
         self._done += len(chunk)
 
     def named(self) -> str:
         """The checksum of the whole image."""
         self.follow(len(self._image))
         self._add(self._image[self._done : len(self._image) // 8 * 8])
-        rest = self._image[self._done :].numpy().tobytes()
+        rest = self._image[self._done :].tobytes()
         return hashlib.blake2b(np.array(self._sums, np.int64).tobytes() + rest, digest_size=16).hexdigest()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from e3rl.cluster.parallel import idle_backward, idle_pass, idle_passes, in_lockstep, keeps_passes, make_ready
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
-from e3rl.models import Policy, ReferencePolicy
+from e3rl.models import Policy, ReferencePolicy, has_dropout
 from e3rl.objectives.base import AttributionOptions, Objective, Totals
 from e3rl.train.attribution import attribution_layers, packed_attention, router_loss
 from e3rl.train.lessons import Lesson, Scored, group_lessons, of_all_ranks, totals_of, train_batch, unscored, weighed
@@ -24,7 +24,7 @@ from e3rl.train.metrics import Means
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import learning_rate
 from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, plan_rows, recurrent_mixers
-from e3rl.train.scoring import AttributionSettings, RowScores, Scores, has_dropout, score_rows
+from e3rl.train.scoring import AttributionSettings, RowScores, Scores, score_rows
 from e3rl.types import RewardedGroup
 
 

@@ -187,12 +187,6 @@ def score_row(
     )
 
 
-def has_dropout(model: Any) -> bool:
-    """Whether a training forward pass uses dropout: then its log-probabilities are not the policy's."""
-    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    return modules or getattr(unwrapped(model).config, "attention_dropout", 0.0) > 0
-
-
 class Passes:
     """Forward and backward passes through a model, as PyTorch runs them."""
 

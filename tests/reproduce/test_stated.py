@@ -208,6 +208,23 @@ def test_an_overlay_that_changes_a_number_is_noticed(method: str, tmp_path: Path
     assert len(deviations(changed, _entries("qwen3-4b"))) == 1
 
 
+@pytest.mark.parametrize(
+    "mutation",
+    ["train.parallel=zero2", "train.workers=8", "train.worker_gpus=0", "rollout.workers=32", "rollout.worker_gpus=0.5"],
+)
+def test_a_changed_topology_is_noticed(mutation: str):
+    config = _resolved("qwen3-8b", "topologies/32xh100", settings=(mutation,))
+    found = deviations(config, [*_entries("qwen3-8b"), *stated("topology")])
+    assert [text.partition(" is ")[0] for text in found] == [mutation.partition("=")[0]]
+
+
+def test_dapo_is_what_its_paper_says():
+    """Dynamic sampling by accuracy, which drops groups that are all right however long they are, and the overlong penalty."""
+    config = _resolved("qwen3-4b", "methods/dapo")
+    assert (config.filter.name, config.rewards.overlong, config.rollout.erase) == ("mixed_accuracy", True, False)
+    assert {m for m in METHODS if _resolved("qwen3-4b", f"methods/{m}").rewards.overlong} == {"dapo"}
+
+
 PAPER = json.loads((Path(e3rl_reproduce.__file__).parent / "paper.json").read_text(encoding="utf-8"))
 MEANS = json.loads(FILE.read_text(encoding="utf-8"))
 
