@@ -112,6 +112,10 @@ def parse_yaml(text: str, where: object) -> dict[str, Any]:
     return tables
 
 
+_YAML_BOOL = re.compile(r"^(true|false)$", re.IGNORECASE)
+_YAML_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$")
+
+
 @functools.cache
 def _plain_loader() -> Any:
     """PyYAML's safe loader, to which 1e-6 is a number, and on, off, yes, no and dates are texts."""
@@ -125,11 +129,8 @@ def _plain_loader() -> Any:
         first: [(tag, pattern) for tag, pattern in found if tag not in wanted]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    number = re.compile(r"[-+]?(\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$")
-    PlainLoader.add_implicit_resolver(
-        "tag:yaml.org,2002:bool", re.compile(r"(true|false)$", re.IGNORECASE), list("tTfF")
-    )
-    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _YAML_BOOL, list("tTfF"))
+    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
     return PlainLoader
 
 

@@ -111,8 +111,12 @@ def in_lockstep(config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def keeps_passes(config: TrainConfig, world: int) -> bool:
-    """Whether a pass waits for its backward pass while others run: one that keeps its layers' inputs alone can."""
-    return config.gradient_checkpointing and (world == 1 or config.parallel in KEEPS_PASSES)
+    """Whether a pass waits for its backward pass while others run: one that keeps its layers' inputs alone can.
+
+    Not with several updates a batch: it would spare the first one's scoring pass and hold a whole group's inputs for it.
+    """
+    ways = world == 1 or config.parallel in KEEPS_PASSES
+    return config.gradient_checkpointing and config.minibatches == 1 and ways
 
 
 def divides_weights(config: TrainConfig, ranks: Ranks) -> bool:

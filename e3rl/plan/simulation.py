@@ -11,7 +11,7 @@ import heapq
 import random
 from dataclasses import dataclass, field
 
-from e3rl.cluster.parallel import KEEPS_PASSES
+from e3rl.cluster.parallel import KEEPS_PASSES, keeps_passes
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.objectives import build
@@ -248,7 +248,7 @@ def operations(config: Config) -> float:
     needs, train = build(config.objective).needs, config.train
     if "frozen" in needs:
         return 0
-    keeps = train.gradient_checkpointing and train.parallel in KEEPS_PASSES
+    keeps = keeps_passes(train, 1) and train.parallel in KEEPS_PASSES
     one_pass = train.num_iterations == 1 and ("rewards_only" in needs or keeps)
     scored = 1 - 1 / train.minibatches if one_pass else 1.0  # all minibatches but the first
     updates = train.num_iterations * (6 + 2 * train.gradient_checkpointing)

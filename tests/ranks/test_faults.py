@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from e3rl.cluster.deepspeed import _import_deepspeed, start_engine
+from e3rl.cluster.ranks import Ranks
 from e3rl.errors import UserError
 from e3rl.models import load_policy
 from e3rl.train.trainer import Trainer
@@ -56,7 +57,7 @@ def test_deepspeed_that_is_too_old_is_a_sentence(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "deepspeed", old)
     config = lab_config(tmp_path, "train.parallel=deepspeed-zero2")
     with pytest.raises(UserError, match=r"DeepSpeed 0\.15\.0 is too old.*pip install --upgrade 'e3rl\[deepspeed\]'"):
-        start_engine(load_policy(config.model), config.train)
+        start_engine(load_policy(config.model), config.train, Ranks())
 
 
 def test_deepspeed_is_not_imported_where_nobody_asks_for_it():

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from e3rl.config import Config, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
 from e3rl.errors import UserError
-from e3rl.models import Policy, ReferencePolicy, add_lora, save_pretrained
+from e3rl.models import Policy, ReferencePolicy, add_lora
 from e3rl.objectives import build
 from e3rl.testing.scripts import assert_same_transcript, play, random_script
 from e3rl.train.attribution import packed_attention
 from e3rl.train.learner import Learner
 from e3rl.train.packing import PackedRow, packed_rows
 from e3rl.train.scoring import require_scorable, score_row
+from e3rl.weight_files import save_pretrained
 from tests.engine.models import EOS, VOCAB, page_model
 from tests.engine.test_engine import contract, oracle, torch_engine
 from tests.train.packs import sequence
