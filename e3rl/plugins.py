@@ -115,3 +115,11 @@ def require_trust(code: Mapping[str, str], file: Path, trusted: Collection[str])
             f"{file} names code: {lines}. It may come from elsewhere, so it runs none; if you trust that code, repeat the "
             f"command with {arguments}"
         )
+
+
+def working_directory() -> str:
+    """The process's directory, which may be gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "a directory that is gone"

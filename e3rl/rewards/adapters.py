@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import Any, Protocol
 
 from e3rl.errors import where_raised
-from e3rl.plugins import load
+from e3rl.plugins import load, working_directory
 from e3rl.rewards.batch import Batch, Log, Part
 from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
 from e3rl.types import Problem
@@ -93,16 +93,9 @@ def contained() -> Iterator[None]:
             sys.stderr.write("e3rl: a reward function forked and its child returned; the child ends here\n")
             sys.stderr.flush()
             os._exit(70)
-        if (now := _directory()) != place:
+        if (now := working_directory()) != place:
             os.chdir(place)
             raise Misbehaviour(f"changed the working directory to {now}; it was changed back")
-
-
-def _directory() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return "a directory that is gone"
 
 
 # --- asynchronous functions

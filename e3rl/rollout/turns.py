@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from e3rl.environments.protocol import Episode, Reply
+from e3rl.plugins import working_directory
 from e3rl.rollout.orders import Act, Undo
 from e3rl.types import Candidate, Draw, Observed, Prompt, ToolResult
 
@@ -61,9 +63,13 @@ _AWAKE = object()
 
 @dataclass
 class Actors:
-    """Runs environments, one thread a turn, while the engine decodes other rows."""
+    """Runs environments, one thread a turn, while the engine decodes other rows.
+
+    A turn at whose end the process is in another directory has failed, and so may one beside it; the directory is put back.
+    """
 
     memory: Memory | None = None
+    _place: str = field(default_factory=os.getcwd)
     _finished: queue.SimpleQueue[tuple[object, Reply]] = field(default_factory=queue.SimpleQueue)
     _acting: dict[object, _Acting] = field(default_factory=dict)
 
@@ -117,6 +123,9 @@ class Actors:
                 reply = act()
             except BaseException as error:  # user code, in a thread that nobody joins
                 reply = Reply(failure=f"raised {type(error).__name__}: {error}")
+            if (now := working_directory()) != self._place:
+                os.chdir(self._place)
+                reply = Reply(failure=f"changed the working directory to {now}; it was changed back")
             self._finished.put((token, reply))
 
         self._acting[token] = acting

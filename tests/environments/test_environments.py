@@ -159,6 +159,34 @@ def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path) -> No
     assert by_name["hang"].error == "its environment took longer than 0.3 s"
 
 
+def test_a_tool_that_changes_the_directory_costs_its_own_reward(tmp_path: Path) -> None:
+    source = (
+        COUNTER
+        + f"""
+    def move(self) -> str:
+        \"\"\"Go elsewhere.\"\"\"
+        import os
+        os.chdir({str(tmp_path)!r})
+        return "moved"
+"""
+    )
+    config, place = world(tmp_path, source), Path.cwd()
+
+    def says(context: str, draw: Draw) -> str:
+        if "<tool_response>" in context:
+            return "Done."
+        return CALL.format("move", "{}") if draw.prompt_id == "away" else add(1)
+
+    problems = [Problem(name, name, columns={"start": 3}) for name in ("away", "go")]
+    trajectories, _, _ = roll(config, says, *problems)
+    assert Path.cwd() == place
+    with Scorer(config.rewards) as scorer:
+        away, go = scorer.score(trajectories, ["", ""])
+    assert away.value is None
+    assert away.error == f"its environment changed the working directory to {tmp_path}; it was changed back"
+    assert go.value in (4.0, None)  # it may have run beside the other
+
+
 def test_turns_and_calls_have_limits(tmp_path: Path) -> None:
     [trajectory], _, _ = roll(world(tmp_path, max_turns=2, max_calls=1), lambda context, draw: add(1) + add(1))
     seen = [s.observation for s in trajectory.segments if s.observation]
