@@ -35,7 +35,7 @@ from e3rl.engine.sampling import SamplingRows, sample
 from e3rl.engine.torch.decode import Marks, SlotRow
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights
 from e3rl.engine.torch.storage import MIB, SlotStorage, StepRows, bucketed, physical_slots, rows_within
-from e3rl.models import ReferencePolicy, add_lora
+from e3rl.models import add_lora
 from e3rl.plan.dry_run import COUNTED, Allocations, _nothing_kept, _run_once, hidden_and_head
 from e3rl.plan.generation import Process
 from e3rl.plan.memory import GIB, Plan, known_config, make_plan, plan_generation
@@ -123,7 +123,9 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
     world = Ranks(0, ranks)
     with _ranks(ranks) as mesh, FakeTensorMode(), Allocations() as counted:
         model = _model(config.model)
-        reference = ReferencePolicy(model).frozen if not config.model.lora_r else None
+        reference = (
+            None if config.model.lora_r else _model(config.model).requires_grad_(False)
+        )  # a copy is of another mode
         generating = copy.deepcopy(model) if ranks > 1 and generates else None
         run: Any = lambda work: work(model)  # noqa: E731
         beside = None

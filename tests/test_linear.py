@@ -116,5 +116,5 @@ def test_every_pattern_is_linear(path: Path):
 
 
 def test_the_gate_sees_what_grows_faster():
-    assert too_steep(lambda t: [t[:i].replace("a", "c") for i in range(len(t))], (1_000, 8_000), PLACES[:1], ["ab"])
+    assert too_steep(lambda t: [None for _ in range(len(t) ** 2 // 20)], (1_000, 8_000), PLACES[:1], ["ab"])
     assert not too_steep(lambda t: sorted(t * 2), (1_000, 8_000), PLACES[:1], ["ab"])

@@ -178,7 +178,8 @@ class _Run:
             left = deadline - time.monotonic()
             if left <= 0:
                 return "time"
-            for descriptor in select.select(list(opened), [], [], left)[0]:
+            readable = select.select(list(opened), [], [], left)[0]
+            for descriptor in sorted(readable, key=lambda d: d != self._values_out):  # that it was ready comes first
                 chunk = os.read(descriptor, _CHUNK)
                 if not chunk:
                     opened.remove(descriptor)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,19 @@ def test_what_a_program_prints_reads_and_returns():
     ran = run_program("x = input()\nprint('got', x)\n", stdin="a\nb\n", calls=["x * 2", "(1, {'k': None})", "'l\\nm'"])
     assert (ran.stdout, ran.stderr, ran.values) == ("got a\n", "", ("'aa'", "(1, {'k': None})", "'l\\nm'"))
     assert (ran.status, ran.stopped, ran.failure) == (0, None, None)
+
+
+@pytest.mark.parametrize("order", [sorted, lambda ready: sorted(ready, reverse=True)], ids=["first", "last"])
+def test_a_flood_that_comes_with_the_start_is_the_programs(monkeypatch: pytest.MonkeyPatch, order: Any):
+    waiting = select.select
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        ready, *others = waiting(*arguments)
+        return (order(ready), *others)
+
+    monkeypatch.setattr(select, "select", late)
+    assert run_program("print('x' * 10**6)", limits=Limits(output=1000)).stopped == "output"
 
 
 @pytest.mark.parametrize(
