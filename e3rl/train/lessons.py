@@ -209,12 +209,13 @@ def lessons_to_bytes(lessons: Sequence[Lesson], sequences: Sequence[TrainSequenc
 
 
 def _as_lists(tensors: Sequence[Tensor | None], kind: pa.DataType) -> pa.Array:
-    """A list for each tensor; null where there is none, which is so for all or for none."""
+    """A list for each tensor; null where there is none, as erased candidates have no shares."""
     known = [tensor for tensor in tensors if tensor is not None]
     if not known:
         return pa.nulls(len(tensors), kind)
-    offsets = np.cumsum([0, *(len(tensor) for tensor in known)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(torch.cat(known).numpy(), kind.value_type))
+    offsets = np.cumsum([0, *(0 if tensor is None else len(tensor) for tensor in tensors)], dtype=np.int32)
+    values = pa.array(torch.cat(known).numpy(), kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array([tensor is None for tensor in tensors]))
 
 
 def lessons_from_bytes(content: bytes, sequences: Sequence[TrainSequence]) -> list[Lesson]:
@@ -237,7 +238,8 @@ def lessons_from_bytes(content: bytes, sequences: Sequence[TrainSequence]) -> li
 
 
 def _tensors(lists: pa.ListArray) -> Sequence[Any]:
-    if lists.null_count or not len(lists):
+    if lists.null_count == len(lists):
         return [None] * len(lists)
     sizes = np.diff(lists.offsets.to_numpy()).tolist()
-    return torch.from_numpy(lists.values.to_numpy(zero_copy_only=False).copy()).split(sizes)
+    tensors = torch.from_numpy(lists.values.to_numpy(zero_copy_only=False).copy()).split(sizes)
+    return [tensor if there else None for tensor, there in zip(tensors, lists.is_valid().to_pylist(), strict=True)]

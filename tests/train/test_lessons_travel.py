@@ -13,14 +13,17 @@ from e3rl.train.scoring import Scores
 from tests.train.rollouts import rewarded_group
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["with all parts", "without shares, reference and weights"])
-def test_lessons_arrive_as_they_were_sent(full: bool):
+@pytest.mark.parametrize(
+    "full", [{1, 2}, set(), {1}, {2}], ids=["with all parts", "without some", "the second without", "the first without"]
+)
+def test_lessons_arrive_as_they_were_sent(full: set[int]):
+    """Some lessons have no shares, reference and weights, all or those of erased candidates."""
     sequences = group_sequences([rewarded_group("first", [1.0, 0.0, 1.0], [[4, 2], [4, 4, 1], [3]]).group], False)
     generator, sent = torch.Generator().manual_seed(0), []
     for sequence in sequences[:0:-1]:  # some of them, in another order
         numbers = torch.randn(6, len(sequence.response_ids), generator=generator)
         lesson = Lesson(sequence, Scores(numbers[0], numbers[1], None), None, numbers[2], 3)
-        if full:
+        if len(sent) + 1 in full:
             weights = ImportanceWeights(numbers[5], numbers[5] > 0)
             scores = replace(lesson.scores, shares_T=numbers[3])
             lesson = replace(lesson, scores=scores, reference_logprobs_T=numbers[4], importance=weights)
