@@ -65,7 +65,8 @@ _AWAKE = object()
 class Actors:
     """Runs environments, one thread a turn, while the engine decodes other rows.
 
-    A turn at whose end the process is in another directory has failed, and so may one beside it; the directory is put back.
+    A turn at whose end the process is in another directory has failed, and the directory is put back. Whose tool went there
+    isn't known: of turns that run at the same moment it may be another's.
     """
 
     memory: Memory | None = None
