@@ -21,8 +21,8 @@ from typing import Any
 
 from e3rl.doctor.run import check_run
 from e3rl.files import is_litter
-from tests.chaos.kills import Life, outcome
-from tests.chaos.trials import Place, Verdicts, broken, differing
+from tests.chaos.kills import Life, differing, outcome
+from tests.chaos.trials import Place, Verdicts, broken
 
 
 def harms(run: Path, rng: random.Random) -> Iterator[tuple[Path, str, int]]:

@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,11 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
+def differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What of two outcomes is not the same."""
+    return [key for key, value in expected.items() if found[key] != value]
+
+
 @dataclass
 class Tally:
     """What was done and what came of it."""
@@ -323,12 +328,11 @@ def chaos(
             tally.kills += 1
             tally.wheres[where] += 1
         tally.runs += 1
-        found = outcome(directory / name)
-        differing = [key for key in expected if found[key] != expected[key]]
-        tally.identical += not differing
-        tally.differing += [f"{name} differs in {', '.join(differing)}"] * bool(differing)
+        keys = differing(expected, outcome(directory / name))
+        tally.identical += not keys
+        tally.differing += [f"{name} differs in {', '.join(keys)}"] * bool(keys)
         tally.redone += generated - first.generated
-        say(f"{name}: {tally.kills} kills so far, {'identical' if not differing else tally.differing[-1]}")
+        say(f"{name}: {tally.kills} kills so far, {'identical' if not keys else tally.differing[-1]}")
         shutil.rmtree(directory / name)
     return tally
 

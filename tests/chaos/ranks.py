@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.kills import RECIPE, Crash, be, outcome, preload
-from tests.chaos.trials import differing
+from tests.chaos.kills import RECIPE, Crash, be, differing, outcome, preload
 
 RANKS = 2
 PATIENCE = 90.0

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tests.chaos.kills import RECIPE, Crash, Life, live, outcome, preload
+from tests.chaos.kills import RECIPE, Crash, Life, differing, live, outcome, preload
 
 TINY = (
     RECIPE.replace("steps = 7", "steps = 3")
@@ -92,11 +90,6 @@ def broken(life: Life, said: str) -> str:
     if "Traceback" in said:
         return "a traceback"
     return "" if life.status in (0, 2) else f"exit {life.status}"
-
-
-def differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What of two outcomes is not the same."""
-    return [key for key, value in expected.items() if found[key] != value]
 
 
 def not_the_same(place: Place, name: str, life: Life) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,8 +26,7 @@ from e3rl.cluster.server import make_server
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import UserError
 from e3rl.web.access import Access
-from tests.cluster.places import SETTINGS, World, ids
-from tests.train.random_lab import lab_config
+from tests.cluster.places import World, ids
 from tests.web.running import running
 
 IMAGE = torch.arange(5000, dtype=torch.int64).view(torch.uint8)
@@ -204,14 +203,6 @@ def test_workers_that_can_not_be_met_are_sent_the_weights_from_then_on(world: Wo
     assert len(notes) == 1
     assert notes[0].startswith("weights of version 1 could not be broadcast: not all came within 1 s")
     assert notes[0].endswith("each worker is sent them, and those that follow")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World.of(lab_config(tmp_path_factory.mktemp("run"), *SETTINGS))
-    yield world
-    for worker in world.workers:
-        worker.close()
 
 
 def _elsewhere(url: str, sent: list[str]) -> Place:

@@ -77,8 +77,21 @@ def test_both_workers_get_groups(world, two):
 
 
 def test_a_lost_workers_groups_are_made_again_once(world, expected, two):
-    notes: list[str] = []
-    pool = world.pool(place(two[0], "good"), broken(two[1], lost_once(2)))
+    """The other one answers only after the loss, so that it can't have made every group before."""
+    notes, lost, dies = list[str](), threading.Event(), lost_once(2)
+
+    def dying(number: int, answer: Callable[[], bytes]) -> bytes:
+        try:
+            return dies(number, answer)
+        except WorkerLost:
+            lost.set()
+            raise
+
+    def waiting(_: int, answer: Callable[[], bytes]) -> bytes:
+        assert lost.wait(15)
+        return answer()
+
+    pool = world.pool(broken(two[0], waiting, "good"), broken(two[1], dying))
     pool._note = notes.append
     assert ids(world.run(pool)) == ids(expected)
     assert len(notes) == 1
