@@ -35,7 +35,7 @@ from e3rl.synonyms import SYNONYMS, place_of
 
 @dataclass(frozen=True)
 class Config:
-    """A run, whole."""
+    """All settings of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -55,7 +55,7 @@ class Config:
             raise UserError(f"rewards.weights has {len(weights)} values for {len(functions)} rewards.functions")
         if self.rollout.workers and self.rollout.servers:
             raise UserError(
-                "rollout.workers and rollout.servers are both set: Ray starts workers, servers are there already"
+                "rollout.workers and rollout.servers are both set: use workers, which Ray starts, or servers, which run already"
             )
         if self.environments.factory and (self.rollout.workers or self.rollout.servers):
             raise UserError(
@@ -94,7 +94,7 @@ def _build_objective(table: Mapping[str, Any]) -> ObjectiveConfig:
 
 
 def _require_places(section: str, table: Mapping[str, Any], sections: Mapping[str, type]) -> None:
-    """UserError for a setting that is at home in another section, or has another name here."""
+    """UserError for a setting that belongs to another section, or has another name here."""
     known = {f.name for f in fields(sections[section])}
     for key in table:
         place = "" if key in known else place_of(key, Config)
@@ -126,8 +126,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` on ``base``. Options belong to the objective they were written for: another name starts without them, or with
-    those that ``objective.others`` holds for it."""
+    """``base`` with ``over`` laid on it. Options belong to one objective: another ``objective.name`` drops them, and takes its
+    own from ``objective.others``, if any."""
     name = over.get("objective", {}).get("name") if isinstance(over.get("objective"), Mapping) else None
     if name is not None and name != base.get("objective", {}).get("name", name):
         others = base["objective"].get("others", {})
@@ -173,7 +173,7 @@ def load_config(recipe: Path | None = None, overlays: Sequence[Path] = (), overr
 
 
 def _is_sound(tables: Mapping[str, Any]) -> bool:
-    """Whether they are a config: then what is wrong came with the overrides."""
+    """Whether the tables build a config. If so, an error comes from the overrides."""
     try:
         build_config(tables)
     except UserError:

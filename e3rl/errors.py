@@ -1,4 +1,4 @@
-"""Errors made for people: what is wrong, where, and what to do about it."""
+"""Errors for users: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """Something the user can put right. The command line prints the message alone and exits with code 2."""
+    """An error that the user can fix. The command line prints only the message and exits with code 2."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a table: lists what there is and suggests the nearest."""
+    """The error for a name that is not in a table: lists the known names and suggests the nearest."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
@@ -54,4 +54,4 @@ class NonFiniteLogits(UserError):
 
 
 class RunStopped(Exception):
-    """A run left early because it was asked to, its state saved; the message says how to go on."""
+    """A run stopped on request, with its state saved; the message says how to continue."""

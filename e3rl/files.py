@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed into it."""
+"""Atomic writes: a file is written under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANIFEST = "MANIFEST.json"
 
 
 def _error_number(error: Exception) -> int | None:
-    """The system's number for what went wrong. Libraries written in Rust, as safetensors is, have it in their words."""
+    """The errno of an exception. Libraries in Rust, such as safetensors, have it only in their message."""
     if isinstance(error, OSError):
         return error.errno
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -28,7 +28,7 @@ def _error_number(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def disk_full_is_a_sentence(path: Path) -> Iterator[None]:
-    """Turn 'no space left' and 'not permitted' while writing ``path`` into an error for people."""
+    """Turn 'no space left' and 'not permitted' while writing ``path`` into a UserError."""
     try:
         yield
     except Exception as error:
@@ -52,7 +52,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write; it replaces ``path`` when the block ends well and vanishes when it does not."""
+    """A temporary path to write; it replaces ``path`` if the block succeeds and is deleted if not."""
     with disk_full_is_a_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -75,7 +75,7 @@ def _lives(process: int) -> bool:
         return False
     except PermissionError:
         return True
-    return process != os.getpid()  # what has this process's own number was left by one before it
+    return process != os.getpid()  # a file with this process's id is from an earlier process
 
 
 def is_litter(path: Path) -> bool:
@@ -85,7 +85,7 @@ def is_litter(path: Path) -> bool:
 
 
 def clear_litter(directory: Path) -> None:
-    """Remove what killed processes left half written, here and below. Call it where this process writes nothing yet."""
+    """Remove temporary files of killed processes, here and below. Call it before this process writes there."""
     for path in [p for p in directory.rglob(".*.tmp") if is_litter(p)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -111,7 +111,7 @@ def _digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory to fill; it gets a manifest of checksums and becomes ``path`` when the block ends well."""
+    """A temporary directory to fill; it gets a manifest of checksums and becomes ``path`` if the block succeeds."""
     with disk_full_is_a_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -131,7 +131,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with a directory written by `atomic_directory`, in words; None when all of it is intact."""
+    """What is wrong with a directory written by `atomic_directory`, in words; None if it is intact."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:

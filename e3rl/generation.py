@@ -1,4 +1,4 @@
-"""Erasable decoding of a few prompts, without training: the library's one call, and what `e3rl decode` shows."""
+"""Erasable decoding of a few prompts, without training: `generate`, which `e3rl decode` uses too."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST = 4096
-"""Most tokens of prompt and answer where an answer may end by itself: as of `e3rl serve`."""
+"""Most tokens of prompt and answer together where no length is set, as in `e3rl serve`."""
 
 PromptLike = str | Sequence[Message] | Problem
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One sample: its text, and the trajectory with all that was erased on the way."""
+    """One sample: its text, and its trajectory with the erased candidates."""
 
     text: str
     trajectory: Trajectory
@@ -109,7 +109,7 @@ def generate(
 
 
 def to_the_end(rollout: RolloutConfig, context_length: int, prompts: Sequence[Prompt]) -> RolloutConfig:
-    """The settings with as many segments as fit behind the longest prompt, and rows for these prompts' samples alone."""
+    """The settings with as many segments as fit behind the longest prompt, and rows only for these prompts' samples."""
     room = max(1, min(context_length, LONGEST) - max(len(p.ids) for p in prompts))
     rows = min(rollout.max_rows, len(prompts) * rollout.num_generations)
     return replace(
@@ -122,7 +122,7 @@ def to_the_end(rollout: RolloutConfig, context_length: int, prompts: Sequence[Pr
 
 
 def _loaded(model: Any, tokenizer: Any) -> Policy:
-    """A policy around what is in memory already."""
+    """A policy around a model that is already loaded."""
     if isinstance(model, Policy):
         return model
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""A model by its path, and what its directory holds: looked at before any library reads it, and without importing torch."""
+"""Resolves a model's path and checks its directory before any library reads it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def require_model(path: str) -> None:
     if path in BUILT_IN:
         return
     directory = Path(path)
-    if os.path.isdir(path):  # unlike Path's, these take names that no file system has
+    if os.path.isdir(path):  # unlike Path's, these accept names too long for a file system
         _check_directory(directory)
     elif os.path.isfile(path):
         kind = (
@@ -61,7 +61,7 @@ def require_model(path: str) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Whether it can only be meant as a path on this machine."""
+    """Whether it can only be a path on this machine."""
     owner, slash, _ = path.partition("/")
     return (
         not _HUB_ID.fullmatch(path)

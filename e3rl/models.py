@@ -1,4 +1,4 @@
-"""Policies: loading, adapters, the reference policy, and saving as an ordinary Hugging Face directory."""
+"""Policies: loading, adapters, and the reference policy."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from e3rl.weight_files import WeightFiles, emptied, fill, finite, require_finite
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer and the facts about it that the rest of the library asks for."""
+    """A model with its tokenizer, end tokens and context length."""
 
     model: Any  # a transformers model, with adapters around it where LoRA is on
     tokenizer: Any
     source: str
     eos_ids: tuple[int, ...]
     context_length: int
-    files: WeightFiles | None = None  # what an empty model is filled from
+    files: WeightFiles | None = None  # from which an empty model is filled
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, *, source: str | None = None) -> Policy:
-        """A policy around a transformers model that is loaded already; the model is used as it is, where it is.
+        """A policy around a transformers model that is already loaded; the model is neither copied nor moved.
 
-        ``source`` is where settings and calibration statistics are looked for: by default, where the model came from.
+        Settings and calibration statistics are looked for in ``source``; default: where the model came from.
         """
         found = source or getattr(model.config, "_name_or_path", "") or "(a model in memory)"
         context = getattr(model.config, "max_position_embeddings", None) or 2048
@@ -50,13 +50,13 @@ class Policy:
             fill(self.model if model is None else model, self.files)
 
     def copied(self) -> Policy:
-        """The same with whole weights of its own."""
+        """A copy with its own whole weights."""
         found = replace(self, model=copy.deepcopy(self.model))
         found.fill()
         return found
 
     def emptied(self) -> Policy:
-        """The same without weights: names, shapes and types."""
+        """A copy without weights: only names, shapes and types."""
         return replace(self, model=emptied(self.model), files=None)
 
     @property
@@ -126,8 +126,8 @@ _OTHER_HEADS = ("Classification", "QuestionAnswering", "MaskedLM", "MultipleChoi
 
 
 def _causal_config(config: ModelConfig, source: str) -> Any:
-    """The model's config. UserError where its weights are no causal language model: transformers would add an untrained head,
-    and where it names kernels of the hub."""
+    """The model's config. UserError if it is no causal language model (transformers would add an untrained head), or if it
+    names kernels of the hub."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if not config.trust_remote_code:
@@ -144,18 +144,18 @@ def _causal_config(config: ModelConfig, source: str) -> Any:
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model without its weights: enough to render prompts and to check data."""
+    """A model without its weights: enough to render prompts and to check data."""
 
     tokenizer: Any
     source: str
     eos_ids: tuple[int, ...]
     context_length: int
     config: Any  # transformers' own
-    generation: Any = None  # the same of its generation config
+    generation: Any = None  # its generation config
 
 
 def load_outline(config: ModelConfig, *, directory: Path | None = None) -> Outline:
-    """Tokenizer, context and end tokens of the model that ``config`` names. Takes moments; loads no weights."""
+    """Tokenizer, context and end tokens of the model that ``config`` names. Fast: loads no weights."""
     from transformers import AutoTokenizer, GenerationConfig
 
     source = str(directory) if directory else resolve_model_path(config.path)
@@ -202,14 +202,14 @@ def load_policy(
 ) -> Policy:
     """The policy that ``config`` names, its weights taken from ``directory`` where one is given.
 
-    Asked for an ``empty`` one, it reads no weights, for whoever divides the model first (`Policy.fill`); with adapters, and
-    where weights have to be converted while they are read, it is whole.
+    ``empty``: reads no weights, so that the model can be divided before `Policy.fill` reads them. Models with adapters, or with
+    weights that are converted while they are read, are loaded whole.
     """
     outline = outline or load_outline(config, directory=directory)
     source = str(directory) if directory else resolve_model_path(config.path)
     device = resolve_device(config.device)
     with _loading_errors(config.path):
-        # on a CPU transformers reads each tensor to its place itself
+        # on a CPU transformers reads each tensor in place by itself
         files = WeightFiles.find(source, config.path, device) if empty or device.type != "cpu" else None
         model = None if files is None else _empty_model(config, source, outline, files)
         if model is None:
@@ -223,12 +223,12 @@ def load_policy(
 
 
 def _whole_model(config: ModelConfig, source: str, outline: Outline) -> Any:
-    """The model as transformers loads it. UserError where its files lack tensors or hold numbers that are none."""
+    """The model as transformers loads it. UserError if its files lack tensors, or hold NaN or infinity."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
-        config=outline.config,  # given apart, or an implementation that it names would go before ours
+        config=outline.config,  # passed here, or an attention that it names would override ours
         dtype=getattr(torch, config.dtype),
         attn_implementation=_attention(outline.config),
         trust_remote_code=config.trust_remote_code,
@@ -240,7 +240,7 @@ def _whole_model(config: ModelConfig, source: str, outline: Outline) -> Any:
 
 
 def _empty_model(config: ModelConfig, source: str, outline: Outline, files: WeightFiles) -> Any:
-    """The same without memory for its parameters; None where the files don't hold them as they are."""
+    """The same without memory for its parameters; None if the files don't hold exactly these."""
     from transformers import AutoModelForCausalLM
 
     described = copy.deepcopy(outline.config)
@@ -291,7 +291,7 @@ def _text_config(model: Any) -> Any:
 
 
 def has_dropout(model: Any) -> bool:
-    """Whether a forward pass in training draws random numbers: then it is no measure of the policy."""
+    """Whether a forward pass in training is random: then its log-probabilities are not the policy's."""
     modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     return modules or getattr(unwrapped(model).config, "attention_dropout", 0.0) > 0
 
@@ -306,7 +306,7 @@ def sliding_window(model: Any) -> int | None:
 
 @contextlib.contextmanager
 def narrow_window(model: Any) -> Iterator[None]:
-    """Sliding layers see no more than 4 positions, so that a check of few tokens outgrows them."""
+    """Sliding layers see no more than 4 positions, so that a check with few tokens exceeds the window."""
     window = sliding_window(model)
     holders = [_text_config(model), *unwrapped(model).modules()] if window is not None else []
     holders = [holder for holder in holders if getattr(holder, "sliding_window", None) == window]

@@ -1,4 +1,4 @@
-"""The reader of JSON, TOML and YAML from anywhere: plain values within limits, or a sentence that names the place."""
+"""Reads untrusted JSON, TOML and YAML: plain values within limits, else a UserError that names the place."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from e3rl.errors import UserError
 
 MAX_DEPTH = 64
-"""Lists and tables inside each other. Whatever walks through the values may do so by recursion."""
+"""Most lists and tables inside each other. Code may walk the values by recursion."""
 MAX_DIGITS = 300
-"""Of a whole number: more would not fit a float, and Python refuses to write out some thousands."""
+"""Most digits of a whole number: more would not fit a float, and Python refuses to print thousands."""
 MAX_TOML_BYTES = 2**18
 _MAX_KEY_PARTS = 256  # of a dotted key; the parser takes time that grows with their square
 
@@ -38,7 +38,7 @@ def _constant(name: str) -> float:
 
 
 def parse_json(text: str | bytes, where: object, *, finite: bool = True) -> Any:
-    """A JSON value. UserError where it is malformed, too deep, or holds halves of characters, endless numbers and, where
+    """A JSON value. UserError if it is malformed or too deep, or holds lone surrogates, numbers with too many digits or, with
     ``finite``, NaN or infinity."""
     only_finite: dict[str, Any] = {"parse_float": _finite, "parse_constant": _constant} if finite else {}
     try:
@@ -72,7 +72,7 @@ def parse_toml(text: str, where: object) -> dict[str, Any]:
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """A UTF-8 file of at most ``most`` bytes; UserError where it can't be read. FileNotFoundError is the caller's."""
+    """A UTF-8 file of at most ``most`` bytes; UserError if it can't be read. FileNotFoundError is left to the caller."""
     try:
         if most is not None and path.stat().st_size > most:
             raise UserError(f"{path} has {path.stat().st_size} bytes, and at most {most} are read")
@@ -86,12 +86,12 @@ def read_text(path: Path, most: int | None = None) -> str:
 
 
 def read_json(path: Path, *, finite: bool = True) -> Any:
-    """The JSON value of a file, as `parse_json`. FileNotFoundError is the caller's."""
+    """The JSON value of a file, as `parse_json`. FileNotFoundError is left to the caller."""
     return parse_json(read_text(path), path, finite=finite)
 
 
 def parse_yaml(text: str, where: object) -> dict[str, Any]:
-    """The tables of a YAML text: plain values alone, no anchors, which could make much of little; as `parse_toml`."""
+    """The tables of a YAML text: plain values, no anchors (a small text could expand to a huge one); limits of `parse_toml`."""
     import yaml
 
     if len(text) > MAX_TOML_BYTES:
@@ -118,7 +118,7 @@ _YAML_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?([eE][-+]?\d+)|\d+\.\d*|\.\d+([eE][
 
 @functools.cache
 def _plain_loader() -> Any:
-    """PyYAML's safe loader, to which 1e-6 is a number, and on, off, yes, no and dates are texts."""
+    """PyYAML's safe loader, but 1e-6 is a number, and on, off, yes, no and dates are texts."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
@@ -151,7 +151,7 @@ def read_tables(path: Path) -> dict[str, Any]:
 
 
 def _check(value: Any, where: object) -> None:
-    """UserError for what is too deep, for endless whole numbers (TOML's may be hexadecimal) and for halves of characters."""
+    """UserError for too deep nesting, too many digits of a whole number (TOML's may be hexadecimal) and lone surrogates."""
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
@@ -172,5 +172,5 @@ def _check(value: Any, where: object) -> None:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: no half of a surrogate pair, which stands for a byte that is no text."""
+    """Whether a string can be written as UTF-8: it has no lone surrogate, which stands for an undecodable byte."""
     return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)

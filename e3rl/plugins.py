@@ -1,4 +1,4 @@
-"""Names in a config become objects: one explicit table per kind, or ``module:name`` for what lives outside the package."""
+"""Turns names in a config into objects: one table per kind, or ``module:name`` for code outside the package."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def _load_module(source: str, kind: str) -> ModuleType:
 
 
 def own_python(module: str) -> list[str]:
-    """The command that runs a module in a process of its own, to which arguments are added.
+    """The command that runs a module in its own process; append arguments to it.
 
-    It imports what lies in the working directory only where this process does, so no torch.py there is taken for torch.
+    The working directory is on its import path only if it is on this process's, so that a torch.py there can't replace torch.
     """
     safely = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
     return [sys.executable, *safely, "-m", module]
@@ -118,7 +118,7 @@ def require_trust(code: Mapping[str, str], file: Path, trusted: Collection[str])
 
 
 def working_directory() -> str:
-    """The process's directory, which may be gone."""
+    """The current directory, or a phrase for messages if it was deleted."""
     try:
         return os.getcwd()
     except OSError:

@@ -1,4 +1,4 @@
-"""`reward_model`: a sequence-classification model, named by its directory or hub id, says what a response is worth."""
+"""`reward_model`: a sequence-classification model, named by its directory or hub id, scores responses."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class RewardModelSettings:
 
 
 class SequenceReward:
-    """The model's score of prompt and response, as TRL has it: by its chat template where it has one, else as they stand.
+    """The model's score of prompt and response, as in TRL: through its chat template if it has one, else unchanged.
 
-    A response that is too long for the model, or whose score is no number, has no reward.
+    A response that is too long for the model, or whose score is not finite, has no reward.
     """
 
     def __init__(self, table: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class SequenceReward:
 
 
 def _together(places: Sequence[int], sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Places in batches of at most so many tokens with padding, the longest first; one that is longer goes alone."""
+    """Batches of places with at most ``tokens`` tokens, padding included, longest first; a longer sequence goes alone."""
     waiting = sorted(places, key=lambda place: len(sequences[place]), reverse=True)
     while waiting:
         rows = max(1, tokens // max(1, len(sequences[waiting[0]])))
@@ -113,8 +113,8 @@ def _load(settings: RewardModelSettings) -> tuple[Any, Any]:
     model, info = loaded
     if info["missing_keys"]:
         raise UserError(
-            f"reward model '{name}' has no {min(info['missing_keys'])}: it is no sequence-classification model, and a head that "
-            "was never trained would say random numbers"
+            f"reward model '{name}' has no {min(info['missing_keys'])}: it is no sequence-classification model, and an "
+            "untrained head gives random scores"
         )
     if model.config.pad_token_id is None:  # the model finds a sequence's end by it
         model.config.pad_token_id = (

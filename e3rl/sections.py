@@ -27,7 +27,7 @@ def _type_name(kind: Any) -> str:
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as a ``kind``: an int is a fine float, a string a fine list of one; nothing else changes type."""
+    """``value`` as a ``kind``: an int may become a float, and a string a list of one; nothing else changes type."""
     origin = typing.get_origin(kind)
     if isinstance(value, str) and ("\0" in value or not is_text(value)):
         raise UserError(f"{where}: {shown(value)} is no text: it holds a null byte, or bytes that are not UTF-8")
@@ -51,7 +51,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its beginning, where it is long."""
+    """A value for a message, cut if it is long."""
     try:
         text = repr(value)
     except ValueError:  # a whole number with more digits than Python writes out
@@ -60,7 +60,7 @@ def shown(value: Any) -> str:
 
 
 def _ranged(value: Any, limits: Mapping[str, Any], where: str) -> Any:
-    """The value; UserError where it is a number outside its limits, or none that a computation can use."""
+    """The value; UserError if it is a number outside its limits, or not finite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return value
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -76,7 +76,7 @@ def _ranged(value: Any, limits: Mapping[str, Any], where: str) -> Any:
 
 
 RENAMED = {"rollout.ahead": "staleness"}
-"""Fields that had another name in an earlier version: recipes and run directories with the old one are read as ever."""
+"""Old names of fields: recipes and run directories that have them can still be read."""
 
 
 def current_names(table: Mapping[str, Any], where: str) -> dict[str, Any]:

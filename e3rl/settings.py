@@ -79,7 +79,7 @@ class DataConfig:
         {}, "several sources in place of train, each with its weight: {'a.jsonl' = 3, 'OWNER/NAME' = 1}"
     )
     eval: tuple[str, ...] = setting((), "held-out data, one or several; empty: a lab family's held-out half, else none")
-    directory: str = setting("", "where benchmarks named in train or eval lie as files; empty: they come from the hub")
+    directory: str = setting("", "directory with files of the benchmarks named in train or eval; empty: from the hub")
     train_split: str = setting("train", "split of a hub dataset to train on")
     eval_split: str = setting("test", "split of a hub dataset to evaluate on")
     prompt_column: str = setting("prompt", "column with the prompt: a string or a list of chat messages")
@@ -87,7 +87,7 @@ class DataConfig:
     id_column: str = setting("id", "column with a unique id; rows without one are numbered")
     solution_column: str = setting("solution", "column with a full worked answer: what 'sft' trains on")
     system_prompt: str = setting("", "system message put before every prompt; empty: none")
-    raw_prompts: bool = setting(False, "string prompts go to the model as they stand, without the chat template (TRL)")
+    raw_prompts: bool = setting(False, "string prompts go to the model unchanged, without the chat template (TRL)")
     chat_template_kwargs: Mapping[str, Any] = setting({}, "arguments of the chat template: {enable_thinking = false}")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
     filter_overlong_prompts: bool = setting(False, "leave out training prompts that are too long, and say how many")
@@ -103,7 +103,7 @@ class DataConfig:
 
     @property
     def trained_on(self) -> str:
-        """The training sources, for a sentence."""
+        """The training sources, for messages."""
         return " + ".join(self.sources)
 
     def __post_init__(self) -> None:
@@ -135,12 +135,10 @@ class RolloutConfig:
     )
     kv_budget: int = setting(
         0,
-        "most MiB that the KV cache may take; rows beyond wait for room (vLLM computes them again); 0: no bound",
+        "largest KV cache in MiB; further rows wait for room (vLLM recomputes them); 0: no limit",
         min=0,
     )
-    staleness: int = setting(
-        0, "steps that rollouts may be begun before their own: they go on beside training", min=0, max=16
-    )
+    staleness: int = setting(0, "steps by which rollouts may start early, in parallel with training", min=0, max=16)
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
     workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)
     worker_gpus: float = setting(0.0, "GPUs that Ray gives one rollout worker", min=0)
@@ -174,13 +172,13 @@ class ErasureConfig:
     )
     entropy_temperature: float = setting(
         0.0,
-        "temperature that entropies and perturbations are measured at, whatever is drawn with; 0: rollout.temperature (eq 2)",
+        "temperature of the measured entropies and perturbations, whatever sampling uses; 0: rollout.temperature (eq 2)",
         min=0,
         max=1000,
     )
     length_exponent: float = setting(
         0.0,
-        "U is multiplied by this power of the segment's tokens: at 0 it is made of means (eq 13), at 1 of sums",
+        "U is multiplied by the segment's tokens to this power: 0 gives means (eq 13), 1 sums",
         min=0,
         max=1,
     )
@@ -204,8 +202,8 @@ class ErasureConfig:
     delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0, max=100)
     rho: float = setting(
         0.1,
-        "rho of eq 18: strength of the history modulation; above 0, siblings that are all but alike are erased after a "
-        "calm history",
+        "rho of eq 18: strength of the history modulation; above 0, nearly equal siblings are erased after a "
+        "history of low entropy",
         min=0,
         max=0.99,
     )
@@ -216,7 +214,7 @@ class ErasureConfig:
 
     @property
     def strictness(self) -> str:
-        """Name of the setting that says how much is erased; the larger its value, the less."""
+        """Name of the setting that controls how much is erased: a larger value erases less."""
         return {"quantile": "quantile", "static": "static_baseline"}.get(self.baseline, "kappa0")
 
     def __post_init__(self) -> None:
@@ -239,7 +237,7 @@ class FilterConfig:
         "wrong answers (DAPO)",
     )
     max_refills: int = setting(
-        8, "times that a step may roll out further prompts in place of dropped groups; 0: drop without refill", min=0
+        8, "times that a step may roll out further prompts to replace dropped groups; 0: never", min=0
     )
 
 
@@ -253,17 +251,19 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class RewardsConfig:
-    """What a response is worth."""
+    """How responses are rewarded."""
 
     functions: tuple[str, ...] = setting(
         ("math",), "built-in names, or module:name or file.py:name; TRL and verl signatures"
     )
     weights: tuple[float, ...] = setting((), "weight of each function; empty: 1 each")
-    overlong: bool = setting(False, "add DAPO's punishment: 0, down to -1 over the last fifth of the length limit")
+    overlong: bool = setting(False, "add DAPO's length penalty: from 0 to -1 over the last fifth of the length limit")
     workers: int = setting(1, "processes that check answers", min=1)
     timeout: float = setting(5.0, "seconds one answer may take to check; then the worker is killed", above=0)
     isolate: bool = setting(False, "run your own reward functions in the worker processes too")
-    unboxed: Literal["last", "stated", "none"] = setting("last", "math: what counts without a box (docs/answers.md)")
+    unboxed: Literal["last", "stated", "none"] = setting(
+        "last", "math: what is the answer without a box (docs/answers.md)"
+    )
     cut_off_needs_box: bool = setting(False, "math: a response cut off at the length limit is wrong without a box")
     judge: Mapping[str, Any] = setting({}, "judge: its endpoint, model, rubric and limits (docs/rewards.md)")
     reward_model: Mapping[str, Any] = setting({}, "reward_model: its path, label and batch (docs/rewards.md)")
@@ -281,13 +281,13 @@ class TrainConfig:
     minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
     micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
     mask_truncated_completions: bool = setting(
-        False, "a response cut off at the length limit counts for its siblings' advantages, and in no loss (TRL, DAPO)"
+        False, "leave responses cut off at the length limit out of the loss, not out of the advantages (TRL, DAPO)"
     )
     learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0, max=1)
-    warmup_steps: int = setting(0, "optimizer updates that the learning rate rises; 0: by warmup_ratio", min=0)
+    warmup_steps: int = setting(0, "warm-up, in optimizer updates; 0: by warmup_ratio", min=0)
     warmup_ratio: float = setting(
         0.05,
-        "share of `steps` that the learning rate rises, also where max_tokens ends the run sooner",
+        "warm-up, as a fraction of train.steps, also if max_tokens ends the run earlier",
         source=PAPER,
         min=0,
         max=1,
@@ -307,12 +307,14 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
     importance_correction: Literal[
         "none", "token_truncate", "token_mask", "segment_truncate", "segment_mask", "sequence_truncate", "sequence_mask"
-    ] = setting("none", "weigh these by trainer's over engine's probability; above the cap: the cap, or 0")
+    ] = setting(
+        "none", "weight these by trainer's over engine's probability; above the cap: the cap (truncate) or 0 (mask)"
+    )
     importance_cap: float = setting(2.0, "largest importance weight", above=0)
     parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = setting(
         "none",
-        "how several ranks train together: ddp copies, zero1 divides AdamW's state, zero2 and fsdp2 weights too; "
-        "DeepSpeed's own",
+        "how several ranks train together: ddp replicates, zero1 divides AdamW's state, zero2 and fsdp2 also weights; "
+        "or DeepSpeed's",
     )
     rank_timeout: int = setting(
         3600,
@@ -357,28 +359,30 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class EnvironmentsConfig:
-    """Tools and multi-turn rollouts. A response has turns: what the model calls is run, and it goes on behind the results."""
+    """Tools and multi-turn rollouts. The model's calls are run, and its response continues after their results."""
 
     factory: str = setting(
         "",
-        "what makes an environment: 'file.py:Name' as for TRL, calculator, python, files, books; empty: none",
+        "the environment: 'file.py:Name' as for TRL, calculator, python, files, books; empty: none",
     )
-    max_turns: int = setting(8, "turns of a response that are answered; one more call ends it", min=1)
-    max_calls: int = setting(16, "calls of a turn that are carried out; further ones are answered with an error", min=1)
+    max_turns: int = setting(8, "most turns of a response whose calls are run; a further call ends it", min=1)
+    max_calls: int = setting(16, "most calls run in a turn; further ones return an error", min=1)
     timeout: float = setting(
-        30.0, "seconds for the calls of one turn; beyond them the response ends without a reward", above=0
+        30.0, "seconds for the calls of one turn; then the response ends without a reward", above=0
     )
     isolate: bool = setting(
         False,
-        "each environment in a process of its own, which is killed where a turn takes too long or the process ends",
+        "run each environment in its own process, killed if a turn takes too long or this process ends",
     )
     erase: str = setting(
         "none",
-        "what speaks against a turn after its calls: none, errors (a call failed), empty (or brought nothing), or a function "
+        "evidence against a turn, from its calls: none, errors (a call failed), empty (or returned nothing), or a function "
         "'file.py:name' of the results that returns 0 to 1",
     )
-    erase_threshold: float = setting(0.5, "a turn with more against it is erased with its observation", min=0, max=1)
+    erase_threshold: float = setting(
+        0.5, "a turn with more evidence against it is erased, with its observation", min=0, max=1
+    )
     max_turn_erasures: int = setting(1, "erasures of one turn after its observation", min=0)
     state: Literal["snapshot", "deepcopy"] = setting(
-        "snapshot", "how an environment goes back: by its own snapshot() and restore(), or by deep copies of it"
+        "snapshot", "how an environment is rolled back: by its own snapshot() and restore(), or by deep copies"
     )

@@ -1,4 +1,4 @@
-"""What TRL and verl call settings that have another name or place here, for error messages. Nothing is renamed silently."""
+"""Names in TRL and verl of settings that have another name or place here, for error messages. Nothing is renamed silently."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SYNONYMS: Mapping[str, str] = {
 
 
 def place_of(name: str, config: type) -> str:
-    """Where a setting of this name, ours or another library's, is set; '' where nobody knows. ``config``: the whole of ours."""
+    """Where a setting of this name, ours or another library's, is set; '' if it is unknown. ``config``: the class `Config`."""
     places = [
         f"{section}.{field.name}"
         for section, kind in typing.get_type_hints(config).items()

@@ -1,7 +1,7 @@
-"""The values that travel through e3rl, one type per arrow of the data's way.
+"""The types that pass between the stages of e3rl, one per arrow of docs/data-way.md.
 
-Importing this module is free: numpy is imported when the first candidate is made. Everything is frozen; a stage never edits what
-it was given. Numbers per token are read-only numpy arrays of the same length as ``ids``.
+Importing this module is cheap: numpy is imported with the first candidate. Everything is frozen; a stage never changes its
+input. Numbers per token are read-only numpy arrays of the same length as ``ids``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Candidate:
     `ErasureConfig.entropy_temperature` names another temperature for these two. ``kept_mass`` is the share of the
     distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more than the tokens that
     were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token. ``version``: optimizer
-    updates behind the weights that drew it, which the driver knows; no number of the candidate's, so not compared.
+    updates of the weights that drew it; the driver sets it, and equality ignores it.
     """
 
     ids: Ids
@@ -117,7 +117,7 @@ class Candidate:
 
     @classmethod
     def wrap(cls, *columns: Any, ended: bool, version: int | None = None) -> Candidate:
-        """A candidate of arrays, in the fields' order, that are already as one keeps them: nothing is checked or copied."""
+        """A candidate from arrays in field order that already have its types and are read-only: nothing is checked or copied."""
         made = object.__new__(cls)
         for name, column in zip(COLUMNS, columns, strict=True):
             object.__setattr__(made, name, column)
@@ -158,7 +158,7 @@ class Uncertainty:
     """Eq 13's U and its weighted terms, which add up to ``total``; ``smoothed`` is the unweighted H~_n of eq 11.
 
     What is recorded and shown of a candidate follows from these fields: ``meaning`` describes the ledger's column, ``term`` is
-    what the page calls a term. A term ``x`` has the weight ``erasure.x_weight``. New fields need a default and stand last.
+    what the page calls a term. A term ``x`` has the weight ``erasure.x_weight``. New fields need a default and come last.
     """
 
     total: float = field(metadata={"meaning": "U (eq 13)"})
@@ -215,7 +215,7 @@ class ToolResult:
 class Observed:
     """What an environment answered to an assistant turn. ``state``: turns in effect before it, its state's version.
 
-    ``evidence`` speaks against the turn, 0 to 1; ``forced``: it is kept all the same. ``seconds`` of the calls are not stored.
+    ``evidence`` against the turn, 0 to 1; ``forced``: kept in spite of it. ``seconds`` that the calls took are not stored.
     """
 
     calls: tuple[ToolResult, ...]
@@ -229,7 +229,7 @@ class Observed:
 class Segment:
     """A committed candidate. ``judgement`` is None where nothing was judged: a plain rollout.
 
-    With an ``observation`` its tokens are the environment's: nobody drew them, nothing is learnt from them.
+    With an ``observation`` its tokens are the environment's: not sampled, and not trained on.
     """
 
     index: int
@@ -242,7 +242,7 @@ class Segment:
 class Erasure:
     """An erased candidate, kept for the report and for contrast. ``start``: response tokens before it.
 
-    With an ``observation`` it is a whole assistant turn, all of its segments, erased after what it led to.
+    With an ``observation`` it is a whole assistant turn, all of its segments, erased after its results.
     """
 
     index: int
@@ -254,7 +254,7 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A prompt's response: its committed segments, and what was erased on the way, in the order it happened."""
+    """A prompt's response: its committed segments, and its erasures in order."""
 
     prompt: Prompt
     sibling: int
@@ -322,7 +322,7 @@ class Trajectory:
         return _read_only(np.concatenate([np.empty(0, bool), *kinds]))
 
     def context_of(self, place: int) -> list[int]:
-        """The response tokens that the erasure at ``place`` was drawn after, those of a turn that was erased later among them."""
+        """The response tokens that the erasure at ``place`` was drawn after, including those of a turn that was erased later."""
         erasure = self.erasures[place]
         for later in self.erasures[place + 1 :]:
             if later.observation is not None and later.start <= erasure.start:
@@ -337,7 +337,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All siblings of one prompt, by sibling number, and the policy version that they were begun with (None: a demonstration)."""
+    """All siblings of one prompt, by sibling number, and the policy version at their start (None: a demonstration)."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]

@@ -1,7 +1,7 @@
-"""Weights read from a model's safetensors files tensor by tensor, straight to where they belong; models written as files.
+"""Reads a model's safetensors files tensor by tensor into its parameters, and writes models as files.
 
-An empty model has all its layers and no memory for their parameters. `fill` reads these in: whole, or of a parameter that is
-divided among ranks this rank's rows alone. So nobody holds more of a divided model than its own part.
+An empty model has all its layers and no memory for their parameters. `fill` reads them: whole, or only this rank's rows
+of a parameter that is divided among ranks. So no rank holds more of a divided model than its own part.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class WeightFiles:
 
     @classmethod
     def find(cls, source: str, path: str, device: torch.device) -> WeightFiles | None:
-        """Those of a directory or of the hub; None where the weights are no safetensors."""
+        """The files of a directory or of the hub; None if the weights are not safetensors."""
         single = _located(source, _SINGLE)
         index = None if single else _located(source, _INDEX)
         if index is not None:
@@ -54,7 +54,7 @@ class WeightFiles:
         return name in self._slices
 
     def shape(self, name: str) -> torch.Size:
-        """The whole tensor's."""
+        """The shape of the whole tensor."""
         return torch.Size(self._slices[name].get_shape())
 
     def read(self, name: str, rows: slice, like: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class WeightFiles:
         return torch.empty_like(like, device=self.device).copy_(part)
 
     def hold(self, model: nn.Module) -> bool:
-        """Whether they are this model's weights as it has them: none is missing, converted or joined of several."""
+        """Whether the files hold this model's weights one to one: none missing, converted or merged from several."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         own, alike = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
@@ -108,7 +108,7 @@ def emptied(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def fill(model: nn.Module, files: WeightFiles) -> None:
-    """Read in the parameters that have no memory. UserError where they hold NaN or infinity."""
+    """Read the parameters that have no memory. UserError if they hold NaN or infinity."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     places = defaultdict[nn.Parameter, list[tuple[nn.Module, str]]](list)
     for module in model.modules():
@@ -128,7 +128,7 @@ def fill(model: nn.Module, files: WeightFiles) -> None:
 
 
 def _read(parameter: Tensor, name: str, files: WeightFiles) -> Tensor:
-    """What this process has of a parameter."""
+    """This process's part of a parameter."""
     if not isinstance(parameter, DTensor):
         return files.read(name, slice(None), parameter)
     mesh, local, rows = parameter.device_mesh, _local(parameter), len(parameter)
@@ -144,13 +144,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all values are. A sum, which takes no memory, is nearly always enough to say so."""
+    """Whether all values are finite. A sum, which takes no memory, nearly always shows it."""
     flat = tensor.detach()
     return flat.is_meta or bool(flat.sum(dtype=torch.float32).isfinite()) or bool(flat.isfinite().all())
 
 
 def require_finite(broken: Sequence[str], path: str) -> None:
-    """UserError where there are names of tensors with NaN or infinity."""
+    """UserError if ``broken`` names tensors, which hold NaN or infinity."""
     if broken:
         raise UserError(f"the weights of model '{path}' hold NaN or infinity: {some(broken)}")
 

@@ -69,7 +69,7 @@ class Cell:
 
     @cached_property
     def address(self) -> str:
-        """Of the training alone: measures are added to a cell that is there. Settings at their defaults don't count,
+        """Hash of the training only: measures can be added to an existing cell. Settings at their defaults don't count,
         so that a new setting leaves old cells valid."""
         defaults = to_tables(Config())
         told = {
@@ -115,7 +115,7 @@ def merged(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def read_measurement(cell: Cell, measure: Measure, out: Path) -> dict[str, Any] | None:
-    """What was measured, with the step and tokens at which; None where it is not there (yet)."""
+    """A measurement with its step and tokens; None if it was not taken yet."""
     path = cell.directory(out) / "measures" / f"{measure.address}.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 

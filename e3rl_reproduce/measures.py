@@ -1,4 +1,4 @@
-"""What is measured of a model: `exam`, accuracy on named benchmarks; `decodings`, one model decoded in several ways."""
+"""Measures of a model: `exam`, accuracy on named benchmarks; `decodings`, one model decoded in several ways."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exam(
 ) -> dict[str, Any]:
     """Right answers of ``samples`` to each problem of each benchmark (name to source), plain or with erasable decoding.
 
-    Sampled as [eval] of the config says, by the processes that the config names where it names some.
+    Sampling follows [eval] of the config; the config's workers or servers generate, if it has any.
     """
     config = replace(config, eval=replace(config.eval, num_samples=samples))
     limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
@@ -98,7 +98,7 @@ class DecodingWay:
 def decodings(
     policy: Policy, config: Config, *, tuning: int, problems: int, samples: int, ways: Sequence[tuple[float, str]]
 ) -> dict[str, Any]:
-    """Of each `DecodingWay`: its kind, and for each half the right answers by problem and the tokens that an answer cost."""
+    """For each `DecodingWay`: its kind and, per half of the data, right answers by problem and tokens per answer."""
     limit = config.rollout.completion_limit
     prompts = {
         "train": _prompts(policy, config, "train", tuning),

@@ -1,4 +1,4 @@
-"""What the papers say: their tables' numbers, and the set-up that they state, as data. Figures have no numbers in the papers."""
+"""The papers' numbers (of tables; their figures state none) and the set-up that they state, as data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def stated(part: str) -> list[Stated]:
 
 
 def filled(part: str) -> list[Filled]:
-    """What the recipes of 'e3rl' or 'erpo' have beside it."""
+    """What the recipes of 'e3rl' or 'erpo' set in addition."""
     return [Filled(**entry) for entry in _stated()["filled"][part]]
 
 
@@ -85,9 +85,9 @@ def setting_of(config: Config, name: str) -> Any:
 
 
 def deviations(config: Config, entries: Sequence[Stated | Filled], *, but: Collection[str] = ()) -> list[str]:
-    """Where a resolved recipe is not what the entries say, a sentence each. ``but``: settings that a row is there to vary.
+    """A sentence for each setting of a resolved recipe that differs from the entries. ``but``: settings that a row varies.
 
-    A list stands for itself where the setting is one, else for alternatives. An option that the objective lacks counts not.
+    A list is a value if the setting is a list, else alternatives. Options that the objective lacks are skipped.
     """
     found = []
     for entry in entries:

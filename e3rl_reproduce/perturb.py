@@ -2,8 +2,8 @@
 
 A right response is cut at a token, that token is replaced, and the model goes on from there. The tokens are the 5 % that
 the model was most uncertain at, the 5 % that it was least uncertain at, and as many at random. Three kinds of replacement:
-'uniform', any other token of the vocabulary; 'model', the model's own draw among all others: what else it could have
-said; and 'none', the token itself, so that only what follows is drawn anew: the control.
+'uniform', any other token of the vocabulary; 'model', the model's own draw among all other tokens; and 'none', the token
+itself, so that only the continuation is redrawn (the control).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Change:
 
 
 def positions(entropies_T: Sequence[float], share: float, rng: Random) -> dict[str, list[int]]:
-    """The tokens to change, by where they are; at least one of each, the last token of the response not among them."""
+    """The tokens to change, by where they are; at least one of each, never the last token of the response."""
     inner = range(len(entropies_T) - 1)  # the last ends the response: replacing it changes no reasoning
     count = max(1, math.ceil(share * len(inner)))
     ordered = sorted(inner, key=lambda t: entropies_T[t])
@@ -166,7 +166,7 @@ def _compare(
 
 
 def perturbation_measures(scale: Scale) -> tuple[Measure, ...]:
-    """The perturbation study on the untrained model: every right response has a dozen continuations, so few of them."""
+    """The perturbation study on the untrained model: every right response has a dozen continuations, so few samples."""
     options = {"benchmarks": dict(scale.benchmarks), "problems": scale.problems, "samples": 2}
     return (Measure(PERTURB, "start", options),)
 

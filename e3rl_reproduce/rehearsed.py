@@ -19,7 +19,7 @@ from e3rl_reproduce.study import models_of
 
 
 def first_cells(todo: Sequence[Task], count: int, out: Path) -> dict[str, Cell]:
-    """The first cells of the studies by model and row, in the order that they would run in; a shared one once."""
+    """The first cells of the studies by model and row, in running order; a shared one only once."""
     found: dict[str, Cell] = {}
     for study, scale in todo:
         for model in models_of(study, scale):
@@ -30,7 +30,7 @@ def first_cells(todo: Sequence[Task], count: int, out: Path) -> dict[str, Cell]:
 
 
 def rehearse_cells(todo: Sequence[Task], count: int, directory: Path, say: Callable[[str], None]) -> Rehearsal:
-    """Train (killed once, and gone on with), examine and load so many cells; UserError where one fails."""
+    """Train (killed once, then resumed), examine and load ``count`` cells. UserError if one fails."""
     cells = first_cells(todo, count, directory)
     for cell in cells.values():
         require_extras(cell.config)
@@ -49,20 +49,20 @@ def rehearse_cells(todo: Sequence[Task], count: int, directory: Path, say: Calla
 
 
 def _require_known(cell: Cell) -> None:
-    """UserError where a cell examines what no stand-in can take the place of."""
+    """UserError if a cell is examined on data that no stand-in can replace."""
     named = {source for m in cell.measures for source in m.options.get("benchmarks", {}).values()}
     if strange := sorted(s for s in named if s not in BENCHMARKS and not s.startswith("lab:")):
         raise UserError(f"--rehearse: {', '.join(strange)} is no benchmark that a rehearsal can stand in for")
 
 
 def _shrunk(measure: Measure) -> Measure:
-    """One problem of each benchmark, as many samples of it as ever."""
+    """One problem of each benchmark, with the study's number of samples."""
     few = {name: LIMIT for name in ("problems", "tuning") if name in measure.options}
     return replace(measure, options={**measure.options, **few})
 
 
 def _run(name: str, cell: Cell, stages: Stages) -> list[str]:
-    """A cell to its end; what came out."""
+    """Run a cell to its end; returns notes on the result."""
     out, place = stages.directory, cell.directory(stages.directory)
     command = cell_command([cell], out)
     notes: list[str] = []
@@ -78,7 +78,7 @@ def _run(name: str, cell: Cell, stages: Stages) -> list[str]:
 
 
 def _examined(cell: Cell, measure: Measure, out: Path) -> str:
-    """What was measured, for people. UserError where a benchmark was left out or drawn less often than the study says."""
+    """A note on what was measured. UserError if a benchmark is missing, or has fewer samples than the study asks for."""
     found = read_measurement(cell, measure, out)
     assert found is not None
     if measure.function != EXAM:

@@ -66,7 +66,7 @@ def show_plan(todo: Sequence[Task], out: Path) -> list[str]:
 
 
 def _check(todo: Sequence[Task], out: Path) -> None:
-    """Refuse what can't run here, all reasons at once, before anything is spent."""
+    """Refuse what can't run here, with all reasons at once, before anything runs."""
     cells = _wanted(todo, out, tuning=True) + _wanted(todo, out, tuning=False)
     needs = [need for cell in cells for need in requirements(cell.config)]
     needs += [need for _, scale in todo for need in missing_benchmarks(scale)]
@@ -100,7 +100,7 @@ def reproduce(
 
 
 def report(study: Study, scale: Scale, out: Path, failures: Sequence[Failure] = ()) -> Path:
-    """The study's page and files from what is there; what is missing is named in it."""
+    """Write the study's page and files from existing results; the page names what is missing."""
     parts: list[Table | Plot] = []
     notes: list[str] = []
     environments: list[Mapping[str, str]] = []
@@ -148,7 +148,7 @@ def _made_with(scale: Scale, environments: Sequence[Mapping[str, str]]) -> str:
 
 
 def values_csv(results: Results) -> str:
-    """Every exam by row, seed and benchmark: what the tables are made of."""
+    """Every exam by row, seed and benchmark, from which the tables are made."""
     rows: list[tuple[object, ...]] = [
         (
             "row",

@@ -1,4 +1,4 @@
-"""What a study's cells came to: everything a view needs, read from disk, with means and intervals over seeds."""
+"""Results of a study's cells, read from disk, with means and intervals over seeds."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class SeedMean:
     seeds: int
 
     def text(self, digits: int = 3, sign: bool = False) -> str:
-        """For tables; one seed has no interval, which is said by leaving it out."""
+        """For tables; the interval is left out for one seed."""
         form = f"{'+' if sign else ''}.{digits}f"
         spread = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
         return f"{self.mean:{form}}{spread}"
 
 
 def estimate(values: Sequence[float]) -> SeedMean | None:
-    """Student's t interval; None of nothing."""
+    """Student's t interval; None without values."""
     if not values:
         return None
     if len(values) == 1:
@@ -57,7 +57,7 @@ def tuning_score(cell: Cell, out: Path) -> float | None:
 
 
 def chosen_rates(study: Study, scale: Scale, model: str, out: Path) -> dict[str, float | None]:
-    """The learning rate of every row: the best of its sweep; of equals the smaller; None: not swept, the recipe's own."""
+    """The learning rate of every row: the best of its sweep, the smaller on a tie; None: not swept, the recipe's own."""
     scores: dict[str, list[tuple[float, float]]] = {}
     for (name, rate), cell in tuning_cells(study, scale, model).items():
         found = tuning_score(cell, out)

@@ -1,4 +1,4 @@
-"""What a study would need, and its cells run as processes: what is done is not done again, and what fails is named."""
+"""What a study needs, and its cells run as processes: finished cells are skipped, and failures are reported."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from e3rl_reproduce.study import Scale, Study, models_of, row_config, varied
 
 
 def _prompts(config: Config) -> int:
-    """Problems that a training goes through; 0 where only the data would tell."""
+    """Problems that a training goes through; 0 if that depends on the data."""
     if config.train.steps:
         return config.train.steps * config.train.prompts_per_step
     return int(config.train.epochs * config.data.train_limit)
 
 
 def training_tokens(config: Config) -> int:
-    """Most tokens that a training generates, were nothing erased; 0 where only the data would tell."""
+    """Most tokens that a training generates if nothing is erased; 0 if that depends on the data."""
     return _prompts(config) * config.rollout.num_generations * config.rollout.completion_limit
 
 
@@ -90,8 +90,8 @@ def missing_benchmarks(scale: Scale) -> list[str]:
 
 
 def departures(study: Study, scale: Scale) -> list[str]:
-    """Where the papers' own scale is not what the papers state, for settings that no row is there to vary. Where model and data
-    lie is everybody's own."""
+    """Where the scale 'paper' differs from what the papers state, except settings that a row varies and the paths of model and
+    data."""
     if scale.name != "paper":
         return []
     found: dict[str, None] = {}
@@ -137,7 +137,7 @@ def _demands(trained: Sequence[Cell], tokens: float) -> list[str]:
 
 
 def plan(study: Study, scale: Scale, cells: Mapping[str, Sequence[Cell]], out: Path) -> list[str]:
-    """Lines for the terminal, a block a model."""
+    """Lines for the terminal, a block per model."""
     lines = [f"{study.title}, scale {scale.name}: {len(scale.seeds)} seeds, {len(scale.benchmarks)} benchmarks"]
     for model, wanted in cells.items():
         together = merged(wanted)
@@ -146,7 +146,7 @@ def plan(study: Study, scale: Scale, cells: Mapping[str, Sequence[Cell]], out: P
         lines += ["", f"{model}: {len(together)} cells, {len(together) - len(left)} done; {len(trained)} to train"]
         tokens = sum(training_tokens(cell.config) for cell in trained)
         known = f"at most {_size(tokens)}tokens" if tokens else "as many tokens as the data ask for"
-        lines.append(f"  generate {known} in training, were nothing erased")
+        lines.append(f"  generate {known} in training, if nothing is erased")
         lines += _demands(trained, tokens) if scale.name == "paper" else []
         needs = dict.fromkeys(need for cell in left for need in requirements(cell.config))
         lines += [f"  missing: {need}" for need in needs]
@@ -162,7 +162,7 @@ LOG = "log.txt"
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that did not come to its end, and the last line that it said."""
+    """A cell that did not finish, and its error or last line of output."""
 
     cell: Cell
     reason: str
@@ -175,7 +175,7 @@ def _threads(jobs: int) -> dict[str, str]:
 
 
 def cell_command(cells: Sequence[Cell], out: Path) -> list[str]:
-    """What runs the cells, one after the other; they are written down where it looks for them."""
+    """Write each cell's cell.json; returns the command that runs the cells one after the other."""
     directories = [cell.directory(out) for cell in cells]
     for cell, directory in zip(cells, directories, strict=True):
         directory.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _run(cells: Sequence[Cell], out: Path, launcher: Sequence[str], jobs: int) -
 
 
 def reason(path: Path) -> str:
-    """Why a cell failed; empty where it left no word."""
+    """Why a cell failed; empty if it left no message."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
@@ -218,7 +218,7 @@ def run_cells(
 ) -> list[Failure]:
     """Run what is missing of ``cells``, in their order, ``jobs`` processes at a time; returns those that failed.
 
-    ``together``: cells that one process runs, worth more than 1 where a cell takes less time than a process to start.
+    ``together``: cells that one process runs, use more than 1 if a cell takes less time than starting a process.
     ``launcher`` is put before each process's command. None is started after ``deadline`` (seconds since the epoch).
     """
     distinct = merged(cells)

@@ -20,8 +20,8 @@ class Scale:
     ``models``: the name that the paper gives a model, to the recipe that trains it. ``segments``: the N×L of table 5.
     ``learning_rates``: the sweep that every method goes through; empty: the recipe's own.
     ``tuning_overrides`` make the sweep cheaper than the training it decides on.
-    ``token_budget``: generated tokens at which methods are compared beside the comparison after equal steps; 0: only that.
-    ``together``: cells that one process runs. ``overlays`` are laid on every recipe before a row's own: where it runs.
+    ``token_budget``: generated tokens at which methods are compared, besides after equal steps; 0: only equal steps.
+    ``together``: cells that one process runs. ``overlays`` are laid on every recipe before a row's own.
     """
 
     name: str
@@ -92,7 +92,7 @@ LAB = Scale(
     tuning_overrides=("train.steps=12",),
     segments=((32, 2), (16, 4), (8, 8), (4, 16), (2, 32)),
     token_budget=40_000,
-    overrides=("eval.limit=8", "eval.num_samples=2"),  # the run's own evaluation: exams take its place
+    overrides=("eval.limit=8", "eval.num_samples=2"),  # the run's own evaluation: exams replace it
     validation=_LAB_TRAINED,
     together=2,
 )
@@ -159,9 +159,8 @@ class Row:
     """A line of a table: overlays and overrides on the scale's recipe.
 
     ``tuned_as``: the row whose learning-rate sweep decides this row's; empty: its own. ``erasable``: also examined with
-    erasable decoding, at its own settings. ``segments``: a response is so many segments, together as long as the recipe lets
-    it become; 0: the recipe's. ``measures`` are taken beside the study's. ``paper``: the row's name in the paper, where that
-    is another one.
+    erasable decoding, at its own settings. ``segments``: segments of a response, at the recipe's total length; 0: the
+    recipe's. ``measures`` are added to the study's. ``paper``: the row's name in the paper, if it is another one.
     """
 
     label: str
@@ -187,8 +186,8 @@ class Study:
     """What `e3rl reproduce NAME` does.
 
     ``rows`` and ``measures`` depend on the scale; ``models`` are those that the paper's version uses (at other scales the
-    scale's own model stands for all of them). ``methods`` holds every row that some ``tuned_as`` names. ``scales`` stand
-    in for the scales of the same name.
+    scale's own model stands for all of them). ``methods`` holds every row that some ``tuned_as`` names. ``scales`` replace
+    the scales of the same name.
     """
 
     name: str
@@ -202,7 +201,7 @@ class Study:
     notes: str = ""
 
     def at(self, name: str) -> Scale:
-        """The study's own version of a scale, where it has one, else everybody's."""
+        """The study's own version of a scale, or else the general one."""
         return self.scales.get(name, SCALES[name])
 
 
@@ -248,7 +247,7 @@ def row_config(scale: Scale, model: str, row: Row, *, seed: int, learning_rate: 
 
 
 def varied(row: Row) -> set[str]:
-    """The settings, as section.field, that a row is there to vary: its overrides, its ablations', its division."""
+    """The settings, as section.field, that a row varies: its overrides, its ablations', its segments."""
     ablations = [name for name in row.overlays if name.startswith("ablations/")]
     tables = [*map(read_tables, find_recipes(ablations)), *map(parse_override, row.overrides)]
     names = {f"{section}.{field}" for table in tables for section, fields in table.items() for field in fields}

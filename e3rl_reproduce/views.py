@@ -111,7 +111,7 @@ def paper_numbers(show: Accuracy) -> Callable[[Results], list[Table | Plot]]:
 
 
 def margins(show: Accuracy, ours: str, baselines: Sequence[str], rival: str) -> Callable[[Results], list[Table | Plot]]:
-    """How far ``ours`` is ahead of the best baseline, and of the one that the paper compares with: here and there."""
+    """How far ``ours`` is ahead of the best baseline and of the paper's choice, in our numbers and the paper's."""
 
     def line(results: Results, measure: Measure, name: str, kind: str) -> tuple[str, ...]:
         k = show.k(results)

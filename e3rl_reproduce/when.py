@@ -1,7 +1,7 @@
-"""`e3rl reproduce when`: does erasing buy accuracy that cheaper means don't? Rows and views of the study.
+"""`e3rl reproduce when`: does erasing give accuracy that cheaper methods don't? Rows and views of the study.
 
 Methods train from the same weights on the same problems until an equal number of generated tokens, erased ones charged;
-then each is decoded in several ways. What is chosen (temperature, setting) is chosen on training problems.
+then each is decoded in several ways. Temperatures and settings are chosen on training problems.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAB = replace(
         "rollout.max_segments=4",
     ),
 )
-"""Equal generated tokens, one learning rate; GRPO makes most of its way on these graphs within them."""
+"""Equal generated tokens, one learning rate; within them GRPO makes most of its progress on these graphs."""
 
 _SMOKE = replace(SMOKE, seeds=(0,))
 
@@ -57,10 +57,10 @@ _SMOLLM2 = replace(
         "rollout.cache_rows=64",
     ),
 )
-"""A real model, with as many tokens as a few hours of two cores afford it."""
+"""A real model, with as many tokens as fit in a few hours on two cores."""
 
 _TUNING = 32
-"""Training problems that temperatures and settings are chosen on, at most."""
+"""Most training problems on which temperatures and settings are chosen."""
 
 
 def _rows(scale: Scale) -> tuple[Row, ...]:
@@ -85,7 +85,7 @@ def _measures(scale: Scale) -> tuple[Measure, ...]:
 
 
 def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:
-    """The row's measurements by seed; none where the scale leaves the row out."""
+    """The row's measurements by seed; empty if the scale leaves the row out."""
     measure = _measures(results.scale)[0]
     there = [seed for seed in results.scale.seeds if (row, seed) in results.cells]
     found = {seed: results.measurement(row, seed, measure) for seed in there}
@@ -93,7 +93,7 @@ def _found(results: Results, row: str) -> dict[int, dict[str, Any]]:
 
 
 def chosen(values: Mapping[str, Any], kind: Kind) -> str:
-    """The way of a kind that is most accurate on the training problems; of equals the first named."""
+    """The way of a kind that is most accurate on the training problems, the first on a tie."""
     names = [name for name, value in values.items() if value["kind"] == kind]
     return max(names, key=lambda name: sum(values[name]["train"]["right"]))
 

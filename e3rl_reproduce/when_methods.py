@@ -67,21 +67,21 @@ METHODS: Mapping[str, Method] = {
     **_erasing("E³RL late+ε", _LATE_EPS, ("causal",), segments=1),
     **_erasing("E³RL halves+ε", _LATE_EPS, ("causal",), segments=2),
 }
-"""Every way to train that is compared. 'late': the entropy of the whole response judges it (`e3rl.diagnose`); it is one
-segment, so allocations don't differ. 'halves': that of each half."""
+"""Every way to train that is compared. 'late': a response is one segment, judged by its whole entropy
+(`e3rl.diagnose`), so allocations don't differ. 'halves': two segments."""
 
 _FEWER = {
     "smoke": ("Vanilla", "GRPO", "E³RL+ε+contrast", "E³RL late+ε+contrast"),
     "smollm2": ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "E³RL", "E³RL+ε+contrast", "E³RL late+ε+contrast"),
 }
-"""Scales that do with fewer methods: a training of the real model takes minutes where the embedded one takes seconds."""
+"""Scales with fewer methods: a training of the real model takes minutes where the embedded one takes seconds."""
 
 _PLAIN = ((1.0, ""), (0.6, ""), (0.3, ""))
 _WAYS = (*_PLAIN, (1.0, LATE_EPS), (0.6, LATE_EPS), (1.0, HALF_EPS), (0.6, HALF_EPS))
 _OTHER_WAYS = {
     "smollm2": (*_PLAIN, (0.6, LATE_EPS), (0.6, LATE_EPS_LENGTH)),
 }
-"""At scales where another temperature, or the length of answers, may count: each way costs minutes of the real model."""
+"""Other ways at some scales, where each costs minutes of the real model."""
 
 BASELINES = ("Vanilla", "GRPO", "GRPO, rollouts at T = 0.6", "DAPO", "GSPO", "SAPO", "ERPO")
 

@@ -1,6 +1,6 @@
-"""Runs cells: ``python -m e3rl_reproduce.worker DIRECTORY…``, each of which holds cell.json.
+"""Runs cells: ``python -m e3rl_reproduce.worker DIRECTORY…``; each directory holds cell.json.
 
-Trains, or goes on with a training that was interrupted, then takes each measure that is not there yet.
+Trains, or resumes an interrupted training, then takes each missing measure.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class KeepWeights(Silent):
 
 
 def _train(cell: Cell, directory: Path) -> None:
-    """Train to the end. A finished training keeps its weights, not what it would go on from: that is several times as large."""
+    """Train to the end. A finished training keeps its weights but not its checkpoints, which are several times as large."""
     run = directory / "run"
     if not (run / "summary.json").exists() and cell.config.train.workers:
         if cell.token_budget:
@@ -71,7 +71,7 @@ def _last(directory: Path) -> dict[str, int]:
 
 
 def _weights(cell: Cell, point: Point, directory: Path) -> tuple[Path | None, dict[str, int]]:
-    """Where the weights of a point are (None: the model's own), and the step and tokens that it stands for."""
+    """Where the weights of a point are (None: the model's own), and its step and tokens."""
     if point == "start" or not cell.trained:
         return None, {"step": 0, "tokens": 0}
     snapshot = directory / SNAPSHOT
@@ -81,7 +81,7 @@ def _weights(cell: Cell, point: Point, directory: Path) -> tuple[Path | None, di
 
 
 def run_cell(directory: Path) -> None:
-    """Do all of a cell that is not done."""
+    """Run what is missing of a cell."""
     cell = Cell.from_table(json.loads((directory / "cell.json").read_text(encoding="utf-8"))).in_directory(directory)
     if cell.trained:
         _train(cell, directory)
@@ -92,14 +92,14 @@ def run_cell(directory: Path) -> None:
         weights, place = _weights(cell, measure.at, directory)
         model = cell.config.model
         if measure.function == EXAM and generates_elsewhere(cell.config):
-            model = replace(model, device="cpu")  # workers have the devices; this copy is what they are sent
+            model = replace(model, device="cpu")  # workers use the devices; this copy is sent to them
         policy = load_policy(model, directory=weights)
         values = load("measure", measure.function, {})(policy, cell.config, **measure.options)
         write_json(path, {**measure.to_table(), **place, "values": values, "environment": environment()})
 
 
 def main() -> int:
-    """Exit code 0, 2 where cells failed (a sentence each in their logs), or 130 where the run was asked to stop."""
+    """Exit code 0, 2 where cells failed (a sentence each in their logs), or 130 after a requested stop."""
     failed = False
     for directory in map(Path, sys.argv[1:]):
         try:

@@ -37,7 +37,7 @@ def test_what_the_command_comes_to_is_what_it_comes_to_alone(capfd: pytest.Captu
 def test_a_process_that_is_ended_without_a_word_is_a_sentence(tmp_path: Path, end: str, how: str):
     (tmp_path / "ends.py").write_text(f"import os\n{end}\n")
     with pytest.raises(
-        UserError, match=rf"ended without a word \({how}\)\. Ray ends it so when the head node.*--resume"
+        UserError, match=rf"ended without an error message \({how}\)\. Ray does this when the head node.*--resume"
     ):
         guarded(["train", recipe(tmp_path), f"erasure.metric={tmp_path}/ends.py:metric"])
 

@@ -1,4 +1,4 @@
-"""`e3rl decode`: answers with erasures before one's eyes."""
+"""`e3rl decode`: decodes a prompt and shows erasures as they happen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 LAB_PROBLEM = "81-7+3+1-6-8:"
-"""What is asked where no prompt is given: a held-out problem of the embedded model's training level."""
+"""The default prompt: a held-out problem of the embedded model's training level."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="no erasing, for comparison")
     parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to draw; K > 1 are one group")
     parser.add_argument("--json", action="store_true", help="print one JSON object a sample instead of text")
-    parser.add_argument("--row", metavar="JSON", help="with environments.factory: the row that its reset() is given")
+    parser.add_argument("--row", metavar="JSON", help="with environments.factory: the row passed to its reset()")
     parser.add_argument("--html", metavar="FILE", help="also write a page with every token's entropy")
     add_setting_arguments(parser)
 
@@ -58,7 +58,7 @@ def _row(options: argparse.Namespace, factory: str) -> dict[str, Any]:
 
 
 def _problem(options: argparse.Namespace, factory: str) -> Problem:
-    """What is asked: the prompt with its row, or a lab problem."""
+    """The prompt with its row, or a lab problem."""
     if options.prompt is None and factory == "books":
         from e3rl.lab.problems import generate
 

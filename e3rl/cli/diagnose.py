@@ -1,4 +1,4 @@
-"""Before erasing is used on a model: `e3rl diagnose` measures whether it can help, `e3rl calibrate` chooses its settings."""
+"""`e3rl diagnose` measures whether erasing can help a model, `e3rl calibrate` chooses its erasure settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--settings", nargs="+", metavar="NAME", help=f"erasure settings to try, of: {SETTINGS} (default all)"
     )
-    parser.add_argument("--output", type=Path, default=Path("diagnosis"), metavar="DIR", help="where page and JSON go")
+    parser.add_argument(
+        "--output", type=Path, default=Path("diagnosis"), metavar="DIR", help="directory for page and JSON"
+    )
     parser.add_argument(
         "--recipe", help="take the other settings from this recipe; default: those saved beside the model"
     )
@@ -57,9 +59,7 @@ def diagnose(options: argparse.Namespace) -> int:
     config = replace(config, eval=replace(config.eval, num_samples=config.rollout.num_generations))
     if config.rollout.num_generations < max(2, config.erasure.min_siblings):
         raise UserError("a diagnosis compares samples of a problem: rollout.num_generations must be at least 2")
-    load_problems(
-        options.data, config=config.data, split="train"
-    )  # what is wrong with them is found before the model loads
+    load_problems(options.data, config=config.data, split="train")  # reports bad data before the model loads
     console, policy = Console(), opened.load_policy()
     with LiveCount("diagnosing") as live:
         result = diagnose(
@@ -111,7 +111,7 @@ def calibrate(options: argparse.Namespace) -> int:
     from e3rl.rollout.companions import save_companions
 
     directory = calibration_directory(options.model, options.output)
-    compared_settings(opened.config, KAPPAS)  # what can be wrong is found before the model is loaded
+    compared_settings(opened.config, KAPPAS)  # reports bad settings before the model loads
     load_problems(options.data, config=opened.config.data, split="train")
     policy = opened.load_policy()
     asked = {"prompts": options.prompts, "target": options.target}

@@ -36,18 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", help="take the other settings from this recipe; default: those saved beside the model"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where samples and figures go; default: evals/MODEL/DATA-SETTINGS"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="directory for samples and figures; default: evals/MODEL/DATA-SETTINGS",
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="where benchmarks lie as files (data.directory)")
+    parser.add_argument("--data-dir", metavar="DIR", help="directory with benchmark files (data.directory)")
     parser.add_argument("--k", type=_numbers, default=(), metavar="K,…", help="the k of Pass@k and Maj@k to report")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="divide the problems over N processes")
-    parser.add_argument("--shard", metavar="I/N", help="sample the I-th of N parts alone, on a machine of its own")
+    parser.add_argument("--shard", metavar="I/N", help="sample only the I-th of N parts, for one machine of several")
     parser.add_argument(
         "--stop-after",
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="begin no problem later; go on by repeating",
+        help="start no problem after this time; repeat the command to continue",
     )
     add_setting_arguments(parser)
 
@@ -82,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 def _evaluate(
     source: str, options: argparse.Namespace, config: Config, calibration: Any, console: Console, policy: Policy | None
 ) -> Policy | None:
-    """One set of problems, to the end or to a stop; the policy, where it had to be loaded."""
+    """Evaluate one set of problems to the end or a stop; returns the policy if it was loaded."""
     from e3rl.data.loading import spread
     from e3rl.evaluate.identity import settings_of
     from e3rl.evaluate.store import SampleStore
@@ -140,7 +143,7 @@ def _slug(name: str) -> str:
 
 
 def _directory(source: str, options: argparse.Namespace, config: Config) -> Path:
-    """``--output``, with a directory for each of several data; without it a place named by model, data and settings."""
+    """``--output``, with a subdirectory per source if there are several; by default a path named by model, data and settings."""
     from e3rl.evaluate.identity import settings_digest
 
     if options.output is None:
@@ -161,7 +164,7 @@ def _sample(
     plan: SamplingPlan,
     store: SampleStore,
 ) -> bool:
-    """Draw what is missing, here and now."""
+    """Draw the missing samples in this process."""
     from e3rl.cli.live import LiveSamples
     from e3rl.environments.episodes import tool_prompts
     from e3rl.evaluate.identity import identity
@@ -191,7 +194,7 @@ def _sample(
 
 
 def _divide(source: str, options: argparse.Namespace, plan: SamplingPlan, store: SampleStore) -> bool:
-    """Let worker processes draw what is missing, the equal budget's samples in a second round."""
+    """Draw the missing samples in worker processes; equal-budget samples follow in a second round."""
     import torch
 
     from e3rl.evaluate.study import missing

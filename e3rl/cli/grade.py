@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _grade(options: argparse.Namespace, out: IO[str]) -> Counter[bool | None]:
-    """Write every line of the file with its grade; lines that can't be read get null and say where they are."""
+    """Write every line of the file with its grade; unreadable lines get null and their location."""
     from e3rl.rewards.grading import Grade, grade_all
     from e3rl.rewards.pool import ProcessPool
 
@@ -77,7 +77,7 @@ def _grade(options: argparse.Namespace, out: IO[str]) -> Counter[bool | None]:
 
 
 def _line(row: dict[str, Any], encoding: str) -> str:
-    """A row as JSON; escaped where it has characters that the output can't hold, such as halves of surrogate pairs."""
+    """A row as JSON; escaped if it has characters that the output can't encode, such as lone surrogates."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     try:
         line.encode(encoding)
@@ -87,7 +87,7 @@ def _line(row: dict[str, Any], encoding: str) -> str:
 
 
 def _batches(path: Path) -> Iterator[list[tuple[dict[str, Any], str | None]]]:
-    """Rows with what is wrong with each, a few hundred at a time; blank lines are skipped."""
+    """Rows, each with its error or None, in batches; blank lines are skipped."""
     batch: list[tuple[dict[str, Any], str | None]] = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -121,5 +121,5 @@ def _row(raw: bytes, where: str) -> tuple[dict[str, Any], str | None]:
 
 
 def _text(value: str | int | float) -> str:
-    """A field as text; JSON's halves of surrogate pairs, which no file can hold, become a question mark."""
+    """A field as text; lone surrogates, which UTF-8 can't encode, become question marks."""
     return str(value).encode("utf-8", "replace").decode("utf-8")

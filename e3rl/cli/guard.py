@@ -1,7 +1,7 @@
-"""A command in a process of its own, where a library may end that process without a word; this one has the word then.
+"""Runs the command in a child process and reports exits that the child can't report itself (Ray).
 
-Ray does so: a process that is connected to a cluster exits at once, with code 1 and silently, when it touches the object
-store of a node whose Ray is gone. No handler runs and no error can be caught.
+A process connected to a Ray cluster exits at once, silently and with code 1, when it touches the object store of a node
+whose Ray is gone. No handler runs and no error can be caught.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from e3rl.errors import UserError
 from e3rl.plugins import own_python
 
 _POST = "E3RL_GUARDED"
-_SECONDS_TO_END = 60.0  # after the command has come to its end, for what libraries do at theirs
+_SECONDS_TO_END = 60.0  # after the command has finished, for the exit handlers of libraries
 _PR_SET_PDEATHSIG = 1
 
 
 def guarded(arguments: Sequence[str]) -> int:
-    """The exit code of ``e3rl arguments``, run in a child; UserError where it ended without coming to one."""
+    """Run ``e3rl arguments`` in a child; returns its exit code. UserError if the child ended without reporting one."""
     read, write = os.pipe()
     command = [*own_python("e3rl"), *arguments]
     environment = {**os.environ, _POST: str(write)}
@@ -48,9 +48,9 @@ def guarded(arguments: Sequence[str]) -> int:
         return int(code)
     how = f"exit code {ended}" if ended >= 0 else f"signal {-ended}"
     raise UserError(
-        f"the run's process ended without a word ({how}). Ray ends it so when the head node of its cluster, or Ray's own "
-        "process on this machine, is gone. The run's state is in its newest checkpoint: when there is a cluster again, go on "
-        "with the same command and --resume (rollout.address and the numbers of workers may differ)"
+        f"the run's process ended without an error message ({how}). Ray does this when the head node of its cluster, or "
+        "Ray's own process on this machine, is gone. The run's state is in its newest checkpoint: when there is a cluster "
+        "again, continue with the same command and --resume (rollout.address and the numbers of workers may differ)"
     )
 
 
@@ -67,7 +67,7 @@ def _end(child: subprocess.Popen[bytes]) -> int:
 
 
 class Post:
-    """The child's end: says which code the command came to."""
+    """The child's side: reports the command's exit code to the guard."""
 
     def __init__(self) -> None:
         number = os.environ.pop(_POST, "")
@@ -75,11 +75,11 @@ class Post:
         self._descriptor = int(number or -1)
         if self.guarded:
             os.set_inheritable(self._descriptor, False)
-            if sys.platform == "linux":  # who kills the guard means the run
+            if sys.platform == "linux":  # a killed guard must also end the run
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def left(self, code: int) -> int:
-        """The code, which the guard has heard now."""
+        """Report the exit code to the guard, and return it."""
         if self.guarded:
             os.write(self._descriptor, f"{code}\n".encode())
         return code

@@ -89,6 +89,6 @@ def _fitting(config: Config) -> list[Choice]:
     return [
         Choice("model", "lora_r", _LORA_RANK, why),
         Choice("model", "lora_alpha", 2 * _LORA_RANK),
-        Choice("train", "learning_rate", 1e-5, "adapters take a larger one than all weights"),
+        Choice("train", "learning_rate", 1e-5, "adapters need a larger rate than full training"),
         Choice("train", "micro_batch_tokens", 2048),
     ]

@@ -1,4 +1,4 @@
-"""What can be set, as text: `e3rl settings` and `e3rl objectives`."""
+"""`e3rl settings` and `e3rl objectives`: what can be set, as text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def objectives_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def option_range(option: dataclasses.Field[Any]) -> str:
-    """The bounds of an option or its choices; empty where anything goes."""
+    """The bounds or choices of an option; empty if it has none."""
     kind = str(option.type)
     if kind.startswith("Literal["):
         return ", one of " + kind.removeprefix("Literal[").removesuffix("]")
@@ -48,7 +48,7 @@ def option_range(option: dataclasses.Field[Any]) -> str:
 
 
 def objectives(arguments: argparse.Namespace) -> int:
-    """Print the objectives; options stand in [objective] beside its name."""
+    """Print the objectives with their options, which are keys of [objective]."""
     from e3rl.objectives.checks import check_class
 
     for name in [arguments.name] if arguments.name else OBJECTIVES:

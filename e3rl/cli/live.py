@@ -1,4 +1,4 @@
-"""What is generated, on a terminal while it is generated: samples of a prompt, and how far an evaluation is."""
+"""Live output: samples of a prompt while they are generated, and the progress of an evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERASED_STYLE = "red strike dim"
 
 
 class LiveText:
-    """On a terminal the text is drawn while it grows; elsewhere it is printed once, erasures as ~~text~~."""
+    """On a terminal the text is updated live; elsewhere it is printed once, erasures as ~~text~~."""
 
     def __init__(self, console: Console, prompt: str, tokenizer: Any) -> None:
         self._console = console
@@ -37,7 +37,7 @@ class LiveText:
             self._live.start()
 
     def observe(self, event: Event) -> None:
-        """What to hand to the driver. A character that two segments share appears with its last token."""
+        """Callback for the driver. A character that spans two segments appears with its last token."""
         if isinstance(event, Committed) and event.segment.observation is not None:
             self._answered(event.sibling, event.segment.observation, erased=False)
         elif isinstance(event, Erased) and event.erasure.observation is not None:
@@ -66,7 +66,7 @@ class LiveText:
             text.append(calls, style="cyan")
         text.append("\n")
         self._samples[sibling], self._turns[sibling] = text, len(text)
-        del self._streams[sibling]  # the next turn's text begins anew
+        del self._streams[sibling]  # the next turn starts a new text
 
     def _page(self) -> RenderableType:
         rows: list[RenderableType] = []
@@ -76,7 +76,7 @@ class LiveText:
         return Group(*rows)
 
     def close(self, generations: Sequence[Generation]) -> None:
-        """Print what is final, and what the erasures cost."""
+        """Print the final text and the cost of the erasures."""
         for sibling, stream in self._streams.items():
             self._samples[sibling].append(stream.add((), last=True))
         if self._live:
@@ -102,7 +102,7 @@ _EVERY = 30.0  # seconds between lines
 
 
 class LiveCount:
-    """How far something is: a bar on a terminal, elsewhere a line now and then, both on stderr. For a ``with`` block."""
+    """Progress on stderr: a bar on a terminal, elsewhere a line every 30 seconds. For a ``with`` block."""
 
     def __init__(self, name: str, total: int | None = None) -> None:
         self._console = Console(stderr=True)
@@ -121,7 +121,7 @@ class LiveCount:
         self._bar.stop()
 
     def tell(self, text: str, done: int, total: int, unit: str = "") -> None:
-        """What is done of it."""
+        """Update the progress."""
         self._bar.update(self._task, completed=done, total=total or None, description=text)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._told >= _EVERY:
@@ -143,7 +143,7 @@ class LiveSamples(LiveCount):
         self._done += len(samples)
         self._right += sum(s.correct is True for s in samples)
         self._tokens += sum(s.generated for s in samples)
-        self._total = max(self._total, self._done)  # an equal budget's samples are known only on the way
+        self._total = max(self._total, self._done)  # equal-budget samples become known later
         speed = self._tokens / max(time.monotonic() - self._began, 1e-9)
         self.tell(
             f"{self._name}: {self._right / self._done:.3f} right, {speed:.0f} tokens/s",

@@ -23,7 +23,7 @@ from e3rl.synonyms import place_of
 _COMMANDS = {
     "init": ("e3rl.cli.init", "write a starter recipe for a model and a dataset, each choice with its reason"),
     "data": ("e3rl.cli.data", "show a recipe's prompts as the model will see them, with lengths, columns and answers"),
-    "train": ("e3rl.cli.train", "train a model from a recipe, or go on with a run"),
+    "train": ("e3rl.cli.train", "train a model from a recipe, or resume a run"),
     "rehearse": ("e3rl.cli.rehearse", "run a recipe's commands and processes at a small size, before an expensive job"),
     "eval": ("e3rl.cli.evaluate", "measure Avg@k and Pass@k of a model on held-out problems"),
     "compare": ("e3rl.cli.runs:compare", "compare two evaluations on the same problems, with p-values"),
@@ -31,23 +31,23 @@ _COMMANDS = {
     "decode": ("e3rl.cli.decode", "answer a prompt with erasable decoding, erasures shown"),
     "calibrate": (
         "e3rl.cli.diagnose:calibrate",
-        "choose erasure settings for a model, and gather its calibration statistics",
+        "choose erasure settings for a model, and collect its calibration statistics",
     ),
     "diagnose": ("e3rl.cli.diagnose:diagnose", "find out whether erasing can help a model on given problems"),
     "serve": ("e3rl.cli.serve:serve", "serve a model with erasable decoding to clients of OpenAI's interface"),
     "rollout-server": ("e3rl.cli.serve:rollout_server", "generate groups for a trainer on another machine"),
-    "plan": ("e3rl.cli.plan", "simulate a step on 1 to 1,024 GPUs: what takes the time, what more GPUs buy"),
+    "plan": ("e3rl.cli.plan", "simulate a step on 1 to 1,024 GPUs: its bottleneck and the speed-up"),
     "convert": ("e3rl.cli.convert", "turn another library's training settings into a recipe"),
-    "reproduce": ("e3rl.cli.reproduce", "repeat the papers' tables and figures, at the scale that one can afford"),
+    "reproduce": ("e3rl.cli.reproduce", "repeat the papers' tables and figures, at the scale that you can afford"),
     "replay": ("e3rl.cli.runs:replay", "learn a skipped step again and see where its NaN comes from"),
-    "doctor": ("e3rl.cli.runs:doctor", "check this machine, or a run directory, and say what to put right"),
+    "doctor": ("e3rl.cli.runs:doctor", "check this machine or a run directory, and say what to fix"),
     "view": ("e3rl.cli.runs:view", "serve the page of one or several runs"),
-    "settings": ("e3rl.cli.lists:settings", "list every setting, its default and where that comes from"),
+    "settings": ("e3rl.cli.lists:settings", "list every setting, its default and the default's source"),
     "objectives": ("e3rl.cli.lists:objectives", "list every objective with its options"),
 }
 
-"""A command's file and its help. The file has `add_arguments` and `run`; one of several commands has, for each that is named
-behind the colon, `NAME_arguments` and `NAME`."""
+"""A command's file and its help. The file has `add_arguments` and `run`; a file of several commands has `NAME_arguments` and
+`NAME` for each name after a colon."""
 
 _WITH_SETTINGS = (
     *("data", "train", "rehearse", "eval", "decode", "calibrate", "diagnose"),
@@ -74,7 +74,7 @@ def _functions(command: str) -> tuple[Callable[[argparse.ArgumentParser], None],
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says where a setting of another library, or one without its section, is set."""
+    """Errors say where a setting of another library, or one without its section, is set."""
 
     def error(self, message: str) -> NoReturn:
         _, said, rest = message.partition("unrecognized arguments: ")
@@ -114,14 +114,14 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 for a stop that was asked for."""
+    """Run a command; returns the exit code: 0, 2 for an error that the user can fix, 130 for a requested stop."""
     everything = list(sys.argv[1:] if arguments is None else arguments)
     given = [a for a in everything if not _OVERRIDE.match(a)]
     command = next((a for a in given if not a.startswith("-")), None)
     # overrides may stand anywhere, which argparse does not allow beside other positional arguments
     if command in _WITH_SETTINGS:
         options = _parser(command).parse_args(given)
-        rest = getattr(options, "overrides", [])  # whoever reads the settings says what is wrong with these
+        rest = getattr(options, "overrides", [])  # wrong ones are reported when the settings are read
         options.overrides = [*(a for a in everything if _OVERRIDE.match(a)), *rest]
     else:
         options = _parser(command).parse_args(everything)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(options: argparse.Namespace) -> int:
-    """Run the command that was chosen; what a person can put right is said here."""
+    """Run the chosen command; errors that the user can fix are printed as one line."""
     try:
         return _functions(options.command)[1](options)
     except UserError as error:

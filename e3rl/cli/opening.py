@@ -1,4 +1,4 @@
-"""What commands begin with: whose settings hold, which code that is not e3rl's they run, and a model by its settings."""
+"""First steps that commands share: resolve settings, announce code that is not e3rl's, open the model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opening:
-    """A model's settings, resolved, and what lies beside it. ``own_settings``: a recipe, or settings saved with the model."""
+    """A model's resolved settings and calibration statistics. ``own_settings``: from a recipe, or saved with the model."""
 
     config: Config
     calibration: CalibrationStatistics | None
     own_settings: bool
 
     def load_policy(self) -> Policy:
-        """The model. It takes long, so whatever can be checked before should be."""
+        """Load the model. This is slow: check everything else first."""
         from e3rl.models import load_policy
 
         return load_policy(self.config.model)
@@ -56,7 +56,7 @@ def open_model(options: argparse.Namespace) -> Opening:
 def read_recipe(options: argparse.Namespace, overrides: Sequence[str] = ()) -> Config:
     """The settings of a command's RECIPE. ``overrides`` come before those that the user wrote.
 
-    The config of a run directory may come from elsewhere: UserError where it names code that the user doesn't name too.
+    The config of a run directory may come from elsewhere: UserError if it names code that the user has not named.
     """
     recipe, overlays, own = find_recipe(options.recipe), find_recipes(options.overlay), [*overrides, *options.overrides]
     config = load_config(recipe, overlays, own)
@@ -74,7 +74,7 @@ def is_run_config(path: Path) -> bool:
 
 
 def announce_foreign_code(config: Config) -> None:
-    """Name it on stderr before any of it runs."""
+    """Name code that is not e3rl's on stderr before any of it runs."""
     lines = foreign_code_lines(foreign_code(config))
     if lines:
         print("This config runs code that is not e3rl's:", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
@@ -94,5 +94,5 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # what they will rename is nothing that a user can put right
+    # users can't act on deprecations inside libraries
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

@@ -1,4 +1,4 @@
-"""`e3rl plan --simulate`: how long a step takes on any number of GPUs, and what takes it."""
+"""`e3rl plan --simulate`: how long a step takes on any number of GPUs, and its bottleneck."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt; default: 256")
     parser.add_argument("--erase", type=float, default=0.1, help="chance that a candidate is erased; default: 0.1")
     parser.add_argument("--end", type=float, default=0.1, help="chance that a segment is the last; default: 0.1")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation's chance")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the simulation")
     add_setting_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     if not options.simulate:
-        raise UserError("say --simulate; what a run needs in memory is said by e3rl train RECIPE --plan")
+        raise UserError("add --simulate; e3rl train RECIPE --plan shows the memory that a run needs")
     if min(options.gpus) < 1 or options.rows < 1 or options.parameters <= 0:
         raise UserError("--gpus and --rows must be at least 1, --parameters above 0")
     config = load_config(find_recipe(options.recipe), find_recipes(options.overlay), options.overrides)
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def scaling_table(config: Config, options: argparse.Namespace) -> Any:
-    """A line for each number of GPUs: all of them generate and then train; some generate while the others train."""
+    """A row per number of GPUs: all generate and then train, or some generate while the others train."""
     from rich.table import Table
 
     from e3rl.plan.simulation import Gpu, fitting_rows, operations, read_context, roofline, simulate_step
@@ -63,7 +63,7 @@ def scaling_table(config: Config, options: argparse.Namespace) -> Any:
     trained = options.parameters * (18 if flops else 2)  # float32 master, sum and moments; copies
 
     def rows(held: float) -> int:
-        """Rows of an engine beside ``held`` bytes; of the torch engine in slots of full length."""
+        """Rows of an engine beside ``held`` bytes; the torch engine's have slots of full length."""
         size = context if engine == "vllm" else length + work.prompt_tokens
         return fitting_rows(options.rows, options.parameters, options.kv_bytes, size, held, Gpu())
 
@@ -126,7 +126,7 @@ def _best_split(
 
 
 def _lost(work: Work, costs: Costs, step: StepTime, gpus: int, rows: int, seed: int) -> tuple[str, str]:
-    """How much slower tokens come than without erasing, and how long workers are idle; in percent."""
+    """Throughput lost to erasing, and idle time of workers, in percent."""
     from e3rl.plan.simulation import simulate_rollouts
 
     free = simulate_rollouts(replace(work, erase=0.0), costs, gpus, rows, seed)

@@ -21,7 +21,7 @@ def _recipes() -> dict[str, Path]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package and with its research."""
+    """Names of the recipes of the package and of its research code."""
     return sorted(_recipes())
 
 

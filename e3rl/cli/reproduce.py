@@ -1,4 +1,4 @@
-"""`e3rl reproduce`: the papers' tables and figures, at the scale that one can afford."""
+"""`e3rl reproduce`: the papers' tables and figures, at the scale that you can afford."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hours on two cores; paper: the paper's recipe",
     )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="only this one of the scale's models, such as Qwen3-4B")
-    parser.add_argument("--plan", action="store_true", help="say what it would need, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what it would need; run nothing")
     parser.add_argument(
         "--rehearse", type=int, metavar="N",
-        help="run the first N cells at the sizes of e3rl rehearse: the same processes, killed once and gone on with",
+        help="run the first N cells at the sizes of e3rl rehearse: the same processes, killed once and resumed",
     )  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="write the pages from what is there; run nothing")
+    parser.add_argument("--report", action="store_true", help="write the pages from existing results; run nothing")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where cells and pages go; default: runs/reproduce/SCALE"
     )
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overlay", action="append", default=[], metavar="RECIPE",
-        help="lay it on every recipe, such as topologies/32xh100: where cells are trained",
+        help="lay it on every recipe, for example topologies/32xh100 for where cells are trained",
     )  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="start no further cell after so many minutes")
+    parser.add_argument("--minutes", type=float, help="start no cell after this many minutes")
 
 
 def _require_research() -> None:

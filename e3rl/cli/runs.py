@@ -1,4 +1,4 @@
-"""Commands on what earlier commands left: `e3rl view`, `e3rl doctor`, `e3rl replay` and `e3rl compare`."""
+"""Commands on existing runs and evaluations: `e3rl view`, `e3rl doctor`, `e3rl replay` and `e3rl compare`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """`e3rl doctor`: check this machine, or a run directory, and say what to put right."""
+    """`e3rl doctor`: check this machine, or a run directory, and say what to fix."""
     if options.repair and options.run is None:
         raise UserError("--repair needs a run directory: e3rl doctor RUN --repair")
     if options.run is not None and not options.run.is_dir():
@@ -64,7 +64,7 @@ def doctor(options: argparse.Namespace) -> int:
         print(f"put right: {repair_run(options.run, findings)} of {len(problems)}")
         problems = [f for f in problems if f.repair is None]
     elif any(f.repair for f in problems):
-        print(f"'e3rl doctor {options.run} --repair' puts right what can be")
+        print(f"'e3rl doctor {options.run} --repair' repairs what it can")
     return 1 if problems else 0
 
 

@@ -30,12 +30,16 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="groups that may wait; more are refused")
     parser.add_argument(
-        "--drain", type=float, default=30, metavar="SECONDS", help="that requests in progress have to end at a stop; 30"
+        "--drain",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="for requests in progress to finish at a stop; default: 30",
     )
     parser.add_argument(
         "--replicas", type=int, default=0, metavar="N", help="copies of the model, each in a process, on Ray Serve"
     )
-    parser.add_argument("--page", action="store_true", help="a page at / that shows live what is being erased")
+    parser.add_argument("--page", action="store_true", help="serve a page at / that shows erasures live")
     add_setting_arguments(parser)
 
 
@@ -92,7 +96,7 @@ def _serve_replicas(options: argparse.Namespace, access: Access) -> int:
 
     from e3rl.serve.replicas import run_replicas
 
-    open_model(options)  # finds mistakes before Ray starts
+    open_model(options)  # reports mistakes before Ray starts
     run_replicas(
         partial(_open_service, options),
         access,

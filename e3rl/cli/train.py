@@ -1,4 +1,4 @@
-"""`e3rl train`: a recipe becomes a run directory and a model."""
+"""`e3rl train`: trains a recipe; writes a run directory and a model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", metavar="RAY", help="short for rollout.address=RAY: the Ray cluster of the workers"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run from its newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument(
-        "--again", action="store_true", help="go on with an unfinished run; put a finished one aside and start anew"
+        "--again", action="store_true", help="continue an unfinished run; move a finished one aside and start again"
     )
     parser.add_argument(
-        "--plan", action="store_true", help="only say what it needs and whether it fits; loads no weights"
+        "--plan", action="store_true", help="only print what it needs and whether it fits; loads no weights"
     )
     parser.add_argument(
         "--device-memory",
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         path, summary = launch(config, Begin(options.resume, options.again), display)
     finally:
         display.close()
-    if summary:  # of several ranks the first has one
+    if summary:  # only rank 0 has one
         console.print(closing(path, config, summary))
     return 0
 
@@ -84,8 +84,8 @@ def launch(config: Config, begin: Begin, listener: Listener) -> tuple[Path, Mapp
 def train_rank(
     config: Config, begin: Begin, display: Listener, on_stop: Callable[[Callable[[], None]], None] = lambda _: None
 ) -> tuple[Path, Mapping[str, Any]]:
-    """Train as the rank that this process is, whoever started it. ``on_stop`` is given what a stop has to call."""
-    decides = os.environ.get("RANK", "0") == "0"  # of several ranks the first; the others do as it does
+    """Train as this process's rank, started by any launcher. ``on_stop`` receives the function that requests a stop."""
+    decides = os.environ.get("RANK", "0") == "0"  # rank 0 decides; the others follow
     resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
 
     from e3rl.plan.fit import require_fit

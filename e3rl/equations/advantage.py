@@ -20,10 +20,10 @@ def sequence_advantages(rewards_G: Tensor, eps: float) -> Tensor:
 
 
 def is_degenerate(rewards_G: Tensor) -> Tensor:
-    """Eq 20. True where all sequence rewards are equal, so that eq 20 would only amplify attention noise."""
+    """Eq 20. True where all sequence rewards are equal: eq 20 would only amplify attention noise."""
     return (rewards_G == rewards_G[0]).all()
 
 
 def anchored_advantages(sequence_advantages_G: Tensor, shares_GN: Tensor, segment_counts_G: Tensor) -> Tensor:
-    """Eq 19-20. `allocation` = 'anchored': A_i N_i share_n. It has A_i's sign, and A_i as mean over the segments."""
+    """Eq 19-20. `allocation` = 'anchored': A_i N_i share_n: the sign is A_i's, and the mean over the segments is A_i."""
     return (sequence_advantages_G * segment_counts_G).unsqueeze(-1) * shares_GN

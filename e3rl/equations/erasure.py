@@ -1,4 +1,4 @@
-"""Segments and the erasure state machine: paper §3.1, §3.4 (eq 8, 23-25, 31). Knows nothing of models, caches or tensors."""
+"""Segments and the erasure state machine: paper §3.1, §3.4 (eq 8, 23-25, 31). Uses no models, caches or tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def segment_size(committed: int, segment_length: int, completion_limit: int) -> 
 def exceeds(uncertainty: float, threshold: float) -> bool:
     """Eq 24. The erasure trigger: U > Theta. At equality the candidate is accepted.
 
-    Raises ValueError where either is NaN: every comparison with NaN is false, which would commit the candidate unseen.
+    Raises ValueError if either is NaN: comparisons with NaN are false, which would commit the candidate.
     """
     if math.isnan(uncertainty) or math.isnan(threshold):
         raise ValueError(f"a candidate can't be judged: uncertainty is {uncertainty}, threshold is {threshold}")
@@ -24,21 +24,21 @@ def exceeds(uncertainty: float, threshold: float) -> bool:
 
 
 def judge(uncertainty: float, threshold: float, attempt: int, max_erasures: int) -> Verdict:
-    """Eq 23-25. The operator's decision and, where the budget of ``max_erasures`` is spent, the forced accept."""
+    """Eq 23-25. The operator's decision, or the forced accept when the budget of ``max_erasures`` is spent."""
     if not exceeds(uncertainty, threshold):
         return Verdict.COMMIT
     return Verdict.ERASE if attempt < max_erasures else Verdict.FORCED
 
 
 def next_state(committed: int, candidate: int, attempt: int, verdict: Verdict) -> tuple[int, int]:
-    """Eq 25. (committed tokens, attempt) after the verdict on a candidate of so many tokens: erasing keeps the prefix."""
+    """Eq 25. (committed tokens, attempt) after the verdict on a candidate of ``candidate`` tokens."""
     if verdict is Verdict.ERASE:
         return committed, attempt + 1
     return committed + candidate, 0
 
 
 def least_uncertain(uncertainties: Sequence[float]) -> int:
-    """Eq 25. What a forced accept commits where `on_exhausted` = 'least_uncertain': the smallest U, the earliest of equals."""
+    """Eq 25. What a forced accept commits where `on_exhausted` = 'least_uncertain': the smallest U, the earliest on a tie."""
     if any(math.isnan(u) for u in uncertainties):
         raise ValueError(f"attempts can't be compared: one has no uncertainty: {list(uncertainties)}")
     return min(range(len(uncertainties)), key=uncertainties.__getitem__)

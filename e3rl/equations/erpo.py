@@ -1,7 +1,7 @@
 """ERPO: entropy-aware gating, bucketed implicit advantage, outcome-anchored synthesis (ERPO paper, §2-3).
 
-Its policy (eq 1), KL (eq 4), loss (eq 5) and entropy (eq 6) are functions of `policy` and `tokens`. All statistics are those of
-one group, with the population standard deviation unless said otherwise; nothing is carried from group to group.
+Its policy (eq 1), KL (eq 4), loss (eq 5) and entropy (eq 6) are functions of `policy` and `tokens`. All statistics are over
+one group, with the population standard deviation unless said otherwise; no state is kept between groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from e3rl.equations.policy import segment_sums
 
 
 def group_advantages(rewards_G: Tensor, eps: float) -> Tensor:
-    """ERPO eq 3. (r - mean) / (std + eps) with the sample standard deviation; 0 for a group of one or of equals."""
+    """ERPO eq 3. (r - mean) / (std + eps) with the sample standard deviation; 0 for one response or equal rewards."""
     if bool((rewards_G == rewards_G[:1]).all()):
         return torch.zeros_like(rewards_G)
     return (rewards_G - rewards_G.mean()) / (rewards_G.std() + eps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Ratios are held at e^20: an overflow would turn the zero gradient of a clipped term into NaN."""
+"""Ratios are capped at e^20: an overflow would turn the zero gradient of a clipped term into NaN."""
 
 
 def sequence_logprobs(logprobs_ST: Tensor, mask_ST: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def segment_sums(values_ST: Tensor, segments_ST: Tensor, num_segments: int) -> T
 
 
 def segment_log_ratios(logprobs_ST: Tensor, old_logprobs_ST: Tensor, segments_ST: Tensor, num_segments: int) -> Tensor:
-    """Eq 22. log rho_n [S, N]: the sum of the segment's token log-ratios, so the ratio of eq 9's probabilities."""
+    """Eq 22. log rho_n [S, N]: the sum of the segment's token log-ratios, which is the log-ratio of eq 9's probabilities."""
     return segment_sums(logprobs_ST - old_logprobs_ST, segments_ST, num_segments)
 
 
@@ -43,7 +43,7 @@ def segment_mean_log_ratios(
 
 
 def ratios(log_ratios: Tensor) -> Tensor:
-    """Eq 22. rho from its logarithm, held at e^20."""
+    """Eq 22. rho from its logarithm, capped at e^20."""
     return log_ratios.clamp(max=MAX_LOG_RATIO).exp()
 
 
@@ -53,7 +53,7 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_hi
 
 
 def clipped(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Eq 21. Where the clip is in force, that is where the surrogate has no gradient (bool). Measured, never optimised."""
+    """Eq 21. Where the clip is active, so that the surrogate has no gradient (bool). A metric, not part of the loss."""
     return ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
 
 
@@ -64,7 +64,7 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 def penalized(surrogate: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
-    """Eq 21; ERPO eq 5. What is maximised: the surrogate less the weighted KL, elementwise."""
+    """Eq 21; ERPO eq 5. The quantity to maximise: the surrogate minus the weighted KL, elementwise."""
     return surrogate - kl_coef * kl
 
 
@@ -74,5 +74,5 @@ def segment_objective(surrogate_SN: Tensor, exists_SN: Tensor, kl_ST: Tensor, kl
 
 
 def group_mean(objective_S: Tensor, group_sizes_S: Tensor, groups: int) -> Tensor:
-    """Eq 21. J: the mean over the step's groups of each group's mean, from any part of the step's sequences."""
+    """Eq 21. J: the mean over the step's groups of each group's mean. Parts of the step's sequences give summands of J."""
     return (objective_S / (groups * group_sizes_S)).sum()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LOWEST_BASELINE = 1e-6
-"""Below 0 the attempt penalty would lower the threshold that it is there to raise."""
+"""With a baseline below 0 the attempt penalty would lower the threshold instead of raising it."""
 
 
 def group_moments(values_G: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,12 +25,12 @@ def macro_baseline(mean: Tensor, std: Tensor, offset: Tensor) -> Tensor:
 
 
 def floored(baseline: float, mean: float) -> float:
-    """Eq 16. B_n, or `LOWEST_BASELINE` where it is not above 0 though some U is: kappa(sigma) was below -mu/sigma."""
+    """Eq 16. B_n, or `LOWEST_BASELINE` where B_n <= 0 < mean, that is where kappa(sigma) < -mu/sigma."""
     return LOWEST_BASELINE if baseline <= 0 < mean else baseline
 
 
 def quantile_baseline(values_G: Tensor, share: float) -> Tensor:
-    """In place of eq 14-16: the value that ``share`` of the siblings lie below, between neighbours where it falls between.
+    """Replaces eq 14-16: the ``share`` quantile of the siblings' U, interpolated linearly.
 
     U is heavy-tailed: how many siblings lie above mean + kappa * std depends on the tail, how many above a quantile does not.
     """
@@ -38,14 +38,14 @@ def quantile_baseline(values_G: Tensor, share: float) -> Tensor:
 
 
 def attempt_penalty(attempt: int, eta: float, delta: float) -> Tensor:
-    """Eq 17, 26. Gamma(e) = exp(eta e^delta), which eq 26 calls gamma_e: 1 for the first candidate, then rising."""
+    """Eq 17, 26. Gamma(e) = exp(eta e^delta), gamma_e in eq 26: 1 for the first candidate, then rising."""
     return torch.tensor(eta * attempt**delta, dtype=torch.float64).exp()
 
 
 def modulation(smoothed_GN: Tensor, baselines_N: Tensor, rho: float, eps: float = 1e-6) -> Tensor:
     """Eq 18. phi = 1 + rho tanh(mean_m (H~_m - B_m) / (B_m + eps)) over each trajectory's earlier segments, [G].
 
-    The first segment has none, and its phi is the setting ``first_modulation``: without history this is an error.
+    Raises ValueError without earlier segments: the first segment's phi is the setting ``first_modulation``.
     """
     if smoothed_GN.shape[-1] == 0:
         raise ValueError("eq 18 is defined for n > 1: there is no earlier segment to modulate with")
@@ -53,5 +53,5 @@ def modulation(smoothed_GN: Tensor, baselines_N: Tensor, rho: float, eps: float 
 
 
 def threshold(baseline: float, penalty: float, modulation_G: Tensor) -> Tensor:
-    """Eq 17, 26. Theta_n(e) = B_n Gamma(e) phi, of a first candidate and of its retries. Only Gamma changes with a retry."""
+    """Eq 17, 26. Theta_n(e) = B_n Gamma(e) phi, for a first candidate and its retries. Only Gamma changes with a retry."""
     return baseline * penalty * modulation_G

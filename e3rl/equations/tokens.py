@@ -1,7 +1,7 @@
-"""One token: its distribution, perturbation and entropy, on both sides (eq 1-5, 10): `sample` draws, `head_scores` learns.
+"""One token: its distribution, perturbation and entropy, for sampling (`sample`) and training (`head_scores`): eq 1-5, 10.
 
 Shapes: S rows, V vocabulary. Entropies are in nats. Arguments called ``logits_SV`` are overwritten: a vocabulary-sized
-tensor is the largest thing that a step holds.
+tensor is the largest of a step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def token_entropy(probabilities_SV: Tensor, logprobs_SV: Tensor) -> Tensor:
 
 
 def truncated_entropy(kept_SV: Tensor, logprobs_SV: Tensor, mass_S: Tensor) -> Tensor:
-    """Eq 10. H_t of what truncation left: probabilities ``kept_SV``, 0 for dropped tokens, which add up to ``mass_S``."""
+    """Eq 10. H_t of the truncated distribution: probabilities ``kept_SV``, 0 for dropped tokens, with sum ``mass_S``."""
     return mass_S.log() - (kept_SV * logprobs_SV).sum(-1) / mass_S
 
 
 def rescaled_entropy(logprobs_SV: Tensor, greedy_S1: Tensor, ratio_S1: Tensor, scratch_SV: Tensor) -> Tensor:
-    """Eq 2, 10. H_t at another temperature, ``ratio_S1`` times less: log Z minus the mean logit, the largest being 0."""
+    """Eq 2, 10. H_t at the temperature divided by ``ratio_S1``: log Z minus the mean logit, the largest logit being 0."""
     scaled_SV = torch.sub(logprobs_SV, greedy_S1, out=scratch_SV).mul_(ratio_S1)
     weights_SV = scaled_SV.exp()
     total_S = weights_SV.sum(-1)
@@ -44,7 +44,7 @@ def rescaled_entropy(logprobs_SV: Tensor, greedy_S1: Tensor, ratio_S1: Tensor, s
 
 
 def token_scores(logits_SV: Tensor, ids_S: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq 1-2, 10. log p of each id, H_t, and log Z of the tempered logits, which `logprob_gradient` wants."""
+    """Eq 1-2, 10. log p of each id, H_t, and log Z of the tempered logits, which `logprob_gradient` needs."""
     shifted_SV = logits_SV.div_(temperature)
     peak_S1 = shifted_SV.amax(-1, keepdim=True)
     shifted_SV -= peak_S1
@@ -59,7 +59,7 @@ def token_scores(logits_SV: Tensor, ids_S: Tensor, temperature: float) -> tuple[
 def logprob_gradient(
     logits_SV: Tensor, log_z_S: Tensor, ids_S: Tensor, gradient_S: Tensor, temperature: float
 ) -> Tensor:
-    """Eq 1-2. From d loss / d log p(id) to d loss / d logits: (onehot(id) - p) / temperature of it, in ``logits_SV``'s place."""
+    """Eq 1-2. From d loss / d log p(id) to d loss / d logits: (onehot(id) - p) / temperature of it. Overwrites ``logits_SV``."""
     scaled_S = gradient_S / temperature
     slope_SV = logits_SV.div_(temperature).sub_(log_z_S[:, None]).exp_().mul_(-scaled_S[:, None])
     return slope_SV.scatter_add_(-1, ids_S[:, None], scaled_S[:, None])

@@ -17,12 +17,12 @@ def segment_entropy(entropies_GT: Tensor) -> Tensor:
 
 
 def segment_perturbation(perturbations_GT: Tensor) -> Tensor:
-    """Eq 6. The candidate's part of the cumulative perturbation, by token: what `perturbation_weight` weighs."""
+    """Eq 6. Mean perturbation per token of the candidate: the term that `perturbation_weight` weights."""
     return perturbations_GT.mean(-1)
 
 
 def smooth_causal(means_GN: Tensor, decay: float, window: int) -> Tensor:
-    """Eq 11. H~ of the last of the segments so far, [G]: w runs over -W..0, as later segments do not exist yet."""
+    """Eq 11. H~ of the newest segment, [G]: w runs over -W..0, since later segments do not exist yet."""
     recent_GW = means_GN[..., -(window + 1) :]
     weights_W, total = _smoothing_weights(recent_GW.shape[-1], decay, means_GN.dtype, means_GN.device)
     return (weights_W * recent_GW).sum(-1) / total
@@ -30,7 +30,7 @@ def smooth_causal(means_GN: Tensor, decay: float, window: int) -> Tensor:
 
 @functools.cache
 def _smoothing_weights(count: int, decay: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Eq 11's weights of so many segments, the last one's 1, and their sum."""
+    """Eq 11's weights of ``count`` segments (the last one has 1), and their sum."""
     weights_W = decay ** torch.arange(count - 1, -1, -1, dtype=dtype, device=device)
     return weights_W, weights_W.sum()
 
@@ -47,13 +47,13 @@ def entropy_variation(entropies_GT: Tensor) -> Tensor:
 
 
 def extremum_deviation(largest_G: Tensor, mean_E: float, std_E: float, eps: float = 1e-6) -> Tensor:
-    """Eq 13. sigmoid((H_n^max - mu_E) / (sigma_E + eps)): how far the peak stands out of the group's or batch's entropies."""
+    """Eq 13. sigmoid((H_n^max - mu_E) / (sigma_E + eps)): how far the peak is above the group's or batch's entropies."""
     return torch.sigmoid((largest_G - mean_E) / (std_E + eps))
 
 
 def length_weight(tokens: int, exponent: float) -> float:
-    """What eq 13's terms are multiplied by, n^x for a candidate of n tokens: 1 in the paper (x = 0). A mean is blind to a long
-    answer that wanders calmly."""
+    """Factor of eq 13's terms: n^x for a candidate of n tokens, 1 in the paper (x = 0). A mean alone can't tell a long answer
+    of low entropy from a short one."""
     return float(tokens**exponent)
 
 
@@ -68,7 +68,7 @@ def uncertainty_terms(
     extremum_weight: float,
     perturbation_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eq 13. The weighted terms of U. The paper's have base_weight 1 and perturbation_weight 0."""
+    """Eq 13. The weighted terms of U. In the paper base_weight is 1 and perturbation_weight 0."""
     return (
         base_weight * smoothed_G,
         gradient_weight * variation_G,

@@ -13,13 +13,13 @@ _OPERATORS = {
     ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow,
 }  # fmt: skip
 UNKNOWN = object()
-"""What only running the script would tell."""
+"""A value that only running the script would give."""
 _LARGEST = 2**64
 
 
 @dataclass(frozen=True)
 class _Binding:
-    """A name's value, where it was bound, and whether that happens on every way through the script."""
+    """A name's value, where it was bound, and whether that happens on every path through the script."""
 
     value: ast.expr
     line: int
@@ -40,11 +40,11 @@ class Source:
 
     @property
     def runs_when_imported(self) -> bool:
-        """Whether importing it does all that it does: there is no ``if __name__ == "__main__"``."""
+        """Whether importing the script runs all of it: it has no ``if __name__ == "__main__"``."""
         return not any(isinstance(n, ast.If) and "__name__" in ast.unparse(n.test) for n in self._tree.body)
 
     def calls(self, name: str) -> list[ast.Call]:
-        """Calls of ``name``, whatever it is reached through."""
+        """Calls of ``name``, also as an attribute (``module.name``)."""
         return [n for n in ast.walk(self._tree) if isinstance(n, ast.Call) and called(n) == name]
 
     def _collect(self, body: Sequence[ast.stmt], certain: bool) -> None:
@@ -74,7 +74,7 @@ class Source:
             for part, its in zip(target.elts, value.elts, strict=True):
                 self._bind(part, its, line, certain)
         elif isinstance(target, ast.Tuple):
-            for part in target.elts:  # of a call that returns several: what each is, nobody can tell
+            for part in target.elts:  # a call that returns several values: none is known
                 if isinstance(part, ast.Name):
                     self._bound.setdefault(part.id, []).append(_Binding(ast.Name("…", ast.Load()), line, False))
 
@@ -100,7 +100,7 @@ class Source:
         return given
 
     def follow(self, node: ast.expr) -> ast.expr:
-        """What a name stands for where it is used; the node itself where that can't be told."""
+        """The value of a name where it is used; the node itself if that is unknown."""
         for _ in range(100):
             if not isinstance(node, ast.Name):
                 return node
@@ -132,7 +132,7 @@ class Source:
             return UNKNOWN
 
     def remark(self, node: ast.AST, what: str, why: str = "") -> None:
-        """Note that something does not carry over, and the line that says it."""
+        """Note that something does not carry over, with its line."""
         why = why or "scripts are not run, and only running it would tell; set it by hand"
         self.remarks.append(f"{what}: line {getattr(node, 'lineno', 0)}: {why}")
 
@@ -142,7 +142,7 @@ def called(call: ast.Call) -> str:
 
 
 def _combined(kind: type[ast.operator], left: Any, right: Any) -> Any:
-    """Arithmetic on small numbers, and texts put together."""
+    """Arithmetic on small numbers, and concatenation of texts."""
     texts = isinstance(left, str) and isinstance(right, str) and kind is ast.Add
     numbers = all(isinstance(v, int | float) and abs(v) < _LARGEST for v in (left, right))
     if not texts and not (numbers and (kind is not ast.Pow or abs(right) < 64)):

@@ -28,7 +28,7 @@ def erasable_rollout(config: Config | None = None, *, observe: Callable[[Event],
     """A ``rollout_func`` for TRL's GRPOTrainer that judges segments and redraws uncertain ones.
 
     ``config`` gives the segments (``rollout.segment_length``), the engine and its rows, and the whole of ``[erasure]``;
-    without one, the longest completion is divided into eight segments. All else follows the trainer's own arguments:
+    without one, the longest completion is divided into eight segments. The rest follows the trainer's arguments:
     number of generations, temperature, top-p, top-k, longest completion, seed.
 
     Reward functions may name the extra columns ``erasures`` (erased candidates), ``erased_tokens``, ``segment_lengths``
@@ -38,7 +38,7 @@ def erasable_rollout(config: Config | None = None, *, observe: Callable[[Event],
 
 
 class _Rollout:
-    """Keeps the engine from one call to the next; it runs on the trainer's weights as they are at the time."""
+    """Keeps the engine between calls; it runs on the trainer's current weights."""
 
     def __init__(self, config: Config | None, observe: Callable[[Event], None] | None) -> None:
         self._config, self._observe = config, observe
@@ -88,7 +88,7 @@ class _Rollout:
 
 
 def _model_of(trainer: Any) -> Any:
-    """The model without what distributes it; a model whose weights are in pieces is refused."""
+    """The unwrapped model. Refuses sharded weights and trainers that generate with vLLM."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if getattr(trainer, "is_fsdp_enabled", False) or (plugin is not None and plugin.zero_stage == 3):
         raise UserError(
@@ -114,7 +114,7 @@ def _groups(prompts: Sequence[Any], siblings: int) -> list[Any]:
 
 
 def _prompt_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
-    """As TRL does it: conversations through the chat template, strings as they stand."""
+    """As in TRL: conversations go through the chat template, strings don't."""
     tokenizer = trainer.processing_class
     if isinstance(prompts[0], str):
         return [list(ids) for ids in tokenizer(text=list(prompts))["input_ids"]]
@@ -134,7 +134,7 @@ def _prompt_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
 
 
 def _columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """What TRL asks for, and what its reward functions may name."""
+    """The columns that TRL needs, and extra ones for its reward functions."""
     return {
         "prompt_ids": [list(t.prompt.ids) for t in trajectories],
         "completion_ids": [t.ids.tolist() for t in trajectories],

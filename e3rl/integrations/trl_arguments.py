@@ -1,4 +1,4 @@
-"""Reads the settings of a TRL GRPO run from wherever they are written: YAML, JSON, a command line, or a script."""
+"""Reads the settings of a TRL GRPO run from YAML, JSON, a command line, or a script."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Arguments:
     remarks: tuple[str, ...] = ()
 
     def updated(self, other: Arguments) -> Arguments:
-        """These with ``other`` laid over them."""
+        """These settings, overridden by ``other``."""
         return Arguments({**self.values, **other.values}, (*self.remarks, *other.remarks))
 
 
@@ -88,7 +88,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def literal(text: Any) -> Any:
-    """What a value on a command line stands for; what is no number, truth value or JSON stays text."""
+    """The value of a command-line word: number, boolean or JSON; anything else stays text."""
     if not isinstance(text, str):
         return text
     words = {"None": None, "null": None, "true": True, "True": True, "false": False, "False": False}

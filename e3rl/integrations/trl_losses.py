@@ -1,4 +1,4 @@
-"""TRL's settings that have no counterpart here, each with the reason. Values that ask for nothing are passed over."""
+"""TRL's settings that have no counterpart here, each with the reason. Values without effect are ignored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MACHINE = "how e3rl uses the machine is set by its own settings"
 _LOGS = "every step's metrics and rollouts are always recorded, and 'e3rl view' shows them"
 _HUB = "a run ends in an ordinary model directory, which `hf upload` takes"
 _PRECISION = "weights are model.dtype, with float32 master weights in the optimizer"
-_VLLM = "it belongs to vLLM as TRL drives it; rollout.engine says what generates here"
+_VLLM = "it configures vLLM inside TRL; rollout.engine chooses the engine here"
 _ADAPTER = "only rank, alpha, dropout and target modules of LoRA carry over"
 _QUANTIZED = "quantised weights can't be trained here"
 
@@ -44,7 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "project": ("huggingface",),
     "local_rank": (-1, 0),
 }
-"""Values of settings without counterpart that ask for nothing. None, False and empty values never do."""
+"""Values without effect, of settings without counterpart. None, False and empty values never have one."""
 
 REASONS: dict[str, str] = {
     "min_p": "sampling has temperature, top_p and top_k",
@@ -69,7 +69,7 @@ REASONS: dict[str, str] = {
     "shuffle_dataset": "every epoch is a fresh permutation",
     "train_sampling_strategy": "every epoch is a fresh permutation",
     "data_seed": "run.seed is the one seed",
-    "resume_from_checkpoint": "'e3rl train RECIPE --resume' goes on with a run of e3rl's own",
+    "resume_from_checkpoint": "'e3rl train RECIPE --resume' continues a run of e3rl",
     "load_best_model_at_end": "the last model is saved; checkpoints are kept by train.save_total_limit",
     "metric_for_best_model": "the last model is saved; checkpoints are kept by train.save_total_limit",
     "neftune_noise_alpha": "it belongs to supervised training",
@@ -117,8 +117,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("batch_eval", "evaluation follows train.eval_steps and the settings of [eval]"),
     ("prediction_loss_only", "evaluation follows train.eval_steps and the settings of [eval]"),
     ("greater_is_better", "the last model is saved; checkpoints are kept by train.save_total_limit"),
-    ("save_", "checkpoints are complete, so that a run goes on exactly; their rhythm is train.save_steps"),
-    ("enable_jit_checkpoint", "a run that is asked to stop saves its state first"),
+    ("save_", "checkpoints are complete, so that a run resumes exactly; train.save_steps sets how often"),
+    ("enable_jit_checkpoint", "a run saves its state when it is asked to stop"),
     ("ddp_", _MACHINE),
     ("fsdp", _MACHINE),
     ("deepspeed", _MACHINE),
@@ -133,7 +133,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("pad_to_multiple_of", _MACHINE),
     ("auto_find_batch_size", "train.micro_batch_tokens bounds what goes through the model together"),
     ("full_determinism", "every draw is a function of run.seed and its own name"),
-    ("ignore_data_skip", "a resumed run goes on at the very next prompt"),
+    ("ignore_data_skip", "a resumed run continues with the next prompt"),
     ("skip_memory_metrics", _LOGS),
     ("debug", _LOGS),
     ("do_", "'e3rl train' trains and 'e3rl eval' evaluates"),
@@ -148,7 +148,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 
 
 def untranslated(values: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each setting that asks for something and has no counterpart."""
+    """A sentence for each setting that has an effect in TRL and no counterpart here."""
     for name, value in values.items():
         if value is None or value is False or value in ("", [], {}, "no", "none") or value in NEUTRAL.get(name, ()):
             continue
@@ -157,7 +157,7 @@ def untranslated(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def reason_for(name: str) -> str | None:
-    """Why a setting of TRL has no counterpart; None where nothing is known of it."""
+    """Why a setting of TRL has no counterpart; None for an unknown setting."""
     return REASONS.get(name) or next((why for prefix, why in PREFIXES if name.startswith(prefix)), None)
 
 
@@ -169,12 +169,12 @@ class Settings:
         self.losses: list[str] = []
 
     def take(self, name: str, default: _V) -> _V:
-        """A setting in the type of its default; null is the default, as TRL leaves it."""
+        """A setting in the type of its default; null means the default, as in TRL."""
         value = literal(self.left.pop(name, None))
         if value is None:
             return default
         if isinstance(default, str) and value is False:
-            value = "no"  # YAML reads the word so
+            value = "no"  # YAML reads 'no' as false
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if default is not None and not isinstance(value, type(default)):

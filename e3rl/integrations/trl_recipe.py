@@ -15,10 +15,10 @@ from e3rl.integrations.trl_schedule import rhythm_table, train_table
 from e3rl.sections import toml_value
 
 SEGMENTS = 8
-"""Segments that the longest response is divided into, for when erasing is switched on (the paper's number)."""
+"""Segments of the longest response, used once erasing is switched on (the paper's number)."""
 SET_DATA = "SET-THIS.jsonl"
 SET_REWARD = "SET_THIS.py:reward"
-"""What stands in a recipe for what could not be read: training refuses it, as no such file."""
+"""Placeholders for what could not be read: training refuses them, since there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Translation:
     losses: tuple[str, ...]
 
     def to_toml(self) -> str:
-        """The recipe; what does not carry over stands in it as comments."""
+        """The recipe; comments list what does not carry over."""
         lines = ["# Translated from TRL. To erase and redraw uncertain segments, set rollout.erase = true."]
         for section, table in self.tables.items():
             lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
@@ -39,7 +39,7 @@ class Translation:
 
 
 def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
-    """The recipe for TRL's settings; ``processes`` is the number that TRL trained on. It loads by `load_config`."""
+    """The recipe for TRL's settings; ``processes`` is the number that TRL trained on. `load_config` accepts it."""
     settings = Settings(arguments.values)
     generations = settings.take("num_generations", 8)
     train, updates = train_table(settings, generations, processes)
@@ -64,7 +64,7 @@ def _run(settings: Settings) -> dict[str, Any]:
 
 
 def _about(name: str, remarks: Sequence[str]) -> str:
-    """What was remarked of ``name``, for an error."""
+    """The remarks on ``name``, for an error."""
     return "".join(f" ({remark})" for remark in remarks if remark.startswith(name))
 
 
@@ -89,7 +89,7 @@ def _model(settings: Settings, remarks: Sequence[str]) -> dict[str, Any]:
 
 
 def _dtype(settings: Settings) -> str:
-    """bf16 in TRL is arithmetic over the weights' own type; here weights are bfloat16 with float32 masters."""
+    """TRL's bf16 sets the type of arithmetic, not of weights; here weights become bfloat16 with float32 masters."""
     dtype, bf16, fp16 = settings.optional("dtype"), settings.optional("bf16"), settings.take("fp16", False)
     on_cpu = settings.take("use_cpu", False)
     if fp16 or dtype == "float16":

@@ -1,4 +1,4 @@
-"""TRL's batch sizes, lengths and rhythms, which count completions and optimizer updates, as groups and steps."""
+"""Converts TRL's batch sizes, lengths and intervals (completions, optimizer updates) to groups and steps."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _schedule(settings: Settings) -> dict[str, Any]:
     ratio = settings.optional("warmup_ratio") or 0
     warmup = float(given or ratio)
     if name == "constant":
-        warmup = 0.0  # transformers warms up 'constant_with_warmup' alone
+        warmup = 0.0  # transformers has no warm-up for 'constant'
     rise = {"warmup_steps": int(warmup)} if warmup >= 1 else {"warmup_ratio": warmup}
     known = {"constant_with_warmup": "constant", "constant": "constant", "linear": "linear", "cosine": "cosine"}
     if name not in known:
@@ -122,7 +122,7 @@ def _schedule(settings: Settings) -> dict[str, Any]:
 
 
 def _correction(settings: Settings) -> dict[str, Any]:
-    """Importance weights between trainer and engine, which TRL has with vLLM alone."""
+    """Importance weights between trainer and engine, which TRL has only with vLLM."""
     mode = settings.take("vllm_importance_sampling_mode", "sequence_mask")
     wanted = settings.take("vllm_importance_sampling_correction", True)
     cap = settings.take("vllm_importance_sampling_clip_max", 3.0)
@@ -132,7 +132,7 @@ def _correction(settings: Settings) -> dict[str, Any]:
 
 
 def rhythm_table(settings: Settings, updates: int) -> dict[str, Any]:
-    """When to evaluate and save, which TRL counts in optimizer updates; and where to log."""
+    """Evaluation and checkpoint intervals, which TRL counts in optimizer updates, and trackers."""
     logs = settings.optional("logging_steps")
     every = {
         "eval_steps": (settings.take("eval_strategy", "no"), settings.optional("eval_steps") or logs or 10),

@@ -29,7 +29,7 @@ TRAINER = (
 """Parameters of GRPOTrainer in TRL 1.16, in their order."""
 CONFIG = ("output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate")
 PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None}
-"""What LoraConfig() itself takes; TRL's command line has other defaults."""
+"""LoraConfig()'s own defaults; TRL's command line has others."""
 _LORA = {
     "r": "lora_r",
     "lora_alpha": "lora_alpha",
@@ -146,7 +146,7 @@ class _Script:
         call = self._source.follow(node)
         if not isinstance(call, ast.Call) or called(call) != "LoraConfig":
             self._source.remark(
-                node, f"peft_config = {ast.unparse(node)}", "LoRA alone carries over; set model.lora_r by hand"
+                node, f"peft_config = {ast.unparse(node)}", "only LoRA carries over; set model.lora_r by hand"
             )
             return {}
         given = self._values(self._source.given(call, ("task_type",)))

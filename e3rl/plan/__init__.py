@@ -1,1 +1,1 @@
-"""What a run will need: memory before any weight is loaded, and time on any number of GPUs by simulation."""
+"""Estimates a run's memory before any weight is loaded, and its time on any number of GPUs by simulation."""

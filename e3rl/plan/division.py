@@ -1,4 +1,4 @@
-"""What one of several ranks holds of a model that they train together, by the value of ``train.parallel``: bytes, for a plan."""
+"""Bytes of a model that one rank holds, by the value of ``train.parallel``, for a plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DIVIDES: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """Into how many parts what is kept of a model is divided."""
+    """How weights, gradients and optimizer state of a model are divided among ranks."""
 
     ranks: int
     divides: frozenset[str]
@@ -36,10 +36,10 @@ class ShardCounts:
 
     @classmethod
     def of(cls, model: Any, parallel: str, ranks: int) -> ShardCounts:
-        """The division of ``model``; that of a single rank divides nothing."""
+        """The division of ``model``; with a single rank nothing is divided."""
         if ranks > 1 and parallel == "none":
             raise UserError(
-                f"{ranks} ranks train together in one of several ways: set train.parallel={', '.join(_DIVIDES)}"
+                f"{ranks} ranks that train together need train.parallel: set it to one of {', '.join(_DIVIDES)}"
             )
         base = unwrapped(model)
         layers = getattr(getattr(base, base.base_model_prefix), "layers", None) or ()
@@ -62,12 +62,11 @@ class ShardCounts:
         return sum(p.nbytes // self._parts("weights") for p in parameters)
 
     def frozen(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of a reference model's weights: FSDP2 divides them as it does the trained ones, DeepSpeed leaves them whole."""
+        """Bytes of a reference model's weights: FSDP2 divides them like the trained ones, DeepSpeed doesn't."""
         return sum(p.nbytes // (1 if self.copies_float32 else self._parts("weights")) for p in parameters)
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of the gradients: float32, and in DeepSpeed's ZeRO-2 whole those that a rank has a part of, the output matrix's
-        for one."""
+        """Bytes of the gradients, in float32. DeepSpeed's ZeRO-2 holds at least the largest parameter's gradient whole."""
         parameters = list(parameters)
         most = max((4 * p.numel() for p in parameters), default=0) if self.buckets else 0
         return max(most, self._gradients(parameters))
@@ -76,11 +75,11 @@ class ShardCounts:
         return sum(4 * p.numel() // self._parts("gradients") for p in parameters)
 
     def state(self, parameters: Iterable[nn.Parameter], width: float) -> int:
-        """Bytes of what the optimizer keeps, ``width`` of it for each entry of a parameter."""
+        """Bytes of the optimizer's state, ``width`` for each entry of a parameter."""
         return sum(int(width * p.numel()) // self._parts("state") for p in parameters)
 
     def gathered(self, parameters: Iterable[nn.Parameter], layers: int) -> int:
-        """Bytes of whole layers beside a rank's own parts at the worst moment: of all layers, or of two, one on its way."""
+        """Peak bytes of gathered weights beside a rank's own part: all layers, or two (one in use, one being gathered)."""
         if not self.divides_weights:
             return 0
         missing = {p: p.nbytes - p.nbytes // self._parts("weights") for p in parameters}
@@ -89,8 +88,8 @@ class ShardCounts:
         return beside + (of_layers if self.keeps_gathered else min(of_layers, 2 * of_layers // layers))
 
     def under_way(self, parameters: Sequence[nn.Parameter], layers: int) -> int:
-        """Bytes of gradients on their way to the ranks that keep them: the output matrix's, which waits for the embeddings',
-        and a layer's with its float32 copy; of DeepSpeed's ZeRO-2 two buckets."""
+        """Bytes of gradients that are being reduced: the output matrix's (kept until the embeddings' is ready) and one layer's
+        with its float32 copy; with DeepSpeed's ZeRO-2 two buckets."""
         if self.buckets:
             width = max((p.itemsize for p in parameters), default=0)
             entries = min(BUCKET, sum(p.numel() for p in parameters))

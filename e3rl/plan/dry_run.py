@@ -1,4 +1,4 @@
-"""Bytes that the code asks for when it runs on the meta device, which has shapes and no memory: what a plan is held to.
+"""Counts the bytes that the code allocates, by running it on the meta device, which has shapes and no memory.
 
 `Allocations` counts every storage that an operation makes until it is freed. `micro_batch` and `engine` run the functions that
 train and decode, at any size.
@@ -57,11 +57,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its parts are counted, in the operations that it is made of
+            return NotImplemented  # its local operations are counted
         found = func(*args, **(kwargs or {}))
         given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and _storage(leaf)._cdata not in given:  # no view of what was there before
+            if isinstance(leaf, Tensor) and _storage(leaf)._cdata not in given:  # not a view of an argument
                 self.count(leaf)
         return found
 
@@ -83,7 +83,7 @@ class Allocations(TorchDispatchMode):
             self._known[key] = reference, size
 
     def restart(self) -> int:
-        """Begin to look for the peak anew; bytes that are alive now."""
+        """Reset the peak; returns the bytes that are alive."""
         self.peak = self.live
         return self.live
 
@@ -93,7 +93,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class _Kept(torch.autograd.Function):
-    """Stands for flash attention: keeps queries, keys, values and its output, and no matrix of scores."""
+    """Stand-in for flash attention: saves queries, keys, values and its output, but no matrix of scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _counted_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *
 
 
 COUNTED = "e3rl_counted"
-"""The attention implementation of a model that is run without values."""
+"""The attention implementation of a model on the meta device."""
 
 AttentionInterface.register(COUNTED, _counted_attention)
 AttentionMaskInterface.register(COUNTED, lambda *args, **kwargs: None)
@@ -121,8 +121,8 @@ AttentionMaskInterface.register(COUNTED, lambda *args, **kwargs: None)
 class MicroBatch:
     """Bytes of a micro-batch that is not a step's first, beside weights and the gradients gathered so far."""
 
-    kept: int  # by autograd, when the forward pass is over
-    passing: int  # more than that, at the worst moment of the backward pass
+    kept: int  # by autograd, after the forward pass
+    passing: int  # on top of that, at the peak of the backward pass
 
 
 def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
     base = unwrapped(model)
     device = next(base.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    mask = torch.empty(1, 1, 1, 1, device=device)  # ready made: making one looks at values
+    mask = torch.empty(1, 1, 1, 1, device=device)  # given here: building one reads values
     backbone = getattr(base, base.base_model_prefix)
     hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
     return head_scores(output_matrix(base), hidden, ids[0], 1.0, LogitTransform.of_model(base))
@@ -139,7 +139,7 @@ def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
 def micro_batch(
     model: Any, tokens: int, checkpointing: bool, pass_through: Callable[..., Any] | None = None
 ) -> MicroBatch:
-    """Run two micro-batches and count the second. ``pass_through``: what is called in the model's place."""
+    """Run two micro-batches and count the second. ``pass_through`` is called in place of the model."""
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -167,7 +167,7 @@ class EngineBytes:
     marks: int  # logits at the start of each row's latest candidate
     prompt: int  # while the longest prompt runs
     recorded: int  # buffers and memory of CUDA graphs; 0 where steps are not recorded
-    step: int  # while ``max_rows`` rows are decoded and drawn, beside that
+    step: int  # to decode and sample ``max_rows`` rows, beside the above
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def _draw(logits_RV: Tensor) -> None:
 
 @torch.no_grad()
 def draw_bytes(rows: int, vocabulary: int) -> int:
-    """Bytes of a step's draws from float32 logits, these included."""
+    """Bytes for sampling one step from float32 logits, the logits included."""
     with Allocations() as counted:
         _draw(torch.empty(rows, vocabulary, device="meta"))
     return counted.peak
@@ -208,8 +208,8 @@ def draw_bytes(rows: int, vocabulary: int) -> int:
 
 @torch.no_grad()
 def recorded_bytes(model: Any, rows: int, together: int, longest: int) -> int:
-    """Bytes that recorded decode steps keep: the buffers that they read and write, and the memory that they work in, as large as
-    the widest step of ``together`` rows needs."""
+    """Bytes that the CUDA graphs of decode steps keep: input and output buffers, and the working memory of the widest step,
+    ``together`` rows."""
     with Allocations() as counted:
         slots = FusedSlotModel(FusedWeights(model), rows, longest, record=_run_once, attend=_nothing_kept)
         step = StepRows([0] * together, [longest - 1] * together, slots.storage, slots.device)
@@ -220,19 +220,19 @@ def recorded_bytes(model: Any, rows: int, together: int, longest: int) -> int:
 
 
 def _run_once(step: Step) -> Step:
-    """Stands for a CUDA graph: what the step takes while it is recorded, the graph keeps."""
+    """Stand-in for a CUDA graph, which keeps the memory that its step took while it was recorded."""
     logits = step()
     return lambda: logits
 
 
 def _nothing_kept(mask_RW: Tensor, heads: int, kv_heads: int, scale: float) -> Attention:
-    """Stands for the fused kernel, which makes its result alone."""
+    """Stand-in for the fused kernel, which allocates only its result."""
     return lambda query_RHD, keys, values: torch.empty_like(query_RHD).flatten(1)
 
 
 @torch.no_grad()
 def forward_bytes(model: Any, tokens: int) -> int:
-    """Bytes of a forward pass of ``tokens`` tokens at its worst moment, without a backward pass."""
+    """Peak bytes of a forward pass of ``tokens`` tokens, without a backward pass."""
     slots = GenericSlotModel(model, 1, tokens)
     with Allocations() as counted:
         slots.prefill([0], 0)
@@ -242,7 +242,7 @@ def forward_bytes(model: Any, tokens: int) -> int:
 
 
 def cache_row_size(model: Any) -> RowSize:
-    """What a row takes in the torch engine's cache, all layers."""
+    """Size of a row in the torch engine's cache, all layers."""
     slots = GenericSlotModel(model, 1, 1)
     with torch.no_grad():
         slots.prefill([0], 0)
@@ -250,14 +250,14 @@ def cache_row_size(model: Any) -> RowSize:
 
 
 def muon_scratch(matrices: Sequence[Tensor], config: TrainConfig) -> int:
-    """Bytes that Muon's update of these matrices makes for itself."""
+    """Bytes of temporaries in Muon's update of these matrices."""
     made = [torch.nn.Parameter(torch.empty(p.shape, device="meta")) for p in matrices]
     if not made:
         return 0
     optimizer = muon(made, config)
     for parameter in made:
         parameter.grad = torch.empty_like(parameter)
-    optimizer.step()  # makes its momentum
+    optimizer.step()  # allocates its momentum
     with Allocations() as counted:
         optimizer.step()
     return counted.peak

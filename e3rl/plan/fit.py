@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, asked before anything is loaded, which settings would make it fit, and a plan as text."""
+"""Checks whether a run fits its devices before anything is loaded, finds settings that fit, and prints plans."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from e3rl.plan.generation import Process
 from e3rl.plan.memory import ASSUMED_PROMPT, GIB, Plan, device_bytes, make_plan, plan_generation
 
 _SMALL = 0.02
-"""Share of a device below which weights, gradients and optimizer are not worth a plan."""
+"""No plan is made if weights, gradients and optimizer take less than this share of the device."""
 _RANKS = (2, 4, 8, 16, 32)
 
 
 def changes_that_fit(
     config: Config, plan: Plan, available: int, *, ranks: int, on_cpu: bool, most: int = 3
 ) -> list[str]:
-    """Settings, each planned again, that would make the run fit; what to rent where none does."""
+    """Settings that would make the run fit, each checked with its own plan; a hint if none does."""
     if plan.largest <= available:
         return []
     found: list[str] = []
@@ -39,7 +39,7 @@ def changes_that_fit(
 
 
 def _candidates(config: Config, plan: Plan, available: int, ranks: int) -> Iterator[tuple[list[str], int]]:
-    """Overrides and numbers of ranks, the least loss first."""
+    """Overrides and numbers of ranks, the least costly first."""
     train, budget = config.train, []
     worst = max(plan.processes, key=lambda process: process.largest)
     cache = worst.cache - (plan.largest - available)
@@ -70,8 +70,8 @@ def _with(config: Config, overrides: list[str]) -> Config:
 
 
 def require_fit(config: Config, ranks: int) -> None:
-    """UserError, before anything is loaded, where this process, or a worker that Ray starts for it, needs more memory than its
-    device has. A model that has no plan passes, and so does one that is far smaller than its device."""
+    """UserError, before anything is loaded, if this process or one of its Ray workers needs more memory than its device has.
+    Models that can't be planned, and models far smaller than the device, pass."""
     available, on_cpu = _device(config)
     if _least(config, 16) < _SMALL * available:  # weights, gradients, AdamW's moments
         return
@@ -83,7 +83,7 @@ def require_fit(config: Config, ranks: int) -> None:
 
 
 def require_generation_fits(config: Config, prompt: int) -> None:
-    """The same of a process that only generates, after prompts of up to ``prompt`` tokens: a rollout server, an evaluation."""
+    """Like `require_fit`, for a process that only generates (rollout server, evaluation), with prompts of ``prompt`` tokens."""
     available, on_cpu = _device(config)
     if _least(config, 2) < _SMALL * available:
         return
@@ -100,7 +100,7 @@ def require_generation_fits(config: Config, prompt: int) -> None:
 
 
 def _device(config: Config) -> tuple[int, bool]:
-    """Bytes that this process can have, and whether they are the machine's own memory."""
+    """Bytes available to this process, and whether they are host memory."""
     from e3rl.models import resolve_device
 
     on_cpu, available = resolve_device(config.model.device).type == "cpu", device_bytes(config.model)
@@ -117,7 +117,7 @@ def _does_not_fit(process: Process, available: int, changes: Sequence[str]) -> U
 
 
 def _least(config: Config, of_each: int) -> int:
-    """Bytes that a process takes at least, ``of_each`` of the model's parameters."""
+    """Least bytes that a process takes: ``of_each`` per parameter of the model."""
     from e3rl.plan.memory import shape_of
 
     try:
@@ -168,7 +168,7 @@ def _verdict(plan: Plan, available: int, changes: Sequence[str]) -> Iterator[str
 
 
 def plan_text(config: Config, plan: Plan, available: int, changes: Sequence[str] = ()) -> str:
-    """What ``e3rl train --plan`` prints; ``changes`` would make it fit."""
+    """The text of ``e3rl train --plan``; ``changes`` are settings that would fit."""
     share = f", {plan.trainable:,} of them trained" if plan.trainable != plan.parameters else ""
     lines = [f"{config.model.path}: {plan.parameters:,} parameters{share}, {config.model.dtype}", ""]
     for process in plan.processes:

@@ -1,4 +1,4 @@
-"""What a process holds and takes whose engine generates: a trainer, a rollout worker or server, an evaluation."""
+"""Memory of a process whose engine generates: a trainer, a rollout worker or server, an evaluation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ KV_CACHE, RECURRENT_STATES = "KV cache", "recurrent states and snapshots"
 
 @dataclass(frozen=True)
 class Process:
-    """Bytes by purpose of one kind of process, of which there are ``count``, each on a device of its own."""
+    """Bytes by purpose of one kind of process. ``count`` of them run, each on its own device."""
 
     name: str
     count: int
     held: Mapping[str, int]  # all the time, from the first step on
-    phases: Mapping[str, Mapping[str, int]]  # beside it, while that is done
-    host: Mapping[str, int] = field(default_factory=dict)  # in its machine's memory, where that is not the device's
+    phases: Mapping[str, Mapping[str, int]]  # on top of ``held``, while the phase runs
+    host: Mapping[str, int] = field(default_factory=dict)  # host memory, where the device has its own
 
     def peak(self, phase: str) -> int:
-        """Bytes at the worst moment of a phase."""
+        """Peak bytes of a phase."""
         return sum(self.held.values()) + sum(self.phases[phase].values())
 
     @property
@@ -36,18 +36,18 @@ class Process:
 
     @property
     def worst(self) -> str:
-        """The phase that takes most."""
+        """The phase with the highest peak."""
         return max(self.phases, key=self.peak)
 
     @property
     def largest(self) -> int:
-        """Bytes at the worst moment of all."""
+        """Peak bytes of all phases."""
         return self.peak(self.worst)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a process's bytes depend on beside its settings."""
+    """What a process's bytes depend on."""
 
     config: Config
     model: Any  # on the meta device
@@ -78,7 +78,7 @@ def _torch_engine(sizes: Sizes) -> tuple[dict[str, int], dict[str, dict[str, int
 
 
 def _vllm_engine(sizes: Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """The same of vLLM, which has a copy of the weights of its own."""
+    """The same for vLLM, which has its own copy of the weights."""
     rollout, parts = sizes.config.rollout, sizes.config.rollout.vllm_tensor_parallel_size
     rows = rollout.cache_rows or 2 * rollout.max_rows
     held = {
@@ -91,8 +91,8 @@ def _vllm_engine(sizes: Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]
 
 
 def engine_bytes(sizes: Sizes) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """What the recipe's engine holds beside the weights that it generates with, and what its phases take; nothing of an engine
-    from outside."""
+    """What the recipe's engine holds beside the weights that it generates with, and what its phases take; empty for a
+    plug-in engine."""
     kinds = {"torch": _torch_engine, "vllm": _vllm_engine}
     name = sizes.config.rollout.engine
     return kinds[name](sizes) if name in kinds else ({}, {"decoding": {}})

@@ -1,7 +1,7 @@
-"""What a run will need, before any weight is loaded: memory by process and purpose, tokens and steps, and whether it fits.
+"""Plans a run before any weight is loaded: memory by process and purpose, tokens and steps.
 
-The model is built on the meta device, which has shapes and no values. What passes take is not estimated by a formula but
-counted: they run there (`e3rl.plan.dry_run`).
+The model is built on the meta device, which has shapes and no values. The memory of passes is counted by
+running them there (`e3rl.plan.dry_run`), not estimated by a formula.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def shape_of(config: ModelConfig) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run's processes hold, and what a step is."""
+    """Memory of a run's processes, and the size of a step."""
 
     parameters: int
     trainable: int
@@ -89,12 +89,12 @@ class Plan:
 
     @property
     def largest(self) -> int:
-        """Bytes at the worst moment of the process that needs most."""
+        """Peak bytes of the process that needs most."""
         return max(process.largest for process in self.processes)
 
 
 def _data(config: Config) -> tuple[int, bool, int | None]:
-    """Longest prompt, whether that is assumed, and the number of problems. Nothing is fetched from a hub for it."""
+    """Longest prompt, whether that is assumed, and the number of problems. Fetches nothing from a hub."""
     endings = ("jsonl", "json", "parquet", "csv")
     local = all(name.startswith("lab:") or name.rpartition(".")[2] in endings for name in config.data.sources)
     if local and known_config(config.model.path) is None:
@@ -118,7 +118,7 @@ def _passes(model: ModelConfig, tokens: int, checkpointing: bool) -> MicroBatch:
 def _trainer(
     sizes: Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts, *, generates: bool, copies: bool
 ) -> Process:
-    """A process that trains, and generates where nobody else does; one that ``copies`` has whole weights to generate with."""
+    """A process that trains. ``generates``: it also runs the engine; ``copies``: it keeps whole weights for the engine."""
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
     held = {
@@ -174,8 +174,8 @@ def _scratch(sizes: Sizes, division: ShardCounts) -> int:
 
 
 def waiting_rows(config: Config, needs: frozenset[str], row_tokens: int, prompt: int, ranks: int) -> int:
-    """Rows of a group, no candidate of which was erased, that wait for its last row's forward pass with what they keep: where one
-    pass does for scores and loss, and scores make the advantages."""
+    """Rows of a group that keep their activations until its last forward pass: where one pass gives both scores and loss, and
+    the advantages need the scores. Counted for a group without erasures."""
     train, rollout = config.train, config.rollout
     one_pass = train.num_iterations == 1 and "frozen" not in needs
     if not one_pass or "rewards_only" in needs or not keeps_passes(train, ranks):
@@ -191,11 +191,11 @@ def _processes(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: S
     copies = not remote and bool(rollout.staleness or division.divides_weights)
     train = partial(_trainer, sizes, needs, row_tokens, division, generates=not (remote or shown))
     image = image_size({n: p for n, p in sizes.model.named_parameters() if p.requires_grad})
-    images = 2 if rollout.staleness > 1 else 1  # new weights are written while workers have those of before
+    images = 2 if rollout.staleness > 1 else 1  # new weights are written while workers still hold the old ones
     first = _with_host(
         train(copies=copies), {"image of the weights, for workers": images * image} if remote else {}, sizes
     )
-    if remote and ranks > 1:  # the first rank hands weights out
+    if remote and ranks > 1:  # rank 0 sends the weights
         yield replace(first, name="first trainer", count=1)
         yield replace(train(copies=False), count=ranks - 1)
     else:
@@ -206,18 +206,18 @@ def _processes(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: S
 
 
 def plan_generation(config: Config, prompt: int, *, on_cpu: bool) -> Process:
-    """A process that only generates, after prompts of up to ``prompt`` tokens; loads no weights."""
+    """Plan a process that only generates, with prompts of up to ``prompt`` tokens; loads no weights."""
     longest = prompt + config.rollout.completion_limit
     return generator("process that generates", 1, Sizes(config, shape_of(config.model), prompt, longest, on_cpu))
 
 
 def _with_host(process: Process, host: Mapping[str, int], sizes: Sizes) -> Process:
-    """With what lies in the machine's memory: on a CPU the device's."""
+    """The process with host memory added; on a CPU it counts as the device's."""
     return replace(process, held={**process.held, **host}) if sizes.on_cpu else replace(process, host=host)
 
 
 def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
-    """Count everything of a run whose ``ranks`` processes train together; loads no weights."""
+    """Plan a run in which ``ranks`` processes train together; loads no weights."""
     needs = frozenset(build_objective(config.objective).needs)
     model = shape_of(config.model)
     division = ShardCounts.of(model, config.train.parallel, ranks)

@@ -1,8 +1,8 @@
-"""Where the time of a step goes on any number of GPUs: rollouts simulated event by event, training and weights by formula.
+"""Simulates where a step's time goes on any number of GPUs: rollouts event by event, training and weight sync by formula.
 
-The rollouts follow the rules of the real ones: groups are handed to whichever worker has room, a segment is judged when all
-siblings that are still going have drawn it, an erased candidate is drawn again while the others go on. What things cost
-is measured, or worked out from a GPU's data sheet; nothing here runs a model.
+Simulated rollouts follow the real rules: a group goes to any worker with room, a segment is judged when all unfinished
+siblings have drawn it, an erased candidate is redrawn while the others continue. Costs are measured, or computed from a
+GPU's data sheet; no model is run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Costs:
     reward: float = 0.0  # of a whole step
     start: float = 0.0  # of a worker's part in a batch: connection, first exchange
     candidate: float = 0.0  # beside its decode steps: judging it, starting the next
-    python_token: float = 0.0  # of the first rank, for each token that was generated
+    python_token: float = 0.0  # of rank 0, per generated token
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class RolloutTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A whole step: with rollouts, training and weights one after the other, or rollouts beside the training."""
+    """Times of a whole step. ``ahead``: rollouts run in parallel with training, else before it."""
 
     rollout: RolloutTime
     train: float
     sync: float
     reward: float
-    python: float  # of the first rank, while nothing else goes on: an upper bound
+    python: float  # of rank 0, not overlapped: an upper bound
     ahead: bool
 
     @property
@@ -82,7 +82,7 @@ class StepTime:
 
     @property
     def bottleneck(self) -> str:
-        """What takes longest."""
+        """The part that takes longest."""
         parts = {
             "rollout": self.rollout.seconds,
             "training": self.train,
@@ -96,7 +96,7 @@ class StepTime:
 @dataclass(slots=True)
 class _SimulatedSibling:
     segment: int = 0
-    drawn: bool = False  # its first candidate of this segment is there, and waits for the others
+    drawn: bool = False  # has its first candidate of this segment and waits for the others
     attempt: int = 0
     finished: bool = False
     since: float = 0.0
@@ -106,13 +106,13 @@ class _SimulatedSibling:
 class _SimulatedWorker:
     rows: int
     clock: float = 0.0
-    steps: int = 0  # tokens that a row would have had decoded if it had been there all the time
+    steps: int = 0  # decode steps so far
     active: list[tuple[int, int, _Group, int]] = field(default_factory=list)
     groups: int = 0
 
 
 class _Group:
-    """A group on its way; the same rules as `e3rl.rollout.group`, with chance in the place of the judge."""
+    """A simulated group: the rules of `e3rl.rollout.group`, with random verdicts."""
 
     def __init__(self, work: Work, chance: random.Random) -> None:
         self.siblings = [_SimulatedSibling() for _ in range(work.siblings)]
@@ -125,7 +125,7 @@ class _Group:
         return all(s.finished for s in self.siblings)
 
     def deliver(self, number: int, now: float) -> list[int]:
-        """A candidate is there: the siblings that draw next."""
+        """Take a finished candidate; returns the siblings that draw next."""
         sibling = self.siblings[number]
         self.tokens += self._work.segment_length
         if sibling.attempt == 0:
@@ -221,9 +221,9 @@ def simulate_step(
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says, and how much of it programs reach. The defaults are those of an H100 SXM.
+    """A GPU's data sheet, and the share of it that programs reach. The defaults are an H100 SXM's.
 
-    The shares and the rate of new weights are set so that published runs come out (`tests/plan/test_published.py`).
+    The shares and ``weights`` are fitted to published runs (`tests/plan/test_published.py`).
     """
 
     bandwidth: float = 3.35e12  # bytes/s of its memory
@@ -236,15 +236,15 @@ class Gpu:
 
 
 PYTHON_TOKEN = 1.5e-6
-"""Seconds of the first rank's Python a token: receiving, journal, ledger (`python_us_per_token` of benchmarks/scale.py)."""
+"""Seconds of rank 0's Python per token: receiving, journal, ledger (`python_us_per_token` of benchmarks/scale.py)."""
 
 _HELD = 0.9  # of the memory: what CUDA and the allocator leave
 _PADDED = 256  # positions to which a recorded decode step of the torch engine rounds its width
 
 
 def operations(config: Config) -> float:
-    """Operations of a training step for each weight and token, 2 a forward pass and 4 a backward pass, at lengths where a group
-    is several micro-batches (`flops_per_param_token` of benchmarks/scale.py counts them)."""
+    """Operations of a training step per weight and token: 2 for a forward pass, 4 for a backward pass. For groups of several
+    micro-batches (`flops_per_param_token` of benchmarks/scale.py counts them)."""
     needs, train = build(config.objective).needs, config.train
     if "frozen" in needs:
         return 0
@@ -256,21 +256,21 @@ def operations(config: Config) -> float:
 
 
 def fitting_rows(wanted: int, parameters: float, kv_bytes: float, context: float, held: float, gpu: Gpu) -> int:
-    """Rows that find room beside bfloat16 weights and ``held`` bytes of other things, at most ``wanted``."""
+    """Rows that fit beside bfloat16 weights and ``held`` other bytes, at most ``wanted``."""
     free = gpu.memory * _HELD - 2 * parameters - held
     return max(0, min(wanted, int(free / (kv_bytes * context))))
 
 
 def read_context(length: int, engine: str) -> float:
-    """Positions that a row's decode step reads on average: its own in vLLM; those of the longest row, padded, in the torch
-    engine, where rows that began earlier are beside it all the time."""
+    """Mean positions that a decode step reads per row: the row's own in vLLM; the longest row's, padded, in the torch engine,
+    where older rows are always in the batch."""
     return length / 2 if engine == "vllm" else -(-length // _PADDED) * _PADDED
 
 
 def roofline(
     parameters: float, kv_bytes: float, context: float, operations: float, gpu: Gpu | None = None, prompt: int = 256
 ) -> Costs:
-    """Costs of a bfloat16 model on a GPU: decoding by memory and arithmetic, training by arithmetic, weights by their rate.
+    """Costs of a bfloat16 model on a GPU: decoding by memory and arithmetic, training by arithmetic, weight sync by its rate.
 
     ``kv_bytes``: of one token's keys and values; ``context``: positions that a row reads on average.
     """

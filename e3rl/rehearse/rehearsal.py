@@ -24,7 +24,7 @@ from e3rl.rehearse.stages import Stages, stages_table
 
 STEPS, SEGMENT, PROMPTS, LIMIT, RANKS = 3, 8, 4, 1, 2
 ROWS = 64
-"""Of the training data: stand-ins, or the first of real ones."""
+"""Training rows: stand-ins, or the first real ones."""
 LARGEST_K = 256
 _SIZES = (
     "model.path", "model.device", "data.train", "data.directory", "data.train_limit", "data.train_split",
@@ -39,8 +39,8 @@ _SIZES = (
 
 @dataclass
 class Rehearsal:
-    """What was rehearsed. ``changed``: settings with the recipe's value and the rehearsal's; ``kept``: those that the recipe
-    sets otherwise than the defaults, rehearsed at their own value."""
+    """What was rehearsed. ``changed``: settings with the recipe's value and the rehearsal's; ``kept``: those that
+    differ from the defaults and keep the recipe's value."""
 
     changed: Mapping[str, tuple[Any, Any]]
     model: Mapping[str, tuple[int, int]]
@@ -50,13 +50,13 @@ class Rehearsal:
 
 
 def sources(config: Config) -> list[str]:
-    """What the recipe evaluates on, in its order."""
+    """The recipe's evaluation data, in its order."""
     named = config.data.eval
     return [s for s in ([named] if isinstance(named, str) else named) if s]
 
 
 def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int, int]], list[str]]:
-    """The recipe at the rehearsal's sizes, its stand-ins written; the model's sizes; what stands in for what."""
+    """Write stand-ins; returns the small recipe, the model's sizes before and after, and notes on replacements."""
     notes = []
     model = directory / "model"
     sizes = standins.make_model(config, model)
@@ -80,7 +80,7 @@ def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int
 
 
 def _training_data(config: Config, directory: Path, notes: list[str]) -> dict[str, Any]:
-    """Settings of the training data: a few real rows where they can be had, else stand-ins."""
+    """Settings of the training data: a few real rows if they can be read, else stand-ins."""
     source = config.data.train
     if source.startswith("lab:"):
         return {"train_limit": 0}
@@ -94,7 +94,7 @@ def _training_data(config: Config, directory: Path, notes: list[str]) -> dict[st
 
 
 def _benchmarks(config: Config, directory: Path, notes: list[str]) -> dict[str, Any]:
-    """Settings of the benchmarks: the real ones where they can be had, else as many sums as each has problems."""
+    """Settings of the benchmarks: the real ones if they can be read, else sums, as many as each has problems."""
     named = [s for s in sources(config) if s in BENCHMARKS]
     if not named:
         return {}
@@ -118,7 +118,7 @@ def changed(recipe: Config, small: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def require_extras(config: Config) -> None:
-    """UserError, before anything runs, where a process of the recipe needs what is not installed."""
+    """UserError, before anything runs, if a process of the recipe needs a package that is not installed."""
     needs = {
         "vllm": config.rollout.engine == "vllm",
         "ray": bool(config.rollout.workers or config.train.workers),
@@ -135,14 +135,14 @@ def require_extras(config: Config) -> None:
 
 
 def require_sources(config: Config) -> None:
-    """UserError where data.eval names what is no benchmark, no file and nothing that a hub could have."""
+    """UserError if data.eval names something that is no benchmark, no file and no possible hub id."""
     for source in sources(config):
         if source not in BENCHMARKS and not source.startswith("lab:"):
             rows_of(source, config.data, "eval")
 
 
 def rehearse(config: Config, directory: Path, say: Callable[[str], None]) -> Rehearsal:
-    """Run everything; UserError where a process fails, with its last lines."""
+    """Run everything. UserError if a process fails, with its last lines."""
     require_extras(config)
     require_sources(config)
     small, sizes, notes = shrink(config, directory)
@@ -161,7 +161,7 @@ def rehearse(config: Config, directory: Path, say: Callable[[str], None]) -> Reh
 
 
 def kept(config: Config, small: Config) -> dict[str, Any]:
-    """What the recipe sets otherwise than the defaults, and the rehearsal as it does."""
+    """Settings that differ from the defaults and keep the recipe's value in the rehearsal."""
     idle = {"train.epochs", "data.train_limit"}  # steps are counted, not epochs
     but = {*changed(config, small), *idle}
     return {name: value for name, (value, _) in changed(config, Config()).items() if name not in but}
@@ -174,7 +174,7 @@ def _train(recipe: Path, ranks: int) -> list[str]:
 
 @contextlib.contextmanager
 def _servers(config: Config, recipe: Path, small: Config, stages: Stages) -> Iterator[list[str]]:
-    """A rollout server of this machine for a recipe that names some; its engine is the recipe's."""
+    """A local rollout server with the recipe's engine, for a recipe that names servers."""
     if not config.rollout.servers:
         yield []
         return
@@ -197,7 +197,7 @@ def _servers(config: Config, recipe: Path, small: Config, stages: Stages) -> Ite
 
 
 def trained(small: Config, run: Path) -> list[str]:
-    """What a run came to. UserError where it isn't three steps, each once, or a source was not evaluated at the recipe's k."""
+    """Check a finished run. UserError unless it recorded three steps, each once, and evaluated all sources at the recipe's k."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if [record["step"] for record in steps] != list(range(1, STEPS + 1)):
         raise UserError(f"rehearsal: the run recorded steps {[record['step'] for record in steps]}, not 1 to {STEPS}")
@@ -215,7 +215,7 @@ def trained(small: Config, run: Path) -> list[str]:
 
 
 def _exported(found: Rehearsal, model: Path, small: Config) -> None:
-    """The model by transformers and, where it is installed, vLLM; its largest k by `e3rl eval`."""
+    """Load the export with transformers and, if installed, vLLM; run `e3rl eval` with the largest k."""
     found.notes += loaded(found.stages, model)
     named = [s for s in sources(small) if s in BENCHMARKS]
     if named:
@@ -225,7 +225,7 @@ def _exported(found: Rehearsal, model: Path, small: Config) -> None:
 
 
 def loaded(stages: Stages, model: Path) -> list[str]:
-    """Load an exported model by transformers and, where it is installed, vLLM; what could not be tried."""
+    """Load an exported model with transformers and, if installed, vLLM; returns what could not be tried."""
     load = (
         "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer; "
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); AutoTokenizer.from_pretrained(sys.argv[1]); "
@@ -245,7 +245,7 @@ def loaded(stages: Stages, model: Path) -> list[str]:
 
 
 def report(found: Rehearsal) -> str:
-    """Process by process what ran, setting by setting what shrank, and what could not be rehearsed."""
+    """The report: processes that ran, settings that shrank, and what could not be rehearsed."""
     lines = ["", *stages_table(found.stages.done)]
     lines += ["", "rehearsed at the recipe's value:"]
     lines += [f"  {name:32}{_value(value):>24}" for name, value in found.kept.items()]

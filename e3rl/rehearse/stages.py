@@ -31,14 +31,14 @@ class Stage:
 
 @dataclass
 class Stages:
-    """Runs processes in ``directory``, says so before each, and keeps what became of it."""
+    """Runs processes in ``directory``, announces each and records its outcome."""
 
     directory: Path
     say: Callable[[str], None]
     done: list[Stage] = field(default_factory=list)
 
     def run(self, name: str, command: Sequence[str]) -> str:
-        """Run a command to its good end; returns what it printed. UserError, with its last lines, where it fails."""
+        """Run a command; returns its output. UserError, with its last lines, if it fails."""
         self.say(f"{name}: {short(command)}")
         began = time.monotonic()
         try:
@@ -59,7 +59,7 @@ class Stages:
         return done.stdout
 
     def run_until_saved(self, name: str, command: Sequence[str], run: Path) -> None:
-        """Train until the second step is saved, then kill every process of it at once."""
+        """Train until the second step is saved, then kill its whole process group."""
         self.say(f"{name}: {short(command)}")
         began, log, saved = time.monotonic(), self.directory / "killed.log", run / "checkpoints" / "step-000002"
         with log.open("w") as output:
@@ -79,7 +79,7 @@ class Stages:
 
     @contextlib.contextmanager
     def serving(self, name: str, command: Sequence[str]) -> Iterator[str]:
-        """A server that prints its address, which is given, in a line that begins with it; ended after the block."""
+        """Run a server during the block; yields the address with which one of its output lines begins."""
         self.say(f"{name}: {short(command)}")
         began, log = time.monotonic(), self.directory / "server.log"
         with log.open("w") as errors:
@@ -101,7 +101,7 @@ class Stages:
         self.add(name, command, began, "served the run")
 
     def add(self, name: str, command: Sequence[str], began: float, outcome: str) -> None:
-        """A process has ended."""
+        """Record a process that has ended."""
         self.done.append(Stage(name, short(command), time.monotonic() - began, outcome))
 
     def _start(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
@@ -129,7 +129,7 @@ def _environment() -> dict[str, str]:
 
 
 def short(command: Sequence[str]) -> str:
-    """A command for people: without directories."""
+    """A command for display, without directories."""
     return " ".join(
         "python" if part == sys.executable else "…" if "import " in part else Path(part).name if "/" in part else part
         for part in command

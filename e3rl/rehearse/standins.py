@@ -1,4 +1,4 @@
-"""What takes the place of weights, tokenizer and data in a rehearsal, where the real ones are too large or out of reach."""
+"""Stand-ins for weights, tokenizer and data in a rehearsal, where the real ones are too large or can't be read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.model_files import known_architecture, resolve_model_path
 
-WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 128, 256, 2, 4, 512  # heads of 32: the least that vLLM has on CPUs
+WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 128, 256, 2, 4, 512  # heads of 32: the smallest that vLLM supports on CPUs
 LONGEST_PROMPT, LONGEST_REAL_PROMPT = 512, 8192
-"""Tokens of the byte tokenizer that a rollout server has room for, of stand-ins and of real problems."""
+"""Longest prompt that a rollout server accepts, in byte tokens: of stand-ins and of real problems."""
 _SECONDS_TO_REACH = 3.0
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 _TEMPLATE = (
@@ -50,7 +50,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """The same architecture, narrow and shallow. Every kind of layer that the model has stays."""
+    """The same architecture, narrow and shallow. Every kind of layer is kept."""
     kinds = config.get("layer_types") or []
     layers = max(LAYERS, len(set(kinds)))
     ratio = max(1, config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"]))
@@ -74,7 +74,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_model(config: Config, directory: Path) -> dict[str, tuple[int, int]]:
-    """Write a model of random weights with a byte tokenizer; returns what shrank, from and to."""
+    """Write a model of random weights with a byte tokenizer; returns the sizes that shrank, before and after."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def make_model(config: Config, directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def byte_tokenizer() -> Any:
-    """A token a byte, with the special tokens and the chat template of the Qwen family's kind."""
+    """One token per byte, with special tokens and a chat template like Qwen's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -160,5 +160,5 @@ def make_benchmarks(directory: Path, names: Sequence[str]) -> None:
 
 
 def coin(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Stands in for the answer checker while training: random weights are never right, and equal rewards teach nothing."""
+    """Replaces the answer checker in training: random weights are never right, and equal rewards give no gradient."""
     return [float(zlib.crc32(repr(one).encode("utf-8", "surrogatepass")) & 1) for one in completions]

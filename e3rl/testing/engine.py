@@ -25,7 +25,7 @@ def _one(engine: Engine, row: Row, tokens: int, attempt: int) -> Candidate:
 
 
 def check_oracle(contract: EngineContract) -> None:
-    """Whatever is asked in whatever order, tokens and numbers are those of the oracle."""
+    """For any sequence of calls, tokens and numbers equal the oracle's."""
     for seed in range(contract.scripts):
         script = random_script(seed, contract.vocab_size)
         expected = play(contract.make_oracle(), script, contract)
@@ -69,7 +69,7 @@ def check_fresh_draws(contract: EngineContract) -> None:
 
 
 def check_rollback(contract: EngineContract) -> None:
-    """After a rollback the row is as if the dropped tokens had never been."""
+    """After a rollback the row is as if the dropped tokens had never been generated."""
     plain, erased = contract.make_engine(), contract.make_engine()
     [row_plain], [row_erased] = (engine.prefill(contract.prompt(5), 1) for engine in (plain, erased))
     first = _one(plain, row_plain, 6, 0)
@@ -95,7 +95,7 @@ def check_siblings(contract: EngineContract) -> None:
     engine.release(rows[1])
     [row] = alone.prefill(contract.prompt(6), 1)
     expected = _one(alone, row, 8, 1)
-    assert_same(_one(engine, rows[2], 8, 1), expected, contract.tolerance, "a sibling after its sisters changed")
+    assert_same(_one(engine, rows[2], 8, 1), expected, contract.tolerance, "a sibling after the others changed")
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _refused(kind: type[Exception], what: str) -> Iterator[None]:
 
 
 def check_misuse(contract: EngineContract) -> None:
-    """What can't be done is refused and changes nothing: ValueError for a program's mistake, UserError for a user's."""
+    """Invalid calls are refused and change nothing: ValueError for a program's mistake, UserError for a user's."""
     engine = contract.make_engine()
     draw = Draw(0, 0, "p", 0, 0, 0)
     with _refused(UserError, "an empty prompt"):
@@ -147,7 +147,7 @@ def check_misuse(contract: EngineContract) -> None:
 
 
 def check_capacity(contract: EngineContract) -> None:
-    """Rows that were released can be had again, and open requests are cancelled by a release."""
+    """Released rows can be used again, and a release cancels an open request."""
     engine = contract.make_engine()
     capacity = engine.free_rows()
     assert capacity >= contract.rows, f"the engine has {capacity} rows, the contract says {contract.rows}"

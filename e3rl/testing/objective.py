@@ -78,7 +78,7 @@ def _loss_and_gradient(objective: Objective, batch: TrainBatch) -> tuple[Tensor,
 
 
 def check_purity(name: str, objective: Objective) -> None:
-    """The same input gives the same output twice, and is left as it was."""
+    """The same input gives the same output twice, and is not changed."""
     signals = _double(toy_signals(objective.needs))
     untouched = {name: value.clone() for name, value in _tensors(signals)}
     first, second = objective.advantages(signals), objective.advantages(signals)
@@ -92,7 +92,7 @@ def check_purity(name: str, objective: Objective) -> None:
 
 
 def check_padding(name: str, objective: Objective) -> None:
-    """More padding, with rubbish in it, changes neither advantages nor loss nor gradients."""
+    """More padding, with arbitrary values, changes neither advantages nor loss nor gradients."""
     signals, batch = _mixed_batch(objective, drift=0.3)
     advantages_GT = objective.advantages(signals)
     wider_GT = objective.advantages(dataclasses.replace(signals, **_padded(signals)))
@@ -109,7 +109,7 @@ def check_padding(name: str, objective: Objective) -> None:
 
 
 def _padded(values: GroupSignals | TrainBatch) -> dict[str, Any]:
-    """Every per-token tensor with its padding filled with rubbish and three columns more of it."""
+    """Every per-token tensor with arbitrary values in its padding and in three more columns."""
     mask = values.mask_GT if isinstance(values, GroupSignals) else values.mask_ST
     fill: dict[str, float | bool] = {"mask_GT": False, "mask_ST": False, "segments_GT": -1, "segments_ST": -1}
     fill |= {"advantages_ST": 0.0, "shares_GT": 0.0}

@@ -1,7 +1,7 @@
-"""Reads of device values and copies to the device, counted on a stand-in device: tensors of PyTorch's `meta` device.
+"""Counts reads of device values and copies to the device, with PyTorch's `meta` device as a stand-in.
 
-Values don't exist there, so whatever looks at one has to ask: the question is counted and answered with zeros. Operations
-that mix devices fail there as they do on a GPU.
+It holds no values, so every read is intercepted, counted and answered with zeros. Operations that mix devices fail as they
+do on a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SIZED = ("aten.nonzero", "aten.masked_select")  # the size of what comes out de
 
 
 def _place() -> str:
-    """The innermost function of e3rl that is at work."""
+    """The innermost function of e3rl on the stack."""
     frames = [f for f in traceback.extract_stack() if "/e3rl/" in f.filename and "/testing/" not in f.filename]
     return f"{frames[-1].filename.rpartition('/e3rl/')[2]}:{frames[-1].name}" if frames else "elsewhere"
 
 
 class DeviceReads(TorchDispatchMode):
-    """Counts, inside the ``with`` block, by the function that asks: ``reads`` from the device and ``copies`` to it."""
+    """Counts ``reads`` from the device and ``copies`` to it inside the ``with`` block, by calling function."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -37,9 +37,9 @@ def check_reward(
 ) -> None:
     """Raises UserError, naming the broken clause, unless ``function`` keeps the whole contract.
 
-    For batches of one and of many, of whatever text a model may write, it gives one finite number or None a response,
-    without an exception and without touching what it was given. Without ``problems`` of your own it is tried on string
-    prompts and on chat prompts, whose completions are lists of messages.
+    For batches of any size and any text, it must return one finite number or None per response, raise nothing and leave its
+    arguments unchanged. Without ``problems`` it is tried on string prompts and on chat prompts, whose completions are lists
+    of messages.
     """
     called = name or str(getattr(function, "__name__", type(function).__name__))
     if not callable(function):

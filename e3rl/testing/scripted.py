@@ -1,11 +1,10 @@
 """An engine without a model: candidates come from a script and time from a virtual clock.
 
-It tests whatever sits on top of an engine, by value and without waiting::
+It tests code that uses an engine, by value and without waiting::
 
     engine = ScriptedEngine({Key("p", sibling=0, segment=0): Scripted((0.5, 2.0, 0.1))}, max_rows=8)
 
-It stands by the contract of `e3rl.engine.protocol.Engine`, refuses misuse with `Misuse`, and records every call with
-the tick at which it was made.
+It keeps the contract of `e3rl.engine.protocol.Engine`, raises `Misuse` on misuse, and records every call with its tick.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SPREAD = 7919  # a prime: a candidate's ids differ from each other
 
 
 class Key(NamedTuple):
-    """Which candidate a script entry is for. A plain tuple of the same four values does as well."""
+    """Which candidate a script entry is for. A plain tuple of the same four values also works."""
 
     prompt_id: str
     sibling: int
@@ -38,7 +37,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scripted:
-    """What a candidate shall look like. Tokens beyond those asked for are cut off, an ending among them too."""
+    """The content of a candidate. Tokens beyond the number asked for are cut off, an ending among them too."""
 
     entropies: tuple[float, ...]
     perturbations: tuple[float, ...] = ()  # empty: 0 each
@@ -82,7 +81,7 @@ class _Row:
 
 
 def scripted_candidate(draw: Draw, scripted: Scripted, tokens: int) -> Candidate:
-    """The candidate that a script entry stands for. Its ids depend on the draw alone and differ between draws."""
+    """The candidate of a script entry. Its ids depend on the draw alone and differ between draws."""
     entropies = scripted.entropies[:tokens]
     ended = scripted.ended and len(scripted.entropies) <= tokens
     if not entropies or (len(entropies) < tokens and not ended):
@@ -100,8 +99,8 @@ class ScriptedEngine:
     """An `Engine` that follows a script.
 
     One tick generates one token of each of the ``max_rows`` oldest open requests, unless ``ticks`` says how long a
-    candidate of so many tokens takes. ``shuffle`` mixes the order in which what completes together is delivered.
-    ``calls`` and ``batch_sizes`` (rows at work, by tick) tell what happened.
+    candidate of so many tokens takes. ``shuffle`` randomises the order of candidates that complete together.
+    ``calls`` and ``batch_sizes`` (active rows by tick) record what happened.
     """
 
     def __init__(

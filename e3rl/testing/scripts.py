@@ -1,4 +1,4 @@
-"""Scripts: sequences of engine calls that are legal for any engine, and a player that checks the engine's books."""
+"""Scripts of engine calls that are legal for any engine, and a player that checks the engine's row counts and lengths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EngineContract:
     scripts: int = 10  # random scripts that are compared with the oracle
 
     def prompt(self, length: int) -> tuple[int, ...]:
-        """Some prompt."""
+        """A prompt of ``length`` tokens."""
         return tuple((7 * i + 3) % self.vocab_size for i in range(length))
 
 
@@ -83,7 +83,7 @@ class _PlayedRow:
 
 @dataclass
 class _Player:
-    """Carries out a script, keeping its own books to check the engine's against."""
+    """Runs a script and checks the engine's row counts and lengths against its own."""
 
     engine: Engine
     contract: EngineContract
