@@ -113,7 +113,7 @@ def _named(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_weights(directory: Path) -> None:
-    """UserError for a safetensors file that is cut short or damaged, by its header alone."""
+    """UserError for a safetensors file that is cut short or damaged; reads only headers."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(directory.glob("*.safetensors")):

@@ -162,7 +162,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def save_adapter(policy: Policy, directory: Path, card: str) -> None:
-    """The adapters alone, as PEFT and vLLM load them, with tokenizer and model card."""
+    """Only the adapters, as PEFT and vLLM load them, with tokenizer and model card."""
     policy.model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -250,7 +250,7 @@ def methods_plot(results: Results) -> list[Plot]:
 
 
 def ways_table(results: Results) -> list[Table]:
-    """The untrained model in every way: what decoding alone buys."""
+    """The untrained model decoded in every way: the effect of decoding only."""
     tables = []
     for family in families(results.scale):
         found = _found(results, label(family, "Vanilla"))

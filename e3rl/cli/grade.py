@@ -1,4 +1,4 @@
-"""`e3rl grade`: the answer checker alone, over a file of references and responses."""
+"""`e3rl grade`: only the answer checker, on a file of references and responses."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a directory, a hub id, 'lab' or 'smollm2'")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any free one")
     parser.add_argument("--token", help="asked of every client as Authorization: Bearer TOKEN; needed with --host")
     parser.add_argument("--name", help="the model's name to clients; default: MODEL as given")
@@ -110,7 +110,7 @@ def _serve_replicas(options: argparse.Namespace, access: Access) -> int:
 
 def rollout_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"the run's own: a TOML file, or one of: {', '.join(recipe_names())}")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
     parser.add_argument("--port", type=int, default=8100, help="default: 8100; 0 takes any free one")
     parser.add_argument("--token", help=f"asked of the trainer; default: ${TOKEN_VARIABLE}; needed with --host")
     parser.add_argument(

@@ -31,7 +31,7 @@ class Arguments:
 
 
 def read_arguments(source: Sequence[str]) -> Arguments:
-    """``source``: a file, then arguments that override it; or arguments alone, in one string or in several."""
+    """``source``: a file, then arguments that override it; or only arguments, in one string or in several."""
     first, *rest = source
     if first.startswith("-") or first.split()[0] in ("trl", "accelerate", "python", "python3"):
         words = [word for part in source for word in (shlex.split(part) if " " in part else [part])]

@@ -48,7 +48,7 @@ def check_objective(objective: Objective, *, additive: bool = True) -> None:
 
 
 def _groups(objective: Objective) -> Iterator[GroupSignals]:
-    """Mixed rewards, equal rewards of either kind, one sibling alone."""
+    """Mixed rewards, equal rewards of either kind, a single sibling."""
     mixed = _double(toy_signals(objective.needs))
     yield mixed
     yield dataclasses.replace(mixed, rewards_G=torch.zeros_like(mixed.rewards_G))
@@ -97,13 +97,13 @@ def check_padding(name: str, objective: Objective) -> None:
     advantages_GT = objective.advantages(signals)
     wider_GT = objective.advantages(dataclasses.replace(signals, **_padded(signals)))
     if not torch.allclose(wider_GT[:, : advantages_GT.shape[1]], advantages_GT, atol=_TOLERANCE):
-        raise broken(name, "`advantages` depends on what stands in the padding")
+        raise broken(name, "`advantages` depends on the values in the padding")
     value, gradient_ST = _loss_and_gradient(objective, batch)
     wide_value, wide_ST = _loss_and_gradient(objective, dataclasses.replace(batch, **_padded(batch)))
     if not torch.allclose(wide_value, value, atol=_TOLERANCE):
-        raise broken(name, "`loss` depends on what stands in the padding; use batch.mask_ST")
+        raise broken(name, "`loss` depends on the values in the padding; use batch.mask_ST")
     if not torch.allclose(wide_ST[:, : gradient_ST.shape[1]], gradient_ST, atol=_TOLERANCE):
-        raise broken(name, "the gradient depends on what stands in the padding; use batch.mask_ST")
+        raise broken(name, "the gradient depends on the values in the padding; use batch.mask_ST")
     if bool((gradient_ST[~batch.mask_ST] != 0).any()) or bool((wide_ST[:, gradient_ST.shape[1] :] != 0).any()):
         raise broken(name, "`loss` has a gradient in the padding; use batch.mask_ST")
 

@@ -81,7 +81,7 @@ class _Row:
 
 
 def scripted_candidate(draw: Draw, scripted: Scripted, tokens: int) -> Candidate:
-    """The candidate of a script entry. Its ids depend on the draw alone and differ between draws."""
+    """The candidate of a script entry. Its ids depend only on the draw and differ between draws."""
     entropies = scripted.entropies[:tokens]
     ended = scripted.ended and len(scripted.entropies) <= tokens
     if not entropies or (len(entropies) < tokens and not ended):

@@ -164,7 +164,7 @@ class _Player:
 
 
 def play(engine: Engine, script: Sequence[Action], contract: EngineContract) -> Transcript:
-    """Carry out a script and every request left open at its end. What it returns depends on the script alone."""
+    """Carry out a script and every request left open at its end. The result depends only on the script."""
     player = _Player(engine, contract)
     for action in script:
         player.act(action)

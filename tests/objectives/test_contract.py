@@ -190,8 +190,8 @@ class DividesByZero(Good):
     ("objective", "clause"),
     [
         (OwnMean(), "don't add up"),
-        (Unmasked(), "depends on what stands in the padding"),
-        (Peeking(), "`advantages` depends on what stands in the padding"),
+        (Unmasked(), "depends on the values in the padding"),
+        (Peeking(), "`advantages` depends on the values in the padding"),
         (NotOnlyRewards(), "depends on log-probabilities or entropies"),
         (Random(), "two different results"),
         (InPlace(), "in place"),
