@@ -80,7 +80,7 @@ class SequenceReward:
 
 
 def _together(places: Sequence[int], sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Batches of places with at most ``tokens`` tokens, padding included, longest first; a longer sequence is a batch of its own."""
+    """Batches of places with at most ``tokens`` tokens with padding, longest first; a longer sequence is a batch of its own."""
     waiting = sorted(places, key=lambda place: len(sequences[place]), reverse=True)
     while waiting:
         rows = max(1, tokens // max(1, len(sequences[waiting[0]])))
