@@ -1,7 +1,7 @@
 """The benchmarks of the papers by name, from a directory of local files or from the hub; none comes with the package.
 
-Each has one size: another number of rows is an error, since its figures would not be those of the benchmark. Its content
-is compared with the copy that the digests below were taken from; another copy is used, and said to be another.
+The number of rows must be the benchmark's own; any other number is an error. The content is compared with the digests
+below; a copy with other content is still used, and reported (`Loaded.known` is False).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "acdb7e4a953a9253fed71650ea6adb7e9f3f519b0bee98fb52b476ebe2f40900",
     ),
 }
-"""Those of E3RL's table 1 and ERPO's tables, and GSM8K."""
+"""The benchmarks of E3RL's table 1 and ERPO's tables, and GSM8K."""
 
 _PROMPTS = ("problem", "question", "prompt")
 _ANSWERS = ("answer", "final_answer", "expected_answer", "solution")
@@ -116,7 +116,7 @@ class Loaded:
 
 
 def load_benchmark(name: str, directory: str = "") -> Loaded:
-    """The problems of a benchmark: from ``directory`` where one is given, else from the hub."""
+    """The problems of a benchmark: from ``directory`` if given, else from the hub."""
     benchmark = BENCHMARKS[name]
     source, rows = _local(name, Path(directory)) if directory else _remote(benchmark)
     problems: list[Problem] = []
@@ -149,7 +149,7 @@ def _local(name: str, directory: Path) -> tuple[str, Iterable[Row]]:
             if any((directory / f"{s}{e}").is_file() for s in b.files for e in READERS)
         )
         raise UserError(
-            f"{directory} has no file of '{name}': it would be called {wanted[0].name}. "
+            f"{directory} has no file for '{name}': expected {wanted[0].name}. "
             f"Benchmarks found there: {', '.join(there) or 'none'}"
         )
     return str(found), read_file(found)
@@ -191,7 +191,7 @@ def _column(row: Mapping[str, Any], names: tuple[str, ...], where: str, name: st
 
 
 def _answer(name: str, value: Any, where: str) -> str:
-    """The gold answer, whichever of its usual forms a copy has: a number, a list, a worked solution, in dollar signs."""
+    """The gold answer, from any usual form: a number, a list, a worked solution, text in dollar signs."""
     if isinstance(value, list | tuple):
         if not value:
             raise UserError(f"{where}: the list of answers is empty")
@@ -212,11 +212,11 @@ def _answer(name: str, value: Any, where: str) -> str:
 
 
 def content_digest(problems: Iterable[Problem]) -> str:
-    """SHA-256 over statements and answers, blind to order, case, spaces and punctuation: a copy may typeset differently."""
+    """SHA-256 over statements and answers. Ignores order, case, spaces and punctuation, which differ between copies."""
     lines = sorted(normalised(str(p.prompt)) + "=" + "".join((p.answer or "").split()) for p in problems)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def normalised(text: str) -> str:
-    """Letters and digits alone, in lower case, a space between words."""
+    """Only the letters and digits, in lower case, with one space between words."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))

@@ -1,4 +1,4 @@
-"""Whether problems of a benchmark stand in the training data: word for word, but for typography, or in large part."""
+"""Finds benchmark problems in the training data: exact copies, copies up to typography, and large overlaps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from e3rl.data.benchmarks import normalised
 from e3rl.types import Problem, Prompt
 
 WORDS = 13
-"""Length of the runs of words that are looked for, as in the literature on training data."""
+"""Length of the word n-grams that are compared, as in the literature on training data."""
 
 SHARE = 0.5
-"""Share of a problem's runs that must stand in one training problem for an overlap."""
+"""Share of a problem's n-grams that one training problem must contain to be an overlap."""
 
-_COMMON = 10  # runs that more training problems have are phrases ("where m and n are relatively prime …"), no evidence
+_COMMON = (
+    10  # n-grams in more training problems than this are phrases ("where m and n are relatively prime …"), not evidence
+)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A benchmark problem and the training problem that gives it away."""
+    """A benchmark problem and the training problem that contains it."""
 
     benchmark: str
     training: str
@@ -30,7 +32,7 @@ class Overlap:
 
 
 def statement(problem: Problem) -> str:
-    """A problem's text: all messages that are the user's."""
+    """A problem's text: all user messages."""
     if isinstance(problem.prompt, str):
         return problem.prompt
     return "\n".join(m.content for m in problem.prompt if m.role == "user")
@@ -42,7 +44,7 @@ def _runs(text: str) -> set[str]:
 
 
 def overlaps(training: Sequence[Problem], benchmark: Sequence[Problem]) -> list[Overlap]:
-    """At most one overlap for each benchmark problem, the plainest kind of it."""
+    """At most one overlap for each benchmark problem, of the strictest kind that applies."""
     exact = {statement(p).strip(): p.id for p in reversed(training)}
     plain = {normalised(statement(p)): p.id for p in reversed(training)}
     found: dict[str, Overlap] = {}
@@ -58,7 +60,7 @@ def overlaps(training: Sequence[Problem], benchmark: Sequence[Problem]) -> list[
 
 
 def _shared_runs(training: Sequence[Problem], benchmark: Sequence[Problem]) -> Iterable[Overlap]:
-    """Problems half of whose runs of words stand in one training problem."""
+    """Benchmark problems of which one training problem contains at least `SHARE` of the n-grams."""
     runs = {p.id: _runs(normalised(statement(p))) for p in benchmark}
     wanted = set().union(*runs.values()) if runs else set()
     holders: dict[str, list[str]] = {}
@@ -75,9 +77,9 @@ def _shared_runs(training: Sequence[Problem], benchmark: Sequence[Problem]) -> I
 def overlap_notes(
     config: DataConfig, training: Sequence[Prompt], held_out: Mapping[str, Sequence[Prompt]]
 ) -> list[str]:
-    """What is said before training where held-out problems stand in the training data: a line for each such source.
+    """Warnings for held-out problems found in the training data: one line for each such source.
 
-    The lab's halves can't overlap and are not looked at.
+    Lab problems are not compared with lab problems: the lab's halves can't overlap.
     """
     notes = []
     for source, prompts in held_out.items():
@@ -89,11 +91,11 @@ def overlap_notes(
 
 
 def warning(found: Sequence[Overlap], training: str, benchmark: str, total: int) -> str:
-    """What is said before training: how many, of which kind, and the first few."""
+    """The warning before training: how many overlaps, of which kind, and the first three."""
     kinds = Counter(o.kind for o in found)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     shown = "; ".join(f"'{o.benchmark}' is '{o.training}'" for o in found[:3])
     return (
-        f"{len(found)} of the {total} problems of {benchmark} stand in the training data {training} ({listed}): figures "
+        f"{len(found)} of the {total} problems of {benchmark} are in the training data {training} ({listed}): figures "
         f"on them say nothing about new problems. {shown}{'; …' if len(found) > 3 else ''}"
     )

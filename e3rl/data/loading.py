@@ -44,7 +44,7 @@ def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Prob
 
 
 def training_problems(config: DataConfig) -> dict[str, list[Problem]]:
-    """What is trained on, by source. Of several sources each problem's id begins with its source's name."""
+    """The training problems by source. With several sources, each problem's id begins with its source."""
     found = {source: load_problems(source, config=config, split="train") for source in config.sources}
     if len(found) == 1:
         return found
@@ -52,7 +52,7 @@ def training_problems(config: DataConfig) -> dict[str, list[Problem]]:
 
 
 def held_out_sources(config: DataConfig) -> tuple[str, ...]:
-    """What is evaluated on: data.eval, else the held-out half of the lab families that are trained on, else nothing."""
+    """The sources to evaluate on: data.eval, else the held-out half of the lab families in training, else none."""
     if len(set(config.eval)) < len(config.eval):
         raise UserError(f"data.eval names a source twice: {', '.join(config.eval)}")
     return config.eval or tuple(source for source in config.sources if source.startswith("lab:"))
@@ -65,7 +65,7 @@ def spread(problems: Sequence[_T], limit: int) -> list[_T]:
 
 
 def rows_of(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
-    """The rows of a file, a directory or a hub dataset, each with where it stands."""
+    """The rows of a file, a directory or a hub dataset, each with its location for error messages."""
     path = Path(source)
     if path.suffix.lower() in READERS and not path.is_dir():
         return read_file(path)
@@ -76,7 +76,7 @@ def rows_of(source: str, config: DataConfig, split: Split) -> Iterable[Row]:
     if path.is_dir() or looks_like_hub_id(source):
         return read_dataset(source, config.train_split if split == "train" else config.eval_split)
     raise UserError(
-        f"no such data: '{source}' is no file, no directory, no benchmark and no hub id (OWNER/NAME or "
+        f"no such data: '{source}' is not a file, a directory, a benchmark or a hub id (OWNER/NAME or "
         f"OWNER/NAME:SUBSET); lab problems are written lab:FAMILY[:LEVEL]. Benchmarks: {', '.join(BENCHMARKS)}"
     )
 

@@ -11,28 +11,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-BROKEN = "\ufffd"  # what a decoder puts where bytes do not make a character yet
+BROKEN = "\ufffd"  # what a decoder emits for an incomplete character
 
 
 class Pieces:
-    """Splits token ids into pieces of text. Remembers what a token says, so that a token costs a look-up in an array."""
+    """Splits token ids into pieces of text. Caches each token's text, so that a token costs one array look-up."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._texts: list[str] = []
         self._codes: dict[str, int] = {}  # position of a piece in `_texts`
-        self._inner = np.full(
-            1, -1
-        )  # by token, the code of what it adds to a text that there is already; -1: not known yet
-        self._first: dict[int, int] = {}  # code of what it says at the beginning of one
-        self._runs: dict[tuple[int, ...], list[int]] = {}  # codes of tokens that make characters together
+        self._inner = np.full(1, -1)  # by token: the code of its text after other tokens; -1: not cached yet
+        self._first: dict[int, int] = {}  # by token: the code of its text at the start of a response
+        self._runs: dict[tuple[int, ...], list[int]] = {}  # codes of tokens that form characters together
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def split(self, ids: Sequence[int]) -> list[str]:
-        """One piece a token; a token that only begins a character has an empty one, its last token the character."""
+        """One piece for each token. If a character takes several tokens, the last has it and the others are empty."""
         _, pieces = self.columns(np.array(ids, np.int32), np.array([0, len(ids)]))
         found: list[str] = pieces.to_pylist()
         return found
@@ -45,7 +43,7 @@ class Pieces:
         pieces = self._pieces(codes)
         whole = pc.equal(pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pieces), ""), texts)
         wrong = np.flatnonzero(~whole.to_numpy(zero_copy_only=False).astype(bool))
-        for n in wrong.tolist():  # what a token says depends on its neighbours in some other way
+        for n in wrong.tolist():  # a token's text depends on its neighbours in another way
             here = slice(bounds[n], bounds[n + 1])
             codes[here] = self._split_in_context(ids[here].tolist())
         return texts, self._pieces(codes) if len(wrong) else pieces
@@ -54,7 +52,7 @@ class Pieces:
         return pa.array(self._texts, pa.string()).take(pa.array(codes))
 
     def _coded(self, ids: np.ndarray, starts: Sequence[int]) -> np.ndarray:
-        """The code of each token's piece. The first of a candidate stands apart: some tokenizers drop a space there."""
+        """The code of each token's piece. A candidate's first token is a separate case: some tokenizers drop its space."""
         codes = self._inside(ids)
         codes[list(starts)] = [self._code_at_start(t) for t in ids[list(starts)].tolist()]
         broken = np.array([BROKEN in text for text in self._texts], bool)[codes]
@@ -74,7 +72,7 @@ class Pieces:
         return self._codes[text]
 
     def _inside(self, ids: np.ndarray) -> np.ndarray:
-        """What each token adds to a text: its second half when written twice."""
+        """The text of each token after others: the second half of the token decoded twice in a row."""
         missing = ids.max(initial=0) + 1 - len(self._inner)
         if missing > 0:
             self._inner = np.concatenate([self._inner, np.full(missing, -1)])
@@ -93,9 +91,9 @@ class Pieces:
         return self._runs[ids]
 
     def _split_in_context(self, ids: Sequence[int]) -> list[int]:
-        """The codes of tokens whose pieces are not what they say alone, found token by token."""
+        """The codes of tokens whose pieces differ from the tokens decoded alone, found token by token."""
         codes: list[int] = []
-        start = told = 0  # ids[start:told] is the last piece that was told, the context of the next one
+        start = told = 0  # ids[start:told] is the last piece found, the context of the next one
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[start:end])
             if text.endswith(BROKEN) and end < len(ids):
@@ -107,4 +105,4 @@ class Pieces:
 
 
 pieces_of = functools.lru_cache(maxsize=4)(Pieces)
-"""The `Pieces` of a tokenizer: what its tokens say is found out once."""
+"""The `Pieces` of a tokenizer, built once."""

@@ -19,7 +19,7 @@ def render_prompts(
     """Each problem through the tokenizer's chat template, generation prompt included.
 
     A string is one user message; ``config.system_prompt`` comes first. With ``config.raw_prompts``, or a tokenizer without a
-    template, string prompts are encoded as they stand, with the tokenizer's own special tokens; messages need a template.
+    template, string prompts are encoded as they are, with the tokenizer's own special tokens; messages need a template.
     Few-shot examples are earlier messages of the prompt.
     """
     limit = prompt_limit(config, context_limit, completion_limit)
@@ -33,7 +33,7 @@ def render_prompts(
 
 
 def fitting(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
-    """Those of at most ``limit`` tokens. UserError where none is."""
+    """The prompts of at most ``limit`` tokens. UserError if there is none."""
     found = [p for p in prompts if len(p.ids) <= limit]
     if not found:
         shortest = min(len(p.ids) for p in prompts)
@@ -42,7 +42,7 @@ def fitting(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) -> int:
-    """Most tokens that a prompt may have: what the response leaves of the context, or a lower ``max_prompt_length``."""
+    """The prompt limit in tokens: the context minus the longest response, or ``max_prompt_length`` if that is lower."""
     room = context_limit - completion_limit
     if room < 1:
         raise UserError(
@@ -54,7 +54,7 @@ def prompt_limit(config: DataConfig, context_limit: int, completion_limit: int) 
 
 def _prompt(problem: Problem, ids: Sequence[int]) -> Prompt:
     if not ids:
-        raise UserError(f"problem '{problem.id}': the tokenizer makes no token of its prompt")
+        raise UserError(f"problem '{problem.id}': its prompt has no tokens")
     return Prompt(problem, tuple(int(i) for i in ids))
 
 
@@ -78,7 +78,7 @@ def _as_they_stand(problems: Sequence[Problem], tokenizer: Any, config: DataConf
             )
     for setting in ("system_prompt", "chat_template_kwargs"):
         if problems and getattr(config, setting):
-            why = "data.raw_prompts passes by the template" if config.raw_prompts else "this tokenizer has none"
+            why = "data.raw_prompts skips the template" if config.raw_prompts else "this tokenizer has none"
             raise UserError(f"data.{setting} needs a chat template, and {why}; write it into the prompts")
     return [tokenizer.encode(problem.prompt) for problem in problems]
 

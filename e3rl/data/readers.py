@@ -175,7 +175,7 @@ def read_dataset(source: str, split: str) -> Iterator[Row]:
         dataset = _load_dataset(datasets, source, split)
     except UserError:
         raise
-    except Exception as error:  # network, cache, parsing: the library documents no closed list
+    except Exception as error:  # network, cache, parsing: the library documents no list of exceptions
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"dataset '{source}' (split '{split}') can't be loaded: {reason} "

@@ -1,4 +1,4 @@
-"""Rows become problems: columns mapped by name, every value checked where the row can still be named."""
+"""Rows become problems: columns are mapped by name, and every value is checked here, where errors can name the row."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _prompt(value: Any, where: str, encoded: bool) -> str | tuple[Message, ...]:
 
 
 def _decoded_messages(text: str) -> Any:
-    """The list of messages that ``text`` spells in JSON, or ``text`` itself where it is ordinary text."""
+    """The list of messages that ``text`` encodes as JSON, or ``text`` itself if it is ordinary text."""
     if not text.lstrip().startswith("["):
         return text
     try:

@@ -1,6 +1,6 @@
-"""A starter recipe from a model's outline and a dataset: which columns, how long, how many segments, and why.
+"""A starter recipe from a model's outline and a dataset: columns, lengths, segments, and the reason for each choice.
 
-Reads the data and the tokenizer; loads no weights. The choices are plain rules over what is measured, each with its reason.
+Reads the data and the tokenizer; loads no weights. The choices are simple rules over measured values.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from e3rl.types import Problem
 
 ANSWERS = ("answer", "final_answer", "ground_truth", "reward_model.ground_truth", "gold", "expected_answer", "target")
 SOLUTIONS = ("solution", "reasoning", "rationale", "generated_solution", "response", "output", "completion")
-LOOKED_AT = 200  # rows by which columns are told apart
+LOOKED_AT = 200  # rows read to identify the columns
 MEASURED = 512  # problems, evenly spread, whose lengths are measured
 SEGMENTS = 8  # the paper's number
-SHORTEST_SEGMENT = 12  # tokens; shorter ones hold no step
-UNKNOWN_LENGTH = 1024  # tokens of a response where nothing tells how long responses are
+SHORTEST_SEGMENT = 12  # tokens; shorter segments hold no reasoning step
+UNKNOWN_LENGTH = 1024  # tokens of a response if the data don't show how long responses are
 DEFAULT_PROMPTS = 16
 FIRST_STEPS = 20
 _TRIED_ANSWERS = 100
@@ -40,7 +40,7 @@ _BOXED = re.compile(r"\\boxed\s*\{|####")
 
 @dataclass(frozen=True)
 class Choice:
-    """One setting of the recipe. ``why`` stands beside it as a comment; empty: it needs none."""
+    """One setting of the recipe. ``why`` becomes its comment; empty: no comment."""
 
     section: str
     key: str
@@ -50,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what; '' where none does."""
+    """The column for each purpose; '' if there is none."""
 
     prompt: str
     answer: str
@@ -66,7 +66,7 @@ def percentile(values: Sequence[int], share: float) -> int:
 
 
 def find_columns(rows: Sequence[Mapping[str, Any]], source: str) -> Columns:
-    """The columns of prompt, answer, solution and id, by their names and by what they hold."""
+    """The columns of prompt, answer, solution and id, found by their names and contents."""
     names = tuple(dict.fromkeys(str(name) for row in rows for name in row))
     prompt = next((n for n in ("prompt", *PROMPT_NAMES) if _all(rows, n, _is_prompt)), "")
     if not prompt:
@@ -102,7 +102,7 @@ def _is_answer(value: Any) -> bool:
 
 
 def held_out_beside(source: str) -> str:
-    """The file that by its name is the test half of ``source``; '' where there is none."""
+    """The test split beside ``source``, found by its file name; '' if there is none."""
     path = Path(source)
     if not path.is_file():
         return ""
@@ -116,7 +116,7 @@ def held_out_beside(source: str) -> str:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens: of prompts as the model sees them, and of worked answers ('solutions'), where the data have some."""
+    """Token counts of prompts as the model sees them, and of worked answers ('solutions') if the data have any."""
 
     prompts: tuple[int, ...]
     solutions: tuple[int, ...]
@@ -138,7 +138,7 @@ def measure(problems: Sequence[Problem], outline: Outline, config: DataConfig, c
 
 
 def response_length(lengths: Lengths, outline: Outline, asked: int = 0) -> tuple[int, str]:
-    """Most tokens of a response, and why so many."""
+    """The response limit in tokens, and the reason for it."""
     room = outline.context_length - max(lengths.prompts) - 1
     if room < SHORTEST_SEGMENT:
         raise UserError(
@@ -173,13 +173,13 @@ def segments_of(limit: int) -> tuple[int, int]:
 
 
 def rollout_choices(lengths: Lengths, outline: Outline, asked: int) -> list[Choice]:
-    """Segment length × segments, and whether the whole limit is reached by them."""
+    """Segment length and number of segments, and the response limit if it isn't their product."""
     limit, why = response_length(lengths, outline, asked)
     length, segments = segments_of(limit)
     count = (
         "the paper's number"
         if segments == SEGMENTS
-        else f"fewer than the paper's {SEGMENTS}: shorter ones hold no step"
+        else f"fewer than the paper's {SEGMENTS}: shorter segments hold no step"
     )
     choices = [
         Choice("rollout", "segment_length", length, f"responses of up to {limit} tokens: {why}"),
@@ -193,7 +193,7 @@ def rollout_choices(lengths: Lengths, outline: Outline, asked: int) -> list[Choi
 def starter_choices(
     source: str, outline: Outline, *, reward: str = "", length: int = 0
 ) -> tuple[list[str], list[Choice]]:
-    """What the data hold, in words, and the choices that follow. UserError for rows that can't be used."""
+    """A description of the data, and the choices that follow from it. UserError for unusable rows."""
     columns, config = look_at(source, DataConfig())
     problems = load_problems(source, config=config, split="train")
     lengths = measure(problems, outline, config, columns)
@@ -214,7 +214,7 @@ def starter_choices(
 
 
 def data_choices(source: str, columns: Columns | None) -> list[Choice]:
-    """Source, columns, and held-out problems where some lie beside it."""
+    """Source, columns, and held-out problems if there is a test split beside it."""
     choices, default = [Choice("data", "train", source)], DataConfig()
     if columns is not None:
         among = f"of the columns {', '.join(columns.found)}"
@@ -242,7 +242,7 @@ def reward_choice(asked: str, source: str, columns: Columns | None, problems: Se
         right = sum(grade.correct is True for grade in grade_all([(a, a) for a in tried], pool))
     finally:
         pool.close()
-    told = f"of {len(tried)} reference answers it takes {right} for right when they are given back"
+    told = f"it grades {right} of {len(tried)} reference answers as right when they are given as responses"
     return Choice("rewards", "functions", ["math"], told)
 
 
@@ -252,15 +252,23 @@ def train_choices(problems: int) -> list[Choice]:
     epoch = max(1, problems // prompts)
     steps = min(FIRST_STEPS, epoch)
     choices = [
-        Choice("train", "steps", steps, f"a first look; an epoch has {epoch}, and without this line there are two")
+        Choice(
+            "train",
+            "steps",
+            steps,
+            f"a short first run; an epoch has {epoch} steps, and without this line the run has two epochs",
+        )
     ]
     if prompts != DEFAULT_PROMPTS:
         choices.append(Choice("train", "prompts_per_step", prompts, "there are no more problems"))
-    return [*choices, Choice("eval", "limit", 64, "held-out problems before and after, where there are so many")]
+    return [
+        *choices,
+        Choice("eval", "limit", 64, "held-out problems evaluated before and after, if there are that many"),
+    ]
 
 
 def look_at(source: str, config: DataConfig) -> tuple[Columns | None, DataConfig]:
-    """The columns of a source, None for lab problems, and the settings that read it by them."""
+    """The columns of a source (None for lab problems), and the data settings that select them."""
     if source.startswith("lab:"):
         return None, config
     columns = find_columns([row for _, row in islice(rows_of(source, config, "train"), LOOKED_AT)], source)

@@ -1,4 +1,4 @@
-"""The order in which prompts are trained on: endless, seeded, and the same whatever interrupts it."""
+"""The order of the training prompts: endless, seeded, and not changed by interruptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from e3rl.types import Prompt
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     """A permutation of ``range(size)`` for one epoch.
 
-    Sorting by hash keeps it the same on every machine and release; no library promises that of its shuffles.
+    Sorting by hash gives the same order on every machine and release; library shuffles don't guarantee that.
     """
     return sorted(range(size), key=lambda i: hashlib.blake2b(f"{seed}/{epoch}/{i}".encode(), digest_size=16).digest())
 
@@ -33,7 +33,7 @@ def _count(state: Mapping[str, Any], key: str) -> int:
 
 
 class PromptStream:
-    """Endless epochs over the prompts, each in its own order. A position is (epoch, prompts taken of it)."""
+    """Endless epochs over the prompts, each in its own order. A position is (epoch, prompts taken from it)."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
@@ -73,7 +73,7 @@ class PromptStream:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back, or on, to where `state` was taken over the same prompts."""
+        """Move to the position of a `state` that was taken over the same prompts."""
         if state.get("prompts") != len(self._prompts) or state.get("fingerprint") != self._fingerprint:
             raise UserError(
                 f"the training data changed since the checkpoint ({state.get('prompts')} prompts then, "
@@ -94,10 +94,10 @@ def epochs_at(position: Mapping[str, Any]) -> float:
 
 
 class MixedStream:
-    """Prompts of several sources, each in an endless order of its own, by weight.
+    """Prompts of several sources by share, each source in its own endless order.
 
-    Which source comes next is no draw: the one that lags most behind its share. So every step has the shares, to within a
-    prompt of each source, and a position is those of the sources.
+    The next source is not drawn at random: it is the one furthest behind its share. So every step has the shares to within
+    one prompt of each source, and the position is the list of the sources' positions.
     """
 
     def __init__(self, sources: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], seed: int) -> None:
@@ -107,7 +107,7 @@ class MixedStream:
 
     @property
     def epochs(self) -> float:
-        """Prompts taken so far over all that there are."""
+        """Prompts taken so far, divided by the number of prompts."""
         return epochs_at(self.state())
 
     def take(self, n: int) -> list[Prompt]:
@@ -126,13 +126,13 @@ class MixedStream:
         return {"taken": dict(self._taken), "sources": {name: s.state() for name, s in self._streams.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back, or on, to where `state` was taken over the same sources."""
+        """Move to the position of a `state` that was taken over the same sources."""
         sources, taken = state.get("sources"), state.get("taken")
         if not isinstance(sources, dict) or not isinstance(taken, dict) or not sources.keys() == taken.keys():
             raise UserError("the saved data position is damaged, or of a run on one source")
         if sources.keys() != self._streams.keys():
             raise UserError(
-                f"the run was on other sources: {', '.join(sources)}; a run goes on with those it began with"
+                f"the run was on other sources: {', '.join(sources)}; a run can only continue on those it started with"
             )
         counts = {name: _count(taken, name) for name in self._streams}
         for name, stream in self._streams.items():

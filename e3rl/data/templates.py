@@ -1,6 +1,6 @@
-"""Chat templates come with a model, and are programs: they run in a process of their own with a deadline and a memory limit.
+"""Renders chat templates in a child process with a deadline and a memory limit: a model's template is a program.
 
-transformers renders them in jinja's sandbox, which keeps them from files and processes and lets them loop for ever.
+transformers renders it in jinja's sandbox, which blocks files and processes but not endless loops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from e3rl.lab.tokenizer import CHAT_TEMPLATE, TOOL_TEMPLATE
 from e3rl.rewards.pool import PooledCall, ProcessPool
 
 SECONDS = 5.0
-"""For one conversation. Templates that people use take some milliseconds."""
+"""Time limit for one conversation. Ordinary templates take a few milliseconds."""
 _MEMORY = 4 * 2**30
 _MOST_CHARACTERS = 2**24  # of a rendered conversation
 _TOGETHER = 64
@@ -52,7 +52,7 @@ def encode_chats(
 
 
 class _Refusal(str):
-    """Why there is no text."""
+    """The reason why a conversation has no text."""
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
@@ -63,13 +63,13 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 
 def _rendered(template: str, given: Mapping[str, Any], chats: Sequence[list[dict[str, str]]]) -> list[str]:
     """The text of every conversation, or a `_Refusal`."""
-    if template in (CHAT_TEMPLATE, TOOL_TEMPLATE):  # our own
+    if template in (CHAT_TEMPLATE, TOOL_TEMPLATE):  # the lab's own: trusted
         render = renderer(json.dumps([template, dict(given)]))
         return [_or_refusal(render, chat) for chat in chats]
     setup = json.dumps([template, dict(given)])
     tasks = [PooledCall(f"{__name__}:renderer", {"chat": chat}, memory=_MEMORY, setup=setup) for chat in chats]
     texts: list[str] = []
-    while len(texts) < len(tasks):  # the first alone, then some together: a template that hangs does so once
+    while len(texts) < len(tasks):  # the first alone, then batches: a template that hangs is waited for once
         outcomes = _pool().map(tasks[len(texts) :][: _TOGETHER if texts else 1])
         texts += [_Refusal(o.error) if o.error is not None else str(o.value) for o in outcomes]
         refused = next((t for t in texts if isinstance(t, _Refusal)), None)
@@ -101,10 +101,10 @@ def renderer(setup: str) -> Callable[..., str]:
         try:
             made: Any = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **given)
             text = str(made[0][0])
-        except (TemplateError, TypeError) as error:  # or an argument that the renderer has already
+        except (TemplateError, TypeError) as error:  # TypeError: an argument that the renderer sets itself
             raise UserError(str(error)) from None
         if len(text) > _MOST_CHARACTERS:
-            raise UserError(f"it makes {len(text)} characters of it")
+            raise UserError(f"the result has {len(text)} characters")
         return text
 
     return render

@@ -1,6 +1,6 @@
-"""Tool calls in what a model wrote, in the format of its own chat template. Text in, calls out: nothing is executed here.
+"""Reads tool calls from a model's text, in the format of its chat template. Nothing is executed here.
 
-Text that looks like a call and can't be read as one stays text, as it was. Reading is linear in the text.
+Text that looks like a call but can't be read stays text, unchanged. Time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ToolCall:
 @dataclass(frozen=True, slots=True)
 class ToolCallFormat:
     """How a family of models writes calls: each between ``opening`` and ``closing``. An empty ``closing`` is the text's end;
-    an empty ``opening`` is for models whose whole answer is the call. ``around``: marks that stand around several calls."""
+    an empty ``opening`` is for models whose whole answer is the call. ``around``: marks that enclose several calls."""
 
     name: str
     opening: str
@@ -32,7 +32,7 @@ class ToolCallFormat:
 
 
 def tool_call_format(template: str) -> ToolCallFormat | None:
-    """The format that a chat template (Jinja text) writes calls in; None where it is none of those known here."""
+    """The format that a chat template (Jinja text) writes calls in; None if it is none of `FORMATS`."""
     found = next((name for mark, name in _MARKS if mark in template), None)
     return FORMATS[found] if found else None
 
@@ -40,7 +40,7 @@ def tool_call_format(template: str) -> ToolCallFormat | None:
 def parse_tool_calls(
     text: str, form: ToolCallFormat, tools: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[str, list[ToolCall]]:
-    """The text beside the calls, and the calls in order.
+    """The text outside the calls, and the calls in order.
 
     ``tools`` are OpenAI's tool objects: where arguments are written without quotes, the schema says which are strings.
     """
@@ -67,7 +67,7 @@ def parse_tool_calls(
 
 
 def _calls(body: str, form: ToolCallFormat, schemas: Mapping[str, Any]) -> list[ToolCall]:
-    """What a body says; nothing where it is not well-formed."""
+    """The calls in a body; none if it is malformed."""
     try:
         return form.read(body.strip(), schemas)
     except (ValueError, RecursionError):
@@ -106,7 +106,7 @@ def _read_whole(text: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
 
 
 def _read_mistral(body: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
-    """A list of objects, or NAME[ARGS]{…} as newer models write it, each behind a mark of its own."""
+    """A list of objects, or NAME[ARGS]{…} as newer models write it, each after its own mark."""
     if body.startswith("["):
         return _objects(json.loads(body))
     calls = []
@@ -186,7 +186,7 @@ def _arguments(
 
 
 def _between(text: str, at: int, opening: str, closing: str) -> tuple[str, int]:
-    """What stands between two marks from ``at`` on, and where it goes on behind them."""
+    """The text between two marks, searched from ``at``, and the position after the closing one."""
     start = text.find(opening, at) + len(opening)
     end = text.find(closing, start)
     if start < at + len(opening) or end < 0:
@@ -201,7 +201,7 @@ def _properties(schemas: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """JSON where it is some and the schema doesn't ask for a string; else the text itself."""
+    """The JSON value; the text itself if it isn't JSON or the schema asks for a string."""
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
     try:

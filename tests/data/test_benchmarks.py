@@ -80,7 +80,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path):
     write(file, [*rows(29), {"problem": "x", "answer": []}])
     assert "the list of answers is empty" in error("aime24", tmp_path)
     message = error("amc23", tmp_path)
-    assert "has no file of 'amc23': it would be called amc23.jsonl" in message
+    assert "has no file for 'amc23': expected amc23.jsonl" in message
     assert "Benchmarks found there: aime24" in message
     assert "there is no directory" in error("amc23", tmp_path / "none")
 
@@ -150,6 +150,6 @@ def test_a_phrase_that_many_training_problems_have_is_no_overlap():
 def test_the_note_before_training():
     training, held_out = [Prompt(Problem("t", "Find x."), (1,))], [Prompt(Problem(i, "Find x."), (1,)) for i in "ab"]
     (note,) = overlap_notes(DataConfig(train="a.jsonl"), training, {"b.jsonl": held_out, "c.jsonl": []})
-    assert note.startswith("2 of the 2 problems of b.jsonl stand in the training data a.jsonl (2 exact)")
+    assert note.startswith("2 of the 2 problems of b.jsonl are in the training data a.jsonl (2 exact)")
     assert overlap_notes(DataConfig(train="lab:chain"), training, {"lab:chain": held_out}) == []
     assert overlap_notes(DataConfig(train="a.jsonl"), training, {}) == []

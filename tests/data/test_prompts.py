@@ -96,7 +96,7 @@ def test_prompts_that_are_refused(tokenizer: Any) -> None:
     own = (Message("system", "a"), Message("user", "x"))
     assert "leave data.system_prompt empty" in refusal(tokenizer, own, system_prompt="s")
     tokenizer.chat_template = "{# nothing #}"
-    assert "makes no token" in refusal(tokenizer, "x")
+    assert "its prompt has no tokens" in refusal(tokenizer, "x")
 
 
 def test_length_limits(tokenizer: Any) -> None:
@@ -161,7 +161,7 @@ def test_raw_prompts_pass_by_the_template_and_messages_do_not(tokenizer: Any) ->
     found = render_prompts(problems, tokenizer, DataConfig(raw_prompts=True), **limits)
     assert [text(p) for p in found] == ["1+1?", "<user>2?\n<assistant>", "3"]
     assert [p.problem.id for p in found] == ["a", "b", "c"]
-    assert "raw_prompts passes by the template" in refusal(tokenizer, "1", raw_prompts=True, system_prompt="x")
+    assert "raw_prompts skips the template" in refusal(tokenizer, "1", raw_prompts=True, system_prompt="x")
 
 
 def test_prompts_that_are_too_long_are_counted_and_may_be_left_out(tokenizer: Any) -> None:

@@ -107,7 +107,7 @@ def test_other_sampling_is_not_mixed_in(done: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["eval", "lab", "aime24", "--data-dir", "."], "has no file of 'aime24'"),
+        (["eval", "lab", "aime24", "--data-dir", "."], "has no file for 'aime24'"),
         (["eval", "lab", "amie24"], "Did you mean 'aime24'?"),
         (["eval", "lab", "lab:chain:1", "--k", "64"], "Pass@64 needs at least 64 samples"),
         (["eval", "lab", "lab:chain:1", "--shard", "3/2"], "write I/N"),

@@ -35,7 +35,7 @@ def test_a_benchmark_that_is_not_there(command: str, tmp_path: Path, capsys: pyt
     _refused(named, "Did you mean 'aime24'?", tmp_path, capsys)
     (tmp_path / "benchmarks").mkdir()
     lost = [command, str(recipe), *place, "data.eval=['aime24']", f"data.directory={tmp_path / 'benchmarks'}"]
-    _refused(lost, "has no file of 'aime24': it would be called aime24.jsonl", tmp_path, capsys)
+    _refused(lost, "has no file for 'aime24': expected aime24.jsonl", tmp_path, capsys)
 
 
 def _cluster(gpus: int) -> SimpleNamespace:
