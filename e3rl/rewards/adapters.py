@@ -1,4 +1,4 @@
-"""Reward functions that users already have, unchanged: TRL's and verl's signatures, ordinary or async, here or isolated."""
+"""Calls users' reward functions unchanged: TRL's and verl's signatures, sync or async, in this process or isolated."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from e3rl.types import Problem
 RewardFunction = Callable[..., Any]
 
 LARGEST = 1e15
-"""The largest reward: beyond it advantages overflow."""
+"""The largest reward: larger ones overflow the advantages."""
 
 _VERL_PARAMETERS = {"solution_str", "ground_truth"}
 
 
 class Adapter(Protocol):
-    """A reward function of any signature, called one way. It never raises: what goes wrong becomes a part's error."""
+    """A reward function of any signature behind one interface. Never raises: a failure becomes the part's error."""
 
     def __call__(self, batch: Batch, log: Log) -> list[Part]: ...
 
@@ -56,7 +56,7 @@ def describe(error: BaseException) -> str:
 
 
 def _to_part(value: Any) -> Part:
-    """A returned value as a part: None is no opinion; a number is itself; all else is an error."""
+    """A returned value as a part: None is no opinion, a number is the value, anything else is an error."""
     if value is None:
         return Part()
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
@@ -72,7 +72,7 @@ def _to_part(value: Any) -> Part:
     return Part(number)
 
 
-# --- what a function must not do to the process it runs in
+# --- guards: what a function must not do to its process
 
 
 class Misbehaviour(Exception):
@@ -81,8 +81,8 @@ class Misbehaviour(Exception):
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Around the code of other authors: ``sys.exit`` becomes an error, a changed directory is changed back and reported,
-    and a forked child that returns ends here instead of going on as a second run."""
+    """Guards user code: ``sys.exit`` becomes an error, a changed working directory is restored and reported, and a forked
+    child that returns is ended here, so that it doesn't continue as a second run."""
     process, place = os.getpid(), os.getcwd()
     try:
         yield
@@ -100,8 +100,8 @@ def contained() -> Iterator[None]:
 
 # --- asynchronous functions
 #
-# One event loop for the life of the process, in a thread of its own: clients that a user's module keeps between calls are
-# bound to the loop that made them, and a caller may already be inside a loop, as in a notebook.
+# One event loop in its own thread for the life of the process: clients that a user's module keeps between calls are bound
+# to the loop that made them, and the caller may already be inside a loop (a notebook).
 
 
 @functools.cache
@@ -123,11 +123,11 @@ async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 
 def wait_for_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Run them together; each one's result, or the exception that it raised."""
+    """Run all concurrently and return each one's result, or the exception that it raised."""
     future = asyncio.run_coroutine_threadsafe(_gather(awaitables), _loop())
     try:
         return future.result()
-    except BaseException:  # Ctrl-C while waiting: nothing may run on behind the caller's back
+    except BaseException:  # Ctrl-C while waiting: cancel what still runs
         future.cancel()
         raise
 
@@ -138,8 +138,8 @@ def wait_for_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 class TrlFunction:
     """``f(prompts, completions, completion_ids, **columns) -> list[float | None]``.
 
-    The function is passed what its signature names, or everything where it takes ``**kwargs``. ``trainer_state``,
-    ``log_metric`` and ``log_extra`` are TRL's; ``trajectories`` and ``max_completion_length`` go only where named.
+    The function gets the arguments that its signature names, or all if it takes ``**kwargs``. ``trainer_state``,
+    ``log_metric`` and ``log_extra`` are TRL's; ``trajectories`` and ``max_completion_length`` are passed only if named.
     """
 
     def __init__(self, function: RewardFunction) -> None:
@@ -195,10 +195,10 @@ def _to_parts(returned: Any, count: int) -> list[Part]:
 
 
 class VerlFunction:
-    """``compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | dict``, a call a completion.
+    """``compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | dict``, one call for each completion.
 
-    Of a dict, ``score`` is the value and the other numbers are details. The ground truth is the problem's answer, or
-    ``reward_model["ground_truth"]`` as verl's own data have it.
+    In a returned dict, ``score`` is the value and the other numbers are details. The ground truth is the problem's answer,
+    or ``reward_model["ground_truth"]`` as in verl's own data.
     """
 
     def __init__(self, function: RewardFunction) -> None:
@@ -249,11 +249,11 @@ def _verl_part(returned: Any) -> Part:
     return Part(main.value, main.error, {name: value for name, value in others.items() if value is not None})
 
 
-# --- isolated: in the killable workers a hang or a crash costs one reward
+# --- isolated: a hang or a crash in a worker costs one reward
 
 
 def prepare(name: str) -> Callable[[Batch], dict[str, Any]]:
-    """In the worker: the function that ``name`` stands for, taking a batch and returning plain values."""
+    """In the worker: the named function, as one that takes a batch and returns plain values."""
     adapter = adapt(load("reward", name, {}))
 
     def score(batch: Batch) -> dict[str, Any]:

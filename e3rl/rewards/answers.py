@@ -1,9 +1,9 @@
 r"""Finding the final answer in a response or in a reference.
 
-The conventions are the field's: what follows ``</think>`` counts; there the last ``\boxed{…}``, or several that stand
-together as a list; without one, the last "answer is …", ``#### …`` (GSM8K) or ``A: …``; failing these, the whole text
-where it is no prose, else its last formula or number, whichever comes later. What takes its answer back, offers several
-or hedges is no answer. Reading takes time in proportion to the length of the text, whatever it is.
+Only the text after ``</think>`` counts. The answer is the first of these that exists: the last ``\boxed{…}``, or several
+adjacent ones as a list; the last "answer is …", ``#### …`` (GSM8K) or ``A: …``; the whole text if it isn't prose; the last
+formula or number, whichever comes later. A text that retracts its answer, offers several or hedges has no answer.
+Time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Unboxed = Literal["last", "stated", "none"]
 """What counts without a box: also the last formula or number, only what is stated as the answer, or nothing."""
 
 LONGEST_ANSWER = 2000
-"""Characters beyond which an answer is wrong without a look: no reference answer comes near, hanging inputs do."""
+"""Longest answer in characters. A longer one is wrong without a check: reference answers are far shorter."""
 
-_LOOK_AHEAD = 2000  # characters after "answer is" that are searched: what is longer is no answer
+_LOOK_AHEAD = 2000  # characters after "answer is" that are searched: a longer text is no answer
 _LONGEST_WORDS = 100  # characters of an answer in words
 _APART = 80  # characters between boxes that form a list
 
@@ -91,14 +91,14 @@ _CHANGED = re.compile(
     r"|is (?:wrong|incorrect|not))\b|\\(?![)\]])|[!^*/+=<>×÷]|\s[-–−]\s)",
     re.I,
 )
-"""What behind a number makes it another one, or takes it back."""
+"""Text after a number that changes or retracts it."""
 _PART = re.compile(r"[*/^+×÷<>-] ?$|(?:^|[a-z:] )\d[\d.,]{0,40} ?= ?$")
-"""What before a number makes it a part of something."""
+"""Text before a number that makes it part of an expression."""
 _LISTED = re.compile(r"\s?(?:,|;|,? ?\b(?:and|or)\b|/)\s?\$?")
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{…}`` or ``\fbox{…}``; None where there is none or the last is never closed."""
+    r"""The content of the last ``\boxed{…}`` or ``\fbox{…}``; None if there is none or the last is never closed."""
     boxes = list(_BOX.finditer(text))
     found = _box_at(text, boxes[-1].end()) if boxes else None
     return found[0] if found else None
@@ -128,7 +128,7 @@ _CONNECTED = re.compile(r"[,;]?(?:(?:[\w()]{1,20} ){0,3}(?:and|or))? ?(?:[A-Za-z
 
 
 def _connects(between: str) -> bool:
-    """Whether nothing stands between two boxes but a comma, 'and', 'or', or the name of a value."""
+    """Whether the text between two boxes is only a comma, 'and', 'or', or the name of a value."""
     if len(between) > _APART:
         return False
     plain = _BETWEEN.sub(lambda m: f" {m[1] or ''} ", between)
@@ -138,7 +138,7 @@ def _connects(between: str) -> bool:
 
 
 def boxed_answer(text: str) -> str | None:
-    """The last box; with those before it where nothing but 'and', 'or' or a comma stands between them, as a list."""
+    """The last box; with earlier boxes, as a list, if only 'and', 'or' or a comma is between them."""
     starts = list(_BOX.finditer(text))
     last = _box_at(text, starts[-1].end()) if starts else None
     if last is None:
@@ -154,7 +154,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def response_of(text: str) -> str | None:
-    """What a response says after it has thought: behind the last ``</think>``; None where thinking never ended."""
+    """A response without its thinking: the text after the last ``</think>``; None if thinking never ended."""
     _, closed, rest = text.rpartition("</think>")
     if closed:
         return rest
@@ -162,7 +162,7 @@ def response_of(text: str) -> str | None:
 
 
 def after_marker(text: str) -> str | None:
-    """What follows the last "answer is", "####" or the like; None without one."""
+    """The text after the last "answer is", "####" or similar marker; None without one."""
     markers = list(_MARKERS.finditer(text))
     if not markers:
         return None
@@ -181,7 +181,7 @@ def _stated_after_box(text: str) -> bool:
 
 
 def extract_answer(text: str, unboxed: Unboxed = "last") -> str | None:
-    r"""The final answer of a response, or None. A last ``\boxed`` that is never closed is none."""
+    r"""The final answer of a response, or None. A last ``\boxed`` that is never closed counts as no answer."""
     said = response_of(tidied(text))
     if said is None:
         return None
@@ -198,7 +198,7 @@ def extract_answer(text: str, unboxed: Unboxed = "last") -> str | None:
 
 
 def _beginning(text: str) -> str | None:
-    """The answer at the beginning of what follows "answer is"; the whole sentence where that hedges or denies."""
+    """The answer at the start of the text after "answer is"; the whole sentence if it hedges or denies."""
     run = _RUN.search(text)
     whole = _SENTENCE_END.split(text, maxsplit=1)[0].strip()
     sentence = _REASON.split(whole, maxsplit=1)[0].strip()
@@ -230,7 +230,7 @@ _MEASURED = re.compile(r"\s?[-+]?\d[\d,.]{0,40}(?: [A-Za-z]{2,20}){1,2}\.?\s?")
 
 
 def is_prose(text: str) -> bool:
-    """Whether the answer has to be looked for in the text: it has words besides mathematics, and is no plain quantity."""
+    """Whether the answer must be searched for in the text: it has words besides mathematics, and is no plain quantity."""
     if len(text) > 2000:
         return True
     words = [w for w in _WORD.findall(_TEXT.sub(" ", text)) if w not in _MATH_WORDS] + _FOREIGN.findall(text)
@@ -240,7 +240,7 @@ def is_prose(text: str) -> bool:
 
 
 def _last_mathematics(text: str) -> str | None:
-    """The last formula or the last number, whichever comes later; None where what stands around it changes or denies it."""
+    """The last formula or the last number, whichever comes later; None if the text around it changes or denies it."""
     text = text[-_LOOK_AHEAD:]
     spans = [m for m in _RUN.finditer(text) if "\\" in m[0] or not is_prose(m[0].strip("$ "))]
     numbers = [m for m in _NUMBER.finditer(text) if re.search(r"\d", m[0])]
@@ -261,7 +261,7 @@ def _last_mathematics(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """An answer without what is only typography. Equal results are equal answers; unequal ones may be equal too."""
+    """An answer without its typography. Equal results are equal answers; different results may be equal answers too."""
     return squeezed(clean(answer))
 
 
@@ -269,7 +269,7 @@ _SHORT = 10**40
 
 
 def vote(answer: str) -> str:
-    """What an answer counts as where the commonest is wanted: a number is its value, whatever its unit and spelling."""
+    """The key of an answer in a majority vote. A number's key is its value, whatever its unit and spelling."""
     quantity = read_quantity(clean(answer))
     if quantity is None or max(abs(quantity.value.numerator), quantity.value.denominator) > _SHORT:
         return normalize(answer)

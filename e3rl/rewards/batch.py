@@ -1,4 +1,4 @@
-"""What reward functions are given and what they give back."""
+"""The inputs and results of reward functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ChatMessage = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One function's value for one trajectory: a number, nothing by choice (both None), or nothing by failure.
+    """One function's result for one trajectory: a number, no opinion (both None), or an error.
 
     ``details`` are further numbers that the function reports beside its value.
     """
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Where training stands, for reward functions that ask for ``trainer_state``; named as in transformers."""
+    """Training progress, for reward functions that ask for ``trainer_state``; field names as in transformers."""
 
     global_step: int = 0
     max_steps: int = 0
@@ -38,7 +38,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Batch:
-    """Trajectories with their decoded texts, seen the way reward functions expect them."""
+    """Trajectories with their decoded texts, in the forms that reward functions expect."""
 
     trajectories: tuple[Trajectory, ...]
     texts: tuple[str, ...]
@@ -73,7 +73,7 @@ class Batch:
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
-        """``answer``, ``id`` and every column of the data, a list each; None where a problem lacks a column."""
+        """``answer``, ``id`` and every column of the data, as one list each; None if a problem lacks a column."""
         names = dict.fromkeys(name for p in self.problems for name in p.columns)
         columns = {name: [p.columns.get(name) for p in self.problems] for name in names}
         return {"id": [p.id for p in self.problems], **columns, "answer": [p.answer for p in self.problems]}
@@ -81,7 +81,7 @@ class Batch:
 
 @dataclass
 class Log:
-    """What reward functions report through ``log_metric`` and ``log_extra`` while a batch is scored."""
+    """Collects what reward functions report through ``log_metric`` and ``log_extra`` while a batch is scored."""
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Log:
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Keep a column: one value a trajectory of the batch."""
+        """Keep a column: one value for each trajectory of the batch."""
         self.extras[column] = list(values)
 
 
@@ -103,4 +103,4 @@ class BatchReward(ABC):
 
     @abstractmethod
     def score(self, batch: Batch) -> list[Part]:
-        """One part a trajectory, in order."""
+        """One part for each trajectory, in order."""

@@ -26,10 +26,10 @@ REWARDS = {
 
 
 class MathReward(BatchReward):
-    """1 if the response's final answer equals the problem's, else 0; missing where the check takes too long.
+    """1 if the response's final answer equals the problem's, else 0; missing if the check takes too long.
 
-    ``unboxed``: what counts where there is no box. ``cut_off_needs_box``: a response that reached its length limit counts
-    by its box alone.
+    ``unboxed``: what counts as the answer without a box. ``cut_off_needs_box``: in a response that reached its length limit
+    only the box counts.
     """
 
     def __init__(self, pool: ProcessPool, unboxed: Unboxed = "last", cut_off_needs_box: bool = False) -> None:
@@ -63,7 +63,7 @@ def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def environment_reward(environments: Sequence[Any], **columns: Any) -> list[Any]:
-    """What each trajectory's environment says by ``get_reward()``; an environment without one has no opinion."""
+    """The value of ``get_reward()`` of each trajectory's environment; no opinion if it has no such method."""
     return [e.get_reward() if hasattr(e, "get_reward") else None for e in environments]
 
 

@@ -27,19 +27,19 @@ _DOUBT = re.compile(
 
 @dataclass(frozen=True)
 class LetteredChoice:
-    """A letter and the text that stands with it."""
+    """A letter and the text beside it."""
 
     letter: str
     content: str = ""
 
 
 def doubtful(text: str) -> bool:
-    """Whether a text takes back or hedges what it says."""
+    """Whether a text retracts or hedges its statement."""
     return _DOUBT.search(text) is not None
 
 
 def read_choice(text: str) -> LetteredChoice | None:
-    """The choice that an answer is; None where it is something else. One bare letter is a choice."""
+    """An answer as a choice; None if it is something else. A single letter is a choice."""
     text = text.strip().strip("*").strip()
     found = _LEADING.match(text)
     if found is None or (found[1] is None and found[2].islower()):
@@ -55,12 +55,12 @@ def read_choice(text: str) -> LetteredChoice | None:
 
 
 def settled(choice: LetteredChoice) -> bool:
-    """Whether what stands with a letter neither takes it back nor names another one."""
+    """Whether the text beside a letter neither retracts it nor names another one."""
     return not doubtful(choice.content) and {choice.letter} >= {m[1] for m in _letters(choice.content)}
 
 
 def stated_choice(text: str) -> LetteredChoice | None:
-    """The choice that a statement makes, such as what follows 'answer is'; None where it names several or takes one back."""
+    """The choice in a statement, such as the text after 'answer is'; None if it names several or retracts one."""
     text = _BECAUSE.split(text.strip().lstrip("*:").strip() + " ", maxsplit=1)[0].replace("**", "").strip()
     first = read_choice(text)
     if doubtful(text) and first is None:
@@ -72,7 +72,7 @@ def stated_choice(text: str) -> LetteredChoice | None:
 
 
 def last_choice(text: str) -> LetteredChoice | None:
-    """The choice that running text ends with; None where its last clause with a letter offers several or denies it."""
+    """The choice at the end of running text; None if its last clause with a letter offers several or denies it."""
     text = text.replace("**", "").strip()
     first = read_choice(text)
     if first is not None:

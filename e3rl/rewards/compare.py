@@ -1,6 +1,6 @@
 r"""Whether two answers are the same, by their structure: choices, words, quantities, equations, lists, tuples, sets.
 
-What is left, an expression against an expression, is compared by its values.
+Expressions are compared by their values (`e3rl.rewards.values`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _by_relations(gold: str, answer: str, depth: int) -> bool | None:
 
 
 def _expression(text: str) -> Node | None:
-    """The expression that a text is: a plain quantity's number, or what is read as one."""
+    """A text as an expression: a plain quantity's number, or the parsed text."""
     number = read_quantity(text)
     if number is None:
         return read_expression(text.replace(CURRENCY, ""))
@@ -180,11 +180,13 @@ def _sides(text: str) -> list[str]:
     return split_at(text, _EQUALS)
 
 
-_TORN = re.compile(r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]")  # what no side ends or begins with; a name may end as x^* does
+_TORN = re.compile(
+    r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]"
+)  # no side of an equation ends or begins like this, except a name such as x^*
 
 
 def _value(sides: Sequence[str]) -> str | None:
-    """What a chain of equations says its name or its arithmetic is; None where it is an equation in its own right, or false."""
+    """The value that a chain of equations gives to its name or arithmetic; None if it is a genuine equation, or false."""
     if len(sides) < 2 or any(_TORN.search(squeezed(side)) for side in sides):
         return None
     nodes = [_expression(side) for side in sides]
@@ -237,7 +239,7 @@ def _both_equations(left: list[str], right: list[str], depth: int) -> bool:
 
 
 def _opened(text: str) -> tuple[str, list[str], str]:
-    """Opening bracket, elements and closing bracket; no brackets where the whole is not one bracketed list."""
+    """Opening bracket, elements and closing bracket; no brackets if the whole is not one bracketed list."""
     number = read_quantity(text)
     if number is not None and not number.comma:
         return "", [text], ""
@@ -271,7 +273,7 @@ def _expanded(parts: Sequence[str]) -> list[str]:
 
 
 def _by_elements(gold: str, answer: str, depth: int) -> bool | None:
-    """Lists and sets in any order, tuples in theirs; every element as often as in the other."""
+    """Compares lists and sets in any order, tuples in order; every element must occur equally often in both."""
     (open_g, left, close_g), (open_a, right, close_a) = _opened(gold), _opened(answer)
     left, right = _expanded(left), _expanded(right)
     if max(len(left), len(right)) < 2 and "\\{" not in (open_g, open_a):
@@ -291,7 +293,7 @@ def _by_elements(gold: str, answer: str, depth: int) -> bool | None:
 
 
 def _paired(left: Sequence[str], right: Sequence[str], depth: int) -> bool | None:
-    """Values of several names: by name, or in their order where one side leaves the names out. None where there are none."""
+    """Compares values of several names: by name, or in order if one side omits the names. None if there are none."""
     names = [[_name_of(part) for part in side] for side in (left, right)]
     told = [None not in side and len(set(side)) == len(side) for side in names]
     if not any(told):
@@ -310,7 +312,7 @@ def _all_same(left: Sequence[str], right: Sequence[str], depth: int) -> bool:
 
 
 def _matched(left: Sequence[str], right: Sequence[str], depth: int) -> bool:
-    """Whether every element of one has its own partner in the other. Equality is transitive: the first partner will do."""
+    """Whether the elements of both can be paired. Equality is transitive, so taking the first equal element is enough."""
     free = [_bare(a) for a in right]
     for element in (_bare(g) for g in left):
         partner = next((i for i, a in enumerate(free) if _same(element, a, depth + 1)), None)

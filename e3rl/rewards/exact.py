@@ -1,6 +1,6 @@
-r"""Exact values of expressions: fractions, as far as they go.
+r"""Exact values of expressions, as fractions where possible.
 
-Nothing here takes long: a number that is too big or too small to write down is an error, `TooBig`.
+Every operation is bounded: a number that is too big or too small to represent raises `TooBig`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Undefined(Exception):
 
 
 class TooBig(Exception):
-    """The value is too big to be looked at."""
+    """The value is too big to compute."""
 
 
 class Inexact(Exception):

@@ -1,8 +1,8 @@
-r"""Reads an expression, LaTeX or plain, into a tree. What it does not understand to the last sign is no expression.
+r"""Parses an expression, LaTeX or plain, into a tree. A text that is not understood completely is no expression.
 
 A node is a tuple: ``("n", Fraction)``, ``("s", symbol)``, ``("+", nodes)``, ``("*", nodes)``, ``("neg", node)``,
 ``("inv", node)``, ``("^", base, exponent)``, ``("!", node)``, ``("deg", node)``, ``("f", function, nodes)``,
-``("call", symbol, node)``. Reading takes time in proportion to the length; brackets may stand `DEEPEST` deep.
+``("call", symbol, node)``. Time is linear in the length; brackets may be nested `DEEPEST` deep.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class _Reader:
         return ("n", Fraction(token) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places))
 
     def argument(self) -> Node:
-        r"""What ``\frac`` takes: a group, or one sign, which may be the first digit of several."""
+        r"""An argument of ``\frac``: a group, or one sign, which may be the first digit of several."""
         token = self.peek()
         if len(token) > 1 and token.isdigit():
             self.tokens[self.at : self.at + 1] = [token[0], token[1:]]
@@ -231,7 +231,7 @@ class _Reader:
         return value if exponent is None else ("^", value, exponent)
 
     def arguments(self) -> tuple[Node, ...]:
-        """In brackets, divided by commas; without, the factors that follow, up to another function."""
+        """A function's arguments: in brackets, separated by commas; without brackets, the factors up to another function."""
         opening = self.peek()
         if opening in GROUPING:
             self.take()
@@ -275,7 +275,7 @@ class _Reader:
         return len(inside) == 2 and inside[1] == ")" and (inside[0].isdigit() or inside[0].isalpha())
 
     def raw(self) -> str:
-        """A subscript as it is written: one sign or what stands in braces."""
+        """A subscript as written: one sign, or the content of braces."""
         if not self.accept("{"):
             token = self.take()
             if not token or token in ENDS:
@@ -297,7 +297,7 @@ _PRIME = ["^", "{", "\\prime", "}"]
 
 @functools.lru_cache(maxsize=4096)
 def read_expression(text: str) -> Node | None:
-    """The expression that cleaned text is, whole; None where any of it is not understood, such as a derivative."""
+    """Cleaned text as an expression; None if any part of it is not understood, such as a derivative."""
     if _DERIVATIVE.search(text):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Grading: a reference and a response, either with its answer somewhere in it, become true, false or not to be said."""
+"""Grades responses against references: right, wrong or undecided. Either text may contain more than its answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from e3rl.rewards.answers import Unboxed
 from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
 
 LONGEST_RESPONSE = 2**21
-"""Characters of a response beyond which only its end is read."""
+"""Characters of a response that are read; of a longer one, only the end."""
 
 CHECK_MEMORY = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """``correct`` is None where nothing can be said, and ``reason`` tells why in a few words."""
+    """``correct`` is None if undecided; ``reason`` says why in a few words."""
 
     correct: bool | None
     reason: str
@@ -27,7 +27,7 @@ def grade_all(
 ) -> list[Grade]:
     """The grade of every (reference, response); ``unboxed`` for all, or for each.
 
-    Each distinct pair is looked at once, in the killable workers: nothing of a response is read in this process.
+    Each distinct pair is checked once, in a worker that can be killed; this process never parses a response.
     """
     modes = [unboxed] * len(pairs) if isinstance(unboxed, str) else unboxed
     items = [

@@ -1,4 +1,4 @@
-r"""Intervals and what says the same: ``[0, 1)``, ``0 \le x < 1``, ``x \in [0, 1)``, unions, ``x \ne 3``, all real numbers."""
+r"""Intervals and their other notations: ``[0, 1)``, ``0 \le x < 1``, ``x \in [0, 1)``, unions, ``x \ne 3``, all real numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOW, _HIGH = "-\\infty", "\\infty"
 
 @dataclass(frozen=True)
 class Interval:
-    """Ends as they are written, whether each belongs to it, and the variable that an inequality bounds."""
+    """Ends as written, whether each is included, and the variable that an inequality bounds."""
 
     low: str
     high: str
@@ -31,7 +31,7 @@ class Interval:
 
 
 def read_intervals(text: str) -> list[Interval] | None:
-    """The intervals that cleaned text unites; None where it is something else. A bare ``(a, b)`` may be a point as well."""
+    """Cleaned text as a union of intervals; None if it is something else. A bare ``(a, b)`` may be a point as well."""
     if squeezed(text).replace(" ", "") in _ALL:
         return [Interval(_LOW, _HIGH, False, False)]
     if (excluded := re.fullmatch(rf"({_VARIABLE.pattern}) ?\\ne ?([^,<>=]+)", text)) is not None:
@@ -99,7 +99,7 @@ def _related(text: str) -> Interval | None:
 
 
 def by_intervals(gold: str, answer: str, equal: Equal) -> bool | None:
-    """Intervals, inequalities and unions of them, end by end. Two bare pairs are tuples: their order decides the same."""
+    """Compares intervals, inequalities and their unions end by end. For two bare pairs (tuples) this compares in order."""
     left, right = read_intervals(gold), read_intervals(answer)
     if left is None or right is None:
         return None
@@ -127,7 +127,7 @@ _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 
 
 def by_relations(gold: str, answer: str, equal: Equal) -> bool | None:
-    """Inequalities up to a factor, chains of them side by side, in either direction."""
+    """Compares inequalities up to a factor, and chains of them side by side, in either direction."""
     if not (_SIGN.search(gold) or _SIGN.search(answer)) or split_list(gold) != [gold]:
         return None
     (left, signs), (right, others) = [(split_at(text, _SIGN), _SIGN.findall(text)) for text in (gold, answer)]

@@ -1,6 +1,6 @@
-"""`judge`: a model behind an OpenAI-compatible endpoint reads each response and says what it is worth.
+"""`judge`: a model behind an OpenAI-compatible endpoint scores each response.
 
-An answer that can't be had, or holds no score, is a missing reward, never 0. Standard library only.
+Without an answer, or without a score in it, the reward is missing, never 0. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RUBRIC = (
     "Say in a sentence or two what is right and wrong with it, then end with a line 'Score: N', from 0 (useless) to 10 (perfect)."
 )
 _SCORE = re.compile(r"score[^\w-]{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may change
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # HTTP statuses worth another try
 _LONGEST_WAIT = 60.0
 
 
@@ -39,23 +39,25 @@ class JudgeSettings:
 
     url: str = setting("http://127.0.0.1:8000/v1", "base address of the endpoint")
     model: str = setting("", "name of the model there")
-    rubric: str = setting(RUBRIC, "what it is told; it has to end its answer with 'Score: N'")
-    best: float = setting(10.0, "the score that is worth 1; 0 is worth 0, and what lies outside is no answer", above=0)
-    key_variable: str = setting("OPENAI_API_KEY", "environment variable with the endpoint's key, where it wants one")
+    rubric: str = setting(RUBRIC, "the judge's instructions; its answer must end with 'Score: N'")
+    best: float = setting(
+        10.0, "the score that gives reward 1 (0 gives 0); a score outside this range is no answer", above=0
+    )
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable with the endpoint's key, if it needs one")
     timeout: float = setting(60.0, "seconds that one try may take", above=0)
     retries: int = setting(
         3, "further tries after 429, 5xx, a timeout or a lost connection, each after twice the wait", min=0, max=20
     )
-    wait: float = setting(1.0, "seconds before the first of them", min=0, max=60)
+    wait: float = setting(1.0, "seconds before the first further try", min=0, max=60)
     together: int = setting(8, "requests at a time", min=1, max=1024)
-    per_minute: int = setting(0, "most requests in a minute; 0: as many as go", min=0)
-    max_requests: int = setting(0, "requests of the whole run, further rewards are missing; 0: no limit", min=0)
+    per_minute: int = setting(0, "most requests per minute; 0: no limit", min=0)
+    max_requests: int = setting(0, "most requests in the whole run, further rewards are missing; 0: no limit", min=0)
     max_tokens: int = setting(512, "tokens of one answer", min=1)
 
 
 @dataclass
 class _Spent:
-    """What the run has asked for so far. Threads share it."""
+    """The requests of the run so far. Shared by threads."""
 
     requests: int = 0
     free_at: float = 0.0  # when the next request may begin
@@ -63,7 +65,7 @@ class _Spent:
 
 
 class NoScore(Exception):
-    """Why there is no score."""
+    """The reason why there is no score."""
 
 
 class JudgeReward:
@@ -127,7 +129,7 @@ class JudgeReward:
         return value / self.settings.best
 
     def _ask(self, body: str) -> str:
-        """The judge's text, after as many tries as are allowed."""
+        """The judge's text, with retries."""
         wait = self.settings.wait
         for left in range(self.settings.retries, -1, -1):
             self._take_turn()
@@ -148,7 +150,7 @@ class JudgeReward:
         raise NoScore(f"its judge could not be reached in {self.settings.retries + 1} tries ({why})")
 
     def _take_turn(self) -> None:
-        """Wait until the rate allows another request; `NoScore` where the run has had all of its own."""
+        """Wait until the rate allows another request; `NoScore` if the run has used up its requests."""
         limit, rate = self.settings.max_requests, self.settings.per_minute
         with self._spent.lock:
             if limit and self._spent.requests >= limit:

@@ -1,4 +1,4 @@
-"""Whether a response is right. Runs in the worker processes alone: whatever the text does, it costs one answer."""
+"""Checks whether a response is right. Runs only in worker processes, so that a hang or a crash costs one grade."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPEN_BOX = re.compile(r"\\{1,4}(?:boxed|fbox)\s?\{")
 
 
 def check(gold: str, response: str, unboxed: Unboxed = "last") -> Verdict:
-    """True, false or not to be said, and why in a few words."""
+    """True, false or None (undecided), and the reason in a few words."""
     reference = reference_answer(tidied(gold))
     if reference is None:
         return None, "the reference holds no answer that can be found"
@@ -44,14 +44,14 @@ def check(gold: str, response: str, unboxed: Unboxed = "last") -> Verdict:
     if len(answer) > LONGEST_ANSWER:
         return False, f"the answer has {len(answer)} characters, more than any reference answer"
     if "=" in answer and read_quantity(clean(reference)) and is_prose(response) and _unmarked(response):
-        answer = answer.rpartition("=")[2].strip("$ ")  # a formula in passing: what it comes to
+        answer = answer.rpartition("=")[2].strip("$ ")  # a formula in running text: its right-hand side
     copied = normalize(answer) in (normalize(reference), normalize(gold[: 2 * LONGEST_ANSWER]))
     same = bool(normalize(answer)) and (copied or same_answer(reference, answer))
     return _verdict(same, reference, answer)
 
 
 def reference_answer(gold: str) -> str | None:
-    """The answer that a reference holds: the whole of it, unless it is running text."""
+    """The answer in a reference: the whole text, unless it is prose."""
     if "\\boxed" in gold or "\\fbox" in gold or after_marker(gold) is not None or is_prose(gold):
         return extract_answer(gold) or _OPEN_BOX.sub("", gold).strip() or None  # a box that was cut off
     return gold.strip() or None
@@ -74,7 +74,7 @@ def _unmarked(response: str) -> bool:
 
 
 def _choice(response: str, unboxed: Unboxed) -> LetteredChoice | None:
-    """The choice that a response makes: in its box, after 'answer is', or in what it ends with."""
+    """The choice in a response: in its box, after 'answer is', or at its end."""
     said = response_of(response)
     if said is None:
         return None

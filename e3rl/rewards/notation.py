@@ -1,4 +1,4 @@
-r"""One spelling for what is written in many: Unicode signs, LaTeX's fractions and spaces, dollar signs, markdown."""
+r"""Normalises notation: Unicode signs, LaTeX's fractions and spaces, dollar signs, markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
 
 CURRENCY = "¤"
-"""Stands for a dollar sign that is money and no mathematics."""
+"""Replaces a dollar sign that means money, not mathematics."""
 
 _SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\(?:mathrm|text|rm|mathit)\s*\{\s*([ei])\s*\}(?=\s*\^)", r"\1"),
@@ -71,7 +71,7 @@ _ESCAPED_TWICE, _ROW_BRACKET = re.compile(r"\\\\(?=[A-Za-z{}%$()\[\]])"), re.com
 
 
 def tidied(text: str) -> str:
-    """Runs of blanks as one, empty lines as one: what reads it afterwards never meets a long run of spaces."""
+    """Collapses runs of blanks and of empty lines, so that later patterns never see a long run of spaces."""
     return _LINES.sub(lambda m: "\n\n" if m[0].count("\n") > 1 else "\n", _BLANKS.sub(" ", text))
 
 
@@ -86,7 +86,7 @@ def without_delimiters(text: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without what is only typography."""
+    """An answer without its typography."""
     text = unicode_to_latex(tidied(answer))
     # LaTeX that was escaped twice on its way; in a matrix \\\\ ends a row, and a row may begin with a bracket
     twice = (_ROW_BRACKET, r"\\\\ ") if "\\begin" in text else (_ESCAPED_TWICE, r"\\")
@@ -103,12 +103,12 @@ def clean(answer: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Cleaned text without the spaces that mean nothing: all but those between two letters or digits."""
+    """Cleaned text without meaningless spaces: all except those between two letters or digits."""
     return _LOOSE_SPACE.sub("", text)
 
 
 def matching(text: str, start: int) -> int:
-    """Where the bracket that opens at ``start`` is closed; -1 where it never is. ``\\{`` counts as ``{``."""
+    """The position where the bracket at ``start`` is closed; -1 if it never is. ``\\{`` counts as ``{``."""
     depth = 0
     for position in range(start, len(text)):
         character = text[position]
@@ -143,16 +143,16 @@ _SEMICOLON = re.compile(";")
 
 
 def split_list(text: str) -> list[str]:
-    """The elements of a list: what commas, semicolons, 'and' and 'or' divide outside brackets. One element is no list.
+    """The elements of a list, separated by commas, semicolons, 'and' or 'or' outside brackets. One element is no list.
 
-    Where there are both semicolons and commas, the semicolons divide.
+    If there are both semicolons and commas, only semicolons separate.
     """
     groups = split_at(text, _SEMICOLON)
     return groups if len(groups) > 1 else split_at(text, _SEPARATOR)
 
 
 def split_at(text: str, separator: re.Pattern[str]) -> list[str]:
-    """The parts of a text between separators that stand outside brackets; empty parts are left out."""
+    """The parts of a text between separators outside brackets; empty parts are left out."""
     parts, depth, start = [], 0, 0
     position = 0
     while position < len(text):

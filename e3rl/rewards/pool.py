@@ -1,4 +1,4 @@
-"""Persistent worker processes that can be killed: whatever a task does, the caller gets its turn back in time.
+"""Persistent worker processes that can be killed: whatever a task does, the call returns in time.
 
 A thread can't be interrupted and `concurrent.futures` can't kill one process of its pool, so each worker here is a
 plain child process with a pipe. The parent waits for replies up to a deadline, then kills the child and starts another.
@@ -25,7 +25,7 @@ from typing import Any
 from e3rl.errors import UserError
 
 GRACE = 1.0
-"""Seconds beyond the time limit that the worker has to interrupt itself before it is killed."""
+"""Seconds after the time limit in which the worker can interrupt itself before it is killed."""
 
 START_LIMIT = 60.0
 """Seconds that a worker may take to start and to import what its task names; not counted as the task's time."""
@@ -33,7 +33,7 @@ START_LIMIT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A task's value, or why there is none."""
+    """A task's value, or the error."""
 
     value: Any = None
     error: str | None = None
@@ -64,7 +64,7 @@ class _Worker:
                 command,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is the parent's, and a kill reaches what the task itself started
+                start_new_session=True,  # Ctrl-C goes to the parent only, and a kill includes the task's own child processes
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         self.connection.send(sys.path)
@@ -72,12 +72,12 @@ class _Worker:
         self.deadline = 0.0
 
     def begin(self, index: int, task: PooledCall, seconds: float) -> None:
-        """Hand over a task; the clock for it starts when the worker says so."""
+        """Send a task; its time starts when the worker reports that it began."""
         self.index, self.deadline = index, time.monotonic() + START_LIMIT
         self.connection.send((task.target, task.setup, dict(task.arguments), seconds, task.memory))
 
     def kill(self) -> int:
-        """End the process, whatever it does, and reap it. Its exit status."""
+        """Kill and reap the process; returns its exit status."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
@@ -85,7 +85,7 @@ class _Worker:
 
 
 def _kill_all(workers: list[_Worker], owner: int) -> None:
-    if os.getpid() == owner:  # a forked copy of the parent must leave the workers alone
+    if os.getpid() == owner:  # a forked copy of the parent must not end the workers
         while workers:
             workers.pop().kill()
 
@@ -102,7 +102,7 @@ class ProcessPool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that live."""
+        """Process ids of the live workers."""
         return [worker.process.pid for worker in self._workers]
 
     def map(self, tasks: Sequence[PooledCall]) -> list[Outcome]:
@@ -118,7 +118,7 @@ class ProcessPool:
 
 
 class _MapCall:
-    """One `ProcessPool.map`: which tasks wait, which run where, and what came of them."""
+    """The state of one `ProcessPool.map`: waiting tasks, running tasks and outcomes."""
 
     def __init__(self, pool: ProcessPool, tasks: Sequence[PooledCall]) -> None:
         self._pool, self._tasks = pool, tasks

@@ -10,7 +10,7 @@ from e3rl.rewards.notation import CURRENCY, matching, unwrapped
 from e3rl.rewards.units import read_unit
 
 SIGNIFICANT = 6
-"""Digits that a decimal must have to stand for a number it only approaches, such as 0.333333 for 1/3."""
+"""Digits that a decimal needs to count as an approximation, such as 0.333333 for 1/3."""
 
 LONGEST = 400
 """Characters of the longest number that is read as one."""
@@ -37,7 +37,7 @@ _CURRENCIES = {CURRENCY: "dollar", "€": "euro", "£": "sterling", "¥": "yen",
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with what stands around it. ``digits``: significant ones where it was written as a decimal, else None."""
+    """A number with its unit and form. ``digits``: significant digits if it was written as a decimal, else None."""
 
     value: Fraction
     digits: int | None = None
@@ -180,7 +180,7 @@ def same_number(left: Quantity, right: Quantity) -> bool:
 
 
 def written_for(decimal: Quantity) -> tuple[Fraction, Fraction]:
-    """The numbers that a decimal may stand for, between two: those that are rounded to it, or cut off there."""
+    """The range of numbers that a decimal may approximate, by rounding or by truncation."""
     half = decimal.ulp / 2
     if decimal.value < 0:
         return decimal.value - decimal.ulp, decimal.value + half
@@ -188,7 +188,7 @@ def written_for(decimal: Quantity) -> tuple[Fraction, Fraction]:
 
 
 def _close(left: Quantity, right: Quantity) -> bool:
-    """Exact, unless one is a decimal of so many digits that it is plainly the other one rounded or cut off."""
+    """Exact equality, unless one is a decimal with enough digits to be the other one rounded or truncated."""
     if left.value == right.value:
         return True
     if left.digits is not None and left.digits == right.digits:

@@ -1,6 +1,6 @@
-r"""Rules that tell whether two answers are the same without looking inside them: choices, words, quantities, bases, ratios.
+r"""Rules that compare two answers without parsing them as expressions: choices, words, quantities, bases, ratios.
 
-Each gives True or False, or None where it has nothing to say.
+Each gives True or False, or None if it does not apply.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from e3rl.rewards.units import units_conflict
 
 
 def by_choice(gold: str, answer: str) -> bool | None:
-    """Where the reference is a choice: (A) is A is 'A. because …'; a choice with its text is also that text."""
+    """If the reference is a choice: (A) is A is 'A. because …'; a choice with its text is also that text."""
     wanted = read_choice(gold)
     if wanted is None:
         return None
@@ -56,7 +56,7 @@ _EMPTY = frozenset(
 
 
 def _words(text: str) -> str | None:
-    r"""Plain text, case and spaces evened out: a word of four letters, several words, or any in ``\text{…}``."""
+    r"""Plain text, with case and spaces normalised: a word of four letters, several words, or any in ``\text{…}``."""
     wrapped = _WRAPPED.search(text) is not None
     plain = _WRAPPED.sub(r" \1 ", text)
     plain = plain.strip(" .,;:!?\"'`*()")
@@ -74,7 +74,7 @@ def _words(text: str) -> str | None:
 
 
 def _is_empty(text: str, words: str | None) -> bool:
-    """Whether an answer says that there is nothing: an empty set, 'no solution'."""
+    """Whether an answer means 'nothing': an empty set, 'no solution'."""
     return squeezed(text) in ("\\emptyset", "\\{\\}") or words in _EMPTY
 
 
@@ -145,4 +145,4 @@ def by_colon(gold: str, answer: str) -> bool | None:
 
 
 RULES = (by_choice, by_words, by_quantity, by_base, by_colon)
-"""In the order in which they are asked."""
+"""In the order of evaluation."""

@@ -1,4 +1,4 @@
-"""`Scorer`: trajectories in, rewards out, whatever the reward functions look like and however they fail."""
+"""`Scorer`: trajectories in, rewards out, for reward functions of any signature; their failures become missing rewards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from e3rl.types import Reward, Trajectory
 
 @dataclass
 class Counters:
-    """What happened so far: rewards asked for, rewards missing, and each function's failures and first error."""
+    """Counts so far: rewards asked for, rewards missing, and each function's failures and first error."""
 
     scored: int = 0
     missing: int = 0
@@ -43,8 +43,8 @@ class Scorer:
     """The weighted sum of the config's reward functions, or of ``functions`` given in their place.
 
     Use it in a ``with`` block or call `close`: it may own worker processes, which start when they are first needed.
-    ``unboxed`` says what counts as the answer of a response without a box.
-    ``log`` holds what the functions logged during the last `score`; ``trainer_state`` is what they are told.
+    ``unboxed``: what counts as the answer of a response without a box.
+    ``log`` holds what the functions logged during the last `score`; ``trainer_state`` is passed to them.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Scorer:
         self.trainer_state = TrainerState()
         self.counters = Counters()
         self.log = Log()
-        self._one_at_a_time = threading.Lock()  # evaluation and rollouts beside the training both ask
+        self._one_at_a_time = threading.Lock()  # evaluation and the prefetch thread may both call
 
     def __enter__(self) -> Scorer:
         return self
@@ -79,7 +79,7 @@ class Scorer:
         return self._pool.restarts
 
     def score(self, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> list[Reward]:
-        """One reward a trajectory; ``texts`` are the decoded responses. Never raises for what a function does wrong."""
+        """One reward for each trajectory; ``texts`` are the decoded responses. Never raises for a function's failure."""
         if len(trajectories) != len(texts):
             raise ValueError(f"{len(texts)} texts for {len(trajectories)} trajectories")
         if not trajectories:
@@ -120,7 +120,7 @@ class Scorer:
 
 
 def require_some(rewards: Sequence[Reward]) -> None:
-    """Stop a run that has no reward left to learn from: UserError naming the first failure where all are missing."""
+    """UserError with the first failure if all rewards are missing: nothing is left to learn from."""
     if rewards and all(reward.value is None for reward in rewards):
         raise UserError(f"all {len(rewards)} rewards of this batch are missing. The first: {rewards[0].error}")
 
@@ -173,7 +173,7 @@ def _guarded(score: Callable[[Batch], list[Part]]) -> Adapter:
         try:
             with contained():
                 return score(batch)
-        except Exception as error:  # also the code of other authors
+        except Exception as error:  # importing user code may raise anything
             return [Part(error=describe(error))] * len(batch)
 
     return call
@@ -185,7 +185,7 @@ def _name(function: RewardFunction) -> str:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, each repeated one with a number behind it."""
+    """The names, each repeated one with a number added."""
     seen: Counter[str] = Counter()
     distinct = []
     for name in names:

@@ -1,4 +1,4 @@
-r"""The signs that an expression is made of, and the names it may use."""
+r"""The tokens of an expression, and the names it may use."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def tokens_of(text: str) -> list[str]:
 
 
 def _letters(word: str) -> list[str]:
-    """A run of letters: the name of a function, with a letter behind it perhaps, or up to four symbols side by side."""
+    """A run of letters: a function's name, possibly followed by a letter, or up to four adjacent symbols."""
     if word in _PLAIN_WORDS:
         return [f"\\{word}"]
     if word[:-1] in FUNCTIONS:

@@ -1,4 +1,4 @@
-r"""Units behind a number: which words are one, and when two of them differ. A word that is not listed is no unit."""
+r"""Units after a number: which words are units, and when two of them differ. A word that is not listed is no unit."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _COUNTED = """
     bracelet necklace ring pillow blanket bed lamp candle fruit vegetable meal snack drink juice soda stone rock shell star
     planet crate barrel bucket lap stick post nail wall tile lollipop gumball peanut pancake waffle cracker time
 """
-"""Things that are counted. Words that change a number, such as pair, score, half or tenth, are none."""
+"""Countable things. Words that change a number, such as pair, score, half or tenth, are not included."""
 
 _NOUNS = frozenset(_COUNTED.split())
 _ADJECTIVES = frozenset(["distinct", "different", "possible", "total"])
 _NEUTRAL = {"unit"}
-"""Units that say nothing: a number with one is the number."""
+"""Units without meaning: a number with one of them equals the bare number."""
 
 _TOKEN = re.compile(r"[A-Za-zµÅ]+|\\AA|\^ ?\{? ?-?\d ?\}?|[/*·]|\\cdot|[ .~-]|(?P<bad>.)", re.DOTALL)
 _TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
@@ -92,7 +92,7 @@ def read_unit(rest: str) -> str | None:
 
 
 def _plausible(rest: str) -> bool:
-    """Whether plain letters behind a number may be a unit: longer than one letter, or after a space; s^2 is a variable's."""
+    """Whether plain letters after a number may be a unit: longer than one letter, or after a space; s^2 is a variable's."""
     first = re.match(r"[A-Za-zµÅ]+|\\AA", rest.strip())
     if first is None or (len(first[0]) == 1 and "^" in rest and first[0] != "m"):
         return False

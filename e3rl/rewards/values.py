@@ -1,8 +1,8 @@
-r"""What expressions are worth: whether two are equal, exactly where both are rational, else to hundreds of digits.
+r"""Whether two expressions are equal in value: exactly if both are rational, else to hundreds of digits.
 
-Symbols are given values. Two expressions are equal where they agree at every point at which both are real; `i` is the
-imaginary unit, `e` Euler's number, and `log` without a base has base 10. Nothing here takes long: a number that is
-too big or too small to write down is an error, `TooBig`.
+Symbols are given values. Two expressions are equal if they agree at every point at which both are real; `i` is the
+imaginary unit, `e` Euler's number, and `log` without a base has base 10. Every operation is bounded: a number that is
+too big or too small to represent raises `TooBig`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_SYMBOLS = 12
 
 
 def _moderate(value: Any) -> Any:
-    """A number of mpmath with an exponent that later steps can bear."""
+    """An mpmath number whose exponent later steps can handle."""
     for part in (value.real, value.imag) if isinstance(value, mpc) else (value,):
         if not mp.isfinite(part):
             raise Undefined
@@ -101,7 +101,7 @@ class _Evaluator:
 
     @staticmethod
     def _called(name: str, value: Any) -> Any:
-        """A function that nobody knows: some smooth one that its name decides."""
+        """An unknown function: a smooth one chosen by its name."""
         draw = random.Random(name)
         a, b, c = (mpf(draw.randint(100, 999)) / 173 for _ in range(3))
         return a + b * value + c * value * value + mp.atan(value)
@@ -138,7 +138,7 @@ _INEXACT: dict[str, Callable[..., Any]] = _TRIGONOMETRIC | {
 
 
 def symbols_of(node: Node) -> frozenset[str]:
-    """Its symbols, constants such as pi among them."""
+    """The symbols of an expression, including constants such as pi."""
     if node[0] in ("n", "s"):
         return frozenset([node[1]] if node[0] == "s" else [])
     found: frozenset[str] = frozenset()
@@ -148,7 +148,7 @@ def symbols_of(node: Node) -> frozenset[str]:
 
 
 def functions_of(node: Node) -> frozenset[str]:
-    """The functions that it uses."""
+    """The functions that an expression uses."""
     found = frozenset([node[1]]) if node[0] == "f" else frozenset()
     for inner in _inner(node):
         found |= functions_of(inner)
@@ -166,7 +166,7 @@ def _inner(node: Node) -> tuple[Node, ...]:
 
 
 def _agree(left: Node, right: Node, at: Mapping[str, Fraction], *, real: bool, digits: int) -> bool:
-    """Whether two expressions have one value at a point, to that many digits."""
+    """Whether two expressions have the same value at a point, to that many digits."""
     with mp.workdps(digits):
         one, two = _Evaluator(at, real), _Evaluator(at, real)
         a, b = one(left), two(right)
@@ -239,7 +239,7 @@ def _agreements(left: Node, right: Node, names: frozenset[str], numbers: range, 
 
 
 def _certain(left: Node, right: Node, at: Mapping[str, Fraction], real: bool) -> bool:
-    """The last word where digits have to decide: many of them."""
+    """The final comparison by digits, with many of them."""
     try:
         return exact(left, at) == exact(right, at)
     except Inexact:

@@ -17,11 +17,11 @@ from typing import Any
 
 from e3rl.errors import UserError, where_raised
 
-_ORPHAN_FACTOR = 20  # CPU seconds, in units of the time limit, after which the kernel ends a worker nobody watches
+_ORPHAN_FACTOR = 20  # CPU seconds, in units of the time limit, after which the kernel ends an orphaned worker
 
 
 class _Expired(BaseException):
-    """The time limit. No Exception, so that code which catches every Exception lets it through."""
+    """The time limit passed. Not an Exception, so that ``except Exception`` does not catch it."""
 
 
 def _expire(signum: int, frame: FrameType | None) -> None:
@@ -29,7 +29,7 @@ def _expire(signum: int, frame: FrameType | None) -> None:
 
 
 def _arm(seconds: float) -> None:
-    """Interrupt Python code after ``seconds``; a C call that never returns is the parent's to kill, or the kernel's."""
+    """Interrupt Python code after ``seconds``; a C call that never returns is ended by the parent or the kernel."""
     signal.signal(signal.SIGALRM, _expire)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, _ORPHAN_FACTOR * seconds)
@@ -42,7 +42,7 @@ def _disarm() -> None:
 
 
 def _limit_memory(limit: int | None) -> None:
-    """Bound the address space; only the soft limit moves, so that the next task may have another one."""
+    """Limit the address space; only the soft limit is set, so that the next task may have another one."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (hard if limit is None else limit, hard))
 
@@ -67,7 +67,7 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any], seconds: f
 
 
 def _load(target: str, setup: str | None) -> Callable[..., Any]:
-    """The function that a task names; given ``setup``, what it makes of that."""
+    """The function that a task names; with ``setup``, the function that it returns for it."""
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
     return function if setup is None else function(setup)
@@ -81,7 +81,7 @@ def _encode(reply: dict[str, Any]) -> bytes:
 
 
 def serve(connection: Connection) -> None:
-    """Answer tasks until the other end is gone: ``{"started": true}``, then ``{"value": …}`` or ``{"error": …}``."""
+    """Answer tasks until the pipe closes: ``{"started": true}``, then ``{"value": …}`` or ``{"error": …}``."""
     loaded: dict[tuple[str, str | None], Callable[..., Any]] = {}
     sys.path[:] = connection.recv()
     while True:
