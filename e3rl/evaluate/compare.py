@@ -20,7 +20,7 @@ from e3rl.evaluate.tables import difference_cells
 
 @dataclass(frozen=True)
 class FigureDifference:
-    """One figure of both sides, and A's minus B's."""
+    """One figure of both sides, and A minus B."""
 
     a: float
     b: float
@@ -76,7 +76,7 @@ def _require_same_problems(a: Path, b: Path) -> None:
 
 
 def _rectangle(table: list[list[Sample]]) -> list[list[Sample]]:
-    """Equally many samples of each problem: an equal budget's extra ones may be there for some."""
+    """The same number of samples of each problem: extra samples of an equal budget may exist for some problems."""
     fewest = min(len(row) for row in table)
     return [row[:fewest] for row in table]
 

@@ -1,4 +1,4 @@
-"""Held-out evaluation: every problem sampled k times, plain or with erasable decoding, and what it says.
+"""Held-out evaluation: every problem is sampled k times, plain or with erasable decoding, graded and summarised.
 
 Training, `e3rl eval`, `e3rl diagnose` and `e3rl reproduce` draw through `draw`, in the rounds that `round_sizes` names.
 """
@@ -25,7 +25,7 @@ from e3rl.types import Group, Prompt, Trajectory
 T = TypeVar("T")
 
 SEED_OFFSET = 1_000_003
-"""Evaluation draws from its own stream of random numbers, the same before and after training."""
+"""Name of evaluation's own stream of random numbers, the same before and after training."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class Evaluation:
         return correct_table(self.samples_PK)
 
     def record(self) -> dict[str, Any]:
-        """The figures, as they stand in evaluations.jsonl and summary.json."""
+        """The figures in the form of evaluations.jsonl and summary.json."""
         return figures(self.mode, self.samples_PK)
 
 
 def even_sizes(samples: int, most: int, least: int = 1) -> list[int]:
     """``samples`` in as few parts of at most ``most`` as possible, sizes differing by one at most, larger ones first.
 
-    No part is below ``least`` where there are so many: then some may be larger than ``most``.
+    No part is below ``least`` if there are enough samples; some parts may then be larger than ``most``.
     """
     count = max(1, min(-(-samples // most), samples // least))
     return [samples // count + (i < samples % count) for i in range(count)]
 
 
 def round_sizes(config: Config, samples: int | None = None) -> list[int]:
-    """Samples of a problem that are drawn together, round by round: as many as there are siblings in training.
+    """Sizes of the rounds in which a problem's samples are drawn: as many at a time as there are siblings in training.
 
     A round of erasable decoding is a group: its samples set each other's thresholds, so it holds at least
-    erasure.min_siblings. Where training has fewer siblings than that, all samples are one group. Rounds are not larger than
+    erasure.min_siblings. If training has fewer siblings than that, all samples are one group. Rounds are not larger than
     rollout.cache_rows. Plain samples do not depend on rounds.
     """
     rollout, wanted = config.rollout, config.eval.num_samples if samples is None else samples
@@ -69,7 +69,7 @@ def round_sizes(config: Config, samples: int | None = None) -> list[int]:
 
 
 def evaluation_settings(config: Config, *, erase: bool) -> Config:
-    """The run's settings with evaluation's own sampling in place of training's, and the siblings of the smallest round."""
+    """The run's settings with evaluation's sampling instead of training's, and the siblings of the smallest round."""
     chosen = config.eval
     rollout = replace(
         config.rollout,
@@ -83,7 +83,7 @@ def evaluation_settings(config: Config, *, erase: bool) -> Config:
 
 
 Draws = Callable[[Iterable[tuple[Prompt, GroupSettings]]], Iterator[tuple[int, Group]]]
-"""Draws groups in other processes, each with the number of its first sample, in the place of an engine."""
+"""Used instead of an engine: draws groups in other processes, each with the number of its first sample."""
 
 
 def draw(
@@ -94,9 +94,9 @@ def draw(
     erase: bool,
     calibration: CalibrationStatistics | None = None,
 ) -> Iterator[tuple[int, Group]]:
-    """For each prompt, first sample and size that is wanted, the first sample and the group, as they finish.
+    """Takes (prompt, first sample, size); yields (first sample, group) as groups finish.
 
-    A sample's random draws are named by its number, so plain samples are the same however they are divided into rounds.
+    A sample's random draws are named by its number, so plain samples do not depend on the division into rounds.
     """
     chosen, seed = evaluation_settings(config, erase=erase), config.run.seed + SEED_OFFSET
 
@@ -120,7 +120,7 @@ class Peers(Protocol):
         """This process's part of the items."""
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, in every process."""
+        """Returns the values of all processes, in every process."""
 
 
 def evaluate(
@@ -137,7 +137,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample every prompt ``eval.num_samples`` times and grade the answers with the run's first reward function.
 
-    ``peers`` draw and grade a share each, and each has the whole in the end.
+    Each of the ``peers`` draws and grades a share, and all have the whole result at the end.
     Texts are not kept, nor trajectories unless asked for: many long samples would not fit into memory.
     """
     mode, sizes = "erasable" if erase else "plain", round_sizes(config)
@@ -170,7 +170,7 @@ def held_out_records(
     done: Sequence[Mapping[str, Any]] = (),
     peers: Peers | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The figures of every source, plain and, where asked for, erasable, but for those that ``done`` holds.
+    """The figures of every source, plain and (if asked for) erasable, except those that ``done`` already has.
 
     With several sources, ``data`` names each, and their mean follows.
     """

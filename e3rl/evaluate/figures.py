@@ -1,4 +1,4 @@
-"""What graded samples say: accuracy with intervals, format, length, and what it cost, also at an equal budget of tokens."""
+"""Figures of graded samples: accuracy with intervals, format, length and cost, also at an equal budget of tokens."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from e3rl.evaluate.samples import Sample
 from e3rl.rewards.answers import LONGEST_ANSWER, vote
 
 MEAN = "mean"
-"""What stands for all sources together in ``data`` of evaluations.jsonl, where there are several."""
+"""The value of ``data`` in evaluations.jsonl for the mean over several sources."""
 
 Table = Sequence[Sequence[Sample]]
-"""Samples by problem, equally many of each."""
+"""Samples by problem, the same number for each."""
 
 
 def correct_table(samples_PK: Table) -> np.ndarray:
@@ -36,7 +36,7 @@ def correct_table(samples_PK: Table) -> np.ndarray:
 
 
 def reported_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
-    """The k to report: those asked for, else the powers of two that the samples allow, and their number itself."""
+    """The k to report: those asked for, else the powers of two up to the number of samples, and that number."""
     for k in wanted:
         if not 1 <= k <= samples:
             raise UserError(
@@ -48,7 +48,7 @@ def reported_ks(samples: int, wanted: Sequence[int] = ()) -> list[int]:
 
 @functools.lru_cache(2**14)
 def _spelled(answer: str) -> str:
-    """The answer as it is counted."""
+    """The key under which an answer is counted."""
     return vote(answer[:LONGEST_ANSWER])
 
 
@@ -73,7 +73,7 @@ def share(part: float, whole: float) -> float:
 
 
 def figures(mode: str, samples_PK: Table, ks: Sequence[int] = ()) -> dict[str, Any]:
-    """All figures of one mode, as they stand in evaluation.json, evaluations.jsonl and summary.json."""
+    """All figures of one mode, in the form of evaluation.json, evaluations.jsonl and summary.json."""
     correct_PK = correct_table(samples_PK)
     problems, k = correct_PK.shape
     avg_P, pass_P = avg_at_k(correct_PK), pass_at_k_by_problem(correct_PK, k)
@@ -115,7 +115,7 @@ def _mean_point(points: Sequence[tuple[float, Sequence[float]]]) -> tuple[float,
 
 
 def mean_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of several benchmarks together: means in which each benchmark counts the same, and sums of what is counted."""
+    """The figures of several benchmarks together: unweighted means over benchmarks, and sums of counts."""
     k = records[0]["samples"]
 
     def curve(name: str) -> dict[str, Any]:
@@ -141,29 +141,29 @@ def mean_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def overall(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of records of evaluations.jsonl, those of all held-out problems: the only source's, or the mean of several."""
+    """The records of evaluations.jsonl for all held-out problems: those of the only source, or the mean of several."""
     return [r for r in records if r.get("data", MEAN) == MEAN]
 
 
 def evaluated_name(record: Mapping[str, Any]) -> str:
-    """What a record is about: its mode and, where it is of one of several sources, that."""
+    """The name of a record: its mode and, with several sources, its source."""
     return record["mode"] if record.get("data", MEAN) == MEAN else f"{record['mode']}, {record['data']}"
 
 
 def equal_samples(plain_PK: Table, erasable_PK: Table) -> float:
-    """How many plain samples of a problem cost as many tokens as its erasable ones did, on average; rarely a whole number."""
+    """The number of plain samples that cost as many tokens as a problem's erasable ones, on average; rarely whole."""
     spent = sum(s.generated for row in erasable_PK for s in row)
     one_each = sum(sum(s.generated for s in row) / len(row) for row in plain_PK)
     return spent / one_each if one_each else float(len(plain_PK[0]))
 
 
 def samples_for(budget: float) -> int:
-    """Whole samples that an equal budget needs to be measured."""
+    """The number of samples to draw for an equal budget, rounded up."""
     return math.ceil(budget - 1e-9)
 
 
 def _at(budget: float, values: Callable[[int], np.ndarray], problems: int) -> np.ndarray:
-    """Values at a number of samples that need not be whole, [P]; no samples are never right."""
+    """Values at a number of samples that need not be whole, [P]; 0 for no samples."""
     low = math.floor(budget + 1e-9)
     fraction = max(0.0, budget - low)
     below = values(low) if low else np.zeros(problems)
@@ -171,10 +171,10 @@ def _at(budget: float, values: Callable[[int], np.ndarray], problems: int) -> np
 
 
 def equal_budget(plain_PK: Table, erasable_PK: Table, budget: float) -> dict[str, Any]:
-    """Erasable decoding against plain decoding that may spend as many tokens: on ``budget`` plain samples a problem.
+    """Erasable decoding against plain decoding with as many tokens: ``budget`` plain samples for each problem.
 
-    Plain decoding turns the tokens into more samples, which Pass and Maj feel and Avg does not; erasable decoding is
-    charged for every token that it erased.
+    Plain decoding gets more samples for the tokens, which changes Pass and Maj but not Avg; erasable decoding is charged
+    for every token that it erased.
     """
     plain, erasable = correct_table(plain_PK), correct_table(erasable_PK)
     problems, k = erasable.shape

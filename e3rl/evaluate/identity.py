@@ -1,4 +1,4 @@
-"""What makes samples the same samples: the model's weights, the prompts as token ids, and how they are decoded."""
+"""The identity of samples: the model's weights, the prompts as token ids, and the decoding settings."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """A digest of ids, token ids and reference answers, in order: tokenizer, template and system prompt are in it."""
+    """A digest of ids, token ids and reference answers, in order; it changes with tokenizer, template and system prompt."""
     return _digest(json.dumps([p.problem.id, p.ids, p.problem.answer]) for p in prompts)
 
 
 def problems_digest(prompts: Sequence[Prompt]) -> str:
-    """A digest of ids and reference answers alone: the same for every model."""
+    """A digest of only ids and reference answers: the same for every model."""
     return _digest(json.dumps([p.problem.id, p.problem.answer]) for p in prompts)
 
 

@@ -1,4 +1,4 @@
-"""Avg@k, Pass@k, Maj@k, their uncertainty, and two runs compared. A result is a table of booleans: problems by samples."""
+"""Avg@k, Pass@k, Maj@k, their uncertainty, and paired comparison. A result is a table of booleans: problems by samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """The k of Pass@k and Maj@k that are reported, as far as there are samples."""
 
-_SUBSETS = 200  # random draws of k answers that stand for all of them in Maj@k
-_EXACT = 16  # up to so many differing problems, all changes of sign are tried
+_SUBSETS = 200  # random draws of k answers that approximate all of them in Maj@k
+_EXACT = 16  # up to this many differing problems, all changes of sign are tried
 _FLIPS = 20_000
 
 
@@ -35,10 +35,10 @@ def pass_at_k_by_problem(correct_PK: np.ndarray, k: int) -> np.ndarray:
 
 
 def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int, *, seed: int = 0) -> float:
-    """Chance that the commonest of k answers, drawn from one problem's, is right; answers are grouped as they are spelled.
+    """Chance that the commonest of k answers, drawn from one problem's samples, is right; answers are equal if spelled the same.
 
     Equally common answers share the vote evenly; a sample without an answer has none. Exact for k = 1 and for all
-    samples; between, the mean over random draws.
+    samples; otherwise the mean over random draws.
     """
     samples = len(answers)
     if not 1 <= k <= samples:
@@ -58,7 +58,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int, *, 
 
 
 def _votes(code_DK: np.ndarray, share_A: np.ndarray) -> np.ndarray:
-    """How right the winners of each draw are; answers without a name are coded one past the last."""
+    """Share of right winners of each draw; samples without an answer have the code one past the last."""
     draws, names = len(code_DK), len(share_A)
     places = code_DK + (names + 1) * np.arange(draws)[:, None]
     counts_DA = np.bincount(places.ravel(), minlength=draws * (names + 1)).reshape(draws, -1)[:, :names]
@@ -67,14 +67,14 @@ def _votes(code_DK: np.ndarray, share_A: np.ndarray) -> np.ndarray:
 
 
 def between(below: np.ndarray, above: np.ndarray, fraction: float) -> np.ndarray:
-    """The values ``fraction`` of the way from k samples to k + 1: a budget rarely buys a whole number."""
+    """The values ``fraction`` of the way from k samples to k + 1, for a budget that is not a whole number of samples."""
     return (1 - fraction) * below + fraction * above
 
 
 def bootstrap_interval(
     values_P: np.ndarray, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over problems, by drawing problems with replacement."""
+    """Percentile bootstrap interval of the mean: problems are drawn with replacement."""
     chosen = np.random.Generator(np.random.Philox(seed)).integers(0, len(values_P), (resamples, len(values_P)))
     low, high = np.quantile(values_P[chosen].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -91,10 +91,10 @@ class Difference:
 
 
 def paired_difference(a_P: np.ndarray, b_P: np.ndarray, *, seed: int = 0) -> Difference:
-    """Two-sided paired randomisation test: under no difference every problem's sign is a coin's.
+    """Two-sided paired randomisation test: without a difference, every problem's sign is random.
 
-    All signs are tried where few problems differ, else random ones; the observed outcome counts as one of them, so that
-    p is never 0.
+    If few problems differ, all signs are tried, else random ones; the observed outcome counts as one of them, so that p is
+    never 0.
     """
     if a_P.shape != b_P.shape or not len(a_P):
         raise ValueError("a paired comparison needs the same problems on both sides, and at least one")

@@ -1,4 +1,4 @@
-"""One graded response as a plain record: what evaluations are computed from, stream to disk and read back."""
+"""One graded response as a plain record. Evaluations compute figures from these, stream them to disk and read them back."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from e3rl.types import Group, Reward, Trajectory
 class Sample:
     """A response and its grade. ``pred`` and ``gold`` are named as `e3rl grade` reads them.
 
-    ``correct`` is None where the grade is missing, and ``reason`` says why. ``tokens`` are the response's, ``generated``
-    all that were drawn for it: erased and redrawn ones too.
+    ``correct`` is None if the grade is missing, and ``reason`` says why. ``tokens`` counts the response's tokens,
+    ``generated`` all tokens drawn for it, including erased ones.
     """
 
     problem: str
@@ -38,14 +38,14 @@ class Sample:
 
     @staticmethod
     def of(row: dict[str, Any]) -> Sample:
-        """The sample that a line of the stream holds; KeyError where it lacks a field."""
+        """The sample in a line of the stream; KeyError if a field is missing."""
         return Sample(**{f.name: row[f.name] for f in fields(Sample)})
 
 
 def graded(
     group: Group, scorer: Scorer, tokenizer: Any, *, mode: str, round: int = 0, first: int = 0
 ) -> tuple[Sample, ...]:
-    """The samples of a finished group, graded by the first reward function; ``first`` is the number of its first one."""
+    """The samples of a finished group, graded by the first reward function; ``first`` is the number of the first sample."""
     texts = [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in group.trajectories]
     rewards = scorer.score(group.trajectories, texts)
     return tuple(

@@ -1,7 +1,7 @@
-"""A directory of samples: whose they are, a stream for each shard, and what is missing from it.
+"""A directory of samples: their identity, one stream for each shard, and the units that are missing.
 
-The unit is a group: one problem's samples of one mode and round. It is whole in the stream or is drawn again, with the
-same random numbers, so an interrupted evaluation goes on exactly where it stopped.
+The unit is a group: one problem's samples of one mode and round. A group that is not whole in the stream is drawn again
+with the same random numbers, so an interrupted evaluation continues exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Shard:
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Where two identities differ, in words, field by field."""
+    """The differences of two identities, field by field, for an error message."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in sorted({*before, *now}):
             yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
@@ -76,7 +76,7 @@ class SampleStore:
         self.path = directory
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Say whose samples the directory holds; UserError where it holds another's. New sections may join."""
+        """Write the identity of the samples; UserError if the directory has samples of another one. New sections may be added."""
         before = self.identity()
         if before is None:
             if any(self.path.glob(_PATTERN)):
@@ -94,11 +94,11 @@ class SampleStore:
             write_json(self.path / IDENTITY, {**before, **identity})
 
     def identity(self) -> dict[str, Any] | None:
-        """Whose samples they are; None where the directory is new."""
+        """The identity of the samples; None if the directory is new."""
         return read_json(self.path / IDENTITY)
 
     def units(self) -> list[list[Sample]]:
-        """The groups that are whole, each once."""
+        """The complete groups, each once."""
         groups: dict[tuple[str, int, str], dict[int, Sample]] = {}
         sizes: dict[tuple[str, int, str], int] = {}
         for path in sorted(self.path.glob(_PATTERN)):
@@ -110,11 +110,11 @@ class SampleStore:
         return [[*found.values()] for key, found in groups.items() if len(found) == sizes[key]]
 
     def samples(self) -> list[Sample]:
-        """All samples of whole groups."""
+        """All samples of complete groups."""
         return [sample for unit in self.units() for sample in unit]
 
     def missing(self, wanted: Iterable[Unit]) -> list[Unit]:
-        """The units that are not there yet, in the order given."""
+        """The units that are still missing, in the order given."""
         have = {(unit[0].mode, unit[0].round, unit[0].problem) for unit in self.units()}
         return [unit for unit in wanted if (unit.mode, unit.round, unit.problem) not in have]
 
@@ -132,7 +132,7 @@ class SampleStore:
 
 
 class Writer:
-    """Appends whole groups to a stream, each flushed to the disk before the next begins."""
+    """Appends complete groups to a stream, each flushed to disk before the next."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -166,7 +166,7 @@ class Writer:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a stream. A last line that was cut off is left out; any other damage is an error."""
+    """The lines of a stream. A truncated last line is left out; any other damage is an error."""
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -184,7 +184,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _drop_half_groups(path: Path) -> None:
-    """Rewrite a stream without what an interrupted process left half written."""
+    """Rewrite a stream without the partial group that an interrupted process left."""
     if not path.is_file():
         return
     rows = list(_rows(path))
@@ -199,7 +199,7 @@ def _drop_half_groups(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file, UserError where it is damaged."""
+    """A JSON object; None if there is no such file, UserError if it is damaged."""
     try:
         value = parsing.read_json(path, finite=False)
     except FileNotFoundError:

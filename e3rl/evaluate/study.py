@@ -1,4 +1,4 @@
-"""An evaluation that streams to disk: what it has to sample, one shard of it, and the figures of the whole."""
+"""An evaluation that streams to disk: the plan of its samples, the drawing of one shard, and the figures of the whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[Sequence[Sample]], None]
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """``eval.num_samples`` of each problem, plain and, where ``erase`` says so, erasable."""
+    """``eval.num_samples`` of each problem: plain, and with ``erase`` also erasable."""
 
     problems: tuple[str, ...]
     config: Config
@@ -48,7 +48,7 @@ class SamplingPlan:
         ]
 
     def wanted(self) -> list[Unit]:
-        """The groups that can be named before anything was sampled."""
+        """The groups that are known before sampling."""
         return [u for mode in self.modes for u in self.units(mode, self.samples)]
 
     @property
@@ -56,7 +56,7 @@ class SamplingPlan:
         return ("plain", "erasable") if self.erase else ("plain",)
 
     def more_plain(self, table: dict[str, list[list[Sample]]]) -> list[Unit]:
-        """The further plain samples that the erasable ones' tokens would have bought."""
+        """The extra plain samples for the tokens that the erasable ones used."""
         if not self.erase:
             return []
         extra = samples_for(equal_samples(table["plain"], table["erasable"])) - self.samples
@@ -70,13 +70,13 @@ def tables(plan: SamplingPlan, samples: Sequence[Sample]) -> dict[str, list[list
 
 
 def missing(plan: SamplingPlan, store: SampleStore) -> list[Unit]:
-    """What has to be sampled next: the named groups first; the equal budget is known once they are all there."""
+    """The units to sample next: first the planned groups; when all are complete, those of the equal budget."""
     return store.missing(plan.wanted()) or store.missing(plan.more_plain(tables(plan, store.samples())))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What turns units into graded samples."""
+    """Turns units into graded samples."""
 
     policy: Policy
     prompts: Sequence[Prompt]
@@ -86,7 +86,7 @@ class Sampler:
     deadline: float = math.inf
 
     def run(self, plan: SamplingPlan, store: SampleStore, shard: Shard, progress: Progress) -> bool:
-        """Sample all that is missing of the shard; False where the deadline came first. No group is left half drawn."""
+        """Sample all missing units of the shard; False if the deadline came first. No group is left incomplete."""
         engine: Engine | None = None
         with store.writer(shard) as writer:
             while units := shard.take(missing(plan, store), plan.problems):
@@ -116,7 +116,7 @@ class Sampler:
 
 
 def conclude(plan: SamplingPlan, store: SampleStore, facts: dict[str, Any], ks: Sequence[int] = ()) -> dict[str, Any]:
-    """The figures of a complete directory, written there with the table of samples. ``facts`` stand before them."""
+    """The figures of a complete directory, written there with the table of samples. ``facts`` come first."""
     samples = store.samples()
     table = tables(plan, samples)
     found: dict[str, Any] = {**facts, **{mode: figures(mode, table[mode], ks) for mode in plan.modes}}

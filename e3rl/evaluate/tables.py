@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def results_table(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    """Labelled evaluation records, one a row, in the order given."""
+    """Labelled evaluation records, one in each row, in the order given."""
     k = rows[0][1]["samples"]
     table = Table(title=Text(title), title_justify="left")  # ":books:" would be an emoji
     table.add_column("decoding", no_wrap=True)
@@ -30,7 +30,7 @@ def results_table(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> 
 
 
 def cost_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    """Format, length, and what was spent: tokens generated in all and for each right answer, erased ones included."""
+    """Format, length and cost: tokens generated in all and for each right answer, including erased ones."""
     table = Table(title="Form and cost", title_justify="left")
     table.add_column("decoding", no_wrap=True)
     for column in ("boxed", "length", "erase rate", "tokens", "tokens per right answer"):
@@ -61,7 +61,7 @@ def curves_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def budget_table(budget: Mapping[str, Any]) -> Table:
-    """Erasable decoding beside plain decoding that spends as many tokens."""
+    """Erasable decoding beside plain decoding with as many tokens."""
     table = Table(
         title=f"At {budget['tokens_per_problem']:.0f} tokens a problem: {budget['erasable_samples']} erasable samples, "
         f"{budget['plain_samples']:.2f} plain ones",

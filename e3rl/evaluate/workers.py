@@ -1,4 +1,4 @@
-"""An evaluation divided over processes: each is the same command with ``--shard I/N``, on a GPU of its own if possible."""
+"""An evaluation divided over processes: each runs the same command with ``--shard I/N``, on its own GPU if possible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from e3rl.plugins import own_python
 
 
 def _environment(index: int, of: int, gpus: int) -> dict[str, str]:
-    """Its share of the machine: a GPU of those visible, or of the cores."""
+    """A worker's share of the machine: one of the visible GPUs, or a share of the cores."""
     environment = dict(os.environ)
     if gpus > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str((index - 1) % gpus)
@@ -23,9 +23,9 @@ def _environment(index: int, of: int, gpus: int) -> dict[str, str]:
 
 
 def run_workers(arguments: Sequence[str], workers: int, logs: Path, *, gpus: int = 0) -> bool:
-    """Run ``e3rl ARGUMENTS --shard I/N`` for every I and wait. False where one stopped early by request.
+    """Run ``e3rl ARGUMENTS --shard I/N`` for every I and wait. False if one stopped early by request.
 
-    Where one fails the others are ended, and its last words are the error.
+    If one fails, the others are ended and its last line of output is the error.
     """
     logs.mkdir(parents=True, exist_ok=True)
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
