@@ -1,4 +1,4 @@
-"""A run in the terminal: a live panel, or one plain line a step where there is no terminal; at its end what it came to."""
+"""A run in the terminal: a live panel, or one line for each step without a terminal; then a summary."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from e3rl.train.listeners import Silent
 from e3rl.train.run_directory import read_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
-_QUIET_SECONDS = 30.0  # without a line, where there is no panel
+_QUIET_SECONDS = 30.0  # without output before a progress line is printed (no panel)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 4 s, 3 min 20 s, 2 h 5 min."""
+    """Readable duration: 4 s, 3 min 20 s, 2 h 5 min."""
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole} s"
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """The last ``width`` values as bars between their smallest and largest; what is no number is left out."""
+    """The last ``width`` values as bars between their smallest and largest; non-finite values are left out."""
     shown = [v for v in values if math.isfinite(v)][-width:]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     span = (high - low) or 1.0
@@ -47,7 +47,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 def step_line(record: Mapping[str, Any], steps: int, left: float) -> str:
-    """One step in one line, the most telling first: a narrow terminal cuts the end. What is not known is left out."""
+    """One step in one line, the most important values first: a narrow terminal cuts the end. Unknown values are left out."""
     parts = [f"step {record['step']}/{steps}", f"reward {record['reward']:.3f}"]
     if _known(record, "accuracy") and record["accuracy"] != record["reward"]:
         parts.append(f"accuracy {record['accuracy']:.3f}")
@@ -104,7 +104,7 @@ class PlainDisplay(Silent):
         self._say(evaluation_line(record))
 
     def progressed(self, activity: str, done: int, of: int) -> None:
-        """A line now and then, for whoever reads a log."""
+        """A progress line from time to time, for logs."""
         now = time.monotonic()
         if of and now - self._said > _QUIET_SECONDS:
             self._say(f"  {activity}: {done}/{of}")
@@ -113,7 +113,7 @@ class PlainDisplay(Silent):
         self._say(text)
 
     def close(self) -> None:
-        """Give the terminal back; plain lines hold nothing."""
+        """Nothing to release: plain lines don't own the terminal."""
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
@@ -126,7 +126,7 @@ class LiveDisplay(PlainDisplay):
     _live: Live | None = None
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
-        self.close()  # of a run that begins again
+        self.close()  # a run that was restarted
         super().started(run, config, method, first_step, steps)
         self._rewards: list[float] = []
         self._record: Mapping[str, Any] = {}
@@ -188,7 +188,7 @@ def build_display(console: Console) -> PlainDisplay:
 
 
 def telling_erasure(run: Path) -> Mapping[str, Any] | None:
-    """An erasure worth showing: in a late, rewarded trajectory, the one furthest above its threshold."""
+    """The erasure to show: in a late, rewarded trajectory, the one furthest above its threshold."""
     for ledger in sorted((run / "rollouts").glob("step-*.parquet"), reverse=True):
         try:
             rows = read_ledger(ledger, ["prompt", "reward", "segments", "erasures"]).to_pylist()
@@ -202,7 +202,7 @@ def telling_erasure(run: Path) -> Mapping[str, Any] | None:
 
 
 def _replacement(erasure: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The judged segment that stands in an erasure's place. A turn that was drawn again may have fewer segments."""
+    """The judged segment that replaced an erased one; a redrawn turn may have fewer segments."""
     judged = (s for s in row["segments"] if s["uncertainty"] is not None)
     return next((s for s in judged if s["index"] == erasure["index"]), None)
 
@@ -227,7 +227,7 @@ def erasure_text(example: Mapping[str, Any]) -> Text:
 
 
 def first_to_last(run: Path) -> str:
-    """Training reward and, where it is known, accuracy: the mean of the first steps and of the last."""
+    """Training reward and, if known, accuracy: the mean of the first steps and of the last."""
     records = read_lines(run / "metrics.jsonl")
     if len(records) < 2:
         return ""

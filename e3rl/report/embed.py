@@ -1,4 +1,4 @@
-"""Putting untrusted values into a page so that they stay data."""
+"""Embeds untrusted values in a page as data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def data_element(name: str, json_text: str) -> str:
 
 
 def packed_element(name: str, packed: str) -> str:
-    """A data block of gzip in base64, which takes a fraction of the room; the page unpacks it when it is looked at."""
+    """A data block of gzip in base64, which is much smaller; the page unpacks it when it is shown."""
     return f'<script type="application/gzip" id="{name}">{packed}</script>'
 
 
@@ -31,12 +31,12 @@ def script_element(code: str) -> str:
 
 
 def sleeping_script_element(name: str, code: str) -> str:
-    """A script that runs only when another one wakes it: the page is seen before a large library is read."""
+    """A script that runs only when another one starts it, so that the page is shown before a large library is parsed."""
     return f'<script type="text/plain" id="{name}">{code}</script>'
 
 
 def content_security_policy(scripts: list[str]) -> str:
-    """Only these very scripts may run; nothing is loaded from elsewhere, nothing is sent elsewhere."""
+    """Only these scripts may run; nothing is loaded from or sent to another host."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "

@@ -1,6 +1,6 @@
-"""Is the run well? Rules over its logs, each answering in one plain sentence that says what to do.
+"""Health of a run: rules over its logs, each giving one sentence that says what to do.
 
-Pure: the records of metrics.jsonl and evaluations.jsonl and the settings in, findings out.
+Pure functions from the records of metrics.jsonl and evaluations.jsonl and the settings to findings.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Level = Literal["bad", "warn", "note", "good"]
 Record = Mapping[str, Any]
 
 RECENT = 10
-"""Steps that 'now' is averaged over, and as many that 'at first' is."""
+"""Number of steps that 'now' and 'at first' are each averaged over."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about a run, and how much it matters."""
+    """One sentence about a run, and its severity."""
 
     level: Level
     text: str
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Logs:
-    """What the rules look at."""
+    """The input of the rules."""
 
     metrics: Sequence[Record]
     evaluations: Sequence[Record]
@@ -41,7 +41,7 @@ class Logs:
         return [r[name] for r in self.metrics if isinstance(r.get(name), int | float)]
 
     def now(self, name: str) -> float:
-        """Mean of the last steps; NaN, which no rule's comparison holds for, where there is none."""
+        """Mean of the last steps; NaN if there are no values (every comparison with it is false)."""
         return mean(self.values(name)[-RECENT:])
 
     def at_first(self, name: str) -> float:
@@ -107,7 +107,7 @@ def never_erases(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        "Erase rate 0: nothing was ever erased, so this is a plain run in disguise. Lower "
+        "Erase rate 0: nothing was ever erased, so this is a plain run. Lower "
         f"erasure.{logs.config.erasure.strictness}{_or_calibrate(logs.config)}.",
     )
 
@@ -118,7 +118,7 @@ def erases_too_much(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        f"Erased tokens come to {ratio:.0%} of the committed ones, which makes rollouts as much dearer. Raise "
+        f"Erased tokens come to {ratio:.0%} of the committed ones, which makes rollouts that much more expensive. Raise "
         f"erasure.{logs.config.erasure.strictness}{_or_calibrate(logs.config)}.",
     )
 
@@ -156,7 +156,7 @@ def entropy_collapsed(logs: Logs) -> Finding | None:
         return None
     return Finding(
         "warn",
-        f"Token entropy fell from {first:.3f} to {now:.3f} nats: siblings grow alike and groups stop teaching.",
+        f"Token entropy fell from {first:.3f} to {now:.3f} nats: siblings become similar and groups stop giving gradients.",
     )
 
 
@@ -222,7 +222,7 @@ def memory_grows(logs: Logs) -> Finding | None:
 
 
 def held_out(logs: Logs) -> Finding | None:
-    """Plain decoding, first evaluation against the last: said to differ only where the intervals are apart."""
+    """Plain decoding, first evaluation against the last: reported as different only if the intervals don't overlap."""
     plain = [r for r in overall(logs.evaluations) if r["mode"] == "plain"]
     if len(plain) < 2:
         return None
@@ -259,7 +259,7 @@ _ORDER = ("bad", "warn", "good", "note")
 
 
 def examine(logs: Logs) -> list[Finding]:
-    """What every rule finds, gravest first."""
+    """The findings of all rules, most serious first."""
     if not logs.metrics:
         return [Finding("note", "No step is done yet.")]
     found = [finding for rule in RULES if (finding := rule(logs)) is not None]

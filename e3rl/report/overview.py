@@ -1,4 +1,4 @@
-"""What a run directory says of its run as a whole: settings, curves, evaluations and health, as plain JSON values."""
+"""A run as a whole, read from its directory: settings, curves, evaluations and health, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from e3rl.train.metrics import METRICS
 from e3rl.train.run_directory import read_config, read_lines
 
 GRADERS = frozenset({"math", "code", "lab"})
-"""Built-in reward functions that give 1 for a right answer. Of others accuracy is known where problems have answers."""
+"""Built-in reward functions that give 1 for a right answer. With others, accuracy is known if problems have answers."""
 
 
 def read_overview(run: Path) -> dict[str, Any]:
-    """Everything about the run but its rollouts."""
+    """Everything about the run except its rollouts."""
     config = read_config(run)
     metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "evaluations.jsonl")
     summary = _read_json(run / "summary.json")
@@ -48,7 +48,7 @@ def _method(config: Config) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is no whole one."""
+    """A JSON object; empty if the file is missing or incomplete."""
     try:
         value = read_json(path, finite=False)
     except (FileNotFoundError, UserError):
@@ -57,13 +57,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def columns(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Records turned into one list a metric; a step without a value has None."""
+    """Records as one list for each metric; None for a step without a value."""
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [_short(record.get(name)) for record in records] for name in names}
 
 
 def _short(value: Any) -> Any:
-    """Six significant digits are more than a chart can show."""
+    """Rounded to six significant digits, more than a chart can show."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, list):
@@ -94,14 +94,14 @@ def evaluation_point(record: Mapping[str, Any], metrics: Sequence[Mapping[str, A
 
 
 def mixture_text(sources: Mapping[str, float]) -> str:
-    """What is trained on, in words."""
+    """The training data, in words."""
     if len(sources) == 1:
         return next(iter(sources))
     return ", ".join(f"{100 * share:.3g} % {source}" for source, share in sources.items())
 
 
 def facts(config: Config) -> list[list[str]]:
-    """What was run, as label and value."""
+    """The settings of the run, as label and value."""
     rollout, train, erasure = config.rollout, config.train, config.erasure
     learned = f"{train.prompts_per_step} prompts × {rollout.num_generations} siblings a step"
     ending = "" if rollout.max_segments == 1 else "s"

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its styles, scripts and data inside, which opens from the disk and loads nothing."""
+"""The page: one HTML file with its styles, scripts and data inside. It opens from disk and loads nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DATA_BUDGET = 16_000_000
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into the run directory and return its path. Safe to call while the run goes on."""
+    """Write ``report.html`` into the run directory and return its path. Safe to call while the run is in progress."""
     path = run / "report.html"
     described, selection = describe_run(run)
     data = {"run": to_json({"live": False, "runs": [described]})}
@@ -55,13 +55,13 @@ def write_report(run: Path) -> Path:
 
 
 def describe_run(run: Path) -> tuple[dict[str, Any], Selection]:
-    """A run as the page's data has it, and the rollouts that there is room for beside it."""
+    """A run as the page's data, and the rollouts that fit into the page."""
     try:
         overview = read_overview(run)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # logs that parse and are no logs of ours
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # logs that parse but have other contents
         raise UserError(f"the logs of {run} are damaged ({error!r}): 'e3rl doctor {run}' says where") from error
     room = DATA_BUDGET - len(to_json(overview).encode())
-    selection = select(run, room // 1_000_000 * 1_000_000)  # whole megabytes, so that what was read stays valid
+    selection = select(run, room // 1_000_000 * 1_000_000)  # whole megabytes, so that the cache stays valid
     described = {
         **overview,
         "directory": run.resolve().name,

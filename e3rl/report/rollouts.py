@@ -1,4 +1,4 @@
-"""Rollouts as the page reads them: the ledger's rows grouped by problem, and a light index to filter and sort by."""
+"""Rollouts as the page reads them: the ledger's rows grouped by problem, and a small index to filter and sort by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from e3rl.report.embed import to_json
 from e3rl.train.metrics import mean
 from e3rl.types import TERMS
 
-_INDEX_ROW = 110  # bytes of a rollout in the index, about
+_INDEX_ROW = 110  # approximate bytes of a rollout in the index
 _SNIPPET = 40  # characters of a response's end that a list shows
 
 _ROWS_AT_A_TIME = 64
@@ -29,12 +29,12 @@ _FACTORS = ("threshold", "baseline", "penalty", "modulation")
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """One step's rollouts: a row of the index each, and the whole of them as JSON, packed (gzip in base64)."""
+    """One step's rollouts: one index row for each, and all rollouts as packed JSON (gzip in base64)."""
 
     step: int
     index: tuple[dict[str, Any], ...]
     packed: str
-    total: int  # rollouts in the ledger, those that did not fit included
+    total: int  # rollouts in the ledger, including those that did not fit
     answered: bool  # a problem has a reference answer
 
     @property
@@ -45,14 +45,14 @@ class StepRollouts:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rollouts that fit into a page, by step, and how many there are in all."""
+    """The rollouts that fit into a page, by step, and their total number."""
 
     steps: tuple[StepRollouts, ...]
     total: int
     total_steps: int
 
     def index(self) -> dict[str, list[Any]]:
-        """The index of all steps, one list a column."""
+        """The index of all steps, one list for each column."""
         rows = [row for step in self.steps for row in step.index]
         return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
@@ -90,8 +90,8 @@ def _rows_in(path: Path) -> int:
 
 
 _read_before: dict[tuple[Path, int, int, int], StepRollouts] = {}
-"""What the last selection of each run holds, by file and what shows that it has not changed since: a page is made anew
-after every few steps, and reading a step again would cost as much as the first time."""
+"""Cache of the last selection of each run, by file and the file's state: the page is rewritten every few steps, and reading
+a step again would cost as much as the first time."""
 
 
 def read_step(path: Path, budget: int) -> StepRollouts:
@@ -119,13 +119,13 @@ def read_step(path: Path, budget: int) -> StepRollouts:
         ValueError,
         KeyError,
         TypeError,
-    ) as error:  # a damaged file may fail in any of these
+    ) as error:  # a damaged file may raise any of these
         raise UserError(f"{path} is no whole rollout ledger ({error}); move it elsewhere to see the others") from None
     return StepRollouts(step, tuple(index), packer.closed_by("]}"), total, answered)
 
 
 class _Packer:
-    """Text packed piece by piece, where each piece may still be taken back."""
+    """Packs text piece by piece; a piece can still be undone."""
 
     def __init__(self, text: str) -> None:
         self._stream = zlib.compressobj(wbits=31)
@@ -165,7 +165,7 @@ def encode_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One trajectory. What it has a number of for each token is cut into its segments."""
+    """One trajectory. Values for each token are split by segment."""
     segments = []
     for segment in row["segments"]:
         span = slice(segment["start"], segment["start"] + len(segment["ids"]))
@@ -188,10 +188,10 @@ def encode_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode_candidate(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A segment or an erased candidate; ``u`` and ``theta`` are None where nothing was judged. With an ``observation`` it is an
+    """A segment or an erased candidate; ``u`` and ``theta`` are None if it was not judged. With an ``observation`` it is an
     environment's answer, or a whole turn that was erased after one."""
     judged = row["verdict"] is not None
-    seen = row.get("observation")  # ledgers of before there were environments have none
+    seen = row.get("observation")  # ledgers of older versions, without environments, have none
     return {
         **({} if seen is None else {"observation": json.loads(seen)}),
         "index": row["index"],
@@ -208,7 +208,7 @@ def encode_candidate(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def index_rows(step: int, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a list of rollouts shows, filters and sorts by."""
+    """The index row: the values that a list of rollouts shows, filters and sorts by."""
     average = mean(row["reward"] for row in rows if row["reward"] is not None)
     return [
         {
@@ -228,7 +228,7 @@ def index_rows(step: int, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
 
 def snippet(text: str) -> str:
-    """The end of a response in one line: where its answer stands."""
+    """The end of a response in one line; the answer is usually there."""
     line = " ".join(text.split())
     return line if len(line) <= _SNIPPET else "…" + line[1 - _SNIPPET :]
 
@@ -241,10 +241,10 @@ def _sign_flips(row: Mapping[str, Any], average: float) -> int:
 
 
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    """Three decimals; zeros, which are many, in one character."""
+    """Three decimals; the frequent zeros in one character."""
     return [None if v is None or not math.isfinite(v) else round(v, 3) or 0 for v in values]
 
 
 def _constant(values: list[float | None]) -> list[float | None] | float | None:
-    """The value alone where all are the same."""
+    """A single value if all are the same."""
     return values[0] if values and all(v == values[0] for v in values) else values

@@ -1,8 +1,7 @@
-"""The page of one or several runs over HTTP, live while they go on. Reads run directories, answers GET, nothing else.
+"""Serves the page of one or several runs over HTTP, live during training. Reads run directories and answers only GET.
 
-Rollouts are what a model wrote, and perhaps nobody else's business: it listens on this machine alone unless a token is
-set, and it answers no request whose Host header names another machine, so that no web page can reach it by a trick with
-names.
+Rollouts may be private: without a token it listens only on this machine, and it refuses requests whose Host header names
+another machine, which blocks DNS rebinding by web pages.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ _HEADERS = {
 
 
 def serve(runs: Sequence[Path], access: Access, port: int = 8000) -> None:
-    """Show ``runs`` until interrupted, to those whom ``access`` admits."""
+    """Show ``runs`` until interrupted, to clients that ``access`` admits."""
     with make_server(runs, access, port) as server:
         server.run_until_interrupted(f"/?token={access.token}" if access.token else "/")
 
 
 def make_server(runs: Sequence[Path], access: Access, port: int) -> WebServer:
-    """A server that is bound and not yet running; port 0 takes any free one."""
+    """A server that is bound but not yet running; port 0 takes any free port."""
     if not runs:
         raise UserError("no run to show: name at least one run directory")
     for run in runs:
@@ -56,7 +55,7 @@ def make_server(runs: Sequence[Path], access: Access, port: int) -> WebServer:
 
 
 def make_app(site: Site) -> Door:
-    """The ASGI app, behind its door: sockets and headers only, `Site` decides."""
+    """The ASGI app. It handles sockets and headers only; `Site` decides."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         response = await asyncio.to_thread(site.answer, _target(scope), Request(scope).headers)
@@ -64,7 +63,7 @@ def make_app(site: Site) -> Door:
 
     def admit(request: Request) -> Response | None:
         if request.method != "GET":
-            return _answer(405, "There is nothing to do but to look.", Allow="GET")
+            return _answer(405, "Only GET is supported.", Allow="GET")
         return site.before(_target(request.scope), request.headers)
 
     return Door(app, admit=admit, refuse=_answer, largest=0)
@@ -72,17 +71,17 @@ def make_app(site: Site) -> Door:
 
 @dataclass(frozen=True)
 class Site:
-    """What may be seen, and by whom. Knows nothing of sockets: a request's parts in, a response out."""
+    """Decides what a client may see. Knows no sockets: a request's parts in, a response out."""
 
     runs: tuple[Path, ...]
     access: Access
 
     def before(self, target: str, headers: Mapping[str, str]) -> Response | None:
-        """What a GET request gets instead of what it asks for; None for those who may see it. ``headers`` by lower-case name."""
+        """The refusal of a GET request; None if it is allowed. ``headers`` by lower-case name."""
         if len(target) > _MAX_TARGET:
             return _answer(414, "The address is too long.")
         if not self.access.knows_host(headers.get("host", "")):
-            return _answer(421, "This server does not go by that name.")
+            return _answer(421, "The Host header names another server.")
         try:
             query = parse_qs(urlsplit(target).query)
         except ValueError:
@@ -135,7 +134,7 @@ class Site:
 
 
 def fingerprint(runs: Iterable[Path]) -> str:
-    """Changes whenever a file that the page is made from does."""
+    """A tag that changes whenever a source file of the page changes."""
     names = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "environment.json", "rollouts")
     parts = []
     for path in (run / name for run in runs for name in names):
@@ -145,7 +144,7 @@ def fingerprint(runs: Iterable[Path]) -> str:
 
 
 def _token_of(headers: Mapping[str, str]) -> str:
-    """The token of a cookie, or of an Authorization header."""
+    """The token in a cookie or an Authorization header."""
     try:
         cookie = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
     except CookieError:
@@ -158,7 +157,7 @@ def _small_number(text: str) -> bool:
 
 
 def _target(scope: Scope) -> str:
-    """Path and query as they were sent."""
+    """Path and query as sent."""
     raw, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
     return f"{raw}?{query}" if query else raw
 

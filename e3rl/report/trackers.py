@@ -1,4 +1,4 @@
-"""Listeners that show a run elsewhere: experiment trackers by their names in train.report_to, and the run's own page."""
+"""Listeners of a run: the experiment trackers named in train.report_to, and the run's own page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from e3rl.train.listeners import Listener, Silent
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers as they are, series by segment index as name/0, name/1, …"""
+    """Numbers unchanged; series by segment index as name/0, name/1, …"""
     flat = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
     for key, series in record.items():
         if isinstance(series, list):
@@ -44,11 +44,11 @@ USUAL_NAMES: Mapping[str, str] = {
     "num_tokens": "tokens_total",
     "epoch": "epoch",
 }
-"""TRL's names of metrics, under which dashboards look for them, and ours."""
+"""TRL's names of metrics, which dashboards expect, and ours."""
 
 
 def _logged(record: Mapping[str, Any]) -> dict[str, float]:
-    """A step's numbers as train/NAME, and those that TRL has a name for once more under it."""
+    """A step's numbers as train/NAME, and a copy under TRL's name if it has one."""
     scalars = _scalars(record)
     usual = {name: scalars[ours] for name, ours in USUAL_NAMES.items() if ours in scalars}
     if "finish_ratio" in scalars:
@@ -97,7 +97,7 @@ class ModuleTracker(Silent):
 
 
 def _as_files(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics under names none of which is another's folder: MLflow may keep each in a file."""
+    """The metrics renamed so that no name is another's folder: MLflow may keep each in a file."""
     named = {}
     for name, value in metrics.items():
         owner = next((n for n in metrics if name.startswith(f"{n}/")), None)
@@ -131,7 +131,7 @@ class MLflow(Silent):
 
 
 class Tracked(Silent):
-    """A tracker that must not cost the run: where it fails once, it is told nothing more and ``note`` says so."""
+    """A tracker that can't stop the run: after its first failure it gets no more data, and ``note`` reports it."""
 
     def __init__(self, name: str, tracker: Listener, note: Callable[[str], None]) -> None:
         self._name, self._tracker, self._note, self._failed = name, tracker, note, False
@@ -153,14 +153,14 @@ class Tracked(Silent):
             return
         try:
             getattr(self._tracker, event)(*values)
-        except Exception as error:  # a service elsewhere: the packages document no closed list
+        except Exception as error:  # a remote service: the packages document no list of exceptions
             self._failed = True
             reason = (str(error).splitlines() or [repr(error)])[0]
-            self._note(f"{self._name} failed and is told nothing more: {reason}. metrics.jsonl has everything")
+            self._note(f"{self._name} failed and gets no more data: {reason}. metrics.jsonl has everything")
 
 
 def build_trackers(names: tuple[str, ...], note: Callable[[str], None]) -> list[Listener]:
-    """The trackers of train.report_to; a missing package is said before the run starts."""
+    """The trackers of train.report_to; UserError before the run if a package is missing."""
     import importlib
 
     packages = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
@@ -185,7 +185,7 @@ _SHARE_OF_TIME = 0.02
 
 
 class ReportListener(Silent):
-    """Rewrites report.html after steps, as often as that stays cheap, and at the end."""
+    """Rewrites report.html after steps, as often as the time share allows, and at the end."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
@@ -205,7 +205,7 @@ class ReportListener(Silent):
         began = time.perf_counter()
         try:
             write_report(self._run)
-        except UserError as error:  # a page that can't be written must not cost the run
+        except UserError as error:  # a page that can't be written must not stop the run
             self._note(f"the report was not written: {error}")
         now = time.perf_counter()
         self._next = now + (now - began) / _SHARE_OF_TIME

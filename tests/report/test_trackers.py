@@ -49,7 +49,7 @@ def test_a_tracker_that_fails_ends_no_run():
         tracked.stepped({"step": step})
     tracked.finished({})
     assert broken.told == ["stepped"]
-    assert said == ["wandb failed and is told nothing more: no route to host. metrics.jsonl has everything"]
+    assert said == ["wandb failed and gets no more data: no route to host. metrics.jsonl has everything"]
 
 
 def test_a_package_that_is_missing_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch):
