@@ -1,1 +1,1 @@
-"""What is wrong with a machine or a run directory, what it means, and what can be put right."""
+"""Checks of a machine or a run directory: problems, what they mean, and repairs."""

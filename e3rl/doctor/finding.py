@@ -1,4 +1,4 @@
-"""One thing that was looked at."""
+"""The result of one check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class CheckResult:
-    """``kind``: 'ok', 'note' (worth knowing) or 'problem'. ``repair`` puts it right, where that is safe."""
+    """``kind``: 'ok', 'note' (worth knowing) or 'problem'. ``repair`` fixes it, if that is safe."""
 
     kind: Literal["ok", "note", "problem"]
     subject: str

@@ -1,4 +1,4 @@
-"""Checks of this machine: what e3rl needs, what it would use, and what makes it slow."""
+"""Checks of this machine: requirements, resources, and causes of slowness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _installed(name: str) -> str | None:
 
 
 def check_packages() -> Iterator[CheckResult]:
-    """Required packages in versions that e3rl was made for, and the optional ones that are there."""
+    """Required packages and their versions, and the installed optional ones."""
     for line in requires("e3rl") or []:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
@@ -100,7 +100,7 @@ def check_gpu() -> Iterator[CheckResult]:
 
 
 def check_exact() -> Iterator[CheckResult]:
-    """Whether a row's numbers depend on how many rows are computed with it: resuming to the same bits rests on it."""
+    """Whether a row's numbers depend on its batch size: bit-exact resuming needs that they don't."""
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(64, 256, generator=generator), torch.randn(512, 256, generator=generator)
     whole = torch.nn.functional.linear(rows, weight)

@@ -1,4 +1,4 @@
-"""Checks of a run directory: what is whole, what is damaged, how to go on."""
+"""Checks of a run directory: what is complete, what is damaged, and how to continue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _put_aside(path: Path) -> Callable[[], None]:
 
 
 def _without(path: Path, damaged: Sequence[int]) -> Callable[[], None]:
-    """Leaves damaged lines out of a log, of which a copy is kept."""
+    """Removes damaged lines from a log and keeps a copy of the original."""
 
     def repair() -> None:
         keep_copy(path)
@@ -51,7 +51,7 @@ def check_config(run: Path) -> Iterator[CheckResult]:
 
 
 def check_logs(run: Path) -> Iterator[CheckResult]:
-    """The line-a-step logs: every line reads, and steps follow each other."""
+    """The logs with one line for each step: every line can be read, and the steps are consecutive."""
     for name in LOGS:
         path = run / name
         if not path.exists():
@@ -83,7 +83,7 @@ def _ledger_problem(path: Path) -> str | None:
 
 
 def check_rollouts(run: Path) -> Iterator[CheckResult]:
-    """Every step of the log has its rollouts, and they can be read."""
+    """Every step of the log has its rollouts, and their files can be read."""
     paths = sorted((run / "rollouts").glob("step-*.parquet"))
     for path in paths:
         problem = _ledger_problem(path)
@@ -119,7 +119,7 @@ def check_journal(run: Path) -> Iterator[CheckResult]:
 
 
 def check_state(run: Path) -> Iterator[CheckResult]:
-    """What was skipped, what was left half written, and how to go on."""
+    """Skipped steps, half-written files, and how to continue."""
     if kept := skipped_steps(run):
         yield CheckResult("note", "skipped", f"steps {', '.join(map(str, kept))} were skipped; see 'e3rl replay {run}'")
     litter = [p for p in run.rglob(".*.tmp") if is_litter(p)]
@@ -145,7 +145,7 @@ def check_run(run: Path) -> Iterator[CheckResult]:
 
 
 def repair_run(run: Path, findings: list[CheckResult]) -> int:
-    """Put right what can be; how many. Refused while a process trains in the directory."""
+    """Repair what can be repaired and return the number. Refused while a process trains in the directory."""
     held = RunDirectory(run)  # clears half-written files
     try:
         repairs = [f.repair for f in findings if f.repair is not None]
