@@ -1,4 +1,4 @@
-"""Environments in the box: a calculator, Python in the sandbox, and files that can be brought back."""
+"""Built-in environments: a calculator, Python in the sandbox, and files that can be restored."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PythonTool:
 
 
 class Files:
-    """A small directory of texts in memory. The row's ``files``, a table of names and texts, are there at first."""
+    """A small directory of texts in memory. It starts with the row's ``files``, a table of names and texts."""
 
     largest = 2**16
 
@@ -93,7 +93,7 @@ class Files:
         return dict(self._files)
 
     def restore(self, snapshot: dict[str, str]) -> None:
-        """Back to what `snapshot` gave."""
+        """Restore the state that `snapshot` returned."""
         self._files = dict(snapshot)
 
     def list_files(self) -> str:

@@ -1,6 +1,6 @@
 """`code`: a program in the response is run against the problem's tests, each in a sandbox of its own.
 
-What a test expects never enters the process that runs the program: output is compared, and values of calls are compared, here.
+Expected results never enter the process that runs the program: outputs and values of calls are compared here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def program_of(text: str) -> str:
 
 
 def read_tests(given: Any) -> list[ProgramTest]:
-    """Tests as data sets have them; ValueError where one can't be read.
+    """Tests in the forms that data sets use; ValueError if one can't be read.
 
     A list (or its JSON) of ``{"input": …, "output": …}``, ``{"call": "f(2)", "value": 4}`` or ``"assert f(2) == 4"``; or one
     mapping ``{"inputs": […], "outputs": […]}``, with ``fn_name`` for calls, as in APPS and its relatives.
@@ -100,7 +100,7 @@ def _assertion(line: str) -> ProgramTest:
             return ProgramTest(call=f"bool({ast.unparse(compared.operand)})", value=False)
         return ProgramTest(call=f"bool({ast.unparse(compared)})", value=True)
     except (SyntaxError, ValueError, AssertionError):
-        raise ValueError(f"can't be run apart from what it expects: {line.strip()[:80]}") from None
+        raise ValueError(f"can't be split into a call and its expected value: {line.strip()[:80]}") from None
 
 
 def run_tests(program: str, tests: Any, seconds: float, memory: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def run_tests(program: str, tests: Any, seconds: float, memory: int) -> dict[str
 
 
 def _difference(test: ProgramTest, stdout: str, values: Sequence[str]) -> str | None:
-    """What is wrong, if anything."""
+    """The failure, if any."""
     if test.call is None:
         assert test.stdout is not None
         return None if _same_text(stdout, test.stdout) else "wrong output"
@@ -158,17 +158,17 @@ def _same(got: Any, wanted: Any) -> bool:
 
 
 class CodeReward(BatchReward):
-    """1 if the response's program passes all of the problem's ``tests``, else 0. Missing where the tests can't be run.
+    """1 if the response's program passes all of the problem's ``tests``, else 0. Missing if the tests can't be run.
 
-    The column ``tests``, or the answer, holds them (`read_tests`). Each test has a process of its own; all tests of a response
-    share the time limit.
+    The tests are in the column ``tests``, or in the answer (`read_tests`). Each test has its own process; all tests of a
+    response share the time limit.
     """
 
     memory = 512 * 2**20
 
     def __init__(self, pool: ProcessPool) -> None:
         super().__init__(pool)
-        run_program("")  # refused here where programs can't be confined
+        run_program("")  # raises here if programs can't be confined
 
     def score(self, batch: Batch) -> list[Part]:
         tasks, places, parts = [], [], [Part()] * len(batch)
@@ -191,7 +191,7 @@ class CodeReward(BatchReward):
 
 
 def checked_tests(**given: Any) -> dict[str, Any]:
-    """`run_tests` in a worker, its refusals as a UserError."""
+    """`run_tests` in a worker; unreadable tests raise UserError."""
     try:
         return run_tests(**given)
     except SandboxUnavailable:

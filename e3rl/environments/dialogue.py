@@ -1,6 +1,6 @@
-"""The model's chat template around tools: which calls a turn makes, and which tokens follow it. Nothing is tokenised twice.
+"""Tools in the model's chat template: the calls of a turn, and the tokens that follow it. Nothing is tokenised twice.
 
-What a turn's results add is taken from a small conversation of its own, cut behind the end of its assistant turn, as TRL does.
+The tokens of a turn's results come from a small separate conversation, cut after the end of its assistant turn, as in TRL.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Chat = list[dict[str, Any]]
 
 
 class Dialogue:
-    """A tokenizer's template with a set of tools. UserError where it can't carry them from turn to turn."""
+    """A tokenizer's template with a set of tools. UserError if it can't show them over several turns."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Dialogue:
             raise UserError(
                 "the model's chat template has no tool calls that e3rl reads (Qwen and Hermes, GLM, Mistral, Llama 3, gpt-oss, "
                 "DeepSeek, LFM2, Gemma 4): "
-                "take a model that was made for tools"
+                "use a model that was trained for tools"
             )
         self._form = form
         self._check()
@@ -52,7 +52,7 @@ class Dialogue:
         return parse_tool_calls(self._tokenizer.decode(kept), self._form, self._schemas)[1]
 
     def text(self, ids: Sequence[int]) -> str:
-        """What an assistant turn says beside its calls."""
+        """The text of an assistant turn outside its calls."""
         said = str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
         beside, calls = parse_tool_calls(said, self._form, self._schemas)
         if not calls:
@@ -62,7 +62,7 @@ class Dialogue:
         return beside.strip()
 
     def after(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        """The tokens behind an assistant turn's end: the results by tool name, and what the next turn begins with."""
+        """The tokens after an assistant turn: the results by tool name, and the start of the next turn."""
         chat = _called(results[0][0])
         told = [{"role": "tool", "name": name, "content": content} for name, content in results]
         before, full = self._encoded([chat, [*chat, *told]])
@@ -94,7 +94,7 @@ class Dialogue:
         raise UserError(f"the model's chat template can't show {', '.join(refused) or 'the tools together'}: {found}")
 
     def _check(self) -> None:
-        """Tools are shown, and every turn keeps what stands before it."""
+        """Check that tools are shown, and that a turn does not change when others follow."""
         plain = self._encoded([[_user()]])[0]
         shown = self._shown()
         text = self._tokenizer.decode(shown)

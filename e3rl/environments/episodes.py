@@ -1,4 +1,4 @@
-"""A run's tools during rollouts: an environment for each trajectory, its calls carried out, its state brought back."""
+"""A run's tools during rollouts: one environment for each trajectory, execution of calls, and undo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from e3rl.types import Message, Observed, Problem, Prompt, ToolResult
 
 
 class Toolbox:
-    """A run's tools (`e3rl.environments.protocol.Tools`). Whatever is wrong with environment or template is an error here."""
+    """A run's tools (`e3rl.environments.protocol.Tools`). Creating it checks environment and template."""
 
     def __init__(
         self, config: EnvironmentsConfig, tokenizer: Any, arguments: dict[str, Any], ends: Sequence[int] = ()
@@ -49,23 +49,23 @@ class Toolbox:
         )
 
     def said(self, problem: Problem) -> str:
-        """What a fresh environment adds to a problem's prompt."""
+        """The text that a fresh environment adds to a problem's prompt."""
         try:
             return str(self._timed(lambda: self._opened(problem)[1]))
         except UserError:
             raise
-        except Exception as error:  # the code of other authors
+        except Exception as error:  # user code may raise anything
             raise UserError(
                 f"environment '{self._name}': reset() fails on problem '{problem.id}': {type(error).__name__}: {error}"
             ) from None
 
     def check(self, problem: Problem) -> None:
-        """UserError where a turn could not be taken back, tried on one problem."""
+        """UserError if a turn can't be undone; tried on one problem."""
         if self.undoable:
             self._timed(lambda: self._opened(problem)[0].check(self.schemas))
 
     def _timed(self, work: Callable[[], Any]) -> Any:
-        """A process of its own has its deadlines itself, and may be slow to start."""
+        """Apply the deadline, except to isolated environments: they have their own deadlines, and may start slowly."""
         return work() if self.config.isolate else within(self.deadline, work, self._name)
 
     def open(self, problem: Problem) -> HostedEpisode:
@@ -79,7 +79,7 @@ class Toolbox:
 
 
 class HostedEpisode:
-    """One trajectory's environment, in this process or in one of its own."""
+    """One trajectory's environment, in this process or in a child process."""
 
     def __init__(self, toolbox: Toolbox, host: Host | IsolatedHost) -> None:
         self._toolbox, self._host = toolbox, host
@@ -113,21 +113,21 @@ class HostedEpisode:
         return Reply(box.dialogue.after([(r.name, r.result) for r in results]), observed, box.undoable)
 
     def undo(self) -> Reply:
-        """See `e3rl.environments.protocol.Episode.undo`. Where it fails, the trajectory has no reward."""
+        """See `e3rl.environments.protocol.Episode.undo`. If it fails, the trajectory has no reward."""
         self._turns -= 1
         self._host.begin(self._toolbox.deadline)
         try:
             self._host.go_back()
-        except Exception as error:  # the code of other authors
+        except Exception as error:  # user code may raise anything
             return Reply(failure=f"could not go back: {type(error).__name__}: {error}")
         return Reply()
 
     def close(self) -> None:
-        """End a process of its own."""
+        """End the environment's own process, if it has one."""
         self._host.close()
 
     def _result(self, asked: ToolCall, number: int) -> ToolResult:
-        """The call carried out; what goes wrong is what the model sees."""
+        """Execute the call; the model sees an error as its result."""
         try:
             if number >= self._toolbox.config.max_calls:
                 raise ValueError(f"At most {self._toolbox.config.max_calls} calls a turn.")
@@ -147,7 +147,7 @@ def tool_prompts(
     completion_limit: int,
     ends: Sequence[int] = (),
 ) -> list[Prompt]:
-    """`render_prompts`, with the tools of ``environments.factory`` where there are some. ``ends``: ids that end a turn."""
+    """`render_prompts`, with the tools of ``environments.factory``, if any. ``ends``: ids that end a turn."""
     limits = {"context_limit": context_limit, "completion_limit": completion_limit}
     if not config.environments.factory:
         return render_prompts(problems, tokenizer, config.data, **limits)
@@ -165,7 +165,7 @@ def tool_prompts(
 
 
 def _with(problem: Problem, said: str) -> Problem:
-    """The problem with a text behind its last message."""
+    """The problem with a text added to its last message."""
     if not said:
         return problem
     if isinstance(problem.prompt, str):

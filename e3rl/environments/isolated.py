@@ -1,6 +1,6 @@
 """The child side of `e3rl.environments.isolation`: a process that has loaded a factory, and forks one more for each environment.
 
-Run as ``python -m e3rl.environments.isolated DESCRIPTOR``. Requests are pickles of the trainer's, replies are JSON.
+Run as ``python -m e3rl.environments.isolated DESCRIPTOR``. Requests are pickles from the trainer, replies are JSON.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _answer(host: Host, request: tuple[str, tuple[Any, ...]]) -> dict[str, Any]:
         return {"value": getattr(host, name)(*arguments)}
     except UserError as error:
         return {"refused": str(error)}
-    except BaseException as error:  # SystemExit too: what a tool raises is what the model sees
+    except BaseException as error:  # SystemExit too: the model sees what a tool raises
         return {"error": str(error), "kind": type(error).__name__}
 
 
 def _serve(connection: Connection, make_host: Callable[[], Host]) -> None:
-    """Answer requests, each the name of a method of `Host`, until the other end is gone."""
+    """Answer requests, each the name of a method of `Host`, until the connection closes."""
     _die_with_parent()
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -58,13 +58,13 @@ def _serve(connection: Connection, make_host: Callable[[], Host]) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Load the factory, then fork a process for each connection that is handed over, until the trainer is gone."""
+    """Load the factory, then fork a process for each connection that the trainer sends, until the trainer ends."""
     control = socket.socket(fileno=descriptor)
     told = json.loads(control.makefile("r").readline())
     sys.path[:] = told["path"]
     name, deep = told["factory"], told["deep"]
     factory = load("environment", name, ENVIRONMENTS)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     control.sendall(b"1")
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)

@@ -1,6 +1,6 @@
-"""Environments in processes of their own, which can be killed: a tool that hangs or crashes costs one trajectory.
+"""Environments in child processes that can be killed: a tool that hangs or crashes costs one trajectory.
 
-This keeps accidents apart, not attacks: the environment's code is the user's own, and has the user's rights.
+This contains accidents, not attacks: the environment's code is the user's, and has the user's rights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST = 2**24  # bytes of a reply
 
 
 class HostLost(Exception):
-    """The process is gone, or was killed for taking too long. The message goes on from "its environment"."""
+    """The process is gone, or was killed for taking too long. The message continues "its environment …"."""
 
 
 class ToolError(Exception):
@@ -43,11 +43,11 @@ class IsolatedHost:
         self._finalizer = weakref.finalize(self, _kill, connection, pid, os.getpid())
 
     def begin(self, seconds: float) -> None:
-        """What is asked from now on may take so long in all."""
+        """Set the total time for the requests that follow."""
         self._until = time.monotonic() + seconds
 
     def reset(self, row: dict[str, Any]) -> str:
-        """What the environment says first."""
+        """The environment's first text."""
         return str(self._ask("reset", row))
 
     def call(self, tool: str, arguments: str) -> str:
@@ -55,19 +55,19 @@ class IsolatedHost:
         return str(self._ask("call", tool, arguments))
 
     def check(self, schemas: list[dict[str, Any]]) -> None:
-        """UserError where it doesn't come back to a state that was kept."""
+        """UserError if it doesn't return to a saved state."""
         self._ask("check", schemas)
 
     def save(self) -> None:
-        """Keep the state of now."""
+        """Save the current state."""
         self._ask("save")
 
     def go_back(self) -> None:
-        """Back to the state that was kept last."""
+        """Restore the last saved state."""
         self._ask("go_back")
 
     def get_reward(self) -> Any:
-        """What the environment's own ``get_reward`` says; None without one, or where its process is gone."""
+        """The result of the environment's ``get_reward``; None without one, or if its process has ended."""
         self.begin(self._patience)
         try:
             return self._ask("reward")
@@ -76,7 +76,7 @@ class IsolatedHost:
 
     @property
     def instance(self) -> Any:
-        """What rewards are given as the environment: it has `get_reward` and nothing else of it."""
+        """The object that reward functions get as the environment: it has only `get_reward`."""
         return self
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class IsolatedHost:
 
 
 def _kill(connection: Connection, pid: int, owner: int) -> None:
-    if os.getpid() == owner:  # a forked copy of the trainer must leave them alone
+    if os.getpid() == owner:  # a forked copy of the trainer must not end them
         for end in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 end(pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ class HostProcesses:
         self._control: socket.socket | None = None
 
     def open(self) -> IsolatedHost:
-        """A process with a fresh environment. UserError where the factory can't be loaded there."""
+        """A process with a fresh environment. UserError if the factory can't be loaded there."""
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
             for _ in range(2):  # a process that has died since is replaced

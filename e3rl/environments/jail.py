@@ -1,4 +1,4 @@
-"""The inside of the sandbox: limits itself, then runs one program. Standard library only.
+"""Runs inside the sandbox: confines its own process, then runs one program. Standard library only.
 
 `e3rl.environments.sandbox` runs it as ``python -I -S -B jail.py DESCRIPTOR`` with a job as JSON on standard input: ``source``,
 ``stdin``, ``calls`` (expressions), ``memory``, ``seconds``. What the program prints goes to standard output; the value of each
@@ -150,7 +150,7 @@ def _present(text: str) -> None:
 
 
 def confine(memory: int, seconds: float) -> None:
-    """All limits, for good. Raises `Unavailable` where the kernel lacks one."""
+    """Set all limits, permanently. Raises `Unavailable` if the kernel lacks one."""
     _LIBC.prctl(1, 9, 0, 0, 0)  # end with the parent
     if _LIBC.prctl(38, 1, 0, 0, 0):
         raise Unavailable("no_new_privs can't be set")

@@ -1,4 +1,4 @@
-"""The seam between decoding and environments: a turn of the model ends, something answers it, and may take the answer back."""
+"""The interface between decoding and environments: an environment answers each turn of the model, and may undo its answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from e3rl.types import Observed, Problem
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What follows an assistant turn: ``ids`` to go on from, and what they stand for. ``undoable``: `Episode.undo` would work.
+    """The answer to an assistant turn: ``ids`` to append, and the observation in them. ``undoable``: `Episode.undo` would work.
 
-    ``end``: nothing follows: the turn called no tool ('stop'), or no further turn is allowed ('length'). ``failure``: the
+    ``end``: nothing follows, because the turn called no tool ('stop') or no further turn is allowed ('length'). ``failure``: the
     environment hung or died, which ends the trajectory without a reward.
     """
 
@@ -25,22 +25,22 @@ class Reply:
 
 
 class Episode(Protocol):
-    """The environment of one trajectory. Calls come one at a time, each in a thread that may be given up on."""
+    """The environment of one trajectory. Calls come one at a time, each in a thread that may be abandoned."""
 
     environment: Any
 
     def act(self, ids: Sequence[int]) -> Reply:
-        """Carry out what an assistant turn asks for."""
+        """Execute the calls of an assistant turn."""
 
     def undo(self) -> Reply:
-        """Take the last `act` back; a reply with a failure where that didn't work."""
+        """Undo the last `act`; a reply with a failure if that didn't work."""
 
     def close(self) -> None:
-        """The trajectory is complete or given up."""
+        """Called when the trajectory is complete or abandoned."""
 
 
 class Tools(Protocol):
-    """What a prompt was rendered with. ``deadline``: seconds that one turn's calls may take. ``erasures``: of one turn."""
+    """The tools of a rendered prompt. ``deadline``: seconds for one turn's calls. ``erasures``: the limit for one turn."""
 
     deadline: float
     erasures: int

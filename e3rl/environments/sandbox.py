@@ -1,8 +1,8 @@
-"""Programs of a model run in a process of their own that can do nothing but compute, for a limited time.
+"""Runs a model's programs, each in a child process that can only compute, for a limited time.
 
-The process (`e3rl.environments.jail`) has no network, can read the standard library of Python alone, writes no file, starts no
-process, and is killed at its deadline or when it prints too much. Where Debian's bubblewrap is installed and works, it runs in
-empty namespaces as well.
+The process (`e3rl.environments.jail`) has no network, can read only Python's standard library, writes no file, starts no process,
+and is killed at its deadline or when it prints too much. If bubblewrap is installed and works, it also runs in empty
+namespaces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_INPUT = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may take: seconds of wall clock, bytes of memory, and bytes of each of its outputs."""
+    """Limits of one program: seconds of wall clock, bytes of memory, and bytes of each of its outputs."""
 
     seconds: float = 5.0
     memory: int = 512 * 2**20
@@ -51,7 +51,7 @@ class Ran:
 
     @property
     def failure(self) -> str | None:
-        """Why the program did not end well, in a few words; None where it did."""
+        """Why the program failed, in a few words; None if it did not."""
         if self.stopped is not None:
             return {"time": "took too long", "output": "printed too much"}[self.stopped]
         if self.status == 0:
@@ -67,7 +67,7 @@ class SandboxUnavailable(UserError):
 
 
 def run_program(source: str, *, stdin: str = "", calls: Sequence[str] = (), limits: Limits | None = None) -> Ran:
-    """Run a Python program, then evaluate ``calls`` in its namespace. Raises `SandboxUnavailable` where nothing confines it."""
+    """Run a Python program, then evaluate ``calls`` in its namespace. Raises `SandboxUnavailable` if it can't be confined."""
     limits = limits or Limits()
     job = {"source": source, "stdin": stdin, "calls": list(calls), "memory": limits.memory, "seconds": limits.seconds}
     text = json.dumps(job).encode()
@@ -83,7 +83,7 @@ def _command() -> list[str]:
 
 @functools.cache
 def _bubblewrap() -> tuple[str, ...]:
-    """Arguments that put a command into empty namespaces; none where bubblewrap is missing or may not make them."""
+    """Arguments that put a command into empty namespaces; none if bubblewrap is missing or may not create them."""
     program = shutil.which("bwrap")
     if program is None:
         return ()
@@ -93,7 +93,7 @@ def _bubblewrap() -> tuple[str, ...]:
 
 
 def bubblewrap_arguments(program: str) -> list[str]:
-    """What is seen inside: Python, its libraries and this package's jail, all read-only, an empty /proc and /dev."""
+    """The files visible inside: Python, its libraries and this package's jail, all read-only, an empty /proc and /dev."""
     shown = {*jail.readable(), str(Path(_command()[0]).resolve()), _command()[0], jail.__file__}
     shown = {path for path in shown if not path.startswith("/dev/")}
     binds = [part for path in sorted(shown) for part in ("--ro-bind", path, path)]
@@ -144,7 +144,7 @@ class _Run:
         self._began: float | None = None  # when it was ready
 
     def finish(self) -> Ran:
-        """Feed it, read it, and end it whatever it does."""
+        """Write its input, read its outputs, and always end it."""
         try:
             with contextlib.suppress(BrokenPipeError):
                 assert self._process.stdin is not None
@@ -171,7 +171,7 @@ class _Run:
         return Ran(out, err, tuple(lines), status, stopped, seconds)
 
     def _read(self) -> str | None:
-        """Read all outputs to their ends; why it was cut short, if it was. Then the process has a moment to end by itself."""
+        """Read all outputs to the end and return why they were cut short, if so. The process then has a moment to exit."""
         opened, started = set(self._names), time.monotonic()
         while opened:
             deadline = started + _START if self._began is None else self._began + self._limits.seconds
@@ -179,7 +179,7 @@ class _Run:
             if left <= 0:
                 return "time"
             readable = select.select(list(opened), [], [], left)[0]
-            for descriptor in sorted(readable, key=lambda d: d != self._values_out):  # that it was ready comes first
+            for descriptor in sorted(readable, key=lambda d: d != self._values_out):  # the ready signal first
                 chunk = os.read(descriptor, _CHUNK)
                 if not chunk:
                     opened.remove(descriptor)

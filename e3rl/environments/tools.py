@@ -37,7 +37,7 @@ def make(config: EnvironmentsConfig) -> Callable[[], Any]:
 
 
 def create(factory: Callable[[], Any], name: str) -> Any:
-    """An environment. UserError where the factory takes arguments, or makes what has no ``reset``."""
+    """An environment. UserError if the factory takes arguments, or its environment has no ``reset``."""
     try:
         inspect.signature(factory).bind()
     except ValueError:  # one that can't be inspected
@@ -51,13 +51,13 @@ def create(factory: Callable[[], Any], name: str) -> Any:
 
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
-    """The public methods of its class, but for those that the protocol names."""
+    """The public methods of its class, except those of the protocol."""
     names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
     return {name: getattr(environment, name) for name in names if not name.startswith("_") and name not in _RESERVED}
 
 
 def schemas_of(environment: Any, name: str) -> list[dict[str, Any]]:
-    """OpenAI's tool objects, from type hints and docstrings; UserError where a tool lacks one."""
+    """OpenAI's tool objects, from type hints and docstrings; UserError if a tool lacks one."""
     from transformers.utils import get_json_schema
 
     found = []
@@ -77,7 +77,7 @@ def schemas_of(environment: Any, name: str) -> list[dict[str, Any]]:
 
 
 def row_of(problem: Problem) -> dict[str, Any]:
-    """What ``reset`` is called with: the row's columns, its prompt, answer and id among them."""
+    """The arguments of ``reset``: the row's columns, including its prompt, answer and id."""
     prompt: Any = problem.prompt
     if not isinstance(prompt, str):
         prompt = [{"role": m.role, "content": m.content} for m in prompt]
@@ -85,7 +85,7 @@ def row_of(problem: Problem) -> dict[str, Any]:
 
 
 def reset(environment: Any, row: dict[str, Any], name: str) -> str:
-    """What the environment says first, to be added to the last user message."""
+    """The environment's first text, which is added to the last user message."""
     takes = inspect.signature(environment.reset).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         row = {key: value for key, value in row.items() if key in takes}
@@ -96,7 +96,7 @@ def reset(environment: Any, row: dict[str, Any], name: str) -> str:
 
 
 def call(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """What a tool returns, plain or asynchronous."""
+    """The result of a tool, sync or async."""
     found = tool(**arguments)
     return asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
 
@@ -106,12 +106,12 @@ async def _awaited(found: Any) -> Any:
 
 
 def can_go_back(environment: Any, config: EnvironmentsConfig) -> bool:
-    """Whether a turn can be taken back after its calls."""
+    """Whether a turn can be undone after its calls."""
     return config.state == "deepcopy" or (hasattr(environment, "snapshot") and hasattr(environment, "restore"))
 
 
 class Host:
-    """An environment and all that is asked of it; `e3rl.environments.isolation.IsolatedHost` has one in a process of its own."""
+    """An environment and the operations on it; `e3rl.environments.isolation.IsolatedHost` runs one in a child process."""
 
     def __init__(self, factory: Callable[[], Any], name: str, *, deep: bool) -> None:
         self.instance = create(factory, name)
@@ -119,32 +119,32 @@ class Host:
         self._kept: Any = None
 
     def begin(self, seconds: float) -> None:
-        """Nothing is timed here: whoever calls from a thread stops waiting for it."""
+        """No time limit here: the caller uses a thread and stops waiting for it."""
 
     def reset(self, row: dict[str, Any]) -> str:
-        """What the environment says first."""
+        """The environment's first text."""
         return reset(self.instance, row, self._name)
 
     def call(self, tool: str, arguments: str) -> str:
-        """What a tool returns, as text."""
+        """The result of a tool, as text."""
         found = tools_of(self.instance).get(tool)
         if found is None:
             raise ValueError(f"Tool {tool} not found.")
         return str(call(found, json.loads(arguments)))
 
     def save(self) -> None:
-        """Keep the state of now."""
+        """Save the current state."""
         self._kept = copy.deepcopy(self.instance) if self._deep else self.instance.snapshot()
 
     def go_back(self) -> None:
-        """Back to the state that was kept last."""
+        """Restore the last saved state."""
         if self._deep:
             self.instance = self._kept
         else:
             self.instance.restore(self._kept)
 
     def check(self, schemas: list[dict[str, Any]]) -> None:
-        """UserError where it doesn't come back to a state that was kept: tried once, on a toy call of every tool."""
+        """UserError if it doesn't return to a saved state: tried once, with a toy call of every tool."""
         try:
             self.save()
             before = copy.deepcopy(self._kept)
@@ -156,7 +156,7 @@ class Host:
         for function in (schema["function"] for schema in schemas):
             properties: Mapping[str, Any] = function["parameters"].get("properties", {})
             toy = {key: _TOY.get(str(value.get("type"))) for key, value in properties.items()}
-            with contextlib.suppress(Exception):  # a toy call may well be refused
+            with contextlib.suppress(Exception):  # a toy call may fail
                 self.call(function["name"], json.dumps(toy))
         try:
             self.go_back()
@@ -172,7 +172,7 @@ class Host:
             )
 
     def reward(self) -> Any:
-        """What ``get_reward`` says; None without one."""
+        """The result of ``get_reward``; None without one."""
         return self.instance.get_reward() if hasattr(self.instance, "get_reward") else None
 
     def close(self) -> None:
@@ -180,13 +180,13 @@ class Host:
 
 
 def within(seconds: float, work: Callable[[], Any], name: str) -> Any:
-    """What ``work`` returns; UserError where the environment takes longer. The thread that hangs is left behind."""
+    """The result of ``work``; UserError if the environment takes longer. A thread that hangs is abandoned."""
     found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             found.put((work(), None))
-        except BaseException as error:  # the code of other authors
+        except BaseException as error:  # user code may raise anything
             found.put((None, error))
 
     threading.Thread(target=run, name="e3rl-environment", daemon=True).start()
@@ -202,7 +202,7 @@ def within(seconds: float, work: Callable[[], Any], name: str) -> Any:
 
 
 def evidence_of(config: EnvironmentsConfig) -> Callable[[tuple[ToolResult, ...]], float] | None:
-    """The function that says what results have against a turn; None: nothing is asked."""
+    """The function that scores a turn's results as a reason to erase it; None: turns are not erased for their results."""
     if config.erase == "none":
         return None
     if config.erase == "errors":
