@@ -1,4 +1,4 @@
-"""What is optimised: a table of objectives by name, and how one is made from a config. Imports no torch by itself."""
+"""The objectives by name, and how one is made from a config. Does not import torch itself."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def options(name: str) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
-    """An option that only another objective has is answered with that objective's name."""
+    """UserError for an unknown option; names the objective that has it, if any."""
     own = {f.name for f in dataclasses.fields(kind)}
     for key in config.options.keys() - own:
         owners = [f"'{n}'" for n in OBJECTIVES if n != config.name and key in {f.name for f in options(n)}]
@@ -74,9 +74,9 @@ def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
 
 
 def method_name(config: Config) -> str:
-    """What a run may be called in reports and tables: E³RL is only what the paper describes."""
+    """The method's name in reports and tables. Only the paper's method is called E³RL."""
     objective, metric = config.objective, config.erasure.metric
-    erase = config.rollout.erase and objective.name != "sft"  # which rolls nothing out
+    erase = config.rollout.erase and objective.name != "sft"  # sft has no rollouts
     title = _TITLES.get(objective.name, objective.name.rpartition(":")[2])
     is_paper_method = objective.name == "e3rl"
     name = title + ("+erase" if erase and not is_paper_method else "")

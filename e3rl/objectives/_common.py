@@ -1,4 +1,4 @@
-"""Pure pieces that several objectives share. Padding is taken out first: nothing in it reaches a loss or gradient."""
+"""Pure functions shared by several objectives. Padding is masked first, so that it reaches no loss or gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def token_log_ratios(batch: TrainBatch) -> Tensor:
 
 
 def lengths(batch: TrainBatch) -> Tensor:
-    """Tokens that each sequence's loss is about, [S]; 1 where there are none, so that it can divide."""
+    """Number of tokens in each sequence's loss, [S]; 1 if there are none, so that it can be a divisor."""
     return batch.mask_ST.sum(-1).clamp(min=1)
 
 
@@ -29,7 +29,7 @@ def count_segments(segments_ST: Tensor) -> int:
 
 
 def masked_segments(batch: TrainBatch) -> tuple[Tensor, int]:
-    """Segment indices with -1 wherever the loss looks away, and their number."""
+    """Segment indices with -1 outside the loss mask, and the number of segments."""
     segments_ST = batch.segments_ST.masked_fill(~batch.mask_ST, -1)
     return segments_ST, count_segments(segments_ST)
 
@@ -40,11 +40,11 @@ def from_segments(values_GN: Tensor, segments_GT: Tensor) -> Tensor:
 
 
 REWARDS_ONLY = frozenset[Need]({"rewards_only"})
-"""Advantages of rewards, mask and segments alone."""
+"""The advantages depend only on rewards, mask and segments."""
 
 
 def kl_needs(kl_coef: float) -> frozenset[Need]:
-    """The reference policy is needed only where its KL term has a weight."""
+    """The reference policy is needed only if its KL term has a weight."""
     return frozenset({"reference"}) if kl_coef > 0 else frozenset()
 
 
@@ -61,7 +61,7 @@ def kl_terms(batch: TrainBatch, kl_coef: float) -> Tensor:
 
 
 def on_tokens(values_G: Tensor, mask_GT: Tensor) -> Tensor:
-    """One value per sequence, laid on its tokens, [G, T]; 0 in padding."""
+    """One value per sequence, expanded to its tokens, [G, T]; 0 in padding."""
     return values_G[:, None] * mask_GT
 
 
@@ -73,7 +73,7 @@ class GroupNormalised(TrajectoriesOnly):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The reference policy where its KL term has a weight."""
+        """The reference policy, if its KL term has a weight."""
         return kl_needs(self.kl_coef) | REWARDS_ONLY
 
     def advantages(self, signals: GroupSignals) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an objective is: advantages from a group's signals, and a loss from a micro-batch.
+"""The interface of objectives: advantages from a group's signals, and a loss from a micro-batch.
 
 Shapes: G siblings of a group, S sequences of a micro-batch, T response positions (padded right), E erased candidates.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 Need = Literal["shares", "reference", "erased", "demonstrations", "frozen", "rewards_only"]
 """What a trainer must provide beyond log-probabilities and entropies: attention shares (eq 19), reference-policy
-log-probabilities, erased candidates as sequences of their own, the data's solutions in place of rollouts, or weights
-that stay as they are (no backward pass, no optimizer step). "rewards_only" asks for less: `advantages` looks at rewards,
-mask and segments alone, so a group larger than a micro-batch needs no pass before that of its loss; log-probabilities
-and entropies may then be placeholders."""
+log-probabilities, erased candidates as separate sequences, the data's solutions instead of rollouts, or frozen weights
+(no backward pass, no optimizer step). "rewards_only" asks for less: `advantages` reads only rewards, mask and segments, so
+a group larger than a micro-batch needs no forward pass before that of its loss; log-probabilities and entropies may then
+be placeholders."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrainBatch:
     old_logprobs_ST: Tensor
     reference_logprobs_ST: Tensor | None
     advantages_ST: Tensor
-    mask_ST: Tensor  # bool: tokens that the loss is about
+    mask_ST: Tensor  # bool: tokens in the loss
     segments_ST: Tensor  # as in GroupSignals
     group_sizes_S: Tensor  # G of the group each sequence belongs to
     erased_S: Tensor  # bool: the sequence is an erased candidate (its prefix is masked out), not a trajectory
@@ -70,7 +70,7 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the trainer must provide, given these options; a plain attribute will do."""
+        """What the trainer must provide, given these options; may be a plain attribute."""
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """Advantages of every response token, [G, T]; 0 in padding."""
@@ -83,7 +83,7 @@ class Objective(Protocol):
 
 
 class AttributionOptions(Protocol):
-    """What an objective that needs "shares" has besides: how attention is read (eq 19)."""
+    """The extra options of an objective that needs "shares": how attention is read (eq 19)."""
 
     @property
     def attribution_window(self) -> int:
@@ -95,7 +95,7 @@ class AttributionOptions(Protocol):
 
 
 class TrajectoriesOnly:
-    """Base for objectives that learn from committed trajectories alone: what was erased has no advantage."""
+    """Base for objectives that learn only from committed trajectories: erased candidates have no advantage."""
 
     def erased_advantage(self, reward: float) -> float:
         """0: never used, since "erased" is not needed."""

@@ -1,4 +1,4 @@
-"""What every objective must keep to, checked on a toy group before any training, with the broken clause named."""
+"""Checks the contract of objectives on a toy group before training; the error names the broken clause."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def check_needs(name: str, objective: Objective) -> None:
 
 
 def check_rewards_only(name: str, objective: Objective, signals: GroupSignals) -> None:
-    """Advantages that are said to be of rewards alone don't change with the policy's numbers."""
+    """Check that "rewards_only" advantages don't change with log-probabilities or entropies."""
     if "rewards_only" not in objective.needs:
         return
     others = {
@@ -131,7 +131,7 @@ def check_objective_runs(name: str, objective: Objective) -> None:
         erased = objective.erased_advantage(1.0)
     except UserError:
         raise
-    except Exception as error:  # an objective from outside may fail in any way
+    except Exception as error:  # a plug-in objective may raise anything
         raise broken(name, f"it failed on a toy group with {type(error).__name__}: {error}") from error
     if not isinstance(erased, float | int):
         raise broken(name, f"`erased_advantage` must return a number, and returned {erased!r}")

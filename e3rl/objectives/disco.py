@@ -23,7 +23,7 @@ class DisCO(TrajectoriesOnly):
         "log_likelihood", "score of a response: mean token log-probability, or mean token ratio", source="DisCO paper"
     )
     tau: float = setting(10.0, "smaller: likelier wrong answers weigh more", source="DisCO paper", above=0)
-    kl_limit: float = setting(1e-4, "delta, KL to the old policy that costs nothing", source="DisCO paper", min=0)
+    kl_limit: float = setting(1e-4, "delta, KL to the old policy without a penalty", source="DisCO paper", min=0)
     kl_weight: float = setting(1e3, "beta, weight of the squared excess over kl_limit", source="DisCO paper", min=0)
 
     needs = frozenset[Need]()

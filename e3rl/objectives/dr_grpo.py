@@ -28,7 +28,7 @@ class DrGRPO(TrajectoriesOnly):
         return common.on_tokens(signals.rewards_G - signals.rewards_G.mean(), signals.mask_GT)
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """Sum over tokens divided by what the sequences could have held at most: a constant."""
+        """Sum over tokens divided by the most tokens the sequences could have: a constant."""
         return common.clipped_token_loss(
             batch, common.limit_mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
         )

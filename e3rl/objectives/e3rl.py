@@ -29,10 +29,12 @@ class E3RL:
         "segment", "ratio of segment probabilities, or its root of the segment's length", source=PAPER_METHOD
     )
     degenerate_groups: Literal["zero", "paper"] = setting(
-        "zero", "no advantages where all sequence rewards are equal, or eq 20 as it stands"
+        "zero", "no advantages where all sequence rewards are equal, or eq 20 unchanged"
     )
     erased: Literal["drop", "contrast"] = setting(
-        "drop", "forget erased candidates, or push away from them where what followed won", source=PAPER_METHOD
+        "drop",
+        "ignore erased candidates, or make them less likely if their replacement was rewarded",
+        source=PAPER_METHOD,
     )
     contrast_weight: float = setting(1.0, "lambda_C, size of an erased candidate's negative advantage", above=0)
     attribution_window: int = setting(64, "L', last response tokens whose attention divides the reward (eq 19)", min=1)
@@ -66,7 +68,7 @@ class E3RL:
         )
 
     def erased_advantage(self, reward: float) -> float:
-        """An erased candidate counts against the policy where what replaced it was rewarded."""
+        """Negative for an erased candidate whose replacement was rewarded, else 0."""
         return -self.contrast_weight if reward > 0 else 0.0
 
     def loss(self, batch: TrainBatch) -> Loss:

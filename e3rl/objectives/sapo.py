@@ -1,4 +1,4 @@
-"""SAPO: a smooth gate in place of the clip, cooler for tokens that are pushed down."""
+"""SAPO: a smooth gate instead of the clip, narrower for tokens with negative advantages."""
 
 from __future__ import annotations
 

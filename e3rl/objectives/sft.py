@@ -14,7 +14,7 @@ from e3rl.objectives.metrics import measured
 
 @dataclass(frozen=True)
 class SFT(TrajectoriesOnly):
-    """Supervised fine-tuning (ERPO's baseline) on the data's solutions: nothing is rolled out, rewards don't count."""
+    """Supervised fine-tuning (ERPO's baseline) on the data's solutions: no rollouts, no rewards."""
 
     needs = frozenset[Need]({"demonstrations", "rewards_only"})
 
