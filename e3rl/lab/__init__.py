@@ -1,4 +1,4 @@
-"""The lab: a tiny model that comes with the package, and procedural problems that it half solves."""
+"""The lab: a tiny model that comes with the package, and procedural problems of which it solves about half."""
 
 from __future__ import annotations
 

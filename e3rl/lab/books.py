@@ -1,8 +1,8 @@
-"""Chains of additions and subtractions whose next operation only a tool knows.
+"""Chains of additions and subtractions in which a tool returns each next operation.
 
 ``qxv47+5:`` is answered by calling ``book`` with ``52``; its result is the next operation, ``-8``, and so on; after the last
-booking the answer is ``A:44``. A wrong booking can't be taken back by the model. Where the books are checked at the end it is
-accepted like a right one, and the mistake is seen some calls later.
+booking the answer is ``A:44``. The model can't undo a wrong booking. If the books are checked at the end, it is accepted like
+a right one, and the mistake shows some calls later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DONE, WRONG, CLOSED = "ok", "wrong", "closed"
 
 
 class Books:
-    """One problem's books: they hand out the next operation for each sum that is booked.
+    """One problem's books: they return the next operation for each sum that is booked.
 
     Checked at once, a wrong sum is an error and closes them. Checked at the end, the last booking fails if any was wrong.
     """
@@ -42,7 +42,7 @@ class Books:
         return self._sum, self._booked, self._right, self._closed
 
     def restore(self, snapshot: tuple[int, int, bool, bool]) -> None:
-        """Back to what `snapshot` gave."""
+        """Restore the state that `snapshot` returned."""
         self._sum, self._booked, self._right, self._closed = snapshot
 
     def book(self, sum: str) -> str:
@@ -100,7 +100,7 @@ def conversation(problem: Problem) -> list[dict[str, Any]]:
 
 
 def steps(question: str, answer: str, response: str) -> list[Step]:
-    """The bookings and the answer line, each judged by what it makes of the sum booked before it."""
+    """The bookings and the answer line, each judged against the sum booked before it."""
     before, operation, found = int(question[_NAME:][:2]), question[_NAME + 2 :].rstrip(":") or None, list[Step]()
     for match in _SAID.finditer(response.rstrip()):
         value = match[1]

@@ -51,9 +51,9 @@ def _is_right(text: str, before: str, operation: str | None) -> bool:
 
 
 def steps(question: str, answer: str, response: str) -> list[Step]:
-    """The equations of a response and its answer line, each judged by what it makes of the number stated before it.
+    """The equations of a response and its answer line, each judged against the number stated before it.
 
-    After a mistake the chain goes on from the mistaken number, so later steps can be right again; the answer is not.
+    After a mistake the chain continues from the wrong number, so later steps can be right again; the answer is not.
     """
     start, operations = _parse(question)
     before, found, position = f"{start:02d}", [], 0

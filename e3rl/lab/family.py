@@ -1,4 +1,4 @@
-"""What a family of lab problems is: a way to draw tasks, to read a response step by step, and to grade it."""
+"""The interface of a family of lab problems: drawing tasks, reading a response step by step, and grading it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 class LabTask:
     """One drawn problem. ``key`` identifies its content: tasks that differ in wording or order alone share it.
 
-    ``columns`` are what only the environment is told.
+    ``columns`` are passed only to the environment.
     """
 
     question: str
@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of problem. ``levels`` says in words what each level asks; ``training_level`` is where learning pays."""
+    """A kind of problem. ``levels`` describes each level; ``training_level`` is the one to train on."""
 
     name: str
     levels: Mapping[int, str]

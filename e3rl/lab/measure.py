@@ -65,7 +65,7 @@ def score(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Sc
 
 
 def main() -> None:
-    """Print a table, one line a level."""
+    """Print a table, one line for each level."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(prog="python -m e3rl.lab.measure", description=__doc__)

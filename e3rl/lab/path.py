@@ -1,7 +1,7 @@
 """Find a way through a small graph with dead ends.
 
 ``ae;ab;bd;a>d:`` lists directed edges in random order, then start and target; the answer is the nodes after the start,
-``bd``. A wrong turn into a dead end cannot be mended: the next node is then either missing or not connected.
+``bd``. A wrong turn into a dead end can't be corrected: the next node is then either missing or not connected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from e3rl.lab.family import Family, LabTask, Step
 
 @dataclass(frozen=True)
 class _PathShape:
-    """What the graphs of a level look like; ranges include both ends.
+    """The shape of a level's graphs; ranges include both ends.
 
     ``length`` edges lead from start to target; ``dead_ends`` nodes on the way also have a branch of ``depth`` nodes that
     leads nowhere; ``detours`` nodes on the way can be walked around, so that both ways are right.

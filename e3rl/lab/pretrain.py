@@ -1,6 +1,6 @@
 """Makes the lab's models: supervised training on solutions of training-half problems, short on purpose.
 
-It stops where the model solves about half of its training-level chains, or a third of its books, so that reinforcement
+It stops when the model solves about half of its training-level chains, or a third of its books, so that reinforcement
 learning has something to do. Run ``python -m e3rl.lab.pretrain --output DIR``, with ``--tools`` for the model that calls
 tools. It trains in one thread, so that one seed gives the same weights bit for bit on the same machine.
 """
@@ -31,7 +31,7 @@ _POOL_SEED = 1  # other training problems than reinforcement learning sees first
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the shipped weights are made."""
+    """The settings that make the shipped weights."""
 
     steps: int = 750
     mixture: Mapping[str, int] = field(default_factory=lambda: {"lab:path:1-4": 64, "lab:chain:1-4": 32})
@@ -41,11 +41,11 @@ class Schedule:
     pool: int = 40_000  # problems of each name to draw batches from
     seed: int = 0
     tools: bool = False
-    """Problems are conversations with tool calls, and the weights begin as those of the other model, which can reckon."""
+    """Problems are conversations with tool calls, and the weights start from the other model, which can calculate."""
 
 
 TOOLS = Schedule(steps=180, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True)
-"""How the weights that call tools are made."""
+"""The settings that make the weights that call tools."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -78,7 +78,7 @@ def extend_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem, *, tools: bool = False) -> tuple[list[int], list[int]]:
-    """A solved problem as ids, and the same with -100 wherever it isn't the assistant who speaks."""
+    """A solved problem as ids, and the same with -100 outside the assistant's turns."""
     turns = [{"role": "user", "content": str(problem.prompt)}, {"role": "assistant", "content": solution(problem)}]
     if tools:
         turns = conversation(problem)

@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 2048, "heldout": 256}
-"""Problems of a level that `load` gives where no count is asked for."""
+"""Problems of a level that `load` returns without a count."""
 
 _PATIENCE = 5000  # draws in a row without a new problem before a level counts as exhausted
 

@@ -25,7 +25,7 @@ def lab_reward(
     question: Sequence[str | None],
     **columns: Any,
 ) -> list[float | None]:
-    """One reward a completion; None for a row that is no lab problem."""
+    """One reward for each completion; None for a row that is no lab problem."""
     rewards: list[float | None] = []
     for completion, expected, name, asked in zip(completions, answer, family, question, strict=True):
         if name not in FAMILIES or expected is None or asked is None:
@@ -36,9 +36,9 @@ def lab_reward(
 
 
 def graded_by_the_lab(config: Config, data: str) -> Config:
-    """The config with the lab's own reward where ``data`` are lab problems and no other reward was asked for.
+    """The config with the lab's own reward, if ``data`` are lab problems and no other reward was asked for.
 
-    A way through a graph is no formula: `math` would take ``ab`` for ``ba``, and one of two right ways for a wrong one.
+    A path through a graph is no formula: `math` would accept ``ba`` for ``ab``, and reject the other one of two right paths.
     """
     if not data.startswith("lab:") or config.rewards != RewardsConfig():
         return config

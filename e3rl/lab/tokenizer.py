@@ -1,4 +1,4 @@
-"""The lab's tokenizers: one token a character, and marks for chat turns and for tool calls."""
+"""The lab's tokenizers: one token for each character, and marks for chat turns and for tool calls."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TOOL_TEMPLATE = (
 def build_tokenizer(max_length: int, *, tools: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers saves and loads it. Characters outside printable ASCII become the unknown token.
 
-    ``tools``: with marks and template for tool calls.
+    ``tools``: include marks and template for tool calls.
     """
     marks = (TOOL, *CALL_MARKS) if tools else ()
     vocabulary = {token: id for id, token in enumerate([PAD, UNKNOWN, BEGIN, END, *TURNS, *CHARACTERS, *marks])}

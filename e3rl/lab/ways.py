@@ -1,7 +1,7 @@
 """Find any of several ways through a small graph with dead ends.
 
 Written like `path`: ``ae;eb;ac;cb;cx;a>b:`` is answered ``eb`` or ``cb``. Where `path` has one way and at most a detour, here
-all ways are as good, and none is the likeliest: sampling sharper finds the same one again. A wrong turn shows one step late.
+all ways are equally good and none is the likeliest; sampling more sharply repeats the same one. A wrong turn shows one step late.
 """
 
 from __future__ import annotations

