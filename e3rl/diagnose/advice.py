@@ -1,4 +1,4 @@
-"""What the figures mean, in plain sentences. Pure: a diagnosis in, sentences out."""
+"""Findings of a diagnosis as plain sentences. Pure functions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ def _share(estimate: Estimate) -> str:
 
 
 _WORTH_USING = 0.7
-"""An AUROC that would be worth having: an interval that ends below it is too little, one that reaches from chance to it decides
-nothing."""
+"""Smallest useful AUROC. An interval that ends below it is too little; one that reaches from chance to it is undecided."""
 
 
 def _faint(estimate: Estimate) -> bool:
-    """Surely above chance, and surely too little to act on."""
+    """Clearly above chance, and clearly too little to act on."""
     return _above(estimate, 0.5) and estimate.high is not None and estimate.high < _WORTH_USING
 
 
@@ -43,10 +42,10 @@ def _named(diagnosis: Diagnosis, name: str) -> Signal:
 
 
 def on_uncertainty(diagnosis: Diagnosis) -> Finding:
-    """Does the paper's U see mistakes, and can it tell a draw from its siblings?"""
+    """Does the paper's U detect mistakes, overall and among siblings?"""
     u = _named(diagnosis, "U, paper")
     if u.within.value is None:
-        return Finding("note", "No prefix had a right and a wrong draw, so nothing can be said of single draws.")
+        return Finding("note", "No prefix had a right and a wrong draw, so single draws can't be compared.")
     seen = f"AUROC {_share(u.overall)} over all segments" if u.overall.value is not None else "no segment is wrong"
     if _faint(u.within):
         return Finding("warn", f"The paper's U hardly tells a bad draw from its siblings: {_share(u.within)} ({seen}).")
@@ -60,8 +59,8 @@ def on_uncertainty(diagnosis: Diagnosis) -> Finding:
         )
     return Finding(
         "warn",
-        f"The paper's U can't tell a bad draw from its siblings: {_share(u.within)}, 0.5 is chance ({seen}). What it sees "
-        "is a hard prefix, and a retry starts from the same one.",
+        f"The paper's U can't tell a bad draw from its siblings: {_share(u.within)}, 0.5 is chance ({seen}). It detects "
+        "hard prefixes, and a retry starts from the same one.",
     )
 
 
@@ -103,7 +102,7 @@ def on_late_evidence(diagnosis: Diagnosis) -> Finding | None:
     return Finding(
         "note",
         f"Mistakes are silent: among answers to one problem, the whole response's entropy does not tell wrong from right "
-        f"({_share(entropy)}). Only the draw itself (ε) gives them away, and a lower temperature avoids the same draws.",
+        f"({_share(entropy)}). Only the draw itself (ε) shows them, and a lower temperature avoids the same draws.",
     )
 
 
@@ -120,7 +119,7 @@ def on_retries(diagnosis: Diagnosis) -> Finding | None:
 
 
 _WORTH_HAVING = 0.05
-"""A gain in Avg@k that would be worth having: where an interval around 0 reaches beyond it, nothing is decided."""
+"""Smallest useful gain in Avg@k. An interval around 0 that reaches beyond it is undecided."""
 
 
 def on_decoding(diagnosis: Diagnosis) -> Finding:
@@ -156,13 +155,13 @@ def on_decoding(diagnosis: Diagnosis) -> Finding:
 
 
 def on_settings(diagnosis: Diagnosis) -> Finding | None:
-    """The settings of the recommended decoding, to copy; of two, those of the more accurate."""
+    """The settings of the recommended decoding, to copy; if two are recommended, those of the more accurate."""
     if on_decoding(diagnosis).level != "good":
         return None
     here = [d for d in diagnosis.decodings if d.name in diagnosis.contest.erasable]
     best = max(here, key=lambda d: d.avg.value or 0.0)
     settings = f" and: {' '.join(best.overrides)}" if best.overrides else ""  # no full stop: it would be copied too
-    return Finding("note", f"To decode so: e3rl eval, decode or serve with this diagnosis's recipe{settings}")
+    return Finding("note", f"To decode this way: e3rl eval, decode or serve with this diagnosis's recipe{settings}")
 
 
 def _reranking(diagnosis: Diagnosis) -> str:
@@ -196,7 +195,7 @@ def on_training(diagnosis: Diagnosis) -> Finding:
 
 
 def advise(diagnosis: Diagnosis) -> list[Finding]:
-    """All findings, the one that decides first."""
+    """All findings, the decisive one first."""
     found = [
         on_decoding(diagnosis),
         on_settings(diagnosis),

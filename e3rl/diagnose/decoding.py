@@ -28,9 +28,9 @@ _WEIGHTS = ("base_weight", "gradient_weight", "extremum_weight", "perturbation_w
 
 @dataclass(frozen=True)
 class ErasureSetting:
-    """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates; ``segments``: cut a response
-    into so many, None: as configured; ``hot``: entropy and ε are those at temperature 1, whatever is drawn with;
-    ``length_exponent``: above 0 long segments are doubted."""
+    """A way to erase: weights of U's terms, and kappa_0 or a quantile of the first candidates. ``segments``: number of segments
+    of a response, None: as configured. ``hot``: entropy and ε at temperature 1, whatever the sampling temperature.
+    ``length_exponent``: above 0, longer segments are more suspicious."""
 
     title: str
     weights: tuple[float, float, float, float]
@@ -41,7 +41,7 @@ class ErasureSetting:
     length_exponent: float = 0.0
 
     def applied(self, config: Config) -> Config:
-        """The config with this setting; whole responses and halves look at nothing but themselves."""
+        """The config with this setting; whole responses and halves use no other segments."""
         config = measured_hot(config) if self.hot else config
         changed: dict[str, Any] = dict(zip(_WEIGHTS, self.weights, strict=True))
         changed["length_exponent"] = self.length_exponent
@@ -60,7 +60,7 @@ class ErasureSetting:
 
 
 def _cut_into(rollout: RolloutConfig, segments: int) -> RolloutConfig:
-    """So many segments of equal length; where they don't divide a response evenly, the last is shorter."""
+    """The config with this many segments of equal length; the last is shorter if they don't divide a response evenly."""
     limit = rollout.completion_limit
     length = -(-limit // segments)
     longest = limit if length * segments > limit else rollout.max_completion_length
@@ -68,7 +68,7 @@ def _cut_into(rollout: RolloutConfig, segments: int) -> RolloutConfig:
 
 
 def measured_hot(config: Config) -> Config:
-    """The config with entropy and ε at temperature 1: a low temperature hides in the distribution what they look for."""
+    """The config with entropy and ε at temperature 1: a low temperature hides the uncertainty that they measure."""
     return replace(config, erasure=replace(config.erasure, entropy_temperature=1.0, entropy_distribution="full"))
 
 
@@ -104,7 +104,7 @@ SETTINGS: Mapping[str, ErasureSetting] = {
         "entropy + 0.3 ε of each half, the calmest fifth stays", _BOTH, quantile=0.2, segments=2, hot=True
     ),
 }
-"""Erasure settings that are compared, beside the model's own. The late ones see what follows from a mistake."""
+"""Erasure settings that are compared, beside the model's own. The late ones include what follows a mistake."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Decoding:
     temperature: float
     tokens: float
     avg: Estimate
-    passed: Estimate | None  # None where fewer answers are left than others have: votes and reranking
+    passed: Estimate | None  # None for votes and reranking, which leave fewer answers
     correct_P: tuple[float, ...]
     passed_P: tuple[float, ...]
     overrides: tuple[str, ...] = ()
@@ -152,13 +152,13 @@ def _of(name: str, kind: Kind, temperature: float, tokens: float, correct_PK: np
 
 
 def majority(answers_PK: Sequence[Sequence[str]], correct_PK: np.ndarray) -> np.ndarray:
-    """Whether the commonest answer of each problem is right, [P, 1]; of equally common ones the earliest counts."""
+    """Whether the commonest answer of each problem is right, [P, 1]; the earliest of equally common ones."""
     chosen = [row.index(Counter(row).most_common(1)[0][0]) for row in map(list, answers_PK)]
     return np.array([[correct_PK[p, k]] for p, k in enumerate(chosen)])
 
 
 def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: float) -> Iterator[Decoding]:
-    """Votes among the first 2, 4, … samples of a plain evaluation; two can't outvote each other."""
+    """Majority votes of the first 4 samples and of all samples of a plain evaluation; none of 2 or fewer."""
     samples = evaluation.correct_PK.shape[1]
     texts_PK = [
         [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in row] for row in evaluation.trajectories_PK
@@ -171,8 +171,8 @@ def _votes(evaluation: Evaluation, tokenizer: Any, temperature: float, tokens: f
 
 
 def calmest_half(suspicion_PK: np.ndarray, correct_PK: np.ndarray) -> np.ndarray:
-    """Whether the least suspicious half of each problem's samples is right, [P, K/2]: late erasing's evidence, used without
-    erasing."""
+    """Whether the least suspicious half of each problem's samples is right, [P, K/2]: the evidence of late erasing,
+    used without erasing."""
     kept = max(1, suspicion_PK.shape[1] // 2)
     order_PK = suspicion_PK.argsort(axis=1, kind="stable")[:, :kept]
     return np.take_along_axis(correct_PK, order_PK, axis=1)

@@ -40,7 +40,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class RetryGain:
-    """P(right | retry) − P(right | first) where a signal lies in one of its quantiles, from calm to suspicious."""
+    """P(right | retry) − P(right | first) in each quantile of a signal, from calm to suspicious."""
 
     signal: str
     gains: tuple[Estimate, ...]
@@ -96,7 +96,7 @@ def _within(observations: Sequence[Observation], name: str) -> Estimate:
 def assess_responses(samples: Sequence[First]) -> tuple[Signal, ...]:
     """Does a whole response's mean entropy, ε or cross-entropy tell right answers to a problem from wrong ones?
 
-    Where entropy does and that of the erring segment does not, mistakes show later on: segments should be longer.
+    If entropy does but the entropy of the wrong segment does not, mistakes show later: use longer segments.
     """
     problem = np.array([f.trajectory.prompt.problem.id for f in samples])
     wrong = np.array([not f.right for f in samples])
@@ -109,7 +109,7 @@ def assess_responses(samples: Sequence[First]) -> tuple[Signal, ...]:
 
 
 def assess_retries(forks: Sequence[Fork]) -> tuple[RetryGain, ...]:
-    """What drawing a segment again was worth, by quantile of what was known when it was judged."""
+    """The gain of redrawing a segment, by quantile of each signal at the time of judging."""
     gain = np.array([f.retries_right - f.first_right for f in forks])
     problem = np.array([f.problem for f in forks])
     found = []
@@ -123,7 +123,7 @@ def assess_retries(forks: Sequence[Fork]) -> tuple[RetryGain, ...]:
 
 
 def observations_of(samples: Sequence[First]) -> tuple[list[Observation], list[Observation]]:
-    """All judged segments of the first samples, and those of them that siblings share a prefix with: the first ones."""
+    """All judged segments of the first samples, and those whose prefix is shared by siblings: the first ones."""
     every = [
         Observation(first.trajectory.prompt.problem.id, "", signals, wrong)
         for first in samples
@@ -158,7 +158,7 @@ def diagnose(
     report: Callable[[str], None] = lambda text: None,
     tell: Tell = lambda activity, done, of: None,
 ) -> Diagnosis:
-    """Measure everything on ``problems`` problems of ``data``; ``report`` is told of each part, ``tell`` how far it is."""
+    """Measure everything on ``problems`` problems of ``data``; ``report`` gets the name of each part, ``tell`` its progress."""
     began = time.perf_counter()
     prompts = _prompts(policy, data, config, problems)
     by_steps = knows_steps([p.problem for p in prompts])

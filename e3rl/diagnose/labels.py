@@ -1,4 +1,4 @@
-"""Which segments of a response are wrong: by its first wrong step where the data can tell, else by its final answer."""
+"""Which segments of a response are wrong: by its first wrong step if the data allow it, else by its final answer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def labels(problem: Problem, text: str, ends: Sequence[int], right: bool, by_ste
 
 
 def require_rewards(faults: Sequence[str | None]) -> None:
-    """Raise UserError where too few answers could be graded to say anything; ``faults``: why not, None where one could."""
+    """UserError if too few answers could be graded. ``faults``: why each could not, None if it could."""
     known = faults.count(None)
     if not faults or known < len(faults) / 2:
         why = next((f" ({fault})" for fault in faults if fault), "")

@@ -1,4 +1,4 @@
-"""A diagnosis as a page of its own with JSON beside it, and as terminal tables."""
+"""A diagnosis as a separate page with a JSON file, and as terminal tables."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The rollouts that a diagnosis looks at: plain first samples, and retries from prefixes that they went through.
+"""The rollouts of a diagnosis: plain first samples, and retries from prefixes of these samples.
 
-A retry goes on to the end of its response, since only then is it known whether it was right.
+A retry continues to the end of its response, since only a complete response can be graded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Fork:
-    """A segment of a first sample that was drawn again: was its response right, and how often were the retries?"""
+    """A redrawn segment of a first sample: whether its response was right, and how often the retries were."""
 
     problem: str
     signals: dict[str, float]
@@ -54,7 +54,7 @@ class First:
 
 
 Tell = Callable[[str, int, int], object]
-"""Hears an activity, and how much is done of how much (0: not known)."""
+"""Progress callback: activity, amount done, total (0: unknown)."""
 
 
 def roll_out(
@@ -101,7 +101,7 @@ def group_entropies(group: Group) -> Moments:
 def firsts(
     groups: Sequence[Group], scorer: Scorer, tokenizer: Any, by_steps: bool
 ) -> tuple[list[First], list[str | None]]:
-    """The graded samples of plain groups, and for every sample why it could not be graded, None where it could."""
+    """The graded samples of plain groups, and for every sample why it could not be graded (None if it could)."""
     trajectories = [t for g in groups for t in g.trajectories]
     references = [group_entropies(g) for g in groups for _ in g.trajectories]
     texts = [tokenizer.decode(t.ids.tolist(), skip_special_tokens=True) for t in trajectories]
@@ -164,7 +164,7 @@ def retry(
 def _compare(
     scorer: Scorer, tokenizer: Any, first: First, n: int, group: Group, by_steps: bool
 ) -> tuple[Fork, list[Observation]]:
-    """One fork and what was seen at it."""
+    """The comparison at one fork, and the observations of its draws."""
     original, problem = first.trajectory, first.trajectory.prompt.problem
     earlier = original.segments[:n]
     prefix = [i for s in earlier for i in s.candidate.ids.tolist()]

@@ -1,4 +1,4 @@
-"""What can be said of a segment when it is judged: each term of U, what U leaves out, and combinations.
+"""The signals of a segment at the time of judging: each term of U, what U leaves out, and combinations.
 
 The larger a signal, the more suspicious the segment. Late signals look at the segment that follows (eq 11 read on both
 sides): they are known only after a further segment was generated.
@@ -39,7 +39,7 @@ LATE_EPS_WEIGHT = 0.3
 """Weight of ε beside entropy where a whole response is judged: best of 0, 0.1, … 1 on training problems of two graph families."""
 
 LENGTH_EXPONENT = 0.5
-"""`erasure.length_exponent` where long answers are doubted: best of 0, ½ and 1 on training problems of a model that rambles."""
+"""`erasure.length_exponent` if long answers are suspicious: best of 0, ½ and 1 on training problems of a verbose model."""
 
 RESPONSE_SIGNALS: Mapping[str, tuple[str, Callable[[Trajectory], float]]] = {
     "entropy of the response": ("mean entropy over all its tokens", lambda t: _mean(t.entropies)),
@@ -51,12 +51,12 @@ RESPONSE_SIGNALS: Mapping[str, tuple[str, Callable[[Trajectory], float]]] = {
     ),
     "cross-entropy of the response": ("mean of −log p over all its tokens", lambda t: -_mean(t.logprobs)),
 }
-"""What can be said of a whole response."""
+"""The signals of a whole response."""
 
 
 def late_suspicion(trajectory: Trajectory, length_exponent: float = 0.0) -> float:
-    """What whole responses are best judged by: their mean entropy with some of their mean perturbation; times a power of
-    their tokens where long answers are the worse ones."""
+    """The best signal for whole responses: their mean entropy plus a share of their mean perturbation; times a power of their
+    tokens if long answers are the worse ones."""
     weight = length_weight(len(trajectory.ids), length_exponent)
     return weight * (_mean(trajectory.entropies) + LATE_EPS_WEIGHT * _mean_perturbation(trajectory))
 
@@ -68,7 +68,7 @@ def _mean_perturbation(trajectory: Trajectory) -> float:
 def measure(
     candidate: Candidate, history: Sequence[float], reference: Moments, following: Candidate | None
 ) -> dict[str, float]:
-    """Every signal of a candidate behind segments whose mean entropies are ``history``; late ones where they exist."""
+    """Every signal of a candidate after segments whose mean entropies are ``history``; late ones if they exist."""
     u = e3rl_uncertainty(candidate, history, reference, _UNIT)
     paper = u.base + PAPER.gradient_weight * u.gradient + PAPER.extremum_weight * u.extremum
     cross_entropy = -_mean(candidate.logprobs)

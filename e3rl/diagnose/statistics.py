@@ -1,4 +1,4 @@
-"""How well a number tells wrong from right, overall and among draws from the same prefix, with intervals over problems."""
+"""How well a number separates wrong from right, overall and among draws from the same prefix, with intervals over problems."""
 
 from __future__ import annotations
 
