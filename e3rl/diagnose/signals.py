@@ -36,7 +36,7 @@ SIGNALS: Mapping[str, str] = {
 LATE = frozenset({"entropy after", "ε after"})
 
 LATE_EPS_WEIGHT = 0.3
-"""Weight of ε beside entropy where a whole response is judged: best of 0, 0.1, … 1 on training problems of two graph families."""
+"""Weight of ε beside entropy if a whole response is judged: best of 0, 0.1, … 1 on training problems of two graph families."""
 
 LENGTH_EXPONENT = 0.5
 """`erasure.length_exponent` if long answers are suspicious: best of 0, ½ and 1 on training problems of a verbose model."""

@@ -12,7 +12,7 @@ RESAMPLES = 400
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its 95 % bootstrap interval over problems. ``count`` observations (or pairs) are behind it."""
+    """A figure with its 95 % bootstrap interval over problems. ``count``: number of observations or pairs."""
 
     value: float | None
     low: float | None

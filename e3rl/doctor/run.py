@@ -133,7 +133,7 @@ def check_state(run: Path) -> Iterator[CheckResult]:
     except FileNotFoundError:
         intact = next((d.name for d in list_checkpoints(run) if not damage(d)), None)
         start = f"from {intact}" if intact else "from the beginning"
-        yield CheckResult("note", "state", f"unfinished, {len(done)} steps logged; --resume goes on {start}")
+        yield CheckResult("note", "state", f"unfinished, {len(done)} steps logged; --resume continues {start}")
     except (ValueError, KeyError, TypeError) as error:
         yield CheckResult("problem", "summary.json", f"is damaged: {error}", _put_aside(run / "summary.json"))
 

@@ -59,7 +59,7 @@ def _value(node: ast.AST) -> int | float:
 
 
 class PythonTool:
-    """Python programs, each in a sandbox of its own: no network, no files, 5 seconds."""
+    """Python programs, each in its own sandbox: no network, no files, 5 seconds."""
 
     def reset(self, **row: Any) -> None:
         """It has no state."""

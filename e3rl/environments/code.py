@@ -1,4 +1,4 @@
-"""`code`: a program in the response is run against the problem's tests, each in a sandbox of its own.
+"""`code`: a program in the response is run against the problem's tests, each in its own sandbox.
 
 Expected results never enter the process that runs the program: outputs and values of calls are compared here.
 """

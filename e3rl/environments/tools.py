@@ -168,7 +168,7 @@ class Host:
         if after != before:
             raise UserError(
                 f"environment '{self._name}': after restore(snapshot()) its snapshot is another one: restore() doesn't bring "
-                "back what a call changed, or snapshot() hands out what calls go on to change"
+                "back what a call changed, or snapshot() returns an object that later calls change"
             )
 
     def reward(self) -> Any:

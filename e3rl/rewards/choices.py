@@ -85,7 +85,7 @@ def last_choice(text: str) -> LetteredChoice | None:
 
 
 def _last_of(clause: str, letters: list[re.Match[str]]) -> LetteredChoice | None:
-    """The last letter of a clause, unless it stands in a list of letters or is denied."""
+    """The last letter of a clause, unless it is in a list of letters or denied."""
     last = letters[-1]
     before = letters[-2] if len(letters) > 1 else None
     if before is not None and before[1] != last[1] and _CONNECTED.fullmatch(clause[before.end() : last.start()]):

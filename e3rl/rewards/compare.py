@@ -113,7 +113,7 @@ _WORDS_BEHIND = re.compile(r"(?:\\[A-Za-z]{1,20})?((?: [A-Za-z.]{2,20}){1,5})$")
 
 
 def _split_unit(text: str) -> tuple[str, str | None]:
-    """An expression and the unit behind it."""
+    """An expression and the unit after it."""
     if split_list(text) != [text]:
         return text, None
     start = text.find("\\text")

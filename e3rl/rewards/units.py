@@ -61,7 +61,7 @@ _LONGEST = 60
 
 
 def _unit_word(word: str) -> str | None:
-    """The unit that a word is, in one spelling; None for any other word."""
+    """A word's unit, in one spelling; None for any other word."""
     if word in _ABBREVIATIONS:
         return word
     lower = word.lower()

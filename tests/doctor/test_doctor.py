@@ -53,7 +53,7 @@ def test_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert "ok       metrics.jsonl: 3 lines" in said
     assert "ok       journal/step-000004.journal: 1 candidates" in said
-    assert "note     state: unfinished, 3 steps logged; --resume goes on from step-000002" in said
+    assert "note     state: unfinished, 3 steps logged; --resume continues from step-000002" in said
     (run / "summary.json").write_text(json.dumps({"steps": 3}))
     assert main(["doctor", str(run)]) == 0
     assert "finished after 3 steps" in capsys.readouterr().out
