@@ -1,4 +1,4 @@
-// Line charts over training, drawn by Plotly when they come into view, each with a sentence and a table that say the same.
+// Line charts over training, drawn by Plotly when they come into view, each with a description and a table of its values.
 
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f"];
 const DARK_COLOURS = ["#5aa9e6", "#ff9152", "#3fc79a", "#e6a0c8", "#f2b84b", "#8fd0f5", "#b79be0", "#a8a8a8"];
@@ -53,14 +53,14 @@ function trace(series, chart) {
   return [{ ...edge, y: over(series.band.low) }, { ...edge, y: over(series.band.high), fill: "tonexty", fillcolor: faded(paint, 0.18) }, line];
 }
 
-// Legend entries stand in columns as wide as the longest name.
+// Legend columns are as wide as the longest name.
 function legendRows(chart) {
   const names = chart.series.filter((s) => s.legend !== false).map((s) => s.name.length);
   const inOneRow = Math.max(1, Math.floor((chart.plot.clientWidth - 60) / (6.5 * Math.max(...names, 1) + 50)));
   return Math.ceil(names.length / inOneRow);
 }
 
-// The range of the values' axis: wide enough that a change of little is seen to be little. Null where Plotly may choose.
+// The range of the values' axis: wide enough that a small change looks small. Null if Plotly may choose.
 function extent(chart) {
   if (chart.series.some((s) => s.stack)) return null;
   const values = chart.series.flatMap((s) => s.y.flatMap((y, i) => (y === null || y === undefined ? [] : [y + (s.error?.high[i] ?? 0), y - (s.error?.low[i] ?? 0)])).concat(s.band ? [...s.band.low, ...s.band.high] : []));
@@ -101,7 +101,7 @@ function describe(series, asPercent) {
   return `${name}${show(first[1])} at ${number(first[0])}, ${show(last[1])} at ${number(last[0])}. `;
 }
 
-// Plotly sleeps in the page until the first view is painted.
+// Plotly is loaded only after the first view is painted.
 const plotly = new Promise((resolve) => {
   requestAnimationFrame(() => setTimeout(() => {
     document.body.append(el("script", {}, document.getElementById("plotly").textContent));

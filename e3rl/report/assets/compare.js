@@ -1,12 +1,12 @@
-// Runs laid over each other. Runs that differ in nothing but the seed may be one line with a band from lowest to highest.
+// Several runs in the same charts. Runs that differ only in the seed may be one line with a band from lowest to highest.
 
-// The name without what marks its seed: demo-seed3, demo_s3 and demo-3 (for seed 3) are all demo.
+// The name without its seed: demo-seed3, demo_s3 and demo-3 (for seed 3) are all demo.
 function family(run) {
   const name = run.name.replace(new RegExp(`[-_ .]*(seed|s)?[-_ ]?${run.seed}$`), "") || run.name;
   return `${name} (${run.method})`;
 }
 
-// Each group keeps its place, and so its colour and its kind of line, whatever is hidden.
+// Each group keeps its index, and so its colour and line style, whatever is hidden.
 function groupsOf(runs, bands, shown) {
   const groups = new Map();
   for (const run of runs) {
@@ -17,7 +17,7 @@ function groupsOf(runs, bands, shown) {
   return [...groups.values()].filter((g) => g.runs.length).map((g) => ({ ...g, name: g.runs.length > 1 ? `${g.family}, ${g.runs.length} seeds` : g.runs[0].label }));
 }
 
-// Lines that lie on each other are told apart: those drawn later are thinner and broken, so that the others show through.
+// Overlapping lines stay visible: those drawn later are thinner and dashed, so that the others show through.
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 
 function lineOf(place) {
@@ -40,7 +40,7 @@ function merged(lines) {
 function comparedCurve(group, name, axis) {
   const line = lineOf(group.place), lines = group.runs.map((run) => curve(run, name, axis));
   if (lines.length === 1) return [{ name: group.name, ...line, ...lines[0] }];
-  // Seeds spend different numbers of tokens by a step, so over tokens each keeps its own line.
+  // Seeds differ in the tokens used by a step, so over tokens each keeps its own line.
   if (axis === "tokens") return lines.map((found, i) => ({ name: group.name, legend: i === 0, ...line, ...found }));
   return [{ name: group.name, ...line, ...merged(lines) }];
 }
@@ -65,7 +65,7 @@ class CompareView {
     this.chips = el("fieldset", { class: "chips" });
     this.table = new ScrollBox("Runs");
     this.same = new SameProblem(source);
-    this.curves = el("div", {}, el("p", { class: "lede" }, "The same curves of several runs. Over tokens, runs that draw more are charged for it."),
+    this.curves = el("div", {}, el("p", { class: "lede" }, "The same curves of several runs. Over tokens, all generated tokens count, including erased ones."),
       this.chips, this.table.node, this.tools);
     this.charted = el("div", {}, section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
       CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, options]) =>
@@ -85,7 +85,7 @@ class CompareView {
     return groupsOf(this.runs, this.bands, (run) => !this.hidden.has(run.label));
   }
 
-  // A box for each run, with the line that it has in the charts.
+  // A box for each run, with its line style in the charts.
   drawChips() {
     const all = groupsOf(this.runs, this.bands, () => true);
     const known = this.runs.map((run) => run.label).join("\n") + this.bands + theme.dark();

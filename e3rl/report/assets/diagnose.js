@@ -1,4 +1,4 @@
-// A diagnosis of a model: findings, how well each signal tells wrong from right, what a retry is worth, accuracy by tokens.
+// A diagnosis of a model: findings, how well each signal separates wrong from right, the gain of a retry, accuracy by tokens.
 
 const LEVELS = { bad: "Problem", warn: "Look at this", good: "Good", note: "Note" };
 const diagnosis = embedded("diagnosis");
@@ -67,7 +67,7 @@ function tableOf(head, rows) {
 function aurocPicture(title, help, signals, overall, within) {
   const shown = [...signals].reverse();
   const names = shown.map((s) => s.name);
-  return new Picture(title, `AUROC: the chance that a wrong one scores above a right one. 0.5 knows nothing. ${help}`,
+  return new Picture(title, `AUROC: the chance that a wrong one scores above a right one. 0.5 is chance. ${help}`,
     110 + 34 * names.length, signals.map((s) => `${s.name}: ${interval(s.overall)} ${overall}, ${interval(s.within)} ${within}. `).join(""),
     () => [estimates(overall, () => colour(7), names, shown.map((s) => s.overall), { across: true, symbol: "circle-open" }),
       estimates(within, () => colour(0), names, shown.map((s) => s.within), { across: true })],
@@ -81,13 +81,13 @@ const wrongSegment = diagnosis.by_steps ? "its first wrong step lies in it" : "i
 
 function signalPicture() {
   return aurocPicture("Which signal finds a wrong segment?",
-    `A segment is wrong where ${wrongSegment}. Only the second kind of point helps a retry, which starts from the same prefix.`,
+    `A segment is wrong if ${wrongSegment}. Only the second kind of point helps a retry, which starts from the same prefix.`,
     diagnosis.signals, "among all segments", "among draws from the same prefix");
 }
 
 function responsePicture() {
   return aurocPicture("Does a mistake show in what follows?",
-    "Whole responses against their final answers. Entropy above 0.5 among answers to one problem says that it does: judge longer segments.",
+    "Whole responses against their final answers. If entropy is above 0.5 among answers to one problem, it does: judge longer segments.",
     diagnosis.responses, "among all responses", "among answers to one problem");
 }
 
@@ -95,7 +95,7 @@ function retryPicture() {
   const gains = diagnosis.gains;
   const quarters = ["calmest quarter", "second", "third", "most suspicious"];
   return new Picture("What is a retry worth?",
-    `P(right | segment drawn again) − P(right | as first drawn), in points, where the signal lies in each quarter of its values. Above 0, erasing there helps.`, 330,
+    `P(right | segment drawn again) − P(right | as first drawn), in points, for each quarter of the signal's values. Above 0, erasing there helps.`, 330,
     gains.map((g) => `${g.signal}: ${g.gains.map((e) => interval(e, points)).join("; ")}. `).join(""),
     () => gains.map((g, i) => estimates(g.signal, () => colour(i), quarters.map((_, q) => q + 0.16 * (i - 1)),
       g.gains.map((e) => ({ value: e.value === null ? null : 100 * e.value, low: e.low === null ? null : 100 * e.low, high: e.high === null ? null : 100 * e.high })))),
@@ -131,6 +131,6 @@ fill(document.getElementById("page"),
     el("h1", {}, "Does erasing help ", el("code", {}, diagnosis.model), " on ", el("code", {}, diagnosis.data), "?"), el("p", { class: "lede" }, facts),
     el("section", {}, el("ul", { class: "health" }, diagnosis.findings.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
     el("div", { style: "display: grid; gap: 20px; margin: 24px 0" }, signalPicture().node, responsePicture().node, retryPicture().node,
-    decodingPicture(`Avg@${diagnosis.samples} against tokens`, "Up and to the left is better. Erased tokens and all votes are charged.", "avg").node,
+    decodingPicture(`Avg@${diagnosis.samples} against tokens`, "Up and to the left is better. Erased tokens and all votes are counted.", "avg").node,
     decodingPicture(`Pass@${diagnosis.samples} against tokens`, "The share of problems with at least one right answer: what a lower temperature loses first.", "passed").node),
     el("section", {}, el("h2", {}, "All ways to decode"), decodingTable())));

@@ -1,4 +1,4 @@
-// Making and filling elements. Text only ever enters the page as text nodes, never as markup.
+// Creates and fills elements. Text enters the page only as text nodes, never as markup.
 
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -57,7 +57,7 @@ function mean(values) {
   return found.length ? found.reduce((a, b) => a + b, 0) / found.length : null;
 }
 
-// The theme follows the system until a reader chooses one; the choice is kept where the browser lets it be kept.
+// The theme follows the system until a reader chooses one; the choice is stored if the browser allows it.
 const theme = {
   listeners: [],
   chosen() {
@@ -83,7 +83,7 @@ const theme = {
 };
 if (theme.chosen()) document.documentElement.dataset.theme = theme.chosen();
 
-// A box that scrolls sideways where it is too wide; a fading edge with an arrow shows that there is more.
+// A box that scrolls sideways if its content is too wide; a fading edge with an arrow shows that there is more.
 class ScrollBox {
   constructor(label) {
     const cue = () => this.node.classList.toggle("more", this.box.scrollLeft + this.box.clientWidth < this.box.scrollWidth - 1);

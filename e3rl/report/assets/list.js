@@ -1,4 +1,4 @@
-// The rollouts of a run: filters, an order, and a list that only ever holds the rows in sight.
+// The rollouts of a run: filters, sorting, and a list that holds only the visible rows.
 
 const ROW = 74;
 const ORDERS = {
@@ -107,7 +107,7 @@ class RolloutList {
     this.onopen({ step: this.index.step[i], problem: this.index.problem[i], sibling: this.index.sibling[i] }, asked);
   }
 
-  // Marks the row of a rollout that is open already and brings it into sight; filters that hide it stay as they are.
+  // Marks the row of the open rollout and scrolls to it; filters that hide it are not changed.
   mark({ step, problem, sibling }) {
     const r = this.index;
     this.active = this.rows.findIndex((i) => r.step[i] === step && r.problem[i] === problem && r.sibling[i] === sibling);

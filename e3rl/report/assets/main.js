@@ -1,4 +1,4 @@
-// The page: a bar to go from view to view, the view itself, and an address that leads back to what is seen.
+// The page: a bar to switch views, the view itself, and an address that identifies what is shown.
 
 const data = embedded("run");
 const source = data.live ? new LiveSource(data) : new EmbeddedSource(data);
@@ -31,7 +31,7 @@ function go(view) {
   scrollTo(0, 0);
 }
 
-// Runs with each other, or one with itself where it met a problem twice.
+// Compares runs, or one run with itself if it trained on a problem twice.
 function comparable() {
   return runs.length > 1 || placesByProblem(runs).size > 0;
 }

@@ -1,4 +1,4 @@
-// A run at a glance: what it is, whether it is well, held-out figures, and curves over training.
+// Overview of a run: its settings, health, held-out figures, and curves over training.
 
 const SHARE = { percent: true }, FROM_ZERO = { fromZero: true };
 const CURVES = [
@@ -14,7 +14,7 @@ const SYMBOLS = ["circle", "diamond-open", "square-open", "cross"];
 const MODE_NAMES = { plain: "plain", erasable: "erasable" };
 const AXES = { step: ["step", "step"], tokens: ["tokens_total", "tokens generated"] };
 
-// Where nothing says that a response is right, accuracy is no figure of the run.
+// If nothing decides whether a response is right, the run has no accuracy.
 function curve(run, name, axis) {
   if (name === "accuracy" && !run.graded) return { x: [], y: [] };
   return { x: run.metrics[AXES[axis][0]] ?? [], y: run.metrics[name] ?? [] };
@@ -22,7 +22,7 @@ function curve(run, name, axis) {
 
 const PARTS = [["rollout", "rollout", "tokens"], ["reward", "reward", "committed_tokens"], ["train", "training", "committed_tokens"]];
 
-// Tokens that a part of the step handles, over the seconds that it takes; null where it takes none.
+// Tokens that a part of the step handles, over the seconds that it takes; null if it takes none.
 function rate(run, tokens, part) {
   const seconds = run.metrics["seconds_" + part] ?? [];
   return (run.metrics[tokens] ?? []).map((count, i) => (seconds[i] ? count / seconds[i] : null));
@@ -103,7 +103,7 @@ class OverviewView {
     const chart = (name, options) => (this.charts[name] = new Chart(options)).node;
     this.first = el("div", { class: "charts first" }, chart("reward", { title: "Reward", id: "chart-reward", help: "Mean of a step's responses." }),
       chart("avg", { title: "Held-out Avg@k", percent: true, id: "chart-avg", help: "Mean and 95 % interval over problems." }),
-      chart("pass", { title: "Held-out Pass@k", percent: true, help: "Erasable decoding stands apart from plain decoding." }));
+      chart("pass", { title: "Held-out Pass@k", percent: true, help: "Erasable and plain decoding are separate lines." }));
     this.control = el("div", { class: "tools over" }, curveControls((change) => { Object.assign(this, change); this.draw(); }));
     this.about = el("div", {});
     this.curves = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "reward").map(([name, label, options]) =>
@@ -147,7 +147,7 @@ const BY_SEGMENT = [
   ["clip_fraction", "Clip fraction", "Share of the segments' ratios outside the clip range where that cuts the gradient.", true],
 ];
 
-// A metric's column for each segment index: from a list a step, or from metrics named name/segment_0, name/segment_1, …
+// A metric's column for each segment index: from one list per step, or from metrics named name/segment_0, name/segment_1, …
 function bySegment(metrics, name) {
   const rows = metrics[name] ?? [];
   const lists = Math.max(0, ...rows.map((row) => (Array.isArray(row) ? row.length : 0)));
@@ -161,7 +161,7 @@ class SegmentsView {
   constructor() {
     this.charts = BY_SEGMENT.map(([, title, help, asPercent]) => new Chart({ title, help, percent: Boolean(asPercent) }));
     this.empty = el("p", { class: "empty" }, "Nothing is recorded by segment yet.");
-    this.node = el("div", {}, el("h1", {}, "Segments"), el("p", { class: "lede" }, "How each position in a response is judged and rewarded as training goes on, one line a segment index."),
+    this.node = el("div", {}, el("h1", {}, "Segments"), el("p", { class: "lede" }, "How each position in a response is judged and rewarded during training, one line for each segment index."),
       this.empty, el("div", { class: "charts two" }, this.charts.map((c) => c.node)));
   }
 

@@ -1,4 +1,4 @@
-// One group of siblings: the problem, its responses segment by segment, and above each segment what was erased for it.
+// One group of siblings: the problem, its responses segment by segment, and above each segment its erased attempts.
 
 // A square or a part of a bar in the colour of U's i-th term; the page names them in TERMS.
 function termMark(tag, i) {
@@ -7,7 +7,7 @@ function termMark(tag, i) {
   return mark;
 }
 
-// What the model drew: an environment's answers have no numbers of their own.
+// Only tokens that the model drew: an environment's answers have no values.
 function candidatesOf(group) {
   return group.rollouts.flatMap((r) => [...r.segments.filter((s) => !s.observation), ...r.erasures]);
 }
@@ -54,7 +54,7 @@ function why(candidate) {
   return `Erased because U ${number(total)} was above Θ ${number(candidate.theta[0])}; the largest term is ${TERMS[largest]} (${percent(terms[largest] / (total || 1))}).`;
 }
 
-// Whether drawing again helped, as far as the judge can tell.
+// Whether drawing again helped, according to the judge.
 function replacement(erased, next) {
   const change = next.u[0] - erased.u[0], words = change < 0 ? "less uncertain" : change > 0 ? "more uncertain" : "no more certain";
   const same = erased.pieces.join("") === next.pieces.join("") ? "; it reads the same" : "";
@@ -93,7 +93,7 @@ class Response {
   }
 
   // Where the reward was attributed along the response: widths are tokens, filled areas shares of the final attention;
-  // half a cell is what a segment of its length would get from attention spread evenly.
+  // half a cell is the share of a segment of its length under uniform attention.
   strip(rollout) {
     const shares = rollout.segments.map(segmentShare);
     if (shares.every((s) => s === null) || rollout.segments.length < 2) return null;
@@ -106,7 +106,7 @@ class Response {
       return cell;
     });
     const words = shares.map((s, i) => `segment ${i + 1} ${percent(s)}`).join(", ");
-    return [el("p", { class: "caption" }, "Attribution along the response; half height is attention evenly spread"),
+    return [el("p", { class: "caption" }, "Attribution along the response; half height is uniform attention"),
       el("div", { class: "strip", role: "img", "aria-label": "Attribution: " + words }, cells)];
   }
 
@@ -134,7 +134,7 @@ class Response {
       el("del", {}, this.tokens(erasure, `Erased attempt ${erasure.attempt + 1}`)), el("p", { class: "muted why" }, why(erasure) + (next ? " " + replacement(erasure, next) : "")));
   }
 
-  // A turn that was erased with what it led to, and what stands in its place.
+  // A turn that was erased with its results, and its replacement.
   turn(turn, i, rollout, scale) {
     const later = rollout.erasures.slice(rollout.erasures.findIndex((e) => e.observation && e.attempt === turn.attempt && e.index === turn.index) + 1);
     const next = later.find((e) => e.observation && e.index === turn.index)?.observation ?? answerTo(rollout, turn.index)?.observation ?? null;
@@ -159,7 +159,7 @@ function segmentShare(segment) {
   return segment.share ? segment.share.reduce((a, b) => a + (b ?? 0), 0) : null;
 }
 
-// Decoded responses have neither a reward nor a reason for its absence.
+// Decoded responses have no reward and no reason why it is missing.
 function badgeOf(rollout) {
   return rollout.reward === null && !rollout.error ? null : rewardBadge(rollout.reward);
 }
@@ -170,8 +170,8 @@ function rewardBadge(reward) {
   return el("span", { class: "badge " + kind }, "reward " + number(reward, 2));
 }
 
-// A group's view. ``state`` holds what the reader chose: sibling, side (by side), mode and reading; ``onchange`` is told of a choice.
-// Colours and bars have the scale of ``pool``: all candidates that are looked at together.
+// A group's view. ``state`` holds what the reader chose: sibling, side (by side), mode and reading; ``onchange`` is called on each choice.
+// Colours and bars have the scale of ``pool``: all candidates that are shown together.
 class GroupView {
   constructor(group, heading, state, onchange, pool = candidatesOf(group)) {
     Object.assign(this, { group, state, onchange, pool });

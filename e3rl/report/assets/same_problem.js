@@ -1,4 +1,4 @@
-// One problem under two policies: as two runs met it, or as one run met it early and late.
+// One problem under two policies: in two runs, or early and late in one run.
 
 const MOST_PROBLEMS = 200;
 
@@ -17,7 +17,7 @@ function placesByProblem(runs) {
   return new Map([...found].filter(([, places]) => places.size > 1).map(([name, places]) => [name, [...places.values()].map((p) => ({ ...p, reward: mean(p.rewards) }))]));
 }
 
-// The last groups of the first two runs that met the problem, or the first and the last of the only one.
+// The last groups of the first two runs that have the problem, or the first and the last group of the only one.
 function usualPair(places) {
   const runs = [...new Set(places.map((p) => p.run))];
   if (runs.length === 1) return [places[0], places[places.length - 1]];
@@ -74,7 +74,7 @@ class SameProblem {
     fill(this.pair, this.views.map((view) => view?.node ?? el("p", { class: "empty" }, "These rollouts can't be loaded.")));
   }
 
-  // What is chosen on one side to look at holds for the other.
+  // A choice on one side also applies to the other.
   follow(i) {
     const { mode, reading } = this.states[i], other = this.states[1 - i];
     if (other.mode === mode && other.reading === reading) return;

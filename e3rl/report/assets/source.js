@@ -1,6 +1,6 @@
 // Where runs come from: blocks inside this page, or the server that sent it.
 
-// Names that tell the runs apart: their own, or their directory's where names repeat.
+// Distinct names of the runs: their own, or their directory's if names repeat.
 function withLabels(runs) {
   const names = runs.map((run) => run.name);
   const labels = runs.map((run, i) => (names.indexOf(run.name) === names.lastIndexOf(run.name) ? run.name : `${run.name} (${run.directory}, seed ${run.seed})`));
@@ -52,7 +52,7 @@ class LiveSource {
     }
   }
 
-  // A step's ledger is written once; only the last few that were looked at are kept.
+  // A step's ledger is written once; only the last few that were shown are kept.
   async step(run, step) {
     const name = `${run}/steps/${step}`;
     if (!this.steps.has(name)) {

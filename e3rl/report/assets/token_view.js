@@ -1,4 +1,4 @@
-// Decoded responses alone: the group view without a run around it.
+// Decoded responses: the group view without a run.
 
 const group = embedded("group");
 const view = new GroupView(group, plural(group.rollouts.length, "response"), { sibling: group.rollouts[0].sibling, side: false, mode: "entropy", reading: false }, () => {});

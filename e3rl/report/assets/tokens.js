@@ -1,4 +1,4 @@
-// A run of tokens: each coloured by one of its numbers, all of them told on hover or focus.
+// A run of tokens: each coloured by one of its numbers, all of them shown on hover or focus.
 
 const MODES = {
   entropy: { label: "Entropy", unit: "nats", value: (c, t) => c.entropy[t] },
@@ -18,7 +18,7 @@ function shownText(piece) {
   return piece.replaceAll("\r", "␍").replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
 }
 
-// The largest value of a mode over some candidates, the most extreme fiftieth left out, so that one token can't pale the rest.
+// The largest value of a mode over some candidates, the most extreme fiftieth left out, so that one token can't make the others pale.
 function scaleOf(mode, candidates) {
   const sizes = candidates.flatMap((c) => c.pieces.map((_, t) => Math.abs(MODES[mode].value(c, t) ?? 0))).sort((a, b) => a - b);
   return sizes[Math.floor(0.98 * (sizes.length - 1))] || sizes[sizes.length - 1] || 1;

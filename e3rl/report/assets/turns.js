@@ -1,6 +1,6 @@
-// Turns with tools: what was called, what came back, and whole turns that were erased after it.
+// Turns with tools: calls, results, and whole turns that were erased after their results.
 
-// Which erased candidates stand where: by place in ``erasures``, the later erasure of the whole turn that it was part of, or null.
+// For each index in ``erasures``: the later erasure of the whole turn that it was part of, or null.
 function turnsOfErasures(erasures) {
   return erasures.map((erased, i) => {
     const later = erasures.findIndex((turn, j) => j > i && turn.observation && turn.start <= erased.start);
@@ -19,7 +19,7 @@ function erasedAt(rollout, index) {
   };
 }
 
-// The answer to the assistant turn that begins at ``index``; null where it called nothing.
+// The answer to the assistant turn that begins at ``index``; null if it called nothing.
 function answerTo(rollout, index) {
   return rollout.segments.find((s) => s.index >= index && s.observation) ?? null;
 }
@@ -38,7 +38,7 @@ function callNames(observation) {
   return observation.calls.map((c) => c.name + (c.failed ? " failed" : "")).join(", ") || "no call";
 }
 
-// What the model was shown: the environment's tokens.
+// The environment's tokens, as the model saw them.
 function observed(segment) {
   const shown = el("pre", { class: "observed" }, segment.pieces.join(""));
   return el("section", { class: "segment answer-of-tools", "aria-label": "Answer of the environment" },
@@ -47,7 +47,7 @@ function observed(segment) {
     callList(segment.observation), el("details", {}, el("summary", { class: "muted" }, "As the model saw it"), shown));
 }
 
-// A response as one text: what was erased stands struck through where it stood, what environments answered between.
+// A response as one text: erased parts struck through at their places, with the answers of environments between.
 class Reading {
   constructor(rollout) {
     this.texts = [];
