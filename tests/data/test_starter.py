@@ -132,7 +132,7 @@ def test_init_writes_a_recipe_with_reasons_that_loads_and_trains(
     assert config.train.steps == 2
     text = recipe.read_text()
     assert "# responses of up to 24 tokens: twice what 95 % of the data's own solutions need" in text
-    assert "of 40 reference answers it takes 40 for right" in text
+    assert "it grades 40 of 40 reference answers as right" in text
     monkeypatch.chdir(tmp_path)
     small = ["train.steps=1", "train.prompts_per_step=2", "rollout.num_generations=2", "erasure.rho=0"]
     assert main(["train", str(recipe), *small]) == 0

@@ -45,8 +45,8 @@ def test_tests_of_several_forms():
     ("tests", "why"),
     [
         ([], "no tests"),
-        (["assert f(1) == g(1)"], "can't be run apart"),
-        (["import os"], "can't be run apart"),
+        (["assert f(1) == g(1)"], "can't be split into a call"),
+        (["import os"], "can't be split into a call"),
         ([{"input": "1"}], "neither input and output"),
         ({"inputs": [1], "outputs": []}, "one length"),
         ({"inputs": [[1]], "outputs": [1], "fn_name": "os.system"}, "no name of a function"),
@@ -106,5 +106,5 @@ def test_a_wrong_or_slow_program_is_0_and_tests_that_cannot_be_run_are_missing()
         rewards = scorer.score([_of(p) for p in problems], texts)
     assert [r.value for r in rewards] == [1, 0, 0, None, None, 1]
     assert rewards[0].parts == {"code": 1.0, "code/passed": 1.0}
-    assert "can't be run apart" in str(rewards[3].error)
+    assert "can't be split into a call" in str(rewards[3].error)
     assert "no tests" in str(rewards[4].error)
