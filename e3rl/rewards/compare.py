@@ -180,9 +180,7 @@ def _sides(text: str) -> list[str]:
     return split_at(text, _EQUALS)
 
 
-_TORN = re.compile(
-    r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]"
-)  # no side of an equation ends or begins like this, except a name such as x^*
+_TORN = re.compile(r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]")  # no side ends or begins so, except names (x^*)
 
 
 def _value(sides: Sequence[str]) -> str | None:
