@@ -177,6 +177,19 @@ def misses(gold: str, others: Sequence[str], rng: random.Random) -> Iterator[tup
     yield from _edits(gold, rng)
 
 
+_TURNS = (
+    ". No wait, {}.", ". Actually, {}.", ". Or {}.", ". {}.", ". But it could be {}.", ". Maybe {}.", ", or {}.", "?",
+    ", I guess.", ".\n\nWait, {}.", ". Sorry, it is {}.", ". On second thought, {}.", "; no, {}.",
+)  # fmt: skip
+
+
+def taken_back(gold: str, other: str, rng: random.Random) -> Iterator[str]:
+    """Responses that state an answer and take it back, or set another one beside it."""
+    if "$" not in gold + other and not _CHOICE.fullmatch(gold) and not plainly_equal(gold, other):
+        for turn in rng.sample(_TURNS, 3):
+            yield f"The answer is ${gold}$" + turn.format(f"${other}$")
+
+
 def _plus_one(text: str) -> str:
     return str(int(text) + 1) if _WHOLE.fullmatch(text) else f"{text} + 1"
 
@@ -281,6 +294,8 @@ def cases(golds: Sequence[str], wrong: int, seed: int = 0) -> Iterator[tuple[str
         found = dict.fromkeys((k, m) for k, m in misses(gold, golds, rng) if m and not plainly_equal(gold, m))
         for i, (kind, miss) in enumerate(list(found)[:wrong]):
             yield kind, gold, rf"\boxed{{{miss}}}" if i % 4 or "$" in miss else f"The answer is ${miss}$.", False
+        for response in taken_back(gold, rng.choice(golds), rng):
+            yield "taken back", gold, response, False
 
 
 def measure(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from e3rl.rewards.choices import doubtful
+from e3rl.rewards.choices import doubtful, taken_back
 from e3rl.rewards.notation import BOLD, clean, squeezed, tidied
 from e3rl.rewards.quantities import read_quantity
 
@@ -88,7 +88,7 @@ _CHANGED = re.compile(
     r"[\s-]?(?:\(?(?:squared|cubed|factorial|tenths?|halves|half|thirds?|quarters?|ninths|twelfths|hundredths?|thousandths?"
     r"|[a-z]{3,}ths|pairs?|couples?|ppm|ppb|percent|per cent|dozens?|hundreds?|thousands?|[mbtr]+illions?|times|divided"
     r"|multiplied|plus|minus|over|mod|modulo|choose|raised|to the|root|point|wrong|incorrect|or|light"
-    r"|is (?:wrong|incorrect|not))\b|\\(?![)\]])|[!^*/+=<>×÷]|\s[-–−]\s)",
+    r"|is (?:wrong|incorrect|not))\b|\\(?![)\]])|[!^*/+=<>×÷]|\s[-–−]\s|,?\s?\(?(?:\?|(?:i guess|i think|not sure|probably)\b))",
     re.I,
 )
 """Text after a number that changes or retracts it."""
@@ -191,7 +191,7 @@ def extract_answer(text: str, unboxed: Unboxed = "last") -> str | None:
         return None
     marked = after_marker(said)
     if marked is not None:
-        return _beginning(marked)
+        return None if taken_back(marked) else _beginning(marked)
     if not is_prose(said):
         return said.strip() or None
     return _last_mathematics(BOLD.sub(r"\1", said)) if unboxed == "last" else None

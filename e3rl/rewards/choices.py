@@ -21,7 +21,27 @@ _BECAUSE = re.compile(
 _CONNECTED = re.compile(r"[\s,;/&()*]{0,10}(?:\b(?:or|and)\b)?[\s,;/&()*]{0,10}")
 _DOUBT = re.compile(
     r"\b(?:(?i:not|isn't|wait|maybe|perhaps|possibly|either|neither|wrong|incorrect|actually|instead|rather|unsure|might|could"
-    r"|cannot|can't|eliminate|rule out|except|unless)|[Nn]or?)\b"
+    r"|cannot|can't|eliminate|rule out|except|unless|or so|i guess)|[Nn]or?)\b|\?[\s).*$]*$"
+)
+_SENTENCE = re.compile(r"[.;?](?:\s|$)|!(?=\s[A-Z])|\.\.\.|…|。|\s--?\s(?=[a-z])|\n")
+_ANSWER = rf"[\s*(]{{0,8}}(?:\$|-?\d[\d.,/]{{0,40}}|\\[a-z]|[{_LETTER}](?![A-Za-z'])|[a-z](?=\s?[-+*/^_=]))"
+_HEDGED = re.compile(
+    rf"\b(?:i (?:guess|think|believe|suppose)|not sure|probably|presumably|then{_ANSWER})(?![A-Za-z])", re.IGNORECASE
+)
+_TAKEN_BACK = re.compile(
+    rf"""\W{{0,8}} (?:(?:but|and|so|oh|then|hmm+|ah)\b[\s,]{{0,3}}){{0,2}} (?:
+    nope\b | no\b(?:[,.!:;]|\ wait|$) | (?:wait|actually|hmm+|oops|sorry|rather|correction|never\ ?mind|i\ meant?)\b
+    | or\b(?!\ equivalently|\ simply|\ in\ other\ words) | (?:maybe|perhaps|possibly|scratch\ that|on\ second\ thought)\b
+    | ignore\ (?:that|this)\b | let\ me\ (?:correct|reconsider|rethink|redo|recompute|recalculate)\b | (?:wrong|incorrect)[.:!,]
+    | (?:it|that|this)(?:'s|\ is)\ (?:wrong|incorrect|not\ (?:right|correct|true))\b
+    | (?:it|the\ answer)\ (?:might|could|may)\ (?:also\ )?be{_ANSWER}
+    | (?:not|also|otherwise|alternatively|however|then\ again|again)\b,?(?:\ (?:it\ is|it's|the\ answer\ is))?{_ANSWER}
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""How a sentence begins that takes back the one before, or sets another answer beside it."""
+_ANSWER_ALONE = re.compile(
+    rf"(\$[^$]{{1,80}}\$|{_ANSWER}[^\s]{{0,60}})\s?(?:is (?:also )?(?:possible|right|correct)\b.{{0,20}})?"
 )
 
 
@@ -36,6 +56,27 @@ class LetteredChoice:
 def doubtful(text: str) -> bool:
     """Whether a text retracts or hedges its statement."""
     return _DOUBT.search(text) is not None
+
+
+def taken_back(statement: str) -> bool:
+    """Whether a statement hedges, or what follows its first sentence takes it back or is another answer on the same line."""
+    said, beside, rest = _sentences(statement)
+    if _HEDGED.search(said) or said.endswith("?"):
+        return True
+    if beside and beside != said and (read_choice(said) is None or read_choice(beside) is not None):
+        return True
+    return any(_TAKEN_BACK.match(sentence) for sentence in _SENTENCE.split(rest))
+
+
+def _sentences(statement: str) -> tuple[str, str, str]:
+    """The first sentence; the next one on its line, where it is nothing but an answer; and all that follows the first."""
+    end = _SENTENCE.search(statement)
+    if end is None:
+        return statement, "", ""
+    said, rest = statement[: end.end()].strip(" $*()."), statement[end.end() :]
+    line = "" if "\n" in end[0] else rest.split("\n", 1)[0].strip()
+    alone = _ANSWER_ALONE.fullmatch(_SENTENCE.split(line, maxsplit=1)[0].strip())
+    return said, alone[1].strip(" $*().") if alone else "", rest
 
 
 def read_choice(text: str) -> LetteredChoice | None:
@@ -61,8 +102,11 @@ def settled(choice: LetteredChoice) -> bool:
 
 def stated_choice(text: str) -> LetteredChoice | None:
     """The choice in a statement, such as the text after 'answer is'; None if it names several or retracts one."""
+    label, content, _ = _sentences(text.strip().lstrip("*:$ "))
     text = _BECAUSE.split(text.strip().lstrip("*:").strip() + " ", maxsplit=1)[0].replace("**", "").strip()
-    first = read_choice(text)
+    first = read_choice(text.lstrip("$"))
+    if first is not None and content and read_choice(label) == first:
+        return LetteredChoice(first.letter, content)
     if doubtful(text) and first is None:
         return None
     if first is not None:
@@ -74,6 +118,8 @@ def stated_choice(text: str) -> LetteredChoice | None:
 def last_choice(text: str) -> LetteredChoice | None:
     """The choice at the end of running text; None if its last clause with a letter offers several or denies it."""
     text = text.replace("**", "").strip()
+    if doubtful(text[-1:]):
+        return None
     first = read_choice(text)
     if first is not None:
         return first if settled(first) else None

@@ -14,7 +14,7 @@ from e3rl.rewards.answers import (
     normalize,
     response_of,
 )
-from e3rl.rewards.choices import LetteredChoice, last_choice, read_choice, stated_choice
+from e3rl.rewards.choices import LetteredChoice, last_choice, read_choice, stated_choice, taken_back
 from e3rl.rewards.compare import same_answer
 from e3rl.rewards.notation import clean, tidied
 from e3rl.rewards.quantities import read_quantity
@@ -85,7 +85,7 @@ def _choice(response: str, unboxed: Unboxed) -> LetteredChoice | None:
         return None
     marked = after_marker(said)
     if marked is not None:
-        return stated_choice(marked.split("\n\n")[0])
+        return None if taken_back(marked) else stated_choice(marked.split("\n\n")[0])
     return last_choice(said) if unboxed == "last" or len(said.strip()) < 10 else None
 
 

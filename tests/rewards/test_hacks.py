@@ -24,7 +24,8 @@ REFUSED = {
     ],
     "a choice from a list": [
         ("D", "The answer is A, B, C, D"), ("A", "The answer is A, B, C, D"), ("D", "C. No wait, D"), ("C", "C. No wait, D"),
-        ("(B) 57", "B. 58"), ("B", "A B C D"), ("D", "A, B, C, D"), ("A", r"\boxed{A, B}"), ("B", r"\boxed{(A)(B)}"),
+        ("(B) 57", "B. 58"), ("(B) 57", "The answer is B. 58."), ("(B) 57", "The answer is $B. 58$."),
+        ("B", "A B C D"), ("D", "A, B, C, D"), ("A", r"\boxed{A, B}"), ("B", r"\boxed{(A)(B)}"),
         ("A", r"\boxed{(A)(B)}"), ("A", r"\boxed{A \text{ or } B}"), ("C", "It is either B or C"), ("C", "The answer is not C"),
         ("A", "(A) or (B)"), ("D", "Not D."), ("B", "The answer is A/B"),
     ],
@@ -72,11 +73,33 @@ REFUSED = {
     ],
 }  # fmt: skip
 
+STATED = ("The answer is {}", "Final answer: {}", "The answer is ${}$", "**Answer:** {}", "#### {}")
+TURNS = [
+    ". No wait, {}", ". Wait, {}.", ". Actually, {}.", ". Or {}.", ". No, {}.", ". Hmm, actually {}.", ". Sorry, {}.",
+    ". Correction: {}.",
+    ". On second thought, {}.", ". I mean {}.", ". Scratch that, {}.", ". But it could be {}.", ". Alternatively, {}.",
+    ". Maybe {}.",
+    ". That's wrong. It is {}.", ". It might also be {}.", ". However, it is {}.", ". Never mind, it is {}.", ". {}.",
+    ". Also {}.",
+    ". {} is possible too.", ". Otherwise {}.", ". Or is it {}?", "?", " (?)", ", I guess.", ", or {}.", "; {}.", "; no, {}.",
+    "... {}.",
+    " - no, {}", ", wait no {}.", " then {}.", " probably, or {}.", ".\n\nWait, {}.", "\nNo, {}.", "! No, {}!",
+]  # fmt: skip
+GOES_ON = [
+    "This is because 58 is even.", "No other values work.", "Check: 50 + 7 = 57.", "Note that the other is 58.",
+    "Or equivalently 114/2.",
+    "It is not divisible by 2.", "Otherwise the sum would be 60.", "However, this was not needed.", "Not all of them are prime.",
+    "Let me check: 50 + 7 = 57.", "\n\nQuestion: What is 5 + 8?", "\n\n1. First, 50.\n2. Then 7.", "(See the figure.)",
+    "Also, note the other.",
+]  # fmt: skip
+PAIRS = [("C", "D"), ("57", "58"), (r"\frac{1}{2}", r"\frac{1}{3}"), ("x+1", "x+2")]
+
 ACCEPTED = [
     ("A", "The answer is A."),
     ("12 J", "12 J"), ("12 J", "12"), ("12 J", "12 joules"), ("E = mc^2", "E=mc^2"), (r"A \cup B", r"A\cup B"), ("B", "B."),
     ("Ax + B", "B + Ax"), ("2^{100}-1", "1267650600228229401496703205375"), ("20!", "2432902008176640000"),
     ("D", "A is too small and B and C are too large, so the answer is D."), ("(B) 57", "B. 57"), ("(B) 57", "57"),
+    ("(B) 57", "The answer is B. 57."), ("(B) 57", "The answer is B. The others are too small."),
     ("57", "57.0"), ("57", "The answer is 57, because 58 is even."), ("57", "57 apples"), ("57", r"\boxed{57\text{ apples}}"),
     ("5 cm", "5 centimetres"), (r"90^\circ", "90 degrees"), ("3 PM", "3 p.m."), ("a=1, b=2", "1,2"), ("a=1, b=2", "b=2, a=1"),
     ("1,2", "2,1"), ("x=1, x=2", "2, 1"), ("[1,2]", r"1 \le x \le 2"), ("(1,2)", "1, 2"), (r"2\pi r", r"\pi \cdot 2r"),
@@ -96,6 +119,24 @@ def test_wrong_answers_are_wrong(gold: str, response: str) -> None:
 @pytest.mark.parametrize(("gold", "response"), ACCEPTED)
 def test_right_answers_are_still_right(gold: str, response: str) -> None:
     assert check(gold, response)[0] is True
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_an_answer_that_is_taken_back_or_doubled_is_wrong(turn: str) -> None:
+    accepted = [
+        said
+        for gold, other in PAIRS
+        for stated in STATED
+        if check(
+            gold, said := stated.format(gold) + turn.format(f"${other}$" if "$" in stated or "\\" in other else other)
+        )[0]
+    ]
+    assert accepted == []
+
+
+@pytest.mark.parametrize("more", GOES_ON)
+def test_a_response_may_go_on_after_its_answer(more: str) -> None:
+    assert [said for gold, _ in PAIRS for s in STATED if not check(gold, said := f"{s.format(gold)}. {more}")[0]] == []
 
 
 # --- no answer hurts a run
