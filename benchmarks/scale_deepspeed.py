@@ -1,6 +1,6 @@
-"""Bytes that DeepSpeed's ZeRO-2 asks for in one of several ranks against those that are planned: a small model, on a CPU.
+"""Bytes that DeepSpeed's ZeRO-2 asks for in one of several ranks against those that are planned: small models, on a CPU.
 
-python benchmarks/scale_deepspeed.py [RANKS]        in an environment with e3rl[deepspeed]
+python benchmarks/scale_deepspeed.py [RANKS] [--size NAME]        in an environment with e3rl[deepspeed]
 
 The other ranks are PyTorch's fake process group, which exchanges nothing; so an update's norm is set.
 """
@@ -23,9 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from e3rl.cluster import deepspeed as ours
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config, load_config
-from e3rl.plan import division
+from e3rl.plan import memory
 from e3rl.plan.dry_run import COUNTED, Allocations, hidden_and_head
-from e3rl.plan.memory import make_plan
 
 SHAPE = {
     "hidden_size": 256,
@@ -37,13 +36,25 @@ SHAPE = {
     "vocab_size": 4000,
     "tie_word_embeddings": True,
 }
-BUCKET = 2_000_000
-"""Fewer entries than the model has, as at full size."""
+_WIDER = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "vocab_size": 16000,
+}
+SIZES: dict[str, tuple[dict[str, Any], int]] = {
+    "small": (SHAPE, 2_000_000),
+    "wider": (SHAPE | _WIDER, 10_000_000),
+    "untied": (SHAPE | _WIDER | {"tie_word_embeddings": False}, 7_000_000),
+}
+"""A model's shape, and entries of a bucket: fewer than the model has, as at full size; in the last fewer than its embeddings
+have, as in an 8B model."""
 
 
-def settings(directory: Path, ranks: int) -> Config:
+def settings(directory: Path, shape: dict[str, Any], ranks: int) -> Config:
     """A run whose model is in ``directory``, with rollouts elsewhere."""
-    AutoConfig.for_model("qwen3", **SHAPE).save_pretrained(directory)
+    AutoConfig.for_model("qwen3", **shape).save_pretrained(directory)
     overrides = [
         *(
             f"model.path={directory}",
@@ -99,14 +110,16 @@ class _Counted(Allocations):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ranks", type=int, nargs="?", default=8, help="default: %(default)s")
-    ranks = parser.parse_args().ranks
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model, default: %(default)s")
+    options = parser.parse_args()
+    ranks, (shape, bucket) = options.ranks, SIZES[options.size]
     with (
         tempfile.TemporaryDirectory() as directory,
-        mock.patch.object(ours, "BUCKET", BUCKET),
-        mock.patch.object(division, "BUCKET", BUCKET),
+        mock.patch.object(ours, "BUCKET", bucket),
+        mock.patch.object(memory, "BUCKET", bucket),
     ):
-        config = settings(Path(directory), ranks)
-        plan = make_plan(config, ranks, on_cpu=False)
+        config = settings(Path(directory), shape, ranks)
+        plan = memory.make_plan(config, ranks, on_cpu=False)
         held, largest = asked(config, plan.row_tokens, ranks)
     trainer, mib = plan.trainer, 2**20
     planned = sum(trainer.held.values())

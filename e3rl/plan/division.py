@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from e3rl.cluster.deepspeed import BUCKET
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
 from e3rl.train.optimizer import by_kind, scratch_bytes
@@ -66,12 +66,7 @@ class ShardCounts:
         return sum(p.nbytes // (1 if self.copies_float32 else self._parts("weights")) for p in parameters)
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Bytes of the gradients, in float32. DeepSpeed's ZeRO-2 holds at least the largest parameter's gradient whole."""
-        parameters = list(parameters)
-        most = max((4 * p.numel() for p in parameters), default=0) if self.buckets else 0
-        return max(most, self._gradients(parameters))
-
-    def _gradients(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Bytes of the gradients, in float32."""
         return sum(4 * p.numel() // self._parts("gradients") for p in parameters)
 
     def state(self, parameters: Iterable[nn.Parameter], width: float) -> int:
@@ -89,22 +84,20 @@ class ShardCounts:
 
     def under_way(self, parameters: Sequence[nn.Parameter], layers: int) -> int:
         """Bytes of gradients that are being reduced: the output matrix's (kept until the embeddings' is ready) and one layer's
-        with its float32 copy; with DeepSpeed's ZeRO-2 two buckets."""
-        if self.buckets:
-            width = max((p.itemsize for p in parameters), default=0)
-            entries = min(BUCKET, sum(p.numel() for p in parameters))
-            return 2 * width * entries
+        with its float32 copy. DeepSpeed's ZeRO-2 buckets are counted with the passes (`GradientBuckets`)."""
         if not self.divides_weights:
             return 0
         beside = max((p.nbytes for p in parameters if id(p) not in self.layers), default=0)
         return beside + sum(p.nbytes + 4 * p.numel() for p in parameters if id(p) in self.layers) // layers
 
     def scratch(self, parameters: Sequence[nn.Parameter]) -> int:
-        """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once."""
+        """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once, of a float32 model with
+        its gradients laid out once more."""
         kinds = by_kind(parameters)
         if self.copies_float32:
             parts = [sum(p.numel() for p in kind) // self.ranks for kind in kinds]
-            return scratch_bytes(parts)
+            again = sum(p.nbytes for p in parameters if p.dtype == torch.float32) // self.ranks if self.buckets else 0
+            return scratch_bytes(parts) + again
         parts_of_each = self.ranks if self.divides_weights else 1
         return max(scratch_bytes([p.numel() // parts_of_each for p in kind]) for kind in kinds)
 

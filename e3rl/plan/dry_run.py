@@ -7,13 +7,12 @@ train and decode, at any size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -136,25 +135,70 @@ def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
     return head_scores(output_matrix(base), hidden, ids[0], 1.0, LogitTransform.of_model(base))
 
 
+class GradientBuckets:
+    """Stands for DeepSpeed's ZeRO-2, as the rank that has most of the gradient at hand.
+
+    A gradient is copied into one of two buffers of ``entries`` each, which are there from the first of a backward pass to its
+    end; one that is larger waits as it is. What a buffer holds is copied once more to be added up over ranks, and a rank's part
+    of it, of at most ``part`` entries of a parameter, becomes float32. Of a float32 model it keeps those of the pass beside those
+    before.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], entries: int, part: int) -> None:
+        self._entries, self._part = entries, part
+        self._buffers: list[Tensor] = []
+        self._waiting: list[Tensor] = []  # gradients, of shape alone where they are in a buffer
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if not self._buffers:
+            of_the_pass = self._part if gradient.dtype == torch.float32 else 0
+            self._buffers = [gradient.new_empty(size) for size in (self._entries, self._entries, of_the_pass)]
+        if sum(map(torch.numel, self._waiting)) + gradient.numel() > self._entries:
+            self._exchange()
+        if gradient.numel() <= self._entries:
+            gradient = self._buffers[0][: gradient.numel()]
+        self._waiting.append(gradient)
+
+    def _exchange(self) -> None:
+        entries = sum(map(torch.numel, self._waiting))
+        if entries:
+            copy = self._waiting[0].new_empty(min(entries, self._entries + self._part))
+            largest = min(self._part, max(map(torch.numel, self._waiting)))
+            copy[:largest].float()
+        self._waiting.clear()
+
+    def finish(self) -> None:
+        """The end of a backward pass."""
+        self._exchange()
+        self._buffers.clear()
+
+
 def micro_batch(
-    model: Any, tokens: int, checkpointing: bool, pass_through: Callable[..., Any] | None = None
+    model: Any, tokens: int, checkpointing: bool, collect: Callable[[list[nn.Parameter]], GradientBuckets] | None = None
 ) -> MicroBatch:
-    """Run two micro-batches and count the second. ``pass_through`` is called in place of the model."""
+    """Run two micro-batches and count the second. ``collect``: what gathers gradients; by default `GradientSums` does."""
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    sums = GradientSums(p for p in model.parameters() if p.requires_grad)
-    run = pass_through or partial(hidden_and_head, model, tokens)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    buckets = collect(trained) if collect else None
+    if buckets is None:
+        GradientSums(trained)
     with Allocations() as counted:
         for _ in range(2):
             before = counted.restart()
-            logprobs, entropies = run()
+            logprobs, entropies = hidden_and_head(model, tokens)
             kept = counted.live - before
             logprobs.sum().backward()
+            if buckets:
+                buckets.finish()
             del logprobs, entropies
             peak = counted.peak - before
-    for parameter in model.parameters():
-        sums.take(parameter)
     return MicroBatch(kept, max(0, peak - kept))
 
 

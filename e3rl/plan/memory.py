@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from e3rl.cluster.deepspeed import BUCKET
 from e3rl.cluster.image import image_size
 from e3rl.cluster.parallel import keeps_passes
 from e3rl.config import Config, ModelConfig
@@ -25,7 +27,7 @@ from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
-from e3rl.plan.dry_run import COUNTED, MicroBatch, micro_batch, muon_scratch
+from e3rl.plan.dry_run import COUNTED, GradientBuckets, MicroBatch, micro_batch, muon_scratch
 from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
 from e3rl.train.optimizer import muon_takes, state_width
 from e3rl.train.prompts import number_of_steps
@@ -111,8 +113,14 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _passes(model: ModelConfig, tokens: int, checkpointing: bool) -> MicroBatch:
-    return micro_batch(shape_of(model), tokens, checkpointing)
+def _passes(model: ModelConfig, tokens: int, checkpointing: bool, bucketed_ranks: int) -> MicroBatch:
+    """``bucketed_ranks``: as many ranks of DeepSpeed's ZeRO-2, or 0."""
+
+    def buckets(trained: list[nn.Parameter]) -> GradientBuckets:
+        entries = sum(p.numel() for p in trained)
+        return GradientBuckets(trained, min(BUCKET, entries), entries // bucketed_ranks)
+
+    return micro_batch(shape_of(model), tokens, checkpointing, buckets if bucketed_ranks else None)
 
 
 def _trainer(
@@ -145,7 +153,8 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = division.gradients(trained)
-    passes = _passes(config.model, row_tokens, config.train.gradient_checkpointing)
+    bucketed_ranks = division.ranks if division.buckets else 0
+    passes = _passes(config.model, row_tokens, config.train.gradient_checkpointing, bucketed_ranks)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
         "training": {

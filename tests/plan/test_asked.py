@@ -25,7 +25,7 @@ from e3rl.errors import UserError
 from e3rl.models import ReferencePolicy, load_policy
 from e3rl.objectives import build
 from e3rl.plan import dry_run, fit
-from e3rl.plan.dry_run import Allocations, recorded_bytes
+from e3rl.plan.dry_run import Allocations, GradientBuckets, recorded_bytes
 from e3rl.plan.memory import make_plan, plan_generation, shape_of
 from e3rl.train import attribution
 from e3rl.train.learner import Learner
@@ -173,6 +173,30 @@ def test_recorded_decode_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert planned > 13 * vocabulary * 2, "the logits' buffer has a row for every slot"
     on_gpu, on_cpu = (make_plan(config, on_cpu=on_cpu).trainer.held for on_cpu in (False, True))
     assert on_gpu["CUDA graphs and their buffers"] > 0 == on_cpu["CUDA graphs and their buffers"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "peak"),
+    [
+        # two buffers of 160, the last gradient before it is copied there, nothing exchanged before the end
+        ([100, 60], 2 * (320 + 100)),
+        # what is full is copied, and a part of its largest gradient becomes float32, beside the gradient that found it full
+        ([90, 100, 60], 2 * (320 + 160 + 90) + 4 * 50),
+        # larger than a buffer: it waits as it is, and is copied
+        ([10, 300], 2 * (320 + 300 + 210 + 10) + 4 * 50),
+    ],
+)
+def test_gradients_in_buckets(sizes: list[int], peak: int):
+    """Half-width gradients come last to first; buckets hold 160 entries, of which a rank keeps 50."""
+    parameters = [torch.nn.Parameter(torch.empty(size, dtype=torch.bfloat16, device="meta")) for size in sizes]
+    buckets = GradientBuckets(parameters, 160, 50)
+    with Allocations() as counted:
+        for parameter in reversed(parameters):
+            parameter.grad = torch.empty_like(parameter)
+            buckets._take(parameter)
+        assert counted.peak == peak
+        buckets.finish()
+        assert counted.live == 0
 
 
 def test_the_image_of_the_weights_is_what_is_published(tmp_path: Path):
