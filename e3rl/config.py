@@ -32,6 +32,9 @@ from e3rl.settings import (
 from e3rl.settings import setting as setting  # objectives from outside make their options with it
 from e3rl.synonyms import SYNONYMS, place_of
 
+CONTEXT_PARALLEL = ("ddp", "zero1", "zero2", "fsdp2")
+"""Values of ``train.parallel`` under which ranks can divide rows."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -69,6 +72,7 @@ class Config:
                 "to correct for it, for example train.importance_correction=segment_truncate"
             )
         self._check_optimizer()
+        self._check_context()
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
 
@@ -80,6 +84,20 @@ class Config:
             raise UserError(
                 f"train.optimizer = '{name}' keeps its state whole, and train.parallel = '{parallel}' divides it: take "
                 "adamw, or train.parallel=ddp"
+            )
+
+    def _check_context(self) -> None:
+        """Refuse a division of rows that would not be exact, or among ranks that there are not."""
+        train = self.train
+        if train.context_parallel > 1 and train.parallel not in CONTEXT_PARALLEL:
+            raise UserError(
+                f"train.context_parallel = {train.context_parallel} needs ranks whose gradients add up: set train.parallel to "
+                f"{', '.join(CONTEXT_PARALLEL)} (it is '{train.parallel}')"
+            )
+        if train.context_parallel > 1 and train.router_loss:
+            raise UserError(
+                "train.router_loss is a product of means over a row's tokens, which ranks that divide the row don't have: "
+                "leave it at 0, or train.context_parallel at 1"
             )
 
 

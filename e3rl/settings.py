@@ -316,6 +316,11 @@ class TrainConfig:
         "how several ranks train together: ddp replicates, zero1 divides AdamW's state, zero2 and fsdp2 also weights; "
         "or DeepSpeed's",
     )
+    context_parallel: int = setting(
+        1,
+        "ranks that divide the tokens of each row among them, for long responses; the others divide the groups",
+        min=1,
+    )
     rank_timeout: int = setting(
         3600,
         "seconds that a rank waits for another; it must cover a step's rollouts (with staleness, a worker's evaluation too)",

@@ -16,10 +16,11 @@ from e3rl.cluster.ranked_optimizer import DataParallelOptimizer, Zero1Optimizer
 from e3rl.cluster.ranks import Ranks
 from e3rl.cluster.sharding import ShardedOptimizer, ShardedPasses, shard
 from e3rl.config import TrainConfig
-from e3rl.models import Policy
+from e3rl.errors import UserError
+from e3rl.models import Policy, unwrapped
 from e3rl.train.attribution import packed_attention
 from e3rl.train.optimizer import MasterOptimizer
-from e3rl.train.packing import PackedRow, TrainSequence
+from e3rl.train.packing import PackedRow, TrainSequence, recurrent_mixers
 from e3rl.train.scoring import Passes, RowScores
 
 LOCKSTEP = ("zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
@@ -95,14 +96,25 @@ WAYS: dict[str, Callable[[Policy, nn.Module | None, TrainConfig, Ranks], Way]] =
 }
 
 
-def make_ready(policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks: Ranks) -> Way:
+def make_ready(
+    policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks: Ranks, context: Ranks | None = None
+) -> Way:
     """The way that ``train.parallel`` names, the model prepared for it in place; of one rank, the ordinary one.
 
     ``frozen`` is the reference model, where that is another. Both may be empty where the way divides weights, and are filled.
+    ``context`` are the ranks that divide each row's tokens.
     """
     if ranks.world == 1:
         return Way(MasterOptimizer(policy.trainable(), config))
-    return WAYS[config.parallel](policy, frozen, config, ranks)
+    if config.context_parallel > 1 and recurrent_mixers(policy.model):
+        kind = type(unwrapped(policy.model)).__name__
+        raise UserError(
+            f"train.context_parallel = {config.context_parallel}: {kind} has layers that carry a state from token to token, "
+            "which ranks would have to run one after the other; leave it at 1"
+        )
+    way = WAYS[config.parallel](policy, frozen, config, ranks)
+    way.passes.context = context or Ranks()
+    return way
 
 
 def in_lockstep(config: TrainConfig, ranks: Ranks) -> bool:

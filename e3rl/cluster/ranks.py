@@ -72,6 +72,22 @@ class Ranks:
         """The same ranks, whose exchanges another thread may make at the same time. All ranks must call this."""
         return replace(self, group=dist.new_group(backend="gloo", timeout=self.patience)) if self.world > 1 else self
 
+    def blocks(self, size: int) -> tuple[Ranks, Ranks]:
+        """Ranks in blocks of ``size`` neighbours: those with this one's place in the other blocks, and those of its own block.
+
+        All ranks must call this.
+        """
+        if size == 1:
+            return self, Ranks()
+        blocks = [range(first, first + size) for first in range(0, self.world, size)]
+        return self._among([*zip(*blocks, strict=True)]), self._among(blocks)
+
+    def _among(self, parts: Sequence[Sequence[int]]) -> Ranks:
+        """This rank in its part of all ranks."""
+        groups = [dist.new_group(list(part), timeout=self.patience) if len(part) > 1 else None for part in parts]
+        [mine] = [n for n, part in enumerate(parts) if self.rank in part]
+        return Ranks(parts[mine].index(self.rank), len(parts[mine]), groups[mine], self.patience)
+
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """The bytes of every rank, in every rank. Each goes out once, at its own length."""
         if self.world == 1:
@@ -84,11 +100,11 @@ class Ranks:
                     found.append(b"")
                 elif rank == self.rank:
                     tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
-                    dist.broadcast(tensor, src=rank, group=self.group)
+                    dist.broadcast(tensor, group_src=rank, group=self.group)
                     found.append(mine)
                 else:
                     received = torch.empty(size, dtype=torch.uint8, device=device)
-                    dist.broadcast(received, src=rank, group=self.group)
+                    dist.broadcast(received, group_src=rank, group=self.group)
                     found.append(received.cpu().numpy().tobytes())
         return found
 
@@ -166,12 +182,17 @@ def join_ranks(config: Config) -> Ranks:
             f"train.workers = {config.train.workers} asks for as many ranks, and there are {world}: e3rl train starts them "
             "on Ray; under torchrun leave train.workers at 0"
         )
-    if world == 1:
+    if world == 1 and config.train.context_parallel == 1:
         return Ranks()
     if parallel == "none":
         raise UserError(
             f"{world} processes were started, and train.parallel = 'none' would train the same model in each of them: set "
             "train.parallel to ddp, zero1, zero2, fsdp2, deepspeed-zero2 or deepspeed-zero3, or start one process"
+        )
+    if world % config.train.context_parallel:
+        raise UserError(
+            f"train.context_parallel = {config.train.context_parallel} divides every row among as many ranks, and "
+            f"{world} ranks are no multiple of that"
         )
     if config.environments.factory:
         raise UserError("environments.factory needs one process: an environment can't be handed from rank to rank")

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 
-from e3rl.config import Config, build_config, lay, parse_override, to_tables
+from e3rl.config import CONTEXT_PARALLEL, Config, build_config, lay, parse_override, to_tables
 from e3rl.engine.torch.storage import MIB
 from e3rl.errors import UserError
 from e3rl.plan.generation import Process
@@ -58,6 +58,8 @@ def _candidates(config: Config, plan: Plan, available: int, ranks: int) -> Itera
     divided = train.parallel if train.parallel in ("zero2", "fsdp2", "deepspeed-zero3") else "fsdp2"
     more = (n for n in _RANKS if n > ranks and n <= train.prompts_per_step)
     yield from itertools.islice((([f"train.parallel={divided}"], n) for n in more), len(_RANKS))
+    if ranks > 1 and train.context_parallel == 1 and train.parallel in CONTEXT_PARALLEL:
+        yield [*spare, f"train.context_parallel={ranks}"], ranks
     if not config.model.lora_r:
         yield ["model.lora_r=32"], ranks
 

@@ -27,7 +27,7 @@ from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
-from e3rl.plan.dry_run import COUNTED, GradientBuckets, MicroBatch, micro_batch, muon_scratch
+from e3rl.plan.dry_run import COUNTED, GradientBuckets, MicroBatch, cache_row_size, micro_batch, muon_scratch
 from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
 from e3rl.train.optimizer import muon_takes, state_width
 from e3rl.train.prompts import number_of_steps
@@ -154,13 +154,17 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = division.gradients(trained)
     bucketed_ranks = division.ranks if division.buckets else 0
-    passes = _passes(config.model, row_tokens, config.train.gradient_checkpointing, bucketed_ranks)
+    mine = -(-row_tokens // config.train.context_parallel)
+    passes = _passes(config.model, mine, config.train.gradient_checkpointing, bucketed_ranks)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
         "training": {
             "weights brought together": division.gathered(model.parameters(), layers),
             "gradients": gradients,
             "activations": passes.kept,
+            "keys and values of other ranks' tokens": others_tokens(
+                model, row_tokens - mine, config.train.gradient_checkpointing
+            ),
             "layers' inputs of a group's other rows": passes.kept
             * waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks),
             "the backward pass beside them": passes.passing,
@@ -169,6 +173,15 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
         },
         "optimizer": {"gradients": gradients, "an update's scratch": _scratch(sizes, division)},
     }
+
+
+def others_tokens(model: Any, tokens: int, checkpointing: bool) -> int:
+    """Bytes of keys and values of tokens that other ranks have: kept by every layer, or, where layers run again in the backward
+    pass, by one. Beside them one layer's gradients, and what of these is sent."""
+    if not tokens:
+        return 0
+    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    return ((1 if checkpointing else layers) + 2) * cache_row_size(model).position * tokens // layers
 
 
 def _scratch(sizes: Sizes, division: ShardCounts) -> int:
@@ -228,6 +241,11 @@ def _with_host(process: Process, host: Mapping[str, int], sizes: Sizes) -> Proce
 def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     """Plan a run in which ``ranks`` processes train together; loads no weights."""
     needs = frozenset(build_objective(config.objective).needs)
+    if ranks % config.train.context_parallel:
+        raise UserError(
+            f"train.context_parallel = {config.train.context_parallel} divides rows among as many ranks, and {ranks} are no "
+            "multiple of that: plan with --ranks"
+        )
     model = shape_of(config.model)
     division = ShardCounts.of(model, config.train.parallel, ranks)
     prompt, assumed, problems = _data(config)

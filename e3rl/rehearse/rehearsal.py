@@ -30,7 +30,7 @@ _SIZES = (
     "model.path", "model.device", "data.train", "data.directory", "data.train_limit", "data.train_split",
     "data.max_prompt_length", "rollout.segment_length", "rollout.max_completion_length", "rollout.kv_budget",
     "rollout.servers", "rollout.workers", "rollout.worker_gpus", "train.workers", "train.worker_gpus", "train.steps",
-    "train.prompts_per_step", "train.micro_batch_tokens", "train.eval_steps", "train.save_steps",
+    "train.context_parallel", "train.prompts_per_step", "train.micro_batch_tokens", "train.eval_steps", "train.save_steps",
     "train.save_total_limit", "train.report_to", "eval.limit", "run.name", "run.output_dir", "rewards.functions",
     "rewards.workers",
 )  # fmt: skip
@@ -70,6 +70,7 @@ def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int
         "train": {
             "steps": STEPS, "prompts_per_step": min(PROMPTS, config.train.prompts_per_step), "micro_batch_tokens": 2048,
             "workers": min(RANKS, config.train.workers), "worker_gpus": 0.0,
+            "context_parallel": min(RANKS, config.train.context_parallel),
             "eval_steps": STEPS if config.train.eval_steps else 0, "save_steps": 1, "save_total_limit": 2, "report_to": [],
         },
         "eval": {"limit": LIMIT},

@@ -35,10 +35,10 @@ class _Ends:
     """The last L' response tokens (Q) of a batch of trajectories, and all positions that they attend to (K)."""
 
     members: tuple[int, ...]  # which sequences of the row
-    queries_SQ: Tensor  # row positions, from the last token backwards
+    queries_SQ: Tensor  # places among this rank's tokens, from the last one backwards
     keys_SK: Tensor  # row positions
     places_SQ: Tensor  # of the queries in their sequence
-    weights_SQ: Tensor  # 1 / number of queries; 0 where a response has fewer
+    weights_SQ: Tensor  # 1 / number of queries; 0 where a response has fewer, and for another rank's
     response_SK: Tensor  # which keys are response tokens
     _biases: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -52,12 +52,16 @@ class _Ends:
         back_Q = torch.arange(int(sizes_S1.max()))
         places_SQ = (lengths_S1 - 1 - back_Q).clamp(min=0)
         place_K = torch.arange(keys_SK.shape[1])
+        queries_SQ, weights_SQ = keys_SK.gather(1, places_SQ), (back_Q < sizes_S1) / sizes_S1
+        if row.share is not None:  # the others' queries count there
+            queries_SQ = row.share.places_N[queries_SQ]
+            weights_SQ, queries_SQ = weights_SQ.where(queries_SQ >= 0, 0.0), queries_SQ.clamp(min=0)
         return cls(
             tuple(members),
-            keys_SK.gather(1, places_SQ).to(device),
+            queries_SQ.to(device),
             keys_SK.to(device),
             places_SQ.to(device),
-            ((back_Q < sizes_S1) / sizes_S1).to(device),
+            weights_SQ.to(device),
             ((place_K >= prompts_S1) & (place_K < lengths_S1)).to(device),
         )
 
@@ -131,14 +135,19 @@ class AttributionTap:
 
     def attribution(self) -> list[Tensor | None]:
         """a_t of every response token, a mean over queries, heads and layers; None for erased candidates."""
-        return self._by_sequence([sum_SK / len(self._layers) for sum_SK in self._sums])
+        return self._by_sequence([sum_SK / len(self._layers) for sum_SK in self._totals()])
 
     def shares(self) -> list[Tensor | None]:
         """a_t of each trajectory, made to add up to 1. Layers that a backward pass runs again are no longer observed."""
         self._closed = True
         return self._by_sequence(
-            [attention_shares(s, e.response_SK) for s, e in zip(self._sums, self._ends, strict=True)]
+            [attention_shares(s, e.response_SK) for s, e in zip(self._totals(), self._ends, strict=True)]
         )
+
+    def _totals(self) -> Sequence[Tensor]:
+        """The sums over layers, of all ranks' queries."""
+        share = self._row.share
+        return self._sums if share is None else [share.together(sum_SK) for sum_SK in self._sums]
 
     def _by_sequence(self, values: Sequence[Tensor]) -> list[Tensor | None]:
         found: dict[int, Tensor] = {}
@@ -179,6 +188,8 @@ def _attention(
     """Attention of every branch. Split, not indexed: its gradient is a concatenation. ``s_aux``: sinks, a logit a head."""
     if softcap is not None:
         raise TypeError("it caps its scores")
+    if packed_row.share is not None:
+        key, value = packed_row.share.whole(key), packed_row.share.whole(value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     width, value_width = query.shape[-1], value.shape[-1]
     if attribution_tap is not None:
@@ -187,16 +198,16 @@ def _attention(
         query, key, value = _with_sinks(query, key, value, s_aux, scale)
         scaling = scale  # that of the narrower queries
         sink_D = nn.functional.one_hot(torch.tensor(width, device=key.device), key.shape[3]).to(key.dtype)
-    sizes = [branch.size for branch in packed_row.branches]
-    queries, keys, values = (states.split(sizes, 2) for states in (query, key, value))
+    sizes, pieces = [branch.size for branch in packed_row.branches], packed_row.pieces()
+    keys, values = (states.split(sizes, 2) for states in (key, value))
     outputs = []
-    for index in range(len(sizes)):
-        seen_key, seen_value = (packed_row.behind_context(states, index, 2) for states in (keys, values))
+    for piece, piece_query in zip(pieces, query.split([piece.size for piece in pieces], 2), strict=True):
+        seen_key, seen_value = (packed_row.seen_by(piece, states, 2) for states in (keys, values))
         if s_aux is not None:
             seen_key, seen_value = _before(sink_D, seen_key), _before(torch.zeros_like(sink_D), seen_value)
         outputs.append(
             attention_behind(
-                queries[index],
+                piece_query,
                 seen_key,
                 seen_value,
                 window=sliding_window,

@@ -44,12 +44,15 @@ class Learner:
         self, policy: Policy, objective: Objective, config: Config, updates: int, ranks: Ranks | None = None
     ) -> None:
         self._policy, self._objective, self._config, self._updates = policy, objective, config, updates
-        self._ranks = ranks or Ranks()
+        ranks = ranks or Ranks()
+        self._ranks, context = ranks.blocks(
+            config.train.context_parallel
+        )  # the former divide the groups, the latter rows
         self._found: NonFinite | None = None
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._lockstep = in_lockstep(config.train, self._ranks)
         frozen = self.reference.frozen if self.reference is not None else None
-        way = make_ready(policy, frozen, config.train, self._ranks)
+        way = make_ready(policy, frozen, config.train, ranks, context)
         self.optimizer, self.passes = way.optimizer, way.passes
         self._attribution = None
         if "shares" in objective.needs:

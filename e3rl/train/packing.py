@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from e3rl.types import Group, Trajectory
+
+if TYPE_CHECKING:
+    from e3rl.cluster.context import ContextShare
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,15 @@ class Branch:
     size: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of a branch: ``size`` of them, up to its token ``end``, which is left out."""
+
+    branch: int
+    end: int
+    size: int
+
+
 class PrefixTree:
     """Tokens by their prefix. A token's position in the row is the order in which it was inserted."""
 
@@ -160,6 +172,7 @@ class PackedRow:
     prompt_lengths: tuple[int, ...]
     erased: tuple[bool, ...]
     routers: bool = False  # a pass with gradients also gives the loss of routers
+    share: ContextShare | None = None  # this rank's part, where ranks divide the row
 
     @classmethod
     def of(cls, sequences: Sequence[TrainSequence], device: torch.device, *, routers: bool = False) -> PackedRow:
@@ -192,6 +205,18 @@ class PackedRow:
         """What a branch's tokens and those before them have; ``parts`` are those of the branches, along ``dim``."""
         context = [parts[b].narrow(dim, start, end - start) for b, start, end in self.branches[index].context]
         return torch.cat([*context, parts[index]], dim) if context else parts[index]
+
+    def pieces(self) -> Sequence[Piece]:
+        """What lies here of the branches: all of each, where ranks don't divide the row."""
+        if self.share is not None:
+            return self.share.pieces
+        return [Piece(index, branch.size, branch.size) for index, branch in enumerate(self.branches)]
+
+    def seen_by(self, piece: Piece, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """What a piece's tokens and those before them have, as in `behind_context`."""
+        seen = self.behind_context(parts, piece.branch, dim)
+        after = self.branches[piece.branch].size - piece.end
+        return seen.narrow(dim, 0, seen.shape[dim] - after) if after else seen
 
     def response_paths(self) -> list[Tensor]:
         """Row positions of each sequence's response tokens, on the CPU."""

@@ -29,7 +29,7 @@ MAY_CHANGE = {
     *("run.name", "run.output_dir", "model.device"),
     *("rollout.max_rows", "rollout.cache_rows", "rollout.kv_budget"),
     *("train.micro_batch_tokens", "train.gradient_checkpointing", "rewards.workers", "rewards.timeout"),
-    *("train.parallel", "train.workers", "train.worker_gpus"),
+    *("train.parallel", "train.context_parallel", "train.workers", "train.worker_gpus"),
     *("train.steps", "train.eval_steps", "train.save_steps"),
     *("train.save_total_limit", "train.show_steps", "train.report_to", "train.push_to_hub", "train.rank_timeout"),
     *("train.max_skipped_steps", "train.max_log_ratio", "train.max_kl"),

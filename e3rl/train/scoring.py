@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e3rl.cluster.context import divided
+from e3rl.cluster.ranks import Ranks
 from e3rl.engine.torch.operations import PLAIN_LOGITS, LogitTransform
 from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
@@ -156,14 +158,15 @@ class RowScores:
 def score_row(
     model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
 ) -> RowScores:
-    """One forward pass over a row, inside `packed_attention`."""
-    base = unwrapped(model)
+    """One forward pass over a row, inside `packed_attention`; of a row that ranks divide, over this one's share."""
+    base, share = unwrapped(model), row.share
     tap = None if attribution is None else AttributionTap(row, attribution.window, attribution.layers)
     backbone = getattr(base, base.base_model_prefix)
     routers = {"output_router_logits": True} if row.routers and torch.is_grad_enabled() else {}
+    ids_n, positions_n = (x_N if share is None else x_N[share.mine_n] for x_N in (row.ids_N, row.positions_N))
     output = backbone(
-        input_ids=row.ids_N[None],
-        position_ids=row.positions_N[None],
+        input_ids=ids_n[None],
+        position_ids=positions_n[None],
         # unused; without it the library reads the positions from the device
         attention_mask=torch.empty(1, 1, 1, 1, device=row.ids_N.device),
         use_cache=False,
@@ -171,17 +174,18 @@ def score_row(
         attribution_tap=tap,
         **routers,
     )
-    hidden_ND = output.last_hidden_state[0]
-    before_K, ids_K = (x_N.index_select(0, row.scored_K) for x_N in (row.before_N, row.ids_N))
-    hidden_KD = hidden_ND.index_select(0, before_K)  # the state before a token predicts it
+    scored_K = row.scored_K if share is None else share.scored_k
+    before_K = row.before_N.index_select(0, scored_K) if share is None else share.before_k
+    hidden_KD = output.last_hidden_state[0].index_select(0, before_K)  # the state before a token predicts it
     logprobs_K, entropies_K = head_scores(
-        output_matrix(base), hidden_KD, ids_K, temperature, LogitTransform.of_model(base)
+        output_matrix(base), hidden_KD, row.ids_N[scored_K], temperature, LogitTransform.of_model(base)
     )
     blank_N = torch.zeros(len(row.ids_N), device=row.ids_N.device)
+    logprobs_N, entropies_N = (blank_N.index_copy(0, scored_K, x_K) for x_K in (logprobs_K, entropies_K))
     return RowScores(
         row,
-        blank_N.index_copy(0, row.scored_K, logprobs_K),
-        blank_N.index_copy(0, row.scored_K, entropies_K),
+        logprobs_N if share is None else share.together(logprobs_N),
+        entropies_N if share is None else share.together(entropies_N),
         [None] * len(row.paths) if tap is None else tap.shares(),
         router_loss(base)(output.router_logits) if routers else None,
     )
@@ -189,6 +193,9 @@ def score_row(
 
 class Passes:
     """Forward and backward passes through a model, as PyTorch runs them."""
+
+    context = Ranks()
+    """The ranks that divide the tokens of each row."""
 
     def divides(self, model: Any) -> bool:
         """Whether ranks exchange tensors in passes through this model."""
@@ -206,6 +213,8 @@ class Passes:
         self, model: Any, row: PackedRow, temperature: float, attribution: AttributionSettings | None = None
     ) -> RowScores:
         """See `score_row`."""
+        if self.context.world > 1:
+            row = divided(row, self.context)
         logprobs_N, entropies_N, balance, *shares = self.run(
             model, partial(_scored, row=row, temperature=temperature, attribution=attribution)
         )

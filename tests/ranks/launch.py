@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from e3rl.train.trainer import Trainer
-from tests.ranks.run import settings
+from tests.ranks.run import STEPS, settings
 from tests.train.random_lab import lab_config, random_lab
 
+TOLERANCE = 1e-4
 ALL = os.environ.get("E3RL_RANKS") == "all"
 ANOTHER_LAUNCH = pytest.mark.skipif(not ALL, reason="starts ranks once more, which takes its time: make test-ranks")
 DEEPSPEED = ("deepspeed-zero2", "deepspeed-zero3") if ALL and importlib.util.find_spec("deepspeed") else ()
@@ -44,7 +45,7 @@ def succeed(done: subprocess.CompletedProcess[str]) -> None:
 
 def alone(directory: Path, name: str, resume: bool = False) -> None:
     """The same run by one process."""
-    overrides = [s for s in settings(name) if not s.startswith("train.parallel")]
+    overrides = [s for s in settings(name) if not s.startswith(("train.parallel", "train.context_parallel"))]
     Trainer(lab_config(directory, *overrides), resume=resume).train()
 
 
@@ -61,6 +62,18 @@ def curve(run: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [(record["loss"], record["grad_norm"]) for record in map(json.loads, lines)]
+
+
+def assert_same_run(run: Path, expected: Path, what: str) -> None:
+    """The same loss and gradient norm at every step; weights alike but where a gradient is nothing but rounding."""
+    found, wanted = curve(run), curve(expected)
+    assert len(found) == len(wanted) == STEPS
+    difference = max(abs(a - b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
+    ours, theirs = weights(run), weights(expected)
+    apart = max((ours[n] - theirs[n]).abs().mean().item() for n in theirs)
+    print(f"\n| {what} | {' | '.join(f'{loss:+.6f}' for loss, _ in found)} | {difference:.1e} | {apart:.1e} |", end="")
+    assert difference < TOLERANCE
+    assert apart < TOLERANCE
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

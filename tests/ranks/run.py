@@ -48,6 +48,8 @@ VARIANTS = {
     # the reference model is divided too: its passes, of which ranks have different numbers, are made in lockstep
     "reference": ("objective.kl_coef=0.1", "train.micro_batch_tokens=40"),
     "stale": ("rollout.staleness=1", "train.importance_correction=segment_truncate"),
+    # both ranks have every group and half of each row; attention's shares come from both
+    "context": ("train.context_parallel=2", "train.micro_batch_tokens=90", "objective.kl_coef=0.1"),
     "adapters": ("model.lora_r=4", "objective.kl_coef=0.1"),  # their reference is the same model without them
 }
 

@@ -8,24 +8,22 @@ import pytest
 import torch
 
 from e3rl.train.run_directory import read_lines
-from tests.ranks.launch import ANOTHER_LAUNCH, DEEPSPEED, MODES, alone, copy_run, curve, succeed, torchrun, weights
+from tests.ranks.launch import (
+    ANOTHER_LAUNCH,
+    DEEPSPEED,
+    MODES,
+    alone,
+    assert_same_run,
+    copy_run,
+    curve,
+    succeed,
+    torchrun,
+    weights,
+)
 from tests.ranks.run import STEPS
 
-TOLERANCE = 1e-4
 LOCKSTEP = ("zero2", "fsdp2", *DEEPSPEED)
 pytestmark = pytest.mark.timeout(900)
-
-
-def assert_same_run(run: Path, expected: Path, what: str) -> None:
-    """The same loss and gradient norm at every step; weights alike but where a gradient is nothing but rounding."""
-    found, wanted = curve(run), curve(expected)
-    assert len(found) == len(wanted) == STEPS
-    difference = max(abs(a - b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
-    ours, theirs = weights(run), weights(expected)
-    apart = max((ours[n] - theirs[n]).abs().mean().item() for n in theirs)
-    print(f"\n| {what} | {' | '.join(f'{loss:+.6f}' for loss, _ in found)} | {difference:.1e} | {apart:.1e} |", end="")
-    assert difference < TOLERANCE
-    assert apart < TOLERANCE
 
 
 @pytest.fixture(scope="module")
