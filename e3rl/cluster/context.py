@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from e3rl.cluster.ranks import Ranks
-from e3rl.train.packing import Branch, PackedRow, Piece
+from e3rl.train.packing import Branch, PackedRow, RowPiece
 
 
 class _Gathered(torch.autograd.Function):
@@ -70,7 +70,7 @@ class ContextShare:
     ranks: Ranks  # among which the row is divided
     mine_n: Tensor  # row positions
     places_N: Tensor  # of the row's tokens among these; -1: another rank's. On the CPU
-    pieces: tuple[Piece, ...]  # of branches, in the order of ``mine_n``
+    pieces: tuple[RowPiece, ...]  # of branches, in the order of ``mine_n``
     scored_k: Tensor  # row positions of response tokens that are predicted here
     before_k: Tensor  # and the place of the token before each, among mine
 
@@ -85,13 +85,13 @@ class ContextShare:
         return found
 
 
-def _pieces(branches: Sequence[Branch], start: int, end: int) -> list[Piece]:
+def _pieces(branches: Sequence[Branch], start: int, end: int) -> list[RowPiece]:
     """The row positions from ``start`` to ``end`` as pieces of branches."""
-    found, begin = list[Piece](), 0
+    found, begin = list[RowPiece](), 0
     for index, branch in enumerate(branches):
         first, last = max(start, begin), min(end, begin + branch.size)
         if first < last:
-            found.append(Piece(index, last - begin, last - first))
+            found.append(RowPiece(index, last - begin, last - first))
         begin += branch.size
     return found
 

@@ -114,7 +114,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowPiece:
     """Consecutive tokens of a branch: ``size`` of them, up to its token ``end``, which is left out."""
 
     branch: int
@@ -206,13 +206,13 @@ class PackedRow:
         context = [parts[b].narrow(dim, start, end - start) for b, start, end in self.branches[index].context]
         return torch.cat([*context, parts[index]], dim) if context else parts[index]
 
-    def pieces(self) -> Sequence[Piece]:
+    def pieces(self) -> Sequence[RowPiece]:
         """What lies here of the branches: all of each, where ranks don't divide the row."""
         if self.share is not None:
             return self.share.pieces
-        return [Piece(index, branch.size, branch.size) for index, branch in enumerate(self.branches)]
+        return [RowPiece(index, branch.size, branch.size) for index, branch in enumerate(self.branches)]
 
-    def seen_by(self, piece: Piece, parts: Sequence[Tensor], dim: int) -> Tensor:
+    def seen_by(self, piece: RowPiece, parts: Sequence[Tensor], dim: int) -> Tensor:
         """What a piece's tokens and those before them have, as in `behind_context`."""
         seen = self.behind_context(parts, piece.branch, dim)
         after = self.branches[piece.branch].size - piece.end

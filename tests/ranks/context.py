@@ -60,12 +60,12 @@ def differences(name: str, ranks: Ranks) -> dict[str, Any]:
     sums = {n: mine[n].clone() if n in mine else torch.zeros_like(wanted[n]) for n in names}
     ranks.add_up(sums.values())
     size = len(row.ids_N)
-    shares = [(a - b).abs().max().item() for a, b in zip(parts.shares, whole.shares, strict=True) if a is not None]
+    pairs = [(a, b) for a, b in zip(parts.shares, whole.shares, strict=True) if a is not None and b is not None]
     return {
         "name": name,
         "logprobs": (parts.logprobs_N[:size] - whole.logprobs_N).abs().max().item(),
         "entropies": (parts.entropies_N[:size] - whole.entropies_N).abs().max().item(),
-        "shares": max(shares),
+        "shares": max((a - b).abs().max().item() for a, b in pairs),
         "gradients": max((sums[n] - wanted[n]).abs().max().item() for n in names) / largest,
         "gradients of a rank alone": max((mine[n] - wanted[n]).abs().max().item() for n in names if n in mine)
         / largest,
