@@ -12,6 +12,10 @@ from typing import Any
 
 from e3rl.errors import UserError
 
+FROM_COMMAND_LINE = "give its settings after '--', as on a command line; TRL's defaults stand for the others"
+"""The remark on a script's settings that it reads from its command line."""
+HOW_LOADED = ("dtype", "torch_dtype", "attn_implementation", "device_map", "use_cache")
+"""Arguments of from_pretrained that are a setting here, or without effect on what is computed."""
 _REWARDS = {"get_soft_overlong_punishment": "overlong"}
 
 
@@ -36,7 +40,10 @@ def read_arguments(source: Sequence[str]) -> Arguments:
     if first.startswith("-") or first.split()[0] in ("trl", "accelerate", "python", "python3"):
         words = [word for part in source for word in (shlex.split(part) if " " in part else [part])]
         return read_command_line(words)
-    return read_file(Path(first)).updated(read_command_line(rest))
+    found = read_file(Path(first))
+    if rest:  # a script that parses its command line gets it here
+        found = Arguments(found.values, tuple(r for r in found.remarks if FROM_COMMAND_LINE not in r))
+    return found.updated(read_command_line(rest))
 
 
 def read_file(path: Path) -> Arguments:

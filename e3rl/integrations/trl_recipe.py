@@ -9,7 +9,7 @@ from typing import Any
 
 from e3rl.config import build_config
 from e3rl.errors import UserError
-from e3rl.integrations.trl_arguments import Arguments
+from e3rl.integrations.trl_arguments import HOW_LOADED, Arguments
 from e3rl.integrations.trl_losses import Settings, untranslated
 from e3rl.integrations.trl_schedule import rhythm_table, train_table
 from e3rl.sections import toml_value
@@ -52,7 +52,12 @@ def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
         "rewards": _rewards(settings),
         "train": {**train, **rhythm_table(settings, updates)},
     }
-    losses = (*arguments.remarks, *settings.losses, *untranslated(settings.left))
+    given = {"model": "model_name_or_path", "train_dataset": "dataset_name", "eval_dataset": "eval_dataset_name"}
+    named = tuple(
+        f"{what}: " for what, name in given.items() if arguments.values.get(name)
+    )  # otherwise than in the script
+    remarks = [remark for remark in arguments.remarks if not remark.startswith(named)]
+    losses = (*remarks, *settings.losses, *untranslated(settings.left))
     found = {name: table for name, table in tables.items() if table}
     build_config(found)
     return Translation(found, losses)
@@ -65,7 +70,7 @@ def _run(settings: Settings) -> dict[str, Any]:
 
 def _about(name: str, remarks: Sequence[str]) -> str:
     """The remarks on ``name``, for an error."""
-    return "".join(f" ({remark})" for remark in remarks if remark.startswith(name))
+    return "".join(f" ({remark})" for remark in remarks if remark.startswith(f"{name}: "))
 
 
 def _model(settings: Settings, remarks: Sequence[str]) -> dict[str, Any]:
@@ -91,6 +96,12 @@ def _model(settings: Settings, remarks: Sequence[str]) -> dict[str, Any]:
 def _dtype(settings: Settings) -> str:
     """TRL's bf16 sets the type of arithmetic, not of weights; here weights become bfloat16 with float32 masters."""
     dtype, bf16, fp16 = settings.optional("dtype"), settings.optional("bf16"), settings.take("fp16", False)
+    loading = settings.optional("model_init_kwargs")
+    if isinstance(loading, dict):
+        dtype = dtype or loading.get("dtype") or loading.get("torch_dtype")
+        loading = {k: v for k, v in loading.items() if k not in HOW_LOADED and v is not None}
+    settings.left["model_init_kwargs"] = loading
+    dtype = settings.optional("torch_dtype") or dtype  # its older name
     on_cpu = settings.take("use_cpu", False)
     if fp16 or dtype == "float16":
         settings.lose("fp16: the types are float32 and bfloat16; the recipe takes bfloat16")

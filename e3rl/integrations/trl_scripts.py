@@ -12,7 +12,7 @@ from typing import Any
 
 from e3rl.errors import UserError
 from e3rl.integrations.script_source import UNKNOWN, Source, called
-from e3rl.integrations.trl_arguments import Arguments, reward_name
+from e3rl.integrations.trl_arguments import FROM_COMMAND_LINE, HOW_LOADED, Arguments, reward_name
 
 TRAINER = (
     *(
@@ -100,14 +100,20 @@ class _Script:
         if node is None:
             return {}
         config = self._source.follow(node)
-        if not isinstance(config, ast.Call) or called(config) != "GRPOConfig":
-            self._source.remark(
-                node, f"args = {ast.unparse(node)}", "give its settings after '--', as on a command line"
-            )
-            return {}
-        values = self._values(self._source.given(config, CONFIG))
-        later = {n: v for owner, n, v in self._source.attributes if isinstance(node, ast.Name) and owner == node.id}
-        return values | self._values(later)
+        made = isinstance(config, ast.Call) and called(config) == "GRPOConfig"
+        if not made:
+            self._source.remark(node, f"args = {ast.unparse(node)}", FROM_COMMAND_LINE)
+            if not self._source.parsed(node):
+                return {}
+        values = self._values(self._source.given(config, CONFIG)) if isinstance(config, ast.Call) and made else {}
+        for owner, name, value, certain in self._source.attributes:
+            if isinstance(node, ast.Name) and owner == node.id:
+                values.pop(name, None)
+                if certain:
+                    values |= self._values({name: value})
+                else:
+                    self._source.remark(value, name, "it is set under a condition; set it by hand")
+        return values
 
     def _model(self, node: ast.expr | None, config: dict[str, Any]) -> dict[str, Any]:
         """The model's name: a constant, or the first argument of a from_pretrained(...)."""
@@ -115,24 +121,27 @@ class _Script:
             return {}
         found: dict[str, Any] = {}
         call = self._source.follow(node)
+        while isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("to", "cuda"):
+            call = self._source.follow(call.func.value)
         if isinstance(call, ast.Call) and called(call) == "get_peft_model":
             inner = self._source.given(call, ("model", "peft_config"))
             return self._model(inner.get("model"), config) | self._adapter(inner.get("peft_config"))
         if isinstance(call, ast.Call) and called(call) == "from_pretrained":
             given = self._source.given(call, ("pretrained_model_name_or_path",))
             name = given.pop("pretrained_model_name_or_path", None) or given.pop("model_name", None)
-            if (
-                name is not None
-                and "dtype" not in config
-                and (kind := given.pop("dtype", given.pop("torch_dtype", None)))
-            ):
+            if name is not None and "dtype" not in config and (kind := given.get("dtype", given.get("torch_dtype"))):
                 found = self._values({"dtype": kind})
-            for key in [k for k in given if k not in ("attn_implementation", "device_map", "use_cache")]:
+            for key in [k for k in given if k not in HOW_LOADED]:
                 self._source.remark(
                     given[key], f"{key} of from_pretrained", "models are loaded with model.dtype and defaults"
                 )
         else:
             name = node
+        if self._source.parsed(name):
+            self._source.remark(
+                node, "model", "the script takes it from its command line: --model_name_or_path after '--'"
+            )
+            return found
         path = self._source.value(name)
         if isinstance(path, str):
             return {"model_name_or_path": path, **found}
@@ -144,6 +153,12 @@ class _Script:
         if node is None or self._source.value(node) is None:
             return {}
         call = self._source.follow(node)
+        if (
+            isinstance(call, ast.Call)
+            and called(call) == "get_peft_config"
+            and all(map(self._source.parsed, call.args))
+        ):
+            return {}
         if not isinstance(call, ast.Call) or called(call) != "LoraConfig":
             self._source.remark(
                 node, f"peft_config = {ast.unparse(node)}", "only LoRA carries over; set model.lora_r by hand"
@@ -172,23 +187,14 @@ class _Script:
         """The dataset's source, through the changes that settings can express; others are listed."""
         if node is None or self._source.value(node) is None:
             return {}
-        call, renamed, values = self._source.follow(node), dict[str, str](), dict[str, Any]()
-        while True:
-            name = called(call) if isinstance(call, ast.Call) else ""
-            if isinstance(call, ast.Subscript) and self._source.value(call.slice) is not UNKNOWN:
-                values["split"] = self._source.value(call.slice)
-                call = self._source.follow(call.value)
-            elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and name != "load_dataset":
-                self._changed(call, name, renamed, values)
-                call = self._source.follow(call.func.value)
-            else:
-                break
+        call, renamed, values = self._loaded(node)
         if not (isinstance(call, ast.Call) and called(call) == "load_dataset"):
             self._source.remark(
                 node, f"{split}_dataset", "it is no load_dataset(...): write its rows into a file and set data.train"
             )
             return {}
-        given = self._values(self._source.given(call, ("path", "name")))
+        arguments = self._source.given(call, ("path", "name"))
+        given = self._values({name: node for name, node in arguments.items() if not self._source.parsed(node)})
         source = given.get("path")
         files = given.get("data_files")
         files = files.get(values.get("split") or given.get("split") or "train") if isinstance(files, dict) else files
@@ -208,6 +214,24 @@ class _Script:
                 "columns": "eval_columns",
             }
         return {keys.get(k, k): v for k, v in found.items() if v}
+
+    def _loaded(self, node: ast.expr) -> tuple[ast.expr, dict[str, str], dict[str, Any]]:
+        """What a dataset was before it was changed, columns that were renamed, and the split and limit that were chosen."""
+        call, renamed, values = self._source.follow(node), dict[str, str](), dict[str, Any]()
+        if isinstance(call, ast.IfExp) and self._source.value(call.orelse) is None:
+            call = self._source.follow(call.body)  # … if training_args.eval_strategy != "no" else None
+        while True:
+            name = called(call) if isinstance(call, ast.Call) else ""
+            if isinstance(call, ast.Subscript) and (
+                self._source.parsed(call.slice) or self._source.value(call.slice) is not UNKNOWN
+            ):
+                values["split"] = None if self._source.parsed(call.slice) else self._source.value(call.slice)
+                call = self._source.follow(call.value)
+            elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and name != "load_dataset":
+                self._changed(call, name, renamed, values)
+                call = self._source.follow(call.func.value)
+            else:
+                return call, renamed, values
 
     def _changed(self, call: ast.Call, name: str, renamed: dict[str, str], values: dict[str, Any]) -> None:
         """One method of a dataset: expressed as settings, without effect here, or listed."""
@@ -239,7 +263,10 @@ class _Script:
     def _function(self, node: ast.expr) -> str | None:
         name = node.id if isinstance(node, ast.Name) else None
         if name in self._source.functions:
-            if self._source.runs_when_imported:
+            if not self._source.importable(str(name)):
+                why = "an import of the script does not define it: move it out of the function or condition around it"
+                self._source.remark(node, f"reward function {name}", why)
+            elif self._source.runs_when_imported:
                 self._source.remark(
                     node,
                     f"reward function {name}",

@@ -139,6 +139,12 @@ def test_data_that_can_not_be_read_are_refused_by_training_and_are_never_the_lab
         "name, other = pick()\nGRPOTrainer(name)",
         "def f(name):\n    GRPOTrainer(name)",
         "GRPOTrainer(name)\nname = 'a'",
+        "name = 'a'\nfor name in names:\n    pass\nGRPOTrainer(name)",
+        "name = 'a'\nname *= 2\nGRPOTrainer(name)",
+        "def main():\n    GRPOTrainer(name)\nname = 'a'\nmain()\nname = 'b'",
+        "def f(name='a'):\n    GRPOTrainer(name)\nf(pick())",
+        "def f(name='a'):\n    GRPOTrainer(name)\nf()\nf('b')",
+        "def pick():\n    if big:\n        return 'b'\n    return 'a'\nGRPOTrainer(pick())",
     ],
 )
 def test_a_name_that_may_be_several_things_is_not_guessed(text: str):
@@ -189,7 +195,11 @@ def test_settings_may_come_after_the_script_as_on_a_command_line(tmp_path: Path)
     )
     found = translate(read_arguments([str(path), "--model_name_or_path", "m", "--learning_rate", "3e-6"]))
     assert (found.tables["model"]["path"], found.tables["train"]["learning_rate"]) == ("m", 3e-6)
-    assert [loss.partition(":")[0] for loss in found.losses] == ["args = args", "model", "callbacks = [Mine()]"]
+    assert [loss.partition(":")[0] for loss in found.losses] == ["callbacks = [Mine()]"]
+    with pytest.raises(UserError, match="the script takes it from its command line: --model_name_or_path after '--'"):
+        translate(read_arguments([str(path)]))
+    by_hand = translate(read_arguments([str(path)]).updated(Arguments({"model_name_or_path": "m"})))
+    assert [loss.partition(":")[0] for loss in by_hand.losses] == ["args = args", "callbacks = [Mine()]"]
 
 
 @pytest.mark.parametrize(
@@ -203,3 +213,118 @@ def test_settings_may_come_after_the_script_as_on_a_command_line(tmp_path: Path)
 def test_scripts_with_nothing_to_convert_are_said(text: str, words: str):
     with pytest.raises(UserError, match=words):
         read(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name = 'a'\ndef judge():\n    name = 'b'\nGRPOTrainer(name)",
+        "name = 'a'\nclass C:\n    name = 'b'\nGRPOTrainer(name)",
+        "kind = 1\nif kind == 2:\n    name = 'b'\nelse:\n    name = 'a'\nGRPOTrainer(name)",
+        "kind = False\nname = 'a'\nif kind:\n    name = 'b'\nGRPOTrainer(name)",
+        "name = ''\nname += 'a'\nGRPOTrainer(name)",
+        "def pick():\n    name = 'a'\n    return name\nGRPOTrainer(pick())",
+        "def pick(name='a'):\n    return name\nGRPOTrainer(pick())",
+        "def pick(name='b'):\n    return name\nGRPOTrainer(pick('a'))",
+        "name = 'a'\ndef main():\n    GRPOTrainer(name)\nmain()",
+        "name, dataset = 'a', 'c'\nGRPOTrainer(name)",
+    ],
+)
+def test_a_name_means_what_it_would_mean_when_the_script_runs(text: str):
+    found = read(text)
+    assert found.values["model_name_or_path"] == "a"
+    assert found.remarks == ()
+
+
+def test_settings_that_are_changed_in_place_or_under_a_condition_are_said():
+    found = read(
+        "c = {'learning_rate': 1e-6}\nc['learning_rate'] = 2e-6\nrewards = ['accuracy_reward']\nrewards.append(mine)\n"
+        "args = GRPOConfig(seed=1, max_steps=5, **c)\nif fast:\n    args.max_steps = 2\nargs.seed = 3\n"
+        "GRPOTrainer('m', rewards, args)"
+    )
+    assert found.values == {"model_name_or_path": "m", "seed": 3, "reward_funcs": []}
+    assert [remark.partition(":")[0] for remark in found.remarks] == ["**c", "max_steps", "reward_funcs"]
+
+
+COPIED = """
+SYSTEM = "Think."
+def questions(split="train") -> Dataset:
+    data = load_dataset('openai/gsm8k', 'main')[split]
+    data = data.map(lambda x: {'prompt': [{'role': 'system', 'content': SYSTEM}]})
+    return data
+dataset = questions()
+def right(completions, answer, **kwargs):
+    rewards = []
+    for completion in completions:
+        rewards.append(1.0)
+    return rewards
+model = "Qwen"
+if model == "Llama":
+    model_name, output_dir = "meta-llama/Llama-3.2-1B-Instruct", "outputs/Llama"
+else:
+    model_name, output_dir = "Qwen/Qwen2.5-1.5B-Instruct", "outputs/Qwen"
+args = GRPOConfig(output_dir=output_dir, bf16=True, model_init_kwargs={"torch_dtype": torch.bfloat16, "device_map": None})
+model = AutoModelForCausalLM.from_pretrained(model_name, torch_dtype=torch.bfloat16, device_map=None).to("cuda")
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=[right], args=args, train_dataset=dataset)
+if __name__ == "__main__":
+    trainer.train()
+"""
+
+
+def test_a_script_of_the_kind_that_is_passed_around_is_read(tmp_path: Path):
+    path = tmp_path / "demo.py"
+    path.write_text(COPIED)
+    found = translate(read_arguments([str(path)]))
+    assert found.tables["model"] == {"path": "Qwen/Qwen2.5-1.5B-Instruct", "dtype": "bfloat16"}
+    assert found.tables["run"]["output_dir"] == "outputs/Qwen"
+    assert found.tables["data"] == {"train": "openai/gsm8k:main", "train_split": "train", "raw_prompts": True}
+    assert [loss.partition("(")[0] for loss in found.losses] == ["dataset.map"]
+
+
+PARSED = """
+script_args, training_args, model_args = TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()
+training_args.model_init_kwargs = dict(revision=model_args.model_revision)
+train, held_out = load_dataset("AI-MO/NuminaMath-TIR", split=["train[:5%]", "test[:5%]"])
+train, held_out = train.remove_columns("messages"), held_out.remove_columns("messages")
+named = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+trainer = GRPOTrainer(
+    model=model_args.model_name_or_path, args=training_args, reward_funcs="think_format_reward",
+    train_dataset=TRAIN, eval_dataset=EVAL, peft_config=get_peft_config(model_args),
+)
+"""
+GIVEN = ["--model_name_or_path", "m", "--use_peft", "--torch_dtype", "float32", "--dataset_name", "a/b"]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "expected"),
+    [
+        (
+            "train", "held_out",
+            {"train": "AI-MO/NuminaMath-TIR", "train_split": "train[:5%]", "eval": ["AI-MO/NuminaMath-TIR"],
+             "eval_split": "test[:5%]", "raw_prompts": True},
+        ),
+        (
+            "named[script_args.dataset_train_split]",
+            "named[script_args.dataset_test_split] if training_args.eval_strategy != 'no' else None",
+            {"train": "a/b", "raw_prompts": True},
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_script_parses_from_its_command_line_comes_after_it(
+    train: str, held_out: str, expected: dict[str, Any], tmp_path: Path
+):
+    path = tmp_path / "gspo.py"
+    path.write_text(PARSED.replace("TRAIN", train).replace("EVAL", held_out))
+    given = GIVEN if train.startswith("named") else GIVEN[:-2]
+    found = translate(read_arguments([str(path), *given]))
+    assert found.tables["data"] == expected
+    assert (found.tables["model"]["dtype"], found.tables["model"]["lora_r"]) == ("float32", 16)
+    assert [loss.partition(":")[0] for loss in found.losses] == ["model_init_kwargs"]
+
+
+@pytest.mark.parametrize("around", ["if __name__ == '__main__':", "def main():"])
+def test_a_reward_function_that_an_import_does_not_define_is_said(around: str):
+    found = read(f"{around}\n    def right(completions):\n        return [1.0]\n    GRPOTrainer('m', right)")
+    assert found.values["reward_funcs"] == ["x.py:right"]
+    assert found.remarks[0].startswith("reward function right: line 4: an import of the script does not define it")
