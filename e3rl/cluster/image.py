@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,8 +18,15 @@ from torch import Tensor
 from e3rl.errors import UserError
 from e3rl.weight_files import finite
 
-_CHUNK = 2**20  # bytes that are checked at once: they fit into a core's cache
+_CHUNK = 2**19  # bytes that are checked at once: they fit into a core's cache, twice
+_MOST_THREADS = 8  # more of them wait for memory, or for Python
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_INFINITY = {
+    torch.float64: 0x7FF << 52,
+    torch.float32: 0xFF << 23,
+    torch.bfloat16: 0xFF << 7,
+    torch.float16: 0x1F << 10,
+}
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
@@ -53,54 +63,103 @@ def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-class Checksum:
-    """A hash over the sums of an image's chunks: finds damage and mixed versions at memory speed."""
+class Sums:
+    """The sums of an image's chunks, from which its checksum is made: damage and mixed versions are found at memory speed."""
 
     def __init__(self, image: Tensor) -> None:
-        self._image, self._sums, self._done = image.numpy(), list[int](), 0
+        self.bytes = image.numpy()
+        self._whole = len(self.bytes) // 8 * 8
+        self._sums = np.zeros(-(-self._whole // _CHUNK), np.int64)
 
-    def follow(self, written: int) -> None:
-        """Add up the chunks that are complete, while they are in a core's cache."""
-        while self._done + _CHUNK <= written:
-            self._add(self._image[self._done : self._done + _CHUNK])
-
-    def _add(self, chunk: np.ndarray) -> None:
-        self._sums.append(int(chunk.view(np.int64).sum()))
-        self._done += len(chunk)
+    def add(self, number: int) -> None:
+        """Add up a chunk, best while it is in a core's cache."""
+        if number < len(self._sums):
+            chunk = self.bytes[number * _CHUNK : min(self._whole, (number + 1) * _CHUNK)]
+            self._sums[number] = chunk.view(np.int64).sum()
 
     def named(self) -> str:
-        """The checksum of the whole image."""
-        self.follow(len(self._image))
-        self._add(self._image[self._done : len(self._image) // 8 * 8])
-        rest = self._image[self._done :].tobytes()
-        return hashlib.blake2b(np.array(self._sums, np.int64).tobytes() + rest, digest_size=16).hexdigest()
+        """The checksum, once all chunks are added up."""
+        rest = self.bytes[self._whole :].tobytes()
+        return hashlib.blake2b(self._sums.tobytes() + rest, digest_size=16).hexdigest()
+
+
+class _Crew(contextlib.AbstractContextManager["_Crew"]):
+    """Threads that share chunks out among them: numpy lets them run beside each other."""
+
+    def __init__(self) -> None:
+        self._threads = min(torch.get_num_threads(), _MOST_THREADS)
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def each(self, work: Callable[[int], None], numbers: range) -> None:
+        """Call ``work`` for each number, in any order."""
+        shared = iter(numbers)
+
+        def some() -> None:
+            for number in shared:
+                work(number)
+
+        helpers = [self._pool.submit(some) for _ in range(min(self._threads, len(numbers)) - 1)]
+        some()
+        for helper in helpers:
+            helper.result()
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def _chunks(begin: int, end: int) -> range:
+    """The chunks with these bytes in them."""
+    return range(begin // _CHUNK, -(-end // _CHUNK))
 
 
 def checksum(image: Tensor) -> str:
-    """See `Checksum`."""
-    return Checksum(image).named()
+    """See `Sums`."""
+    total = Sums(image)
+    with _Crew() as crew:
+        crew.each(total.add, _chunks(0, len(image)))
+    return total.named()
 
 
 def read_image(image: Tensor, named: str | None, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an image, where they lie. UserError where they are not all of ``expected``, by name, shape and dtype, or
-    not finite, or where the image is not the one that the checksum ``named``."""
-    head, total = header(expected), Checksum(image)
+    not finite, or where the image is not the one that the checksum ``named``. One pass over the bytes."""
+    head, total, broken = header(expected), Sums(image), list[int]()
     ours = len(image) == image_size(expected) and image[: len(head)].numpy().tobytes() == head
-    tensors = views(image, expected) if ours else {}
-    broken, seen = None, len(head)
-    for name, tensor in tensors.items():
-        for part in tensor.view(-1).split(_CHUNK // tensor.itemsize):
-            broken = broken if finite(part) else broken or name
-            seen += part.nbytes
-            total.follow(seen)
+    stretches = _stretches(expected) if ours else []
+
+    def check(number: int) -> None:
+        total.add(number)
+        for kind, begin, end in stretches:
+            part = total.bytes[max(begin, number * _CHUNK) : min(end, (number + 1) * _CHUNK)]
+            if len(part) and not _finite(part, kind):
+                broken.append(number)
+
+    with _Crew() as crew:
+        crew.each(check, _chunks(0, len(image)))
     if named is not None and total.named() != named:
         raise UserError("the weights arrived damaged: their checksum differs")
-    if not ours:
-        tensors = _parsed(image.numpy().tobytes(), expected)
-        broken = next((name for name, tensor in tensors.items() if not finite(tensor)), None)
-    if broken:
-        raise UserError(f"weight {broken} holds NaN or infinity")
+    tensors = views(image, expected) if ours else _parsed(image.numpy().tobytes(), expected)
+    if broken or not ours:
+        wrong = next((name for name, tensor in tensors.items() if not finite(tensor)), None)
+        if wrong is not None:
+            raise UserError(f"weight {wrong} holds NaN or infinity")
     return tensors
+
+
+def _stretches(tensors: Mapping[str, Tensor]) -> list[tuple[torch.dtype, int, int]]:
+    """Where in an image numbers of one type lie side by side: type, first byte and the one after the last."""
+    found, end = list[tuple[torch.dtype, int, int]](), len(header(tensors))
+    for kind, names in itertools.groupby(in_order(tensors), lambda name: tensors[name].dtype):
+        begin, end = end, end + sum(tensors[name].nbytes for name in names)
+        found.append((kind, begin, end))
+    return found
+
+
+def _finite(part: np.ndarray, kind: torch.dtype) -> bool:
+    """Whether all numbers are. As integers, the bits of infinity and NaN are beyond those of all numbers of their sign."""
+    size, infinity = kind.itemsize, _INFINITY[kind]
+    most, most_below_zero = int(part.view(f"i{size}").max()), int(part.view(f"u{size}").max())
+    return most < infinity and most_below_zero < infinity + 2 ** (8 * size - 1)
 
 
 def _parsed(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,14 +185,29 @@ def _parsed(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_image(image: Tensor, like: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
-    """Write tensors into an image, one after the other as they lie in it; its checksum."""
-    written, total = len(header(like)), Checksum(image)
-    for name, place in views(image, like).items():
-        tensor = values[name].detach()
-        near = tensor.device.type == "cpu" and tensor.is_contiguous()
-        step = _CHUNK // place.itemsize if near else max(1, place.numel())
-        for to, part in zip(place.view(-1).split(step), tensor.reshape(-1).split(step), strict=True):
-            to.copy_(part)
-            written += to.nbytes
-            total.follow(written)
+    """Write tensors into an image, one after the other as they lie in it; its checksum. Each is looked up in this thread."""
+    total, end = Sums(image), len(header(like))
+    with _Crew() as crew:
+        crew.each(total.add, range(end // _CHUNK))  # of the head, which may be longer than a chunk
+        for name, place in views(image, like).items():
+            begin, end = end, end + place.nbytes
+            crew.each(_writing(total, begin, place, values[name].detach()), _chunks(begin, end))
+        crew.each(total.add, _chunks(end, len(image)))
     return total.named()
+
+
+def _writing(total: Sums, begin: int, place: Tensor, tensor: Tensor) -> Callable[[int], None]:
+    """What brings a tensor to its place, which begins there, chunk by chunk, and adds up those that are complete then."""
+    end = begin + place.nbytes
+    if tensor.device.type != "cpu" or tensor.dtype != place.dtype:
+        place.copy_(tensor)
+        return lambda number: total.add(number) if (number + 1) * _CHUNK <= end else None
+    source = tensor.reshape(-1).view(torch.uint8).numpy()
+
+    def write(number: int) -> None:
+        first, last = max(begin, number * _CHUNK), min(end, (number + 1) * _CHUNK)
+        total.bytes[first:last] = source[first - begin : last - begin]
+        if last == (number + 1) * _CHUNK:
+            total.add(number)
+
+    return write

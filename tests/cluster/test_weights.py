@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from e3rl.cluster.image import read_image
+from e3rl.cluster.image import checksum, read_image
 from e3rl.cluster.messages import Ask, Hello, Task, decode_answer
 from e3rl.cluster.pool import Place, WorkerPool
 from e3rl.cluster.weights import NotReachable, Offer, Publisher, Receiver, this_node
@@ -89,14 +89,39 @@ def test_large_numbers_whose_sum_is_infinite_are_weights(publisher: Publisher):
         assert equal(read_image(image, published.offer.checksum, large), large)
 
 
-def test_a_single_changed_byte_is_noticed(publisher: Publisher):
-    published = publisher.publish(0, WEIGHTS, WEIGHTS)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_type_s_largest_numbers_are_weights_and_nothing_beyond(publisher: Publisher, kind: torch.dtype):
+    most = torch.finfo(kind).max
+    edge = torch.tensor([most, -most, torch.finfo(kind).tiny, -0.0, 1.0], dtype=kind)
+    for wrong in (None, float("nan"), -float("nan"), float("inf"), -float("inf")):
+        values = {"w": edge.repeat(3)}
+        if wrong is not None:
+            values["w"][7] = wrong
+        published = publisher.publish(0, values, values)
+        with Receiver().taken(published.offer, 1) as image:
+            if wrong is None:
+                assert equal(read_image(image, published.offer.checksum, values), values)
+            else:
+                with pytest.raises(UserError, match="w holds NaN"):
+                    read_image(image, published.offer.checksum, values)
+
+
+@pytest.mark.parametrize("chunk", [None, 64], ids=["one chunk", "chunks across tensors"])
+def test_a_single_changed_byte_is_noticed(publisher: Publisher, chunk: int | None, monkeypatch: pytest.MonkeyPatch):
+    if chunk:
+        monkeypatch.setattr("e3rl.cluster.image._CHUNK", chunk)
+    exact = {name: tensor.float() if name == "a" else tensor for name, tensor in WEIGHTS.items()}  # one is converted
+    published = publisher.publish(0, WEIGHTS, exact)
     assert publisher._memory is not None
-    for place in (70, 1000, len(publisher._memory.image) - 1):
-        publisher._memory.image[place] += 1
+    shared = publisher._memory.image
+    assert checksum(shared) == published.offer.checksum
+    for place in range(70, len(shared), 97) if chunk else (70, 1000, len(shared) - 1):
+        shared[place] += 1
         with Receiver().taken(published.offer, 1) as image, pytest.raises(UserError, match="damaged"):
             read_image(image, published.offer.checksum, WEIGHTS)
-        publisher._memory.image[place] -= 1
+        shared[place] -= 1
+    with Receiver().taken(published.offer, 1) as image:
+        assert equal(read_image(image, published.offer.checksum, WEIGHTS), WEIGHTS)
 
 
 def test_versions_that_cross_are_refused(publisher: Publisher):
