@@ -83,7 +83,7 @@ class Sums:
         return hashlib.blake2b(self._sums.tobytes() + rest, digest_size=16).hexdigest()
 
 
-class _Crew(contextlib.AbstractContextManager["_Crew"]):
+class _Threads(contextlib.AbstractContextManager["_Threads"]):
     """Threads that share chunks out among them: numpy lets them run beside each other."""
 
     def __init__(self) -> None:
@@ -115,8 +115,8 @@ def _chunks(begin: int, end: int) -> range:
 def checksum(image: Tensor) -> str:
     """See `Sums`."""
     total = Sums(image)
-    with _Crew() as crew:
-        crew.each(total.add, _chunks(0, len(image)))
+    with _Threads() as threads:
+        threads.each(total.add, _chunks(0, len(image)))
     return total.named()
 
 
@@ -134,8 +134,8 @@ def read_image(image: Tensor, named: str | None, expected: Mapping[str, Tensor])
             if len(part) and not _finite(part, kind):
                 broken.append(number)
 
-    with _Crew() as crew:
-        crew.each(check, _chunks(0, len(image)))
+    with _Threads() as threads:
+        threads.each(check, _chunks(0, len(image)))
     if named is not None and total.named() != named:
         raise UserError("the weights arrived damaged: their checksum differs")
     tensors = views(image, expected) if ours else _parsed(image.numpy().tobytes(), expected)
@@ -187,12 +187,12 @@ def _parsed(body: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_image(image: Tensor, like: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
     """Write tensors into an image, one after the other as they lie in it; its checksum. Each is looked up in this thread."""
     total, end = Sums(image), len(header(like))
-    with _Crew() as crew:
-        crew.each(total.add, range(end // _CHUNK))  # of the head, which may be longer than a chunk
+    with _Threads() as threads:
+        threads.each(total.add, range(end // _CHUNK))  # of the head, which may be longer than a chunk
         for name, place in views(image, like).items():
             begin, end = end, end + place.nbytes
-            crew.each(_writing(total, begin, place, values[name].detach()), _chunks(begin, end))
-        crew.each(total.add, _chunks(end, len(image)))
+            threads.each(_writing(total, begin, place, values[name].detach()), _chunks(begin, end))
+        threads.each(total.add, _chunks(end, len(image)))
     return total.named()
 
 
