@@ -29,8 +29,9 @@ from e3rl.engine.weights import architecture
 from e3rl.evaluate.evaluation import Draws
 from e3rl.models import Policy
 from e3rl.rollout.batches import run_jobs
-from e3rl.rollout.driver import Driver, GroupJob
+from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.jobs import GroupJob
 from e3rl.train.journal import Journal, StepJournal
 from e3rl.types import Group, Prompt
 

@@ -75,10 +75,16 @@ class Engine(Protocol):
 
 
 class ServingEngine(Engine, Protocol):
-    """An engine that takes hooks, and whose poll can be interrupted to submit or release something."""
+    """An engine that takes hooks, shows what is under way, and whose poll can be interrupted to submit or release something."""
 
     def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling, hook: LogitsHook | None = None) -> None:
         """As `Engine.extend`; ``hook`` sees the logits of every token of this candidate."""
+
+    def poll(self, steps: int = 0) -> list[tuple[Row, Candidate]]:
+        """As `Engine.poll`; with ``steps`` it also returns after so many tokens a row, with or without candidates."""
+
+    def drawn(self, row: Row, after: int) -> tuple[list[int], list[float]]:
+        """What the row's open request has drawn since its first ``after`` tokens: ids and log-probabilities."""
 
     def interrupt(self) -> None:
         """Called by any thread: the poll in progress, or else the next one, returns after a step, with or without candidates."""

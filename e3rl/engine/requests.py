@@ -117,6 +117,10 @@ class RowState:
         check_fits(self.prompt_length, self.length + len(ids), max_length)
         self.ids += ids
 
+    def drawn(self, after: int) -> tuple[list[int], list[float]]:
+        """Ids and log-probabilities of the open request, without its first ``after`` tokens."""
+        return self.open.ids[after:], [measures.logprob for measures in self.open.measures[after:]]
+
     def truncate(self, length: int) -> None:
         """Drop generated tokens beyond ``length``."""
         if self.request is not None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import UserError
-from e3rl.rollout.driver import Driver, GroupJob, Observer
+from e3rl.rollout.driver import Driver, Observer
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.turns import Memory
 from e3rl.types import Group, Prompt
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from e3rl.engine.protocol import Engine, Row
-from e3rl.environments.protocol import Episode, Reply
+from e3rl.engine.protocol import Engine, Row, ServingEngine
+from e3rl.environments.protocol import Reply
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupRollout, GroupSettings
+from e3rl.rollout.jobs import GroupJob, next_group
 from e3rl.rollout.orders import Act, Event, Extend, Order, Release, Undo
 from e3rl.rollout.rows import GroupRows
 from e3rl.rollout.turns import Actors, Memory
-from e3rl.types import Candidate, Draw, Group, Prompt
+from e3rl.types import Candidate, Draw, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,30 +28,12 @@ if TYPE_CHECKING:
 Observer = Callable[[Event], None]
 
 
+FOLLOWED_STEPS = 4
+"""Tokens a row between two looks at what groups that are followed (`GroupSettings.follow`) have drawn."""
+
+
 def _ignore(event: Event) -> None:
     """The observer of groups without one."""
-
-
-@dataclass(eq=False, slots=True)
-class GroupJob:
-    """A submitted group. Once `Driver.step` returns it, it has a ``group``, or the ``error`` that stopped it."""
-
-    prompt: Prompt
-    settings: GroupSettings
-    rollout: GroupRollout
-    rows: GroupRows
-    group: Group | None = None
-    error: Exception | None = None
-    version: int = 0  # of the weights that draw its next segments
-    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # orders that wait for the group's rows
-    episodes: dict[int, Episode] = field(default_factory=dict)  # environments, by sibling, from their first turn on
-
-    def result(self) -> Group:
-        """The group; raises what stopped it."""
-        if self.error is not None:
-            raise self.error
-        assert self.group is not None
-        return self.group
 
 
 Delivery = tuple[GroupJob, int, Draw, Candidate]
@@ -60,6 +42,9 @@ Delivery = tuple[GroupJob, int, Draw, Candidate]
 
 class Driver:
     """Decodes any number of groups on one engine, each by its own settings.
+
+    A group waits until rows are free for all of it. Rows go to the client that has the fewest then, and within a client in the
+    order of submission. While rows for the next group are not free, no other begins.
 
     A group's failure is its own: bad settings, a prompt that doesn't fit, non-finite logits. Where the engine fails, all
     groups that are decoding fail. What ``memory`` knows of a group is not generated again. Not thread-safe.
@@ -73,6 +58,7 @@ class Driver:
         self._ended: list[GroupJob] = []  # and `step` has not returned them yet
         self._parking = False  # no segment may begin
         self._open: dict[Row, tuple[GroupJob, int, Draw]] = {}  # requests that the engine is generating
+        self._followed: dict[Row, int] = {}  # of those, and the tokens that were told
         self._actors = Actors(memory)
         self.wake = self._actors.wake  # by any thread: a step that waits for environments returns
 
@@ -102,10 +88,12 @@ class Driver:
             return True
         return self._engine.free_rows() - sum(len(job.rollout.unfinished()) for job in self._waiting) >= rows
 
-    def submit(self, prompt: Prompt, settings: GroupSettings, observe: Observer | None = None) -> GroupJob:
-        """Queue a group; ``observe`` is told of each `Committed`, `Erased` and `Finished`, of remembered ones at once."""
+    def submit(
+        self, prompt: Prompt, settings: GroupSettings, observe: Observer | None = None, client: str = ""
+    ) -> GroupJob:
+        """Queue a group; ``observe`` is told of each `Event`, of remembered candidates at once."""
         rollout = GroupRollout(prompt, settings, observe or _ignore)
-        job = GroupJob(prompt, settings, rollout, GroupRows(self._engine), version=settings.policy_version)
+        job = GroupJob(prompt, settings, rollout, GroupRows(self._engine), client, version=settings.policy_version)
         self._advance(job, rollout.start)
         if job.group is None and job.error is None:
             self._waiting.append(job)
@@ -118,7 +106,7 @@ class Driver:
         self._take_replies(wait=not self._ended and not self._open)
         if not self._ended and (self._open or (self._decoding and not self._actors.busy)):
             try:
-                delivered = self._delivered(self._engine.poll())
+                delivered = self._delivered(self._poll())
             except NonFiniteLogits as error:
                 self._fail(self._jobs_of(error.draw) or self._decoding, error)
             except Exception as error:
@@ -171,12 +159,13 @@ class Driver:
                 cancelled.callback(self.cancel, job)
 
     def _admit(self) -> None:
-        """Give rows to waiting groups in their order, while all rows of the next fit. With none decoding it must fit."""
+        """Give rows to waiting groups, while all rows of the next fit. With none decoding it must fit."""
         while self._waiting:
-            job, free = self._waiting[0], self._engine.free_rows()
+            job, free = next_group(self._waiting, self._decoding), self._engine.free_rows()
             if free < len(job.rollout.unfinished()) and self._decoding:
                 return
-            self._decoding.append(self._waiting.popleft())
+            self._waiting.remove(job)
+            self._decoding.append(job)
             try:
                 self._start(job, free)
             except Exception as error:  # such as memory that runs out
@@ -194,11 +183,25 @@ class Driver:
         for order, draw in asked:
             self._extend(job, order, draw)
 
+    def _poll(self) -> list[tuple[Row, Candidate]]:
+        """Let the engine complete something, or for a few tokens where groups are followed, who are told what was drawn."""
+        if not self._followed:
+            return self._engine.poll()
+        engine = cast("ServingEngine", self._engine)
+        completed = engine.poll(FOLLOWED_STEPS)
+        for row in self._followed.keys() - dict(completed):
+            job, sibling, _ = self._open[row]
+            ids, logprobs = engine.drawn(row, self._followed[row])
+            self._followed[row] += len(ids)
+            if ids:
+                self._advance(job, partial(job.rollout.drawn, sibling, ids, logprobs))
+        return completed
+
     def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
         """The completed candidates with the group, sibling and draw of each."""
         if not completed and not self._interruptible:
             raise RuntimeError(f"the engine completed nothing while {len(self._open)} rows wait for it")
-        asked = [(self._open.pop(row), candidate) for row, candidate in completed]
+        asked = [(self._closed(row), candidate) for row, candidate in completed]
         return [(job, sibling, draw, found.drawn_by(job.version)) for (job, sibling, draw), found in asked]
 
     def _hand_on(self, delivered: list[Delivery]) -> None:
@@ -253,6 +256,13 @@ class Driver:
     def _extend(self, job: GroupJob, order: Extend, draw: Draw) -> None:
         row = job.rows.extend(order, draw, job.settings, job.rollout.committed_ids)
         self._open[row] = (job, order.sibling, draw)
+        if job.settings.follow:
+            self._followed[row] = 0
+
+    def _closed(self, row: Row) -> tuple[GroupJob, int, Draw]:
+        """What the row generated for, which it no longer does."""
+        self._followed.pop(row, None)
+        return self._open.pop(row)
 
     def _observe(self, job: GroupJob, sibling: int, reply: Reply) -> None:
         """A sibling's environment has answered its turn."""
@@ -288,5 +298,6 @@ class Driver:
 
     def _release_rows(self, job: GroupJob) -> None:
         for row in job.rows.held:
-            self._open.pop(row, None)
+            if row in self._open:
+                self._closed(row)
         job.rows.release_all()

@@ -17,6 +17,16 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens of a plain sibling's segment under way, behind those told before: they will stand in it."""
+
+    prompt_id: str
+    sibling: int
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Erased:
     """A candidate was judged too uncertain and dropped."""
 
@@ -32,7 +42,7 @@ class Finished:
     group: Group
 
 
-Event = Committed | Erased | Finished
+Event = Drawn | Committed | Erased | Finished
 
 
 @dataclass(frozen=True, slots=True)

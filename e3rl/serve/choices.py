@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from e3rl.data.toolcalls import ToolCall
 from e3rl.environments.episodes import Toolbox
-from e3rl.rollout.orders import Committed, Erased
+from e3rl.rollout.orders import Committed, Drawn, Erased
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.text import CallStream, TextStream
 from e3rl.types import Erasure, Judgement, Observed, Segment, Trajectory
@@ -36,12 +36,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a committed segment adds to a sample. Calls come with the last."""
+    """What a committed segment, or a part of a plain one, adds to a sample. Calls come with the last."""
 
     text: str
     tokens: Tokens
     calls: list[ToolCall]
     facts: dict[str, Any]
+    first: bool  # of the sample
 
 
 @dataclass
@@ -59,6 +60,7 @@ class ServedChoice:
     tokens: Tokens = field(default_factory=Tokens)
     calls: list[ToolCall] = field(default_factory=list)
     segments: int = 0
+    ahead: int = 0  # tokens of a plain segment under way that are in already
     erasures: list[Erasure] = field(default_factory=list)
     finish: Literal["stop", "length", "tool_calls"] | None = None
     stop_reason: str | int | None = None
@@ -80,24 +82,39 @@ class ServedChoice:
         """The response grew by a segment; None where the sample had ended."""
         if self.finish is not None:
             return None
-        candidate, start = event.segment.candidate, len(self.tokens.ids)
-        stop = start + len(candidate.ids)
-        likeliest = self.hook.likeliest(start, stop) if self.hook else [[] for _ in candidate.ids]
-        tokens = Tokens(candidate.ids.tolist(), candidate.logprobs.tolist(), likeliest)
-        self.segments += 1
-        text, kept = self._text(tokens.ids, ended=candidate.ended)
+        candidate, ahead = event.segment.candidate, self.ahead
+        ids, logprobs = candidate.ids[ahead:].tolist(), candidate.logprobs[ahead:].tolist()
+        judgement = event.segment.judgement
+        attempts = sum(e.index == event.segment.index for e in self.erasures)
+        piece = self._grown(ids, logprobs, event.segment.index, attempts, ended=candidate.ended)
+        self.ahead = 0
+        if judgement is not None:
+            piece.facts.update(_judged(judgement))
+        return piece
+
+    def drawn(self, event: Drawn) -> Piece | None:
+        """A plain segment under way grew; None where the sample had ended."""
+        if self.finish is not None:
+            return None
+        piece = self._grown(event.ids, event.logprobs, self.segments - bool(self.ahead), 0, ended=False)
+        self.ahead += len(event.ids)
+        return piece
+
+    def _grown(self, ids: list[int], logprobs: list[float], segment: int, attempts: int, *, ended: bool) -> Piece:
+        """Add tokens of a segment."""
+        start, first = len(self.tokens.ids), not self.texts
+        likeliest = self.hook.likeliest(start, start + len(ids)) if self.hook else [[] for _ in ids]
+        tokens = Tokens(ids, logprobs, likeliest)
+        self.segments += not self.ahead
+        text, kept = self._text(tokens.ids, ended=ended)
         self.tokens.extend(tokens.first(kept))
         if self.call_stream is not None:
             text, self.calls = self.call_stream.add(text, last=self.finish is not None)
             if self.calls and self.finish == "stop":
                 self.finish = "tool_calls"
         self.texts.append(text)
-        judgement = event.segment.judgement
-        attempts = sum(e.index == event.segment.index for e in self.erasures)
-        facts: dict[str, Any] = {"segment": event.segment.index, "tokens": kept, "erasures": attempts}
-        if judgement is not None:
-            facts |= _judged(judgement)
-        return Piece(text, tokens.first(kept), self.calls, facts)
+        facts: dict[str, Any] = {"segment": segment, "tokens": kept, "erasures": attempts}
+        return Piece(text, tokens.first(kept), self.calls, facts, first)
 
     def _text(self, ids: list[int], *, ended: bool) -> tuple[str, int]:
         """The text of these tokens and how many of them are the sample's; sets how it ended, if it did."""
@@ -151,6 +168,9 @@ class ServedDialogue(ServedChoice):
         self.answered += (found := _results(event.segment.observation, erased=False))
         return self._shown(found)
 
+    def drawn(self, event: Drawn) -> Piece | None:
+        return None
+
     def finished(self, trajectory: Trajectory) -> Piece:
         """What is left to show."""
         self.finish, self.failure = trajectory.finish, trajectory.failure
@@ -164,11 +184,12 @@ class ServedDialogue(ServedChoice):
         if text and self.text:
             text = "\n" + text
         tokens = Tokens(ids, logprobs, [[] for _ in ids])
+        first = not self.texts
         facts = {"segment": len(self.texts), "tokens": len(ids), "erasures": len(self.erasures), "calls": results}
         self.tokens.extend(tokens)
         self.texts.append(text)
         self.turn.clear()
-        return Piece(text, tokens, [], facts)
+        return Piece(text, tokens, [], facts, first)
 
     def summary(self, tokenizer: Any, *, erased_texts: bool) -> dict[str, Any]:
         failed = {"failure": f"its environment {self.failure}"} if self.failure else {}

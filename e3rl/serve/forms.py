@@ -113,8 +113,8 @@ class AnswerWriter:
         return {**head, **self._prompt_ids(), "choices": choices, "usage": self.running.usage()}
 
     def chunk(self, choice: ServedChoice, piece: Piece) -> str:
-        """A committed segment, as JSON. The sample's last one says how it ended and sums it up."""
-        first = piece.facts["segment"] == 0
+        """A committed segment, or a part of a plain one, as JSON. The sample's last one says how it ended and sums it up."""
+        first = piece.first
         facts = piece.facts if choice.finish is None else {**piece.facts, "total": self._summary(choice)}
         made = self._choice(choice, self.form.delta(piece, first), choice.finish, piece.tokens, facts, first=first)
         prompt = self._prompt_ids() if first else {}

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
-from e3rl.rollout.group import Committed, Erased, Event
+from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.serve.errors import ApiError
 
 _VIEWERS, _BEHIND, _RECENT = 16, 512, 200
@@ -45,6 +45,11 @@ class LiveFeed:
             facts |= {name: round(value, 4) for name, value in measured.items() if abs(value) < 1e9}
         text = self._tokenizer.decode(part.candidate.ids.tolist(), skip_special_tokens=True)
         self._send(json.dumps({**facts, "text": text, "erased": isinstance(event, Erased)}))
+
+    def show(self, request: int, choice: int, segment: int, text: str) -> None:
+        """Show a part of a plain segment."""
+        facts = {"request": request, "choice": choice, "segment": segment, "text": text, "erased": False}
+        self._send(json.dumps(facts))
 
     def close(self) -> None:
         """End all viewers' streams."""

@@ -17,6 +17,7 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOP_LOGPROBS = 20
+MAX_USER_LENGTH = 512
 MAX_BIASES = 1024
 MIN_TEMPERATURE = 1e-6
 """Smallest temperature but 0: logits divided by less may overflow."""
@@ -26,17 +27,36 @@ _SAMPLING = {
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "logprobs"),
     *("include_stop_str_in_output", "skip_special_tokens", "structured_outputs"),
 }
-_COMMON = _SAMPLING | {"model", "stream", "stream_options", "e3rl", "return_token_ids", "return_tokens_as_token_ids"}
+_COMMON = _SAMPLING | {
+    "user",
+    "safety_identifier",
+    "model",
+    "stream",
+    "stream_options",
+    "e3rl",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+}
 _CHAT = _COMMON | {
     *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
     *("response_format", "chat_template_kwargs"),
 }
 _TEXT = _COMMON | {"prompt", "response_format", "add_special_tokens"}
-_GENERATE = {"model", "token_ids", "sampling_params", "stream", "stream_options", "e3rl", "return_token_ids"}
+_GENERATE = {
+    "user",
+    "safety_identifier",
+    "model",
+    "token_ids",
+    "sampling_params",
+    "stream",
+    "stream_options",
+    "e3rl",
+    "return_token_ids",
+}
 _TOKENIZE_CHAT = {"model", "return_token_strs", "messages", "tools", "chat_template_kwargs", "add_special_tokens"}
 _TOKENIZE_TEXT = {"model", "return_token_strs", "prompt", "add_special_tokens"}
 _IGNORED = {
-    *("user", "metadata", "safety_identifier", "prompt_cache_key", "cache_salt", "priority", "request_id"),
+    *("metadata", "prompt_cache_key", "cache_salt", "priority", "request_id"),
     *("spaces_between_special_tokens", "detokenize", "verbosity", "routed_experts_prompt_start"),
 }
 """Fields that change nothing in an answer of this server."""
@@ -102,6 +122,7 @@ class DecodingRequest:
     shaping: Shaping = Shaping()
     output: Output = Output()
     extension: Mapping[str, Any] = field(default_factory=dict)
+    user: str = ""
 
 
 def read_chat(body: Any) -> DecodingRequest:
@@ -213,6 +234,7 @@ def _request(
             not boolean(fields, "skip_special_tokens", True),
         ),
         extension=table(fields, "e3rl"),
+        user=_user(fields),
     )
 
 
@@ -289,6 +311,14 @@ def _include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
     if boolean(options, "continuous_usage_stats"):
         raise invalid("stream_options.continuous_usage_stats", "this server sends usage at the end; leave it out")
     return boolean(options, "include_usage")
+
+
+def _user(fields: Mapping[str, Any]) -> str:
+    """For whom the client asks."""
+    name = fields.get("safety_identifier", fields.get("user", ""))
+    if not is_text(name) or len(name) > MAX_USER_LENGTH:
+        raise invalid("user", f"must be a text of at most {MAX_USER_LENGTH} characters")
+    return str(name)
 
 
 def _temperature(fields: Mapping[str, Any]) -> float | None:

@@ -141,7 +141,7 @@ class _Api:
 
     async def post(self, request: Request) -> _Reply:
         form, body, outbox = FORMS[request.url.path], await _body(request), Outbox()
-        running = await _apart(lambda: self.service.start(form.read(_parse(body)), outbox))
+        running = await _apart(lambda: self.service.start(form.read(_parse(body)), outbox, _client(request)))
         writer = AnswerWriter(form, running, self.service.policy.tokenizer, self.service.name)
         return _Reply(self.service, running, writer)
 
@@ -169,7 +169,8 @@ class _Reply:
         await _json(200, self.writer.whole())(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        """One event a committed segment. The status is sent with the first, so that early failures have their own."""
+        """One event a committed segment, or a few tokens of a plain one. The status is sent with the first, so that early
+        failures have their own."""
         started = False
 
         async def event(data: str) -> None:
@@ -207,6 +208,11 @@ async def _body(request: Request) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the body as Content-Type: application/json")
     return await request.body()
+
+
+def _client(request: Request) -> str:
+    """Who asks: an address, with the key that the client sent, whatever it is."""
+    return f"{request.client.host if request.client else ''} {request.headers.get('authorization', '')}"
 
 
 def _parse(raw: bytes) -> Any:

@@ -16,7 +16,7 @@ from e3rl.environments.episodes import Toolbox
 from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rollout.group import GroupSettings
-from e3rl.rollout.orders import Committed, Erased, Event
+from e3rl.rollout.orders import Committed, Drawn, Erased, Event
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.serve.choices import Piece, ServedChoice, ServedDialogue, usage
 from e3rl.serve.errors import ApiError, as_api_error, invalid
@@ -44,6 +44,7 @@ class Running:
     outbox: Outbox
     cancelled: threading.Event
     number: int = 0  # on the live page
+    client: str = ""
     began: float = field(default_factory=time.monotonic)
 
     def usage(self) -> dict[str, int]:
@@ -116,8 +117,10 @@ class Service:
         gauges = {f"e3rl_groups_{name}": load[name] for name in ("decoding", "waiting")}
         return self.metrics.text({**gauges, "e3rl_rows_free": load["free_rows"]})
 
-    def start(self, request: DecodingRequest, outbox: Outbox) -> Running:
-        """Check a request and queue its groups, whose events go to ``outbox``; ApiError where it can't be served."""
+    def start(self, request: DecodingRequest, outbox: Outbox, client: str = "") -> Running:
+        """Check a request and queue its groups, whose events go to ``outbox``; ApiError where it can't be served.
+
+        ``client`` names who asks; who asks for several names them in the requests' ``user``."""
         if request.model and request.model != self.name:
             raise ApiError(
                 404, f"no model '{request.model}' here, only '{self.name}'", param="model", code="model_not_found"
@@ -132,7 +135,7 @@ class Service:
             )
             room = self.max_length - max(len(p.ids) for p in prompts)
             settings = decoding(request, self._config, self._calibration, room=room)
-            running = self._running(request, settings, prompts, outbox)
+            running = replace(self._running(request, settings, prompts, outbox), client=f"{client} {request.user}")
             self._worker.submit([self._ticket(running, i) for i in range(len(prompts))])
         except UserError as error:
             raise as_api_error(error) from None
@@ -180,13 +183,16 @@ class Service:
         self._worker.wake()
 
     def _apply(self, running: Running, prompt: int, event: Event) -> Iterator[tuple[ServedChoice, Piece]]:
-        if isinstance(event, Committed | Erased):
+        if isinstance(event, Drawn | Committed | Erased):
             choice = running.choices[prompt * running.request.n + event.sibling]
-            if self.live is not None and choice.finish is None:
+            followed = isinstance(event, Drawn) or choice.ahead > 0
+            if self.live is not None and choice.finish is None and not followed:
                 self.live.tell(running.number, choice.index, event)
             if isinstance(event, Erased):
                 choice.erased(event)
-            elif piece := choice.committed(event):
+            elif piece := choice.drawn(event) if isinstance(event, Drawn) else choice.committed(event):
+                if self.live is not None and followed:
+                    self.live.show(running.number, choice.index, piece.facts["segment"], piece.text)
                 yield choice, piece
         else:
             for trajectory in event.group.trajectories:
@@ -288,6 +294,13 @@ class Service:
             calibration=self._calibration,
             min_p=running.request.min_p,
             hooks=tuple(hooks),
+            follow=self._follows(running),
         )
         settings.check()
-        return Ticket(running.prompts[index], settings, index, running.outbox, running.cancelled)
+        return Ticket(running.prompts[index], settings, index, running.outbox, running.cancelled, running.client)
+
+    def _follows(self, running: Running) -> bool:
+        """Whether tokens are looked at as they are drawn: nothing will erase them, and somebody wants them or may stop them."""
+        request = running.request
+        wanted = request.stream or bool(request.stop or request.stop_ids)
+        return wanted and not running.settings.rollout.erase and hasattr(self._engine, "drawn")

@@ -1,7 +1,7 @@
 """The thread that owns the engine: groups of several clients decode together, each by its own settings.
 
-A new group joins whenever rows are free, in the order of asking, and a group whose client has gone leaves: both
-interrupt the engine, in the middle of a segment, where it is a `ServingEngine`. Other threads only
+A new group joins whenever rows are free, the client's first that has the fewest rows, and a group whose client has gone leaves:
+both interrupt the engine, in the middle of a segment, where it is a `ServingEngine`. Other threads only
 hand over work: everything that touches the engine runs on this thread.
 """
 
@@ -15,11 +15,15 @@ from dataclasses import dataclass
 
 from e3rl.engine.protocol import Engine
 from e3rl.errors import NonFiniteLogits, UserError
-from e3rl.rollout.driver import Driver, GroupJob
+from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.orders import Event
 from e3rl.serve.errors import ApiError, as_api_error
 from e3rl.types import Prompt
+
+MOST_QUEUES = 4
+"""Full queues of clients that there is room for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Ticket:
     index: int
     outbox: Outbox
     cancelled: threading.Event
+    client: str = ""  # who asks: rows are shared among clients
 
     def tell(self, event: Event) -> None:
         """Pass an event to the client that waits for this group."""
@@ -62,7 +67,7 @@ class Ticket:
 
 
 class DecodingWorker:
-    """Decodes tickets until stopped. At most ``queue_limit`` of them wait for rows."""
+    """Decodes tickets until stopped. At most ``queue_limit`` of a client wait for rows, and four times as many of all."""
 
     def __init__(self, engine: Engine, *, rows: int, queue_limit: int) -> None:
         self.rows, self._queue_limit = rows, queue_limit
@@ -76,19 +81,26 @@ class DecodingWorker:
         self._thread.start()
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Queue the tickets of one request, all or none."""
+        """Queue the tickets of one request, which are one client's, all or none."""
         if len(tickets) > self._queue_limit:
             raise ApiError(400, f"{len(tickets)} prompts, and at most {self._queue_limit} groups may wait here")
         with self._changed:
             if self._stopping or self._draining:
                 raise ApiError(503, "the server is stopping")
-            waiting = self.load()["waiting"]
-            if waiting + len(tickets) > self._queue_limit:
+            waiting, own = self.load()["waiting"], self._waiting_of(tickets[0].client)
+            if own + len(tickets) > self._queue_limit:
+                raise ApiError(429, f"{own} of your groups wait already; try again soon", code="overloaded")
+            if waiting + len(tickets) > MOST_QUEUES * self._queue_limit:
                 raise ApiError(429, f"{waiting} groups wait already; try again soon", code="overloaded")
             self._arrived.extend(tickets)
             self._changed.notify()
-        if self._engine.free_rows() and not waiting:  # else rows become free only when a group ends
+        if self._engine.free_rows() and not own:  # else rows become free only when a group ends
             self._interrupt()
+
+    def _waiting_of(self, client: str) -> int:
+        """Groups of a client that wait for rows."""
+        submitted = [job for job, ticket in list(self._tickets.items()) if ticket.client == client]
+        return sum(t.client == client for t in self._arrived) + sum(not job.rows.held for job in submitted)
 
     def _interrupt(self) -> None:
         """Have the step under way return, whether it decodes or waits for tools."""
@@ -139,9 +151,12 @@ class DecodingWorker:
             while not (self._arrived or self._driver.busy or self._stopping):
                 self._changed.wait()
             for ticket in self._arrived:  # under the lock, so that each counts as waiting exactly once
-                self._tickets[self._driver.submit(ticket.prompt, ticket.settings, ticket.tell)] = ticket
+                self._tickets[self._submitted(ticket)] = ticket
             self._arrived.clear()
             return not self._stopping
+
+    def _submitted(self, ticket: Ticket) -> GroupJob:
+        return self._driver.submit(ticket.prompt, ticket.settings, ticket.tell, ticket.client)
 
     def _close(self, error: ApiError) -> None:
         with self._changed:

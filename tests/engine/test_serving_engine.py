@@ -120,6 +120,25 @@ def test_an_interrupted_poll_returns_and_nothing_shows_of_it():
     assert list(found.values()) == expected
 
 
+def test_a_poll_of_some_steps_returns_and_what_was_drawn_until_then_is_the_beginning_of_the_candidate():
+    model = tiny("Qwen3")
+    whole, cut = make("torch", model), make("torch", model)
+    for engine in (whole, cut):
+        for i, row in enumerate(engine.prefill(PROMPT, 3)):
+            engine.extend(row, 20 + i, draw(i), Sampling())
+    expected, rows = list(finish(whole, 3).values()), list(cut._open)
+    found = dict(cut.poll(4))
+    assert (found, cut.stats.decode_steps) == ({}, 4)
+    for row, candidate in zip(rows, expected, strict=True):
+        for after, count in ((0, 5), (3, 2), (5, 0)):  # the first token costs no step
+            ids, logprobs = cut.drawn(row, after)
+            assert ids == candidate.ids[after : after + count].tolist()
+            assert logprobs == pytest.approx(candidate.logprobs[after : after + count].tolist(), abs=1e-12)
+    while len(found) < 3:
+        found.update(cut.poll(4))
+    assert list(found.values()) == expected
+
+
 def test_an_interrupt_comes_from_another_thread_in_the_middle_of_a_poll():
     engine = make("torch", tiny("Qwen3"))
     [row] = engine.prefill(PROMPT, 1)

@@ -9,8 +9,9 @@ import pytest
 
 from e3rl.engine.protocol import Row
 from e3rl.errors import NonFiniteLogits, UserError
-from e3rl.rollout.driver import Driver, GroupJob
+from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.jobs import GroupJob
 from e3rl.rollout.orders import Committed, Event, Finished
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.types import Candidate, Draw, Group
@@ -64,6 +65,50 @@ def test_a_group_that_waits_for_rows_is_not_overtaken_by_a_smaller_one():
     assert not driver.room(1), "the free rows are spoken for"
     assert next(iter(drive(driver))) is first
     assert [c.tick for c in engine.made("prefill") if c.row >= 2] == [8] * 5, "both start when the first has ended"
+
+
+ONE = replace(SETTINGS, rollout=rollout(num_generations=1))
+
+
+def test_a_client_with_many_groups_does_not_keep_another_waiting():
+    """Sixty groups stand in the queue when one of another client comes: it is the first that gets a freed row."""
+    driver = Driver(ScriptedEngine(SCRIPT, cache_rows=4))
+    many = [driver.submit(prompt(f"a{i}"), ONE, client="many") for i in range(60)]
+    driver.step()
+    one = driver.submit(prompt("b"), ONE, client="one")
+    ended = list(drive(driver))
+    assert ended.index(one) < 8, "the four that had rows, and at most those that began with it"
+    assert [job for job in ended if job is not one] == many, "within a client the order is that of asking"
+
+
+def test_clients_with_much_to_do_have_the_same_rows():
+    engine = ScriptedEngine(SCRIPT, cache_rows=6)
+    driver = Driver(engine)
+    jobs = [driver.submit(prompt(f"{name}{i}"), ONE, client=name) for name in "abc" for i in range(10)]
+    held = []
+    while driver.waiting:
+        ended = driver.step()
+        held.append([sum(bool(j.rows.held) for j in jobs if j.client == name) for name in "abc"])
+        assert not any(job.error for job in ended)
+    assert held[0] == [2, 2, 2]
+    assert max(max(h) - min(h) for h in held[:-3]) <= 1
+
+
+def test_a_large_group_is_not_starved_by_another_clients_small_ones():
+    """It is next while its client has the fewest rows, and then the rows that become free are kept for it."""
+    engine = ScriptedEngine(SCRIPT, cache_rows=4)
+    driver = Driver(engine)
+    for i in range(4):
+        driver.submit(prompt(f"a{i}"), ONE, client="small")
+    driver.step()
+    large = driver.submit(prompt("b"), replace(SETTINGS, rollout=rollout(num_generations=4)), client="large")
+    begun = 0
+    while not large.rows.held:
+        driver.submit(prompt(f"c{begun}"), ONE, client="small")
+        driver.step()
+        begun += 1
+        assert begun < 20
+    assert engine.held == 4
 
 
 def test_cancelling_gives_the_rows_to_whoever_waits():

@@ -178,10 +178,10 @@ def test_broken_weights_fail_the_request_and_not_the_server(make_service: Callab
     service = make_service()
     poll, failures = service._engine.poll, [NonFiniteLogits(Draw(0, 0, "p", 0, 0, 0)), MemoryError("secret")]
 
-    def sometimes() -> Any:
+    def sometimes(*steps: int) -> Any:
         if failures:
             raise failures.pop(0)
-        return poll()
+        return poll(*steps)
 
     monkeypatch.setattr(service._engine, "poll", sometimes)
     with serving(service) as url:
@@ -236,10 +236,10 @@ def slowed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Make every poll of the engine take a while; returns the list of polls made."""
     poll, polls = service._engine.poll, []
 
-    def slow() -> Any:
+    def slow(*steps: int) -> Any:
         polls.append(time.monotonic())
         time.sleep(0.05)
-        return poll()
+        return poll(*steps)
 
     monkeypatch.setattr(service._engine, "poll", slow)
     return polls

@@ -143,19 +143,24 @@ class TorchEngine:
         """Continue the row by tokens that were generated before; their keys are computed as in decoding."""
         self._row(row).append(ids, self._vocabulary, self._max_length)
 
+    def drawn(self, row: Row, after: int) -> tuple[list[int], list[float]]:
+        """Ids and log-probabilities of the row's open request, without its first ``after`` tokens."""
+        return self._row(row).drawn(after)
+
     def interrupt(self) -> None:
         """The poll in progress, or else the next one, returns after a step."""
         self._interrupted.set()
 
     @torch.inference_mode()
-    def poll(self) -> list[tuple[Row, Candidate]]:
-        """Decode requests in turns, up to max_rows together, until one is complete or an interrupt; return the complete ones."""
+    def poll(self, steps: int = 0) -> list[tuple[Row, Candidate]]:
+        """Decode requests in turns, up to max_rows together, until one is complete, an interrupt, or ``steps``; return the
+        complete ones."""
         done: list[Row] = []
         try:
             while self._open and not done:
                 active = dict(islice(self._open.items(), self._max_rows))
                 division = self._slot_model.division(len(active))
-                if parts := self._next_parts(list(active.values()), division):
+                if parts := self._next_parts(list(active.values()), division, steps):
                     begun = {handle: row.open.turns(TURN) for handle, row in active.items()}
                     pace = Pace(len(parts), parts[0].steps, self._interrupted)
                     beside = self._crew.beside([partial(part.run, pace) for part in parts[1:]], division.threads)
@@ -166,7 +171,7 @@ class TorchEngine:
                             self._open[handle] = self._open.pop(handle)  # to the end of the queue
                 drawn = active if parts else self._open
                 done = [handle for handle, row in drawn.items() if row.open.complete(self._eos_ids)]
-                if self._interrupted.is_set():
+                if steps or self._interrupted.is_set():
                     break
         except NonFiniteLogits:
             self._may_hold_nan = True
@@ -206,8 +211,9 @@ class TorchEngine:
         self.policy_version = version
         self._may_hold_nan = False
 
-    def _next_parts(self, rows: list[SlotRow], division: Division) -> list[StepPart]:
-        """Draw what needs no forward pass; if that completes no request, the parts in which ``rows`` are to be decoded."""
+    def _next_parts(self, rows: list[SlotRow], division: Division, most: int) -> list[StepPart]:
+        """Draw what needs no forward pass; if that completes no request, the parts in which ``rows`` are to be decoded, for
+        ``most`` steps where that is not 0."""
         with operation_threads(division.threads):
             if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
                 return []
@@ -219,6 +225,8 @@ class TorchEngine:
             steps = min(row.open.remaining for row in rows)
             if len(self._open) > len(rows):  # others wait: a turn
                 steps = min(steps, TURN)
+            if most:
+                steps = min(steps, most)
             self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
             return [
                 StepPart(

@@ -1,0 +1,47 @@
+"""Groups that were submitted to a driver, and which of those that wait is next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from e3rl.environments.protocol import Episode
+from e3rl.rollout.group import GroupRollout, GroupSettings
+from e3rl.rollout.orders import Extend
+from e3rl.rollout.rows import GroupRows
+from e3rl.types import Draw, Group, Prompt
+
+
+@dataclass(eq=False, slots=True)
+class GroupJob:
+    """A submitted group. Once `Driver.step` returns it, it has a ``group``, or the ``error`` that stopped it."""
+
+    prompt: Prompt
+    settings: GroupSettings
+    rollout: GroupRollout
+    rows: GroupRows
+    client: str = ""  # who asked for it: rows are shared among clients
+    group: Group | None = None
+    error: Exception | None = None
+    version: int = 0  # of the weights that draw its next segments
+    asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # orders that wait for the group's rows
+    episodes: dict[int, Episode] = field(default_factory=dict)  # environments, by sibling, from their first turn on
+
+    def result(self) -> Group:
+        """The group; raises what stopped it."""
+        if self.error is not None:
+            raise self.error
+        assert self.group is not None
+        return self.group
+
+
+def next_group(waiting: Sequence[GroupJob], decoding: Iterable[GroupJob]) -> GroupJob:
+    """The first waiting group of the client that has the fewest rows; of equals the one that came first."""
+    first = waiting[0]
+    if all(job.client == first.client for job in waiting):
+        return first
+    rows: Counter[str] = Counter()
+    for job in decoding:
+        rows[job.client] += len(job.rows.held)
+    return min(waiting, key=lambda job: rows[job.client])
