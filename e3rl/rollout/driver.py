@@ -29,7 +29,7 @@ Observer = Callable[[Event], None]
 
 
 FOLLOWED_STEPS = 4
-"""Tokens a row between two looks at what groups that are followed (`GroupSettings.follow`) have drawn."""
+"""Tokens a row between two looks at what groups that are followed (`GroupJob.follow`) have drawn."""
 
 
 def _ignore(event: Event) -> None:
@@ -89,12 +89,22 @@ class Driver:
         return self._engine.free_rows() - sum(len(job.rollout.unfinished()) for job in self._waiting) >= rows
 
     def submit(
-        self, prompt: Prompt, settings: GroupSettings, observe: Observer | None = None, client: str = ""
+        self,
+        prompt: Prompt,
+        settings: GroupSettings,
+        observe: Observer | None = None,
+        *,
+        client: str = "",
+        follow: bool = False,
     ) -> GroupJob:
-        """Queue a group; ``observe`` is told of each `Event`, of remembered candidates at once."""
-        rollout = GroupRollout(prompt, settings, observe or _ignore)
-        job = GroupJob(prompt, settings, rollout, GroupRows(self._engine), client, version=settings.policy_version)
-        self._advance(job, rollout.start)
+        """Queue a group; ``observe`` is told of each `Event`, of remembered candidates at once.
+
+        ``follow``, for a plain group on a `ServingEngine`: it is also told of tokens as they are drawn (`Drawn`).
+        """
+        rows, tell = GroupRows(self._engine), observe or _ignore
+        job = GroupJob(prompt, settings, GroupRollout(prompt, settings, tell), rows, tell, client, follow)
+        job.version = settings.policy_version
+        self._advance(job, job.rollout.start)
         if job.group is None and job.error is None:
             self._waiting.append(job)
         return job
@@ -194,7 +204,7 @@ class Driver:
             ids, logprobs = engine.drawn(row, self._followed[row])
             self._followed[row] += len(ids)
             if ids:
-                self._advance(job, partial(job.rollout.drawn, sibling, ids, logprobs))
+                self._advance(job, partial(job.drawn, sibling, ids, logprobs))
         return completed
 
     def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
@@ -256,7 +266,7 @@ class Driver:
     def _extend(self, job: GroupJob, order: Extend, draw: Draw) -> None:
         row = job.rows.extend(order, draw, job.settings, job.rollout.committed_ids)
         self._open[row] = (job, order.sibling, draw)
-        if job.settings.follow:
+        if job.follow:
             self._followed[row] = 0
 
     def _closed(self, row: Row) -> tuple[GroupJob, int, Draw]:

@@ -19,7 +19,7 @@ from e3rl.environments.protocol import Episode, Reply
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
 from e3rl.rollout.moments import Moments
-from e3rl.rollout.orders import Act, Committed, Drawn, Erased, Event, Extend, Finished, Order, Release, Undo
+from e3rl.rollout.orders import Act, Committed, Erased, Event, Extend, Finished, Order, Release, Undo
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
 from e3rl.rollout.turns import given, joined
 from e3rl.types import (
@@ -45,8 +45,7 @@ class GroupSettings:
     ``calibration`` is needed where thresholds can't come from the group (see `require_calibration`); ``entropy_moments`` of
     the previous batch serve ``erasure.entropy_reference = "batch"``. ``first_sibling`` is the number under which a
     group's first sibling draws: many samples of a prompt, divided into small groups, then draw as those of a large
-    one. ``hooks``, one a sibling, and ``follow``, by which a plain rollout tells of tokens as they are drawn, are for a
-    `ServingEngine`.
+    one. ``hooks``, one a sibling, are for a `ServingEngine`.
     """
 
     rollout: RolloutConfig
@@ -59,7 +58,6 @@ class GroupSettings:
     first_sibling: int = 0
     min_p: float = 0.0
     hooks: Sequence[LogitsHook] = field(default=(), metadata={"local": True})
-    follow: bool = field(default=False, metadata={"local": True})
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -164,11 +162,6 @@ class GroupRollout:
                 entropy_moments=settings.entropy_moments,
             )
         return [self._extend(s) for s in self._siblings]
-
-    def drawn(self, number: int, ids: list[int], logprobs: list[float]) -> list[Order]:
-        """Tell of tokens of a sibling's open request in a plain rollout: nothing will erase them."""
-        self._observe(Drawn(self.prompt.problem.id, number, ids, logprobs))
-        return []
 
     def deliver(self, number: int, candidate: Candidate) -> list[Order]:
         """Take a sibling's candidate from the engine; return the group's next orders."""

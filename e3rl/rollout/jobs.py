@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from e3rl.environments.protocol import Episode
 from e3rl.rollout.group import GroupRollout, GroupSettings
-from e3rl.rollout.orders import Extend
+from e3rl.rollout.orders import Drawn, Event, Extend, Order
 from e3rl.rollout.rows import GroupRows
 from e3rl.types import Draw, Group, Prompt
 
@@ -21,12 +21,19 @@ class GroupJob:
     settings: GroupSettings
     rollout: GroupRollout
     rows: GroupRows
+    observe: Callable[[Event], None]
     client: str = ""  # who asked for it: rows are shared among clients
+    follow: bool = False  # the observer is told of tokens as they are drawn
     group: Group | None = None
     error: Exception | None = None
     version: int = 0  # of the weights that draw its next segments
     asked: list[tuple[Extend, Draw]] = field(default_factory=list)  # orders that wait for the group's rows
     episodes: dict[int, Episode] = field(default_factory=dict)  # environments, by sibling, from their first turn on
+
+    def drawn(self, sibling: int, ids: list[int], logprobs: list[float]) -> list[Order]:
+        """A sibling's open request grew by these tokens, which nothing will erase."""
+        self.observe(Drawn(self.prompt.problem.id, sibling, ids, logprobs))
+        return []
 
     def result(self) -> Group:
         """The group; raises what stopped it."""

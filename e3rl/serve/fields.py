@@ -56,6 +56,16 @@ def tokens(fields: Mapping[str, Any], name: str, most: int) -> tuple[int, ...]:
     return tuple(value)
 
 
+def text(fields: Mapping[str, Any], name: str, most: int = 512) -> str:
+    """A short text; empty where it was left out."""
+    value = fields.get(name)
+    if value is None:
+        return ""
+    if not is_text(value) or len(value) > most:
+        raise invalid(name, f"must be a text of at most {most} characters")
+    return str(value)
+
+
 def table(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An object."""
     value = fields.get(name)

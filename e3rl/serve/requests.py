@@ -8,7 +8,7 @@ from typing import Any
 
 from e3rl.errors import unknown
 from e3rl.serve.errors import ApiError, invalid
-from e3rl.serve.fields import boolean, integer, is_text, is_token, number, table, tokens
+from e3rl.serve.fields import boolean, integer, is_text, is_token, number, table, text, tokens
 from e3rl.serve.grammar import Grammar, read_grammar
 from e3rl.serve.messages import Chat, ToolChoice, read_messages, read_tools
 
@@ -17,7 +17,6 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOP_LOGPROBS = 20
-MAX_USER_LENGTH = 512
 MAX_BIASES = 1024
 MIN_TEMPERATURE = 1e-6
 """Smallest temperature but 0: logits divided by less may overflow."""
@@ -234,7 +233,7 @@ def _request(
             not boolean(fields, "skip_special_tokens", True),
         ),
         extension=table(fields, "e3rl"),
-        user=_user(fields),
+        user=text(fields, "safety_identifier") or text(fields, "user"),
     )
 
 
@@ -311,14 +310,6 @@ def _include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
     if boolean(options, "continuous_usage_stats"):
         raise invalid("stream_options.continuous_usage_stats", "this server sends usage at the end; leave it out")
     return boolean(options, "include_usage")
-
-
-def _user(fields: Mapping[str, Any]) -> str:
-    """For whom the client asks."""
-    name = fields.get("safety_identifier", fields.get("user", ""))
-    if not is_text(name) or len(name) > MAX_USER_LENGTH:
-        raise invalid("user", f"must be a text of at most {MAX_USER_LENGTH} characters")
-    return str(name)
 
 
 def _temperature(fields: Mapping[str, Any]) -> float | None:

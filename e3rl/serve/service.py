@@ -294,10 +294,10 @@ class Service:
             calibration=self._calibration,
             min_p=running.request.min_p,
             hooks=tuple(hooks),
-            follow=self._follows(running),
         )
         settings.check()
-        return Ticket(running.prompts[index], settings, index, running.outbox, running.cancelled, running.client)
+        prompt, follow = running.prompts[index], self._follows(running)
+        return Ticket(prompt, settings, index, running.outbox, running.cancelled, running.client, follow)
 
     def _follows(self, running: Running) -> bool:
         """Whether tokens are looked at as they are drawn: nothing will erase them, and somebody wants them or may stop them."""

@@ -60,6 +60,7 @@ class Ticket:
     outbox: Outbox
     cancelled: threading.Event
     client: str = ""  # who asks: rows are shared among clients
+    follow: bool = False  # tell of tokens as they are drawn
 
     def tell(self, event: Event) -> None:
         """Pass an event to the client that waits for this group."""
@@ -156,7 +157,8 @@ class DecodingWorker:
             return not self._stopping
 
     def _submitted(self, ticket: Ticket) -> GroupJob:
-        return self._driver.submit(ticket.prompt, ticket.settings, ticket.tell, ticket.client)
+        asked = ticket.prompt, ticket.settings, ticket.tell
+        return self._driver.submit(*asked, client=ticket.client, follow=ticket.follow)
 
     def _close(self, error: ApiError) -> None:
         with self._changed:
