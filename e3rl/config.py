@@ -73,6 +73,11 @@ class Config:
             )
         self._check_optimizer()
         self._check_context()
+        if self.train.activation_offload and self.train.parallel not in ("none", "ddp", "zero1"):
+            raise UserError(
+                f"train.activation_offload needs ranks that hold all weights: set train.parallel to ddp or zero1 (it is "
+                f"'{self.train.parallel}')"
+            )
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
 

@@ -340,6 +340,9 @@ class TrainConfig:
         1000.0, "largest mean KL (k3) of a response to the reference policy; beyond it the step is skipped", above=0
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    activation_offload: bool = setting(
+        False, "hold activations in the machine's memory until the backward pass: less of the GPU's, more time"
+    )
     eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
     save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
     save_total_limit: int = setting(2, "checkpoints to keep; 0: all", min=0)

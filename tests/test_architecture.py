@@ -24,6 +24,7 @@ FLOORS = [
         "lab",
         "models",
         "model_files",
+        "offload",
         "weight_files",
         "reward_model",
         "web",

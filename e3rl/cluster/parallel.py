@@ -6,7 +6,7 @@ The learner sees two things: passes through the model, and an optimizer that ste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from e3rl.cluster.sharding import ShardedOptimizer, ShardedPasses, shard
 from e3rl.config import TrainConfig
 from e3rl.errors import UserError
 from e3rl.models import Policy, unwrapped
+from e3rl.offload import Offload
 from e3rl.train.attribution import packed_attention
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import PackedRow, TrainSequence, recurrent_mixers
@@ -56,11 +57,24 @@ class Way:
     """A model made ready to be trained."""
 
     optimizer: Optimizer
-    passes: Passes = field(default_factory=Passes)
+    passes: Passes
+
+
+class OffloadingPasses(Passes):
+    """Passes that hold what their backward passes need in the machine's memory."""
+
+    def run(self, model: Any, work: Callable[[Any], Any]) -> Any:
+        """See `Passes.run`."""
+        with Offload(model):
+            return work(model)
+
+
+def _passes(config: TrainConfig) -> Passes:
+    return OffloadingPasses() if config.activation_offload else Passes()
 
 
 def _whole(kind: Callable[[list[tuple[str, nn.Parameter]], TrainConfig, Ranks], Optimizer]) -> Callable[..., Way]:
-    return lambda policy, frozen, config, ranks: Way(kind(policy.trainable(), config, ranks))
+    return lambda policy, frozen, config, ranks: Way(kind(policy.trainable(), config, ranks), _passes(config))
 
 
 def _fsdp2(policy: Policy, frozen: nn.Module | None, config: TrainConfig, ranks: Ranks) -> Way:
@@ -105,7 +119,7 @@ def make_ready(
     ``context`` are the ranks that divide each row's tokens.
     """
     if ranks.world == 1:
-        return Way(MasterOptimizer(policy.trainable(), config))
+        return Way(MasterOptimizer(policy.trainable(), config), _passes(config))
     if config.context_parallel > 1 and recurrent_mixers(policy.model):
         kind = type(unwrapped(policy.model)).__name__
         raise UserError(

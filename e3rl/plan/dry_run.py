@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from e3rl.engine.torch.operations import Attention, LogitTransform
 from e3rl.engine.torch.recorded import Step
 from e3rl.engine.torch.storage import RowSize, StepRows
 from e3rl.models import unwrapped
+from e3rl.offload import Offload
 from e3rl.train.optimizer import GradientSums, muon
 from e3rl.train.scoring import head_scores, output_matrix
 
@@ -122,6 +124,7 @@ class MicroBatch:
 
     kept: int  # by autograd, after the forward pass
     passing: int  # on top of that, at the peak of the backward pass
+    host: int = 0  # kept in the machine's memory (`e3rl.offload`)
 
 
 def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +182,12 @@ class GradientBuckets:
 
 
 def micro_batch(
-    model: Any, tokens: int, checkpointing: bool, collect: Callable[[list[nn.Parameter]], GradientBuckets] | None = None
+    model: Any,
+    tokens: int,
+    checkpointing: bool,
+    collect: Callable[[list[nn.Parameter]], GradientBuckets] | None = None,
+    *,
+    offload: bool = False,
 ) -> MicroBatch:
     """Run two micro-batches and count the second. ``collect``: what gathers gradients; by default `GradientSums` does."""
     if checkpointing:
@@ -192,14 +200,15 @@ def micro_batch(
     with Allocations() as counted:
         for _ in range(2):
             before = counted.restart()
-            logprobs, entropies = hidden_and_head(model, tokens)
+            with Offload(model) if offload else nullcontext() as away:
+                logprobs, entropies = hidden_and_head(model, tokens)
             kept = counted.live - before
             logprobs.sum().backward()
             if buckets:
                 buckets.finish()
             del logprobs, entropies
             peak = counted.peak - before
-    return MicroBatch(kept, max(0, peak - kept))
+    return MicroBatch(kept, max(0, peak - kept), away.bytes if away else 0)
 
 
 @dataclass(frozen=True)

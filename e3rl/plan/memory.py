@@ -42,6 +42,7 @@ def known_config(path: str) -> Any:
 
 
 ASSUMED_PROMPT = 512
+AWAY = "activations set aside"
 GIB = 2**30
 
 
@@ -113,14 +114,14 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _passes(model: ModelConfig, tokens: int, checkpointing: bool, bucketed_ranks: int) -> MicroBatch:
+def _passes(model: ModelConfig, tokens: int, checkpointing: bool, bucketed_ranks: int, offload: bool) -> MicroBatch:
     """``bucketed_ranks``: as many ranks of DeepSpeed's ZeRO-2, or 0."""
 
     def buckets(trained: list[nn.Parameter]) -> GradientBuckets:
         entries = sum(p.numel() for p in trained)
         return GradientBuckets(trained, min(BUCKET, entries), entries // bucketed_ranks)
 
-    return micro_batch(shape_of(model), tokens, checkpointing, buckets if bucketed_ranks else None)
+    return micro_batch(shape_of(model), tokens, checkpointing, buckets if bucketed_ranks else None, offload=offload)
 
 
 def _trainer(
@@ -146,7 +147,8 @@ def _trainer(
         kept = sum(division.state([p], state_width(n, p, config.train.optimizer)) for n, p in named)
         held |= {"float32 copy of the weights": division.state(copied, 4), "optimizer": kept}
         phases |= _training(sizes, needs, row_tokens, division)
-    return Process("trainer", division.ranks, held, phases or {"waiting": {}})
+    away = phases["training"].pop(AWAY, 0) if "training" in phases else 0
+    return _with_host(Process("trainer", division.ranks, held, phases or {"waiting": {}}), {AWAY: away}, sizes)
 
 
 def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: ShardCounts) -> dict[str, dict[str, int]]:
@@ -155,18 +157,18 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
     gradients = division.gradients(trained)
     bucketed_ranks = division.ranks if division.buckets else 0
     mine = -(-row_tokens // config.train.context_parallel)
-    passes = _passes(config.model, mine, config.train.gradient_checkpointing, bucketed_ranks)
+    checkpoints, offload = config.train.gradient_checkpointing, config.train.activation_offload
+    passes = _passes(config.model, mine, checkpoints, bucketed_ranks, offload)
+    waiting = waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
         "training": {
             "weights brought together": division.gathered(model.parameters(), layers),
             "gradients": gradients,
             "activations": passes.kept,
-            "keys and values of other ranks' tokens": others_tokens(
-                model, row_tokens - mine, config.train.gradient_checkpointing
-            ),
-            "layers' inputs of a group's other rows": passes.kept
-            * waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks),
+            "keys and values of other ranks' tokens": others_tokens(model, row_tokens - mine, checkpoints or offload),
+            "layers' inputs of a group's other rows": passes.kept * waiting,
+            AWAY: passes.host * (1 + waiting),
             "the backward pass beside them": passes.passing,
             "gradients under way": division.under_way(trained, layers),
             "attention mask": min(sizes.longest**2, MASKED) * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
@@ -235,7 +237,11 @@ def plan_generation(config: Config, prompt: int, *, on_cpu: bool) -> Process:
 
 def _with_host(process: Process, host: Mapping[str, int], sizes: Sizes) -> Process:
     """The process with host memory added; on a CPU it counts as the device's."""
-    return replace(process, held={**process.held, **host}) if sizes.on_cpu else replace(process, host=host)
+    return (
+        replace(process, held={**process.held, **host})
+        if sizes.on_cpu
+        else replace(process, host={**process.host, **host})
+    )
 
 
 def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:

@@ -28,7 +28,13 @@ LOGS = ("metrics.jsonl", "evaluations.jsonl")
 MAY_CHANGE = {
     *("run.name", "run.output_dir", "model.device"),
     *("rollout.max_rows", "rollout.cache_rows", "rollout.kv_budget"),
-    *("train.micro_batch_tokens", "train.gradient_checkpointing", "rewards.workers", "rewards.timeout"),
+    *(
+        "train.micro_batch_tokens",
+        "train.gradient_checkpointing",
+        "train.activation_offload",
+        "rewards.workers",
+        "rewards.timeout",
+    ),
     *("train.parallel", "train.context_parallel", "train.workers", "train.worker_gpus"),
     *("train.steps", "train.eval_steps", "train.save_steps"),
     *("train.save_total_limit", "train.show_steps", "train.report_to", "train.push_to_hub", "train.rank_timeout"),
