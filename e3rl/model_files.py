@@ -79,7 +79,9 @@ def _beside(directory: Path) -> list[str]:
 
 def _check_directory(directory: Path) -> None:
     if (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} holds an adapter, which loads its weights from elsewhere: {_MERGED}")
+        merged = directory.parent / "model"  # as a run leaves it
+        hint = f" Did you mean {merged}?" if (merged / "config.json").is_file() else ""
+        raise UserError(f"{directory} holds an adapter, which loads its weights from elsewhere: {_MERGED}{hint}")
     try:
         config = read_json(directory / "config.json", finite=False)
     except FileNotFoundError:

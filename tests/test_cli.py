@@ -163,7 +163,10 @@ def test_a_run_directory_that_is_taken_is_refused_and_again_puts_it_aside(
     run = ["train", _recipe(tmp_path), *TINY_RUN, f"run.output_dir={tmp_path}", "run.name=x", "eval.erasable=false"]
     assert main(run) == 0
     assert "Held-out problems" in capsys.readouterr().out
-    assert "already holds a run" in _fails(capsys, run)
+    with pytest.MonkeyPatch.context() as patched:  # said before data or weights are read
+        patched.setattr("e3rl.train.trainer.load_outline", lambda model: pytest.fail("the model is loaded first"))
+        assert "already holds a run" in _fails(capsys, run)
+        assert "was started with other settings" in _fails(capsys, [*run, "run.seed=9", "--resume"])
     assert main([*run, "--again"]) == 0
     assert (tmp_path / "x.1" / "summary.json").exists()
     assert (tmp_path / "x" / "report.html").exists()

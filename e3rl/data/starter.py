@@ -25,7 +25,17 @@ from e3rl.rewards.pool import ProcessPool
 from e3rl.sections import toml_value
 from e3rl.types import Problem
 
-ANSWERS = ("answer", "final_answer", "ground_truth", "reward_model.ground_truth", "gold", "expected_answer", "target")
+ANSWERS = (
+    "answer",
+    "final_answer",
+    "ground_truth",
+    "reward_model.ground_truth",
+    "gold",
+    "expected_answer",
+    "target",
+    "result",
+    "expected",
+)
 SOLUTIONS = ("solution", "reasoning", "rationale", "generated_solution", "response", "output", "completion")
 LOOKED_AT = 200  # rows read to identify the columns
 MEASURED = 512  # problems, evenly spread, whose lengths are measured
@@ -34,6 +44,7 @@ SHORTEST_SEGMENT = 12  # tokens; shorter segments hold no reasoning step
 UNKNOWN_LENGTH = 1024  # tokens of a response if the data don't show how long responses are
 DEFAULT_PROMPTS = 16
 FIRST_STEPS = 20
+FEWEST_STEPS = 4  # of an epoch
 _TRIED_ANSWERS = 100
 _BOXED = re.compile(r"\\boxed\s*\{|####")
 
@@ -204,6 +215,8 @@ def starter_choices(
         + (f" among {len(prompts)} measured." if len(prompts) < len(problems) else "."),
         f"Erasure settings depend on the model: 'e3rl calibrate {outline.source} {source}' chooses them.",
     ]
+    if not held_out_beside(source) and not source.startswith("lab:"):
+        title.append("Nothing is evaluated: no file of held-out problems was found by its name. data.eval names one.")
     choices = [
         *data_choices(source, columns),
         *rollout_choices(lengths, outline, length),
@@ -225,6 +238,8 @@ def data_choices(source: str, columns: Columns | None) -> list[Choice]:
             choices.append(Choice("data", "solution_column", columns.solution, "only objective 'sft' reads it"))
     if held_out := held_out_beside(source):
         choices.append(Choice("data", "eval", [held_out], "held out, by its name"))
+    if held_out or source.startswith("lab:"):
+        choices.append(Choice("eval", "limit", 64, "held-out problems evaluated before and after"))
     return choices
 
 
@@ -248,23 +263,15 @@ def reward_choice(asked: str, source: str, columns: Columns | None, problems: Se
 
 def train_choices(problems: int) -> list[Choice]:
     """A short first run."""
-    prompts = min(DEFAULT_PROMPTS, problems)
+    prompts = min(DEFAULT_PROMPTS, max(1, problems // FEWEST_STEPS))
     epoch = max(1, problems // prompts)
-    steps = min(FIRST_STEPS, epoch)
-    choices = [
-        Choice(
-            "train",
-            "steps",
-            steps,
-            f"a short first run; an epoch has {epoch} steps, and without this line the run has two epochs",
-        )
-    ]
+    why = (
+        f"a short first run; an epoch has {epoch} step{'s' * (epoch > 1)}, and without this line the run has two epochs"
+    )
+    choices = [Choice("train", "steps", FIRST_STEPS, why)]
     if prompts != DEFAULT_PROMPTS:
-        choices.append(Choice("train", "prompts_per_step", prompts, "there are no more problems"))
-    return [
-        *choices,
-        Choice("eval", "limit", 64, "held-out problems evaluated before and after, if there are that many"),
-    ]
+        choices.append(Choice("train", "prompts_per_step", prompts, "few, so that an epoch has several steps"))
+    return choices
 
 
 def look_at(source: str, config: DataConfig) -> tuple[Columns | None, DataConfig]:

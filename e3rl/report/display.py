@@ -25,6 +25,7 @@ from e3rl.train.listeners import Silent
 from e3rl.train.run_directory import read_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
+LOOKED_THROUGH = 20  # ledgers in which the erasure to show is looked for
 _QUIET_SECONDS = 30.0  # without output before a progress line is printed (no panel)
 
 
@@ -86,6 +87,10 @@ class _Clock:
         return (time.perf_counter() - self._began) / done * (self._steps - step)
 
 
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
 class PlainDisplay(Silent):
     """For pipes, logs and CI."""
 
@@ -95,7 +100,7 @@ class PlainDisplay(Silent):
 
     def started(self, run: Path, config: Config, method: str, first_step: int, steps: int) -> None:
         self._clock, self._steps = _Clock(first_step, steps), steps
-        self._say(f"{method}: training {config.model.path} on {config.data.trained_on}, {steps} steps, in {run}")
+        self._say(f"{method}: training {config.model.path} on {config.data.trained_on}, {_steps(steps)}, in {run}")
 
     def stepped(self, record: Mapping[str, Any]) -> None:
         self._say(step_line(record, self._steps, self._clock.left(record["step"])))
@@ -188,17 +193,26 @@ def build_display(console: Console) -> PlainDisplay:
 
 
 def telling_erasure(run: Path) -> Mapping[str, Any] | None:
-    """The erasure to show: in a late, rewarded trajectory, the one furthest above its threshold."""
-    for ledger in sorted((run / "rollouts").glob("step-*.parquet"), reverse=True):
+    """The erasure to show: in a late, rewarded trajectory, one that changed the text, the furthest above its threshold."""
+    unchanged = None
+    for ledger in sorted((run / "rollouts").glob("step-*.parquet"), reverse=True)[:LOOKED_THROUGH]:
         try:
             rows = read_ledger(ledger, ["prompt", "reward", "segments", "erasures"]).to_pylist()
         except UserError:  # `e3rl doctor` names it
             continue
         found = [(e, row) for row in rows if (row["reward"] or 0) > 0 for e in row["erasures"] if _replacement(e, row)]
-        if found:
-            erasure, row = max(found, key=lambda pair: pair[0]["uncertainty"] / pair[0]["threshold"])
+        if not found:
+            continue
+        erasure, row = max(found, key=lambda pair: (_changed(*pair), pair[0]["uncertainty"] / pair[0]["threshold"]))
+        if _changed(erasure, row):
             return {"erasure": erasure, "row": row}
-    return None
+        unchanged = unchanged or {"erasure": erasure, "row": row}
+    return unchanged
+
+
+def _changed(erasure: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    replaced = _replacement(erasure, row)
+    return replaced is not None and replaced["text"] != erasure["text"]
 
 
 def _replacement(erasure: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -233,7 +247,8 @@ def first_to_last(run: Path) -> str:
         return ""
     few = min(RECENT, len(records) // 2)
     parts = []
-    for name in ("reward", "accuracy"):
+    same = all(not _known(r, "accuracy") or r["accuracy"] == r["reward"] for r in records)
+    for name in ("reward",) if same else ("reward", "accuracy"):
         first, last = ([r[name] for r in part if _known(r, name)] for part in (records[:few], records[-few:]))
         if first and last:
             parts.append(f"{name} {sum(first) / len(first):.3f} → {sum(last) / len(last):.3f}")
@@ -262,7 +277,7 @@ def closing(run: Path, config: Config, summary: Mapping[str, Any]) -> Renderable
         parts.append(Text.assemble((f"{sign} ", style), finding.text))
     parts.append(
         Text(
-            f"\n{summary['method']}, {summary['steps']} steps in {duration(summary['train_seconds'])}: erase rate "
+            f"\n{summary['method']}, {_steps(summary['steps'])} in {duration(summary['train_seconds'])}: erase rate "
             f"{summary['erase_rate']:.3f}, r {summary['r']:.3f}, {summary['tokens_generated']} tokens generated\n"
             f"run     {run}\nmodel   {run / 'model'}\nreport  {run / 'report.html'}"
         )

@@ -187,33 +187,40 @@ class RunDirectory:
         if descriptor is not None:
             os.close(descriptor)
 
-    @classmethod
-    def create(cls, config: Config) -> RunDirectory:
-        """Claim a new directory; one that already holds a run is refused."""
+    @staticmethod
+    def require(config: Config, *, resume: bool) -> Path:
+        """The path of the run; UserError where it can't be started there, or resumed with these settings."""
         path = run_path(config)
-        if (path / "config.toml").exists():
+        there = (path / "config.toml").exists()
+        if resume and not there:
+            raise UserError(f"{path} holds no run to resume; start it without --resume")
+        if resume and (changed := changed_settings(read_config(path), config)):
+            raise UserError(
+                f"{path} was started with other settings, by its config.toml: {', '.join(changed)}. Resume with the same ones."
+            )
+        if there and not resume:
             raise UserError(
                 f"{path} already holds a run. Continue it with --resume, or choose another name: run.name=NAME"
             )
-        if path.exists() and (not path.is_dir() or not all(is_litter(p) for p in path.iterdir())):
+        if not there and path.exists() and (not path.is_dir() or not all(is_litter(p) for p in path.iterdir())):
             raise UserError(f"{path} exists and is not an empty directory; choose another name: run.name=NAME")
-        with disk_full_is_a_sentence(path):
-            path.mkdir(parents=True, exist_ok=True)
-        directory = cls(path)
-        write_text(path / "config.toml", to_toml(config))
-        return directory
+        return path
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """Claim a new directory; one that already holds a run is refused."""
+        return cls._opened(config, resume=False)
 
     @classmethod
     def resume(cls, config: Config) -> RunDirectory:
         """Open an existing run, whose settings must be the same."""
-        path = run_path(config)
-        if not (path / "config.toml").exists():
-            raise UserError(f"{path} holds no run to resume; start it without --resume")
-        changed = changed_settings(read_config(path), config)
-        if changed:
-            raise UserError(
-                f"{path} was started with other settings, by its config.toml: {', '.join(changed)}. Resume with the same ones."
-            )
+        return cls._opened(config, resume=True)
+
+    @classmethod
+    def _opened(cls, config: Config, *, resume: bool) -> RunDirectory:
+        path = cls.require(config, resume=resume)
+        with disk_full_is_a_sentence(path):
+            path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
         write_text(path / "config.toml", to_toml(config))
         return directory

@@ -75,7 +75,7 @@ class Trainer:
         for text in overlap_notes(run.config.data, run.data.train, run.data.held_out):
             run.note(text)
         if run.config.train.eval_steps and not run.data.held_out:
-            run.note("nothing is evaluated: data.eval is empty, though train.eval_steps is set")
+            run.note("nothing is evaluated: data.eval is empty; held-out problems belong there")
         if size := checkpoint_size(run):
             run.note(size)
         try:
@@ -114,7 +114,7 @@ def prepare(
     resume = ranks.gather(resume)[0]
     remote = bool(config.rollout.workers or config.rollout.servers)
     note = partial(tell, listeners if ranks.first else (), "noted")
-    _check_early(config, ranks)
+    _check_early(config, ranks, resume)
     objective = _build_objective(config)
     # what takes moments comes before the weights: data, columns, reward functions
     outline = load_outline(config.model)
@@ -156,8 +156,10 @@ def prepare(
     return run, state
 
 
-def _check_early(config: Config, ranks: Ranks) -> None:
+def _check_early(config: Config, ranks: Ranks, resume: bool) -> None:
     """UserError for what can be seen to fail before data and model are loaded."""
+    if ranks.first:
+        RunDirectory.require(config, resume=resume)
     if config.train.push_to_hub and ranks.first:
         require_hub(config.train.push_to_hub)
     load_metric(config.erasure.metric)

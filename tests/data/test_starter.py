@@ -49,6 +49,7 @@ def test_an_outline_says_what_the_policy_says():
         ({"text": "1+1", "prompt": ""}, "text", "", ""),
         ({"question": "1+1", "solution": "so \\boxed{2}"}, "question", "solution", "solution"),
         ({"question": "1+1", "solution": "so 2"}, "question", "", "solution"),
+        ({"question": "1", "result": 2}, "question", "result", ""),
         ({"prompt": "1", "reward_model": {"ground_truth": "2"}}, "prompt", "reward_model.ground_truth", ""),
         (
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "question": "q"},
@@ -129,8 +130,11 @@ def test_init_writes_a_recipe_with_reasons_that_loads_and_trains(
     assert config.data.solution_column == "rationale"
     assert (config.rollout.segment_length, config.rollout.max_segments) == (12, 2)  # 95 % have at most 12 tokens
     assert config.rewards.functions == ("math",)
-    assert config.train.steps == 2
+    assert (config.train.steps, config.train.prompts_per_step) == (20, 10)  # an epoch of 40 problems has several steps
     text = recipe.read_text()
+    assert "an epoch has 4 steps" in text
+    assert "# Nothing is evaluated: no file of held-out problems" in text
+    assert "[eval]" not in text
     assert "# responses of up to 24 tokens: twice what 95 % of the data's own solutions need" in text
     assert "it grades 40 of 40 reference answers as right" in text
     monkeypatch.chdir(tmp_path)
@@ -147,6 +151,8 @@ def test_init_names_the_lab_s_reward_and_one_to_write(tmp_path: Path):
         recipe = tmp_path / f"{reward[:3]}.toml"
         assert main(["init", "lab", source, "--output", str(recipe)]) == 0
         assert load_config(recipe).rewards.functions == (reward,)
+        assert ("[eval]\n# held-out" in recipe.read_text()) == (source != bare)
+        assert ("Nothing is evaluated" in recipe.read_text()) == (source == bare)
 
 
 def test_data_shows_lengths_columns_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

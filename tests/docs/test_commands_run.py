@@ -22,9 +22,9 @@ RUN: tuple[tuple[str, str, str], ...] = (
     (
         "e3rl train demo run.name=grpo objective.name=grpo rollout.erase=false",
         f"{SMALL} {HELD_OUT}",
-        "GRPO, 1 steps .* erase rate 0.000",
+        "GRPO, 1 step .* erase rate 0.000",
     ),
-    ("e3rl train demo run.name=paper --overlay paper-uncertainty", f"{SMALL} {HELD_OUT}", "E³RL, 1 steps"),
+    ("e3rl train demo run.name=paper --overlay paper-uncertainty", f"{SMALL} {HELD_OUT}", "E³RL, 1 step"),
     ('e3rl decode lab "81-7+3+1-6-8:"', "", "A:64\n2 segments erased"),
     ('e3rl decode lab "81-7+3+1-6-8:" --plain', "", r"\n81-7=75.*\n0 segments erased"),
     ('e3rl decode lab "81-7+3+1-6-8:" --samples 8', "", r"\[7\] (.|\n)*segments? erased"),

@@ -75,4 +75,4 @@ def test_a_run_that_never_evaluates_says_so(tmp_path: Path):
             tmp_path, *SMALL, f"data.train={data}", "train.steps=1", "rewards.functions=math", run, *settings
         )
         Trainer(config, listeners=[notes]).train()
-        assert [n.partition(", though")[0] for n in notes.said if "evaluated" in n] == words
+        assert [n.partition(";")[0] for n in notes.said if "evaluated" in n] == words

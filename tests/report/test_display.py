@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -90,6 +91,30 @@ def test_the_end_says_what_training_changed(tmp_path: Path):
         "training, the first step → the last: reward 0.000 → 0.200"
     )
     assert first_to_last(_run(tmp_path / "c", [0.5])) == ""
+    assert "accuracy" not in first_to_last(_run(tmp_path / "d", [0.5, 0.5], 0.5))
+
+
+def test_the_erasure_shown_is_one_that_changed_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def row(erased: str, uncertainty: float, reward: float = 1.0) -> dict[str, Any]:
+        kept = {"index": 0, "text": "=24", "uncertainty": 0.1}
+        erasure = {"index": 0, "text": erased, "uncertainty": uncertainty, "threshold": 0.1}
+        return {"prompt": "p", "reward": reward, "segments": [kept], "erasures": [erasure]}
+
+    steps = {1: [row("=25", 0.2)], 2: [row("=24", 0.9), row("=26", 0.3), row("=27", 0.4), row("=28", 0.8, 0.0)]}
+    steps[3] = [row("=24", 0.9)]
+    (tmp_path / "rollouts").mkdir()
+    for step in steps:
+        (tmp_path / "rollouts" / f"step-{step}.parquet").touch()
+    read = lambda path, columns: pa.Table.from_pylist(steps[int(path.stem[-1])])  # noqa: E731
+    monkeypatch.setattr(display, "read_ledger", read)
+    found = display.telling_erasure(tmp_path)
+    assert found is not None
+    assert found["erasure"]["text"] == "=27"
+    del steps[1], steps[2]
+    monkeypatch.setattr(display, "read_ledger", lambda path, columns: pa.Table.from_pylist(steps[3]))
+    found = display.telling_erasure(tmp_path)
+    assert found is not None
+    assert found["erasure"]["text"] == "=24"
 
 
 def test_the_end_has_the_health_lines(tmp_path: Path):
