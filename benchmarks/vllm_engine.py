@@ -4,7 +4,8 @@ python benchmarks/vllm_engine.py --json out.json
 
 Needs an environment with vLLM (`make test-vllm` makes .venv-vllm). Both generate responses of the same lengths to the same
 prompts, run after run in turn, each in vLLM's own processes: plain vLLM with its own sampler and all responses at once; ours
-segment by segment, with all that erasing needs. Bytes are counted where they arrive in this process.
+segment by segment, with all that erasing needs, twice as many siblings held as run at once, which is the default of runs. Bytes
+are counted where they arrive in this process. With ``--in-process`` both run in this one, and rows a step are counted instead.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def config(model: str, siblings: int, length: int, segments: int, kappa0: float)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What both engines are built for."""
+    """What both engines are built for; ``held`` responses may be under way, ``rows`` of them run at once."""
 
     rows: int
+    held: int
     longest: int
     kv_bytes: int
 
@@ -80,6 +82,30 @@ class Arrived:
             return decode(decoder, frames)
 
         MsgpackDecoder.decode = counted
+
+
+class Steps:
+    """Steps of vLLM's schedulers in this process, and the rows that ran in them."""
+
+    def __init__(self) -> None:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        self.steps, self.rows = 0, 0
+        schedule = Scheduler.schedule
+
+        def counted(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            found = schedule(scheduler, *args, **kwargs)
+            self.steps += bool(found.num_scheduled_tokens)
+            self.rows += len(found.num_scheduled_tokens)
+            return found
+
+        Scheduler.schedule = counted
+
+    def since(self) -> tuple[int, float]:
+        """Steps since the last call, and rows in one on average."""
+        found = self.steps, self.rows / self.steps if self.steps else 0.0
+        self.steps, self.rows = 0, 0
+        return found
 
 
 def plain_engine(policy: Policy, sizes: Sizes, folder: Path, block_size: int) -> Any:
@@ -143,11 +169,10 @@ class Ours:
         self.core = VllmCore(policy.model, **self._settings())
 
     def _settings(self) -> Values:
-        rows = self._sizes.rows
         return {
             "eos_ids": self._policy.eos_ids,
-            "max_rows": rows,
-            "cache_rows": rows,
+            "max_rows": self._sizes.rows,
+            "cache_rows": self._sizes.held,
             "max_length": self._sizes.longest,
         }
 
@@ -184,8 +209,9 @@ def measure(options: argparse.Namespace) -> Values:
     limits = {"context_limit": policy.context_length, "completion_limit": settings.rollout.completion_limit}
     prompts = render_prompts(problems, policy.tokenizer, settings.data, **limits)
     longest = max(len(p.ids) for p in prompts) + settings.rollout.completion_limit
-    sizes = Sizes(options.rows, longest, kv_cache_bytes(policy.model, 3 * options.rows, longest))
-    arrived = Arrived()
+    held = options.held * options.rows
+    sizes = Sizes(options.rows, held, longest, kv_cache_bytes(policy.model, held, longest))
+    arrived, steps = Arrived(), Steps() if options.in_process else None
     ours, rounds = Ours(policy, sizes, arrived), list[Values]()
     with tempfile.TemporaryDirectory() as folder:
         llm = plain_engine(policy, sizes, Path(folder), ours.core.block_size)
@@ -193,9 +219,13 @@ def measure(options: argparse.Namespace) -> Values:
             found: Values = {}
             for name, chosen in (("keeping", keeping), ("erasing", settings)):
                 groups, found[name] = ours.run(prompts, chosen, number)
+                if steps:
+                    found[name]["steps"], found[name]["rows_a_step"] = steps.since()
                 found[name]["plain_seconds"], found[name]["plain_cpu_seconds"], tokens = timed(
                     partial(run_plain, llm, groups)
                 )
+                if steps:
+                    found[name]["plain_steps"], found[name]["plain_rows_a_step"] = steps.since()
                 assert tokens == found[name]["kept"]
             rounds.append(found)
             print(json.dumps(found), flush=True)
@@ -232,6 +262,12 @@ def table(rounds: Sequence[Values]) -> Values:
         "tokens run again after an erasure": middle(lambda f: f["erasing"]["run_again_after_erasure"]),
         "calls of the workers a segment": middle(lambda f: f["erasing"]["worker_calls_per_segment"]),
         "bytes a token to the client": middle(lambda f: f["erasing"]["bytes_per_token"]),
+        **{
+            f"rows a step, {name}, {who}": median(found[name][key] for found in rounds)
+            for name in ("keeping", "erasing")
+            for who, key in (("ours", "rows_a_step"), ("plain", "plain_rows_a_step"))
+            if key in rounds[0][name]
+        },
     }
 
 
@@ -241,6 +277,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--rows", type=int, default=16, help="responses that run at once")
+    parser.add_argument(
+        "--held", type=int, default=2, help="responses under way, in multiples of --rows (rollout.cache_rows)"
+    )
+    parser.add_argument("--in-process", action="store_true", help="count rows a step; without processes of vLLM's")
     parser.add_argument("--siblings", type=int, default=4)
     parser.add_argument("--segment-length", type=int, default=32)
     parser.add_argument("--segments", type=int, default=2)
@@ -248,6 +288,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if options.in_process:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found = measure(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")

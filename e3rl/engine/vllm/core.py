@@ -20,6 +20,7 @@ from e3rl.engine.sampling import Measures
 from e3rl.engine.vllm.table import VllmArguments, merged_measures
 from e3rl.engine.weights import write_model
 from e3rl.errors import UserError
+from e3rl.types import Draw
 
 _CPU_BLOCK = (
     32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
@@ -90,7 +91,7 @@ class VllmCore:
         """Start generating after ``ids``; returns the key under which `take` will have the result.
 
         ``continues``: the finished request whose keys and values are to be used as far as the ids are the same. They are held
-        until then, or until it is abandoned. Requests that redraw an erased segment come before others.
+        until then, or until it is abandoned. What others wait for comes first (`precedence`).
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -107,7 +108,7 @@ class VllmCore:
         )
         prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
         with _living():
-            self._llm.add_request(key, prompt, params, priority=-request.draw.attempt)
+            self._llm.add_request(key, prompt, params, priority=precedence(request.draw))
         self._open.add(key)
         return key
 
@@ -170,6 +171,12 @@ class VllmCore:
         core = self._llm.engine_core
         core.shutdown()
         self._remove()
+
+
+def precedence(draw: Draw) -> int:
+    """A request's place in vLLM's queue, the least first: what redraws an erased segment, which a whole group waits for, then
+    siblings with fewer segments, which have most left to do. So fewer steps are thin at a batch's end."""
+    return -draw.attempt if draw.attempt else draw.segment
 
 
 def _tell_of_deaths(client: Any) -> None:
