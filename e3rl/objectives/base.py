@@ -66,7 +66,11 @@ class Loss:
 
 
 class Objective(Protocol):
-    """One small frozen dataclass whose fields are its options (`e3rl.config.setting`); both methods are pure."""
+    """One small frozen dataclass whose fields are its options (`e3rl.config.setting`); both methods are pure.
+
+    It may have ``divides_by``, the count of `Totals` ("groups", "sequences" or "tokens") that its whole loss is divided by and
+    that it uses for nothing else. Groups are then learnt from as they finish (`rollout.staleness`, from 2 on).
+    """
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -105,6 +105,24 @@ def check_advantages(name: str, advantages_GT: Any, signals: GroupSignals) -> Te
     return advantages_GT
 
 
+def check_divides_by(name: str, objective: Objective, batch: TrainBatch) -> None:
+    """A loss that is said to be divided by one count of the step is: of twice that count it is half, of others the same."""
+    count: Any = getattr(objective, "divides_by", None)
+    if count is None:
+        return
+    counts = ("groups", "sequences", "tokens")
+    if count not in counts:
+        raise broken(name, f"`divides_by` is {count!r}, and must be one of {', '.join(map(repr, counts))}")
+    for each in counts:
+        totals = dataclasses.replace(batch.totals, **{each: 2 * getattr(batch.totals, each)})
+        losses = objective.loss(batch).value, objective.loss(dataclasses.replace(batch, totals=totals)).value
+        one, other = (torch.autograd.grad(loss, batch.logprobs_ST)[0] for loss in losses)
+        if not torch.allclose(other, one / 2 if each == count else one, rtol=1e-4, atol=1e-7):
+            raise broken(
+                name, f"`divides_by` is {count!r}, but twice the step's {each} give another gradient than that says"
+            )
+
+
 def check_loss(name: str, loss: Any) -> Loss:
     """``loss`` itself where it is a finite scalar with a gradient, and metrics as pairs."""
     if not isinstance(loss, Loss):
@@ -128,6 +146,7 @@ def check_objective_runs(name: str, objective: Objective) -> None:
         check_advantages(name, advantages_GT, signals)
         check_rewards_only(name, objective, signals)
         check_loss(name, objective.loss(toy_batch(signals, advantages_GT)))
+        check_divides_by(name, objective, toy_batch(signals, advantages_GT, drift=0.1))
         erased = objective.erased_advantage(1.0)
     except UserError:
         raise

@@ -18,6 +18,8 @@ class DAPO(common.GroupNormalised):
     clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", source="DAPO paper", min=0)
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
+    divides_by = "tokens"
+
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate, averaged over all tokens of the step, negated."""
         return common.clipped_token_loss(

@@ -19,6 +19,8 @@ class DrGRPO(TrajectoriesOnly):
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", source="Dr. GRPO paper", min=0, max=1)
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", source="Dr. GRPO paper", min=0)
 
+    divides_by = "sequences"
+
     @property
     def needs(self) -> frozenset[Need]:
         return common.kl_needs(self.kl_coef) | common.REWARDS_ONLY

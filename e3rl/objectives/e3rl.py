@@ -41,6 +41,8 @@ class E3RL:
     attribution_layers: Literal["last", "all"] = setting("last", "layers whose attention divides the reward")
     advantage_eps: float = setting(1e-4, "epsilon of eq 20, added to the standard deviation", above=0)
 
+    divides_by = "groups"
+
     @property
     def needs(self) -> frozenset[Need]:
         shares: frozenset[Need] = common.REWARDS_ONLY if self.allocation == "sequence" else frozenset({"shares"})

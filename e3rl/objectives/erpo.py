@@ -26,6 +26,8 @@ class ERPO(TrajectoriesOnly):
     eta: float = setting(0.1, "weight of the progress term against the group advantage (eq 10)", min=0)
     advantage_eps: float = setting(1e-4, "delta, added to every standard deviation", source="TRL", above=0)
 
+    divides_by = "tokens"
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"reference"})

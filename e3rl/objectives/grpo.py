@@ -22,6 +22,11 @@ class GRPO(common.GroupNormalised):
     )
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
+    @property
+    def divides_by(self) -> str:
+        """The count that ``average`` takes the mean over."""
+        return "tokens" if self.average == "token" else "sequences"
+
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate less weighted KL, averaged, negated."""
         mean = common.token_mean if self.average == "token" else common.sequence_mean

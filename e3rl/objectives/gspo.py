@@ -20,6 +20,8 @@ class GSPO(common.GroupNormalised):
     clip_high: float = setting(4e-4, "the ratio is clipped above 1 + clip_high", source="GSPO paper", min=0)
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
+    divides_by = "sequences"
+
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""
         log_ratios_S = policy.sequence_mean_log_ratios(batch.logprobs_ST - batch.old_logprobs_ST, batch.mask_ST)

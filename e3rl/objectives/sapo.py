@@ -22,6 +22,8 @@ class SAPO(common.GroupNormalised):
     temperature_negative: float = setting(1.05, "tau elsewhere; larger: narrower gate", source="SAPO paper", above=0)
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
+    divides_by = "sequences"
+
     def loss(self, batch: TrainBatch) -> Loss:
         """Mean over responses of the token mean of -(4/tau) sigmoid(tau (rho - 1)) A, plus weighted KL."""
         ratios_ST = policy.ratios(common.token_log_ratios(batch))

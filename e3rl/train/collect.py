@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from e3rl.cluster.ranks import Ranks
@@ -40,6 +41,10 @@ class StepGroups:
     reward_seconds: float = 0.0
     position: Mapping[str, Any] = field(default_factory=dict)
 
+    def whole(self) -> StepGroups:
+        """Itself: all groups are there."""
+        return self
+
     @property
     def epochs(self) -> float:
         """Passes over the prompts up to here."""
@@ -56,11 +61,17 @@ class StepGroups:
         return summarise(item.group for item in self.dropped).generated_tokens
 
 
-def collect(run: Run, stream: Stream, settings: GroupSettings, tick: Callable[[], None]) -> StepGroups:
+Show = Callable[[RewardedGroup], None]
+
+
+def collect(
+    run: Run, stream: Stream, settings: GroupSettings, tick: Callable[[], None], show: Show | None = None
+) -> StepGroups:
     """Groups of different prompts until enough pass the filter, refills are spent or prompts run out.
 
     A refill asks for as many groups as are missing, so no group that passes is thrown away. ``tick`` is called often and
-    may raise `Interrupted`: then the stream is where it was.
+    may raise `Interrupted`: then the stream is where it was. With ``show`` each group is rewarded as it finishes and shown if
+    it passes; groups are then in that order.
     """
     wanted, position = run.config.train.prompts_per_step, stream.state()
     prompts = stream.take(wanted)
@@ -75,15 +86,19 @@ def collect(run: Run, stream: Stream, settings: GroupSettings, tick: Callable[[]
         while prompts:
             seen |= {prompt.problem.id for prompt in prompts}
             began = time.perf_counter()
-            groups = roll_out(run, prompts, settings, tick)
-            rolled = time.perf_counter()
-            run.tell("progressed", "reward", 0, 0)
-            for item in reward(run, groups):
-                (kept if run.keep(item) else dropped).append(item)
-                rewards += item.rewards
+            for groups in roll_out(run, prompts, settings, tick, one_by_one=show is not None):
+                rolled = time.perf_counter()
+                run.tell("progressed", "reward", 0, 0)
+                for item in reward(run, groups):
+                    passes = run.keep(item)
+                    (kept if passes else dropped).append(item)
+                    rewards += item.rewards
+                    if passes and show is not None:
+                        show(item)
+                rollout_seconds += rolled - began
+                began = time.perf_counter()
+                reward_seconds += began - rolled
             require_some(rewards)
-            rollout_seconds += rolled - began
-            reward_seconds += time.perf_counter() - rolled
             if len(kept) == wanted or refills == run.config.filter.max_refills:
                 break
             prompts = fresh_prompts(stream.take, wanted - len(kept), seen, len(run.data.train))
@@ -99,14 +114,23 @@ def collect(run: Run, stream: Stream, settings: GroupSettings, tick: Callable[[]
     return StepGroups(tuple(kept), tuple(dropped), refills, rollout_seconds, reward_seconds, stream.state())
 
 
-def roll_out(run: Run, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None]) -> list[Group]:
-    """The prompts' groups, in their order. Each rank generates a share; workers elsewhere are asked by the first rank."""
+def roll_out(
+    run: Run, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None], *, one_by_one: bool = False
+) -> Iterator[list[Group]]:
+    """The prompts' groups, in their order, or, where one process trains, ``one_by_one`` as they finish.
+
+    Each rank generates a share; workers elsewhere are asked by the first rank.
+    """
     mine = (prompts if run.ranks.first else []) if run.remote else run.ranks.share(prompts)
     groups: list[Group] = []
-    for group in run.rollouts.run(mine, settings, tick):
-        groups.append(group)
-        run.tell("progressed", "rollout", len(groups), len(mine))
-    return exchanged(run.ranks, prompts, groups)
+    for done, group in enumerate(run.rollouts.run(mine, settings, tick), start=1):
+        run.tell("progressed", "rollout", done, len(mine))
+        if one_by_one:
+            yield [group]
+        else:
+            groups.append(group)
+    if not one_by_one:
+        yield exchanged(run.ranks, prompts, groups)
 
 
 def exchanged(ranks: Ranks, prompts: Sequence[Prompt], mine: Sequence[Group]) -> list[Group]:
@@ -129,6 +153,38 @@ def reward(run: Run, groups: Sequence[Group]) -> list[RewardedGroup]:
     return [RewardedGroup(g, tuple(next(following) for _ in g.trajectories)) for g in groups]
 
 
+class Arriving:
+    """A step that is being collected in another thread. Iterated once: each time over the groups that came since the last.
+
+    ``waited`` are the seconds that no group was there.
+    """
+
+    def __init__(self, begin: Callable[[Show], Future[StepGroups]]) -> None:
+        self.waited = 0.0
+        self._groups: SimpleQueue[RewardedGroup | None] = SimpleQueue()  # None: no more come
+        self.future = begin(self._groups.put)
+        self.future.add_done_callback(lambda _: self._groups.put(None))
+
+    def __iter__(self) -> Iterator[list[RewardedGroup]]:
+        more = True
+        while more:
+            began = time.perf_counter()
+            came = [self._groups.get()]
+            self.waited += time.perf_counter() - began
+            while came[-1] is not None and not self._groups.empty():
+                came.append(self._groups.get())
+            more = came[-1] is not None
+            if groups := [group for group in came if group is not None]:
+                yield groups
+
+    def whole(self) -> StepGroups:
+        """All groups, once they are there; raises what stopped them. Only the time spent waiting counts as rollout time."""
+        began = time.perf_counter()
+        found = self.future.result()
+        self.waited += time.perf_counter() - began
+        return replace(found, rollout_seconds=self.waited, reward_seconds=0.0)
+
+
 class Prefetch:
     """Collects the groups of coming steps, one step after the other, in a thread beside the training.
 
@@ -139,7 +195,7 @@ class Prefetch:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._coming: deque[Future[StepGroups]] = deque()
+        self._coming: deque[Arriving] = deque()
         self._closed = False
 
     def __len__(self) -> int:
@@ -148,34 +204,42 @@ class Prefetch:
 
     def start(self, run: Run, stream: Stream, settings: GroupSettings) -> None:
         """Begin to collect a step, after those begun before. No other caller may take from ``stream`` meanwhile."""
-        apart = replace(run, ranks=self._ranks)
-        self._coming.append(self._thread.submit(collect, apart, stream, settings, self._check))
+        apart, streamed = replace(run, ranks=self._ranks), streams(run)
+
+        def begin(show: Show) -> Future[StepGroups]:
+            return self._thread.submit(collect, apart, stream, settings, self._check, show if streamed else None)
+
+        self._coming.append(Arriving(begin))
 
     def _check(self) -> None:
         if self._closed:
             raise Interrupted
 
-    def next(self) -> StepGroups:
-        """The groups of the first step that was begun. Only the time spent waiting counts as rollout time."""
-        began = time.perf_counter()
-        groups = self._coming.popleft().result()
-        return replace(groups, rollout_seconds=time.perf_counter() - began, reward_seconds=0.0)
+    def next(self) -> Arriving:
+        """The first step that was begun."""
+        return self._coming.popleft()
 
     def wait(self) -> list[StepGroups]:
         """The groups of all steps that were begun."""
-        return [self.next() for _ in range(len(self._coming))]
+        return [self.next().whole() for _ in range(len(self._coming))]
 
     def finished(self) -> list[StepGroups]:
         """Those of the steps that are complete by now."""
         found = []
-        while self._coming and self._coming[0].done():
-            found.append(self.next())
+        while self._coming and self._coming[0].future.done():
+            found.append(self.next().whole())
         return found
 
     def close(self) -> None:
         """Stop collecting and end the thread."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def streams(run: Run) -> bool:
+    """Whether groups of a coming step are learnt from before its last one is there. With ``rollout.staleness`` 1 updates wait for
+    whole steps, so that a run can be repeated."""
+    return run.config.rollout.staleness > 1 and run.learner.streams
 
 
 def pack_groups(steps: Sequence[StepGroups]) -> tuple[list[dict[str, Any]], bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -17,24 +17,25 @@ from e3rl.cluster.parallel import idle_backward, idle_pass, idle_passes, in_lock
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, has_dropout
-from e3rl.objectives.base import AttributionOptions, Objective, Totals
-from e3rl.train.attribution import attribution_layers, packed_attention, router_loss
-from e3rl.train.lessons import Lesson, Scored, group_lessons, of_all_ranks, totals_of, train_batch, unscored, weighed
-from e3rl.train.metrics import Means
+from e3rl.objectives.base import Objective, Totals
+from e3rl.train.attribution import packed_attention, router_loss
+from e3rl.train.lessons import (
+    Lesson,
+    lessons_of,
+    most_totals,
+    of_all_ranks,
+    sequences_of,
+    totals_of,
+    train_batch,
+    unscored,
+    weighed,
+)
+from e3rl.train.metrics import Means, Update
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
-from e3rl.train.optimizer import learning_rate
-from e3rl.train.packing import PackedRow, TrainSequence, group_sequences, packed_rows, plan_rows, recurrent_mixers
+from e3rl.train.optimizer import MasterOptimizer, learning_rate
+from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, plan_rows, recurrent_mixers
 from e3rl.train.scoring import AttributionSettings, RowScores, Scores, score_rows
 from e3rl.types import RewardedGroup
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one round of optimizer updates reports: metrics that add up, and the largest gradient norm."""
-
-    means: dict[str, float]
-    grad_norm: float
-    learning_rate: float
 
 
 class Learner:
@@ -54,11 +55,7 @@ class Learner:
         frozen = self.reference.frozen if self.reference is not None else None
         way = make_ready(policy, frozen, config.train, ranks, context)
         self.optimizer, self.passes = way.optimizer, way.passes
-        self._attribution = None
-        if "shares" in objective.needs:
-            options = cast(AttributionOptions, objective)
-            layers = attribution_layers(policy.model, options.attribution_layers)
-            self._attribution = AttributionSettings(options.attribution_window, layers)
+        self._attribution = AttributionSettings.of(objective, policy.model)
         train = config.train
         self._one_pass = train.num_iterations == 1 and "frozen" not in objective.needs and not has_dropout(policy.model)
         self._whole = bool(recurrent_mixers(policy.model))  # what sequences share is computed for each of them
@@ -66,6 +63,10 @@ class Learner:
             router_loss(policy.model)  # refuses models that have none
         self._rewards_only = "rewards_only" in objective.needs
         self._keeps_passes = keeps_passes(train, self._ranks.world)
+        self._divides_by: str = getattr(objective, "divides_by", "")
+        whole = self._one_pass and train.minibatches == 1 and self._ranks.world == 1
+        self.streams = whole and (self._divides_by == "tokens" or (self._divides_by != "" and not train.router_loss))
+        """Whether groups can be learnt from before the last one is there; of other objectives and settings, not exactly."""
         if train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
 
@@ -83,7 +84,7 @@ class Learner:
             lessons = self.prepare(rewarded)
             return lessons, self.update(lessons, update)
         parts, means, rate = self._config.train.minibatches, Means(), 0.0
-        by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
+        by_group = sequences_of(self._objective, rewarded, self._config.train)
         waiting = self._prepared([g for n, g in enumerate(by_group) if n % parts], rewarded) if parts > 1 else []
         lessons, norm, rate = self._learn_at_once(by_group[::parts], rewarded, update, means)
         norms = [norm]
@@ -94,12 +95,41 @@ class Learner:
         lessons = sorted(lessons + waiting, key=lambda lesson: lesson.sequence.group)
         return lessons, Update(means.of_ranks(self._ranks.gather).values() if lessons else {}, max(norms), rate)
 
+    def learn_arriving(self, arriving: Iterable[Sequence[RewardedGroup]], update: int) -> tuple[list[Lesson], Update]:
+        """As `learn`, of groups that arrive a few at a time: their gradients are gathered as they come (`streams`).
+
+        A loss divides by a count of the whole step: at first by the most that it can be, and gradients are scaled at the end."""
+        means, rewarded, lessons, loss = Means(), list[RewardedGroup](), list[Lesson](), 0.0
+        most = most_totals(self._config)
+        for groups in arriving:
+            by_group = sequences_of(self._objective, groups, self._config.train, first=len(rewarded))
+            rewarded += groups
+            learnt, value = self._learn_groups(by_group, rewarded, most, means)
+            lessons += learnt
+            loss += value
+        if lessons:
+            totals = totals_of((lesson.sequence for lesson in lessons), most.completion_limit)
+            scale = getattr(most, self._divides_by) / getattr(totals, self._divides_by)
+            cast(MasterOptimizer, self.optimizer).scale(scale)
+            means.add({"loss": (loss * scale, 1.0)})
+        return lessons, Update(means.values(), *self._step(lessons, update))
+
     def _learn_at_once(
         self, by_group: list[list[TrainSequence]], rewarded: Sequence[RewardedGroup], update: int, means: Means
     ) -> tuple[list[Lesson], float, float]:
         """An update with groups that were not scored before: their lessons, the gradients' norm, the learning rate."""
         totals = totals_of(itertools.chain(*by_group), self._config.rollout.completion_limit)
-        lessons, loss, mine = list[Lesson](), 0.0, self._ranks.share(by_group)
+        lessons, loss = self._learn_groups(self._ranks.share(by_group), rewarded, totals, means)
+        lessons = of_all_ranks(self._ranks, lessons, by_group)
+        if lessons:
+            means.add({"loss": (loss, float(self._ranks.first))})
+        return lessons, *self._step(lessons, update)
+
+    def _learn_groups(
+        self, mine: list[list[TrainSequence]], rewarded: Sequence[RewardedGroup], totals: Totals, means: Means
+    ) -> tuple[list[Lesson], float]:
+        """Gradients of groups that were not scored before: their lessons, and their part of the loss."""
+        lessons, loss = list[Lesson](), 0.0
         plan = plan_rows(mine, self._config.train.micro_batch_tokens, whole=self._whole)
         parts = [self._packed([s for i in indices for s in mine[i]]) for indices in plan]
         references = iter(self._reference_logprobs([row for _, rows in parts for row in rows]))
@@ -111,12 +141,7 @@ class Learner:
             lessons += learnt
             loss += value
         idle_passes(self.passes, self._policy.model, idle, backward=True)
-        lessons = of_all_ranks(self._ranks, lessons, by_group)
-        rate = learning_rate(self._config.train, update, self._updates)
-        if not lessons:
-            return [], 0.0, rate
-        means.add({"loss": (loss, float(self._ranks.first))})
-        return lessons, self._step(rate, update), rate
+        return lessons, loss
 
     def _scored_apart(self, parts: Sequence[Sequence[PackedRow]]) -> list[list[Scores] | None]:
         """Scores of the parts that need passes of their own for them; None for the others.
@@ -163,7 +188,9 @@ class Learner:
                 passes = list(passes)
                 scores = [of_sequence for found in passes for of_sequence in found.by_sequence()]
             idle = [idle_pass(self.passes, self._policy.model) for _ in range(most - len(rows))]
-            lessons = self._lessons(zip(sequences, scores, references, strict=False), rewarded)
+            lessons = lessons_of(
+                self._objective, zip(sequences, scores, references, strict=False), rewarded, self._config.train
+            )
             learnt = self._backward_rows(lessons, passes, totals, means, waiting)
             for found in idle:
                 idle_backward(self.passes, found)
@@ -211,25 +238,16 @@ class Learner:
         self.passes.rest(model)
         return found
 
-    def _sequences(self, rewarded: Sequence[RewardedGroup]) -> list[TrainSequence]:
-        """The training sequences, group by group. Trajectories without a reward are left out, unless they are demonstrations."""
-        shown, masks = "demonstrations" in self._objective.needs, self._config.train.mask_truncated_completions
-        return [
-            s
-            for s in group_sequences([r.group for r in rewarded], "erased" in self._objective.needs, masks)
-            if shown or rewarded[s.group].rewards[s.sibling].value is not None
-        ]
-
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
-        by_group = [list(g) for _, g in itertools.groupby(self._sequences(rewarded), key=lambda s: s.group)]
-        return self._prepared(by_group, rewarded)
+        return self._prepared(sequences_of(self._objective, rewarded, self._config.train), rewarded)
 
     def _prepared(self, by_group: list[list[TrainSequence]], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         sequences, rows = self._packed([*itertools.chain(*self._ranks.share(by_group))])
         scores = self._scores(self._policy.model, rows, self._attribution)
         scored = zip(sequences, scores, self._reference_logprobs(rows), strict=True)
-        return of_all_ranks(self._ranks, self._lessons(scored, rewarded), by_group)
+        lessons = lessons_of(self._objective, scored, rewarded, self._config.train)
+        return of_all_ranks(self._ranks, lessons, by_group)
 
     def _idle(self, mine: int) -> int:
         """Passes that the busiest rank makes beyond this one's ``mine``, where tensors are exchanged in passes; 0 elsewhere."""
@@ -239,12 +257,6 @@ class Learner:
         """Sequences, and the rows that they are packed into."""
         budget, routers = self._config.train.micro_batch_tokens, self._config.train.router_loss > 0
         return sequences, packed_rows(sequences, budget, self._policy.device, whole=self._whole, routers=routers)
-
-    def _lessons(self, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
-        """Every sequence with its advantages, in the order that they came in: group by group."""
-        groups = itertools.groupby(scored, key=lambda item: item[0].group)
-        made = (group_lessons(self._objective, list(items), rewarded[g]) for g, items in groups)
-        return [weighed(lesson, self._config.train) for of_group in made for lesson in of_group]
 
     def update(self, lessons: Sequence[Lesson], update: int) -> Update:
         """All optimizer updates of one step, none where weights are frozen; ``update`` counts those before it."""
@@ -262,41 +274,37 @@ class Learner:
         return Update(means.of_ranks(self._ranks.gather).values(), max(norms), rate)
 
     def _learn_scored(self, lessons: Sequence[Lesson], update: int, means: Means) -> tuple[float, float]:
-        """An update with scored lessons, none where there are none: the gradients' norm, the learning rate."""
+        """An update with scored lessons; returns as `_step`."""
+        if lessons:
+            self._accumulate(lessons, means)
+        return self._step(lessons, update)
+
+    def _step(self, lessons: Sequence[Lesson], update: int) -> tuple[float, float]:
+        """One optimizer update with the gathered gradients, none where there are no lessons: their norm, the learning rate."""
         rate = learning_rate(self._config.train, update, self._updates)
         if not lessons:
             return 0.0, rate
-        self._accumulate(lessons, means)
-        return self._step(rate, update), rate
-
-    def _step(self, rate: float, update: int) -> float:
-        """One optimizer update with the gathered gradients; returns their norm."""
         found, self._found = self._found, None
         norm = self.optimizer.step(rate)
         if not math.isfinite(norm):
             located = [f for f in self._ranks.gather(found) if f is not None]
-            raise NonFiniteNumbers(
-                (located or [NonFinite("gradient", norm, parameters=self.optimizer.nonfinite)])[0], update
-            )
-        return norm
+            alone = NonFinite("gradient", norm, parameters=self.optimizer.nonfinite)
+            raise NonFiniteNumbers((located or [alone])[0], update)
+        return norm, rate
 
     def _accumulate(self, lessons: Sequence[Lesson], means: Means) -> None:
-        """Gradients of one optimizer step."""
+        """Gradients of one optimizer step with scored lessons, of which this rank takes its share, row by row."""
         totals = totals_of((lesson.sequence for lesson in lessons), self._config.rollout.completion_limit)
         groups = set(self._ranks.share(sorted({lesson.sequence.group for lesson in lessons})))
         mine = [lesson for lesson in lessons if lesson.sequence.group in groups]
-        means.add({"loss": (self._gradients(mine, totals, means), float(self._ranks.first))})
-
-    def _gradients(self, lessons: Sequence[Lesson], totals: Totals, means: Means) -> float:
-        """Gradients of scored lessons, row by row; returns their part of the loss."""
         model = self._policy.model
         model.train()
-        _, rows = self._packed([lesson.sequence for lesson in lessons])
+        _, rows = self._packed([lesson.sequence for lesson in mine])
         idle = self._idle(len(rows))
         with packed_attention(model):
-            _, total = self._backward_rows(lessons, self._forward(rows), totals, means)
+            _, loss = self._backward_rows(mine, self._forward(rows), totals, means)
         idle_passes(self.passes, model, idle, backward=True)
-        return total
+        means.add({"loss": (loss, float(self._ranks.first))})
 
     def _backward(self, lessons: Sequence[Lesson], scored: RowScores, totals: Totals, means: Means) -> float:
         """Gradients of one micro-batch, whose lessons are the sequences of the row; returns its part of the loss."""
@@ -308,8 +316,7 @@ class Learner:
             loss = replace(loss, value=loss.value + self._config.train.router_loss * share * scored.router_loss)
         found = find_nonfinite([lesson.sequence for lesson in lessons], batch, loss.value, self._config.train)
         self._found = self._found or found
-        self.passes.backward(
-            loss.value if found is None else loss.value * math.nan
-        )  # the NaN reaches every rank's `_step`
+        # a NaN reaches every rank's `_step`
+        self.passes.backward(loss.value if found is None else loss.value * math.nan)
         means.add(loss.metrics)
         return float(loss.value.detach())

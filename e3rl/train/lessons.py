@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from e3rl.cluster.ranks import Ranks
-from e3rl.config import TrainConfig
+from e3rl.config import Config, TrainConfig
 from e3rl.objectives.base import GroupSignals, Objective, Totals, TrainBatch
-from e3rl.train.packing import TrainSequence, pad
+from e3rl.train.packing import TrainSequence, group_sequences, pad
 from e3rl.train.scoring import Scores
 from e3rl.types import RewardedGroup
 
@@ -102,6 +102,26 @@ def group_lessons(objective: Objective, scored: Sequence[Scored], rewarded: Rewa
     return lessons
 
 
+def lessons_of(
+    objective: Objective, scored: Iterable[Scored], rewarded: Sequence[RewardedGroup], train: TrainConfig
+) -> list[Lesson]:
+    """Every sequence with its advantages, in the order that they came in: group by group."""
+    groups = itertools.groupby(scored, key=lambda item: item[0].group)
+    made = (group_lessons(objective, list(items), rewarded[g]) for g, items in groups)
+    return [weighed(lesson, train) for of_group in made for lesson in of_group]
+
+
+def sequences_of(
+    objective: Objective, rewarded: Sequence[RewardedGroup], train: TrainConfig, first: int = 0
+) -> list[list[TrainSequence]]:
+    """The training sequences of each group, the first of which is number ``first`` of its step. Trajectories without a reward
+    are left out, unless they are demonstrations."""
+    shown, masks = "demonstrations" in objective.needs, train.mask_truncated_completions
+    found = group_sequences([r.group for r in rewarded], "erased" in objective.needs, masks, first)
+    kept = (s for s in found if shown or rewarded[s.group - first].rewards[s.sibling].value is not None)
+    return [list(group) for _, group in itertools.groupby(kept, key=lambda s: s.group)]
+
+
 def of_all_ranks(ranks: Ranks, lessons: list[Lesson], by_group: list[list[TrainSequence]]) -> list[Lesson]:
     """Every rank's lessons, of these sequences, in the order in which one process would have them."""
     if ranks.world > 1:
@@ -150,6 +170,13 @@ def totals_of(sequences: Iterable[TrainSequence], completion_limit: int) -> Tota
         tokens=max(1, sum(int(s.loss_mask_T.sum()) for s in kept)),
         completion_limit=completion_limit,
     )
+
+
+def most_totals(config: Config) -> Totals:
+    """The most that a step's counts can be: losses of groups divide by them until the step's own are known."""
+    groups, limit = config.train.prompts_per_step, config.rollout.completion_limit
+    sequences = groups * config.rollout.num_generations
+    return Totals(groups, sequences, sequences * limit, limit)
 
 
 def train_batch(lessons: Sequence[Lesson], logprobs_ST: Tensor, totals: Totals) -> TrainBatch:

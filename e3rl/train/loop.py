@@ -16,10 +16,10 @@ from e3rl.evaluate.evaluation import held_out_records
 from e3rl.files import atomic_directory, write_json
 from e3rl.rollout.companions import save_companions
 from e3rl.rollout.statistics import entropy_moments
-from e3rl.train.collect import StepGroups, collect
-from e3rl.train.learner import Update
+from e3rl.train.collect import Arriving, StepGroups, collect, streams
 from e3rl.train.ledger import ledger_rows, write_ledger
 from e3rl.train.lessons import Lesson
+from e3rl.train.metrics import Update
 from e3rl.train.nonfinite import NonFiniteNumbers, skip_step
 from e3rl.train.run_directory import read_lines
 from e3rl.train.state import (
@@ -34,7 +34,6 @@ from e3rl.train.state import (
 )
 from e3rl.train.step_metrics import sampled_text, step_record
 from e3rl.train.summary import model_card, run_summary, upload
-from e3rl.types import RewardedGroup
 from e3rl.weight_files import save_adapter, save_pretrained
 
 
@@ -58,14 +57,15 @@ def step(run: Run, state: State) -> None:
     settings, number, restarts = run.config.train, state.step + 1, run.scorer.worker_restarts
 
     # prompts → groups → rewards, here or in the thread that collects steps before their time
-    groups, updates = next_groups(run, state, number), version(run, state)
+    coming, updates = next_groups(run, state, number), version(run, state)
     prefetch(run, state, number)
 
     # rewards → lessons → update; a step with non-finite numbers changes no weight
     run.tell("progressed", "training", 0, 0)
     began = time.perf_counter()
-    lessons, update = learn_or_skip(run, state, groups.kept, updates, number)
-    seconds = time.perf_counter() - began
+    groups, lessons, update = learn_or_skip(run, state, coming, updates, number)
+    seconds = time.perf_counter() - began - (coming.waited if isinstance(coming, Arriving) else 0.0)
+    state.position = groups.position
     require_finite_weights(run, f"after step {number}")
     state.step = number
 
@@ -93,34 +93,36 @@ def step(run: Run, state: State) -> None:
 
 
 def learn_or_skip(
-    run: Run, state: State, groups: Sequence[RewardedGroup], updates: int, number: int
-) -> tuple[list[Lesson], Update]:
-    """Learn from the groups. With non-finite numbers the step is skipped: kept for replay, and no weight changes."""
+    run: Run, state: State, coming: StepGroups | Arriving, updates: int, number: int
+) -> tuple[StepGroups, list[Lesson], Update]:
+    """Learn from the groups, of a step that is not complete as they come. With non-finite numbers the step is skipped: kept for
+    replay, and no weight changes."""
     try:
-        lessons, update = run.learner.learn(groups, updates)
+        if isinstance(coming, Arriving):
+            lessons, update = run.learner.learn_arriving(coming, updates)
+        else:
+            lessons, update = run.learner.learn(coming.kept, updates)
     except NonFiniteNumbers as found:
+        groups = coming.whole()
         weights, limit = state.optimizer.weights(), run.config.train.max_skipped_steps
         text = skip_step(
-            run.path, found, number, groups, weights, before=state.skipped, limit=limit, writes=run.ranks.first
+            run.path, found, number, groups.kept, weights, before=state.skipped, limit=limit, writes=run.ranks.first
         )
         run.note(text)
         state.skipped += 1
-        return [], Update({}, math.nan, 0.0)
+        return groups, [], Update({}, math.nan, 0.0)
     state.skipped = 0
-    return lessons, update
+    return coming.whole(), lessons, update
 
 
-def next_groups(run: Run, state: State, number: int) -> StepGroups:
+def next_groups(run: Run, state: State, number: int) -> StepGroups | Arriving:
     """The step's groups: collected already, under way in the thread, or collected here."""
-    if not state.prefetched:
-        if len(run.prefetch):
-            state.prefetched.append(run.prefetch.next())
-        else:
-            settings = group_settings(run, state, number)
-            state.prefetched.append(collect(run, state.stream, settings, run.stop.check))
-    groups = state.prefetched.pop(0)
-    state.position = groups.position
-    return groups
+    if state.prefetched:
+        return state.prefetched.pop(0)
+    if not len(run.prefetch):
+        return collect(run, state.stream, group_settings(run, state, number), run.stop.check)
+    arriving = run.prefetch.next()
+    return arriving if streams(run) else arriving.whole()
 
 
 def prefetch(run: Run, state: State, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 METRICS: dict[str, str] = {
@@ -80,6 +81,15 @@ METRICS: dict[str, str] = {
     "seconds_train": "seconds spent scoring, in forward and backward passes and in the optimizer",
     "memory_mb": "peak memory of the process so far (of the GPU where there is one), MiB",
 }
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one round of optimizer updates reports: metrics that add up, and the largest gradient norm."""
+
+    means: dict[str, float]
+    grad_norm: float
+    learning_rate: float
 
 
 class Means:

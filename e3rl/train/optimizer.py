@@ -141,6 +141,13 @@ class GradientSums:
         else:
             self._sums[parameter] = gradient.float()  # type: ignore[index]
 
+    @torch.no_grad()
+    def scale(self, parameter: nn.Parameter, factor: float) -> None:
+        """Multiply what was added up so far."""
+        found = self._sums.get(parameter) if parameter.dtype != torch.float32 else parameter.grad
+        if found is not None:
+            found.mul_(factor)
+
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """The sum of a parameter's gradients since it was last taken, in float32."""
         if parameter.dtype != torch.float32:
@@ -176,6 +183,11 @@ class MasterOptimizer:
         for master in self._masters:
             master.grad = None
         return norm
+
+    def scale(self, factor: float) -> None:
+        """Multiply the gathered gradients."""
+        for parameter in self._model:
+            self._sums.scale(parameter, factor)
 
     def _apply(self, rate: float) -> None:
         """Update the float32 weights from their gradients."""

@@ -90,10 +90,13 @@ def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:
     return sequences
 
 
-def group_sequences(groups: Sequence[Group], with_erased: bool, mask_truncated: bool = False) -> list[TrainSequence]:
-    """All sequences of a step: every group's trajectories, then its erased candidates where they are learnt from."""
+def group_sequences(
+    groups: Sequence[Group], with_erased: bool, mask_truncated: bool = False, first: int = 0
+) -> list[TrainSequence]:
+    """All sequences of groups: each one's trajectories, then its erased candidates where they are learnt from. ``first`` numbers
+    the first group."""
     sequences: list[TrainSequence] = []
-    for index, group in enumerate(groups):
+    for index, group in enumerate(groups, first):
         sequences += [trajectory_sequence(t, index, mask_truncated) for t in group.trajectories]
         if with_erased:
             sequences += [s for t in group.trajectories for s in erased_sequences(t, index)]

@@ -11,9 +11,8 @@ import torch
 from e3rl.objectives.metrics import sign_flips
 from e3rl.rollout.stats import summarise
 from e3rl.train.collect import StepGroups
-from e3rl.train.learner import Update
 from e3rl.train.lessons import Lesson
-from e3rl.train.metrics import by_index, mean, spread
+from e3rl.train.metrics import Update, by_index, mean, spread
 from e3rl.types import Reward, RewardedGroup, Segment
 
 

@@ -121,6 +121,8 @@ BROKEN = {
     GOOD.replace(".sum(), {}", ", {}"): "must be one finite number",
     GOOD.replace("batch.logprobs_ST *", "batch.old_logprobs_ST *"): "does not depend on batch.logprobs_ST",
     GOOD.replace(".sum(), {}", ".sum(), {'a': 1.0}"): "metrics must be (sum, count) pairs",
+    GOOD.replace("needs = frozenset()", "needs = frozenset(); divides_by = 'rows'"): "`divides_by` is 'rows'",
+    GOOD.replace("needs = frozenset()", "needs = frozenset(); divides_by = 'groups'"): "give another gradient",
     GOOD.replace("self.scale *", "self.shale *"): "failed on a toy group with AttributeError",
     GOOD.replace(
         "    def loss", "    def erased_advantage(self, reward): ...\n    def loss"

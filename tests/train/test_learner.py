@@ -293,3 +293,83 @@ def test_a_step_of_groups_without_rewards_changes_nothing():
     lessons, update = learner.learn([rewarded_group("x", [None, None], [[2], [2]])], 3)
     assert (lessons, update.means, update.grad_norm) == ([], {}, 0.0)
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
+
+
+STREAMED = {
+    "e3rl": [{}, {"erased": "contrast"}, {"allocation": "sequence"}],
+    "grpo": [{}, {"average": "sequence"}],
+    "dr_grpo": [{}],
+    "dapo": [{"kl_coef": 0.1}],
+    "gspo": [{}],
+    "sapo": [{}],
+    "erpo": [{}],
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"), [(name, options) for name, each in STREAMED.items() for options in each], ids=str
+)
+def test_groups_that_arrive_one_by_one_give_the_update_of_all_at_once(objective: str, options: dict[str, object]):
+    _compare_arriving(_learner(objective, _STILL, **options))
+
+
+def test_the_sums_of_bfloat16_gradients_are_scaled_too():
+    """Micro-batches of one group, and counts of 4 and 2 groups: so both ways round the same."""
+    learner = _learner("e3rl", replace(_STILL, micro_batch_tokens=20, prompts_per_step=4))
+    learner._policy.model.to(torch.bfloat16)
+    _compare_arriving(learner)
+
+
+_STILL = TrainConfig(learning_rate=0.0, warmup_ratio=0.0, prompts_per_step=5)
+
+
+def _compare_arriving(learner: Learner) -> None:
+    """Gradients before they are clipped, and what is reported. The groups differ in every count that a loss divides by."""
+    found = []
+    for arriving in (False, True):
+        policy = replace(learner._policy, model=copy.deepcopy(learner._policy.model))
+        again = Learner(policy, learner._objective, learner._config, updates=6)
+        gradients = _kept_gradients(again)
+        way = again.learn_arriving(([group] for group in GROUPS), 0) if arriving else again.learn(GROUPS, 0)
+        found.append((gradients, *way))
+    (one, lessons, expected), (other, streamed, got) = found
+    scale = max(float(g.abs().max()) for g in one.values())
+    assert learner.streams
+    assert one.keys() == other.keys()
+    assert scale > 1e-3
+    for name in one:
+        torch.testing.assert_close(other[name] / scale, one[name] / scale, atol=1e-6, rtol=0)
+    assert [s.sequence.group for s in streamed] == [s.sequence.group for s in lessons]
+    assert got.means == pytest.approx(expected.means, rel=1e-5, abs=1e-6)
+    assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    assert got.learning_rate == expected.learning_rate
+
+
+def _kept_gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    """What the optimizer is given, by name; filled when it steps."""
+    kept: dict[str, torch.Tensor] = {}
+    optimizer: Any = learner.optimizer
+    clip = optimizer._clip
+
+    def keep() -> float:
+        kept.update((n, p.grad.clone()) for n, p in optimizer.weights().items() if p.grad is not None)
+        return float(clip())
+
+    optimizer._clip = keep
+    return kept
+
+
+def test_what_a_sum_of_groups_cannot_give_waits_for_all_groups():
+    assert _learner("e3rl").streams
+    assert not _learner("bapo").streams  # its bounds are of a micro-batch
+    assert not _learner("disco").streams  # divides by two counts
+    assert not _learner("e3rl", TrainConfig(minibatches=2, prompts_per_step=4)).streams
+    assert not _learner("e3rl", TrainConfig(num_iterations=2)).streams
+
+
+def test_a_step_of_which_no_group_arrives_changes_nothing():
+    learner = _learner()
+    before = {name: p.clone() for name, p in learner.optimizer.weights().items()}
+    lessons, update = learner.learn_arriving(iter(()), 0)
+    assert (lessons, update.means, update.grad_norm) == ([], {}, 0.0)
+    assert all(torch.equal(before[name], p) for name, p in learner.optimizer.weights().items())

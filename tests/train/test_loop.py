@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import wait
@@ -385,14 +386,20 @@ def test_staleness_is_bounded_by_its_setting(tmp_path: Path, monkeypatch: pytest
     Problems come in the order of the epochs, as in a run that waits.
     """
     trainer = Trainer(_config(tmp_path, *STALE))
-    prefetch, learn = trainer.run.prefetch, trainer.run.learner.learn
+    prefetch, learner = trainer.run.prefetch, trainer.run.learner
+    learn, learn_arriving = learner.learn, learner.learn_arriving
 
     def learn_late(*arguments: Any) -> Any:
-        wait(prefetch._coming)
+        wait([arriving.future for arriving in prefetch._coming])
         return learn(*arguments)
 
+    def learn_arriving_late(*arguments: Any) -> Any:
+        wait([arriving.future for arriving in prefetch._coming])
+        return learn_arriving(*arguments)
+
     if slow == "training":
-        monkeypatch.setattr(trainer.run.learner, "learn", learn_late)
+        monkeypatch.setattr(learner, "learn", learn_late)
+        monkeypatch.setattr(learner, "learn_arriving", learn_arriving_late)
     trainer.train()
     lines, ages = read_lines(trainer.run_path / "metrics.jsonl"), _ages(trainer.run_path)
     assert all(0 <= age <= 2 for step in ages for age in step)
@@ -405,6 +412,42 @@ def test_staleness_is_bounded_by_its_setting(tmp_path: Path, monkeypatch: pytest
         rows = pq.read_table(path).to_pylist()
         wanted = {p.problem.id for p in stream.take(trainer.config.train.prompts_per_step)}
         assert {row["problem_id"] for row in rows} == wanted
+
+
+def test_the_first_groups_of_a_step_are_learnt_from_before_the_last_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The last group of each step but the first is there when others have been learnt from, and not before."""
+    trainer = Trainer(_config(tmp_path, *STALE, "train.steps=4", "train.eval_steps=0"))
+    learner, rollouts, wanted = trainer.run.learner, trainer.run.rollouts, trainer.config.train.prompts_per_step
+    assert learner.streams
+    learnt = {step: threading.Event() for step in range(1, 5)}
+    run, learn_groups, sizes = rollouts.run, learner._learn_groups, list[int]()
+
+    def late(prompts: Any, settings: Any, tick: Any) -> Any:
+        for place, group in enumerate(run(prompts, settings, tick), start=1):
+            if place == len(prompts) and settings.step > 1:
+                assert learnt[settings.step].wait(60), "the trainer waits for the whole step"
+            yield group
+
+    def told(mine: Any, *others: Any) -> Any:
+        found = learn_groups(mine, *others)
+        sizes.append(len(mine))
+        learnt[trainer.state.step + 1].set()
+        return found
+
+    monkeypatch.setattr(rollouts, "run", late)
+    monkeypatch.setattr(learner, "_learn_groups", told)
+    trainer.train()
+    lines = read_lines(trainer.run_path / "metrics.jsonl")
+    assert [r["step"] for r in lines] == list(range(1, 5))
+    assert sum(sizes) == 4 * wanted
+    assert len(sizes) >= 1 + 3 * 2
+    assert all(0 <= age <= 2 for step in _ages(trainer.run_path) for age in step)
+    for path, line in zip(sorted((trainer.run_path / "rollouts").glob("*.parquet")), lines, strict=True):
+        rows = pq.read_table(path).to_pylist()
+        assert len({row["problem_id"] for row in rows}) == wanted
+        assert line["reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows))
 
 
 @pytest.mark.parametrize(("event", "nth"), [("progressed", 4), ("stepped", 2), ("evaluated", 3)])
