@@ -12,6 +12,7 @@ from e3rl.errors import UserError
 from e3rl.objectives.base import GroupSignals, Loss, Need, Objective, Totals, TrainBatch
 
 _METHODS = ("advantages", "erased_advantage", "loss")
+_COUNTS = ("groups", "sequences", "tokens")
 
 
 def broken(name: str, clause: str) -> UserError:
@@ -84,20 +85,17 @@ def check_rewards_only(name: str, objective: Objective, signals: GroupSignals) -
     """Check that "rewards_only" advantages don't change with log-probabilities or entropies."""
     if "rewards_only" not in objective.needs:
         return
-    others = {
-        key: value * 2 - 1
-        for key in ("entropies_GT", "old_logprobs_GT", "reference_logprobs_GT")
-        if (value := getattr(signals, key)) is not None
-    }
+    names = ("entropies_GT", "old_logprobs_GT", "reference_logprobs_GT")
+    others = {key: value * 2 - 1 for key in names if (value := getattr(signals, key)) is not None}
     if not torch.equal(objective.advantages(signals), objective.advantages(dataclasses.replace(signals, **others))):
         raise broken(name, "`needs` has 'rewards_only', but `advantages` depends on log-probabilities or entropies")
 
 
 def check_advantages(name: str, advantages_GT: Any, signals: GroupSignals) -> Tensor:
     """``advantages_GT`` itself where it is one finite number per token, 0 in padding."""
-    if not isinstance(advantages_GT, Tensor) or advantages_GT.shape != signals.mask_GT.shape:
-        got = tuple(advantages_GT.shape) if isinstance(advantages_GT, Tensor) else type(advantages_GT).__name__
-        raise broken(name, f"`advantages` returned {got}, not one number per token {tuple(signals.mask_GT.shape)}")
+    got = tuple(advantages_GT.shape) if isinstance(advantages_GT, Tensor) else type(advantages_GT).__name__
+    if got != (wanted := tuple(signals.mask_GT.shape)):
+        raise broken(name, f"`advantages` returned {got}, not one number per token {wanted}")
     if not bool(torch.isfinite(advantages_GT).all()):
         raise broken(name, f"`advantages` has NaN or infinite values for rewards {signals.rewards_G.tolist()}")
     if bool((advantages_GT[~signals.mask_GT] != 0).any()):
@@ -107,19 +105,16 @@ def check_advantages(name: str, advantages_GT: Any, signals: GroupSignals) -> Te
 
 def check_divides_by(name: str, objective: Objective, batch: TrainBatch) -> None:
     """A loss that is said to be divided by one count of the step is: of twice that count it is half, of others the same."""
-    count: Any = getattr(objective, "divides_by", None)
-    if count is None:
-        return
-    counts = ("groups", "sequences", "tokens")
-    if count not in counts:
-        raise broken(name, f"`divides_by` is {count!r}, and must be one of {', '.join(map(repr, counts))}")
-    for each in counts:
-        totals = dataclasses.replace(batch.totals, **{each: 2 * getattr(batch.totals, each)})
-        losses = objective.loss(batch).value, objective.loss(dataclasses.replace(batch, totals=totals)).value
+    said: Any = getattr(objective, "divides_by", None)
+    if said not in (None, *_COUNTS):
+        raise broken(name, f"`divides_by` is {said!r}, and must be one of {', '.join(map(repr, _COUNTS))}")
+    for count in _COUNTS if said else ():
+        twice = dataclasses.replace(batch.totals, **{count: 2 * getattr(batch.totals, count)})
+        losses = [objective.loss(dataclasses.replace(batch, totals=totals)).value for totals in (batch.totals, twice)]
         one, other = (torch.autograd.grad(loss, batch.logprobs_ST)[0] for loss in losses)
-        if not torch.allclose(other, one / 2 if each == count else one, rtol=1e-4, atol=1e-7):
+        if not torch.allclose(other, one / 2 if count == said else one, rtol=1e-4, atol=1e-7):
             raise broken(
-                name, f"`divides_by` is {count!r}, but twice the step's {each} give another gradient than that says"
+                name, f"`divides_by` is {said!r}, but twice the step's {count} give another gradient than that says"
             )
 
 
@@ -131,8 +126,7 @@ def check_loss(name: str, loss: Any) -> Loss:
         raise broken(name, f"`loss` must be one finite number, and is {loss.value.detach()}")
     if not loss.value.requires_grad:
         raise broken(name, "`loss` does not depend on batch.logprobs_ST")
-    pairs = [v for v in loss.metrics.values() if not (isinstance(v, tuple) and len(v) == 2)]
-    if pairs:
+    if pairs := [v for v in loss.metrics.values() if not (isinstance(v, tuple) and len(v) == 2)]:
         raise broken(name, f"metrics must be (sum, count) pairs; got {pairs[0]!r}")
     return loss
 
@@ -142,8 +136,7 @@ def check_objective_runs(name: str, objective: Objective) -> None:
     check_needs(name, objective)
     signals = toy_signals(objective.needs)
     try:
-        advantages_GT = objective.advantages(signals)
-        check_advantages(name, advantages_GT, signals)
+        advantages_GT = check_advantages(name, objective.advantages(signals), signals)
         check_rewards_only(name, objective, signals)
         check_loss(name, objective.loss(toy_batch(signals, advantages_GT)))
         check_divides_by(name, objective, toy_batch(signals, advantages_GT, drift=0.1))

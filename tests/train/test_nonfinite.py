@@ -18,6 +18,7 @@ from e3rl.models import load_policy
 from e3rl.objectives import build as build_objective
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.train.checkpoint import newest_checkpoint
+from e3rl.train.collect import StepGroups
 from e3rl.train.learner import Learner
 from e3rl.train.lessons import Lesson
 from e3rl.train.listeners import Silent
@@ -193,15 +194,16 @@ def test_a_skipped_step_teaches_nothing_and_the_next_one_does(tmp_path: Path):
     run, state = _learning(tmp_path, learner)
     before = {k: v.detach().clone() for k, v in learner.optimizer.weights().items()}
     learner._objective = _RootLoss()  # type: ignore[assignment]
-    lessons, update = learn_or_skip(run, state, GROUPS, 0, 1)
+    groups = StepGroups(tuple(GROUPS))
+    _, lessons, update = learn_or_skip(run, state, groups, 0, 1)
     assert (lessons, update.means, state.skipped) == ([], {}, 1)
     assert update.grad_norm != update.grad_norm
     assert all(torch.equal(before[k], v) for k, v in learner.optimizer.weights().items())
     assert all(torch.equal(before[k], v) for k, v in read_skipped(tmp_path, 1).weights.items())
-    learn_or_skip(run, state, GROUPS, 1, 2)
+    learn_or_skip(run, state, groups, 1, 2)
     assert state.skipped == 2
     learner._objective = _learner(kl_coef=0.0)._objective
-    assert learn_or_skip(run, state, GROUPS, 2, 3)[1].grad_norm > 0
+    assert learn_or_skip(run, state, groups, 2, 3)[2].grad_norm > 0
     assert state.skipped == 0, "only steps in a row count"
 
 
@@ -216,7 +218,7 @@ def _skipped_run(tmp_path: Path, harm: str) -> Path:
         weight = policy.model.model.layers[1].mlp.down_proj.weight
         weight[3, 4] = float(harm)
     trajectories = [rewarded_group(p.problem.id, [1.0, 0.0], [[3], [4]]) for p in rendered]
-    learn_or_skip(*_learning(run, learner), trajectories, 0, 1)
+    learn_or_skip(*_learning(run, learner), StepGroups(tuple(trajectories)), 0, 1)
     return run
 
 
