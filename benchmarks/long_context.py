@@ -23,9 +23,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 from train_step_memory import PeakMemory
 
-from e3rl.train.attribution import attribution_layers, packed_attention
+from e3rl.train.attribution import AttributionSettings, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow, TrainSequence
-from e3rl.train.scoring import AttributionSettings, score_row
+from e3rl.train.scoring import score_row
 
 PROMPT, ERASED = 512, 128
 

@@ -36,10 +36,10 @@ from e3rl.objectives import build as build_objective
 from e3rl.plan.memory import make_plan
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.attribution import attribution_layers
+from e3rl.train.attribution import AttributionSettings, attribution_layers
 from e3rl.train.learner import Learner
 from e3rl.train.packing import group_sequences, packed_size, plan_rows
-from e3rl.train.scoring import AttributionSettings, score_sequences
+from e3rl.train.scoring import score_sequences
 from e3rl.train.summary import environment
 from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
 

@@ -30,9 +30,9 @@ from e3rl.engine.torch.fused import fusable
 from e3rl.errors import UserError
 from e3rl.testing.engine import EngineContract
 from e3rl.testing.scripts import assert_same_transcript, play, random_script
-from e3rl.train.attribution import attribution_layers
+from e3rl.train.attribution import AttributionSettings, attribution_layers
 from e3rl.train.packing import TrainSequence
-from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
+from e3rl.train.scoring import require_scorable, score_sequences
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 VOCABULARY, EOS, ROWS, LENGTH, WINDOW = 53, (0, 1), 6, 48, 5

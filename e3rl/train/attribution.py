@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from e3rl.engine.torch.operations import attention_behind
 from e3rl.equations.attribution import attention_shares, token_attribution
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
+from e3rl.objectives.base import AttributionOptions, Objective
 from e3rl.train.packing import PackedRow, each_alone, pad, recurrent_mixers
 
 ATTENTION_NAME = "e3rl_packed"
@@ -239,6 +240,22 @@ def attribution_layers(model: nn.Module, which: str) -> frozenset[int]:
             "choose objective.allocation = 'sequence', which leaves them undivided, or another objective"
         )
     return frozenset(attending[-1:] if which == "last" else attending)
+
+
+@dataclass(frozen=True)
+class AttributionSettings:
+    """L' and the layers of eq 19."""
+
+    window: int
+    layers: frozenset[int]
+
+    @classmethod
+    def of(cls, objective: Objective, model: nn.Module) -> AttributionSettings | None:
+        """An objective's; None where it needs no shares."""
+        if "shares" not in objective.needs:
+            return None
+        options = cast(AttributionOptions, objective)
+        return cls(options.attribution_window, attribution_layers(model, options.attribution_layers))
 
 
 def router_loss(model: Any) -> Callable[[tuple[Tensor, ...]], Tensor]:

@@ -18,7 +18,7 @@ from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config
 from e3rl.models import Policy, ReferencePolicy, has_dropout
 from e3rl.objectives.base import Objective, Totals
-from e3rl.train.attribution import packed_attention, router_loss
+from e3rl.train.attribution import AttributionSettings, packed_attention, router_loss
 from e3rl.train.lessons import (
     Lesson,
     lessons_of,
@@ -34,7 +34,7 @@ from e3rl.train.metrics import Means, Update
 from e3rl.train.nonfinite import NonFinite, NonFiniteNumbers, find_nonfinite
 from e3rl.train.optimizer import MasterOptimizer, learning_rate
 from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, plan_rows, recurrent_mixers
-from e3rl.train.scoring import AttributionSettings, RowScores, Scores, score_rows
+from e3rl.train.scoring import RowScores, Scores, score_rows
 from e3rl.types import RewardedGroup
 
 
@@ -46,9 +46,7 @@ class Learner:
     ) -> None:
         self._policy, self._objective, self._config, self._updates = policy, objective, config, updates
         ranks = ranks or Ranks()
-        self._ranks, context = ranks.blocks(
-            config.train.context_parallel
-        )  # the former divide the groups, the latter rows
+        self._ranks, context = ranks.blocks(config.train.context_parallel)  # those divide groups, these rows
         self._found: NonFinite | None = None
         self.reference = ReferencePolicy(policy.model) if "reference" in objective.needs else None
         self._lockstep = in_lockstep(config.train, self._ranks)
@@ -64,7 +62,7 @@ class Learner:
         self._rewards_only = "rewards_only" in objective.needs
         self._keeps_passes = keeps_passes(train, self._ranks.world)
         self._divides_by: str = getattr(objective, "divides_by", "")
-        whole = self._one_pass and train.minibatches == 1 and self._ranks.world == 1
+        whole = self._one_pass and train.minibatches == 1 and ranks.world == 1
         self.streams = whole and (self._divides_by == "tokens" or (self._divides_by != "" and not train.router_loss))
         """Whether groups can be learnt from before the last one is there; of other objectives and settings, not exactly."""
         if train.gradient_checkpointing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
 from e3rl.errors import UserError
 from e3rl.models import narrow_window, unwrapped
-from e3rl.objectives.base import AttributionOptions, Objective
-from e3rl.train.attribution import AttributionTap, attribution_layers, packed_attention, router_loss
+from e3rl.train.attribution import AttributionSettings, AttributionTap, packed_attention, router_loss
 from e3rl.train.packing import PackedRow, TrainSequence, packed_rows, pad, recurrent_mixers
 
 _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
@@ -109,22 +108,6 @@ def output_matrix(model: Any) -> nn.Linear:
             "Leave it out of model.lora_target_modules"
         )
     return head
-
-
-@dataclass(frozen=True)
-class AttributionSettings:
-    """L' and the layers of eq 19."""
-
-    window: int
-    layers: frozenset[int]
-
-    @classmethod
-    def of(cls, objective: Objective, model: nn.Module) -> AttributionSettings | None:
-        """An objective's; None where it needs no shares."""
-        if "shares" not in objective.needs:
-            return None
-        options = cast(AttributionOptions, objective)
-        return cls(options.attribution_window, attribution_layers(model, options.attribution_layers))
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from e3rl.objectives.base import Objective
 from e3rl.rollout import judge
 from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import Scripted
+from e3rl.train.attribution import AttributionSettings
 from e3rl.train.packing import TrainSequence
-from e3rl.train.scoring import AttributionSettings, head_scores, score_sequences
+from e3rl.train.scoring import head_scores, score_sequences
 from e3rl.types import Draw, Judgement
 from tests.engine.models import build
 from tests.objectives.support import batch_of, make, random_group, signals_of

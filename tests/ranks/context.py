@@ -18,9 +18,9 @@ from e3rl.cluster.ranks import Ranks
 from e3rl.engine.torch.operations import MASKED
 from e3rl.plan.dry_run import COUNTED, Allocations, micro_batch
 from e3rl.plan.memory import others_tokens
-from e3rl.train.attribution import attribution_layers, packed_attention
+from e3rl.train.attribution import AttributionSettings, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow
-from e3rl.train.scoring import AttributionSettings, Passes, RowScores
+from e3rl.train.scoring import Passes, RowScores
 from tests.engine.models import VOCAB, build, page_model
 from tests.train.packs import sequence
 

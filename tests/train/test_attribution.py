@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from e3rl.train.attribution import AttributionTap, attribution_layers, packed_attention
+from e3rl.train.attribution import AttributionSettings, AttributionTap, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow
-from e3rl.train.scoring import AttributionSettings, score_row
+from e3rl.train.scoring import score_row
 from tests.engine.models import ARCHITECTURES, SLIDING, VOCAB, build, sliding, tiny
 from tests.train.packs import sequence
 

@@ -7,8 +7,9 @@ import torch
 
 from e3rl.errors import UserError
 from e3rl.train import attribution
+from e3rl.train.attribution import AttributionSettings
 from e3rl.train.packing import TrainSequence
-from e3rl.train.scoring import AttributionSettings, require_scorable, score_sequences
+from e3rl.train.scoring import require_scorable, score_sequences
 from tests.engine.models import ARCHITECTURES, SLIDING, build, sliding, tiny
 
 
