@@ -73,6 +73,7 @@ class Config:
             )
         self._check_optimizer()
         self._check_context()
+        self._check_quantization()
         if self.train.activation_offload and self.train.parallel not in ("none", "ddp", "zero1"):
             raise UserError(
                 f"train.activation_offload needs ranks that hold all weights: set train.parallel to ddp or zero1 (it is "
@@ -89,6 +90,24 @@ class Config:
             raise UserError(
                 f"train.optimizer = '{name}' keeps its state whole, and train.parallel = '{parallel}' divides it: take "
                 "adamw, or train.parallel=ddp"
+            )
+
+    def _check_quantization(self) -> None:
+        """Refuse quantized weights where they would be trained, divided, or are not taken."""
+        kind = self.model.quantization
+        if kind == "none":
+            return
+        if not self.model.lora_r:
+            raise UserError(f"model.quantization = '{kind}' leaves weights that can't be trained: set model.lora_r too")
+        if self.train.parallel not in ("none", "ddp", "zero1"):
+            raise UserError(
+                f"model.quantization = '{kind}' keeps all weights in every rank: set train.parallel to ddp or zero1 (it is "
+                f"'{self.train.parallel}')"
+            )
+        if self.rollout.engine == "vllm":
+            raise UserError(
+                f"model.quantization = '{kind}': vLLM would generate with other weights than are trained; take "
+                "rollout.engine = 'torch'"
             )
 
     def _check_context(self) -> None:

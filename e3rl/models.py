@@ -16,6 +16,7 @@ from torch import nn
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
 from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
+from e3rl.quantization import loading_arguments, with_exact_products
 from e3rl.weight_files import WeightFiles, emptied, fill, finite, require_finite, some, without_memory
 
 
@@ -191,9 +192,7 @@ def _attention(config: Any) -> str:
     """PyTorch's attention, or for architectures that don't have it (gpt-oss, Gemma 2) their own."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return "sdpa"
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
@@ -210,10 +209,11 @@ def load_policy(
     device = resolve_device(config.device)
     with _loading_errors(config.path):
         # on a CPU transformers reads each tensor in place by itself
-        files = WeightFiles.find(source, config.path, device) if empty or device.type != "cpu" else None
+        by_tensor = config.quantization == "none" and (empty or device.type != "cpu")
+        files = WeightFiles.find(source, config.path, device) if by_tensor else None
         model = None if files is None else _empty_model(config, source, outline, files)
         if model is None:
-            model, files = _whole_model(config, source, outline).to(device), None
+            model, files = _whole_model(config, source, outline, device), None
         elif config.lora_r or not empty:
             fill(model, cast(WeightFiles, files))
             files = None
@@ -222,21 +222,22 @@ def load_policy(
     return replace(Policy.of(model, outline.tokenizer, source=config.path), files=files)
 
 
-def _whole_model(config: ModelConfig, source: str, outline: Outline) -> Any:
+def _whole_model(config: ModelConfig, source: str, outline: Outline, device: torch.device) -> Any:
     """The model as transformers loads it. UserError if its files lack tensors, or hold NaN or infinity."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
-        config=outline.config,  # passed here, or an attention that it names would override ours
+        config=copy.deepcopy(outline.config),  # passed here, or an attention that it names would override ours
         dtype=getattr(torch, config.dtype),
         attn_implementation=_attention(outline.config),
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
+        **loading_arguments(config, device),
     )
     model, found = loaded
     _check_weights(model, found["missing_keys"], config.path)
-    return model
+    return model.to(device) if config.quantization == "none" else with_exact_products(model)
 
 
 def _empty_model(config: ModelConfig, source: str, outline: Outline, files: WeightFiles) -> Any:

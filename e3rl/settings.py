@@ -60,6 +60,9 @@ class ModelConfig:
     trust_remote_code: bool = setting(
         False, "run Python code that comes with the model; off unless you trust its author"
     )
+    quantization: Literal["none", "nf4", "int8"] = setting(
+        "none", "weights under LoRA adapters in 4 or 8 bits, by bitsandbytes (pip install 'e3rl[8bit]')"
+    )
     lora_r: int = setting(0, "rank of LoRA adapters; 0 trains all weights", min=0, max=65536)
     lora_alpha: int = setting(64, "LoRA scale", source="ERPO paper", min=1)
     lora_dropout: float = setting(0.0, "LoRA dropout", min=0, max=0.9)

@@ -44,6 +44,8 @@ SYNONYMS: Mapping[str, str] = {
     "max_new_tokens": "rollout.max_completion_length",
     "model_name_or_path": "model.path",
     "lora_rank": "model.lora_r",
+    "load_in_4bit": "model.quantization (nf4)",
+    "load_in_8bit": "model.quantization (int8)",
     "target_modules": "model.lora_target_modules",
     "torch_dtype": "model.dtype",
     "dataset_name": "data.train",

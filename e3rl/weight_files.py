@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from e3rl.errors import UserError
 from e3rl.files import write_json
+from e3rl.quantization import in_full, is_quantized
 
 if TYPE_CHECKING:
     from e3rl.models import Policy
@@ -192,7 +193,7 @@ def save_pretrained(policy: Policy, directory: Path, card: str) -> None:
     """An ordinary Hugging Face directory: adapters merged, tokenizer, generation config and model card with it."""
     model = policy.model
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+        model = (in_full(model) if is_quantized(model) else copy.deepcopy(model)).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -25,6 +25,7 @@ FLOORS = [
         "models",
         "model_files",
         "offload",
+        "quantization",
         "weight_files",
         "reward_model",
         "web",

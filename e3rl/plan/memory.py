@@ -29,6 +29,7 @@ from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
 from e3rl.plan.dry_run import COUNTED, GradientBuckets, MicroBatch, cache_row_size, micro_batch, muon_scratch
 from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
+from e3rl.quantization import as_shapes
 from e3rl.train.optimizer import muon_takes, state_width
 from e3rl.train.prompts import number_of_steps
 
@@ -68,6 +69,8 @@ def shape_of(config: ModelConfig) -> Any:
             attn_implementation=COUNTED,
             trust_remote_code=config.trust_remote_code,
         )
+        if config.quantization != "none":
+            model = as_shapes(model, config.quantization)
         return add_lora(model, config) if config.lora_r else model
 
 
@@ -261,8 +264,9 @@ def make_plan(config: Config, ranks: int = 1, *, on_cpu: bool = True) -> Plan:
     longest = prompt + rollout.completion_limit
     row_tokens = max(row_tokens, longest)  # a sequence is never divided
     steps = number_of_steps(config, problems) if problems else train.steps or None
+    whole = shape_of(replace(config.model, quantization="none")) if config.model.quantization != "none" else model
     return Plan(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in whole.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         processes=tuple(_processes(Sizes(config, model, prompt, longest, on_cpu), needs, row_tokens, division)),
         prompt=prompt,
