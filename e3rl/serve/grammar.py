@@ -23,10 +23,11 @@ _JSON: Any = {"whitespace_pattern": r"[\x20\x0A\x09]{0,16}"}
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must be: ``kind`` names the language of ``text``."""
+    """What an answer must be: ``kind`` names the language of ``text``. ``free``: rules of a client's own, which may loop."""
 
     kind: Literal["json", "regex", "lark"]
     text: str
+    free: bool = False
 
 
 def read_grammar(fields: Mapping[str, Any]) -> Grammar | None:
@@ -57,7 +58,7 @@ def _grammar_of(name: str, value: Any) -> Grammar:
     elif name == "regex" and is_text(value):
         grammar = Grammar("regex", value)
     elif name == "grammar" and is_text(value):
-        grammar = Grammar("lark", value)
+        grammar = Grammar("lark", value, free=True)
     elif name == "choice" and isinstance(value, list) and value and all(is_text(v) and v for v in value):
         grammar = Grammar("lark", "start: " + " | ".join(json.dumps(v) for v in value))
     else:
@@ -66,6 +67,17 @@ def _grammar_of(name: str, value: Any) -> Grammar:
     if len(grammar.text) > MAX_GRAMMAR:
         raise invalid("response_format", f"a schema or grammar may have {MAX_GRAMMAR} characters")
     return grammar
+
+
+def require_llguidance() -> Any:
+    """The library; ApiError where it isn't installed."""
+    try:
+        import llguidance
+    except ImportError:
+        raise ApiError(
+            400, "grammars need a library that this server doesn't have: pip install 'e3rl[structured]'"
+        ) from None
+    return llguidance
 
 
 class GrammarCompiler:
@@ -78,12 +90,7 @@ class GrammarCompiler:
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
         """A fresh matcher; ApiError where the grammar can't be used."""
-        try:
-            import llguidance
-        except ImportError:
-            raise ApiError(
-                400, "grammars need a library that this server doesn't have: pip install 'e3rl[structured]'"
-            ) from None
+        llguidance = require_llguidance()
         with self._lock:
             if self._known is None:
                 self._known = self._read_tokenizer(llguidance)
@@ -145,17 +152,24 @@ class GrammarMatcher:
         """Which tokens may follow; the end alone where the grammar is complete or can't go on."""
         import torch
 
-        self._follow(generated)
-        if self.error is None and not self._matcher.is_stopped():
-            mask = self._matcher.compute_bitmask()
-            if not self._matcher.is_error():
-                words = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
-                bits = (words.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
-                return bits.flatten()[: self._vocabulary].bool()
-            self.error = self._matcher.get_error()
+        mask = self.mask(generated)
+        if mask is not None:
+            words = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+            bits = (words.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+            return bits.flatten()[: self._vocabulary].bool()
         end_V = torch.zeros(self._vocabulary, dtype=torch.bool)
         end_V[[i for i in self._eos_ids if i < self._vocabulary]] = True
         return end_V
+
+    def mask(self, generated: Sequence[int]) -> bytes | None:
+        """One bit a token; None where the answer has to end."""
+        self._follow(generated)
+        if self.error is None and not self._matcher.is_stopped():
+            mask: bytes = self._matcher.compute_bitmask()
+            if not self._matcher.is_error():
+                return mask
+            self.error = self._matcher.get_error()
+        return None
 
     def _follow(self, generated: Sequence[int]) -> None:
         """Bring the matcher to these tokens, rolling it back where tokens were erased."""

@@ -21,7 +21,8 @@ from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.serve.choices import Piece, ServedChoice, ServedDialogue, usage
 from e3rl.serve.errors import ApiError, as_api_error, invalid
 from e3rl.serve.fields import table
-from e3rl.serve.grammar import GrammarCompiler, call_grammar
+from e3rl.serve.free_grammars import Grammars
+from e3rl.serve.grammar import call_grammar
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.messages import Chat
 from e3rl.serve.page import LiveFeed
@@ -97,11 +98,12 @@ class Service:
             self._tools = Toolbox(
                 config.environments, policy.tokenizer, dict(config.data.chat_template_kwargs), policy.eos_ids
             )
-        self._grammars = GrammarCompiler(policy.tokenizer, policy.eos_ids, self._vocabulary)
+        self._grammars = Grammars(policy.tokenizer, policy.eos_ids, self._vocabulary)
 
     def close(self) -> None:
         """Stop decoding; requests under way are refused."""
         self._worker.stop()
+        self._grammars.close()
 
     def drain(self) -> bool:
         """Refuse new requests; return whether earlier ones are still under way."""

@@ -174,6 +174,7 @@ DEEP = 4000
 NASTY = {
     "a schema without end": {"structured_outputs": {"json": {"$ref": "#"}}},
     "a regular expression of a million": {"structured_outputs": {"regex": "((a{1,100}){1,100}){1,100}b"}},
+    "a rule that never ends": {"structured_outputs": {"grammar": "start: ( /x*/ start start + )"}},
     "alternatives that repeat": {"structured_outputs": {"regex": "(a|a?)+" * 50 + "b"}},
     "a grammar that calls itself": {"structured_outputs": {"grammar": "start: start start | start"}},
     "many choices": {"structured_outputs": {"choice": [f"{i:04}" for i in range(6000)]}},
