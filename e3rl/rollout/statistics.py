@@ -113,7 +113,8 @@ class CalibrationStatistics:
         if differing:
             details = "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in differing)
             raise UserError(
-                f"the calibration statistics were measured with other settings ({details}): calibrate again"
+                f"the calibration statistics were measured with other settings ({details}): take the former, "
+                "calibrate again, or decode without erasing"
             )
 
     def to_tables(self) -> dict[str, Any]:
