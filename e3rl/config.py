@@ -74,6 +74,7 @@ class Config:
         self._check_optimizer()
         self._check_context()
         self._check_quantization()
+        self._check_sleep()
         if self.train.activation_offload and self.train.parallel not in ("none", "ddp", "zero1"):
             raise UserError(
                 f"train.activation_offload needs ranks that hold all weights: set train.parallel to ddp or zero1 (it is "
@@ -108,6 +109,15 @@ class Config:
             raise UserError(
                 f"model.quantization = '{kind}': vLLM would generate with other weights than are trained; take "
                 "rollout.engine = 'torch'"
+            )
+
+    def _check_sleep(self) -> None:
+        """Refuse an engine that sleeps while it has something to do, or that no training waits for."""
+        rollout = self.rollout
+        if rollout.vllm_sleep and (rollout.engine != "vllm" or rollout.workers or rollout.servers or rollout.staleness):
+            raise UserError(
+                "rollout.vllm_sleep = true needs rollout.engine = 'vllm' in this process, waiting while it trains: set no "
+                "rollout.workers, no rollout.servers and rollout.staleness = 0, or vllm_sleep = false"
             )
 
     def _check_context(self) -> None:

@@ -120,6 +120,8 @@ class LocalRollouts:
             wanted, rows = ((prompt, settings) for prompt in prompts), settings.rollout.num_generations
             for job in run_jobs(self._engine, wanted, rows, lambda _: tick(), memory, self._give_way):
                 yield job.result()
+            if hasattr(self._engine, "rest"):
+                self._engine.rest()
 
     def _give_way(self, driver: Driver) -> list[GroupJob]:
         if not self._turns.visitors:

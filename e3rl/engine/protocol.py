@@ -90,6 +90,13 @@ class ServingEngine(Engine, Protocol):
         """Called by any thread: the poll in progress, or else the next one, returns after a step, with or without candidates."""
 
 
+class RestingEngine(Engine, Protocol):
+    """An engine that can leave its device to training."""
+
+    def rest(self) -> None:
+        """No group is under way: free what memory can be had back, until something is asked again."""
+
+
 class AppendingEngine(Engine, Protocol):
     """An engine that can go on where another process left off. Without it, prompt and tokens are prefilled together."""
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 
+import pytest
 import torch
 
 from e3rl.cluster.rollouts import LocalRollouts
+from e3rl.config import load_config
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.errors import UserError
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group
 from tests.engine.models import EOS, tiny
@@ -96,3 +99,34 @@ def test_two_who_visit_and_one_who_stays_take_turns():
         thread.join(60)
     assert most == [1]
     assert len(groups) == len(PROMPTS)
+
+
+class Resting(TorchEngine):
+    """Notes how many rows were free whenever it was sent to rest."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.free: list[int] = []
+
+    def rest(self) -> None:
+        self.free.append(self.free_rows())
+
+
+def test_an_engine_rests_once_all_groups_are_there():
+    engine = Resting(tiny("Qwen3"), eos_ids=EOS, max_rows=9, cache_rows=9, max_length=64)
+    rollouts = LocalRollouts(engine, None)
+    running = rollouts.run(PROMPTS, SETTINGS, lambda: None)
+    next(running)
+    assert engine.free == []
+    assert len(list(running)) == len(PROMPTS) - 1
+    assert engine.free == [9]
+
+
+@pytest.mark.parametrize("other", ["rollout.engine=torch", "rollout.servers=['http://a:1']", "rollout.workers=2"])
+def test_an_engine_that_training_does_not_wait_for_may_not_sleep(other: str):
+    given = ["data.train=lab:arith:1", "rollout.engine=vllm", "rollout.vllm_sleep=true"]
+    assert load_config(None, (), given).rollout.vllm_sleep
+    with pytest.raises(UserError, match="vllm_sleep = true needs"):
+        load_config(None, (), [*given, other])
+    with pytest.raises(UserError, match="vllm_sleep = true needs"):
+        load_config(None, (), [*given, "rollout.staleness=1", "train.importance_correction=segment_mask"])

@@ -10,7 +10,7 @@ import torch
 
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.recompute import RecomputeEngine
-from e3rl.errors import NonFiniteLogits
+from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.testing.engine import ENGINE_CHECKS
 from e3rl.testing.scripts import EngineContract, assert_same
 from e3rl.types import Candidate, Draw
@@ -73,6 +73,35 @@ def test_a_row_whose_keys_were_given_up_goes_on_to_the_same_tokens(
         core.abandon([engine._rows[row].parked])
     assert engine.stats.after_commit.most > 1
     engine.release(row)
+
+
+@pytest.mark.timeout(60)
+def test_an_engine_that_slept_wakes_up_for_a_request_and_for_new_weights(model: Any, core: Any):
+    """vLLM's worker keeps its memory on a CPU; its scheduler pauses, forgets what is cached and is woken as on a GPU."""
+    from e3rl.engine.vllm.engine import VllmEngine
+
+    engine = VllmEngine(model, eos_ids=EOS, max_rows=ROWS, cache_rows=ROWS, max_length=LENGTH, sleeps=True, core=core)
+    prompt, drawn = tuple(range(2, 70)), []
+    for _ in range(3):
+        [row] = engine.prefill(prompt, 1)
+        before = engine.stats.cached_tokens
+        drawn.append(generate(engine, row, 8).ids.tolist())
+        assert engine.stats.cached_tokens == before
+        engine.rest()  # a row is held: it stays awake
+        assert len(generate(engine, row, 3, 1).ids) > 0
+        engine.release(row)
+        engine.rest()
+        engine.rest()
+        if len(drawn) == 2:
+            engine.load_weights({}, 1)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_sleeping_on_a_cpu_is_refused(model: Any):
+    from e3rl.engine.vllm.core import VllmCore
+
+    with pytest.raises(UserError, match="vllm_sleep = true needs a GPU"):
+        VllmCore(model, eos_ids=EOS, max_rows=1, cache_rows=1, max_length=LENGTH, sleeps=True)
 
 
 def test_new_weights_are_used_and_nothing_cached_under_the_old_ones(model: Any, make_engine: Callable[[], Any]):

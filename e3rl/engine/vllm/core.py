@@ -64,6 +64,7 @@ class VllmCore:
         max_length: int,
         tensor_parallel_size: int = 1,
         kv_budget: int = 0,
+        sleeps: bool = False,
     ) -> None:
         self._model, self._eos_ids = model, list(eos_ids)
         self._directory = Path(tempfile.mkdtemp(prefix="e3rl-vllm-"))
@@ -76,6 +77,7 @@ class VllmCore:
             max_model_len=max_length,
             max_num_seqs=max_rows,
             kv_cache_memory_bytes=kv_cache_bytes(model, cache_rows, max_length, kv_budget, tensor_parallel_size),
+            enable_sleep_mode=sleeps,
         )
         threading.Thread(target=_tell_of_deaths, args=(self._llm.engine_core,), daemon=True).start()
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
@@ -84,6 +86,7 @@ class VllmCore:
         self._open: set[str] = set()
         self._forgotten: list[str] = []  # whose measures nobody wants, and the workers don't know yet
         self._finished: dict[str, Generated] = {}
+        self._asleep = False
         self.calls = 0  # of the workers, for measures
         self.measure_bytes = 0
 
@@ -108,6 +111,7 @@ class VllmCore:
         )
         prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
         with _living():
+            self._wake_up()
             self._llm.add_request(key, prompt, params, priority=precedence(request.draw))
         self._open.add(key)
         return key
@@ -162,9 +166,24 @@ class VllmCore:
         if self._open:
             raise ValueError(f"{len(self._open)} requests are open: they belong to the old weights")
         write_model(self._model, self._directory)
+        self._wake_up()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._directory)})
         self._weights += 1
         self._llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Move the weights to the host and give up the cache, with all that is parked, until there is something to do."""
+        if self._open:
+            raise ValueError(f"{len(self._open)} requests are open: what they have drawn would be lost")
+        if not self._asleep:
+            with _living():
+                self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake_up(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
     def close(self) -> None:
         """Stop the processes and remove the copy of the weights."""
@@ -239,6 +258,10 @@ def _start(directory: Path, **arguments: Any) -> Any:
             "with an NVIDIA GPU; on a CPU see docs/how-to/scale.md. Without it: rollout.engine = 'torch'"
         ) from None
     cpu, known = current_platform.is_cpu(), vllm.__version__.startswith(_KNOWN)
+    if arguments["enable_sleep_mode"] and not current_platform.is_sleep_mode_available():
+        raise UserError(
+            "rollout.vllm_sleep = true needs a GPU whose memory vLLM can give back, and vLLM finds none here: set it to false"
+        )
     if not known:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     common = {

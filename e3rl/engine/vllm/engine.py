@@ -85,6 +85,7 @@ class VllmEngine:
         max_length: int,
         tensor_parallel_size: int = 1,
         kv_budget: int = 0,
+        sleeps: bool = False,
         core: VllmCore | None = None,
     ) -> None:
         self.stats = VllmStats()
@@ -100,14 +101,20 @@ class VllmEngine:
             max_length=max_length,
             tensor_parallel_size=tensor_parallel_size,
             kv_budget=kv_budget,
+            sleeps=sleeps,
         )
+        self._sleeps = sleeps
         self._rows: dict[Row, _VllmRow] = {}
         self._handles = count()
 
     @staticmethod
     def own_settings(rollout: RolloutConfig) -> dict[str, Any]:
         """The settings that this engine has beside those of every engine."""
-        return {"tensor_parallel_size": rollout.vllm_tensor_parallel_size, "kv_budget": rollout.kv_budget * MIB}
+        return {
+            "tensor_parallel_size": rollout.vllm_tensor_parallel_size,
+            "kv_budget": rollout.kv_budget * MIB,
+            "sleeps": rollout.vllm_sleep,
+        }
 
     def free_rows(self) -> int:
         """How many more rows `prefill` could create now."""
@@ -188,6 +195,11 @@ class VllmEngine:
             self.stats.prompt_tokens,
         )
         self.policy_version = version
+
+    def rest(self) -> None:
+        """Free the device's memory until the next request or new weights, if `rollout.vllm_sleep` is set and no row is held."""
+        if self._sleeps and not self._rows:
+            self._core.sleep()
 
     def close(self) -> None:
         """Stop vLLM."""
