@@ -27,7 +27,7 @@ LOGS = ("metrics.jsonl", "evaluations.jsonl")
 
 MAY_CHANGE = {
     *("run.name", "run.output_dir", "model.device"),
-    *("rollout.max_rows", "rollout.cache_rows", "rollout.kv_budget"),
+    *("rollout.max_rows", "rollout.cache_rows", "rollout.kv_budget", "rollout.vllm_sleep"),
     *(
         "train.micro_batch_tokens",
         "train.gradient_checkpointing",
