@@ -143,9 +143,7 @@ class RolloutConfig:
     )
     staleness: int = setting(0, "steps by which rollouts may start early, in parallel with training", min=0, max=16)
     vllm_tensor_parallel_size: int = setting(1, "GPUs that one vLLM engine spreads a model over", min=1)
-    vllm_sleep: bool = setting(
-        False, "free the memory of vLLM's weights and cache while this process trains on the same GPU"
-    )
+    vllm_sleep: bool = setting(False, "free vLLM's memory on the GPU while this process trains on it")
     workers: int = setting(0, "rollout workers on Ray; 0: this process generates", min=0)
     worker_gpus: float = setting(0.0, "GPUs that Ray gives one rollout worker", min=0)
     worker_timeout: float = setting(600.0, "seconds without a sign of life after which a worker is replaced", above=0)
