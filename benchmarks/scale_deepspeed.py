@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from e3rl.cluster import deepspeed as ours
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config, load_config
-from e3rl.plan import memory
+from e3rl.plan import division
 from e3rl.plan.dry_run import COUNTED, Allocations, hidden_and_head
+from e3rl.plan.memory import make_plan
 
 SHAPE = {
     "hidden_size": 256,
@@ -116,10 +117,10 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as directory,
         mock.patch.object(ours, "BUCKET", bucket),
-        mock.patch.object(memory, "BUCKET", bucket),
+        mock.patch.object(division, "BUCKET", bucket),
     ):
         config = settings(Path(directory), shape, ranks)
-        plan = memory.make_plan(config, ranks, on_cpu=False)
+        plan = make_plan(config, ranks, on_cpu=False)
         held, largest = asked(config, plan.row_tokens, ranks)
     trainer, mib = plan.trainer, 2**20
     planned = sum(trainer.held.values())

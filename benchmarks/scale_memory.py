@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import multiprocessing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -21,6 +23,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from scale_figure import Figure
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,21 +35,26 @@ from e3rl.cluster.sharding import ShardedOptimizer, shard
 from e3rl.config import Config, ModelConfig, load_config
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import SamplingRows, sample
+from e3rl.engine.torch.cache import GenericSlotModel
 from e3rl.engine.torch.decode import Marks, SlotRow
-from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights
+from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, of_the_family
 from e3rl.engine.torch.storage import MIB, SlotStorage, StepRows, bucketed, physical_slots, rows_within
 from e3rl.models import add_lora
+from e3rl.objectives import build as build_objective
 from e3rl.plan.dry_run import COUNTED, Allocations, _nothing_kept, _run_once, hidden_and_head
 from e3rl.plan.generation import Process
-from e3rl.plan.memory import GIB, Plan, known_config, make_plan, plan_generation
+from e3rl.plan.memory import GIB, Plan, known_config, make_plan, plan_generation, waiting_rows
 from e3rl.train.optimizer import MasterOptimizer
 
-CASES = (
+Case = tuple[str, str, tuple[str, ...]]
+CASES: tuple[Case, ...] = (
     ("qwen3-4b", "one-h200", ()),
     ("qwen3-4b", "8xh100", ()),
     ("qwen3-8b", "8xh100", ()),
     ("qwen3-4b", "32xh100", ("train.parallel=zero2",)),
     ("qwen3-8b", "32xh100", ("train.parallel=zero2",)),
+    ("erpo-qwen2.5-3b", "one-h200", ()),
+    ("qwen3-8b", "8xh100", ("model.lora_r=16",)),
 )
 """Recipe, topology, and what is changed: DeepSpeed's own allocations can't be counted so, PyTorch's ZeRO-2 stands in."""
 
@@ -76,7 +84,20 @@ def _model(config: ModelConfig) -> Any:
     model = AutoModelForCausalLM.from_config(
         known_config(config.path), dtype=getattr(torch, config.dtype), attn_implementation=COUNTED
     )
-    return add_lora(model, config) if config.lora_r else model
+    if not config.lora_r:
+        return model
+    with mock.patch.object(nn.Module, "to", _to):
+        return add_lora(model, config)
+
+
+def _to(moved: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """As `nn.Module.to`, which exchanges a fake tensor for its copy, and can't where anything else knows it."""
+    for module in moved.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device != device or parameter.dtype != (dtype or parameter.dtype):
+                copied = parameter.detach().to(device, dtype)
+                setattr(module, name, nn.Parameter(copied, requires_grad=parameter.requires_grad))
+    return moved
 
 
 def _rows(config: Config, longest: int) -> int:
@@ -101,11 +122,16 @@ def asked_to_generate(config: Config, prompt: int) -> Asked:
         model = _model(config.model)
     flash = mock.patch("e3rl.engine.torch.fused.attention", lambda query, *_, **__: torch.empty_like(query))
     with torch.no_grad(), flash, Allocations() as counted:
-        slots = FusedSlotModel(FusedWeights(model), rows, longest, record=_run_once, attend=_nothing_kept)
+        recorded = of_the_family(model)
+        if recorded:
+            slots: Any = FusedSlotModel(FusedWeights(model), rows, longest, record=_run_once, attend=_nothing_kept)
+        else:
+            slots = GenericSlotModel(model, rows, longest)
+            slots.prefill([0], 0)  # makes its cache
         step = StepRows([0] * together, [longest - 1] * together, slots.storage, slots.device)
         buffers = counted.restart()
         logits = slots.decode(step)
-        graphs = counted.peak - buffers  # what a graph works in, it keeps
+        graphs = counted.peak - buffers if recorded else 0  # what a graph works in, it keeps
         marks = Marks(rows)
         marks.keep([SlotRow(1, [0])], logits[:1])
         held = counted.restart() + graphs
@@ -121,6 +147,8 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
     """Build a trainer's process and run two steps of it, without memory."""
     generates = not (config.rollout.workers or config.rollout.servers)
     world = Ranks(0, ranks)
+    needs = frozenset(build_objective(config.objective).needs)
+    waiting = waiting_rows(config, needs, plan.row_tokens, plan.prompt, ranks)
     with _ranks(ranks) as mesh, FakeTensorMode(), Allocations() as counted:
         model = _model(config.model)
         reference = (
@@ -144,9 +172,9 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
             if step:  # the first makes AdamW's moments, by operations that are no part of a step
                 counted.restart()
             for _ in range(2):
-                logprobs, entropies = run(lambda _: hidden_and_head(model, plan.row_tokens))
-                logprobs.sum().backward()
-                del logprobs, entropies
+                rows = [run(lambda _: hidden_and_head(model, plan.row_tokens)) for _ in range(1 + waiting)]
+                while rows:
+                    rows.pop()[0].sum().backward()
             optimizer._collect()
             optimizer._apply(config.train.learning_rate)
             for master in optimizer._masters:
@@ -157,7 +185,7 @@ def asked(config: Config, plan: Plan, ranks: int) -> Asked:
     return Asked(held + engine, counted.peak + engine)
 
 
-def measure(recipe: str, topology: str, overrides: tuple[str, ...]) -> tuple[str, Asked, Plan]:
+def measure(recipe: str, topology: str, overrides: tuple[str, ...]) -> tuple[str, Asked, Process]:
     """One trainer's process: its name, what it asked for, what was planned."""
     config = load_config(find_recipe(recipe), [find_recipe(f"topologies/{topology}")], list(overrides))
     ranks = max(1, config.train.workers)
@@ -165,7 +193,7 @@ def measure(recipe: str, topology: str, overrides: tuple[str, ...]) -> tuple[str
     plan = make_plan(config, ranks, on_cpu=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return f"{recipe} {topology} {' '.join(overrides)}".strip(), asked(config, plan, ranks), plan
+        return f"{recipe} {topology} {' '.join(overrides)}".strip(), asked(config, plan, ranks), plan.trainer
 
 
 def measure_worker(recipe: str, topology: str) -> tuple[str, Asked, Process]:
@@ -176,31 +204,37 @@ def measure_worker(recipe: str, topology: str) -> tuple[str, Asked, Process]:
     return f"{recipe} {topology}, a rollout worker", Asked(found.held + weights, found.largest + weights), process
 
 
+def _each(recipes: Collection[str], cases: Iterable[Case] = CASES) -> Iterator[tuple[str, Asked, Process]]:
+    """Every process of the recipes' topologies, each counted in a process of its own: PyTorch's fake process group can't be made
+    twice in one."""
+    apart = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=apart, max_tasks_per_child=1) as processes:
+        for case in cases:
+            if case[0] in recipes:
+                yield processes.submit(measure, *case).result()
+        for recipe in ("qwen3-4b", "qwen3-8b"):
+            if recipe in recipes:
+                yield processes.submit(measure_worker, recipe, "32xh100").result()
+
+
 def plan_error() -> Figure:
     """Largest difference, in percent, of a process's planned bytes from those that it asks for."""
-    parts = {}
-    for case in CASES[:2]:
-        name, found, plan = measure(*case)
-        parts[name] = 100 * abs(plan.trainer.largest / found.largest - 1)
-    for recipe in ("qwen3-4b", "qwen3-8b"):
-        name, found, process = measure_worker(recipe, "32xh100")
-        parts[name] = 100 * abs(process.largest / found.largest - 1)
+    parts = {
+        name: 100 * abs(process.largest / found.largest - 1)
+        for name, found, process in _each(("qwen3-4b", "qwen3-8b"), CASES[:2])
+    }
     return Figure(max(parts.values()), 3.0, parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="only these recipes")
+    recipes = sorted({case[0] for case in CASES})
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", default=recipes, help="only these: %(default)s")
     options = parser.parse_args()
     print("| a process | held: asked, GiB | planned | at most: asked, GiB | planned | difference, % |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for case in CASES:
-        if not options.recipes or case[0] in options.recipes:
-            name, found, plan = measure(*case)
-            _print(name, found, plan.trainer)
-    for recipe in ("qwen3-4b", "qwen3-8b"):
-        if not options.recipes or recipe in options.recipes:
-            _print(*measure_worker(recipe, "32xh100"))
+    for counted in _each(options.recipes):
+        _print(*counted)
 
 
 def _print(name: str, found: Asked, process: Process) -> None:

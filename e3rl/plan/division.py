@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from e3rl.cluster.deepspeed import BUCKET
 from e3rl.errors import UserError
 from e3rl.models import unwrapped
+from e3rl.plan.gradients import GradientBuckets, LayerGradients
 from e3rl.train.optimizer import by_kind, scratch_bytes
 
 _DIVIDES: dict[str, frozenset[str]] = {
@@ -29,7 +31,7 @@ class ShardCounts:
 
     ranks: int
     divides: frozenset[str]
-    layers: frozenset[int]  # ids of the parameters of the decoder's layers
+    layers: Mapping[int, int]  # the decoder's layers, by ids of their parameters
     buckets: bool  # DeepSpeed's ZeRO-2 gathers gradients in buckets
     copies_float32: bool  # DeepSpeed keeps its own float32 weights even of a float32 model
     keeps_gathered: bool  # zero2 keeps a layer's whole weights from its forward to its backward pass
@@ -46,7 +48,7 @@ class ShardCounts:
         return cls(
             ranks=ranks,
             divides=_DIVIDES[parallel] if ranks > 1 else frozenset(),
-            layers=frozenset(id(p) for layer in layers for p in layer.parameters()),
+            layers={id(p): number for number, layer in enumerate(layers) for p in layer.parameters()},
             buckets=ranks > 1 and parallel == "deepspeed-zero2",
             copies_float32=ranks > 1 and parallel.startswith("deepspeed"),
             keeps_gathered=parallel == "zero2",
@@ -82,13 +84,12 @@ class ShardCounts:
         beside = sum(missing.values()) - of_layers  # the output matrix is held through the whole pass
         return beside + (of_layers if self.keeps_gathered else min(of_layers, 2 * of_layers // layers))
 
-    def under_way(self, parameters: Sequence[nn.Parameter], layers: int) -> int:
-        """Bytes of gradients that are being reduced: the output matrix's (kept until the embeddings' is ready) and one layer's
-        with its float32 copy. DeepSpeed's ZeRO-2 buckets are counted with the passes (`GradientBuckets`)."""
-        if not self.divides_weights:
-            return 0
-        beside = max((p.nbytes for p in parameters if id(p) not in self.layers), default=0)
-        return beside + sum(p.nbytes + 4 * p.numel() for p in parameters if id(p) in self.layers) // layers
+    def collector(self, parameters: Sequence[nn.Parameter]) -> GradientBuckets | LayerGradients | None:
+        """What stands for the gathering of gradients; None where each is added up by itself."""
+        if self.buckets:
+            entries = sum(p.numel() for p in parameters)
+            return GradientBuckets(parameters, min(BUCKET, entries), entries // self.ranks)
+        return LayerGradients(parameters, self.layers) if self.divides_weights else None
 
     def scratch(self, parameters: Sequence[nn.Parameter]) -> int:
         """Bytes of an update's temporaries. DeepSpeed updates a rank's whole part of each kind at once, of a float32 model with

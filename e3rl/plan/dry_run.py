@@ -7,10 +7,10 @@ train and decode, at any size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -138,64 +138,29 @@ def hidden_and_head(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
     return head_scores(output_matrix(base), hidden, ids[0], 1.0, LogitTransform.of_model(base))
 
 
-class GradientBuckets:
-    """Stands for DeepSpeed's ZeRO-2, as the rank that has most of the gradient at hand.
-
-    A gradient is copied into one of two buffers of ``entries`` each, which are there from the first of a backward pass to its
-    end; one that is larger waits as it is. What a buffer holds is copied once more to be added up over ranks, and a rank's part
-    of it, of at most ``part`` entries of a parameter, becomes float32. Of a float32 model it keeps those of the pass beside those
-    before.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], entries: int, part: int) -> None:
-        self._entries, self._part = entries, part
-        self._buffers: list[Tensor] = []
-        self._waiting: list[Tensor] = []  # gradients, of shape alone where they are in a buffer
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._take)
-
-    def _take(self, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return
-        if not self._buffers:
-            of_the_pass = self._part if gradient.dtype == torch.float32 else 0
-            self._buffers = [gradient.new_empty(size) for size in (self._entries, self._entries, of_the_pass)]
-        if sum(map(torch.numel, self._waiting)) + gradient.numel() > self._entries:
-            self._exchange()
-        if gradient.numel() <= self._entries:
-            gradient = self._buffers[0][: gradient.numel()]
-        self._waiting.append(gradient)
-
-    def _exchange(self) -> None:
-        entries = sum(map(torch.numel, self._waiting))
-        if entries:
-            copy = self._waiting[0].new_empty(min(entries, self._entries + self._part))
-            largest = min(self._part, max(map(torch.numel, self._waiting)))
-            copy[:largest].float()
-        self._waiting.clear()
+class Collector(Protocol):
+    """Takes gradients as they are computed."""
 
     def finish(self) -> None:
         """The end of a backward pass."""
-        self._exchange()
-        self._buffers.clear()
 
 
 def micro_batch(
     model: Any,
     tokens: int,
     checkpointing: bool,
-    collect: Callable[[list[nn.Parameter]], GradientBuckets] | None = None,
+    collector: Callable[[list[nn.Parameter]], Collector | None],
     *,
     offload: bool = False,
 ) -> MicroBatch:
-    """Run two micro-batches and count the second. ``collect``: what gathers gradients; by default `GradientSums` does."""
+    """Run two micro-batches and count the second. ``collector`` makes what gathers the gradients of several ranks; where it makes
+    nothing, `GradientSums` adds them up."""
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    buckets = collect(trained) if collect else None
-    if buckets is None:
+    collects = collector(trained)
+    if collects is None:
         GradientSums(trained)
     with Allocations() as counted:
         for _ in range(2):
@@ -204,8 +169,8 @@ def micro_batch(
                 logprobs, entropies = hidden_and_head(model, tokens)
             kept = counted.live - before
             logprobs.sum().backward()
-            if buckets:
-                buckets.finish()
+            if collects:
+                collects.finish()
             del logprobs, entropies
             peak = counted.peak - before
     return MicroBatch(kept, max(0, peak - kept), away.bytes if away else 0)

@@ -13,12 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from e3rl.cluster.deepspeed import BUCKET
 from e3rl.cluster.image import image_size
 from e3rl.cluster.parallel import keeps_passes
-from e3rl.config import Config, ModelConfig
+from e3rl.config import Config, ModelConfig, TrainConfig
 from e3rl.data.loading import training_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.torch.operations import MASKED
@@ -27,7 +25,7 @@ from e3rl.model_files import known_architecture
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
-from e3rl.plan.dry_run import COUNTED, GradientBuckets, MicroBatch, cache_row_size, micro_batch, muon_scratch
+from e3rl.plan.dry_run import COUNTED, MicroBatch, cache_row_size, micro_batch, muon_scratch
 from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
 from e3rl.quantization import as_shapes
 from e3rl.train.optimizer import muon_takes, state_width
@@ -117,14 +115,10 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _passes(model: ModelConfig, tokens: int, checkpointing: bool, bucketed_ranks: int, offload: bool) -> MicroBatch:
-    """``bucketed_ranks``: as many ranks of DeepSpeed's ZeRO-2, or 0."""
-
-    def buckets(trained: list[nn.Parameter]) -> GradientBuckets:
-        entries = sum(p.numel() for p in trained)
-        return GradientBuckets(trained, min(BUCKET, entries), entries // bucketed_ranks)
-
-    return micro_batch(shape_of(model), tokens, checkpointing, buckets if bucketed_ranks else None, offload=offload)
+def _passes(model: ModelConfig, train: TrainConfig, tokens: int, ranks: int) -> MicroBatch:
+    shape = shape_of(model)
+    collector = ShardCounts.of(shape, train.parallel, ranks).collector
+    return micro_batch(shape, tokens, train.gradient_checkpointing, collector, offload=train.activation_offload)
 
 
 def _trainer(
@@ -158,10 +152,10 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
     config, model = sizes.config, sizes.model
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = division.gradients(trained)
-    bucketed_ranks = division.ranks if division.buckets else 0
-    mine = -(-row_tokens // config.train.context_parallel)
-    checkpoints, offload = config.train.gradient_checkpointing, config.train.activation_offload
-    passes = _passes(config.model, mine, checkpoints, bucketed_ranks, offload)
+    train = config.train
+    mine = -(-row_tokens // train.context_parallel)
+    checkpoints, offload = train.gradient_checkpointing, train.activation_offload
+    passes = _passes(config.model, train, mine, division.ranks)
     waiting = waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
@@ -173,7 +167,6 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
             "layers' inputs of a group's other rows": passes.kept * waiting,
             AWAY: passes.host * (1 + waiting),
             "the backward pass beside them": passes.passing,
-            "gradients under way": division.under_way(trained, layers),
             "attention mask": min(sizes.longest**2, MASKED) * unwrapped(model).dtype.itemsize if sizes.on_cpu else 0,
         },
         "optimizer": {"gradients": gradients, "an update's scratch": _scratch(sizes, division)},

@@ -25,7 +25,8 @@ from e3rl.errors import UserError
 from e3rl.models import ReferencePolicy, load_policy
 from e3rl.objectives import build
 from e3rl.plan import dry_run, fit
-from e3rl.plan.dry_run import Allocations, GradientBuckets, recorded_bytes
+from e3rl.plan.dry_run import Allocations, recorded_bytes
+from e3rl.plan.gradients import GradientBuckets
 from e3rl.plan.memory import make_plan, plan_generation, shape_of
 from e3rl.train import attribution
 from e3rl.train.learner import Learner
