@@ -26,7 +26,7 @@ from e3rl.models import ReferencePolicy, load_policy
 from e3rl.objectives import build
 from e3rl.plan import dry_run, fit
 from e3rl.plan.dry_run import Allocations, recorded_bytes
-from e3rl.plan.gradients import GradientBuckets
+from e3rl.plan.gradients import GradientBuckets, LayerGradients
 from e3rl.plan.memory import make_plan, plan_generation, shape_of
 from e3rl.train import attribution
 from e3rl.train.learner import Learner
@@ -198,6 +198,28 @@ def test_gradients_in_buckets(sizes: list[int], peak: int):
         assert counted.peak == peak
         buckets.finish()
         assert counted.live == 0
+
+
+def test_gradients_of_layers():
+    """A layer's are copied once all are there, and the copy stays until the next layer's; those of no layer wait for the end."""
+    head, second, first = ([torch.nn.Parameter(torch.empty(s, dtype=torch.bfloat16, device="meta")) for s in sizes]
+                           for sizes in ([500], [100, 20], [30]))  # fmt: skip
+    layers = {id(p): number for number, layer in enumerate((first, second)) for p in layer}
+    gradients = LayerGradients([*head, *first, *second], layers)
+    with Allocations() as counted:
+        for parameters, live in [
+            (head, 2 * 500),
+            (second[:1], 2 * (500 + 100)),
+            (second[1:], 2 * 500 + 4 * 120),
+            (first, 2 * 500 + 4 * 30),
+        ]:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+                gradients._take(parameter)
+            assert counted.live == live
+        assert counted.peak == 2 * (500 + 120) + 4 * 120
+        gradients.finish()
+        assert (counted.live, counted.peak) == (0, (2 + 4) * 500)
 
 
 def test_the_image_of_the_weights_is_what_is_published(tmp_path: Path):
