@@ -180,7 +180,7 @@ def test_deepspeed_divides_embeddings_too(tmp_path: Path):
 
 def test_ranks_without_a_way_to_train_together_are_refused(tmp_path: Path):
     with pytest.raises(
-        UserError, match=r"set train\.parallel=ddp, zero1, zero2, fsdp2, deepspeed-zero2, deepspeed-zero3"
+        UserError, match=r"train\.parallel: set it to one of ddp, zero1, zero2, fsdp2, deepspeed-zero2, deepspeed-zero3"
     ):
         make_plan(_config(tmp_path), ranks=2)
 
