@@ -1,10 +1,11 @@
 """`e3rl serve` under load, beside `transformers serve` and `vllm serve` in the same run.
 
-python benchmarks/serve.py --json out.json
+python benchmarks/serve.py --json out.json        (six minutes on two quiet cores)
 
-A closed loop: so many streams, each asking again as soon as its answer has ended, for a fixed time, every server in turn at
-every number of streams. The same model (random weights), prompts and answer lengths for all. Peers that are not installed in
-this environment are left out and named. Figures of one machine say nothing of another: compare the columns.
+Every server in turn at every number of streams, with the same model (random weights) and answer lengths. The load is made by
+`vllm bench serve` where vLLM is installed: run this with the python of such an environment. Else (or with --own) it is a
+closed loop of our own: each stream asks again as soon as its answer has ended, for a fixed time. Peers that are not installed
+are left out and named. Figures of one machine say nothing of another: compare the columns.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ try:
     import httpx
 except ImportError:
     httpx = None  # type: ignore[assignment]
+
+from serve_load import available, measured
 
 PLAIN = {"e3rl": {"erase": False, "segment_length": 8}}
 ERASING = {"e3rl": {"erase": True, "segment_length": 8, "baseline": "static", "static_baseline": 100.0}}
@@ -78,7 +81,7 @@ def servers(model: Path, rows: int, vllm: str | None) -> tuple[list[Server], lis
         found.append(Server("transformers", [*peer, *batching, "--cb-max-batch-tokens", "512"], "--port"))
     else:
         missing.append("transformers serve (pip install fastapi)")
-    command = vllm or shutil.which("vllm")
+    command = vllm or shutil.which("vllm") or shutil.which("vllm", path=str(Path(python).parent))
     if command:
         peer = [
             command,
@@ -134,6 +137,7 @@ def started(server: Server, log: Path) -> Iterator[tuple[str, int]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as out, subprocess.Popen(
         [*server.command, server.port_option, str(port)], stdout=out, stderr=out, env=env, start_new_session=True
     ) as process:  # fmt: skip
@@ -208,39 +212,14 @@ async def measure(url: str, server: Server, model: Path, streams: int, tokens: i
     return load
 
 
-async def soak(url: str, server: Server, model: Path, streams: int, tokens: int, seconds: float, pid: int) -> None:
-    """Streams of which one in four hangs up in the middle: memory in ten parts of the time, and whether all rows come back."""
-    before = httpx.get(f"{url}/health").json()["free_rows"]
-    load, spans = Load(), 10
-    for part in range(spans):
-        body = {"model": str(model), "max_tokens": tokens, "stream": True, **server.extra}
-        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
-            until = time.monotonic() + seconds / spans
-            numbers = range(streams * part, streams * (part + 1))
-            asking = [asyncio.ensure_future(stream(client, url, {**body, "number": n}, load, until)) for n in numbers]
-            await asyncio.sleep(seconds / spans / 2)
-            for task in asking[::4]:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
-        await asyncio.sleep(0.5)
-        state = httpx.get(f"{url}/health").json()
-        status = Path(f"/proc/{pid}/status").read_text()
-        megabytes = int(status.partition("VmRSS:")[2].split()[0]) // 1024
-        print(f"{(part + 1) * seconds / spans:.0f} s: {megabytes} MB, {load.answers} answers, {state}", flush=True)
-        if state["free_rows"] != before:
-            raise SystemExit(f"{before - state['free_rows']} rows were not given back")
-
-
-def row(server: str, streams: int, load: Load, seconds: float) -> dict[str, Any]:
-    """The figures of one run."""
+def figures(load: Load, seconds: float) -> dict[str, Any]:
+    """The figures of one run of our own loop."""
 
     def at(values: list[float], share: float) -> float | None:
         ordered = sorted(values)
         return round(1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)], 1) if ordered else None
 
     return {
-        "server": server,
-        "streams": streams,
         "tokens_per_s": round(load.tokens / seconds, 1),
         "ttft_ms_median": at(load.firsts, 0.5),
         "ttft_ms_p99": at(load.firsts, 0.99),
@@ -252,34 +231,56 @@ def row(server: str, streams: int, load: Load, seconds: float) -> dict[str, Any]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown. Throughput beside transformers' and vLLM's at the same number of streams."""
     lines = [
-        "| streams | server | tokens/s | first ms, median (p99) | gap ms, p99 | failures |",
-        "|---|---|---|---|---|---|",
+        "| streams | server | tokens/s | × transformers | × vllm | first text ms, median (p99) | a token ms | gap ms, p99 "
+        "| failures |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    speeds = {(r["streams"], r["server"]): r["tokens_per_s"] for r in rows}
     for r in sorted(rows, key=lambda r: r["streams"]):
         first = f"{r['ttft_ms_median']} ({r['ttft_ms_p99']})"
-        lines.append(
-            f"| {r['streams']} | {r['server']} | {r['tokens_per_s']} | {first} | {r['gap_ms_p99']} | {r['failures']} |"
-        )
+        peers = [speeds.get((r["streams"], name)) for name in ("transformers", "vllm")]
+        ratios = [f"{r['tokens_per_s'] / peer:.2f}" if peer else "" for peer in peers]
+        cells = [r["streams"], r["server"], r["tokens_per_s"], *ratios, first, r.get("token_ms_median", "")]
+        lines.append("| " + " | ".join(map(str, [*cells, r["gap_ms_p99"], r["failures"]])) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def run(server: Server, url: str, model: Path, streams: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one server at one number of streams."""
+    if options.own:
+        load = asyncio.run(measure(url, server, model, streams, options.tokens, options.seconds))
+        found = figures(load, options.seconds)
+    else:
+        found = measured(url, model, server.extra, streams, options.tokens)
+    return {"server": server.name, "streams": streams, **found}
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="1,8,64,200", help="numbers of streams")
-    parser.add_argument("--seconds", type=float, default=20, help="of each run")
-    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--own", action="store_true", help="our own closed loop also where vLLM is installed")
+    parser.add_argument("--seconds", type=float, default=20, help="of each run of our own loop")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer; from 100 streams on half of it")
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded together")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vllm", help="the vllm command of another environment")
     parser.add_argument("--only", help="servers whose name contains this")
-    parser.add_argument("--soak", type=float, help="in place of the table: seconds under the largest number of streams")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    options.own = options.own or not available()
+    return options
+
+
+def main() -> None:
+    """Start every server in turn, and measure it."""
+    options = read_options()
     if httpx is None:
-        raise SystemExit("the load is made by httpx: pip install httpx")
+        raise SystemExit("servers are waited for, and our own load is made, by httpx: pip install httpx")
+    print("load by", "our own loop" if options.own else "vllm bench serve", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"
@@ -288,17 +289,11 @@ def main() -> None:
         for name in missing:
             print(f"left out: {name}", file=sys.stderr)
         for server in (s for s in found if not options.only or options.only in s.name):
-            with started(server, Path(directory) / "log") as (url, pid):
-                if options.soak:
-                    streams = max(map(int, options.streams.split(",")))
-                    asyncio.run(soak(url, server, model, streams, options.tokens, options.soak, pid))
-                    continue
+            with started(server, Path(directory) / "log") as (url, _):
                 for streams in map(int, options.streams.split(",")):
-                    load = asyncio.run(measure(url, server, model, streams, options.tokens, options.seconds))
-                    rows.append(row(server.name, streams, load, options.seconds))
+                    rows.append(run(server, url, model, streams, options))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    if rows:
-        print(table(rows))
+    print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -74,8 +74,15 @@ class Engine(Protocol):
         """Take new policy weights. Only legal while no row is held: cached keys belong to the old weights."""
 
 
-class ServingEngine(Engine, Protocol):
-    """An engine that takes hooks, shows what is under way, and whose poll can be interrupted to submit or release something."""
+class InterruptibleEngine(Engine, Protocol):
+    """An engine whose poll can be interrupted to submit or release something."""
+
+    def interrupt(self) -> None:
+        """Called by any thread: the poll in progress, or else the next one, returns after a step, with or without candidates."""
+
+
+class ServingEngine(InterruptibleEngine, Protocol):
+    """An engine that takes hooks and shows what is under way."""
 
     def extend(self, row: Row, tokens: int, draw: Draw, sampling: Sampling, hook: LogitsHook | None = None) -> None:
         """As `Engine.extend`; ``hook`` sees the logits of every token of this candidate."""
@@ -85,9 +92,6 @@ class ServingEngine(Engine, Protocol):
 
     def drawn(self, row: Row, after: int) -> tuple[list[int], list[float]]:
         """What the row's open request has drawn since its first ``after`` tokens: ids and log-probabilities."""
-
-    def interrupt(self) -> None:
-        """Called by any thread: the poll in progress, or else the next one, returns after a step, with or without candidates."""
 
 
 class RestingEngine(Engine, Protocol):

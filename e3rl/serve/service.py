@@ -269,7 +269,7 @@ class Service:
             shaping = replace(shaping, grammar=grammar)
         if not RowHook.needed(shaping, top):
             return None
-        if not hasattr(self._engine, "interrupt"):  # no `ServingEngine`
+        if not hasattr(self._engine, "drawn"):  # no `ServingEngine`
             raise ApiError(
                 400,
                 "this server's engine can't change logits: penalties, logit_bias, min_tokens, ignore_eos, top_logprobs, "

@@ -1,7 +1,7 @@
 """The thread that owns the engine: groups of several clients decode together, each by its own settings.
 
 A new group joins whenever rows are free, the client's first that has the fewest rows, and a group whose client has gone leaves:
-both interrupt the engine, in the middle of a segment, where it is a `ServingEngine`. Other threads only
+both interrupt the engine, in the middle of a segment, where it is an `InterruptibleEngine`. Other threads only
 hand over work: everything that touches the engine runs on this thread.
 """
 

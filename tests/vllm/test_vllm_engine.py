@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -157,3 +158,53 @@ def test_broken_weights_end_in_an_error_that_names_the_draw(model: Any, make_eng
     finally:
         engine.release(row)
         engine.load_weights({name: before}, 2)
+
+
+ENDLESS = Draw(0, 0, "p", 3, 0, 0)
+"""After the prompt 5, 6, 7, 8 it draws no end in 70 tokens."""
+
+
+def interrupting(engine: Any, polls: int) -> list[tuple[int, Candidate]]:
+    """Poll until something is delivered; the first polls are interrupted while they wait for vLLM's processes."""
+    found: list[tuple[int, Candidate]] = []
+    while not found:
+        if polls > 0:
+            threading.Timer(0.002, engine.interrupt).start()
+        found, polls = engine.poll(), polls - 1
+    return found
+
+
+def test_an_interrupted_poll_returns_and_nothing_shows_of_it(model: Any, make_engine: Callable[[], Any]):
+    engine, prompt = make_engine(), (5, 6, 7, 8)
+    engine.interrupt()
+    [row] = engine.prefill(prompt, 1)
+    engine.extend(row, 60, ENDLESS, Sampling())
+    assert engine.poll() == [], "interrupted before it began"
+    [(_, candidate)] = interrupting(engine, 5)
+    expected = oracle(model)
+    [other] = expected.prefill(prompt, 1)
+    expected.extend(other, 60, ENDLESS, Sampling())
+    assert len(candidate.ids) == 60
+    assert_same(candidate, expected.poll()[0][1], TOLERANCE, "interrupted")
+
+
+def test_a_request_joins_and_another_leaves_in_the_middle_of_a_segment(
+    core: Any, model: Any, make_engine: Callable[[], Any]
+):
+    engine = make_engine()
+    [long, leaves] = engine.prefill((5, 6, 7, 8), 2)
+    for row in (long, leaves):
+        engine.extend(row, 70, ENDLESS, Sampling())
+    engine.interrupt()
+    assert engine.poll() == []
+    engine.release(leaves)
+    [short] = engine.prefill((9, 3), 1)
+    engine.extend(short, 4, Draw(0, 0, "p", 0, 0, 0), Sampling())
+    [(first, candidate)] = interrupting(engine, 3)
+    assert first == short, "the one of 4 tokens doesn't wait for the one of 70"
+    assert len(core._open) == 1, "vLLM has let go of the row that left"
+    [(second, _)] = interrupting(engine, 3)
+    assert (second, core._llm.has_unfinished_requests()) == (long, False)
+    expected = oracle(model)
+    [other] = expected.prefill((9, 3), 1)
+    assert candidate.ids.tolist() == generate(expected, other, 4).ids.tolist()

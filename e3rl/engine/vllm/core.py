@@ -87,6 +87,7 @@ class VllmCore:
         self._forgotten: list[str] = []  # whose measures nobody wants, and the workers don't know yet
         self._finished: dict[str, Generated] = {}
         self._asleep = False
+        self._interrupted = threading.Event()
         self.calls = 0  # of the workers, for measures
         self.measure_bytes = 0
 
@@ -129,11 +130,21 @@ class VllmCore:
             self._llm.engine_core.abort_requests(keys)  # the scheduler knows parked requests by their keys
 
     def take(self, keys: Iterable[str]) -> dict[str, Generated]:
-        """Generate until one of ``keys`` is finished; all of them that are."""
+        """Generate until one of ``keys`` is finished, or an interrupt; all of them that are finished."""
         wanted = set(keys)
-        while wanted and not wanted & self._finished.keys():
+        while wanted and not wanted & self._finished.keys() and not self._interrupted.is_set():
             self._step()
+        self._interrupted.clear()
         return {key: self._finished.pop(key) for key in wanted & self._finished.keys()}
+
+    def interrupt(self) -> None:
+        """By any thread: the `take` in progress, or else the next one, returns. What is generated goes on meanwhile."""
+        from vllm.v1.engine import EngineCoreOutputs
+
+        self._interrupted.set()
+        outputs = getattr(self._llm.engine_core, "outputs_queue", None)
+        if outputs is not None:  # else vLLM is in this process, and a step is soon over
+            outputs.put_nowait(EngineCoreOutputs())  # for a step that waits for vLLM's processes
 
     def _step(self) -> None:
         with _living():

@@ -143,12 +143,16 @@ class VllmEngine:
         find_row(self._rows, row).append(ids, self._vocabulary, self._max_length)
 
     def poll(self) -> list[tuple[Row, Candidate]]:
-        """Let vLLM generate until at least one request is complete; return all that are."""
+        """Let vLLM generate until at least one request is complete, or an interrupt; return all that are complete."""
         asked = {state.key: handle for handle, state in self._rows.items() if state.key is not None}
         generated = self._core.take(asked)
         return [
             (asked[key], self._deliver(self._rows[asked[key]], generated[key])) for key in asked if key in generated
         ]
+
+    def interrupt(self) -> None:
+        """Called by any thread: the poll in progress, or else the next one, returns."""
+        self._core.interrupt()
 
     def _deliver(self, row: _VllmRow, generated: Generated) -> Candidate:
         request = row.open
