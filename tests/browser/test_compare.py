@@ -28,6 +28,9 @@ def test_two_runs_are_compared(page: Any, tmp_path: Path) -> None:
         page.get_by_role("checkbox", name="demo").uncheck()
         page.wait_for_function("document.querySelectorAll('#compare-reward .scatterlayer .trace').length === 1")
         assert page.evaluate(look) == both[1:]
+        headings = page.locator("section.block:has(.charts) > h2:visible").all_inner_texts()
+        assert headings[:2] == ["Held-out evaluation", "Learning"]
+        assert "Tools" not in headings  # there are none in these runs: no heading above nothing
 
 
 def heading_and_response(group: Any) -> tuple[str, list[str]]:

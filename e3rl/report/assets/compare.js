@@ -68,8 +68,8 @@ class CompareView {
     this.curves = el("div", {}, el("p", { class: "lede" }, "The same curves of several runs. Over tokens, all generated tokens count, including erased ones."),
       this.chips, this.table.node, this.tools);
     this.charted = el("div", {}, section("Held-out evaluation", null, el("div", { class: "charts two" }, chart("avg", { title: "Avg@k", percent: true, id: "compare-avg" }), chart("pass", { title: "Pass@k", percent: true }))),
-      CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, options]) =>
-        chart(name, { title: label, id: "compare-" + name, ...options }))))));
+      (this.sections = CURVES.map(([title, curves]) => section(title, null, el("div", { class: "charts" }, curves.filter(([name]) => name !== "seconds").map(([name, label, options]) =>
+        chart(name, { title: label, id: "compare-" + name, ...options })))))));
     this.node = el("div", {}, el("h1", {}, "Compare"), this.curves, this.charted, this.same.node);
     theme.listeners.push(() => this.runs && this.drawChips());
   }
@@ -105,6 +105,7 @@ class CompareView {
     for (const name of Object.keys(this.charts)) {
       if (name !== "avg" && name !== "pass") this.charts[name].update(groups.flatMap((g) => comparedCurve(g, name, this.axis)), xTitle, this.smoothing);
     }
+    CURVES.forEach(([, curves], i) => (this.sections[i].hidden = curves.every(([name]) => this.charts[name]?.node.hidden ?? true)));
     this.table.fill(this.summary(runs));
     this.same.update(runs);
   }

@@ -16,6 +16,11 @@ function fill(node, ...children) {
   return node;
 }
 
+// A sentence in which what stands between backticks is code.
+function prose(text) {
+  return text.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));
+}
+
 function select(label, options, value, onchange) {
   const choices = options.map(([key, text]) => el("option", { value: key, selected: key === value }, text));
   const control = el("select", { "aria-label": label, onchange: () => onchange(control.value) }, choices);

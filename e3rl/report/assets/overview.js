@@ -117,7 +117,7 @@ class OverviewView {
     fill(this.head, el("h1", {}, run.name), el("p", { class: "lede" }, lede(run)), el("div", { class: "tiles" }, tiles(run)));
     const shown = this.about.querySelector("details")?.open;
     fill(this.about,
-      el("section", { class: "block" }, el("h2", {}, "Health"), el("ul", { class: "health" }, run.health.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, f.text))))),
+      el("section", { class: "block" }, el("h2", {}, "Health"), el("ul", { class: "health" }, run.health.map((f) => el("li", { class: f.level }, el("strong", {}, LEVELS[f.level]), el("span", {}, prose(f.text)))))),
       el("details", { class: "what", open: shown }, el("summary", {}, "What was run"), el("dl", { class: "facts" }, run.facts.map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]))));
     const open = this.settings.firstChild?.open;
     fill(this.settings, el("details", { class: "settings", open }, el("summary", {}, "All settings"), el("div", { class: "setting-tables" },
