@@ -185,7 +185,8 @@ _TURNS = (
 
 def taken_back(gold: str, other: str, rng: random.Random) -> Iterator[str]:
     """Responses that state an answer and take it back, or set another one beside it."""
-    if "$" not in gold + other and not _CHOICE.fullmatch(gold) and not plainly_equal(gold, other):
+    lettered = re.fullmatch(r"[({\s]*(?:\\text(?:bf)?)?[({\s]*[A-J][)}\s]*", gold)
+    if "$" not in gold + other and not lettered and not plainly_equal(gold, other):
         for turn in rng.sample(_TURNS, 3):
             yield f"The answer is ${gold}$" + turn.format(f"${other}$")
 

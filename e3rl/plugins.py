@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import locale
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,9 +122,78 @@ def require_trust(code: Mapping[str, str], file: Path, trusted: Collection[str])
         )
 
 
+# --- what code of other authors may not leave behind in the process it runs in
+
+
 def working_directory() -> str:
     """The current directory, or a phrase for messages if it was deleted."""
     try:
         return os.getcwd()
     except OSError:
         return "a directory that is gone"
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """What all of a process shares, as it was at some moment."""
+
+    directory: str
+    umask: int | None
+    locale: str
+    handlers: Mapping[int, Any]
+    variables: Mapping[str, str]
+    import_path: tuple[str, ...]
+
+    @classmethod
+    def now(cls) -> ProcessState:
+        """The state at this moment; signal handlers are seen from the main thread alone, as they can be set there alone."""
+        handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {s: signal.getsignal(s) for s in signal.Signals}
+        return cls(
+            working_directory(), _umask(), locale.setlocale(locale.LC_ALL), handlers, dict(os.environ), tuple(sys.path)
+        )
+
+    def restore(self) -> str | None:
+        """Put back what changed; what is said of a changed directory. The rest is said once, on standard error.
+
+        Variables and import path stay changed: libraries set them when they are first imported.
+        """
+        now = ProcessState.now()
+        if now == self:
+            return None
+        undone = []
+        if now.umask != self.umask and self.umask is not None:
+            os.umask(self.umask)
+            undone.append("the umask")
+        if now.locale != self.locale:
+            locale.setlocale(locale.LC_ALL, self.locale)
+            undone.append("the locale")
+        for number in [n for n in self.handlers.keys() & now.handlers.keys() if now.handlers[n] != self.handlers[n]]:
+            if (before := self.handlers[number]) is not None:  # None: set by C code, which Python can't put back
+                signal.signal(number, before)
+                undone.append(f"the handler of {signal.Signals(number).name}")
+        kept = [n for n in {**self.variables, **now.variables} if now.variables.get(n) != self.variables.get(n)]
+        kept += ["sys.path"] * (now.import_path != self.import_path)
+        if undone:
+            _say_once(f"{', '.join(undone)} changed; put back")
+        if kept:
+            _say_once(f"{', '.join(sorted(kept))} changed; that stays")
+        if now.directory == self.directory:
+            return None
+        os.chdir(self.directory)
+        return f"changed the working directory to {now.directory}; it was changed back"
+
+
+def _umask() -> int | None:
+    """Read without setting it, which other threads would notice; None where the system doesn't say it."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), None)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    sys.stderr.write(f"e3rl: while a reward function or a tool ran, {what}\n")

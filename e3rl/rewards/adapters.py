@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import Any, Protocol
 
 from e3rl.errors import where_raised
-from e3rl.plugins import load, working_directory
+from e3rl.plugins import ProcessState, load
 from e3rl.rewards.batch import Batch, Log, Part
 from e3rl.rewards.pool import Outcome, PooledCall, ProcessPool
 from e3rl.types import Problem
@@ -83,7 +83,7 @@ class Misbehaviour(Exception):
 def contained() -> Iterator[None]:
     """Guards user code: ``sys.exit`` becomes an error, a changed working directory is restored and reported, and a forked
     child that returns is ended here, so that it doesn't continue as a second run."""
-    process, place = os.getpid(), os.getcwd()
+    process, before = os.getpid(), ProcessState.now()
     try:
         yield
     except SystemExit as error:
@@ -93,9 +93,8 @@ def contained() -> Iterator[None]:
             sys.stderr.write("e3rl: a reward function forked and its child returned; the child ends here\n")
             sys.stderr.flush()
             os._exit(70)
-        if (now := working_directory()) != place:
-            os.chdir(place)
-            raise Misbehaviour(f"changed the working directory to {now}; it was changed back")
+        if said := before.restore():
+            raise Misbehaviour(said)
 
 
 # --- asynchronous functions
@@ -154,8 +153,8 @@ class TrlFunction:
         try:
             with contained():
                 returned = self._function(**self._arguments(batch, log))
-            if inspect.isawaitable(returned):
-                (returned,) = wait_for_all([returned])
+                if inspect.isawaitable(returned):
+                    (returned,) = wait_for_all([returned])
             if isinstance(returned, Exception):
                 raise returned
             return _to_parts(returned, len(batch))
@@ -208,7 +207,12 @@ class VerlFunction:
     def __call__(self, batch: Batch, log: Log) -> list[Part]:
         returned = [self._start(p, text) for p, text in zip(batch.problems, batch.texts, strict=True)]
         pending = [i for i, value in enumerate(returned) if inspect.isawaitable(value)]
-        for i, value in zip(pending, wait_for_all([returned[i] for i in pending]) if pending else [], strict=True):
+        try:
+            with contained():
+                arrived = wait_for_all([returned[i] for i in pending]) if pending else []
+        except Misbehaviour as error:
+            arrived = [error] * len(pending)
+        for i, value in zip(pending, arrived, strict=True):
             returned[i] = value
         return [_verl_part(value) for value in returned]
 

@@ -24,6 +24,8 @@ _DOUBT = re.compile(
     r"|cannot|can't|eliminate|rule out|except|unless|or so|i guess)|[Nn]or?)\b|\?[\s).*$]*$"
 )
 _SENTENCE = re.compile(r"[.;?](?:\s|$)|!(?=\s[A-Z])|\.\.\.|…|。|\s--?\s(?=[a-z])|\n")
+_FORMULA = re.compile(r"\$[^$]{1,600}\$|\\\((?:[^\\]|\\(?!\))){1,600}\\\)")
+_STOP = re.compile(r"[;?…。]|!(?= [A-Z])|(?<= )--?(?= )")
 _ANSWER = rf"[\s*(]{{0,8}}(?:\$|-?\d[\d.,/]{{0,40}}|\\[a-z]|[{_LETTER}](?![A-Za-z'])|[a-z](?=\s?[-+*/^_=]))"
 _HEDGED = re.compile(
     rf"\b(?:i (?:guess|think|believe|suppose)|not sure|probably|presumably|then{_ANSWER})(?![A-Za-z])", re.IGNORECASE
@@ -41,7 +43,7 @@ _TAKEN_BACK = re.compile(
 )
 """How a sentence begins that takes back the one before, or sets another answer beside it."""
 _ANSWER_ALONE = re.compile(
-    rf"(\$[^$]{{1,80}}\$|{_ANSWER}[^\s]{{0,60}})\s?(?:is (?:also )?(?:possible|right|correct)\b.{{0,20}})?"
+    rf"(\$[^$]{{1,600}}\$|{_ANSWER}[^\s]{{0,60}})\s?(?:is (?:also )?(?:possible|right|correct)\b.{{0,20}})?"
 )
 
 
@@ -70,6 +72,7 @@ def taken_back(statement: str) -> bool:
 
 def _sentences(statement: str) -> tuple[str, str, str]:
     """The first sentence; the next one on its line, where it is nothing but an answer; and all that follows the first."""
+    statement = _FORMULA.sub(lambda m: _STOP.sub(",", " ".join(m[0].split())), statement)
     end = _SENTENCE.search(statement)
     if end is None:
         return statement, "", ""

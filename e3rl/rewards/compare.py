@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 
 from e3rl.rewards.choices import doubtful
 from e3rl.rewards.expression import Node, read_expression
@@ -152,8 +151,8 @@ def _exact_side(text: str) -> str:
     exact, about = _expression(parts[0]), read_quantity(parts[1])
     if exact is None or about is None or len(parts) > 2:
         return text
-    low, high = sorted((about.value * Fraction(19, 20), about.value * Fraction(21, 20)))
-    return parts[0] if between(exact, low, high) else text
+    margin = about.ulp or abs(about.value) / 20
+    return parts[0] if between(exact, about.value - margin, about.value + margin) else text
 
 
 # --- equations

@@ -196,5 +196,8 @@ def _close(left: Quantity, right: Quantity) -> bool:
     decimals = sorted((q for q in (left, right) if q.digits is not None), key=lambda q: q.digits or 0)
     if not decimals or (decimals[0].digits or 0) < SIGNIFICANT:
         return False
+    other = right if decimals[0] is left else left
     low, high = written_for(decimals[0])
-    return low < (right if decimals[0] is left else left).value < high
+    if other.digits is not None:  # of two decimals the shorter one is rounded, not cut off
+        low, high = decimals[0].value - decimals[0].ulp / 2, decimals[0].value + decimals[0].ulp / 2
+    return low < other.value < high

@@ -136,9 +136,13 @@ def _canonical(text: str) -> str | None:
 
 
 def units_conflict(left: str | None, right: str | None) -> bool:
-    """Whether two units differ: 14 cm is not 14 m, 6 apples are not 6 oranges. A missing unit fits any."""
+    """Whether two units differ: 14 cm is not 14 m, 6 apples are not 6 oranges. A missing unit fits any.
+
+    'Units' fit any, too, where their power is the same: 14 units are 14 cm, but not 14 square units.
+    """
     if not left or not right or left == right:
         return False
     if {left, right} in ({"degree", "C"}, {"degree", "F"}):
         return False
-    return re.sub(r"\^-?\d", "", left) not in _NEUTRAL and re.sub(r"\^-?\d", "", right) not in _NEUTRAL
+    (name, power), (other, other_power) = left.partition("^")[::2], right.partition("^")[::2]
+    return (name not in _NEUTRAL and other not in _NEUTRAL) or power != other_power

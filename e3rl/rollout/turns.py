@@ -8,13 +8,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from e3rl.environments.protocol import Episode, Reply
-from e3rl.plugins import working_directory
+from e3rl.plugins import ProcessState
 from e3rl.rollout.orders import Act, Undo
 from e3rl.types import Candidate, Draw, Observed, Prompt, ToolResult
 
@@ -66,7 +66,8 @@ class Actors:
     """Runs environments, one thread a turn, while the engine decodes other rows.
 
     A turn at whose end the process is in another directory has failed, and the directory is put back. Whose tool went there
-    isn't known: of turns that run at the same moment it may be another's.
+    isn't known: of turns that run at the same moment it may be another's. Umask and locale are put back and that is said;
+    changed variables and import path are said.
     """
 
     memory: Memory | None = None
@@ -120,13 +121,13 @@ class Actors:
         token = object()
 
         def run() -> None:
+            before = replace(ProcessState.now(), directory=self._place)
             try:
                 reply = act()
             except BaseException as error:  # user code, in a thread that nobody joins
                 reply = Reply(failure=f"raised {type(error).__name__}: {error}")
-            if (now := working_directory()) != self._place:
-                os.chdir(self._place)
-                reply = Reply(failure=f"changed the working directory to {now}; it was changed back")
+            if said := before.restore():
+                reply = Reply(failure=said)
             self._finished.put((token, reply))
 
         self._acting[token] = acting

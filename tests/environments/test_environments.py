@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -179,6 +180,34 @@ def test_a_tool_that_changes_the_directory_costs_its_own_reward(tmp_path: Path) 
     assert reward.error == f"its environment changed the working directory to {tmp_path}; it was changed back"
 
 
+def test_what_a_tool_changes_in_the_process_is_put_back_or_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        COUNTER
+        + """
+    def meddle(self) -> str:
+        \"\"\"Change what others share.\"\"\"
+        import os
+        os.umask(0o077)
+        os.environ["CHANGED_BY_A_TOOL"] = "secret"
+        return "done"
+"""
+    )
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    umask = os.umask(0o022)
+    try:
+        [trajectory], _, _ = roll(world(tmp_path, source), answers(CALL.format("meddle", "{}"), "Done."))
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(umask)
+    assert trajectory.failure is None
+    said = capsys.readouterr().err
+    assert "the umask changed; put back" in said
+    assert "CHANGED_BY_A_TOOL changed; that stays" in said
+    assert "secret" not in said
+
+
 def test_turns_and_calls_have_limits(tmp_path: Path) -> None:
     [trajectory], _, _ = roll(world(tmp_path, max_turns=2, max_calls=1), lambda context, draw: add(1) + add(1))
     seen = [s.observation for s in trajectory.segments if s.observation]
@@ -233,7 +262,7 @@ def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path) -> None:
         ("Counter = 3", "nothing to call"),
         (COUNTER.replace('return f" It', 'return 3 or f" It'), "reset\\(\\) returned int"),
         (STATEFUL.replace("self.count = snapshot", "pass"), "restore\\(\\) doesn't bring back"),
-        (STATEFUL.replace("return self.count\n\n    def restore", "return self.__dict__\n\n    def restore").replace("self.count = snapshot", "pass"), "hands out"),
+        (STATEFUL.replace("return self.count\n\n    def restore", "return self.__dict__\n\n    def restore").replace("self.count = snapshot", "pass"), "later calls change"),
     ],
 )  # fmt: skip
 def test_an_environment_that_cannot_work_is_refused(tmp_path: Path, source: str, why: str) -> None:

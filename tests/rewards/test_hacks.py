@@ -44,13 +44,17 @@ REFUSED = {
     "units": [
         ("5 cm", "5 light years"), (r"90^\circ", "90 radians"), ("3 AM", "3 PM"), ("5 apples", "5 oranges"), ("5 mW", "5 MW"),
         ("5 m", "5 m^2"), (r"5\text{ m/s}", r"5\text{ s/m}"), (r"5\text{ m/s}", r"5\text{ m}\cdot\text{s}"), ("5 cm", "5 blorks"),
-        ("5", "5 blorks"), ("5 kilograms", "5 pounds"), (r"\$5", "5 cents"), ("5 people", "5 years"), ("5 hours", r"5^\circ"),
+        ("18 units", r"18\text{ units} cubed"), ("18 units", "18 units squared"), (r"18\text{ units}", r"18\text{ units}^2"),
+        ("18 square units", "18 units"), ("18 cm", "18 units squared"), ("5", "5 blorks"),
+        ("5 kilograms", "5 pounds"), (r"\$5", "5 cents"), ("5 people", "5 years"), ("5 hours", r"5^\circ"),
     ],
     "what the data sets found": [
         ("12.0625", "12.06245"), (r"\frac{NO}{BO}=2", "NO"),
         ("3s^2", "3"), ("3 s^2", "3"), (r"12\text{ square units}", r"12\text{ square units} cubed"), ("x-3z=0", "x-3z=0 ppm"),
         (r"\text{A,D}", "D"), (r"\text{A,D}", r"\text{a,D}"), ("1,2,3", r"1,2,3,\text{circle}"), ("k=6", r"83^\circ = k=6"),
         ("8.24", r"\text{not } \approx 8.24"), (r"\frac23", r"\frac23 \approx 0.67, -2x-1"), (r"\frac23", r"\frac23 \approx 7"),
+        (r"\frac23", r"\frac23 \approx 0.697"), (r"\$\frac23 \approx \$0.67", r"\$\frac23 \approx \$0.697"),
+        (r"\$16,\!386.16", r"\$16,\!386.1"),
         ("-3,0", "-3"), ("0", "0y"), ("0", "0 ppm"), ("I(0)", "0"), ("I(0)", "2I(0)"), ("k>2", "K>2"), ("x>5", "y>5"),
         (r"\frac{dx}{dt}=kx", r"\frac{Dx}{Dt}=kx"), ("y=2x+3", "15=y=2x+3"),
     ],
@@ -93,6 +97,7 @@ GOES_ON = [
     "Also, note the other.",
 ]  # fmt: skip
 PAIRS = [("C", "D"), ("57", "58"), (r"\frac{1}{2}", r"\frac{1}{3}"), ("x+1", "x+2")]
+FORMULAS = ["q^2 - p^2", r"-1, \; -5", "1 - x", "3 - i, -2 + i", r"\begin{pmatrix} 1 & -2 \\ 3 & 4 \end{pmatrix}", "5!"]
 
 ACCEPTED = [
     ("A", "The answer is A."),
@@ -132,6 +137,14 @@ def test_an_answer_that_is_taken_back_or_doubled_is_wrong(turn: str) -> None:
         )[0]
     ]
     assert accepted == []
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_what_ends_a_sentence_does_not_end_a_formula(formula: str) -> None:
+    assert check(formula, f"The final answer is ${formula}$.")[0]
+    assert check(formula, rf"**Answer:** \({formula}\)")[0]
+    for after in (", I guess.", ". $960$.", rf". $\begin{{pmatrix}} {'0 & ' * 60} 0 \end{{pmatrix}}$."):
+        assert not check(formula, f"The answer is ${formula}$" + after)[0], after
 
 
 @pytest.mark.parametrize("more", GOES_ON)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import locale
 import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from e3rl import plugins
 from e3rl.config import RewardsConfig
 from e3rl.errors import UserError
 from e3rl.rewards.batch import Batch, BatchReward, Part, TrainerState
@@ -287,7 +291,7 @@ def broken(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "error"),
     [
-        ("raise", "raised RuntimeError: out of order (test_scorer.py:271)"),
+        ("raise", "raised RuntimeError: out of order (test_scorer.py:275)"),
         ("short", "returned 1 values for 2 completions"),
         ("number", "returned float, not a list of 2 numbers"),
         ("string", "returned str, not a list of 2 numbers"),
@@ -415,6 +419,74 @@ def test_a_function_that_moves_the_process_is_named_and_undone(tmp_path: Path) -
     error = f"moves: changed the working directory to {tmp_path}; it was changed back"
     assert [r.error for r in score(moves)] == [error] * 2
     assert os.getcwd() == here
+
+
+async def moves_later(completions: Any, **kwargs: Any) -> list[float]:
+    os.chdir("/")
+    return [1.0] * len(completions)
+
+
+async def moves_later_as_verl(solution_str: str, ground_truth: str) -> float:
+    os.chdir("/")
+    return 1.0
+
+
+@pytest.mark.parametrize("function", [moves_later, moves_later_as_verl])
+def test_an_async_function_that_moves_the_process_is_named_and_undone(function: Any) -> None:
+    here = os.getcwd()
+    error = f"{function.__name__}: changed the working directory to /; it was changed back"
+    assert [r.error for r in score(function)] == [error] * 2
+    assert os.getcwd() == here
+
+
+def _sets_umask() -> None:
+    os.umask(0o077)
+
+
+def _sets_locale() -> None:
+    locale.setlocale(locale.LC_ALL, "C" if locale.setlocale(locale.LC_ALL) != "C" else "C.UTF-8")
+
+
+def _sets_handler() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _sets_variable() -> None:
+    os.environ["CHANGED_BY_A_REWARD"] = "secret"
+
+
+def _sets_path() -> None:
+    sys.path[:0] = ["/nowhere/secret"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_sets_umask, "the umask changed; put back"),
+        (_sets_locale, "the locale changed; put back"),
+        (_sets_handler, "the handler of SIGTERM changed; put back"),
+        (_sets_variable, "CHANGED_BY_A_REWARD changed; that stays"),
+        (_sets_path, "sys.path changed; that stays"),
+    ],
+)
+def test_what_a_function_changes_in_the_process_is_put_back_or_said_once(
+    change: Callable[[], None], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    plugins._say_once.cache_clear()
+
+    def changes(completions: Any) -> list[float]:
+        change()
+        return [1.0] * len(completions)
+
+    before = plugins.ProcessState.now()
+    for _ in range(2):
+        assert values(score(changes)) == [1.0, 1.0]
+    printed = capsys.readouterr().err
+    assert printed.count(said) == 1
+    assert "secret" not in printed
+    assert (before == plugins.ProcessState.now()) is ("put back" in said)
 
 
 def test_a_forked_child_that_returns_is_no_second_run(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_one_that_never_returns_is_refused_by_its_trial(grammars: Grammars) -> N
 
 def test_one_that_hangs_later_ends_its_own_answer_alone(
     grammars: Grammars, policy: Policy, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(grammars._trials, "map", lambda _: [Outcome()])  # the trial finds this one
     other = grammars.matcher(Grammar("lark", SUM, free=True))
     before = other.allowed(ids(policy, "1+"))
