@@ -36,7 +36,7 @@ from e3rl.models import ReferencePolicy, load_policy
 from e3rl.plan.dry_run import Allocations
 from e3rl.plan.memory import GIB
 from e3rl.train.trainer import Trainer
-from e3rl.weight_files import without_memory
+from e3rl.weights.files import without_memory
 
 A_NODE = 8  # ranks
 A_FILE = 5 * 10**9  # bytes, as large models are published

@@ -12,10 +12,10 @@ import torch
 from scale_figure import Figure
 from torch import Tensor
 
-from e3rl.cluster.image import read_image
-from e3rl.cluster.weights import Offer, Publisher, Receiver
 from e3rl.cluster.wire import decode, encode
-from e3rl.engine.weights import copy_weights
+from e3rl.weights.image import read_image
+from e3rl.weights.model import copy_weights
+from e3rl.weights.publish import Offer, Publisher, Receiver
 
 LAYERS, WIDTH, FORWARD, VOCABULARY = 24, 896, 4864, 151_936
 """Of Qwen2.5-0.5B, whose 494 million parameters are 1.98 GB in float32."""

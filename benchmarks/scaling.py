@@ -24,19 +24,19 @@ import torch
 
 from e3rl.cluster.client import server_place
 from e3rl.cluster.pool import Terms, WorkerPool
-from e3rl.cluster.weights import Published, Publisher
 from e3rl.config import Config, load_config, to_toml
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Sampling
-from e3rl.engine.weights import architecture
 from e3rl.models import Policy, load_policy
 from e3rl.plan.simulation import Costs, Work, simulate_rollouts
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import summarise
 from e3rl.types import Draw, Prompt
+from e3rl.weights.model import architecture
+from e3rl.weights.publish import Published, Publisher
 
 OVERRIDES = (
     "model.path=lab",

@@ -27,13 +27,13 @@ from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.vllm.core import VllmCore, kv_cache_bytes
 from e3rl.engine.vllm.engine import VllmEngine
-from e3rl.engine.weights import write_model
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import summarise
 from e3rl.train.summary import environment
 from e3rl.types import Group, Prompt
+from e3rl.weights.model import write_model
 
 Values = dict[str, Any]
 

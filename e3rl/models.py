@@ -17,7 +17,7 @@ from e3rl.config import ModelConfig
 from e3rl.errors import UserError
 from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
 from e3rl.quantization import loading_arguments, with_exact_products
-from e3rl.weight_files import WeightFiles, emptied, fill, finite, require_finite, some, without_memory
+from e3rl.weights.files import WeightFiles, emptied, fill, finite, require_finite, some, without_memory
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from e3rl.train.listeners import Silent
 from e3rl.train.run_directory import continue_or_put_aside, read_lines
 from e3rl.train.summary import environment
 from e3rl.train.trainer import Trainer
-from e3rl.weight_files import save_pretrained
+from e3rl.weights.files import save_pretrained
 from e3rl_reproduce.cells import ERROR, Cell, Point
 from e3rl_reproduce.measures import EXAM
 

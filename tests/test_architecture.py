@@ -26,7 +26,7 @@ FLOORS = [
         "model_files",
         "offload",
         "quantization",
-        "weight_files",
+        "weights",
         "reward_model",
         "web",
     },

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from e3rl.cluster.weights import Published
 from e3rl.cluster.wire import encode
 from e3rl.errors import UserError
+from e3rl.weights.publish import Published
 
 CHUNK = 2**26
 """Bytes of the image that travel at once."""

@@ -24,7 +24,7 @@ PROTOCOL = 3
 @dataclass(frozen=True)
 class Hello:
     """What a worker is. ``rows``: sequences it holds at once; ``policy_version`` is None before any weights came. ``node``: see
-    `e3rl.cluster.weights.this_node`."""
+    `e3rl.weights.publish.this_node`."""
 
     protocol: int
     e3rl: str

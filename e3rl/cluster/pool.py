@@ -16,12 +16,12 @@ from typing import Protocol
 from e3rl.cluster.broadcast import Broadcaster
 from e3rl.cluster.messages import Answer, Ask, Hello, Task, check_hello, decode_answer, group_of
 from e3rl.cluster.open_groups import OpenGroups
-from e3rl.cluster.weights import Published, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import problem_of
 from e3rl.types import Group, Prompt
+from e3rl.weights.publish import Published, this_node
 
 
 class WorkerLost(Exception):

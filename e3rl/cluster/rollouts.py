@@ -17,15 +17,12 @@ from torch import Tensor
 from e3rl.cluster import TOKEN_VARIABLE
 from e3rl.cluster.broadcast import Broadcaster
 from e3rl.cluster.client import server_place
-from e3rl.cluster.image import in_order
 from e3rl.cluster.messages import group_of
 from e3rl.cluster.pool import Terms, WorkerPool
 from e3rl.cluster.ray_workers import ray_places
-from e3rl.cluster.weights import Published, Publisher
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
 from e3rl.engine.protocol import Engine
-from e3rl.engine.weights import architecture
 from e3rl.evaluate.evaluation import Draws
 from e3rl.models import Policy
 from e3rl.rollout.batches import run_jobs
@@ -34,6 +31,9 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.jobs import GroupJob
 from e3rl.train.journal import Journal, StepJournal
 from e3rl.types import Group, Prompt
+from e3rl.weights.image import in_order
+from e3rl.weights.model import architecture
+from e3rl.weights.publish import Published, Publisher
 
 
 class Rollouts(Protocol):

@@ -55,7 +55,7 @@ class ModulePasses(Passes):
 def shard(model: Any, device: torch.device, config: TrainConfig, ranks: Ranks, *, frozen: bool = False) -> WholePass:
     """Divide the model among the ranks, in place; returns the root, through which it must be run.
 
-    An empty model stays empty (`e3rl.weight_files.fill`). A ``frozen`` one has no backward pass to keep weights for.
+    An empty model stays empty (`e3rl.weights.files.fill`). A ``frozen`` one has no backward pass to keep weights for.
     """
     base = unwrapped(model)
     layers = getattr(getattr(base, base.base_model_prefix), "layers", None)

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from e3rl import __version__
 from e3rl.cluster.broadcast import Audience, Broadcast
-from e3rl.cluster.image import image_size, read_image
 from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Hello, Task, encode_answer
-from e3rl.cluster.weights import NotReachable, Offer, Receiver, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
-from e3rl.engine.weights import architecture
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.columns import encode as encode_groups
@@ -29,6 +26,9 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.orders import Committed, Erased, Event
 from e3rl.types import Problem, Prompt
 from e3rl.web.prometheus import Metrics
+from e3rl.weights.image import image_size, read_image
+from e3rl.weights.model import architecture
+from e3rl.weights.publish import NotReachable, Offer, Receiver, this_node
 
 _HELP = {
     "e3rl_segments_total": "committed segments",

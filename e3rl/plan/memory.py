@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from e3rl.cluster.image import image_size
 from e3rl.cluster.parallel import keeps_passes
 from e3rl.config import Config, ModelConfig, TrainConfig
 from e3rl.data.loading import training_problems
@@ -30,6 +29,7 @@ from e3rl.plan.generation import Process, Sizes, engine_bytes, generator
 from e3rl.quantization import as_shapes
 from e3rl.train.optimizer import muon_takes, state_width
 from e3rl.train.prompts import number_of_steps
+from e3rl.weights.image import image_size
 
 
 def known_config(path: str) -> Any:

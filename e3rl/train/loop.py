@@ -34,7 +34,7 @@ from e3rl.train.state import (
 )
 from e3rl.train.step_metrics import sampled_text, step_record
 from e3rl.train.summary import model_card, run_summary, upload
-from e3rl.weight_files import save_adapter, save_pretrained
+from e3rl.weights.files import save_adapter, save_pretrained
 
 
 def train(run: Run, state: State) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from e3rl.cluster.rollouts import Rollouts
 from e3rl.config import Config
 from e3rl.data.stream import Stream
 from e3rl.engine.protocol import Engine
-from e3rl.engine.weights import take_weights
 from e3rl.errors import UserError
 from e3rl.evaluate.evaluation import Draws
 from e3rl.models import Policy, load_policy
@@ -34,7 +33,8 @@ from e3rl.train.listeners import Listener, StopRequest, tell
 from e3rl.train.nonfinite import nonfinite_parameters
 from e3rl.train.prompts import RunData
 from e3rl.train.run_directory import RunDirectory, read_lines
-from e3rl.weight_files import describe_checkpoint
+from e3rl.weights.files import describe_checkpoint
+from e3rl.weights.model import take_weights
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from e3rl.cluster import weights as weights_module
 from e3rl.cluster import worker as worker_module
 from e3rl.cluster.pool import Place, Terms, WorkerLost, WorkerPool
 from e3rl.cluster.rollouts import RemoteRollouts
-from e3rl.cluster.weights import this_node
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.config import Config, ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
@@ -43,6 +42,7 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.train.journal import Journal, fingerprint
 from e3rl.types import Draw, Problem, Prompt
+from e3rl.weights.publish import this_node
 from tests.chaos.clock import Simulation
 
 VOCABULARY, LONGEST_PROMPT, WORKERS, STEPS = 1_000_001, 8, 3, 3

@@ -10,17 +10,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from e3rl.cluster.pool import Place, Terms, WorkerLost, WorkerPool
-from e3rl.cluster.weights import Published, Publisher
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.config import Config
 from e3rl.data.loading import load_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.build import build_engine
-from e3rl.engine.weights import architecture
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Group, Prompt
+from e3rl.weights.model import architecture
+from e3rl.weights.publish import Published, Publisher
 
 LONGEST_PROMPT = 40
 SETTINGS = (

@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from e3rl.cluster.image import read_image
 from e3rl.cluster.ranks import Ranks
 from e3rl.cluster.rollouts import RemoteRollouts
-from e3rl.cluster.weights import Receiver, this_node
 from e3rl.models import load_policy
 from e3rl.rollout.columns import encode
 from e3rl.rollout.ipc import to_ipc
@@ -25,6 +23,8 @@ from e3rl.train.collect import exchanged
 from e3rl.train.loop import step
 from e3rl.train.state import publish_weights
 from e3rl.train.trainer import Trainer
+from e3rl.weights.image import read_image
+from e3rl.weights.publish import Receiver, this_node
 from tests.train.random_lab import lab_config, random_lab
 from tests.train.rollouts import rewarded_group
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from e3rl.cli.main import main
 from e3rl.cluster.client import ServerConnection, server_place
-from e3rl.cluster.image import checksum
 from e3rl.cluster.messages import Ask, Hello, Task, decode_answer
 from e3rl.cluster.pool import Place, WorkerLost, WorkerPool
 from e3rl.cluster.server import make_server
@@ -30,6 +29,7 @@ from e3rl.cluster.wire import decode, encode
 from e3rl.config import load_config, to_toml
 from e3rl.errors import UserError
 from e3rl.web.access import Access
+from e3rl.weights.image import checksum
 from tests.cluster.places import LONGEST_PROMPT, World, ids
 from tests.web.running import running
 

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from e3rl.cluster.image import checksum, read_image
 from e3rl.cluster.messages import Ask, Hello, Task, decode_answer
 from e3rl.cluster.pool import Place, WorkerPool
-from e3rl.cluster.weights import NotReachable, Offer, Publisher, Receiver, this_node
 from e3rl.cluster.wire import decode, encode
 from e3rl.errors import UserError
 from e3rl.train.checkpoint import LazyTensors
+from e3rl.weights.image import checksum, read_image
+from e3rl.weights.publish import NotReachable, Offer, Publisher, Receiver, this_node
 from tests.cluster.places import Broken, World, ids
 
 pytestmark = pytest.mark.skipif(not this_node(), reason="no process's memory can be opened by another here")
@@ -109,7 +109,7 @@ def test_every_type_s_largest_numbers_are_weights_and_nothing_beyond(publisher: 
 @pytest.mark.parametrize("chunk", [None, 64], ids=["one chunk", "chunks across tensors"])
 def test_a_single_changed_byte_is_noticed(publisher: Publisher, chunk: int | None, monkeypatch: pytest.MonkeyPatch):
     if chunk:
-        monkeypatch.setattr("e3rl.cluster.image._CHUNK", chunk)
+        monkeypatch.setattr("e3rl.weights.image._CHUNK", chunk)
     exact = {name: tensor.float() if name == "a" else tensor for name, tensor in WEIGHTS.items()}  # one is converted
     published = publisher.publish(0, WEIGHTS, exact)
     assert publisher._memory is not None
@@ -202,7 +202,7 @@ def test_what_can_not_be_opened_is_said(publisher: Publisher):
 PROCESS = """
 import sys, time
 import torch
-from e3rl.cluster.weights import Offer, Publisher, Receiver
+from e3rl.weights.publish import Offer, Publisher, Receiver
 from e3rl.train.checkpoint import LazyTensors
 like = {"w": torch.zeros(4)}
 

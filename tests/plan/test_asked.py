@@ -13,7 +13,6 @@ import torch
 from e3rl.cli import main
 from e3rl.cli.train import train_rank
 from e3rl.cluster.training_worker import Begin
-from e3rl.cluster.weights import Publisher
 from e3rl.config import Config, to_toml
 from e3rl.engine.build import build_engine
 from e3rl.engine.torch import fused, operations
@@ -33,6 +32,7 @@ from e3rl.train.learner import Learner
 from e3rl.train.listeners import Silent
 from e3rl.train.optimizer import MasterOptimizer
 from e3rl.train.packing import group_sequences, packed_size
+from e3rl.weights.publish import Publisher
 from tests.train.random_lab import lab_config, random_hybrid
 from tests.train.rollouts import rewarded_group
 

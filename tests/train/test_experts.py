@@ -19,7 +19,7 @@ from e3rl.train.attribution import packed_attention
 from e3rl.train.learner import Learner
 from e3rl.train.packing import PackedRow, packed_rows
 from e3rl.train.scoring import require_scorable, score_row
-from e3rl.weight_files import save_pretrained
+from e3rl.weights.files import save_pretrained
 from tests.engine.models import EOS, VOCAB, page_model
 from tests.engine.test_engine import contract, oracle, torch_engine
 from tests.train.packs import sequence

@@ -20,7 +20,7 @@ from e3rl.cluster.sharding import shard
 from e3rl.config import ModelConfig, TrainConfig
 from e3rl.errors import UserError
 from e3rl.models import Policy, ReferencePolicy, load_policy
-from e3rl.weight_files import WeightFiles
+from e3rl.weights.files import WeightFiles
 from tests.engine.models import ARCHITECTURES, build, sliding, tiny
 from tests.train.random_lab import random_lab
 

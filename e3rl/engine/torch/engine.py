@@ -28,9 +28,9 @@ from e3rl.engine.torch.decode import READ_AFTER, Marks, SlotRow, StepDraws, Step
 from e3rl.engine.torch.model import check_exactness, require_servable, slot_model
 from e3rl.engine.torch.storage import MIB, SlotMap, StepRows, bucketed, packed, rows_within
 from e3rl.engine.torch.threads import Crew, Division, Pace, divided, operation_threads
-from e3rl.engine.weights import copy_weights
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.types import Candidate, Draw
+from e3rl.weights.model import copy_weights
 
 TURN = 24
 """Round-robin time slice, in tokens, where more requests are open than are decoded together. Requests progress evenly, so few

@@ -18,9 +18,10 @@ from typing import Any
 from e3rl.engine.requests import Request
 from e3rl.engine.sampling import Measures
 from e3rl.engine.vllm.table import VllmArguments, merged_measures
-from e3rl.engine.weights import write_model
 from e3rl.errors import UserError
 from e3rl.types import Draw
+from e3rl.weights.model import write_model
+from e3rl.weights.vllm import TRANSFER, WeightSender
 
 _CPU_BLOCK = (
     32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
@@ -82,6 +83,7 @@ class VllmCore:
         threading.Thread(target=_tell_of_deaths, args=(self._llm.engine_core,), daemon=True).start()
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self._weights = 0  # how often they were changed: the salt of the prefix cache
+        self._sender = WeightSender(self._llm, self._directory)
         self._keys = (f"{n}" for n in itertools.count())
         self._open: set[str] = set()
         self._forgotten: list[str] = []  # whose measures nobody wants, and the workers don't know yet
@@ -176,11 +178,10 @@ class VllmCore:
         """Take over the model's weights as they are now; nothing that was cached before is used again."""
         if self._open:
             raise ValueError(f"{len(self._open)} requests are open: they belong to the old weights")
-        write_model(self._model, self._directory)
-        self._wake_up()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._directory)})
         self._weights += 1
-        self._llm.reset_prefix_cache()
+        with _living():
+            self._sender.send(self._model, self._weights, self._wake_up)
+            self._llm.reset_prefix_cache()
 
     def sleep(self) -> None:
         """Move the weights to the host and give up the cache, with all that is parked, until there is something to do."""
@@ -200,6 +201,7 @@ class VllmCore:
         """Stop the processes and remove the copy of the weights."""
         core = self._llm.engine_core
         core.shutdown()
+        self._sender.close()
         self._remove()
 
 
@@ -281,6 +283,7 @@ def _start(directory: Path, **arguments: Any) -> Any:
         "generation_config": "vllm",
         "enable_prefix_caching": True,
         "worker_extension_cls": "e3rl.engine.vllm.table.MeasuringWorker",
+        **(TRANSFER if known else {}),
         "scheduling_policy": "priority",
         "enforce_eager": cpu,
         "block_size": _CPU_BLOCK if cpu else None,

@@ -21,9 +21,9 @@ from e3rl.engine.protocol import Row, Sampling
 from e3rl.engine.requests import RowState, check_prompt, check_siblings, find_row
 from e3rl.engine.torch.storage import MIB
 from e3rl.engine.vllm.core import Generated, VllmCore
-from e3rl.engine.weights import copy_weights
 from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
+from e3rl.weights.model import copy_weights
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from e3rl.errors import UserError
-from e3rl.weight_files import finite
+from e3rl.weights.files import finite
 
 _CHUNK = 2**19  # bytes that are checked at once: they fit into a core's cache, twice
 _MOST_THREADS = 8  # more of them wait for memory, or for Python
@@ -43,6 +43,11 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def sendable(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an image can hold all of them."""
+    return all(tensor.dtype in _KINDS for tensor in tensors.values())
+
+
 def image_size(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the image."""
     return len(header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
@@ -60,6 +65,17 @@ def views(image: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = like[name]
         found[name] = image[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         position += tensor.nbytes
+    return found
+
+
+def tensors_of(image: Tensor) -> dict[str, Tensor]:
+    """The tensors of a whole image by its own head, where they lie."""
+    [length] = struct.unpack("<Q", image[:8].numpy().tobytes())
+    kinds = {name: kind for kind, name in _KINDS.items()}
+    found = {}
+    for name, entry in json.loads(image[8 : 8 + length].numpy().tobytes()).items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        found[name] = image[begin:end].view(kinds[entry["dtype"]]).view(entry["shape"])
     return found
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e3rl.cluster.image import header, image_size, write_image
 from e3rl.errors import UserError
+from e3rl.weights.image import header, image_size, write_image
 
 _STATE = struct.Struct("<8sqq32s")  # mark, version, bytes of the image, checksum
 _MARK, _UNFINISHED = b"e3rl-w1\n", -1

@@ -48,9 +48,24 @@ def take_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 def write_model(model: Any, directory: Path) -> None:
     """The model as a directory that any engine can load: adapters merged, config and safetensors, no tokenizer."""
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
     try:
-        model.save_pretrained(directory)
+        _merged(model).save_pretrained(directory)
     except OSError as error:
         raise UserError(f"the weights can't be written to {directory}: {error}") from error
+
+
+@torch.no_grad()
+def written_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors that `write_model` would write, under the names that they would have there."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    model = _merged(model)
+    skipped = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
+    found: dict[str, Tensor] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    return found
+
+
+def _merged(model: Any) -> Any:
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
