@@ -261,9 +261,11 @@ def test_calibration_samples_all_of_the_data_and_finds_a_static_baseline(
     assert "needs erasure.static_baseline, and it is 0: 'e3rl calibrate'" in _fails(capsys, unknown)
 
 
-def test_an_uncertainty_without_terms_can_not_be_calibrated(capsys: pytest.CaptureFixture[str]):
+def test_an_uncertainty_without_terms_can_not_be_calibrated(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     weights = [f"erasure.{term}_weight=0" for term in ("base", "gradient", "extremum", "perturbation")]
-    assert "has no term to calibrate" in _fails(capsys, ["calibrate", "lab", "lab:chain", *weights])
+    assert "has no term to calibrate" in _fails(
+        capsys, ["calibrate", "lab", "lab:chain", "--output", str(tmp_path), *weights]
+    )
 
 
 def test_calibrate_saves_what_single_sample_decoding_needs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -282,6 +284,7 @@ def test_names_that_other_libraries_will_change_are_not_the_users_concern(tmp_pa
 
 def test_calibrate_knows_where_to_save_before_it_begins(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "say where to save with --output DIR" in _fails(capsys, ["calibrate", "nobody/nothing", "lab:chain"])
+    assert "'lab' is part of e3rl, and its own settings stay" in _fails(capsys, ["calibrate", "lab", "lab:chain"])
     taken = _recipe(tmp_path)
     assert "is a file" in _fails(capsys, ["calibrate", "lab", "lab:chain", "--output", taken])
 

@@ -214,6 +214,10 @@ def calibration_directory(model_path: str, output: Path | None) -> Path:
     directory = output or Path(resolve_model_path(model_path))
     if output is None and not directory.is_dir():
         raise UserError(f"'{model_path}' is no local directory: say where to save with --output DIR")
+    if output is None and Path(__file__).parents[1] in directory.resolve().parents:
+        raise UserError(
+            f"'{model_path}' is part of e3rl, and its own settings stay: say where to save with --output DIR"
+        )
     if directory.is_file():
         raise UserError(f"--output {directory} is a file; it names the directory for statistics and settings")
     return directory
