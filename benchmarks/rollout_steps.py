@@ -4,7 +4,8 @@ python benchmarks/rollout_steps.py        (about a minute)
 
 The driver and the judge are the real ones. The engine steps as vLLM does: up to ROWS requests at once, the others queue in its
 order. A candidate's length and entropies follow from the numbers of its draw. A ratio of 1.00 says that erasing costs what it
-generates again; above it, steps were thin.
+generates again; above it, steps were thin. With ``--waiting`` the steps are a clock: how much of its time a trainer waits for
+groups, under `rollout.staleness` 0, 1 and 2, and 2 learning from groups as they finish.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from e3rl.engine.vllm.core import precedence
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.stats import summarise
-from e3rl.types import Candidate, Draw, Problem, Prompt
+from e3rl.types import Candidate, Draw, Group, Problem, Prompt
 
 SIBLINGS, LENGTH, SEGMENTS, END = 8, 64, 8, 200
 
@@ -89,8 +90,8 @@ def candidate(draw: Draw, tokens: int) -> Candidate:
     return Candidate(ids, -entropies, entropies, 0 * ones, ones, ones, bool(len(ends)))
 
 
-def count(rows: int, held: int, groups: int, kappa0: float) -> tuple[float, int, float]:
-    """r, steps, and rows a step."""
+def roll_out(rows: int, held: int, groups: int, kappa0: float, step: int = 1) -> tuple[Any, list[Group], list[int]]:
+    """The engine, and the groups with the step at which each was complete."""
     settings = {
         "data.train": "lab:arith:1-3",
         "rollout.num_generations": SIBLINGS,
@@ -101,8 +102,52 @@ def count(rows: int, held: int, groups: int, kappa0: float) -> tuple[float, int,
     config = load_config(None, (), [f"{key}={value}" for key, value in settings.items()])
     prompts = [Prompt(Problem(f"p{n}", "", "1"), (1, 2, 3)) for n in range(groups)]
     engine: Any = CountingEngine(rows, held)
-    found = summarise(run_groups(engine, prompts, GroupSettings(config.rollout, config.erasure, seed=3, step=1)))
-    return found.r, engine.steps, engine.rows / engine.steps
+    found, times = list[Group](), list[int]()
+    for group in run_groups(engine, prompts, GroupSettings(config.rollout, config.erasure, seed=3, step=step)):
+        found.append(group)
+        times.append(engine.steps)
+    return engine, found, times
+
+
+def count(rows: int, held: int, groups: int, kappa0: float) -> tuple[float, int, float]:
+    """r, steps, and rows a step."""
+    engine, found, _ = roll_out(rows, held, groups, kappa0)
+    return summarise(found).r, engine.steps, engine.rows / engine.steps
+
+
+def waiting(
+    steps: Sequence[Sequence[float]], a_group: float, staleness: int, streams: bool = False
+) -> tuple[float, float]:
+    """Share of its time that a trainer waits, and how long all takes.
+
+    ``steps`` has, by training step, when each group is complete after the step's rollouts began; ``a_group`` is what training
+    on one takes. One step is generated after the other, at most ``staleness`` before the trainer gets to it.
+    """
+    begun, generated, now, waited = list[float](), 0.0, 0.0, 0.0
+    for number, finished in enumerate(steps):
+        allowed = begun[number - staleness] if 0 < staleness <= number else (now if staleness == 0 else 0.0)
+        start = max(generated, allowed)
+        times = sorted(start + time for time in finished)
+        generated = times[-1]
+        begun.append(now)
+        for time in times if streams else [generated] * len(times):
+            waited += max(0.0, time - now)
+            now = max(now, time) + a_group
+    return waited / now, now
+
+
+def print_waiting(rows: int, groups: int, number: int = 12) -> None:
+    """Trainers that take half as long as the rollouts, as long, and twice as long."""
+    steps = [roll_out(rows, 2 * rows, groups, 1.0, step)[2] for step in range(1, number + 1)]
+    rollouts = sum(times[-1] for times in steps) / number
+    ways = {"0": (0, False), "1": (1, False), "2, whole steps": (2, False), "2, as groups finish": (2, True)}
+    print(
+        f"{rows} rows, {groups} groups of {SIBLINGS}, {number} steps\ntraining/rollouts  staleness            waits  time"
+    )
+    for share in (0.5, 1.0, 2.0):
+        for name, way in ways.items():
+            waits, time = waiting(steps, share * rollouts / groups, *way)
+            print(f"{share:17.1f}  {name:19s}  {waits:5.2f}  {time / (number * rollouts):.2f}")
 
 
 def main() -> None:
@@ -110,7 +155,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--groups", type=int, nargs="+", default=[12, 48, 192])
     parser.add_argument("--held", type=int, nargs="+", default=[1, 2, 4], help="siblings held, in multiples of rows")
+    parser.add_argument("--waiting", action="store_true")
     options = parser.parse_args()
+    if options.waiting:
+        print_waiting(options.rows[0], options.groups[0])
+        return
     print("rows  groups  held  r     steps/((1+r) kept)  rows a step: kept  erasing")
     for rows, groups, held in itertools.product(options.rows, options.groups, options.held):
         _, plain, full = count(rows, held * rows, groups, 1e6)
