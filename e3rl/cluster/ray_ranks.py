@@ -84,14 +84,21 @@ class _Progress:
 
 
 class _Crew:
-    """The actors of one attempt."""
+    """The actors of one attempt, placed together: Ray reserves room for all of them or for none, on as few machines as it can."""
 
     def __init__(self, ray: Any, head: Head, config: Config) -> None:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Within
+
         self._ray, self._head = ray, head
-        actor = ray.remote(TrainingWorker).options(
-            num_cpus=1, num_gpus=config.train.worker_gpus, max_restarts=0, max_concurrency=4
-        )
-        self._actors = [actor.remote() for _ in range(config.train.workers)]
+        train = config.train
+        needs = {"CPU": 1.0, **({"GPU": train.worker_gpus} if train.worker_gpus else {})}
+        self._room = ray.util.placement_group([needs] * train.workers, strategy="PACK")
+        actor = ray.remote(TrainingWorker)
+        options = {"num_cpus": 1, "num_gpus": train.worker_gpus, "max_restarts": 0, "max_concurrency": 4}
+        self._actors = [
+            actor.options(**options, scheduling_strategy=Within(self._room, rank)).remote()
+            for rank in range(train.workers)
+        ]
 
     def train(self, job: Job, begin: Begin, watched: _Progress, stop: StopRequest) -> Outcome:
         """Until all ranks are done, or one of them failed."""
@@ -190,6 +197,7 @@ class _Crew:
         try:
             for actor in self._actors:
                 self._ray.kill(actor)
+            self._ray.util.remove_placement_group(self._room)
         except Exception:  # Ray is gone, and they with it
             return
 

@@ -61,6 +61,12 @@ def ray() -> Iterator[Any]:
     ray.shutdown()
 
 
+def placed(ray: Any) -> list[int]:
+    """How many workers each group has for which Ray keeps room."""
+    groups = ray.util.placement_group_table().values()
+    return [len(group["bundles"]) for group in groups if group["state"] != "REMOVED"]
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process's run."""
@@ -73,8 +79,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_training_workers_train_what_one_process_trains(
     ray: Any, tmp_path: Path, expected: Path, more: tuple[str, ...]
 ):
-    config, listener = config_of(tmp_path, *more), Listening()
+    """They are placed together, and their room is given back."""
+    places: list[list[int]] = []
+    config, listener = config_of(tmp_path, *more), Listening(lambda step: places.append(placed(ray)))
     path, summary = train_on_ray(config, partial(train_rank, config), Begin(), listener)
+    assert places == [[2]] * STEPS
+    assert placed(ray) == []
     assert summary["steps"] == STEPS
     assert listener.steps == list(range(1, STEPS + 1))
     assert_same_run(path, expected, f"2, ddp, rollouts: {more or 'the ranks'}")
