@@ -25,8 +25,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from e3rl.engine.protocol import Sampling
+from e3rl.engine.vllm.core import precedence
 from e3rl.engine.vllm.inside import AsyncParkingScheduler, ParkingScheduler
 from e3rl.engine.vllm.table import VllmArguments
+from e3rl.types import Draw
 
 BLOCK, VOCABULARY, EOS = 4, 50, 1
 
@@ -238,7 +240,7 @@ class Schedule:
             params,
             None,
             arrival_time=float(self.count),
-            priority=-sibling.attempt,
+            priority=precedence(Draw(0, 0, sibling.name, 0, sibling.segment, sibling.attempt)),
             block_hasher=self.hasher,
         )
         sibling.open = key
