@@ -61,6 +61,8 @@ def read_config(directory: Path) -> Config:
 
 
 _CHECK = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
+_CHECKED = re.compile(rb'crc32.{0,14}$|, "[^"]{5}": "[0-9a-f]{8}"}$')
+"""A line that had a checksum: any one byte of it may be damaged."""
 
 
 def log_line(record: Mapping[str, Any]) -> str:
@@ -92,7 +94,7 @@ def survey_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     if not path.exists():
         return [], []
     lines = path.read_bytes().split(b"\n")  # by line ends alone: a text may hold what Unicode calls a line break
-    checked = any(map(_CHECK.search, lines))
+    checked = any(map(_CHECKED.search, lines))
     found = {number: _record(line, checked) for number, line in enumerate(lines, 1) if line}
     return [r for r in found.values() if r is not None], [number for number, r in found.items() if r is None]
 

@@ -113,6 +113,17 @@ def test_a_changed_digit_is_noticed(tmp_path: Path):
     assert read_lines(log)[0] == {"step": 1, "reward": 0.7}, "a log without checksums is read as it is"
 
 
+def test_no_damaged_byte_of_a_log_of_one_line_is_believed(tmp_path: Path):
+    run = RunDirectory.create(_config(tmp_path))
+    run.append("metrics.jsonl", {"step": 1, "reward": 0.5})
+    log = run.path / "metrics.jsonl"
+    whole = log.read_bytes()
+    for place in range(len(whole) - 1):  # the last byte is the line's end
+        for flip in (1, 2, 8, 32):
+            log.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            assert (read_lines(log), survey_lines(log)[1]) == ([], [1]), (place, flip)
+
+
 def test_a_log_that_is_gone_is_said(tmp_path: Path):
     run = RunDirectory.create(_config(tmp_path))
     said: list[str] = []
