@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import re
 import sys
@@ -34,6 +35,8 @@ from e3rl.train.attribution import AttributionSettings, attribution_layers
 from e3rl.train.packing import TrainSequence
 from e3rl.train.scoring import require_scorable, score_sequences
 
+VLLM = json.loads(Path(__file__).with_name("vllm_registry.json").read_text(encoding="utf-8"))
+VLLM_WAYS = ("own", "transformers", "dropped")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 VOCABULARY, EOS, ROWS, LENGTH, WINDOW = 53, (0, 1), 6, 48, 5
 SCRIPTS = (3, 21)  # seeds of what the engine is put through
@@ -170,15 +173,16 @@ class Tried:
     fast: str
     training: str
     attribution: str
+    vllm: str
 
     def line(self, notes: dict[str, int]) -> str:
         """The table row; reasons become numbers in ``notes``."""
-        short = ("exact", "yes", "no", "–")
+        short = ("exact", "yes", "no", "–", *VLLM_WAYS)
         cells = [c if c in short else f"no ({notes.setdefault(c, len(notes) + 1)})" for c in self.cells()]
         return f"| {self.name} | {' | '.join(cells)} |"
 
-    def cells(self) -> tuple[str, str, str, str]:
-        return self.engine, self.fast, self.training, self.attribution
+    def cells(self) -> tuple[str, ...]:
+        return self.engine, self.fast, self.training, self.attribution, self.vllm
 
 
 def tried(name: str) -> Tried:
@@ -186,7 +190,8 @@ def tried(name: str) -> Tried:
     model = build(name)
     engine, training = _engine(model), _training(model)
     attribution = "–" if training != "exact" else _attribution(model)
-    return Tried(name, type(model).__name__, engine, "yes" if fusable(model) else "no", training, attribution)
+    kind, fast = type(model).__name__, "yes" if fusable(model) else "no"
+    return Tried(name, kind, engine, fast, training, attribution, VLLM["classes"].get(kind, "–"))
 
 
 def _reason(model: Any, error: Exception) -> str:
@@ -298,6 +303,10 @@ model (a window of 5 where there are windows, 4 experts where there are experts,
   `e3rl train` refuses the model.
 - **attribution**: the attention shares of eq 19, over all layers that attend, are those of the matrices that eager
   attention returns, to 1e-4. A dash: not tried, as the model can't be trained.
+- **vLLM**: how vLLM {vllm} runs the class by its registry (`tools/vllm_registry.py`), read and not tried: by an
+  implementation of its own, through transformers' code, or no longer (dropped); a dash: it isn't listed, and transformers'
+  code may still do. e3rl's tests of its vLLM engine run llama and qwen3. Where all layers attend to all of the past, a
+  commit or an erasure costs one token again; elsewhere vLLM's prefix cache decides.
 
 A number leads to the sentence of the refusal, below. An architecture that isn't here is checked in the same way when a
 run starts, on a few tokens: what differs from full forward passes is refused.
@@ -318,14 +327,16 @@ def page(rows: Sequence[Tried]) -> str:
             ("attribution exact", "attribution"),
         )
     )
+    counts += f", of vLLM's own {sum(row.vllm == 'own' for row in rows)}"
     reasons = "\n".join(
         textwrap.fill(f"{number}. {reason}", 120, subsequent_indent="   ", break_on_hyphens=False)
         for reason, number in notes.items()
     )
-    head = HEAD.format(version=transformers.__version__, scripts=len(SCRIPTS))
+    head = HEAD.format(version=transformers.__version__, scripts=len(SCRIPTS), vllm=VLLM["vllm"])
     return (
-        f"{head}Of {len(rows)} architectures: {counts}.\n\n| architecture | engine | fast path | training | attribution |\n"
-        f"| --- | --- | --- | --- | --- |\n{lines}\n\n## Why not\n\n{reasons}\n"
+        f"{head}Of {len(rows)} architectures: {counts}.\n\n"
+        "| architecture | engine | fast path | training | attribution | vLLM |\n"
+        f"| --- | --- | --- | --- | --- | --- |\n{lines}\n\n## Why not\n\n{reasons}\n"
     )
 
 

@@ -55,6 +55,15 @@ def test_the_fast_path_is_that_of_the_page(tool, lines):
     assert fast == {name: lines[name][1] for name in fast}
 
 
+def test_vllms_column_is_that_of_its_registry(tool, lines):
+    """For every row, of the class that transformers loads: an own implementation, transformers' code, dropped, unlisted."""
+    kinds = {name: tool["MODEL_FOR_CAUSAL_LM_MAPPING"][tool["CONFIG_MAPPING"][name]].__name__ for name in lines}
+    assert {name: cells[-1] for name, cells in lines.items()} == {
+        name: tool["VLLM"]["classes"].get(kind, "–") for name, kind in kinds.items()
+    }
+    assert [lines[name][-1] for name in ("qwen3", "olmo3", "bamba", "rwkv")] == ["own", "transformers", "dropped", "–"]
+
+
 def test_a_model_that_is_served_wrongly_is_not_called_exact(tool, monkeypatch):
     """With the checks at a run's start out of the way, a window that the engine doesn't know of is seen."""
     model = tool["build"]("mistral")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from e3rl.plan.dry_run import Allocations
 from e3rl.train.attribution import AttributionSettings, AttributionTap, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow
 from e3rl.train.scoring import score_row
@@ -77,6 +78,22 @@ def test_shares_are_the_same_however_many_trajectories_are_looked_at_together(pa
             alone_T = score_row(model, PackedRow.of([text], cpu), 1.0, settings).shares[0]
             assert (shares_T is None) == text.erased
             torch.testing.assert_close(shares_T, alone_T, atol=1e-6, rtol=0)
+
+
+def test_shares_ask_for_bytes_in_proportion_to_the_rows_length():
+    """No matrix of queries times keys: twice the tokens ask for twice the bytes."""
+    model, settings = (
+        build("Qwen3", head_dim=8, max_position_embeddings=4096),
+        AttributionSettings(16, frozenset({0, 1})),
+    )
+    asked = []
+    for length in (1024, 2048, 4096):
+        ids = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+        row = PackedRow.of([sequence(ids[:9], ids[9:])], torch.device("cpu"))
+        with torch.no_grad(), packed_attention(model), Allocations() as counted:
+            score_row(model, row, 1.0, settings)
+        asked.append(counted.peak)
+    assert asked[2] - asked[1] == pytest.approx(2 * (asked[1] - asked[0]), rel=0.05)
 
 
 @torch.no_grad()
