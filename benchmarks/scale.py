@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scale_compute import flops_per_param_token, host_reads_per_step
+from scale_compute import flops_per_param_token, host_reads_in_vllm, host_reads_per_step
 from scale_figure import Figure
 from scale_groups import SEGMENT_LENGTH, SEGMENTS, SIBLINGS, random_group, tokenizer_and_ids
 from scale_memory import plan_error
@@ -90,6 +90,7 @@ KEYS: dict[str, Callable[[], Figure]] = {
     "host_copies": host_copies,
     "flops_per_param_token": flops_per_param_token,
     "host_reads_per_step": host_reads_per_step,
+    "host_reads_in_vllm": host_reads_in_vllm,
 }
 """What is measured, by the name it has in the output."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from scale_figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +14,7 @@ from e3rl.config import Config, ObjectiveConfig, RolloutConfig, TrainConfig
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.torch.decode import READ_AFTER
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.engine.vllm.table import SlotTable, VllmArguments
 from e3rl.models import Policy
 from e3rl.objectives import build
 from e3rl.testing.reads import META, DeviceReads
@@ -106,3 +108,21 @@ def host_reads_per_step() -> Figure:
     steps = engine.stats.decode_steps - before
     reads, copies = sum(found.reads.values()), sum(found.copies.values())
     return Figure(reads / steps, 1 / READ_AFTER + 1e-9, {"reads": reads, "copies in a poll": copies, "steps": steps})
+
+
+def host_reads_in_vllm() -> Figure:
+    """Reads and copies of our sampler inside vLLM's workers in 64 steps of 8 rows, counted on a stand-in device, per step."""
+    table, steps = SlotTable(8, 1000, META), 64
+    for slot in range(8):
+        table.add(slot, VllmArguments(f"{slot}", np.full(steps, 0.5), Sampling(temperature=0.7, top_p=0.9, top_k=50)))
+    table.flush()
+    slots, slots_S = np.arange(8), torch.arange(8, device=META)
+    logits_SV, positions_S = torch.randn(8, 1000, device=META), torch.zeros(8, dtype=torch.long, device=META)
+    with DeviceReads() as found:
+        for _ in range(steps):
+            table.draw(logits_SV, slots_S, slots, positions_S)
+    with DeviceReads() as taken:
+        table.take([(f"{slot}", steps) for slot in range(8)], [])
+    reads, copies = sum(found.reads.values()), sum(found.copies.values())
+    parts = {"reads": reads, "copies": copies, "reads to take all measures": sum(taken.reads.values())}
+    return Figure((reads + copies) / steps, 0, parts)
