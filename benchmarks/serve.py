@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +37,7 @@ from serve_load import available, measured
 
 PLAIN = {"e3rl": {"erase": False, "segment_length": 8}}
 ERASING = {"e3rl": {"erase": True, "segment_length": 8, "baseline": "static", "static_baseline": 100.0}}
-START_S = 180.0
+START_S = 600.0
 VOCABULARY = 8192
 """So many that the end is hardly ever drawn from random weights, and that each token has a text of its own."""
 
@@ -81,20 +80,12 @@ def servers(model: Path, rows: int, vllm: str | None) -> tuple[list[Server], lis
         found.append(Server("transformers", [*peer, *batching, "--cb-max-batch-tokens", "512"], "--port"))
     else:
         missing.append("transformers serve (pip install fastapi)")
-    command = vllm or shutil.which("vllm") or shutil.which("vllm", path=str(Path(python).parent))
-    if command:
-        peer = [
-            command,
-            "serve",
-            str(model),
-            "--max-model-len",
-            "512",
-            "--max-num-seqs",
-            str(rows),
-            "--dtype",
-            "float32",
-        ]
-        found.append(Server("vllm", peer, "--port"))
+    limits = ["--max-model-len", "512", "--max-num-seqs", str(rows), "--dtype", "float32"]
+    if vllm:
+        found.append(Server("vllm", [vllm, "serve", str(model), *limits], "--port"))
+    elif available():
+        peer = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]  # what `vllm serve` starts
+        found.append(Server("vllm", [*peer, *limits], "--port"))
     else:
         missing.append("vllm serve (name its command with --vllm)")
     return found, missing
@@ -153,7 +144,8 @@ def started(server: Server, log: Path) -> Iterator[tuple[str, int]]:
                 time.sleep(0.2)
             yield url, process.pid
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ def requests(streams: int) -> int:
     return max(4, 2 * streams) if streams < 64 else streams
 
 
+def _questions(directory: Path, count: int) -> Path:
+    """A file of prompts."""
+    draw, path = random.Random(count), directory / f"questions-{count}.jsonl"
+    texts = ["".join(draw.choice("0123456789+-*=; ") for _ in range(48)) for _ in range(count)]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
 def measured(url: str, model: Path, extra: dict[str, Any], streams: int, tokens: int) -> dict[str, Any]:
     """The generator's figures of one server at one number of streams, after a request or two that don't count."""
     from vllm.benchmarks.serve import add_cli_args, main
@@ -41,14 +50,14 @@ def measured(url: str, model: Path, extra: dict[str, Any], streams: int, tokens:
         "base-url": url,
         "endpoint": "/v1/chat/completions",
         "model": str(model),
-        "dataset-name": "random",
-        "random-input-len": 24,
-        "random-output-len": tokens,
+        "dataset-name": "custom",  # with "random" it would send a field that not every server takes
+        "dataset-path": str(_questions(model.parent, requests(streams))),
+        "custom-output-len": tokens,
         "num-prompts": requests(streams),
         "max-concurrency": streams,
         "num-warmups": min(streams, 4),
         "temperature": 1.0,
-        "extra-body": json.dumps(extra),
+        "extra-body": json.dumps({"max_tokens": tokens, **extra}),  # what transformers reads
         "percentile-metrics": "ttft,tpot,itl",
         "metric-percentiles": "50,99",
         "seed": 0,
