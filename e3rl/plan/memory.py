@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from e3rl.cluster.parallel import keeps_passes
-from e3rl.config import Config, ModelConfig, TrainConfig
+from e3rl.config import Config, ModelConfig
 from e3rl.data.loading import training_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.torch.operations import MASKED
@@ -115,10 +115,9 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _passes(model: ModelConfig, train: TrainConfig, tokens: int, ranks: int) -> MicroBatch:
+def _passes(model: ModelConfig, tokens: int, checkpointing: bool, offload: bool, parallel: str, ranks: int) -> MicroBatch:
     shape = shape_of(model)
-    collector = ShardCounts.of(shape, train.parallel, ranks).collector
-    return micro_batch(shape, tokens, train.gradient_checkpointing, collector, offload=train.activation_offload)
+    return micro_batch(shape, tokens, checkpointing, ShardCounts.of(shape, parallel, ranks).collector, offload=offload)
 
 
 def _trainer(
@@ -155,7 +154,7 @@ def _training(sizes: Sizes, needs: frozenset[str], row_tokens: int, division: Sh
     train = config.train
     mine = -(-row_tokens // train.context_parallel)
     checkpoints, offload = train.gradient_checkpointing, train.activation_offload
-    passes = _passes(config.model, train, mine, division.ranks)
+    passes = _passes(config.model, mine, checkpoints, offload, train.parallel, division.ranks)
     waiting = waiting_rows(config, needs, row_tokens, sizes.prompt, division.ranks)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
