@@ -115,7 +115,9 @@ def _data(config: Config) -> tuple[int, bool, int | None]:
 
 
 @functools.lru_cache(maxsize=8)
-def _passes(model: ModelConfig, tokens: int, checkpointing: bool, offload: bool, parallel: str, ranks: int) -> MicroBatch:
+def _passes(
+    model: ModelConfig, tokens: int, checkpointing: bool, offload: bool, parallel: str, ranks: int
+) -> MicroBatch:
     shape = shape_of(model)
     return micro_batch(shape, tokens, checkpointing, ShardCounts.of(shape, parallel, ranks).collector, offload=offload)
 
