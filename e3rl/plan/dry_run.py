@@ -149,7 +149,7 @@ def micro_batch(
     model: Any,
     tokens: int,
     checkpointing: bool,
-    collector: Callable[[list[nn.Parameter]], Collector | None],
+    collector: Callable[[list[nn.Parameter]], Collector | None] = lambda trained: None,
     *,
     offload: bool = False,
 ) -> MicroBatch:
