@@ -211,7 +211,7 @@ def starter_choices(
     prompts = lengths.prompts
     title = [
         f"A starting point for {outline.source} on {source}, made by e3rl init.",
-        f"{len(problems)} problems; prompts have {percentile(prompts, 0.5)} tokens (median), at most {max(prompts)}"
+        f"{len(problems)} problem{'s' * (len(problems) != 1)}; prompts have {percentile(prompts, 0.5)} tokens (median), at most {max(prompts)}"
         + (f" among {len(prompts)} measured." if len(prompts) < len(problems) else "."),
         f"Erasure settings depend on the model: 'e3rl calibrate {outline.source} {source}' chooses them.",
     ]
