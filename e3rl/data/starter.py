@@ -211,8 +211,8 @@ def starter_choices(
     prompts = lengths.prompts
     title = [
         f"A starting point for {outline.source} on {source}, made by e3rl init.",
-        f"{len(problems)} problem{'s' * (len(problems) != 1)}; prompts have {percentile(prompts, 0.5)} tokens (median), at most {max(prompts)}"
-        + (f" among {len(prompts)} measured." if len(prompts) < len(problems) else "."),
+        f"{len(problems)} problem{'s' * (len(problems) != 1)}; prompts have {percentile(prompts, 0.5)} tokens (median), "
+        f"at most {max(prompts)}" + (f" among {len(prompts)} measured." if len(prompts) < len(problems) else "."),
         f"Erasure settings depend on the model: 'e3rl calibrate {outline.source} {source}' chooses them.",
     ]
     if not held_out_beside(source) and not source.startswith("lab:"):
