@@ -51,9 +51,9 @@ def _exchange(ranks: Ranks) -> None:
     groups = [rewarded_group(f"p{n}", (1.0, 0.0), ((3, 4), (2, 5, n + 1)), ((), (1,))).group for n in range(5)]
     prompts, sent = [group.prompt for group in groups], list[int]()
 
-    def broadcast(tensor: torch.Tensor, src: int, group: Any = None) -> None:
+    def broadcast(tensor: torch.Tensor, group: Any = None, group_src: int | None = None) -> None:
         sent.append(tensor.nbytes)
-        original(tensor, src=src, group=group)
+        original(tensor, group=group, group_src=group_src)
 
     original = dist.broadcast
     for mine in (ranks.share(groups), groups if ranks.first else [], [] if ranks.first else groups[::-1]):
