@@ -142,7 +142,7 @@ def soak(url: str, pid: int, streams: int, minutes: float) -> dict[str, Any]:
     """All parts; what was seen."""
     prompts = [str(p.prompt) for p in generate("chain", 3, "heldout", 64)]
     rows = httpx.get(f"{url}/health").json()["free_rows"]
-    counts, seen, began = Counts(), [], time.monotonic()
+    counts, seen, began = Counts(), list[dict[str, float]](), time.monotonic()
     while time.monotonic() < began + 60 * minutes:
         asyncio.run(part(url, streams, min(PART_S, 60 * minutes), len(seen), prompts, counts))
         back = asyncio.run(freed(url, rows))
