@@ -2,7 +2,8 @@
 
     python -m tests.chaos.soak --steps 500 --json out.json [RECIPE section.field=value …]
 
-The slope is that of a straight line through the resident memory after the first fifth of the steps, in MB per 100 steps.
+The slope is that of a straight line through the process's own memory after the first fifth of the steps, in MB per 100 steps.
+Own means anonymous: pages of files are the kernel's, which drops them and reads them again as it likes.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from e3rl.config import load_config
 from e3rl.train.listeners import Silent
 
 LARGEST_SLOPE = 1.0
-"""MB of resident memory per 100 steps."""
+"""MB of own memory per 100 steps."""
 
 WARM_UP = 0.2
 """Share of the steps in which caches, pools and the allocator fill."""
 
 
-def resident_mb() -> float:
-    """Resident memory of this process."""
+def resident_mb(kind: str = "VmRSS") -> float:
+    """Resident memory of this process; with ``RssAnon`` without the pages of files."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmRSS"):
+        if line.startswith(kind):
             return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status names no VmRSS")
+    raise RuntimeError(f"/proc/self/status names no {kind}")
 
 
 def children() -> list[int]:
@@ -53,6 +54,7 @@ def held() -> dict[str, float]:
     """What this process holds now."""
     return {
         "rss_mb": resident_mb(),
+        "own_mb": resident_mb("RssAnon"),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
         "children": len(children()),
@@ -73,9 +75,9 @@ class Watch(Silent):
 
 
 def slope_per_100(seen: list[dict[str, float]]) -> float:
-    """MB of resident memory per 100 steps, after the warm-up."""
+    """MB of own memory per 100 steps, after the warm-up."""
     settled = seen[int(len(seen) * WARM_UP) :]
-    fit = statistics.linear_regression([s["step"] for s in settled], [s["rss_mb"] for s in settled])
+    fit = statistics.linear_regression([s["step"] for s in settled], [s["own_mb"] for s in settled])
     return 100 * fit.slope
 
 
@@ -99,7 +101,7 @@ def soak(recipe: str, steps: int, overrides: list[str], say_every: int = 0) -> d
     return {
         "steps": len(watch.seen),
         "slope_mb_per_100": slope_per_100(watch.seen),
-        "rss_mb": [watch.seen[len(watch.seen) // 5]["rss_mb"], watch.seen[-1]["rss_mb"]],
+        **{kind: [watch.seen[len(watch.seen) // 5][kind], watch.seen[-1][kind]] for kind in ("rss_mb", "own_mb")},
         "growth": growth,
         "left": {kind: after[kind] - before[kind] for kind in ("threads", "children")},
         "seen": watch.seen,
