@@ -24,7 +24,7 @@ _DOUBT = re.compile(
     r"|cannot|can't|eliminate|rule out|except|unless|or so|i guess)|[Nn]or?)\b|\?[\s).*$]*$"
 )
 _SENTENCE = re.compile(r"[.;?](?:\s|$)|!(?=\s[A-Z])|\.\.\.|…|。|\s--?\s(?=[a-z])|\n")
-_FORMULA = re.compile(r"\$[^$]{1,600}\$|\\\((?:[^\\]|\\(?!\))){1,600}\\\)")
+_FORMULA = re.compile(r"\$[^$]{1,600}\$|\\\((?:[^\\]|\\(?![()])){1,600}\\\)")
 _STOP = re.compile(r"[;?…。]|!(?= [A-Z])|(?<= )--?(?= )")
 _ANSWER = rf"[\s*(]{{0,8}}(?:\$|-?\d[\d.,/]{{0,40}}|\\[a-z]|[{_LETTER}](?![A-Za-z'])|[a-z](?=\s?[-+*/^_=]))"
 _HEDGED = re.compile(

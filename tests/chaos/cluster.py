@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from e3rl.cluster import open_groups as open_groups_module
 from e3rl.cluster import pool as pool_module
-from e3rl.cluster import weights as weights_module
 from e3rl.cluster import worker as worker_module
 from e3rl.cluster.pool import Place, Terms, WorkerLost, WorkerPool
 from e3rl.cluster.rollouts import RemoteRollouts
@@ -42,6 +41,7 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.testing.scripted import Scripted, ScriptedEngine
 from e3rl.train.journal import Journal, fingerprint
 from e3rl.types import Draw, Problem, Prompt
+from e3rl.weights import publish as publish_module
 from e3rl.weights.publish import this_node
 from tests.chaos.clock import Simulation
 
@@ -203,7 +203,7 @@ class Cluster:
         with ExitStack() as stack:
             for module in (pool_module, open_groups_module, worker_module):
                 stack.enter_context(mock.patch.object(module, "threading", self.simulation.threading))
-            for module in (pool_module, weights_module):
+            for module in (pool_module, publish_module):
                 stack.enter_context(mock.patch.object(module, "time", self.simulation.time))
             node = lambda: self.simulation.rng.choice([this_node(), "another machine"])  # noqa: E731
             stack.enter_context(mock.patch.object(worker_module, "this_node", node))
