@@ -52,6 +52,7 @@ class Driver:
 
     def __init__(self, engine: Engine, memory: Memory | None = None) -> None:
         self._engine, self._memory = engine, memory
+        self._serving = cast("ServingEngine", engine)  # what it is where groups are followed
         self._interruptible = hasattr(engine, "interrupt")  # then a poll may complete nothing
         self._waiting: deque[GroupJob] = deque()
         self._decoding: list[GroupJob] = []
@@ -116,7 +117,9 @@ class Driver:
         self._take_replies(wait=not self._ended and not self._open)
         if not self._ended and (self._open or (self._decoding and not self._actors.busy)):
             try:
-                delivered = self._delivered(self._poll())
+                completed = self._serving.poll(FOLLOWED_STEPS) if self._followed else self._engine.poll()
+                self._tell_drawn(completed)
+                delivered = self._delivered(completed)
             except NonFiniteLogits as error:
                 self._fail(self._jobs_of(error.draw) or self._decoding, error)
             except Exception as error:
@@ -193,19 +196,14 @@ class Driver:
         for order, draw in asked:
             self._extend(job, order, draw)
 
-    def _poll(self) -> list[tuple[Row, Candidate]]:
-        """Let the engine complete something, or for a few tokens where groups are followed, who are told what was drawn."""
-        if not self._followed:
-            return self._engine.poll()
-        engine = cast("ServingEngine", self._engine)
-        completed = engine.poll(FOLLOWED_STEPS)
+    def _tell_drawn(self, completed: list[tuple[Row, Candidate]]) -> None:
+        """Tell the groups that are followed which tokens were drawn; what is complete they get as a candidate."""
         for row in self._followed.keys() - dict(completed):
             job, sibling, _ = self._open[row]
-            ids, logprobs = engine.drawn(row, self._followed[row])
+            ids, logprobs = self._serving.drawn(row, self._followed[row])
             self._followed[row] += len(ids)
             if ids:
                 self._advance(job, partial(job.drawn, sibling, ids, logprobs))
-        return completed
 
     def _delivered(self, completed: list[tuple[Row, Candidate]]) -> list[Delivery]:
         """The completed candidates with the group, sibling and draw of each."""
