@@ -12,7 +12,7 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright runs, no other test of this process can use asyncio.run
 def browser() -> Iterator[Any]:
     """The browser at $E3RL_BROWSER, or the first Chromium on the path."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
