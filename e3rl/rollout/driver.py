@@ -118,7 +118,8 @@ class Driver:
         if not self._ended and (self._open or (self._decoding and not self._actors.busy)):
             try:
                 completed = self._serving.poll(FOLLOWED_STEPS) if self._followed else self._engine.poll()
-                self._tell_drawn(completed)
+                if self._followed:
+                    self._tell_drawn(completed)
                 delivered = self._delivered(completed)
             except NonFiniteLogits as error:
                 self._fail(self._jobs_of(error.draw) or self._decoding, error)
