@@ -66,7 +66,8 @@ def test_what_ends_the_guard_ends_the_command(tmp_path: Path, number: signal.Sig
     place = tmp_path / "pid"
     (tmp_path / "waits.py").write_text(WAITING.format(place=str(place)))
     arguments = ["train", recipe(tmp_path), f"erasure.metric={tmp_path}/waits.py:metric"]
-    code = f"import sys; from e3rl.cli.guard import guarded; sys.exit(guarded({arguments!r}))"
+    heeds = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job does not
+    code = f"{heeds}; from e3rl.cli.guard import guarded; sys.exit(guarded({arguments!r}))"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as guard:
         try:
             wait_until(lambda: place.exists() and bool(place.read_text()))
