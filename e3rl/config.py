@@ -61,9 +61,7 @@ class Config:
                 "rollout.workers and rollout.servers are both set: use workers, which Ray starts, or servers, which run already"
             )
         if self.environments.factory and (self.rollout.workers or self.rollout.servers):
-            raise UserError(
-                "environments.factory needs rollouts in this process: set rollout.workers = 0 and no servers"
-            )
+            self._check_deadlines()
         if not functions:
             raise UserError("rewards.functions is empty: name at least one reward function")
         if self.rollout.staleness and self.train.importance_correction == "none":
@@ -82,6 +80,14 @@ class Config:
             )
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
+
+    def _check_deadlines(self) -> None:
+        """Refuse tools that may take longer than a worker may be silent: it would be given up on, and the group made again."""
+        if self.environments.timeout >= self.rollout.worker_timeout:
+            raise UserError(
+                f"environments.timeout = {self.environments.timeout:g} lets a turn's tools take longer than a worker may be "
+                f"silent (rollout.worker_timeout = {self.rollout.worker_timeout:g}): lower the first or raise the second"
+            )
 
     def _check_optimizer(self) -> None:
         """Refuse an optimizer whose state ``train.parallel`` can't divide."""

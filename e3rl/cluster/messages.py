@@ -5,6 +5,7 @@ Messages are JSON (`e3rl.cluster.wire`); groups travel as record batches (`e3rl.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from e3rl import __version__
-from e3rl.cluster.wire import decode, encode
+from e3rl.cluster.wire import decode, encode, from_plain, to_plain
+from e3rl.config import RolloutConfig
+from e3rl.environments.protocol import Tools
+from e3rl.errors import UserError
 from e3rl.rollout.columns import decode as decode_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, problem_of, to_ipc
-from e3rl.types import MEASURES, Draw, Group, Prompt
+from e3rl.types import MEASURES, Draw, Group, Message, Problem, Prompt
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,51 @@ class Hello:
 
 @dataclass(frozen=True)
 class Task:
-    """A group to generate. The prompt's other fields stay with the trainer."""
+    """A group to generate. ``row``: the problem as JSON, if its environment is at the worker; else it stays with the trainer."""
 
     prompt_id: str
     ids: tuple[int, ...]
+    row: str | None = None
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> Task:
+        """The task of a prompt; UserError where its row can't be sent."""
+        problem = prompt.problem
+        if prompt.tools is None:
+            return cls(problem.id, prompt.ids)
+        row = {"prompt": to_plain(problem.prompt), "answer": problem.answer, "columns": dict(problem.columns)}
+        try:
+            return cls(problem.id, prompt.ids, json.dumps(row))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"problem '{problem.id}' can't be sent to a rollout worker, where its environment is: {error}. Keep texts, "
+                "numbers, lists and tables in its columns, or set rollout.workers = 0"
+            ) from None
+
+    def prompt(self, tools: Tools | None) -> Prompt:
+        """The prompt as a worker needs it; ValueError where the row is none."""
+        if self.row is None:
+            return Prompt(Problem(self.prompt_id, ""), self.ids)
+        row = json.loads(self.row)
+        if not isinstance(row, dict) or row.keys() != {"prompt", "answer", "columns"}:
+            raise ValueError(f"the row of '{self.prompt_id}' is no problem")
+        said = row["prompt"]
+        text = said if isinstance(said, str) else tuple(from_plain(Message, each, "prompt") for each in said)
+        return Prompt(Problem(self.prompt_id, text, row["answer"], row["columns"]), self.ids, tools)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Asks for these groups, and for what is finished within ``wait`` seconds. A new ``run`` drops earlier groups."""
+    """Asks for these groups, and for what is finished within ``wait`` seconds. A new ``run`` drops earlier groups.
+
+    ``tools``: the `Tools.identity` that they need; empty for none.
+    """
 
     run: str
     settings: GroupSettings
     tasks: tuple[Task, ...]
     wait: float
+    tools: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,23 +131,31 @@ def group_of(batch: pa.RecordBatch, prompt: Prompt, settings: GroupSettings, voc
     if any(ids != list(prompt.ids) for ids in batch["prompt_ids"].to_pylist()):
         raise ValueError("responses to other tokens than those of the prompt")
     for name in ("segments", "erasures"):
-        _check_candidates(batch[name].values, rollout.segment_length, vocabulary)
+        _check_candidates(batch[name].values, rollout, vocabulary, tools=prompt.tools is not None)
     [item] = decode_groups(batch, lambda *_: prompt)
     for trajectory in item.group.trajectories:
         tokens = trajectory.committed_tokens
-        if not 0 < tokens <= rollout.completion_limit:
-            raise ValueError(f"a response of {tokens} tokens; between 1 and {rollout.completion_limit} were asked for")
+        if not 0 < tokens <= len(trajectory.ids) <= rollout.completion_limit:
+            raise ValueError(
+                f"a response of {len(trajectory.ids)} tokens; between 1 and {rollout.completion_limit} were asked for"
+            )
         if [s.index for s in trajectory.segments] != list(range(len(trajectory.segments))):
             raise ValueError("segments that are not in order")
     return item.group
 
 
-def _check_candidates(struct: pa.StructArray, longest: int, vocabulary: int) -> None:
-    """Sizes, tokens and measures of all candidates at once."""
+def _check_candidates(struct: pa.StructArray, rollout: RolloutConfig, vocabulary: int, *, tools: bool) -> None:
+    """Sizes, tokens and measures of all candidates at once. What has an observation may be longer than a segment."""
     ids, entropies = (struct.field(name).values.to_numpy() for name in ("ids", "entropies"))
-    sizes = np.diff(struct.field("ids").offsets.to_numpy())
-    for size in sizes[(sizes < 1) | (sizes > longest)].tolist():
-        raise ValueError(f"a candidate of {size} tokens; between 1 and {longest} were asked for")
+    sizes, drawn = (
+        np.diff(struct.field("ids").offsets.to_numpy()),
+        struct.field("observation").is_null().to_numpy(False),
+    )
+    if not tools and not drawn.all():
+        raise ValueError("observations of an environment where none was asked for")
+    longest = np.where(drawn, rollout.segment_length, rollout.completion_limit)
+    for place in np.flatnonzero((sizes < 1) | (sizes > longest)).tolist():
+        raise ValueError(f"a candidate of {sizes[place]} tokens; between 1 and {longest[place]} were asked for")
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocabulary:
         raise ValueError(f"token ids outside the vocabulary of {vocabulary}")
     if not ((entropies >= 0) & (entropies < np.inf)).all():  # NaN too

@@ -214,8 +214,11 @@ class _Shift:
             raise
 
     def _talk(self, prompts: Sequence[Prompt]) -> None:
-        tasks = tuple(Task(p.problem.id, p.ids) for p in prompts)
-        body = self._worker.exchange(encode(Ask(self._run, self._settings, tasks, self._terms.poll)))
+        tasks, tools = (
+            tuple(map(Task.of, prompts)),
+            next((p.tools.identity for p in self._mine.values() if p.tools), ""),
+        )
+        body = self._worker.exchange(encode(Ask(self._run, self._settings, tasks, self._terms.poll, tools)))
         try:
             answer, batches = decode_answer(body)
             if answer.run != self._run or any(problem_of(batch) not in self._mine for batch in batches):

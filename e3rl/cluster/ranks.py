@@ -194,8 +194,6 @@ def join_ranks(config: Config) -> Ranks:
             f"train.context_parallel = {config.train.context_parallel} divides every row among as many ranks, and "
             f"{world} ranks are no multiple of that"
         )
-    if config.environments.factory:
-        raise UserError("environments.factory needs one process: an environment can't be handed from rank to rank")
     if config.train.prompts_per_step < world:
         raise UserError(
             f"{world} processes were started, and a step has only train.prompts_per_step = {config.train.prompts_per_step} "

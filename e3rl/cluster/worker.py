@@ -18,13 +18,14 @@ from e3rl.cluster.messages import PROTOCOL, Answer, Ask, Fault, Hello, Task, enc
 from e3rl.cluster.wire import decode, encode
 from e3rl.config import Config
 from e3rl.engine.build import build_engine
+from e3rl.environments.episodes import toolbox
+from e3rl.environments.protocol import settled
 from e3rl.errors import NonFiniteLogits, UserError
 from e3rl.models import Policy, load_policy
 from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.driver import Driver
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.orders import Committed, Erased, Event
-from e3rl.types import Problem, Prompt
 from e3rl.web.prometheus import Metrics
 from e3rl.weights.image import image_size, read_image
 from e3rl.weights.model import architecture
@@ -70,6 +71,7 @@ class RolloutWorker:
         self._finished: list[pa.RecordBatch] = []
         self._fault: Fault | None = None
         self._beat, self._closed = 0, False
+        self._tools = toolbox(config, self._policy.tokenizer, self._policy.eos_ids)
         self._driver, self._metrics = Driver(self._engine), Metrics(_HELP)
         for name in (name for name in _HELP if name.endswith("_total")):
             self._metrics.add(name, 0)
@@ -125,6 +127,8 @@ class RolloutWorker:
         with self._changed:
             if ask.run != self._run:
                 self._start_run(ask.run, ask.settings)
+                if ask.tools:
+                    self._fault = self._without_tools(ask.tools)
             if not self._fault:
                 self._tasks.extend(t for t in ask.tasks if t.prompt_id not in self._asked)  # a repeated call asks anew
                 self._asked.update(t.prompt_id for t in ask.tasks)
@@ -132,6 +136,16 @@ class RolloutWorker:
             self._changed.wait_for(lambda: self._finished or self._fault or ask.run != self._run, ask.wait)
             finished, self._finished = self._finished, []
             return encode_answer(Answer(self._run, self._beat, self._fault), finished)
+
+    def _without_tools(self, wanted: str) -> Fault | None:
+        """Why this worker can't run a run's tools. It uses those that it was started with: no request names code."""
+        own = "none" if self._tools is None else self._tools.identity
+        if own == wanted:
+            return None
+        return Fault(
+            "UserError",
+            f"the run's environment is {wanted} and this worker's {own}: start it with the run's own recipe, and the same files",
+        )
 
     def close(self) -> None:
         """Stop generating."""
@@ -148,6 +162,7 @@ class RolloutWorker:
         self._run, self._settings = run, settings
         self._tasks.clear()
         self._asked.clear()
+        self._driver.wake()
         self._finished, self._fault = [], None
         self._changed.notify_all()
 
@@ -181,9 +196,9 @@ class RolloutWorker:
                 raise UserError(
                     f"rollouts of policy version {settings.policy_version} were asked for; it holds {self._version}"
                 )
-            driver.submit(Prompt(Problem(task.prompt_id, ""), task.ids), settings, self._observe)
+            driver.submit(task.prompt(self._tools), settings, self._observe)
         for job in driver.step():
-            finished = encode_groups([job.result()])
+            finished = encode_groups([settled(job.result())])
             with self._changed:
                 if self._run == run:
                     self._finished.append(finished)

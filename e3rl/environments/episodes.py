@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +42,8 @@ class Toolbox:
         trial = create(self._factory, self._name)
         self.schemas = schemas_of(trial, self._name)
         self.dialogue = Dialogue(tokenizer, arguments, self.schemas, ends)
+        told = json.dumps([asdict(config), self.schemas, arguments], sort_keys=True, default=str)
+        self.identity = f"{config.factory} ({hashlib.blake2b(told.encode(), digest_size=4).hexdigest()})"
         self.evidence = evidence_of(config)
         self.undoable = self.evidence is not None and can_go_back(trial, config)
         self.deadline, self.erasures, self.threshold = config.timeout, config.max_turn_erasures, config.erase_threshold
@@ -138,6 +142,17 @@ class HostedEpisode:
             return ToolResult(asked.name, asked.arguments, str({"error": str(error)}), failed=True)
 
 
+def toolbox(config: Config, tokenizer: Any, ends: Sequence[int] = ()) -> Toolbox | None:
+    """The tools of ``environments.factory``, if any. ``ends``: ids that end a turn."""
+    if not config.environments.factory:
+        return None
+    if "tools" in config.data.chat_template_kwargs:
+        raise UserError(
+            "data.chat_template_kwargs sets 'tools', and environments.factory brings its own: leave one of them out"
+        )
+    return Toolbox(config.environments, tokenizer, dict(config.data.chat_template_kwargs), ends)
+
+
 def tool_prompts(
     problems: Sequence[Problem],
     tokenizer: Any,
@@ -147,15 +162,11 @@ def tool_prompts(
     completion_limit: int,
     ends: Sequence[int] = (),
 ) -> list[Prompt]:
-    """`render_prompts`, with the tools of ``environments.factory``, if any. ``ends``: ids that end a turn."""
+    """`render_prompts`, with the run's `toolbox`."""
     limits = {"context_limit": context_limit, "completion_limit": completion_limit}
-    if not config.environments.factory:
+    box = toolbox(config, tokenizer, ends)
+    if box is None:
         return render_prompts(problems, tokenizer, config.data, **limits)
-    if "tools" in config.data.chat_template_kwargs:
-        raise UserError(
-            "data.chat_template_kwargs sets 'tools', and environments.factory brings its own: leave one of them out"
-        )
-    box = Toolbox(config.environments, tokenizer, dict(config.data.chat_template_kwargs), ends)
     if problems:
         box.check(problems[0])
     data = replace(config.data, chat_template_kwargs={**config.data.chat_template_kwargs, "tools": box.schemas})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from e3rl.types import Observed, Problem
+from e3rl.types import Group, Observed, Problem, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,9 @@ class Reply:
 class Episode(Protocol):
     """The environment of one trajectory. Calls come one at a time, each in a thread that may be abandoned."""
 
-    environment: Any
+    @property
+    def environment(self) -> Any:
+        """What rewards are given."""
 
     def act(self, ids: Sequence[int]) -> Reply:
         """Execute the calls of an assistant turn."""
@@ -40,11 +42,44 @@ class Episode(Protocol):
 
 
 class Tools(Protocol):
-    """The tools of a rendered prompt. ``deadline``: seconds for one turn's calls. ``erasures``: the limit for one turn."""
+    """The tools of a rendered prompt. ``deadline``: seconds for one turn's calls. ``erasures``: the limit for one turn.
 
+    ``identity`` is equal in two processes that have the same tools under the same settings.
+    """
+
+    identity: str
     deadline: float
     erasures: int
     threshold: float
 
     def open(self, problem: Problem) -> Episode:
         """A fresh environment for one trajectory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteEnvironment:
+    """What reward functions get in place of an environment that lived in another process: its reward, and nothing else."""
+
+    reward: float | None
+
+    def get_reward(self) -> float | None:
+        """What the environment's ``get_reward`` returned; None without one."""
+        return self.reward
+
+
+def settled(group: Group) -> Group:
+    """The group with a `RemoteEnvironment` in place of each environment, so that it can go to another process."""
+    return replace(group, trajectories=tuple(map(_settled, group.trajectories)))
+
+
+def _settled(trajectory: Trajectory) -> Trajectory:
+    """A ``get_reward`` that raises, or returns no number, fails its trajectory."""
+    if trajectory.environment is None:
+        return trajectory
+    ask = getattr(trajectory.environment, "get_reward", None)
+    try:
+        value = None if ask is None else ask()
+        return replace(trajectory, environment=RemoteEnvironment(None if value is None else float(value)))
+    except (Exception, SystemExit) as error:  # user code may raise anything
+        said = trajectory.failure or f"get_reward() failed: {type(error).__name__}: {error}"
+        return replace(trajectory, environment=RemoteEnvironment(None), failure=said)

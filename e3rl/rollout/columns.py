@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from e3rl.environments.protocol import RemoteEnvironment
 from e3rl.rollout.turns import from_json, to_json
 from e3rl.types import (
     COLUMNS,
@@ -99,6 +100,8 @@ NUMBERS = [name for name, kind, _ in _CANDIDATE if kind == pa.float64()]
 _U, _THETA = (attrgetter(*(f.name for f in fields(kind))) for kind in (Uncertainty, Threshold))
 _U_SIZE = len(fields(Uncertainty))
 
+_ENVIRONMENT, _FAILED = "environment", "its environment "
+"""The reward part, and the start of the error, that stand for a trajectory's `RemoteEnvironment` before it has a reward."""
 
 Record = tuple[int, int, Candidate, int | None, Judgement | None, Observed | None]
 """A candidate as it is read: index, start, candidate, attempt, judgement, observation."""
@@ -108,7 +111,7 @@ def encode(groups: Iterable[Group | RewardedGroup]) -> pa.RecordBatch:
     """The groups' trajectories, a row each, siblings one after the other."""
     items = [item if isinstance(item, RewardedGroup) else RewardedGroup(item, ()) for item in groups]
     rows = [(item.group, t) for item in items for t in item.group.trajectories]
-    rewards = [r for item in items for r in item.rewards or [None] * len(item.group.trajectories)]
+    rewards = [r for item in items for r in item.rewards or map(_outcome, item.group.trajectories)]
     trajectories = [t for _, t in rows]
     starts = [start for t in trajectories for start in [*accumulate(t.segment_lengths, initial=0)][:-1]]
     return _batch(
@@ -122,6 +125,13 @@ def encode(groups: Iterable[Group | RewardedGroup]) -> pa.RecordBatch:
         segments=_lists([t.segments for t in trajectories], starts),
         erasures=_lists([t.erasures for t in trajectories], [e.start for t in trajectories for e in t.erasures]),
     )
+
+
+def _outcome(t: Trajectory) -> Reward | None:
+    """What is known of the environment of a trajectory without a reward."""
+    known = {_ENVIRONMENT: t.environment.reward} if isinstance(t.environment, RemoteEnvironment) else {}
+    failed = None if t.failure is None else f"{_FAILED}{t.failure}"
+    return Reward(None, known, failed) if known or failed else None
 
 
 def encode_drawn(drawn: Sequence[tuple[Draw, Candidate]]) -> pa.RecordBatch:
@@ -235,7 +245,7 @@ def decode(batch: pa.RecordBatch, prompt_of: Callable[[str, np.ndarray], Prompt]
     for first, end in pairwise([*firsts, batch.num_rows]):
         prompt = prompt_of(ids[first], prompts[first].values.to_numpy())
         trajectories = tuple(
-            _trajectory(prompt, siblings[n], finish[n], segments[n], erasures[n]) for n in range(first, end)
+            _trajectory(prompt, siblings[n], finish[n], segments[n], erasures[n], rewards[n]) for n in range(first, end)
         )
         groups.append(RewardedGroup(Group(prompt, trajectories, versions[first]), tuple(rewards[first:end])))
     return groups
@@ -254,7 +264,7 @@ def decode_drawn(batch: pa.RecordBatch, seed: int, step: int) -> list[tuple[Draw
 
 
 def _trajectory(
-    prompt: Prompt, sibling: int, finish: Any, segments: Sequence[Record], erasures: Sequence[Record]
+    prompt: Prompt, sibling: int, finish: Any, segments: Sequence[Record], erasures: Sequence[Record], reward: Reward
 ) -> Trajectory:
     if finish is None:
         raise ValueError(f"problem '{prompt.problem.id}': a response that is not complete")
@@ -266,7 +276,9 @@ def _trajectory(
         if judgement is None:
             raise ValueError(f"problem '{prompt.problem.id}': an erased candidate without a judgement")
         erased.append(Erasure(index, start, candidate, judgement, seen))
-    return Trajectory(prompt, sibling, committed, tuple(erased), finish)
+    failure = reward.error.removeprefix(_FAILED) if reward.error and reward.error.startswith(_FAILED) else None
+    environment = RemoteEnvironment(reward.parts[_ENVIRONMENT]) if _ENVIRONMENT in reward.parts else None
+    return Trajectory(prompt, sibling, committed, tuple(erased), finish, failure, environment)
 
 
 def _read_rewards(batch: pa.RecordBatch) -> list[Reward]:

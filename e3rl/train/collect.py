@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from e3rl.cluster.ranks import Ranks
 from e3rl.data.stream import Stream, epochs_at
+from e3rl.environments.protocol import settled
 from e3rl.errors import UserError
 from e3rl.rewards.scorer import require_some
 from e3rl.rollout.columns import decode, encode
@@ -134,8 +135,12 @@ def roll_out(
 
 
 def exchanged(ranks: Ranks, prompts: Sequence[Prompt], mine: Sequence[Group]) -> list[Group]:
-    """The groups of all ranks, in every rank, in the order of the prompts. They travel as record batches, each once."""
+    """The groups of all ranks, in every rank, in the order of the prompts. They travel as record batches, each once.
+
+    Environments stay where they are: every rank has their outcomes.
+    """
     if ranks.world > 1:
+        mine = list(map(settled, mine))
         named = {prompt.problem.id: prompt for prompt in prompts}
         sent = ranks.gather_bytes(to_ipc(encode([group]) for group in mine) if mine else b"")
         others = [body for rank, body in enumerate(sent) if body and rank != ranks.rank]

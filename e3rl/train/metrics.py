@@ -34,7 +34,7 @@ METRICS: dict[str, str] = {
     "calls": "mean tool calls of a response",
     "call_errors": "share of tool calls that failed, erased ones among them",
     "erased_turns": "turns that were erased after their calls",
-    "seconds_tools": "seconds that tools took, added up over responses, which wait for them beside each other",
+    "seconds_tools": "seconds that tools took in this process, added up over responses, which wait for them beside each other",
     "environment_failures": "responses without a reward because their environment hung or died",
     "erase_rate": "erased candidates over all candidates",
     "r": "regeneration ratio, erased tokens over committed tokens (eq 31)",

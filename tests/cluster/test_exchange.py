@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,6 +63,20 @@ def _exchange(ranks: Ranks) -> None:
             assert exchanged(ranks, prompts, mine) == groups
     assert sent[-1] == len(to_ipc(encode([group]) for group in groups[::-1]))
     assert len(sent) == 4  # two shares, and once for each rank that has all
+    lived = [replace(t, environment=Lived(t.sibling + 0.5)) for t in groups[0].trajectories]
+    [group] = exchanged(ranks, prompts[:1], [replace(groups[0], trajectories=tuple(lived))] if ranks.first else [])
+    assert [t.environment.get_reward() for t in group.trajectories] == [0.5, 1.5], "environments stay where they are"
+
+
+@dataclass
+class Lived:
+    """An environment that can't be sent."""
+
+    score: float
+    lock: Any = field(default_factory=threading.Lock)
+
+    def get_reward(self) -> float:
+        return self.score
 
 
 def test_groups_travel_once_and_arrive_as_they_were():

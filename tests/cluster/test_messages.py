@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from e3rl import __version__
-from e3rl.cluster.messages import Hello, check_hello, group_of
+from e3rl.cluster.messages import PROTOCOL, Hello, check_hello, group_of
 from e3rl.rollout.columns import SCHEMA, encode
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, to_ipc
@@ -21,7 +21,7 @@ from tests.rollout.worlds import MEAN_ONLY, levels, prompt, roll, rollout
 GROUP = roll(levels({("p", 0, 0, 0): 2.0}))[0]["p"]
 SETTINGS = GroupSettings(rollout(), MEAN_ONLY, seed=7, step=3, policy_version=5)
 VOCABULARY = 1_000_001
-HELLO = Hello(3, __version__, "abc", rows=4, max_length=20, policy_version=None, node="")
+HELLO = Hello(PROTOCOL, __version__, "abc", rows=4, max_length=20, policy_version=None, node="")
 
 
 def _changed(change: Callable[[list[dict[str, Any]]], Any]) -> pa.RecordBatch:

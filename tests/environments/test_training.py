@@ -43,19 +43,25 @@ eval_steps = 0
 """
 
 
-def trained(tmp_path: Path, objective: str) -> tuple[Path, Trainer]:
+def write_run(tmp_path: Path, objective: str, source: str = STATEFUL) -> Path:
+    """A model, an environment, a row and a recipe; the recipe's path."""
     tokens = tokenizer()
     torch.manual_seed(0)
     model = build_model(tokens)
     model.config.max_position_embeddings = 4096
     model.save_pretrained(tmp_path / "model")
     tokens.save_pretrained(tmp_path / "model")
-    (tmp_path / "counter.py").write_text(STATEFUL)
+    (tmp_path / "counter.py").write_text(source)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "p", "prompt": "Count.", "start": 3, "answer": "5"}) + "\n")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         RECIPE.format(data=tmp_path / "rows.jsonl", environment=tmp_path / "counter.py", objective=objective)
     )
+    return recipe
+
+
+def trained(tmp_path: Path, objective: str) -> tuple[Path, Trainer]:
+    recipe = write_run(tmp_path, objective)
     config = load_config(recipe, [], [f"run.output_dir={tmp_path}", f"model.path={tmp_path / 'model'}"])
     trainer = Trainer(config)
     trainer.train()
