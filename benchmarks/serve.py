@@ -33,7 +33,7 @@ try:
 except ImportError:
     httpx = None  # type: ignore[assignment]
 
-from serve_load import available, measured
+from serve_load import Load, available, measured
 
 PLAIN = {"e3rl": {"erase": False, "segment_length": 8}}
 ERASING = {"e3rl": {"erase": True, "segment_length": 8, "baseline": "static", "static_baseline": 100.0}}
@@ -50,18 +50,6 @@ class Server:
     command: list[str]
     port_option: str
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Load:
-    """What some streams measured in one run."""
-
-    tokens: int = 0
-    erased: int = 0
-    answers: int = 0
-    failures: int = 0
-    firsts: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
 
 
 def servers(model: Path, rows: int, vllm: str | None) -> tuple[list[Server], list[str]]:
@@ -152,13 +140,26 @@ def started(server: Server, log: Path) -> Iterator[tuple[str, int]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], load: Load, until: float) -> None:
+def events_before(url: str, model: Path, extra: dict[str, Any]) -> int:
+    """Events that a server sends before the first token: the role, or the prompt again (`transformers serve`)."""
+    body = {"model": str(model), "max_tokens": 1, "stream": True, "temperature": 1.0, **extra}
+    body["messages"] = [{"role": "user", "content": "12+34="}]
+    lines = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=START_S).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    texts = [(c["choices"][0].get("delta") or {}).get("content") for c in chunks if c.get("choices")]
+    return max(index for index, text in enumerate(texts) if text)
+
+
+async def stream(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], load: Load, until: float, before: int
+) -> None:
     """Ask until the time is over; an answer in progress then is waited for and counts for what came in time."""
     draw = random.Random(body.pop("number"))
     while time.monotonic() < until:
         content = "".join(draw.choice("0123456789+-*=; ") for _ in range(48))
         asked = {**body, "messages": [{"role": "user", "content": content}]}
         began = last = time.monotonic()
+        seen = 0
         try:
             async with client.stream("POST", f"{url}/v1/chat/completions", json=asked) as answer:
                 if answer.status_code != 200:
@@ -170,6 +171,9 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], load
                     if now > until:
                         return
                     if not line.startswith("data: {"):
+                        continue
+                    seen += 1
+                    if seen <= before:
                         continue
                     last = _note(json.loads(line.removeprefix("data: ")), load, began, last, now)
         except httpx.HTTPError:
@@ -191,7 +195,9 @@ def _note(chunk: dict[str, Any], load: Load, began: float, last: float, now: flo
     return now
 
 
-async def measure(url: str, server: Server, model: Path, streams: int, tokens: int, seconds: float) -> Load:
+async def measure(
+    url: str, server: Server, model: Path, streams: int, tokens: int, seconds: float, before: int
+) -> Load:
     """One server at one number of streams, after a short warm-up that doesn't count."""
     common = {"model": str(model), "max_tokens": tokens, "stream": True, "temperature": 1.0, **server.extra}
     common["stream_options"] = {"include_usage": True}
@@ -200,26 +206,8 @@ async def measure(url: str, server: Server, model: Path, streams: int, tokens: i
         for load, span in ((Load(), min(3.0, seconds)), (Load(), seconds)):
             until = time.monotonic() + span
             bodies = [{**common, "number": number} for number in range(streams)]
-            await asyncio.gather(*(stream(client, url, body, load, until) for body in bodies))
+            await asyncio.gather(*(stream(client, url, body, load, until, before) for body in bodies))
     return load
-
-
-def figures(load: Load, seconds: float) -> dict[str, Any]:
-    """The figures of one run of our own loop."""
-
-    def at(values: list[float], share: float) -> float | None:
-        ordered = sorted(values)
-        return round(1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)], 1) if ordered else None
-
-    return {
-        "tokens_per_s": round(load.tokens / seconds, 1),
-        "ttft_ms_median": at(load.firsts, 0.5),
-        "ttft_ms_p99": at(load.firsts, 0.99),
-        "gap_ms_p99": at(load.gaps, 0.99),
-        "events": len(load.firsts) + len(load.gaps),
-        "answers": load.answers,
-        "failures": load.failures,
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -241,12 +229,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def run(server: Server, url: str, model: Path, streams: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one server at one number of streams."""
+    before = events_before(url, model, server.extra)
     if options.own:
-        load = asyncio.run(measure(url, server, model, streams, options.tokens, options.seconds))
-        found = figures(load, options.seconds)
+        seconds = options.seconds
+        load = asyncio.run(measure(url, server, model, streams, options.tokens, seconds, before))
     else:
-        found = measured(url, model, server.extra, streams, options.tokens)
-    return {"server": server.name, "streams": streams, **found}
+        load, seconds = measured(url, model, server.extra, streams, options.tokens, before)
+    return {"server": server.name, "streams": streams, **load.figures(seconds)}
 
 
 def read_options() -> argparse.Namespace:

@@ -88,7 +88,7 @@ class ServingEngine(InterruptibleEngine, Protocol):
         """As `Engine.extend`; ``hook`` sees the logits of every token of this candidate."""
 
     def poll(self, steps: int = 0) -> list[tuple[Row, Candidate]]:
-        """As `Engine.poll`; with ``steps`` it also returns after so many tokens a row, with or without candidates."""
+        """As `Engine.poll`; with ``steps`` it also returns after at most so many tokens a row, with or without candidates."""
 
     def drawn(self, row: Row, after: int) -> tuple[list[int], list[float]]:
         """What the row's open request has drawn since its first ``after`` tokens: ids and log-probabilities."""

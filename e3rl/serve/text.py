@@ -31,6 +31,7 @@ class TextStream:
         self._keep_stop, self._keep_special = keep_stop, keep_special
         self._ids: list[int] = []
         self._read = self._window = 0  # tokens that ended in whole characters when they came; where their window begins
+        self._known = ""  # text of that window
         self._pending = ""  # their text that is not sent
         self._sent = 0  # characters that are sent of it and of what follows it
         self.stopped: str | None = None
@@ -68,12 +69,13 @@ class TextStream:
         self._pending, self._sent, self._read = pending, 0, len(self._ids)
         for start in range(max(0, self._read - _WINDOW), max(-1, self._read - _WINDOW - 4), -1):
             self._window = start  # not in the middle of a character, whose half would spoil what follows
-            if not self._decode(self._ids[start : self._read]).startswith(_HALF_CHARACTER):
+            self._known = self._decode(self._ids[start : self._read])
+            if not self._known.startswith(_HALF_CHARACTER):
                 break
 
     def _unread(self, ids: Sequence[int]) -> str:
         """The text of the tokens behind those that were read."""
-        known, text = self._decode(ids[self._window : self._read]), self._decode(ids[self._window :])
+        known, text = self._known, self._decode(ids[self._window :])
         if self._window and not (known and text.startswith(known)):  # the window was too narrow
             known, text = self._decode(ids[: self._read]), self._decode(ids)
         return text[len(known) :]

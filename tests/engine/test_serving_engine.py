@@ -128,9 +128,12 @@ def test_a_poll_of_some_steps_returns_and_what_was_drawn_until_then_is_the_begin
             engine.extend(row, 20 + i, draw(i), Sampling())
     expected, rows = list(finish(whole, 3).values()), list(cut._open)
     found = dict(cut.poll(4))
+    assert (found, cut.stats.decode_steps) == ({}, 0), "the first token costs no step, and is told before one"
+    assert [len(cut.drawn(row, 0)[0]) for row in rows] == [1, 1, 1]
+    found = dict(cut.poll(4))
     assert (found, cut.stats.decode_steps) == ({}, 4)
     for row, candidate in zip(rows, expected, strict=True):
-        for after, count in ((0, 5), (3, 2), (5, 0)):  # the first token costs no step
+        for after, count in ((0, 5), (3, 2), (5, 0)):
             ids, logprobs = cut.drawn(row, after)
             assert ids == candidate.ids[after : after + count].tolist()
             assert logprobs == pytest.approx(candidate.logprobs[after : after + count].tolist(), abs=1e-12)

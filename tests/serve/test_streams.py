@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from e3rl.serve.requests import DecodingRequest, Output
 from e3rl.serve.service import Service
 from e3rl.serve.worker import Outbox
 from tests.serve.conftest import serving
-from tests.serve.test_server import HELLO, LONG, TEXT, post, settled, slow_steps, slowed
+from tests.serve.test_server import HELLO, LONG, TEXT, post, settled, slowed
 
 ASKED = DecodingRequest("tiny", ("3",), n=2, max_tokens=150, seed=4, extension=LONG, output=Output(logprobs=0))
 
@@ -38,7 +37,7 @@ def test_plain_text_streams_as_it_is_drawn_and_is_the_same_answer(make_service: 
     assert len(few) == 2, "a segment of 200 holds each answer"
     for index, choice in enumerate(streamed):
         pieces = [piece for i, piece in many if i == index]
-        assert max(len(p.tokens.ids) for p in pieces) <= 5
+        assert max(len(p.tokens.ids) for p in pieces) <= 4
         assert "".join(p.text for p in pieces) == choice.text == whole[index].text
         assert [i for p in pieces for i in p.tokens.ids] == whole[index].tokens.ids
         assert [p for q in pieces for p in q.tokens.logprobs] == whole[index].tokens.logprobs
@@ -59,20 +58,10 @@ def test_short_segments_of_a_plain_stream_are_counted_as_such(make_service: Call
     assert sizes == {0: 6, 1: 6, 2: 6, 3: 2}
 
 
-def test_the_first_text_comes_after_a_few_tokens(make_service: Callable[..., Service], monkeypatch):
+def test_the_first_token_is_sent_at_once_and_the_others_by_fours(make_service: Callable[..., Service]):
     service = make_service(endless=True)
-    steps = slow_steps(service, monkeypatch)
-
-    async def ask() -> int:
-        running = service.start(replace(ASKED, stream=True), Outbox())
-        async with contextlib.aclosing(service.pieces(running)) as pieces:
-            await anext(pieces)
-        first = len(steps)
-        service.drop(running)
-        return first
-
-    assert asyncio.run(ask()) <= 6  # of 149
-    assert settled(service)
+    _, pieces = asyncio.run(answered(service, replace(ASKED, n=1, max_tokens=12, stream=True)))
+    assert [len(piece.tokens.ids) for _, piece in pieces] == [1, 4, 4, 3]
 
 
 def test_erasable_text_comes_by_segments(make_service: Callable[..., Service]):

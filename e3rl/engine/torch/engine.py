@@ -212,10 +212,11 @@ class TorchEngine:
         self._may_hold_nan = False
 
     def _next_parts(self, rows: list[SlotRow], division: Division, most: int) -> list[StepPart]:
-        """Draw what needs no forward pass; if that completes no request, the parts in which ``rows`` are to be decoded, for
-        ``most`` steps where that is not 0."""
+        """Draw what needs no forward pass; if that completes no request, the parts in which ``rows`` are to be decoded. With
+        ``most``, for so many steps, and none where something was drawn: it is to be told at once."""
         with operation_threads(division.threads):
-            if any(row.open.complete(self._eos_ids) for row in self._draw_first_tokens()):
+            begun = self._draw_first_tokens()
+            if (most and begun) or any(row.open.complete(self._eos_ids) for row in begun):
                 return []
             if self._slot_model.storage.states:
                 self._restore_states([row for row in rows if row.stale or row.cached == row.total])
