@@ -35,6 +35,7 @@ from e3rl.errors import UserError
 from e3rl.train import checkpoint, journal
 from e3rl.train.ledger import read_ledger
 from e3rl.train.run_directory import read_lines
+from tests.chaos.killing import Ended, Tally, kill_runs
 
 RECIPE = """
 [data]
@@ -252,29 +253,6 @@ def differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     return [key for key, value in expected.items() if found[key] != value]
 
 
-@dataclass
-class Tally:
-    """What was done and what came of it."""
-
-    kills: int = 0
-    resumes: int = 0
-    runs: int = 0
-    identical: int = 0
-    redone: int = 0  # candidates generated more than once
-    candidates: int = 0  # that an undisturbed run generates
-    wheres: Counter[str] = field(default_factory=Counter)
-    differing: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The figures, for people."""
-        return [
-            f"kills {self.kills}, resumes {self.resumes}, identical finals {self.identical} of {self.runs}",
-            "killed at: " + ", ".join(f"{where} {n}" for where, n in sorted(self.wheres.items())),
-            f"candidates generated a second time: {self.redone} in {self.runs} runs of {self.candidates}",
-            *self.differing,
-        ]
-
-
 def _crashes(rng: random.Random, calls: dict[str, int], seconds: float) -> Iterator[tuple[str, Crash, float | None]]:
     """Endless ways to end a life: half of them by the clock, half at a call that writes."""
     kinds = sorted(calls)
@@ -293,47 +271,40 @@ def chaos(
     say: Callable[[str], None] = print,
 ) -> Tally:
     """Kill runs that many times, or for so many seconds; each is then completed and compared with an undisturbed one."""
-    end = time.monotonic() + seconds
-    rng, tally = random.Random(seed), Tally()
     path = directory / "recipe.toml"
     path.write_text(recipe, encoding="utf-8")
 
-    def command(name: str) -> list[str]:
-        return ["train", str(path), f"run.output_dir={directory}", f"run.name={name}"]
+    def said(name: str) -> str:
+        return (directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
-    first = live(command("undisturbed"), directory / "undisturbed.log", Crash())
+    def begin(name: str, crash: Crash, patience: float | None = None) -> Life:
+        resume = ["--resume"] * (directory / name / "config.toml").exists()
+        command = ["train", str(path), f"run.output_dir={directory}", f"run.name={name}", *resume]
+        return live(command, directory / f"{name}.log", crash, patience)
+
+    first = begin("undisturbed", Crash())
     if first.status != 0:
-        raise RuntimeError((directory / "undisturbed.log").read_text())
+        raise RuntimeError(said("undisturbed"))
     preload(directory / "undisturbed.log")
     expected = outcome(directory / "undisturbed")
     calls = json.loads((directory / "undisturbed.calls").read_text())
-    tally.candidates = first.generated
-    ends = _crashes(rng, calls, first.seconds)
-    while tally.kills < kills and time.monotonic() < end:
-        name = f"run-{tally.runs}"
-        generated, again = 0, False
-        while True:
-            more = tally.kills < kills and time.monotonic() < end
-            where, crash, patience = next(ends) if more else ("", Crash(kind="none"), None)
-            started = (directory / name / "config.toml").exists()
-            life = live([*command(name), *["--resume"] * started], directory / f"{name}.log", crash, patience)
-            generated += life.generated
-            tally.resumes += again
-            again = True
-            if life.status == 0:
-                break
-            if life.status is not None:
-                tally.differing.append(f"{name} failed: " + (directory / f"{name}.log").read_text()[-3000:])
-                return tally
-            tally.kills += 1
-            tally.wheres[where] += 1
-        tally.runs += 1
+    ends = _crashes(random.Random(seed), calls, first.seconds)
+
+    def one(name: str, left: int) -> Ended:
+        where, crash, patience = next(ends) if left else ("", Crash(kind="none"), None)
+        life = begin(name, crash, patience)
+        generated = Counter({"candidates generated": life.generated})
+        if life.status is None:
+            return Ended(False, 1, where, counts=generated)
+        return Ended(True, counts=generated, where=where, wrong=f"failed: {said(name)[-3000:]}" if life.status else "")
+
+    def unlike(name: str) -> str:
         keys = differing(expected, outcome(directory / name))
-        tally.identical += not keys
-        tally.differing += [f"{name} differs in {', '.join(keys)}"] * bool(keys)
-        tally.redone += generated - first.generated
-        say(f"{name}: {tally.kills} kills so far, {'identical' if not keys else tally.differing[-1]}")
         shutil.rmtree(directory / name)
+        return ", ".join(keys)
+
+    tally = kill_runs(kills, one, unlike, seconds, say)
+    tally.counts["of them a second time"] = tally.counts["candidates generated"] - tally.runs * first.generated
     return tally
 
 
@@ -349,7 +320,7 @@ def main() -> None:
     with place as directory:
         tally = chaos(Path(directory), options.kills, options.seed, seconds=options.seconds)
     print("\n".join(tally.lines()))
-    raise SystemExit(tally.identical != tally.runs or bool(tally.differing))
+    raise SystemExit(bool(tally.wrong))
 
 
 if __name__ == "__main__":

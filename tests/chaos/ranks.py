@@ -19,9 +19,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.chaos.killing import Ended, Tally, kill_runs
 from tests.chaos.kills import RECIPE, Crash, be, differing, outcome, preload
 
 RANKS = 2
@@ -73,27 +74,6 @@ def live_together(command: list[str], log: Path, crashes: list[Crash], patience:
     return Lives(statuses, time.monotonic() - began)
 
 
-@dataclass
-class Together:
-    """What was done and what came of it."""
-
-    kills: int = 0
-    ended: int = 0  # ranks that ended with a sentence because the other was killed
-    runs: int = 0
-    identical: int = 0
-    wheres: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The figures, for people."""
-        return [
-            f"{RANKS} ranks: kills {self.kills}, the other rank ended with a sentence {self.ended}, identical finals "
-            f"{self.identical} of {self.runs}",
-            "killed: " + ", ".join(f"{where} {n}" for where, n in sorted(self.wheres.items())),
-            *self.wrong,
-        ]
-
-
 def _ends(
     rng: random.Random, calls: list[dict[str, int]], seconds: float
 ) -> Iterator[tuple[str, list[Crash], float, list[int]]]:
@@ -110,9 +90,8 @@ def _ends(
 
 def chaos(
     directory: Path, kills: int, parallel: str = "ddp", seed: int = 0, say: Callable[[str], None] = print
-) -> Together:
+) -> Tally:
     """Kill runs that many times; each is then completed and compared with an undisturbed one."""
-    rng, found = random.Random(seed), Together()
     recipe = directory / "recipe.toml"
     recipe.write_text(RECIPE, encoding="utf-8")
 
@@ -131,31 +110,26 @@ def chaos(
     preload(directory / "undisturbed.log")
     expected = outcome(directory / "undisturbed")
     calls = [json.loads((directory / f"undisturbed{rank}.calls").read_text()) for rank in ("", "-rank1")]
-    ends = _ends(rng, calls, first.seconds)
-    while found.kills < kills:
-        name = f"run-{found.runs}"
-        while True:
-            where, crashes, patience, victims = (
-                next(ends) if found.kills < kills else ("", [Crash(), Crash()], math.inf, [])
-            )
-            lives = live(name, crashes, patience, victims)
-            if lives.statuses == [0, 0]:
-                break
-            killed = lives.statuses.count(None)
-            survivors = [status for status in lives.statuses if status is not None]
-            if not killed or any(status not in (0, 2) for status in survivors) or "Traceback" in said(name):
-                found.wrong.append(f"{name}, {where}: statuses {lives.statuses}: {said(name)}")
-                return found
-            found.kills += killed
-            found.ended += survivors.count(2)
-            found.wheres[where] += 1
-        found.runs += 1
+    ends = _ends(random.Random(seed), calls, first.seconds)
+
+    def one(name: str, left: int) -> Ended:
+        where, crashes, patience, victims = next(ends) if left else ("", [Crash(), Crash()], math.inf, [])
+        lives = live(name, crashes, patience, victims)
+        killed = lives.statuses.count(None)
+        survivors = [status for status in lives.statuses if status is not None]
+        complete, wrong = lives.statuses == [0, 0], ""
+        if not complete and (not killed or not set(survivors) <= {0, 2} or "Traceback" in said(name)):
+            wrong = f"statuses {lives.statuses}: {said(name)}"
+        return Ended(
+            complete, killed, where, wrong, Counter({"the other rank ended with a sentence": survivors.count(2)})
+        )
+
+    def unlike(name: str) -> str:
         keys = differing(expected, outcome(directory / name))
-        found.identical += not keys
-        found.wrong += [f"{name} differs in {', '.join(keys)}"] * bool(keys)
-        say(f"{name}: {found.kills} kills so far, {'identical' if not keys else found.wrong[-1]}")
         shutil.rmtree(directory / name)
-    return found
+        return ", ".join(keys)
+
+    return kill_runs(kills, one, unlike, say=say)
 
 
 def main() -> None:

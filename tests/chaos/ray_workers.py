@@ -14,8 +14,8 @@ import random
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from e3rl.cluster.ray_workers import RayConnection
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.train.trainer import Trainer
+from tests.chaos.killing import Ended, Tally, kill_runs
 from tests.cluster.places import SETTINGS
 from tests.train.random_lab import lab_config
 
@@ -40,26 +41,6 @@ RUN = (
 )
 
 
-@dataclass
-class Killed:
-    """What was done and what came of it."""
-
-    kills: int = 0
-    lost: int = 0  # calls that ended in WorkerLost, and no other way
-    resumes: int = 0
-    runs: int = 0
-    identical: int = 0
-    wrong: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The figures, for people."""
-        return [
-            f"rollout workers on Ray: kills {self.kills}, noticed {self.lost}, resumes {self.resumes}, "
-            f"identical finals {self.identical} of {self.runs}",
-            *self.wrong,
-        ]
-
-
 def outcome(config: Config, resume: bool = False) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """A run's responses with their rewards, and its final weights."""
     trainer = Trainer(config, resume=resume)
@@ -70,50 +51,63 @@ def outcome(config: Config, resume: bool = False) -> tuple[list[Any], dict[str, 
     return rows, load_file(trainer.run_path / "model" / "model.safetensors")
 
 
-def kill_some(found: Killed, kills: int, rng: random.Random, chance: float) -> None:
-    """From now on a call may kill its worker, at a random moment of the call."""
-    exchange = RayConnection.exchange
+class Killer:
+    """Once installed, a call to a worker may kill it, at a random moment of the call."""
 
-    def killing(self: RayConnection, body: bytes) -> bytes:
-        if found.kills >= kills or rng.random() >= chance:
-            return exchange(self, body)
-        pid = self._ray.get(self._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
-        reference = self._actor.exchange.remote(body)
-        time.sleep(rng.uniform(0, 0.1))
+    def __init__(self, rng: random.Random, chance: float) -> None:
+        self.left = self.kills = self.noticed = 0
+        self._rng, self._chance = rng, chance
+
+    def install(self) -> None:
+        exchange, killer = RayConnection.exchange, self
+
+        def killing(self: RayConnection, body: bytes) -> bytes:
+            return killer.call(self, body) if killer.strikes() else exchange(self, body)
+
+        RayConnection.exchange = killing  # type: ignore[method-assign]
+
+    def strikes(self) -> bool:
+        return self.kills < self.left and self._rng.random() < self._chance
+
+    def call(self, connection: RayConnection, body: bytes) -> bytes:
+        """Call the worker, and kill it meanwhile; the call must end in WorkerLost, or with an answer of before."""
+        pid = connection._ray.get(connection._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
+        reference = connection._actor.exchange.remote(body)
+        time.sleep(self._rng.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
-        found.kills += 1
+        self.kills += 1
         try:
-            return self._wait(reference, 60)  # type: ignore[no-any-return]
+            return connection._wait(reference, 60)  # type: ignore[no-any-return]
         except WorkerLost:
-            found.lost += 1
+            self.noticed += 1
             raise
 
-    RayConnection.exchange = killing  # type: ignore[method-assign]
 
-
-def chaos(directory: Path, kills: int, seconds: float, seed: int = 0, say: Callable[[str], None] = print) -> Killed:
+def chaos(directory: Path, kills: int, seconds: float, seed: int = 0, say: Callable[[str], None] = print) -> Tally:
     """Kill workers that many times, or for so many seconds; every run is compared with one of a single process."""
-    found, rng, end = Killed(), random.Random(seed), time.monotonic() + seconds
     rows, weights = outcome(lab_config(directory, *SETTINGS, *RUN, "run.name=alone"))
-    kill_some(found, kills, rng, chance=0.2)
-    while found.kills < kills and time.monotonic() < end:
-        name, resume = f"run.name=run-{found.runs}", False
-        while True:
-            config = lab_config(directory, *SETTINGS, *RUN, name, "rollout.workers=2")
-            try:
-                seen = outcome(config, resume)
-                break
-            except UserError as error:
-                if "no rollout worker is left" not in str(error):
-                    raise
-                found.resumes += 1
-                resume = True
-        found.runs += 1
-        same = seen[0] == rows and all(torch.equal(seen[1][key], tensor) for key, tensor in weights.items())
-        found.identical += same
-        found.wrong += [] if same else [f"{name} is another run than the undisturbed one"]
-        say(f"{name}: {found.kills} kills so far, {'identical' if same else 'WRONG'}")
-    return found
+    killer = Killer(random.Random(seed), chance=0.2)
+    killer.install()
+    found: dict[str, Any] = {}
+
+    def one(name: str, left: int) -> Ended:
+        killer.left, killer.kills, killer.noticed = left, 0, 0
+        resume = (directory / name / "config.toml").exists()
+        try:
+            found[name] = outcome(
+                lab_config(directory, *SETTINGS, *RUN, f"run.name={name}", "rollout.workers=2"), resume
+            )
+            complete, wrong = True, ""
+        except UserError as error:
+            complete, wrong = False, "" if "no rollout worker is left" in str(error) else str(error)
+        return Ended(complete, killer.kills, "a call", wrong, Counter({"lost workers noticed": killer.noticed}))
+
+    def unlike(name: str) -> str:
+        seen_rows, seen_weights = found.pop(name)
+        same = all(torch.equal(seen_weights[key], tensor) for key, tensor in weights.items())
+        return ", ".join(["trajectories"] * (seen_rows != rows) + ["weights"] * (not same))
+
+    return kill_runs(kills, one, unlike, seconds, say)
 
 
 def main() -> None:

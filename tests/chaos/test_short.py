@@ -23,7 +23,7 @@ SMALL = (
 
 def test_killed_runs_end_in_the_same_bits(tmp_path: Path):
     tally = chaos(tmp_path, kills=3, seed=5, recipe=SMALL)
-    assert tally.differing == []
+    assert tally.wrong == []
     assert (tally.kills, tally.identical) == (3, tally.runs)
     assert tally.resumes > 0
     assert len(tally.wheres) >= 2
