@@ -95,7 +95,7 @@ class Driver:
         settings: GroupSettings,
         observe: Observer | None = None,
         *,
-        client: str = "",
+        client: tuple[str, ...] = (),
         follow: bool = False,
     ) -> GroupJob:
         """Queue a group; ``observe`` is told of each `Event`, of remembered candidates at once.

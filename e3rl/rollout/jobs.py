@@ -22,7 +22,7 @@ class GroupJob:
     rollout: GroupRollout
     rows: GroupRows
     observe: Callable[[Event], None]
-    client: str = ""  # who asked for it: rows are shared among clients
+    client: tuple[str, ...] = ()  # who asked for it: rows are shared among clients, see `next_group`
     follow: bool = False  # the observer is told of tokens as they are drawn
     group: Group | None = None
     error: Exception | None = None
@@ -44,11 +44,21 @@ class GroupJob:
 
 
 def next_group(waiting: Sequence[GroupJob], decoding: Iterable[GroupJob]) -> GroupJob:
-    """The first waiting group of the client that has the fewest rows; of equals the one that came first."""
+    """The first waiting group of the client that has the fewest rows; of equals the one that came first.
+
+    A client's name has parts: clients with the same first part share the rows of one client, and so on. So nobody has more of
+    them by taking another last part for every group.
+    """
     first = waiting[0]
     if all(job.client == first.client for job in waiting):
         return first
-    rows: Counter[str] = Counter()
+    rows: Counter[tuple[str, ...]] = Counter()
     for job in decoding:
-        rows[job.client] += len(job.rows.held)
-    return min(waiting, key=lambda job: rows[job.client])
+        for part in _widening(job.client):
+            rows[part] += len(job.rows.held)
+    return min(waiting, key=lambda job: [rows[part] for part in _widening(job.client)])
+
+
+def _widening(client: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The client's name up to its first part, up to the second, and so on."""
+    return [client[:parts] for parts in range(1, len(client) + 1)]

@@ -210,9 +210,9 @@ async def _body(request: Request) -> bytes:
     return await request.body()
 
 
-def _client(request: Request) -> str:
-    """Who asks: an address, with the key that the client sent, whatever it is."""
-    return f"{request.client.host if request.client else ''} {request.headers.get('authorization', '')}"
+def _client(request: Request) -> tuple[str, str]:
+    """Who asks: an address, and the key that the client sent, whatever it is."""
+    return request.client.host if request.client else "", request.headers.get("authorization", "")
 
 
 def _parse(raw: bytes) -> Any:

@@ -45,7 +45,7 @@ class Running:
     outbox: Outbox
     cancelled: threading.Event
     number: int = 0  # on the live page
-    client: str = ""
+    client: tuple[str, ...] = ()
     began: float = field(default_factory=time.monotonic)
 
     def usage(self) -> dict[str, int]:
@@ -119,7 +119,7 @@ class Service:
         gauges = {f"e3rl_groups_{name}": load[name] for name in ("decoding", "waiting")}
         return self.metrics.text({**gauges, "e3rl_rows_free": load["free_rows"]})
 
-    def start(self, request: DecodingRequest, outbox: Outbox, client: str = "") -> Running:
+    def start(self, request: DecodingRequest, outbox: Outbox, client: tuple[str, ...] = ()) -> Running:
         """Check a request and queue its groups, whose events go to ``outbox``; ApiError where it can't be served.
 
         ``client`` names who asks; who asks for several names them in the requests' ``user``."""
@@ -137,7 +137,7 @@ class Service:
             )
             room = self.max_length - max(len(p.ids) for p in prompts)
             settings = decoding(request, self._config, self._calibration, room=room)
-            running = replace(self._running(request, settings, prompts, outbox), client=f"{client} {request.user}")
+            running = replace(self._running(request, settings, prompts, outbox), client=(*client, request.user))
             self._worker.submit([self._ticket(running, i) for i in range(len(prompts))])
         except UserError as error:
             raise as_api_error(error) from None

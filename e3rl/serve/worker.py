@@ -23,7 +23,7 @@ from e3rl.serve.errors import ApiError, as_api_error
 from e3rl.types import Prompt
 
 MOST_QUEUES = 4
-"""Full queues of clients that there is room for."""
+"""Full queues of clients that there is room for; one less for the clients of an address."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Ticket:
     index: int
     outbox: Outbox
     cancelled: threading.Event
-    client: str = ""  # who asks: rows are shared among clients
+    client: tuple[str, ...] = ()  # who asks, address first: rows are shared among clients
     follow: bool = False  # tell of tokens as they are drawn
 
     def tell(self, event: Event) -> None:
@@ -68,7 +68,7 @@ class Ticket:
 
 
 class DecodingWorker:
-    """Decodes tickets until stopped. At most ``queue_limit`` of a client wait for rows, and four times as many of all."""
+    """Decodes tickets until stopped. At most ``queue_limit`` of a client wait for rows, `MOST_QUEUES` times as many of all."""
 
     def __init__(self, engine: Engine, *, rows: int, queue_limit: int) -> None:
         self.rows, self._queue_limit = rows, queue_limit
@@ -88,20 +88,26 @@ class DecodingWorker:
         with self._changed:
             if self._stopping or self._draining:
                 raise ApiError(503, "the server is stopping")
-            waiting, own = self.load()["waiting"], self._waiting_of(tickets[0].client)
-            if own + len(tickets) > self._queue_limit:
-                raise ApiError(429, f"{own} of your groups wait already; try again soon", code="overloaded")
-            if waiting + len(tickets) > MOST_QUEUES * self._queue_limit:
-                raise ApiError(429, f"{waiting} groups wait already; try again soon", code="overloaded")
+            client, all_of = tickets[0].client, self.load()["waiting"]
+            own, near = self._waiting_of(client), self._waiting_of(client[:1])
+            for waiting, whose, queues in (
+                (own, f"{own} of your groups", 1),
+                (near, f"{near} groups from your address", MOST_QUEUES - 1),
+                (all_of, f"{all_of} groups", MOST_QUEUES),
+            ):
+                if waiting + len(tickets) > queues * self._queue_limit:
+                    raise ApiError(429, f"{whose} wait already; try again soon", code="overloaded")
             self._arrived.extend(tickets)
             self._changed.notify()
         if self._engine.free_rows() and not own:  # else rows become free only when a group ends
             self._interrupt()
 
-    def _waiting_of(self, client: str) -> int:
-        """Groups of a client that wait for rows."""
-        submitted = [job for job, ticket in list(self._tickets.items()) if ticket.client == client]
-        return sum(t.client == client for t in self._arrived) + sum(not job.rows.held for job in submitted)
+    def _waiting_of(self, client: tuple[str, ...]) -> int:
+        """Groups that wait for rows of the clients whose names begin so."""
+        parts = len(client)
+        submitted = [job for job, ticket in list(self._tickets.items()) if ticket.client[:parts] == client]
+        arrived = sum(ticket.client[:parts] == client for ticket in self._arrived)
+        return arrived + sum(not job.rows.held for job in submitted)
 
     def _interrupt(self) -> None:
         """Have the step under way return, whether it decodes or waits for tools."""

@@ -94,6 +94,9 @@ class Crash:
         self.calls[kind] += 1
         return kind == self.kind and self.calls[kind] == self.nth
 
+    def finish(self) -> None:
+        """Called where e3rl returned, in place of what Python does at its end."""
+
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -203,6 +206,7 @@ def be(command: list[str], log: Path, crash: Crash) -> None:
         journal.StepJournal.add = add  # type: ignore[method-assign]
         crash.install()
         status = e3rl(command)
+        crash.finish()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if crash.nth == 0:

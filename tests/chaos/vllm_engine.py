@@ -9,6 +9,8 @@ process or a copy of its weights behind; the resumed run must be the undisturbed
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib.util
 import json
 import math
@@ -21,8 +23,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.chaos.killing import Ended, Tally, kill_runs
 from tests.chaos.kills import Crash, Life, differing, live, outcome, preload
@@ -32,18 +35,28 @@ PATIENCE = 90.0
 """Seconds in which the processes of a killed run have to be gone."""
 
 VICTIMS = ("the run", "VLLM::EngineCore", "VLLM::Worker")
-MARK = "E3RL_CHAOS_RUN"
+_ORPHANS_COME_HERE = 36  # PR_SET_CHILD_SUBREAPER
 
 
-def processes(mark: str) -> dict[int, str]:
-    """The processes that were started with this mark in their environment, and their titles."""
-    found = {}
+def processes(ancestor: int) -> dict[int, str]:
+    """The processes below this one that have not ended, and their titles."""
+    parents: dict[int, list[int]] = {}
+    titles = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended
+            state, parent = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            titles[int(path.name)] = (
+                (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            )
+        except OSError:  # it has ended meanwhile
             continue
+        if state != "Z":
+            parents.setdefault(int(parent), []).append(int(path.name))
+    found, ahead = {}, [ancestor]
+    while ahead:
+        for child in parents.get(ahead.pop(), []):
+            found[child] = titles[child]
+            ahead.append(child)
     return found
 
 
@@ -53,39 +66,51 @@ class EngineCrash(Crash):
 
     victim: str = VICTIMS[0]
     seconds: float = 0.0
-    mark: str = ""
     directory: Path = Path()
+    cores: list[Any] = field(default_factory=list)
 
     def install(self) -> None:
         from e3rl.engine.vllm.core import VllmCore
 
-        os.environ |= {MARK: self.mark, "TMPDIR": str(self.directory)}
+        os.environ["TMPDIR"] = str(self.directory)
         tempfile.tempdir = None
-        step = VllmCore._step
+        start, step = VllmCore.__init__, VllmCore._step
+
+        def starting(core: VllmCore, *arguments: Any, **options: Any) -> None:
+            start(core, *arguments, **options)
+            self.cores.append(core)
 
         def stepping(core: VllmCore) -> None:
             if self.reached("step"):
                 threading.Timer(self.seconds, self._strike).start()
             step(core)
 
-        VllmCore._step = stepping  # type: ignore[method-assign]
+        VllmCore.__init__, VllmCore._step = starting, stepping  # type: ignore[method-assign]
+
+    def finish(self) -> None:
+        for core in self.cores:
+            core.close()
 
     def _strike(self) -> None:
         if self.victim == VICTIMS[0]:
             self.die()
-        for pid, title in processes(self.mark).items():
+        for pid, title in processes(os.getpid()).items():
             if title.startswith(self.victim):
                 os.kill(pid, signal.SIGKILL)
 
 
-def left_behind(mark: str, directory: Path) -> str:
-    """What a life left behind that ended some time ago; empty where nothing."""
+def left_behind(directory: Path) -> str:
+    """What a life left behind that ended some time ago; empty where nothing. Waits for processes that are about to end."""
     end = time.monotonic() + PATIENCE
-    while (left := processes(mark)) and time.monotonic() < end:
+    while (left := processes(os.getpid())) and time.monotonic() < end:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
         time.sleep(0.1)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     weights = sorted(p.name for p in directory.rglob("*.safetensors"))
+    shutil.rmtree(directory)
+    directory.mkdir()
     return ", ".join([*left.values(), *weights])
 
 
@@ -103,6 +128,7 @@ def chaos(directory: Path, kills: int, seconds: float, seed: int = 0, say: Calla
     recipe, rng = directory / "recipe.toml", random.Random(seed)
     recipe.write_text(TINY.replace("[rollout]", '[rollout]\nengine = "vllm"'), encoding="utf-8")
     (scratch := directory / "scratch").mkdir()
+    ctypes.CDLL(None).prctl(_ORPHANS_COME_HERE, 1, 0, 0, 0)
 
     def begin(name: str, crash: EngineCrash) -> tuple[Life, str]:
         resume = ["--resume"] * (directory / name / "config.toml").exists()
@@ -111,21 +137,20 @@ def chaos(directory: Path, kills: int, seconds: float, seed: int = 0, say: Calla
         command = ["train", str(recipe), f"run.output_dir={directory}", f"run.name={name}", *resume]
         return live(command, log, crash), log.read_text(encoding="utf-8", errors="replace")
 
-    def harmless(name: str) -> EngineCrash:
-        return EngineCrash(mark=name, directory=scratch)
-
-    first, said = begin("undisturbed", harmless("undisturbed"))
-    if first.status != 0:
-        raise RuntimeError(said)
+    first, said = begin("undisturbed", EngineCrash(directory=scratch))
+    if first.status != 0 or (left := left_behind(scratch)):
+        raise RuntimeError(left if first.status == 0 else said)
     preload(directory / "undisturbed.log")
     expected = outcome(directory / "undisturbed")
     steps = json.loads((directory / "undisturbed.calls").read_text())["step"]
 
     def one(name: str, left: int) -> Ended:
         victim, where = rng.choice(VICTIMS), rng.randint(1, max(1, steps // 2))
-        crash = EngineCrash("step", where, victim=victim, seconds=rng.uniform(0, 0.03), mark=name, directory=scratch)
-        life, said = begin(name, crash if left else harmless(name))
-        wrong = verdict(life, victim if left else "", said) or left_behind(name, scratch)
+        crash = EngineCrash("step", where, victim=victim, seconds=rng.uniform(0, 0.03), directory=scratch)
+        life, said = begin(name, crash if left else EngineCrash(directory=scratch))
+        wrong = verdict(life, victim if left else "", said)
+        if remains := left_behind(scratch):
+            wrong += f" left behind: {remains}"
         struck = left > 0 and life.status != 0
         counts = Counter({"ended with a sentence": int(life.status == 2)})
         return Ended(life.status == 0, int(struck), victim, f"{wrong}: {said[-3000:]}" if wrong else "", counts)

@@ -73,9 +73,9 @@ ONE = replace(SETTINGS, rollout=rollout(num_generations=1))
 def test_a_client_with_many_groups_does_not_keep_another_waiting():
     """Sixty groups stand in the queue when one of another client comes: it is the first that gets a freed row."""
     driver = Driver(ScriptedEngine(SCRIPT, cache_rows=4))
-    many = [driver.submit(prompt(f"a{i}"), ONE, client="many") for i in range(60)]
+    many = [driver.submit(prompt(f"a{i}"), ONE, client=("many",)) for i in range(60)]
     driver.step()
-    one = driver.submit(prompt("b"), ONE, client="one")
+    one = driver.submit(prompt("b"), ONE, client=("one",))
     ended = list(drive(driver))
     assert ended.index(one) < 8, "the four that had rows, and at most those that began with it"
     assert [job for job in ended if job is not one] == many, "within a client the order is that of asking"
@@ -84,11 +84,11 @@ def test_a_client_with_many_groups_does_not_keep_another_waiting():
 def test_clients_with_much_to_do_have_the_same_rows():
     engine = ScriptedEngine(SCRIPT, cache_rows=6)
     driver = Driver(engine)
-    jobs = [driver.submit(prompt(f"{name}{i}"), ONE, client=name) for name in "abc" for i in range(10)]
+    jobs = [driver.submit(prompt(f"{name}{i}"), ONE, client=(name,)) for name in "abc" for i in range(10)]
     held = []
     while driver.waiting:
         ended = driver.step()
-        held.append([sum(bool(j.rows.held) for j in jobs if j.client == name) for name in "abc"])
+        held.append([sum(bool(j.rows.held) for j in jobs if j.client == (name,)) for name in "abc"])
         assert not any(job.error for job in ended)
     assert held[0] == [2, 2, 2]
     assert max(max(h) - min(h) for h in held[:-3]) <= 1
@@ -99,16 +99,34 @@ def test_a_large_group_is_not_starved_by_another_clients_small_ones():
     engine = ScriptedEngine(SCRIPT, cache_rows=4)
     driver = Driver(engine)
     for i in range(4):
-        driver.submit(prompt(f"a{i}"), ONE, client="small")
+        driver.submit(prompt(f"a{i}"), ONE, client=("small",))
     driver.step()
-    large = driver.submit(prompt("b"), replace(SETTINGS, rollout=rollout(num_generations=4)), client="large")
+    large = driver.submit(prompt("b"), replace(SETTINGS, rollout=rollout(num_generations=4)), client=("large",))
     begun = 0
     while not large.rows.held:
-        driver.submit(prompt(f"c{begun}"), ONE, client="small")
+        driver.submit(prompt(f"c{begun}"), ONE, client=("small",))
         driver.step()
         begun += 1
         assert begun < 20
     assert engine.held == 4
+
+
+def test_a_new_name_for_every_group_gives_nobody_more_rows():
+    """One client takes another key and user each time; the other, at another address, has as many rows and is not starved."""
+    driver = Driver(ScriptedEngine(SCRIPT, cache_rows=4))
+    for i in range(40):
+        driver.submit(prompt(f"a{i}"), ONE, client=("bad", f"key{i}", f"user{i}"))
+    own = [driver.submit(prompt(f"b{i}"), ONE, client=("good", "", "")) for i in range(10)]
+    ended = list(drive(driver))
+    assert max(ended.index(job) for job in own) < 22
+
+
+def test_keys_of_one_address_have_the_same_rows_and_users_of_one_key():
+    driver = Driver(ScriptedEngine(SCRIPT, cache_rows=8))
+    names = [("a", "k", "u"), ("a", "k", "v"), ("a", "l", ""), ("b", "", "")]
+    jobs = [driver.submit(prompt(f"{name}{i}"), ONE, client=name) for name in names for i in range(8)]
+    driver.step()
+    assert [sum(bool(job.rows.held) for job in jobs if job.client == name) for name in names] == [1, 1, 2, 4]
 
 
 def test_cancelling_gives_the_rows_to_whoever_waits():

@@ -103,15 +103,15 @@ def test_each_client_has_a_queue_of_its_own(make_service: Callable[..., Service]
     one = replace(ASKED, n=1)
 
     async def ask() -> list[Any]:
-        running = [service.start(replace(ASKED, n=8), Outbox(), "a")]
+        running = [service.start(replace(ASKED, n=8), Outbox(), ("a",))]
         while not service.load()["decoding"]:
             await asyncio.sleep(0.01)
-        for client, user in (("a", ""), ("a", ""), ("a", "x"), ("a", "x"), ("b", ""), ("b", ""), ("c", ""), ("c", "")):
-            running.append(service.start(replace(one, user=user), Outbox(), client))
+        for client, user in (*[("a", name) for name in "--xxyy"], ("b", ""), ("b", "")):
+            running.append(service.start(replace(one, user=user), Outbox(), (client, "key")))
         refused = []
-        for client in ("a", "d"):
+        for client, user in (("a", "x"), ("a", "new"), ("d", "")):
             with pytest.raises(ApiError) as error:
-                service.start(one, Outbox(), client)
+                service.start(replace(one, user=user), Outbox(), (client, "key"))
             refused.append((error.value.status, str(error.value)))
         for found in running:
             service.drop(found)
@@ -119,6 +119,7 @@ def test_each_client_has_a_queue_of_its_own(make_service: Callable[..., Service]
 
     assert asyncio.run(ask()) == [
         (429, "2 of your groups wait already; try again soon"),
+        (429, "6 groups from your address wait already; try again soon"),
         (429, "8 groups wait already; try again soon"),
     ]
     assert settled(service)
@@ -126,7 +127,7 @@ def test_each_client_has_a_queue_of_its_own(make_service: Callable[..., Service]
 
 def test_who_asks_is_told_apart_by_key_and_user(make_service: Callable[..., Service], monkeypatch):
     service = make_service()
-    asked: list[str] = []
+    asked: list[tuple[str, ...]] = []
     submit = service._worker.submit
     monkeypatch.setattr(service._worker, "submit", lambda tickets: (asked.append(tickets[0].client), submit(tickets)))
     with serving(service) as url:
@@ -138,4 +139,5 @@ def test_who_asks_is_told_apart_by_key_and_user(make_service: Callable[..., Serv
         ):
             assert post(url, TEXT, {**HELLO, **user}, {"Authorization": key} if key else {})[0] == 200
         assert post(url, TEXT, {**HELLO, "user": 3})[1]["error"]["param"] == "user"
-    assert asked == ["127.0.0.1  ", "127.0.0.1 Bearer k ", *["127.0.0.1 Bearer k u"] * 2]
+    home = "127.0.0.1"
+    assert asked == [(home, "", ""), (home, "Bearer k", ""), *[(home, "Bearer k", "u")] * 2]

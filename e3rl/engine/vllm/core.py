@@ -80,6 +80,10 @@ class VllmCore:
             kv_cache_memory_bytes=kv_cache_bytes(model, cache_rows, max_length, kv_budget, tensor_parallel_size),
             enable_sleep_mode=sleeps,
         )
+        for path in self._directory.glob(
+            "*.safetensors"
+        ):  # vLLM has read them, and a killed process would leave them behind
+            path.unlink()
         threading.Thread(target=_tell_of_deaths, args=(self._llm.engine_core,), daemon=True).start()
         self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self._weights = 0  # how often they were changed: the salt of the prefix cache
