@@ -1,7 +1,8 @@
-"""Lark grammars of clients, followed in a process that can be killed.
+"""Grammars of clients, tried and followed in processes that can be killed.
 
-llguidance never returns from some of them and can't be interrupted. A grammar is first tried by chance, where it hinders
-nobody; what hangs later is killed after `STEP_SECONDS`, which ends its own answer.
+Every grammar is first compiled and followed by chance in a process of its own: some schemas of a few characters take minutes
+and all memory. From some Lark grammars llguidance never returns, and can't be interrupted; so those are followed in such a
+process, too. One that hangs there is killed after `STEP_SECONDS`, which ends the answers by grammars of who sent it.
 """
 
 from __future__ import annotations
@@ -9,21 +10,36 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import mmap
 import random
 import tempfile
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from e3rl.errors import UserError
 from e3rl.rewards.pool import PooledCall, ProcessPool
 from e3rl.serve.errors import ApiError, invalid
-from e3rl.serve.grammar import Grammar, GrammarCompiler, GrammarMatcher, require_llguidance
+from e3rl.serve.grammar import Grammar, GrammarCompiler, GrammarMatcher, compiled, require_llguidance
 
 TRIAL_SECONDS, STEP_SECONDS = 5.0, 2.0
 """Time limits for the trial of a grammar, and for one step. Ordinary ones take milliseconds."""
+
+BAN_SECONDS = 600.0
+"""How long Lark grammars are refused from an address one of whose grammars hung: everybody's tokens wait for such a step."""
+
+HELD_BYTES = 2**31
+"""What the grammars of all requests may take together, by their trials."""
+
 _MEMORY = 8 * 2**30
+_TRIAL_MEMORY = 2**31
+_LEAST_BYTES = 2**16  # of a grammar: what is less can't be measured
 _MOST_MATCHERS = 256
+_MOST_TRIED = 1024
 
 
 class Grammars:
@@ -36,6 +52,9 @@ class Grammars:
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._trials, self._steps = ProcessPool(1, TRIAL_SECONDS), ProcessPool(1, STEP_SECONDS)
         self._names = itertools.count()
+        self._tried: dict[Grammar, int] = {}  # bytes that a grammar takes
+        self._held = 0
+        self._banned: dict[str, float] = {}  # until when
 
     def close(self) -> None:
         """End the processes and remove their files."""
@@ -44,12 +63,44 @@ class Grammars:
         if self._files is not None:
             self._files.cleanup()
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """A fresh matcher; ApiError where the grammar can't be used."""
-        if not grammar.free:
-            return self._here.matcher(grammar)
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether it was tried, so that `matcher` takes no time."""
+        return grammar in self._tried
+
+    def try_out(self, grammar: Grammar) -> int:
+        """Bytes that the grammar takes; ApiError where it can't be used, or takes too long. Tried once."""
         require_llguidance()
-        text = grammar.text
+        known = self._tried.get(grammar)
+        if known is not None:
+            return known
+        call = PooledCall(f"{__name__}:try_grammar", asdict(grammar), memory=_TRIAL_MEMORY)
+        [tried] = self._trials.map([call])
+        if tried.error is not None:
+            raise invalid("response_format", f"the grammar can't be used: {tried.error[:500]}")
+        with self._lock:
+            while len(self._tried) >= _MOST_TRIED:
+                del self._tried[next(iter(self._tried))]
+            self._tried[grammar] = found = max(_LEAST_BYTES, int(tried.value))
+        return found
+
+    def matcher(self, grammar: Grammar, who: str = "") -> GrammarMatcher:
+        """A fresh matcher for ``who``, an address; ApiError where the grammar can't be used."""
+        size = self.try_out(grammar)
+        if self._held + size > HELD_BYTES:
+            raise ApiError(429, "the grammars of other requests take all memory; try again soon", code="overloaded")
+        made = self._distant(grammar.text, who) if grammar.free else self._here.matcher(grammar)
+        self._hold(size)
+        weakref.finalize(made, self._hold, -size)
+        return made
+
+    def _hold(self, size: int) -> None:
+        with self._lock:
+            self._held += size
+
+    def _distant(self, text: str, who: str) -> GrammarMatcher:
+        """A matcher that asks the process of the steps."""
+        if error := self._ban(who):
+            raise ApiError(429, error)
         with self._lock:
             if self._files is None:
                 self._files = tempfile.TemporaryDirectory(prefix="e3rl-tokenizer-")
@@ -58,19 +109,29 @@ class Grammars:
         name = str(next(self._names))
 
         def step(generated: Sequence[int]) -> tuple[bytes | None, str | None]:
+            if ban := self._ban(who):
+                return None, ban
             arguments = {"name": name, "text": text, "generated": list(generated)}
-            call = PooledCall(f"{__name__}:follower", arguments, memory=_MEMORY, setup=setup)
-            [outcome] = self._steps.map([call])
+            restarts = self._steps.restarts
+            [outcome] = self._steps.map([PooledCall(f"{__name__}:follower", arguments, memory=_MEMORY, setup=setup)])
+            if self._steps.restarts > restarts and outcome.error is not None:
+                self._banned[who] = time.monotonic() + BAN_SECONDS
             mask, error = outcome.value or (None, outcome.error)
             return None if mask is None else base64.b64decode(mask), error
 
-        [tried] = self._trials.map([PooledCall(f"{__name__}:try_grammar", {"text": text}, memory=_MEMORY)])
         matcher = _DistantMatcher(step, self._eos_ids, self._vocabulary)
-        if tried.error is None:
-            matcher.allowed([])  # starts the process of the steps, if need be, in the client's thread
-        if error := tried.error or matcher.error:
-            raise invalid("structured_outputs", f"the grammar can't be used: {error[:500]}")
+        matcher.allowed([])  # starts the process of the steps, if need be, in the client's thread
+        if matcher.error:
+            raise invalid("structured_outputs", f"the grammar can't be used: {matcher.error[:500]}")
         return matcher
+
+    def _ban(self, who: str) -> str:
+        """Why grammars of theirs are not followed now; empty where they are."""
+        left = self._banned.get(who, 0.0) - time.monotonic()
+        if left > 0:
+            return f"a grammar from your address hung and held up everybody: Lark grammars are refused for {left:.0f} s more"
+        self._banned.pop(who, None)
+        return ""
 
 
 class _DistantMatcher(GrammarMatcher):
@@ -114,18 +175,31 @@ def follower(setup: str) -> Callable[..., tuple[str | None, str | None]]:
     return follow
 
 
-def try_grammar(text: str) -> None:
-    """In the process of the trials: follow a grammar by chance, byte by byte; UserError if it can't be read."""
-    from llguidance import LLMatcher, LLTokenizer
+def try_grammar(kind: Any, text: str, free: bool) -> int:
+    """In the process of the trials: follow a grammar by chance, byte by byte, and give the bytes of memory that it took.
 
-    tokenizer, rng = LLTokenizer("byte"), random.Random(0)
-    for _ in range(4):
-        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
-        if matcher.is_error():
-            raise UserError(matcher.get_error())
+    UserError if it can't be read. Rules of a client's own, which may loop, are followed several times.
+    """
+    from llguidance import LLTokenizer
+
+    tokenizer, rng, before = LLTokenizer("byte"), random.Random(0), _resident()
+    for _ in range(4 if free else 1):
+        try:
+            matcher = compiled(Grammar(kind, text, free), tokenizer)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         for _ in range(64):
             mask = matcher.compute_bitmask()
             able = [i for i in range(256) if mask[i // 8] >> (i % 8) & 1]
             if matcher.is_stopped() or not able:
                 break
             matcher.consume_token(rng.choice(able))
+    return _resident() - before
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+    except OSError:  # no Linux
+        return 0

@@ -80,6 +80,21 @@ def require_llguidance() -> Any:
     return llguidance
 
 
+def compiled(grammar: Grammar, tokenizer: Any) -> Any:
+    """A matcher of the library; ValueError where the grammar can't be used."""
+    maker = require_llguidance().LLMatcher
+    if grammar.kind == "json":
+        text = maker.grammar_from_json_schema(grammar.text, _JSON)
+    elif grammar.kind == "regex":
+        text = maker.grammar_from_regex(grammar.text)
+    else:
+        text = maker.grammar_from_lark(grammar.text)
+    made = maker(tokenizer, text, log_level=0)
+    if made.is_error():
+        raise ValueError(made.get_error()[:500])
+    return made
+
+
 class GrammarCompiler:
     """Turns grammars into matchers for one tokenizer, which is read at the first use. Threads may share it."""
 
@@ -94,19 +109,10 @@ class GrammarCompiler:
         with self._lock:
             if self._known is None:
                 self._known = self._read_tokenizer(llguidance)
-        maker = llguidance.LLMatcher
         try:
-            if grammar.kind == "json":
-                text = maker.grammar_from_json_schema(grammar.text, _JSON)
-            elif grammar.kind == "regex":
-                text = maker.grammar_from_regex(grammar.text)
-            else:
-                text = maker.grammar_from_lark(grammar.text)
+            made = compiled(grammar, self._known)
         except ValueError as error:
             raise invalid("response_format", f"the grammar can't be used: {error}") from None
-        made = maker(self._known, text, log_level=0)
-        if made.is_error():
-            raise invalid("response_format", f"the grammar can't be used: {made.get_error()[:500]}")
         return GrammarMatcher(made, self._eos_ids, self._vocabulary)
 
     def _read_tokenizer(self, llguidance: Any) -> Any:

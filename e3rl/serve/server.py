@@ -12,8 +12,10 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +26,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from e3rl.errors import UserError
 from e3rl.serve.errors import ApiError
-from e3rl.serve.forms import FORMS, AnswerWriter
+from e3rl.serve.forms import FORMS, AnswerWriter, Form
+from e3rl.serve.free_grammars import Grammars
+from e3rl.serve.grammar import Grammar
 from e3rl.serve.requests import DecodingRequest, read_detokenize, read_tokenize
 from e3rl.serve.service import Running, Service
 from e3rl.serve.worker import Outbox
@@ -51,7 +55,7 @@ def make_server(service: Service, access: Access, port: int, *, drain_s: float =
 
 def make_app(service: Service, access: Access) -> Door:
     """The ASGI app, behind its door."""
-    api = _Api(service)
+    api = _Api(service, _Trials(service.grammars))
     routes = [
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
@@ -99,11 +103,29 @@ def make_app(service: Service, access: Access) -> Door:
     )
 
 
+class _Trials:
+    """Grammars that are tried for the first time, which may take long: in a thread of their own, one of an address at a time,
+    while others are read and answered."""
+
+    def __init__(self, grammars: Grammars) -> None:
+        self._grammars = grammars
+        self._thread = ThreadPoolExecutor(1, "e3rl-grammars")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def run(self, who: str, grammar: Grammar) -> None:
+        """ApiError where it can't be used."""
+        turn = self._turns.setdefault(who, asyncio.Lock())
+        async with turn:
+            if not self._grammars.knows(grammar):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._grammars.try_out, grammar)
+
+
 @dataclass(frozen=True)
 class _Api:
     """The handlers by path."""
 
     service: Service
+    trials: _Trials
 
     def _card(self) -> dict[str, Any]:
         limit = self.service.max_length
@@ -139,9 +161,17 @@ class _Api:
         ids = read_detokenize(_parse(await _body(request)))
         return _json(200, {"prompt": self.service.policy.tokenizer.decode(ids)})
 
+    def _asked(self, form: Form, body: bytes) -> tuple[DecodingRequest, Grammar | None]:
+        asked = form.read(_parse(body))
+        return asked, self.service.grammar(asked)
+
     async def post(self, request: Request) -> _Reply:
         form, body, outbox = FORMS[request.url.path], await _body(request), Outbox()
-        running = await _apart(lambda: self.service.start(form.read(_parse(body)), outbox, _client(request)))
+        asked, grammar = await _apart(lambda: self._asked(form, body))
+        client = _client(request)
+        if grammar is not None:
+            await self.trials.run(client[0], grammar)
+        running = await _apart(lambda: self.service.start(asked, outbox, client))
         writer = AnswerWriter(form, running, self.service.policy.tokenizer, self.service.name)
         return _Reply(self.service, running, writer)
 

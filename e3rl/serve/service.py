@@ -22,7 +22,7 @@ from e3rl.serve.choices import Piece, ServedChoice, ServedDialogue, usage
 from e3rl.serve.errors import ApiError, as_api_error, invalid
 from e3rl.serve.fields import table
 from e3rl.serve.free_grammars import Grammars
-from e3rl.serve.grammar import call_grammar
+from e3rl.serve.grammar import Grammar, call_grammar
 from e3rl.serve.hooks import RowHook
 from e3rl.serve.messages import Chat
 from e3rl.serve.page import LiveFeed
@@ -98,12 +98,12 @@ class Service:
             self._tools = Toolbox(
                 config.environments, policy.tokenizer, dict(config.data.chat_template_kwargs), policy.eos_ids
             )
-        self._grammars = Grammars(policy.tokenizer, policy.eos_ids, self._vocabulary)
+        self.grammars = Grammars(policy.tokenizer, policy.eos_ids, self._vocabulary)
 
     def close(self) -> None:
         """Stop decoding; requests under way are refused."""
         self._worker.stop()
-        self._grammars.close()
+        self.grammars.close()
 
     def drain(self) -> bool:
         """Refuse new requests; return whether earlier ones are still under way."""
@@ -137,7 +137,7 @@ class Service:
             )
             room = self.max_length - max(len(p.ids) for p in prompts)
             settings = decoding(request, self._config, self._calibration, room=room)
-            running = replace(self._running(request, settings, prompts, outbox), client=(*client, request.user))
+            running = self._running(request, settings, prompts, outbox, client)
             self._worker.submit([self._ticket(running, i) for i in range(len(prompts))])
         except UserError as error:
             raise as_api_error(error) from None
@@ -220,7 +220,12 @@ class Service:
         return found
 
     def _running(
-        self, request: DecodingRequest, settings: RequestSettings, prompts: tuple[Prompt, ...], outbox: Outbox
+        self,
+        request: DecodingRequest,
+        settings: RequestSettings,
+        prompts: tuple[Prompt, ...],
+        outbox: Outbox,
+        client: tuple[str, ...],
     ) -> Running:
         form = self._call_format(request)
         limit, output = settings.rollout.completion_limit, request.output
@@ -236,11 +241,19 @@ class Service:
                 choices.append(ServedDialogue(index, limit, stream, tools=prompt.tools))
                 continue
             choice = ServedChoice(index, limit, stream, frozenset(request.stop_ids), output.keep_stop)
-            choice.hook = self._hook(request, settings, prompt, form)
+            choice.hook = self._hook(request, settings, prompt, client[0] if client else "")
             choice.call_stream = CallStream(form, request.tools) if form else None
             choices.append(choice)
         number = self.live.number() if self.live else 0
-        return Running(request, settings, prompts, tuple(choices), outbox, threading.Event(), number)
+        cancelled, who = threading.Event(), (*client, request.user)
+        return Running(request, settings, prompts, tuple(choices), outbox, cancelled, number, who)
+
+    def grammar(self, request: DecodingRequest) -> Grammar | None:
+        """What answers have to follow: what the client asks for, or the calls that are forced."""
+        form = self._call_format(request)
+        if form and request.tools.forced:
+            return call_grammar(form, request.tools.forced, several=request.tools.parallel)
+        return request.shaping.grammar
 
     def _call_format(self, request: DecodingRequest) -> ToolCallFormat | None:
         """How the model writes tool calls, where the request has tools."""
@@ -259,14 +272,9 @@ class Service:
             template = template.get("tool_use") or template.get("default")
         return tool_call_format(template) if template else None
 
-    def _hook(
-        self, request: DecodingRequest, settings: RequestSettings, prompt: Prompt, form: ToolCallFormat | None
-    ) -> RowHook | None:
+    def _hook(self, request: DecodingRequest, settings: RequestSettings, prompt: Prompt, who: str) -> RowHook | None:
         """What changes or reads this sample's logits; None where nothing does."""
-        shaping, top = request.shaping, request.output.logprobs or 0
-        if form and request.tools.forced:
-            grammar = call_grammar(form, request.tools.forced, several=request.tools.parallel)
-            shaping = replace(shaping, grammar=grammar)
+        shaping, top = replace(request.shaping, grammar=self.grammar(request)), request.output.logprobs or 0
         if not RowHook.needed(shaping, top):
             return None
         if not hasattr(self._engine, "drawn"):  # no `ServingEngine`
@@ -283,7 +291,7 @@ class Service:
             self.policy.eos_ids,
             top=top,
             temperature=settings.rollout.temperature,
-            matcher=self._grammars.matcher(shaping.grammar) if shaping.grammar else None,
+            matcher=self.grammars.matcher(shaping.grammar, who) if shaping.grammar else None,
         )
 
     def _ticket(self, running: Running, index: int) -> Ticket:

@@ -1,8 +1,11 @@
-"""Clients' own Lark grammars: the same masks from the other process, and one that hangs ends its own answer alone."""
+"""Clients' own grammars are tried first; Lark ones are followed in a process, and what hangs there ends its own answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from e3rl.serve import free_grammars
 from e3rl.serve.errors import ApiError
 from e3rl.serve.free_grammars import Grammars
 from e3rl.serve.grammar import Grammar
+from e3rl.serve.service import Service
+from tests.serve.conftest import serving
+from tests.serve.test_server import HELLO, TEXT, post
 
 SUM = 'start: e\ne: e "+" t | t\nt: /[0-9]/ | "(" e ")"'
 LATER = 'start: "1" r | "2" "3"\nr: /x*/ r'
@@ -44,15 +50,75 @@ def test_one_that_never_returns_is_refused_by_its_trial(grammars: Grammars) -> N
         grammars.matcher(Grammar("lark", "start: /x*/ start", free=True))
 
 
-def test_one_that_hangs_later_ends_its_own_answer_alone(
+def test_one_that_hangs_later_ends_the_answers_of_its_address_alone(
     grammars: Grammars, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars._trials, "map", lambda _: [Outcome()])  # the trial finds this one
-    other = grammars.matcher(Grammar("lark", SUM, free=True))
+    monkeypatch.setattr(grammars._trials, "map", lambda _: [Outcome(1)])  # the trial finds this one
+    other = grammars.matcher(Grammar("lark", SUM, free=True), "good")
     before = other.allowed(ids(policy, "1+"))
-    hangs = grammars.matcher(Grammar("lark", LATER, free=True))
+    hangs, twin = (grammars.matcher(Grammar("lark", LATER, free=True), "bad") for _ in range(2))
     allowed_V = hangs.allowed(ids(policy, "1"))
     assert "took longer than 0.5 s" in (hangs.error or "")
     assert allowed_V.nonzero().flatten().tolist() == sorted(policy.eos_ids)
+    restarts = grammars._steps.restarts
+    twin.allowed(ids(policy, "1"))
+    assert "hung and held up everybody" in (twin.error or "")
+    with pytest.raises(ApiError, match="hung and held up everybody") as refused:
+        grammars.matcher(Grammar("lark", SUM, free=True), "bad")
+    assert (refused.value.status, grammars._steps.restarts) == (429, restarts), "nobody waited for it again"
     assert torch.equal(other.allowed(ids(policy, "1+")), before)
     assert other.error is None
+    monkeypatch.setattr(free_grammars.time, "monotonic", lambda: 10.0**9)
+    grammars.matcher(Grammar("lark", SUM, free=True), "bad")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json", '{"type": "integer", "multipleOf": 1000003}'),
+        Grammar("lark", 'start: call\ncall: %json {"type": "integer", "multipleOf": 1000003}'),
+    ],
+    ids=["schema", "schema of a forced call"],
+)
+def test_one_that_takes_seconds_and_much_memory_to_compile_is_refused(grammars: Grammars, grammar: Grammar) -> None:
+    with pytest.raises(ApiError, match="took longer than 1 s"):
+        grammars.matcher(grammar)
+
+
+def test_grammars_take_so_much_memory_together(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_grammars, "HELD_BYTES", 3 * 2**20)
+    monkeypatch.setattr(grammars._trials, "map", lambda _: [Outcome(2**20)])
+    held = [grammars.matcher(Grammar("regex", "a+")) for _ in range(3)]
+    with pytest.raises(ApiError, match="take all memory"):
+        grammars.matcher(Grammar("regex", "b+"))
+    held.pop()
+    grammars.matcher(Grammar("regex", "b+"))
+
+
+def test_a_trial_measures_memory() -> None:
+    small = free_grammars.try_grammar("regex", "a+", False)
+    large = free_grammars.try_grammar("json", '{"type": "integer", "multipleOf": 30011}', False)
+    assert small < 2**20 < 2**21 < large
+
+
+def test_trials_hold_up_nobody_without_a_grammar(make_service: Callable[..., Service], monkeypatch) -> None:
+    service, over, trials = make_service(), threading.Event(), list[str]()
+
+    def slow(grammar: Grammar) -> int:
+        trials.append(grammar.text)
+        over.wait(60)
+        raise ApiError(400, "refused at last")
+
+    monkeypatch.setattr(service.grammars, "try_out", slow)
+    with serving(service) as url, ThreadPoolExecutor(40) as threads:
+        try:
+            asked = [{**HELLO, "structured_outputs": {"regex": f"a{{{i}}}"}} for i in range(40)]
+            waiting = [threads.submit(post, url, TEXT, body) for body in asked]
+            while not trials:
+                time.sleep(0.01)
+            assert post(url, TEXT, HELLO)[0] == 200
+            assert (len(trials), any(found.done() for found in waiting)) == (1, False)
+        finally:
+            over.set()
+        assert {found.result()[0] for found in waiting} == {400}
+    assert sorted(trials) == sorted(body["structured_outputs"]["regex"] for body in asked)
