@@ -87,10 +87,12 @@ class SharedImage:
 
     @classmethod
     def open(cls, path: str, size: int) -> SharedImage:
-        """The memory of another process, or of this one, to be read."""
-        own = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """The memory of another process, or of this one, to be read. NotReachable where it might shrink meanwhile: whoever reads
+        beyond its end is killed."""
+        own = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a pipe, opening would wait for its writer
         try:
-            if os.fstat(own).st_size != _START + size:
+            sealed = sys.platform != "linux" or fcntl.fcntl(own, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            if size <= 0 or os.fstat(own).st_size != _START + size or not sealed:
                 raise NotReachable(f"{path} is other memory than was offered")
             return cls(own, size, writable=False)
         except BaseException:

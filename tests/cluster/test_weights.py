@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,11 +194,28 @@ def test_what_can_not_be_opened_is_said(publisher: Publisher):
             Receiver().taken(other, 1).__enter__()
     with pytest.raises(NotReachable, match="other memory"):
         Receiver().taken(dataclasses.replace(offer, size=offer.size - 8), 1).__enter__()
-    other_file = os.memfd_create("something else")
+    other_file = os.memfd_create("something else", os.MFD_ALLOW_SEALING)
     os.ftruncate(other_file, 4096 + offer.size)
+    with pytest.raises(NotReachable, match="other memory"):  # it could be cut under who reads it
+        Receiver().taken(dataclasses.replace(offer, fd=other_file), 1).__enter__()
+    fcntl.fcntl(other_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     with pytest.raises(NotReachable, match="no weights"):
         Receiver().taken(dataclasses.replace(offer, fd=other_file), 1).__enter__()
     os.close(other_file)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_memory_is_refused_at_once(publisher: Publisher, tmp_path: Path):
+    offer = publisher.publish(0, WEIGHTS, WEIGHTS).offer
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "empty").touch()
+    file = os.open(tmp_path / "empty", os.O_RDONLY)
+    for fd, size in ((pipe, offer.size), (pipe, -4096), (file, -4096), (offer.fd, -4096), (offer.fd, 10**30)):
+        with pytest.raises(NotReachable):
+            Receiver().taken(dataclasses.replace(offer, fd=fd, size=size), 1).__enter__()
+    os.close(pipe)
+    os.close(file)
 
 
 PROCESS = """
