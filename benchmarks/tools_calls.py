@@ -1,7 +1,7 @@
 """Which calls a run of benchmarks/tools.py erased: how U separates wrong from right ones, and what came instead.
 
     python benchmarks/tools.py --json out.json --tokens 80000 --prompts 8 --limit 32 --books late --runs RUNS
-    python benchmarks/tools_calls.py RUNS/late-A-* RUNS/late-B-*
+    python benchmarks/tools_calls.py RUNS/late-*
 
 Read from the runs' ledgers. A call counts while the books are open, and is right where it books the sum that follows from the
 one booked before it, right or not: the mistake is the call that made it, not those after it. A call that can't be read is wrong.
