@@ -18,6 +18,7 @@ from e3rl.engine.protocol import LogitsHook, Sampling
 from e3rl.environments.protocol import Episode, Reply
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
+from e3rl.rollout.metric import Place
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.orders import Act, Committed, Erased, Event, Extend, Finished, Order, Release, Undo
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
@@ -156,10 +157,7 @@ class GroupRollout:
         settings.check()
         if settings.rollout.erase:
             self._judge = GroupJudge(
-                len(self._siblings),
-                settings.erasure,
-                calibration=settings.calibration,
-                entropy_moments=settings.entropy_moments,
+                len(self._siblings), settings.erasure, settings.calibration, settings.entropy_moments, self._place
             )
         return [self._extend(s) for s in self._siblings]
 
@@ -298,14 +296,15 @@ class GroupRollout:
             self._judge.finish(sibling.number)
         return Release(sibling.number)
 
-    def _extend(self, sibling: _Sibling) -> Order:
+    def _extend(self, sibling: _Sibling) -> Extend:
+        attempt = sibling.attempt + sibling.erased_turns * self._attempts
         return Extend(
-            sibling=sibling.number,
-            start=sibling.committed,
-            tokens=self._tokens(sibling),
-            segment=len(sibling.segments),
-            attempt=sibling.attempt + sibling.erased_turns * self._attempts,
+            sibling.number, sibling.committed, self._tokens(sibling), segment=len(sibling.segments), attempt=attempt
         )
+
+    def _place(self, number: int) -> Place:
+        draw = self._settings.draw(self.prompt.problem.id, self._extend(self._siblings[number]))
+        return Place(self.prompt, self.committed_ids(number), draw)
 
     def _tokens(self, sibling: _Sibling) -> int:
         return segment_size(sibling.committed, self._config.segment_length, self._config.completion_limit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from e3rl.config import ErasureConfig
 from e3rl.equations import erasure, threshold
 from e3rl.errors import UserError
-from e3rl.rollout.metric import siblings_metric
+from e3rl.rollout.metric import Place, siblings_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
@@ -93,8 +93,17 @@ class _History:
         return len(self.firsts) > segment
 
 
+def _nowhere(sibling: int) -> Place:
+    raise UserError(
+        "erasure.metric needs to know what a candidate follows, which is known only while a response is generated: a plain "
+        "response can't be judged by it afterwards"
+    )
+
+
 class GroupJudge:
     """Judges the candidates of one group of siblings.
+
+    ``place`` says where a sibling's latest candidate stands, for metrics that ask.
 
     ``entropy_moments`` are the previous rollout batch's, used where ``config.entropy_reference`` is 'batch'; without
     them (the first batch) the group's own stand in. Where the baseline comes from ``calibration``, so do the entropy
@@ -105,13 +114,13 @@ class GroupJudge:
         self,
         siblings: int,
         config: ErasureConfig,
-        *,
         calibration: CalibrationStatistics | None = None,
         entropy_moments: Moments | None = None,
+        place: Callable[[int], Place] = _nowhere,
     ) -> None:
         require_calibration(siblings, config, calibration)
         self._config = config
-        self._metric = siblings_metric(config.metric)
+        self._metric, self._place = siblings_metric(config.metric), place
         self._calibration = calibration if needs_calibration(siblings, config) else None
         self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
         if self._fixed_entropies is None and self._calibration is not None:
@@ -168,7 +177,8 @@ class GroupJudge:
         if attempt == 0 and segment in history.opened and candidate is history.firsts[segment]:
             u, theta = history.opened[segment]
         else:
-            u = self._uncertainty(history, candidate, statistics.entropies)
+            latest = [candidate], [history.means], statistics.entropies
+            u = self._metric(*latest, self._config, lambda: [self._place(sibling)])[0]
             theta = self._thresholds([history.modulations[segment]], statistics.baseline, attempt)[0]
         verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
         return Judgement(u, theta, attempt, verdict)
@@ -182,9 +192,10 @@ class GroupJudge:
         entropies = self._fixed_entropies
         if entropies is None:
             entropies = self._pooled_entropies = self._pool(segment)
-        here = [h for h in self._histories if h.present(segment) and len(h.committed) == segment]
-        firsts = [h.firsts[segment] for h in here]
-        uncertainties = self._metric(firsts, [h.means for h in here], entropies, self._config)
+        numbers = [i for i, h in enumerate(self._histories) if h.present(segment) and len(h.committed) == segment]
+        here = [self._histories[i] for i in numbers]
+        firsts, means = [h.firsts[segment] for h in here], [h.means for h in here]
+        uncertainties = self._metric(firsts, means, entropies, self._config, lambda: [self._place(i) for i in numbers])
         baseline = self._baseline([u.total for u in uncertainties], segment)
         self._modulate(here)
         thresholds = self._thresholds([h.modulations[segment] for h in here], baseline, 0)
@@ -229,10 +240,6 @@ class GroupJudge:
             _say_floored(self._config.kappa0)
             return held
         return _raised(baseline)
-
-    def _uncertainty(self, history: _History, candidate: Candidate, entropies: Moments) -> Uncertainty:
-        """U of a candidate that would follow the sibling's committed segments, by the named metric."""
-        return self._metric([candidate], [history.means], entropies, self._config)[0]
 
     def _modulate(self, histories: Sequence[_History]) -> None:
         """phi of siblings that are at the same segment, each by its own committed segments; a setting at the first."""

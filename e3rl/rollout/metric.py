@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from e3rl.equations import uncertainty
 from e3rl.errors import UserError
 from e3rl.plugins import load
 from e3rl.rollout.moments import Moments
-from e3rl.types import TERMS, Candidate, Uncertainty
+from e3rl.types import TERMS, Candidate, Draw, Problem, Prompt, Uncertainty
 
 UNCERTAINTY_METRICS = {"e3rl": "e3rl.rollout.metric:e3rl_uncertainty"}
 
@@ -34,6 +36,16 @@ class UncertaintyMetric(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a candidate stands, for a metric with a parameter ``place``: what it follows, and the draw that names it."""
+
+    prompt: Prompt
+    ids: Sequence[int]
+    """The tokens of the response before it."""
+    draw: Draw
+
+
 def single_term(total: float) -> Uncertainty:
     """The `Uncertainty` of a metric that is one number."""
     return Uncertainty(total=total, base=total, gradient=0.0, extremum=0.0, perturbation=0.0, smoothed=total)
@@ -46,20 +58,34 @@ def e3rl_uncertainty(
     return _e3rl_uncertainties([candidate], [history], reference, config)[0]
 
 
+Places = Callable[[], Sequence[Place]]
 SiblingsMetric = Callable[
-    [Sequence[Candidate], Sequence[Sequence[float]], Moments, ErasureConfig], Sequence[Uncertainty]
+    [Sequence[Candidate], Sequence[Sequence[float]], Moments, ErasureConfig, Places], Sequence[Uncertainty]
 ]
-"""An `UncertaintyMetric` of several siblings' candidates, each behind its own history."""
+"""An `UncertaintyMetric` of several siblings' candidates, each behind its own history. Places are asked for where needed."""
 
 
 def siblings_metric(name: str) -> SiblingsMetric:
     """The metric that ``name`` stands for, of a whole barrier at once: many candidates cost hardly more than one."""
     metric = load_metric(name)
     if metric is e3rl_uncertainty:
-        return _e3rl_uncertainties
-    return lambda candidates, histories, reference, config: [
+        return lambda candidates, histories, reference, config, places: _e3rl_uncertainties(
+            candidates, histories, reference, config
+        )
+    if wants_place(metric):
+        placed: Callable[..., Uncertainty] = metric
+        return lambda candidates, histories, reference, config, places: [
+            placed(candidate, history, reference, config, place=place)
+            for candidate, history, place in zip(candidates, histories, places(), strict=True)
+        ]
+    return lambda candidates, histories, reference, config, places: [
         metric(candidate, history, reference, config) for candidate, history in zip(candidates, histories, strict=True)
     ]
+
+
+def wants_place(metric: Callable[..., Any]) -> bool:
+    """Whether the metric has a parameter ``place``."""
+    return "place" in inspect.signature(metric).parameters
 
 
 def _e3rl_uncertainties(
@@ -123,6 +149,13 @@ def toy_candidate(entropies: Sequence[float] = (0.2, 1.5, 0.7), perturbation: fl
     return Candidate(tuple(range(2, 2 + size)), logprobs, tuple(entropies), perturbations, ones, ranks, False)
 
 
+def toy_place() -> Place:
+    """A place in the response to a lab problem."""
+    columns = {"family": "path", "level": 1, "question": "ab;bc;a>c:", "solution": "bc"}
+    prompt = Prompt(Problem("toy", "ab;bc;a>c:", "bc", columns), (2, 3, 4))
+    return Place(prompt, (5, 6), Draw(0, 0, "toy", 0, 1, 0))
+
+
 def check_metric_runs(name: str, metric: UncertaintyMetric) -> None:
     """Raise UserError unless ``metric`` can be called and gives a sound `Uncertainty` for a toy candidate."""
     if not callable(metric) or isinstance(metric, type):
@@ -140,7 +173,8 @@ def measure(
 ) -> Uncertainty:
     """What ``metric`` says of the candidate, checked."""
     try:
-        u = metric(candidate, history, reference, config)
+        told: dict[str, Any] = {"place": toy_place()} if wants_place(metric) else {}
+        u = metric(candidate, history, reference, config, **told)
     except Exception as error:  # a metric from outside may fail in any way
         raise broken(name, f"it failed on {len(candidate.ids)} tokens with {type(error).__name__}: {error}") from error
     if not isinstance(u, Uncertainty):

@@ -29,7 +29,7 @@ def test_siblings_of_any_lengths_are_measured_as_each_alone(
 ) -> None:
     candidates = [toy_candidate(entropies, perturbation) for entropies, perturbation, _ in siblings]
     histories = [history for _, _, history in siblings]
-    together = siblings_metric("e3rl")(candidates, histories, _REFERENCE, config)
+    together = siblings_metric("e3rl")(candidates, histories, _REFERENCE, config, list)
     alone = [e3rl_uncertainty(c, h, _REFERENCE, config) for c, h in zip(candidates, histories, strict=True)]
     assert [astuple(u) for u in together] == [pytest.approx(astuple(u), rel=1e-12, abs=1e-12) for u in alone]
 
@@ -37,7 +37,7 @@ def test_siblings_of_any_lengths_are_measured_as_each_alone(
 def test_a_metric_from_outside_is_asked_for_each_sibling() -> None:
     name = "examples/metric_max_perturbation.py:max_perturbation"
     candidates, histories = [toy_candidate(perturbation=p) for p in (0.3, 0.1)], [(), (0.6,)]
-    together = siblings_metric(name)(candidates, histories, _REFERENCE, _CONFIG)
+    together = siblings_metric(name)(candidates, histories, _REFERENCE, _CONFIG, list)
     assert [u.total for u in together] == [
         load_metric(name)(c, h, _REFERENCE, _CONFIG).total for c, h in zip(candidates, histories, strict=True)
     ]
