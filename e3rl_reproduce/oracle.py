@@ -19,7 +19,7 @@ from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
 from e3rl.lab.problems import grade, step_correctness
 from e3rl.lab.tokenizer import build_tokenizer
-from e3rl.rollout.metric import Place, single_term
+from e3rl.rollout.metric import CandidatePlace, single_term
 from e3rl.rollout.moments import Moments
 from e3rl.types import Candidate, Draw, Problem, Uncertainty
 
@@ -34,7 +34,12 @@ class Oracle:
     auroc: float
 
     def __call__(
-        self, candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig, place: Place
+        self,
+        candidate: Candidate,
+        history: Sequence[float],
+        reference: Moments,
+        config: ErasureConfig,
+        place: CandidatePlace,
     ) -> Uncertainty:
         """U in [0, 1]: judged at 0.5, errors of both kinds are equally frequent. UserError where the problem isn't the lab's."""
         return single_term(suspicion(self.auroc, errs(place, candidate), place.draw))
@@ -49,7 +54,7 @@ def suspicion(auroc: float, wrong: bool, draw: Draw) -> float:
     return 1 / (1 + math.exp(-separation * (measured - separation / 2)))
 
 
-def errs(place: Place, candidate: Candidate) -> bool:
+def errs(place: CandidatePlace, candidate: Candidate) -> bool:
     """Whether the response's first wrong step is in the candidate, or it ends the response short of the answer.
 
     Behind an earlier mistake nothing is wrong: a retry there would be worth nothing.

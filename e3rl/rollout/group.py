@@ -18,7 +18,7 @@ from e3rl.engine.protocol import LogitsHook, Sampling
 from e3rl.environments.protocol import Episode, Reply
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
-from e3rl.rollout.metric import Place
+from e3rl.rollout.metric import CandidatePlace
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.orders import Act, Committed, Erased, Event, Extend, Finished, Order, Release, Undo
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
@@ -302,9 +302,9 @@ class GroupRollout:
             sibling.number, sibling.committed, self._tokens(sibling), segment=len(sibling.segments), attempt=attempt
         )
 
-    def _place(self, number: int) -> Place:
+    def _place(self, number: int) -> CandidatePlace:
         draw = self._settings.draw(self.prompt.problem.id, self._extend(self._siblings[number]))
-        return Place(self.prompt, self.committed_ids(number), draw)
+        return CandidatePlace(self.prompt, self.committed_ids(number), draw)
 
     def _tokens(self, sibling: _Sibling) -> int:
         return segment_size(sibling.committed, self._config.segment_length, self._config.completion_limit)

@@ -21,7 +21,7 @@ from torch import Tensor
 from e3rl.config import ErasureConfig
 from e3rl.equations import erasure, threshold
 from e3rl.errors import UserError
-from e3rl.rollout.metric import Place, siblings_metric
+from e3rl.rollout.metric import CandidatePlace, siblings_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
@@ -93,7 +93,7 @@ class _History:
         return len(self.firsts) > segment
 
 
-def _nowhere(sibling: int) -> Place:
+def _nowhere(sibling: int) -> CandidatePlace:
     raise UserError(
         "erasure.metric needs to know what a candidate follows, which is known only while a response is generated: a plain "
         "response can't be judged by it afterwards"
@@ -116,7 +116,7 @@ class GroupJudge:
         config: ErasureConfig,
         calibration: CalibrationStatistics | None = None,
         entropy_moments: Moments | None = None,
-        place: Callable[[int], Place] = _nowhere,
+        place: Callable[[int], CandidatePlace] = _nowhere,
     ) -> None:
         require_calibration(siblings, config, calibration)
         self._config = config

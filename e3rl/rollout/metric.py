@@ -37,7 +37,7 @@ class UncertaintyMetric(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class CandidatePlace:
     """Where a candidate stands, for a metric with a parameter ``place``: what it follows, and the draw that names it."""
 
     prompt: Prompt
@@ -58,9 +58,9 @@ def e3rl_uncertainty(
     return _e3rl_uncertainties([candidate], [history], reference, config)[0]
 
 
-Places = Callable[[], Sequence[Place]]
+CandidatePlaces = Callable[[], Sequence[CandidatePlace]]
 SiblingsMetric = Callable[
-    [Sequence[Candidate], Sequence[Sequence[float]], Moments, ErasureConfig, Places], Sequence[Uncertainty]
+    [Sequence[Candidate], Sequence[Sequence[float]], Moments, ErasureConfig, CandidatePlaces], Sequence[Uncertainty]
 ]
 """An `UncertaintyMetric` of several siblings' candidates, each behind its own history. Places are asked for where needed."""
 
@@ -149,11 +149,11 @@ def toy_candidate(entropies: Sequence[float] = (0.2, 1.5, 0.7), perturbation: fl
     return Candidate(tuple(range(2, 2 + size)), logprobs, tuple(entropies), perturbations, ones, ranks, False)
 
 
-def toy_place() -> Place:
+def toy_place() -> CandidatePlace:
     """A place in the response to a lab problem."""
     columns = {"family": "path", "level": 1, "question": "ab;bc;a>c:", "solution": "bc"}
     prompt = Prompt(Problem("toy", "ab;bc;a>c:", "bc", columns), (2, 3, 4))
-    return Place(prompt, (5, 6), Draw(0, 0, "toy", 0, 1, 0))
+    return CandidatePlace(prompt, (5, 6), Draw(0, 0, "toy", 0, 1, 0))
 
 
 def check_metric_runs(name: str, metric: UncertaintyMetric) -> None:

@@ -10,7 +10,7 @@ import pytest
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
 from e3rl.rollout.group import GroupRollout, GroupSettings
-from e3rl.rollout.metric import Place, siblings_metric, toy_candidate, toy_place
+from e3rl.rollout.metric import CandidatePlace, siblings_metric, toy_candidate, toy_place
 from e3rl.rollout.moments import Moments
 from e3rl.testing.metric import check_metric
 from e3rl.types import Candidate, Draw, Problem, Prompt
@@ -33,7 +33,7 @@ def _said(text: str, *, ended: bool = False) -> Candidate:
 
 def _errs(prompt: Prompt, before: str, text: str, *, ended: bool = False) -> bool:
     ids = _said(before).ids.tolist() if before else []
-    return oracle.errs(Place(prompt, ids, Draw(0, 0, "graph", 0, 0, 0)), _said(text, ended=ended))
+    return oracle.errs(CandidatePlace(prompt, ids, Draw(0, 0, "graph", 0, 0, 0)), _said(text, ended=ended))
 
 
 @pytest.mark.parametrize("auroc", [0.7, 0.85, 0.95])
