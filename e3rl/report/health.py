@@ -89,9 +89,24 @@ def rewards_restart(logs: Logs) -> Finding | None:
     )
 
 
+def reward_collapsed(logs: Logs) -> Finding | None:
+    rewards = logs.values("reward")
+    steps = min(RECENT, len(rewards) // 2)
+    if steps < 4:
+        return None
+    first, last = mean(rewards[:steps]), mean(rewards[-steps:])
+    if not (first > 0.1 and last < 0.2 * first):
+        return None
+    return Finding(
+        "bad",
+        f"Reward fell from {first:.3f} in the first {steps} steps to {last:.3f} in the last {steps}: the policy has diverged. "
+        "Lower train.learning_rate, or raise train.warmup_steps; the model of the last step is not worth keeping.",
+    )
+
+
 def no_signal(logs: Logs) -> Finding | None:
     degenerate, reward = logs.now("degenerate_groups"), logs.now("reward")
-    if not degenerate >= 0.8:
+    if not degenerate >= 0.8 or reward_collapsed(logs):  # whose problems are not to blame
         return None
     if logs.now("accuracy") >= 0.5:
         cause = "the problems are too easy now: give harder ones"
@@ -239,6 +254,7 @@ def held_out(logs: Logs) -> Finding | None:
 
 RULES: tuple[Rule, ...] = (
     not_finite,
+    reward_collapsed,
     rewards_missing,
     rewards_restart,
     no_signal,

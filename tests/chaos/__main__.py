@@ -21,6 +21,7 @@ def parts(scale: float) -> dict[str, list[str]]:
     return {
         "kills": ["-m", "tests.chaos.kills", "--kills", of(50), "--seconds", of(240)],
         "kills of ranks": ["-m", "tests.chaos.ranks", "--kills", of(16)],
+        "kills with vLLM": ["-m", "tests.chaos.vllm_engine", "--kills", of(4), "--seconds", of(120)],
         "full disks": ["-m", "tests.chaos.disk", "--sizes", "4", "3000", "9000", "17500"],
         "damaged files": ["-m", "tests.chaos.damage", "--seconds", of(120)],
         "failing calls and power cuts": ["-m", "tests.chaos.faults", "--seconds", of(90)],

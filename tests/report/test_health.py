@@ -58,6 +58,8 @@ def test_a_run_without_steps_says_so() -> None:
     ("late", "level", "sentence"),
     [
         ({"reward_restarts": 1}, "warn", "was restarted, 20×"),
+        ({"reward": 0.09}, "bad", "Reward fell from 0.500 in the first 10 steps to 0.090 in the last 10"),
+        ({"reward": 0.0, "degenerate_groups": 1.0, "accuracy": 0.0}, "bad", "the policy has diverged"),
         ({"loss": None}, "bad", "not a finite number at steps 21, 22, 23 and later"),
         ({"reward_missing": 2}, "warn", "failed on 40 trajectories"),
         ({"degenerate_groups": 0.8, "accuracy": 0.05}, "warn", "Reward is flat and 80% of the groups teach nothing"),
@@ -106,6 +108,13 @@ def test_the_setting_that_would_change_how_much_is_erased_is_named(baseline: str
 def test_reward_that_moved_is_not_called_flat() -> None:
     text = texts(logs({"degenerate_groups": 0.9, "accuracy": 0.9, "reward": 0.9}))
     assert text.startswith("90% of the groups teach nothing")
+
+
+def test_a_short_run_that_diverges_is_told_so_and_a_hard_one_is_not() -> None:
+    assert "in the first 4 steps to 0.000 in the last 4" in texts(logs({"reward": 0.0}, steps=8))
+    assert "diverged" not in texts(logs({"reward": 0.0}, steps=6))
+    assert "diverged" not in texts(logs({"reward": 0.0}, {"reward": 0.05}))
+    assert "diverged" not in texts(logs({"reward": 0.11}))
 
 
 def test_growing_memory_is_noted() -> None:
