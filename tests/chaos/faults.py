@@ -4,8 +4,8 @@
 
 A call by which a run reads, writes, syncs, renames, maps, starts a process or uses a pipe raises EIO, ENOMEM or EMFILE once:
 the run must end as the unharmed one; or with a sentence, and then resume to the same bits. When the power fails, only what was
-synced is left, of files and of directories alike: the run must resume to the same bits. (Python itself repeats calls that
-are interrupted by a signal, EINTR.)
+synced is left, of files and of directories alike: the run must resume to the same bits. EINTR is tried as it happens: a run that is
+interrupted by a signal every half millisecond must end as the unharmed one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pathlib
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -105,6 +106,14 @@ class Fault(Crash):
         self._fails(pathlib.Path, "open", "open", lambda file: _FailingFile(file, self))
 
 
+class Storm(Crash):
+    """Interrupts this process's calls by a signal every half millisecond, from beginning to end."""
+
+    def install(self) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: self.calls.update(["signal"]))
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+
+
 @dataclass
 class PowerCut(Crash):
     """Ends this process before the n-th sync, and leaves an image of what was synced by then.
@@ -164,9 +173,14 @@ def restore_image(image: Path, root: Path) -> None:
 
 
 def try_faults(directory: Path, seconds: float, seed: int = 0, trials: int = 10**6) -> Verdicts:
-    """Fail calls at random positions, each position once, for so long."""
+    """Interrupt a run throughout; then fail calls at random positions, each position once, for so long."""
     end, place, rng = time.monotonic() + seconds, Place(directory), random.Random(seed)
     verdicts = Verdicts()
+    wrong = not_the_same(place, "harmed", place.train("harmed", Storm()))
+    if not wrong and (signals := place.calls("harmed")["signal"]) < 100:
+        wrong = f"interrupted by {signals} signals alone"
+    verdicts.add("EINTR", "identical", wrong, place.said("harmed"))
+    place.forget("harmed")
     for kind, nth in positions(place, Fault(), rng, trials):
         if time.monotonic() > end:
             break
