@@ -4,8 +4,8 @@
 
 A call by which a run reads, writes, syncs, renames, maps, starts a process or uses a pipe raises EIO, ENOMEM or EMFILE once:
 the run must end as the unharmed one; or with a sentence, and then resume to the same bits. When the power fails, only what was
-synced is left, of files and of directories alike: the run must resume to the same bits. EINTR is tried as it happens: a run that is
-interrupted by a signal every half millisecond must end as the unharmed one.
+synced is left, of files and of directories alike: the run must resume to the same bits. EINTR is tried as it happens: a run
+that is interrupted by a signal every half millisecond must end as the unharmed one.
 """
 
 from __future__ import annotations
