@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from e3rl.engine.protocol import LogitsHook, Row, Sampling
-from e3rl.engine.sampling import Measures, check_sampling
+from e3rl.engine.sampling import check_sampling
 from e3rl.errors import UserError
 from e3rl.types import Candidate, Draw
 
@@ -43,7 +43,7 @@ class Request:
     sampling: Sampling
     uniforms: np.ndarray
     ids: list[int] = field(default_factory=list)
-    measures: list[Measures] = field(default_factory=list)
+    measures: list[np.ndarray] = field(default_factory=list)  # of the ids, in blocks of some tokens: `Samples.measures`
     hook: LogitsHook | None = None
     seen: list[int] = field(
         default_factory=list
@@ -64,9 +64,11 @@ class Request:
 
     def candidate(self, eos_ids: Collection[int]) -> Candidate:
         """The finished candidate."""
-        logprobs, entropies, perturbations, kept_mass, ranks = np.array(self.measures, np.float64).T
-        ended = self.ids[-1] in eos_ids
-        return Candidate(self.ids, logprobs, entropies, perturbations, kept_mass, ranks, ended)
+        measured_MT = np.concatenate(self.measures).T.astype(np.float32).astype(np.float64)
+        ids, ranks = np.array(self.ids, np.int32), measured_MT[-1].astype(np.int32)
+        for array in (ids, measured_MT, ranks):
+            array.flags.writeable = False
+        return Candidate.wrap(ids, *measured_MT[:-1], ranks, ended=self.ids[-1] in eos_ids)
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +121,8 @@ class RowState:
 
     def drawn(self, after: int) -> tuple[list[int], list[float]]:
         """Ids and log-probabilities of the open request, without its first ``after`` tokens."""
-        return self.open.ids[after:], [measures.logprob for measures in self.open.measures[after:]]
+        ids = self.open.ids[after:]
+        return ids, np.concatenate(self.open.measures)[after:, 0].tolist() if ids else []
 
     def truncate(self, length: int) -> None:
         """Drop generated tokens beyond ``length``."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,18 +29,8 @@ _CPU_ENTRIES = 2**19
 that size back to the system after each step and fetches it again, page by page."""
 
 
-class Measures(NamedTuple):
-    """The numbers of `Candidate` that belong to one token."""
-
-    logprob: float
-    entropy: float
-    perturbation: float
-    kept_mass: float
-    rank: int
-
-
 class Samples(NamedTuple):
-    """One token per row and its `Measures`, as tensors."""
+    """One token per row and its measures, the numbers of `Candidate` that belong to one token."""
 
     ids_S: Tensor
     logprobs_S: Tensor
@@ -52,9 +43,9 @@ class Samples(NamedTuple):
         """All of it as one tensor [S, 6], to be read from the device at once; exact: ids and ranks are whole numbers."""
         return torch.stack([field.double() for field in self], dim=1)
 
-    def measures(self) -> list[Measures]:
-        """Each row's numbers, off the device."""
-        return [Measures._make((*floats, int(rank))) for _, *floats, rank in self.numbers().tolist()]
+    def measures(self) -> np.ndarray:
+        """The measures of each row, [S, 5], off the device."""
+        return self.numbers()[:, 1:].cpu().numpy()
 
 
 def check_sampling(sampling: Sampling) -> None:

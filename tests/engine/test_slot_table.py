@@ -9,7 +9,7 @@ from torch import Tensor
 
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.requests import uniforms
-from e3rl.engine.sampling import Measures, SamplingRows, sample
+from e3rl.engine.sampling import SamplingRows, sample
 from e3rl.engine.vllm.table import WIDTH, SlotTable, VllmArguments, merged_measures
 from e3rl.testing.reads import META, DeviceReads
 from e3rl.types import Draw
@@ -30,7 +30,7 @@ def _logits(name: str, position: int) -> Tensor:
     return torch.randn(VOCABULARY, generator=generator)
 
 
-def _expected(request: VllmArguments, position: int) -> tuple[int, Measures]:
+def _expected(request: VllmArguments, position: int) -> tuple[int, np.ndarray]:
     """What the sampler of every engine draws for the request's token, alone."""
     numbers = torch.tensor(request.numbers[position : position + 1])
     found = sample(_logits(request.key, position)[None], SamplingRows.of([request.sampling], CPU), numbers)
@@ -67,7 +67,7 @@ class _Worker:
         return np.frombuffer(self.table.take(finished, forgotten), np.float32).reshape(-1, WIDTH).tolist()
 
     def measures(self, name: str, tokens: int) -> list[list[float]]:
-        return [list(map(float, _expected(self.requests[name], i)[1])) for i in range(tokens)]
+        return [_expected(self.requests[name], i)[1].tolist() for i in range(tokens)]
 
 
 def test_tokens_and_measures_are_the_samplers_whatever_rows_they_come_in():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from e3rl.engine.requests import Request, RowState
-from e3rl.engine.sampling import NON_FINITE, Measures, SamplingRows, sample
+from e3rl.engine.sampling import NON_FINITE, SamplingRows, sample
 from e3rl.engine.torch.model import SlotModel
 from e3rl.engine.torch.storage import StepRows
 from e3rl.engine.torch.threads import Pace
@@ -85,7 +85,7 @@ class StepDraws:
         self._hooked = [(index, request) for index, request in enumerate(requests) if request.hook is not None]
         self._drawn = 0
         self._unread: list[Tensor] = []
-        self._read: list[list[list[float]]] = []  # by step and request: `Samples.numbers`
+        self._read: list[np.ndarray] = []  # by step: `Samples.numbers` of the requests
         self._ended = [False] * len(requests)
 
     @property
@@ -110,28 +110,29 @@ class StepDraws:
         are dropped.
         """
         unread, self._unread = self._unread, []
-        for numbers in (torch.stack(unread) if len(unread) > 1 else unread[0][None]).tolist():
-            numbers = numbers[: len(self._requests)]
-            for index, (token, *_) in enumerate(numbers):
+        for numbers_RN in (torch.stack(unread) if len(unread) > 1 else unread[0][None]).cpu().numpy():
+            numbers_RN = numbers_RN[: len(self._requests)]
+            for index, token in enumerate(numbers_RN[:, 0].tolist()):
                 if token == NON_FINITE and not self._ended[index]:
                     raise NonFiniteLogits(self._requests[index].draw)
                 if token in self._eos_ids:
                     self._ended[index] = True
-            self._read.append(numbers)
+            self._read.append(numbers_RN)
             for index, request in self._hooked:
-                request.seen.append(int(numbers[index][0]))
+                request.seen.append(int(numbers_RN[index, 0]))
         return any(self._ended)
 
     def deliver(self) -> int:
         """Give the requests their tokens and measures, each up to its end; return the number of tokens."""
+        if not self._read:
+            return 0
         delivered = 0
-        for request, steps in zip(self._requests, zip(*self._read, strict=True), strict=False):
-            for token, *measures, rank in steps:
-                request.ids.append(int(token))
-                request.measures.append(Measures._make((*measures, int(rank))))
-                delivered += 1
-                if token in self._eos_ids:
-                    break
+        for request, numbers_TN in zip(self._requests, np.stack(self._read, axis=1), strict=True):
+            ids = numbers_TN[:, 0].astype(int).tolist()
+            count = next((at for at, token in enumerate(ids, 1) if token in self._eos_ids), len(ids))
+            request.ids += ids[:count]
+            request.measures.append(numbers_TN[:count, 1:])
+            delivered += count
         return delivered
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from e3rl.engine.requests import Request
-from e3rl.engine.sampling import Measures
 from e3rl.engine.vllm.table import VllmArguments, merged_measures
 from e3rl.errors import UserError
 from e3rl.types import Draw
@@ -43,7 +44,7 @@ class Generated:
     """A finished request. ``cached_tokens``: of its prompt, those that the prefix cache held."""
 
     ids: tuple[int, ...]
-    measures: list[Measures]
+    measures_TM: np.ndarray  # `Samples.measures`
     prompt_tokens: int
     cached_tokens: int
 
@@ -165,18 +166,15 @@ class VllmCore:
                 drawn, measured, len(output.prompt_token_ids), output.num_cached_tokens or 0
             )
 
-    def _measures(self, finished: list[tuple[str, int]]) -> list[list[Measures]]:
+    def _measures(self, finished: list[tuple[str, int]]) -> list[np.ndarray]:
         """What the tap measured of requests and their tokens: one call, and one array from each worker."""
         forgotten, self._forgotten = self._forgotten, []
         with _living():
             workers = self._llm.collective_rpc("take_measures", args=(finished, forgotten))
         self.calls += 1
         self.measure_bytes += sum(map(len, workers))
-        rows = iter(merged_measures(workers).astype(float).tolist())
-        return [
-            [Measures._make((*floats, int(rank))) for *floats, rank in itertools.islice(rows, tokens)]
-            for _, tokens in finished
-        ]
+        ends = itertools.accumulate(tokens for _, tokens in finished)
+        return np.split(merged_measures(workers), [*ends][:-1])
 
     def reload(self) -> None:
         """Take over the model's weights as they are now; nothing that was cached before is used again."""

@@ -8,12 +8,12 @@ commit. Where memory for holding them is missing, vLLM's prefix cache has every 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from e3rl.config import RolloutConfig
@@ -156,9 +156,9 @@ class VllmEngine:
 
     def _deliver(self, row: _VllmRow, generated: Generated) -> Candidate:
         request = row.open
-        if any(not math.isfinite(measures.entropy) for measures in generated.measures):
+        if not np.isfinite(generated.measures_TM[:, 1]).all():
             raise NonFiniteLogits(request.draw)
-        request.ids, request.measures = list(generated.ids), generated.measures
+        request.ids, request.measures = list(generated.ids), [generated.measures_TM]
         self._count(row, generated)
         row.key, row.parked, row.erased = None, row.key or "", False
         return row.close_request(self._eos_ids)

@@ -5,7 +5,7 @@ random numbers that came with the request, and lifts that token's logit above al
 token. So the tokens, entropies and perturbations are those of every other engine, and no row of logits leaves the worker.
 Drawing reads nothing from the device and copies nothing to it.
 
-Shapes: N slots, L tokens of the longest request so far, S rows, V vocabulary; 5 are the fields of `Measures`.
+Shapes: N slots, L tokens of the longest request so far, S rows, V vocabulary; 5 are the columns of `Samples.measures`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from e3rl.engine.protocol import Sampling
-from e3rl.engine.sampling import Measures, SamplingRows, sample
+from e3rl.engine.sampling import Samples, SamplingRows, sample
 
 ARGUMENT = "e3rl"
 """The key of `SamplingParams.extra_args`."""
 
 
-WIDTH = len(Measures._fields)
-_RANK = Measures._fields.index("rank")  # at least 1 of a token that was drawn; 0: none was
+WIDTH = len(Samples._fields) - 1  # without the ids
+_RANK = WIDTH - 1  # the last column: at least 1 of a token that was drawn; 0: none was
 
 
 @dataclass(frozen=True)
