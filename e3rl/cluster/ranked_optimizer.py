@@ -61,6 +61,13 @@ class Zero1Optimizer(MasterOptimizer):
             if name in masters:
                 masters[name].grad = gradient
 
+    def scale(self, factor: float) -> None:
+        """Multiply the gathered gradients, those of other ranks' parts too."""
+        super().scale(factor)
+        for name, parameter in self._all:
+            if self._owner[name] != self._ranks.rank:
+                self._others.scale(parameter, factor)
+
     def step(self, rate: float) -> float:
         """Update what is owned, then publish it."""
         norm = super().step(rate)

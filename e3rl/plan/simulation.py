@@ -54,13 +54,15 @@ class Work:
 
 @dataclass(frozen=True)
 class RolloutTime:
-    """One simulated batch. ``waiting``: share of the rows' time in flight spent at a barrier, not decoding."""
+    """One simulated batch. ``waiting``: share of the rows' time in flight spent at a barrier, not decoding. ``ends``: when each
+    group is complete."""
 
     seconds: float
     tokens: int
     erased_tokens: int
     waiting: float
     idle: float  # share of the workers' time after their last group, while others still work
+    ends: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class _Group:
         self.siblings = [_SimulatedSibling() for _ in range(work.siblings)]
         self._work, self._chance = work, chance
         self.tokens = self.erased = 0
-        self.waited = 0.0
+        self.waited = self.end = 0.0
 
     @property
     def finished(self) -> bool:
@@ -191,7 +193,8 @@ def simulate_rollouts(work: Work, costs: Costs, workers: int, rows: int, seed: i
         for following in group.deliver(number, engine.clock):
             serial += 1
             heapq.heappush(engine.active, (engine.steps + work.segment_length, serial, group, following))
-        engine.groups -= group.finished
+        if group.finished:
+            engine.groups, group.end = engine.groups - 1, engine.clock
         heapq.heappush(order, (engine.clock, index))
     return _summary(groups, engines, work)
 
@@ -206,6 +209,7 @@ def _summary(groups: list[_Group], engines: list[_SimulatedWorker], work: Work) 
         erased_tokens=sum(g.erased for g in groups),
         waiting=min(1.0, sum(g.waited for g in groups) / held) if held else 0.0,
         idle=1 - in_flight / seconds if seconds else 0.0,
+        ends=tuple(group.end for group in groups),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ class StepGroups:
         return summarise(item.group for item in self.dropped).generated_tokens
 
 
-Show = Callable[[RewardedGroup], None]
+Show = Callable[[list[RewardedGroup]], None]
 
 
 def collect(
@@ -71,8 +72,8 @@ def collect(
     """Groups of different prompts until enough pass the filter, refills are spent or prompts run out.
 
     A refill asks for as many groups as are missing, so no group that passes is thrown away. ``tick`` is called often and
-    may raise `Interrupted`: then the stream is where it was. With ``show`` each group is rewarded as it finishes and shown if
-    it passes; groups are then in that order.
+    may raise `Interrupted`: then the stream is where it was. With ``show`` groups are rewarded as they finish and shown if
+    they pass; they are then in that order, the same in all ranks.
     """
     wanted, position = run.config.train.prompts_per_step, stream.state()
     prompts = stream.take(wanted)
@@ -90,12 +91,13 @@ def collect(
             for groups in roll_out(run, prompts, settings, tick, one_by_one=show is not None):
                 rolled = time.perf_counter()
                 run.tell("progressed", "reward", 0, 0)
-                for item in reward(run, groups):
-                    passes = run.keep(item)
-                    (kept if passes else dropped).append(item)
-                    rewards += item.rewards
-                    if passes and show is not None:
-                        show(item)
+                new = reward(run, groups)
+                rewards += [value for item in new for value in item.rewards]
+                passing = [run.keep(item) for item in new]
+                kept += itertools.compress(new, passing)
+                dropped += [item for item, passes in zip(new, passing, strict=True) if not passes]
+                if show is not None:
+                    show([*itertools.compress(new, passing)])
                 rollout_seconds += rolled - began
                 began = time.perf_counter()
                 reward_seconds += began - rolled
@@ -118,24 +120,57 @@ def collect(
 def roll_out(
     run: Run, prompts: Sequence[Prompt], settings: GroupSettings, tick: Callable[[], None], *, one_by_one: bool = False
 ) -> Iterator[list[Group]]:
-    """The prompts' groups, in their order, or, where one process trains, ``one_by_one`` as they finish.
+    """The prompts' groups, in their order, or ``one_by_one`` as they finish: of several ranks, one of each at a time.
 
     Each rank generates a share; workers elsewhere are asked by the first rank.
     """
     mine = (prompts if run.ranks.first else []) if run.remote else run.ranks.share(prompts)
-    groups: list[Group] = []
-    for done, group in enumerate(run.rollouts.run(mine, settings, tick), start=1):
-        run.tell("progressed", "rollout", done, len(mine))
-        if one_by_one:
-            yield [group]
-        else:
-            groups.append(group)
+
+    def generated() -> Iterator[Group]:
+        for done, group in enumerate(run.rollouts.run(mine, settings, tick), start=1):
+            run.tell("progressed", "rollout", done, len(mine))
+            yield group
+
     if not one_by_one:
-        yield exchanged(run.ranks, prompts, groups)
+        yield exchanged(run.ranks, prompts, list(generated()))
+    elif run.ranks.world == 1:
+        yield from ([group] for group in generated())
+    else:
+        yield from in_rounds(run.ranks, prompts, generated(), run.ranks.world if run.remote else 1)
+
+
+def in_rounds(ranks: Ranks, prompts: Sequence[Prompt], groups: Iterator[Group], each: int) -> Iterator[list[Group]]:
+    """The groups of all ranks, in every rank, ``each`` of a rank's in a round; all ranks have the same rounds.
+
+    A rank generates in another thread meanwhile, so that it goes on where it waits for the others.
+    """
+    made: SimpleQueue[Group | None] = SimpleQueue()
+    ended = threading.Event()
+
+    def generate() -> None:
+        try:
+            for group in groups:
+                made.put(group)
+                if ended.is_set():
+                    return
+        finally:
+            made.put(None)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="rollout") as thread:
+        going, coming = thread.submit(generate), iter(made.get, None)
+        try:
+            for _ in range(-(-len(prompts) // ranks.world)):
+                mine = list(itertools.islice(coming, each))
+                if len(mine) < each:  # no more come, or an error did
+                    going.result()
+                yield exchanged(ranks, prompts, mine)
+            going.result()
+        finally:
+            ended.set()
 
 
 def exchanged(ranks: Ranks, prompts: Sequence[Prompt], mine: Sequence[Group]) -> list[Group]:
-    """The groups of all ranks, in every rank, in the order of the prompts. They travel as record batches, each once.
+    """These groups of all ranks, in every rank, in the order of the prompts. They travel as record batches, each once.
 
     Environments stay where they are: every rank has their outcomes.
     """
@@ -147,7 +182,7 @@ def exchanged(ranks: Ranks, prompts: Sequence[Prompt], mine: Sequence[Group]) ->
         batches = itertools.chain(*map(from_ipc, others))
         mine = [*mine, *(item.group for b in batches for item in decode(b, lambda name, _: named[name]))]
     found = {group.prompt.problem.id: group for group in mine}
-    return [found[prompt.problem.id] for prompt in prompts]
+    return [found[prompt.problem.id] for prompt in prompts if prompt.problem.id in found]
 
 
 def reward(run: Run, groups: Sequence[Group]) -> list[RewardedGroup]:
@@ -159,14 +194,15 @@ def reward(run: Run, groups: Sequence[Group]) -> list[RewardedGroup]:
 
 
 class Arriving:
-    """A step that is being collected in another thread. Iterated once: each time over the groups that came since the last.
+    """A step that is being collected in another thread. Iterated once: each time over the groups that came since the last, or,
+    where several ranks learn from them, over one round (`in_rounds`): their passes wait for each other.
 
     ``waited`` are the seconds that no group was there.
     """
 
-    def __init__(self, begin: Callable[[Show], Future[StepGroups]]) -> None:
-        self.waited = 0.0
-        self._groups: SimpleQueue[RewardedGroup | None] = SimpleQueue()  # None: no more come
+    def __init__(self, begin: Callable[[Show], Future[StepGroups]], *, round_by_round: bool) -> None:
+        self.waited, self._round_by_round = 0.0, round_by_round
+        self._groups: SimpleQueue[list[RewardedGroup] | None] = SimpleQueue()  # None: no more come
         self.future = begin(self._groups.put)
         self.future.add_done_callback(lambda _: self._groups.put(None))
 
@@ -176,11 +212,12 @@ class Arriving:
             began = time.perf_counter()
             came = [self._groups.get()]
             self.waited += time.perf_counter() - began
-            while came[-1] is not None and not self._groups.empty():
+            while came[-1] is not None and not self._round_by_round and not self._groups.empty():
                 came.append(self._groups.get())
             more = came[-1] is not None
-            if groups := [group for group in came if group is not None]:
+            if groups := [group for some in came if some is not None for group in some]:
                 yield groups
+        self.future.result()  # what stopped it, before ranks wait for each other
 
     def whole(self) -> StepGroups:
         """All groups, once they are there; raises what stopped them. Only the time spent waiting counts as rollout time."""
@@ -214,7 +251,7 @@ class Prefetch:
         def begin(show: Show) -> Future[StepGroups]:
             return self._thread.submit(collect, apart, stream, settings, self._check, show if streamed else None)
 
-        self._coming.append(Arriving(begin))
+        self._coming.append(Arriving(begin, round_by_round=self._ranks.world > 1))
 
     def _check(self) -> None:
         if self._closed:
@@ -228,12 +265,10 @@ class Prefetch:
         """The groups of all steps that were begun."""
         return [self.next().whole() for _ in range(len(self._coming))]
 
-    def finished(self) -> list[StepGroups]:
-        """Those of the steps that are complete by now."""
-        found = []
-        while self._coming and self._coming[0].future.done():
-            found.append(self.next().whole())
-        return found
+    def finished(self, ranks: Ranks) -> list[StepGroups]:
+        """Those of the steps that are complete by now, in all ``ranks``, which exchange in this thread."""
+        done = sum(1 for _ in itertools.takewhile(lambda step: step.future.done(), self._coming))
+        return [self.next().whole() for _ in range(min(ranks.gather(done)))]
 
     def close(self) -> None:
         """Stop collecting and end the thread."""

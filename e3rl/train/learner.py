@@ -62,7 +62,7 @@ class Learner:
         self._rewards_only = "rewards_only" in objective.needs
         self._keeps_passes = keeps_passes(train, self._ranks.world)
         self._divides_by: str = getattr(objective, "divides_by", "")
-        whole = self._one_pass and train.minibatches == 1 and ranks.world == 1
+        whole = self._one_pass and train.minibatches == 1 and isinstance(self.optimizer, MasterOptimizer)
         self.streams = whole and (self._divides_by == "tokens" or (self._divides_by != "" and not train.router_loss))
         """Whether groups can be learnt from before the last one is there; of other objectives and settings, not exactly."""
         if train.gradient_checkpointing:
@@ -98,18 +98,18 @@ class Learner:
 
         A loss divides by a count of the whole step: at first by the most that it can be, and gradients are scaled at the end."""
         means, rewarded, lessons, loss = Means(), list[RewardedGroup](), list[Lesson](), 0.0
-        most = most_totals(self._config)
+        most, sequences = most_totals(self._config), list[list[TrainSequence]]()
         for groups in arriving:
             by_group = sequences_of(self._objective, groups, self._config.train, first=len(rewarded))
-            rewarded += groups
-            learnt, value = self._learn_groups(by_group, rewarded, most, means)
-            lessons += learnt
-            loss += value
-        if lessons:
-            totals = totals_of((lesson.sequence for lesson in lessons), most.completion_limit)
+            rewarded, sequences = [*rewarded, *groups], [*sequences, *by_group]
+            learnt, value = self._learn_groups(self._ranks.share(by_group), rewarded, most, means)
+            lessons, loss = [*lessons, *learnt], loss + value
+        if lessons := of_all_ranks(self._ranks, lessons, sequences):
+            totals = totals_of(itertools.chain(*sequences), most.completion_limit)
             scale = getattr(most, self._divides_by) / getattr(totals, self._divides_by)
             cast(MasterOptimizer, self.optimizer).scale(scale)
-            means.add({"loss": (loss * scale, 1.0)})
+            means.add({"loss": (loss * scale, float(self._ranks.first))})
+        means = means.of_ranks(self._ranks.gather)
         return lessons, Update(means.values(), *self._step(lessons, update))
 
     def _learn_at_once(

@@ -70,7 +70,8 @@ def step(run: Run, state: State) -> None:
     state.step = number
 
     # with rollout.staleness = 1 the next step's rollouts end under their weights, so that a run can be repeated
-    state.prefetched += run.prefetch.wait() if run.config.rollout.staleness == 1 else run.prefetch.finished()
+    waits = run.config.rollout.staleness == 1
+    state.prefetched += run.prefetch.wait() if waits else run.prefetch.finished(run.ranks)
     publish_weights(run, state)
 
     line = step_record(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.requests import uniforms
 from e3rl.engine.sampling import SamplingRows, sample
-from e3rl.engine.vllm.table import WIDTH, SlotTable, VllmArguments, merged_measures
+from e3rl.engine.vllm.table import WIDTH, MeasuringWorker, SlotTable, VllmArguments, merged_measures
 from e3rl.testing.reads import META, DeviceReads
 from e3rl.types import Draw
 
@@ -150,6 +152,30 @@ def test_a_part_of_the_logits_is_refused():
     table = SlotTable(1, VOCABULARY, CPU)
     with pytest.raises(RuntimeError, match="20 of 40 logits"):
         table.draw(torch.zeros(1, 20), torch.zeros(1).long(), np.zeros(1, int), torch.zeros(1).long())
+
+
+def _answers(divided: bool) -> list[bytes]:
+    """Of two workers that drew three tokens of the same two requests; ``divided``: each the rows of a request of its own."""
+    found = []
+    for rank in (0, 1):
+        worker = _Worker(2)
+        for slot, name in enumerate(("r0", "r1")):
+            worker.add(slot, _request(name, 3))
+        for position in range(3):
+            worker.step({name: position for n, name in enumerate(("r0", "r1")) if not divided or n == rank})
+        vllms = MeasuringWorker()
+        vllms.rank, vllms.parallel_config = rank, SimpleNamespace(enable_batch_sharded_sampling=divided)
+        found.append(vllms.take_measures([("r0", 3), ("r1", 3)], []))
+        assert not worker.table._slots
+    return found
+
+
+def test_the_first_of_several_workers_tells_what_all_drew():
+    """20 bytes a token, however many workers divide a model; each tells its own where vLLM divides the rows among them."""
+    alone, divided = _answers(divided=False), _answers(divided=True)
+    assert [len(answer) for answer in alone] == [6 * 4 * WIDTH, 0]
+    expected = [_expected(_request(name, 3), i)[1].tolist() for name in ("r0", "r1") for i in range(3)]
+    assert merged_measures(alone).tolist() == merged_measures(divided).tolist() == expected
 
 
 def test_what_several_workers_drew_is_put_together():

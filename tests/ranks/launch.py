@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from e3rl.config import to_toml
 from e3rl.train.trainer import Trainer
-from tests.ranks.run import STEPS, settings
+from tests.ranks.run import SETTINGS, STEPS, settings
 from tests.train.random_lab import lab_config, random_lab
 
 TOLERANCE = 1e-4
@@ -37,6 +40,18 @@ def torchrun(directory: Path, *names: str, **environment: str) -> subprocess.Com
         timeout=800,
         check=False,
     )
+
+
+@contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """The address of a process that generates for others."""
+    recipe = directory / "server.toml"
+    recipe.write_text(to_toml(lab_config(directory, *SETTINGS)))
+    command = [sys.executable, "-m", "e3rl", "rollout-server", str(recipe), "--port", "0", "--longest-prompt", "60"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[0]
+        server.kill()
 
 
 def succeed(done: subprocess.CompletedProcess[str]) -> None:

@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from e3rl.train.collect import Prefetch
+from e3rl.train.learner import Learner
 from e3rl.train.trainer import Trainer
+from e3rl.types import RewardedGroup
 from tests.train.random_lab import lab_config
 
 SETTINGS = (
@@ -36,6 +39,12 @@ SETTINGS = (
     'rewards.functions=["tests.ranks.run:evenness"]',
 )
 STEPS = 4
+ARRIVING = (
+    "rollout.staleness=2",
+    "train.importance_correction=segment_truncate",
+    "train.learning_rate=1e-9",
+    "objective.name=dapo",
+)
 VARIANTS = {
     "": (),
     "half": (),
@@ -48,6 +57,9 @@ VARIANTS = {
     # the reference model is divided too: its passes, of which ranks have different numbers, are made in lockstep
     "reference": ("objective.kl_coef=0.1", "train.micro_batch_tokens=40"),
     "stale": ("rollout.staleness=1", "train.importance_correction=segment_truncate"),
+    # groups are learnt from as they finish; at this learning rate it does not matter which update's weights drew them
+    "arriving": ARRIVING,
+    "served": (*ARRIVING, f'rollout.servers=["{os.environ.get("E3RL_SERVER", "")}"]'),
     # both ranks have every group and half of each row; attention's shares come from both
     "context": ("train.context_parallel=2", "train.micro_batch_tokens=90", "objective.kl_coef=0.1"),
     "adapters": ("model.lora_r=4", "objective.kl_coef=0.1"),  # their reference is the same model without them
@@ -67,7 +79,30 @@ def settings(name: str) -> tuple[str, ...]:
     return (*SETTINGS, *own, f"train.steps={STEPS // 2 if ended else STEPS}")
 
 
+def note_rounds(directory: Path) -> None:
+    """Write down how many groups came in each round of the steps that were learnt from as their groups came."""
+    learn = Learner.learn_arriving
+
+    def noted(learner: Learner, arriving: Iterable[Sequence[RewardedGroup]], update: int) -> Any:
+        rounds: list[int] = []
+
+        def counted() -> Iterator[Sequence[RewardedGroup]]:
+            for groups in arriving:
+                rounds.append(len(groups))
+                yield groups
+
+        found = learn(learner, counted(), update)
+        with (directory / f"rounds-{dist.get_rank()}.txt").open("a") as file:
+            print(*rounds, file=file)
+        return found
+
+    Learner.learn_arriving = noted  # type: ignore[method-assign]
+    # a step that is complete by now is taken as it is; which are depends on the clock
+    Prefetch.finished = lambda self, ranks: []  # type: ignore[method-assign]
+
+
 def main(model: str, directory: Path, names: list[str]) -> None:
+    note_rounds(directory)
     for name in names:
         own = Path(tempfile.mkdtemp())  # for the recipe's text
         overrides = [f"model.path={model}", f"run.output_dir={directory}", *settings(name)]

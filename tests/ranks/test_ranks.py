@@ -22,6 +22,7 @@ from tests.ranks.launch import (
 )
 from tests.ranks.run import STEPS
 
+ARRIVING = ("ddp", "zero1", "zero2", "fsdp2")
 LOCKSTEP = ("zero2", "fsdp2", *DEEPSPEED)
 pytestmark = pytest.mark.timeout(900)
 
@@ -32,6 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs")
     for name in ("none", "none_several", "none_stale", "none_half", "none_kept", "none_reference"):
         alone(directory, name)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("collect", "loop"):
+            patch.setattr(f"e3rl.train.{module}.streams", lambda run: False)
+        alone(directory, "none_arriving")
     succeed(
         torchrun(
             directory,
@@ -40,6 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ddp_kept",
             "ddp_stale",
             "fsdp2_stale",
+            *(f"{mode}_arriving" for mode in ARRIVING),
             *(f"{mode}_kept" for mode in LOCKSTEP),
             *(f"{mode}_reference" for mode in LOCKSTEP),
             *(f"{mode}_half" for mode in MODES),
@@ -74,6 +80,16 @@ def test_rollouts_beside_the_training_too(runs: Path, mode: str):
     """Each rank generates the next step's share in a thread of its own, which exchanges apart from the training."""
     assert_same_run(runs / f"{mode}_stale", runs / "none_stale", f"2, {mode}, staleness 1")
     assert curve(runs / "none_stale") != curve(runs / "none")
+
+
+@pytest.mark.parametrize("mode", ARRIVING)
+def test_groups_that_are_learnt_from_as_they_finish_too(runs: Path, mode: str):
+    """One process waits for whole steps; two ranks learn from one group of each at a time."""
+    assert_same_run(runs / f"{mode}_arriving", runs / "none_arriving", f"2, {mode}, groups as they finish")
+    one, other = ((runs / f"rounds-{rank}.txt").read_text().split("\n") for rank in (0, 1))
+    assert one == other
+    assert set(one) == {"2 2 1", ""}, "steps of five groups, in rounds"
+    assert len(one) > len(ARRIVING)
 
 
 @pytest.mark.parametrize("mode", ["ddp", *LOCKSTEP])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from e3rl.data.stream import PromptStream
 from e3rl.errors import UserError
 from e3rl.rollout.filters import build_filter
 from e3rl.rollout.group import GroupSettings
-from e3rl.train.collect import StepGroups, collect, pack_groups, unpack_groups
+from e3rl.train.collect import Arriving, Prefetch, StepGroups, collect, in_rounds, pack_groups, unpack_groups
 from e3rl.train.listeners import Interrupted
 from e3rl.types import Group, Problem, Prompt, Reward, RewardedGroup, Trajectory
 from tests.rollout.test_filters import rewarded
@@ -163,3 +165,83 @@ def test_prefetched_groups_of_an_earlier_version_are_refused():
             UserError, match=r"runs/a holds prefetched rollouts in the format of an earlier version \(.*\): continue"
         ):
             unpack_groups(*bad)
+
+
+class Pair(Ranks):
+    """One of two ranks, each a thread of this process."""
+
+    shared: tuple[list[Any], threading.Barrier]
+
+    def gather(self, value: Any) -> list[Any]:
+        values, barrier = self.shared
+        values[self.rank] = value
+        barrier.wait(20)
+        found = list(values)
+        barrier.wait(20)
+        return found
+
+    gather_bytes = gather
+
+
+def both(act: Callable[[Pair], Any]) -> list[Any]:
+    """What ``act`` gives for each of two ranks, which run at the same time; an exception where it raised one."""
+    shared = [None, None], threading.Barrier(2)
+
+    def one(rank: int) -> Any:
+        ranks = Pair(rank, 2)
+        object.__setattr__(ranks, "shared", shared)
+        try:
+            return act(ranks)
+        except (UserError, threading.BrokenBarrierError) as error:
+            shared[1].abort()
+            return error
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(one, (0, 1)))
+
+
+PROMPTS = [Prompt(Problem(str(i), str(i)), (2,)) for i in range(5)]
+
+
+def made(prompts: Sequence[Prompt]) -> Iterator[Group]:
+    return (rewarded(prompt.problem.id, [1.0, 1.0]).group for prompt in prompts)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ranks_have_the_same_rounds_of_groups(elsewhere: bool):
+    """One of each rank's at a time, or as many of those that the first rank gets from workers; in the order of the prompts."""
+
+    def act(ranks: Pair) -> list[list[str]]:
+        mine = (PROMPTS if ranks.first else []) if elsewhere else ranks.share(PROMPTS)
+        rounds = in_rounds(ranks, PROMPTS, made(mine[::-1]), 2 if elsewhere else 1)
+        return [[group.prompt.problem.id for group in groups] for groups in rounds]
+
+    expected = [["3", "4"], ["1", "2"], ["0"]]
+    assert both(act) == [expected, expected]
+
+
+def test_a_rank_that_fails_to_generate_says_so_and_waits_for_nobody():
+    def failing(prompts: Sequence[Prompt]) -> Iterator[Group]:
+        yield from made(prompts[:1])
+        raise UserError("no room")
+
+    def act(ranks: Pair) -> list[list[Group]]:
+        mine = ranks.share(PROMPTS)
+        return list(in_rounds(ranks, PROMPTS, made(mine) if ranks.first else failing(mine), 1))
+
+    other, failed = both(act)
+    assert str(failed) == "no room"
+    assert isinstance(other, threading.BrokenBarrierError)
+
+
+def test_steps_are_complete_when_they_are_in_all_ranks():
+    def act(ranks: Pair) -> tuple[int, int]:
+        prefetch = Prefetch(Ranks())
+        for step in range(3):
+            future: Future[StepGroups] = Future()
+            prefetch._coming.append(Arriving(lambda _, future=future: future, round_by_round=True))
+            if step < 2 - ranks.rank:
+                future.set_result(StepGroups(()))
+        return len(prefetch.finished(ranks)), len(prefetch)
+
+    assert both(act) == [(1, 2), (1, 2)]

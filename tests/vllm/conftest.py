@@ -50,7 +50,10 @@ def core(model: Any) -> Iterator[Any]:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if os.environ.get("E3RL_SCHEDULE_AHEAD"):
         schedule_ahead()
-    core = VllmCore(model, eos_ids=EOS, max_rows=ROWS, cache_rows=2 * ROWS, max_length=LENGTH)
+    workers = int(os.environ.get("E3RL_TENSOR_PARALLEL", "1"))
+    core = VllmCore(
+        model, eos_ids=EOS, max_rows=ROWS, cache_rows=2 * ROWS, max_length=LENGTH, tensor_parallel_size=workers
+    )
     yield core
     core.close()
 

@@ -21,10 +21,10 @@ def _params(row: int) -> SimpleNamespace:
 
 
 def test_the_second_runners_tap_reads_and_copies_nothing():
-    inside = pytest.importorskip("e3rl.engine.vllm.inside")
+    taps = pytest.importorskip("e3rl.engine.vllm.taps")
     lengths = SimpleNamespace(gpu=torch.full((ROWS,), 4, dtype=torch.int32, device=META))
     states = SimpleNamespace(prompt_len=lengths, max_num_reqs=ROWS, vocab_size=VOCABULARY, device=META)
-    tap = inside.SecondRunnerTap(SimpleNamespace(speculative_config=None), states)
+    tap = taps.SecondRunnerTap(SimpleNamespace(speculative_config=None), states)
     for row in range(ROWS):
         assert tap.add_request(row, _params(row))
     tap.apply_staged_writes()
@@ -38,12 +38,12 @@ def test_the_second_runners_tap_reads_and_copies_nothing():
 
 
 def test_the_first_runners_tap_reads_nothing_and_copies_positions():
-    inside = pytest.importorskip("e3rl.engine.vllm.inside")
+    taps = pytest.importorskip("e3rl.engine.vllm.taps")
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=ROWS),
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
     )
-    tap = inside.FirstRunnerTap(config, META, False)
+    tap = taps.FirstRunnerTap(config, META, False)
     generated = [list[int]() for _ in range(ROWS)]
     added = [(row, _params(row), None, generated[row]) for row in range(ROWS)]
     tap.update_state(SimpleNamespace(removed=[], added=added, moved=[]))

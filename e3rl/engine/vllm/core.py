@@ -28,11 +28,11 @@ _CPU_BLOCK = (
     32  # the least that vLLM has for CPUs; its own choice of 128 would run that many tokens again after an erasure
 )
 
-_FIRST_RUNNER = "e3rl.engine.vllm.inside:FirstRunnerTap"
-_SECOND_RUNNER = "e3rl.engine.vllm.inside:SecondRunnerTap"
+_FIRST_RUNNER = "e3rl.engine.vllm.taps:FirstRunnerTap"
+_SECOND_RUNNER = "e3rl.engine.vllm.taps:SecondRunnerTap"
 
 _KNOWN = ("0.32.",)
-"""Versions whose second model runner and whose scheduler's insides our parts were tried with (`e3rl.engine.vllm.inside`). With
+"""Versions whose second model runner and whose scheduler's insides our parts were tried with (`taps` and `inside`). With
 others the first runner is asked for, and prefixes come from the prefix cache: at most a block of tokens runs again."""
 
 BATCHED_TOKENS = 16384

@@ -179,8 +179,8 @@ class SlotTable:
 
 
 def merged_measures(workers: Sequence[bytes]) -> np.ndarray:
-    """What the workers measured, as [tokens, 5]: each row by one that drew it."""
-    arrays = [np.frombuffer(content, np.float32).reshape(-1, WIDTH) for content in workers]
+    """What the workers measured, as [tokens, 5]: each row by one that drew it. Some workers may have sent nothing."""
+    arrays = [np.frombuffer(content, np.float32).reshape(-1, WIDTH) for content in workers if content]
     whole = arrays[0]
     for other in arrays[1:]:
         whole = np.where(whole[:, _RANK:] > 0, whole, other)
@@ -188,8 +188,17 @@ def merged_measures(workers: Sequence[bytes]) -> np.ndarray:
 
 
 class MeasuringWorker:
-    """Mixed into vLLM's workers: the calls that the engine makes to all of them."""
+    """Mixed into vLLM's workers: the calls that the engine makes to all of them.
+
+    Under tensor parallelism every worker has all logits and draws every row, so the first one answers. Where vLLM divides
+    the rows among its workers, each answers for those that it drew.
+    """
+
+    rank: int  # vLLM's workers have these
+    parallel_config: Any
 
     def take_measures(self, finished: Sequence[tuple[str, int]], forgotten: Sequence[str]) -> bytes:
-        """See `SlotTable.take`."""
+        """See `SlotTable.take`; nothing from a worker that drew what the first one drew."""
+        if self.rank and not getattr(self.parallel_config, "enable_batch_sharded_sampling", False):
+            return SlotTable.of_worker.take([], [*(key for key, _ in finished), *forgotten])
         return SlotTable.of_worker.take(finished, forgotten)
