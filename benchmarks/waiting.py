@@ -34,7 +34,8 @@ from e3rl.train.summary import environment
 WAYS = {"0": (0, False), "1": (1, False), "2": (2, True)}
 """By name: `rollout.staleness`, and whether groups are learnt from as they finish."""
 
-QWEN3_4B = {"parameters": 4e9, "kv_bytes": 147456.0}
+PARAMETERS, KV_BYTES = 4e9, 147456
+"""Of Qwen3-4B."""
 STEPS = 12
 
 
@@ -46,7 +47,7 @@ def simulated(recipe: str, gpus: int, splits: list[int], erase: float, end: floa
         groups, rollout.num_generations, rollout.segment_length, rollout.max_segments, erase, end, prompt_tokens=256
     )
     length = work.segment_length * work.segments
-    costs = roofline(**QWEN3_4B, context=256 + read_context(length, "vllm"), operations=operations(config))
+    costs = roofline(PARAMETERS, KV_BYTES, 256 + read_context(length, "vllm"), operations(config))
     rows, found = max(rollout.max_rows, work.siblings), list[dict[str, Any]]()
     for workers in splits:
         batches = [simulate_rollouts(work, costs, workers, rows, seed) for seed in range(STEPS)]
