@@ -18,10 +18,10 @@ from e3rl.weights.publish import Publisher, this_node
 _log = logging.getLogger(__name__)
 
 BACKEND = "e3rl"
-"""The name of our way for weights among vLLM's (`e3rl.engine.vllm.transfer`)."""
+"""The name of our way for weights among vLLM's (`e3rl.engine.vllm.inside`)."""
 
 TRANSFER = {
-    "worker_extension_cls": "e3rl.engine.vllm.transfer.TransferringWorker",
+    "worker_extension_cls": "e3rl.engine.vllm.inside.TransferringWorker",
     "weight_transfer_config": {"backend": BACKEND},
 }
 """What vLLM is started with so that its workers can read shared memory."""
