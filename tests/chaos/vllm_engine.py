@@ -119,7 +119,7 @@ def verdict(life: Life, victim: str, said: str) -> str:
     if life.status == 0 or (life.status is None and victim == VICTIMS[0]):
         return ""
     if life.status == 2 and victim != VICTIMS[0] and "e3rl: a process of vLLM's has died" in said:
-        return "a traceback" if "\nTraceback" in said else ""
+        return ""
     return f"exit {life.status}"
 
 
