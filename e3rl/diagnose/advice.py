@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from e3rl.diagnose.diagnosis import Diagnosis, Signal
-from e3rl.diagnose.statistics import Estimate
+from e3rl.diagnose.statistics import Estimate, erasing_yield, highest_success
 from e3rl.report.health import Finding
 
 
@@ -194,6 +194,31 @@ def on_training(diagnosis: Diagnosis) -> Finding:
     )
 
 
+_GOOD_JUDGE = 0.95
+"""AUROC among draws from one prefix that no signal here has: what it can't do, none can."""
+
+
+def on_erasing_in_training(diagnosis: Diagnosis) -> Finding:
+    """Is the success rate low enough for rollouts that erase to teach more per token than plain ones?"""
+    success, parts = diagnosis.accuracy.value or 0.0, diagnosis.segments
+    measured = [s.within.value for s in diagnosis.signals if not s.late and s.within.value is not None]
+    auroc = max(measured, default=_GOOD_JUDGE)
+    ratio, limit = erasing_yield(success, parts, auroc).ratio, highest_success(parts, auroc)
+    best = max(erasing_yield(success, parts, a).ratio for a in (auroc, _GOOD_JUDGE))
+    found = (
+        f"Training: at a success rate of {success:.2f} with {parts:.1f} segments a response, a token of rollouts that erase "
+        f"teaches at most {ratio:.2f} times what a plain one does, if judged with AUROC {auroc:.2f}"
+    )
+    if ratio > 1:
+        return Finding(
+            "note", f"{found}: erasing in training could pay (below {limit:.2f}). That is a bound and no promise."
+        )
+    if best > 1:
+        return Finding("note", f"{found}: train plainly. A judge of {_GOOD_JUDGE:.2f} could do {best:.2f} times.")
+    where = f"it could below {limit:.2f}" if limit else "at no success rate could it"
+    return Finding("note", f"{found}: erasing in training doesn't pay, train plainly ({where}).")
+
+
 def advise(diagnosis: Diagnosis) -> list[Finding]:
     """All findings, the decisive one first."""
     found = [
@@ -204,5 +229,6 @@ def advise(diagnosis: Diagnosis) -> list[Finding]:
         on_late_evidence(diagnosis),
         on_retries(diagnosis),
         on_training(diagnosis),
+        on_erasing_in_training(diagnosis),
     ]
     return [finding for finding in found if finding is not None]

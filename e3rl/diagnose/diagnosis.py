@@ -57,6 +57,7 @@ class Diagnosis:
     samples: int
     retries: int
     segment_length: int
+    segments: float  # of a response, on average
     by_steps: bool
     accuracy: Estimate
     mixed_groups: float  # share of groups with right and wrong answers: what a group-normalised objective learns from
@@ -185,6 +186,7 @@ def diagnose(
         samples=config.rollout.num_generations,
         retries=retries,
         segment_length=config.rollout.segment_length,
+        segments=sum(len(f.trajectory.segments) for f in samples) / len(samples),
         by_steps=by_steps,
         accuracy=mean_by_problem(right, np.array(names)),
         mixed_groups=sum(mixed) / len(mixed),

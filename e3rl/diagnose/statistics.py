@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -95,3 +96,41 @@ def mean_by_problem(values: np.ndarray, problem: np.ndarray, seed: int = 0) -> E
     rows = _resampled(len(names), seed)
     low, high = _interval(sums_P[rows].sum(axis=1) / counts_P[rows].sum(axis=1))
     return Estimate(float(values.mean()), low, high, len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """What a token of erasing rollouts teaches over what one of plain rollouts does. ``r``: erased tokens for each kept one."""
+
+    ratio: float
+    r: float
+
+
+def erasing_yield(success: float, segments: float, auroc: float, max_erasures: int = 5) -> Yield:
+    """Var_q/(1 + r) over Var_π, summed over segments: erasing in training can pay at equal tokens only where it is above 1.
+
+    The model behind it: a response of equal segments is right if each is, one mistake can't be mended, and the judge's U is
+    Gaussian with this AUROC among draws from one prefix, its threshold where both kinds of error are equally frequent. The
+    variance is that of the chance to end rightly, over the segment that comes next.
+    """
+    normal, count = NormalDist(), max(round(segments), 1)
+    right = min(max(success, 0.001), 0.999) ** (1 / count)
+    seen = normal.cdf(
+        normal.inv_cdf(min(max(auroc, 0.001), 0.999)) / 2**0.5
+    )  # share of each kind that is judged rightly
+    erased = right * (1 - seen) + (1 - right) * seen
+    spent = erased ** (max_erasures + 1)
+    kept = right * seen * (1 - spent) / (1 - erased) + right * (1 - seen) * spent / erased
+    r = sum(erased**k for k in range(1, max_erasures + 1))
+    return Yield(_spread(kept, count) / ((1 + r) * _spread(right, count)), r)
+
+
+def _spread(right: float, segments: int) -> float:
+    """Variance over the next segment of the chance to end rightly, summed over the segments that are reached."""
+    return sum(right**n * right * (1 - right) * right ** (2 * (segments - 1 - n)) for n in range(segments))
+
+
+def highest_success(segments: float, auroc: float) -> float:
+    """The success rate above which erasing in training can't pay by `erasing_yield`; 0 where it never can."""
+    rates = (n / 1000 for n in range(1, 1000))
+    return max((rate for rate in rates if erasing_yield(rate, segments, auroc).ratio > 1), default=0.0)

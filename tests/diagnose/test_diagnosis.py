@@ -13,7 +13,15 @@ from e3rl.cli.diagnose import SETTINGS as NAMED
 from e3rl.cli.main import main
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import load_config
-from e3rl.diagnose.advice import advise, on_decoding, on_late_evidence, on_settings, on_training, on_uncertainty
+from e3rl.diagnose.advice import (
+    advise,
+    on_decoding,
+    on_erasing_in_training,
+    on_late_evidence,
+    on_settings,
+    on_training,
+    on_uncertainty,
+)
 from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, LATE_EPS_LENGTH, SETTINGS, Contest, Decoding
 from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
@@ -46,7 +54,8 @@ def test_everything_is_measured(written: Path):
     assert plain[1.0]["avg"]["value"] == pytest.approx(found["accuracy"]["value"], abs=0.3)
     vote = next(d for d in found["decodings"] if d["name"] == "majority of 4, T = 1")
     assert vote["tokens"] == pytest.approx(4 * plain[1.0]["tokens"])
-    assert len(found["findings"]) == 6
+    assert len(found["findings"]) == 7
+    assert 3 <= found["segments"] <= 5  # 22 to 40 tokens of an answer, 12 a segment
 
 
 def test_the_page_holds_its_figures_and_loads_nothing(written: Path):
@@ -96,12 +105,22 @@ def test_retries_are_compared_by_quarter_of_the_signal():
     assert [e.count for e in by_name["cross-entropy"].gains] == [8, 0, 0, 0]  # all alike: none is suspicious
 
 
-def diagnosis(*, avg: Estimate, passed: Estimate, within: Estimate, mixed: float = 0.5) -> Diagnosis:
+def diagnosis(
+    *,
+    avg: Estimate,
+    passed: Estimate,
+    within: Estimate,
+    mixed: float = 0.5,
+    success: float = 0.2,
+    segments: float = 4.0,
+) -> Diagnosis:
     signals = tuple(Signal(name, "", False, Estimate(0.9, 0.8, 1.0, 9), within) for name in SIGNALS)
     fight = Contest(("plain, T = 0.6",) * 2, ("ε, κ₀ = 1",) * 2, avg, passed, 1.1)
-    accuracy = Estimate(0.2, 0.1, 0.3, 9)
+    accuracy = Estimate(success, 0.1, 0.3, 9)
     eps = Decoding("ε, κ₀ = 1", "erasable", 1.0, 9.0, accuracy, accuracy, (), (), ("erasure.kappa0=1.0",))
-    return Diagnosis("m", "d", 9, 8, 4, 12, True, accuracy, mixed, signals, signals[:1], (), (eps,), fight, 1.0)
+    return Diagnosis(
+        "m", "d", 9, 8, 4, 12, segments, True, accuracy, mixed, signals, signals[:1], (), (eps,), fight, 1.0
+    )
 
 
 ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
@@ -193,4 +212,19 @@ def test_the_help_names_every_setting():
 def test_groups_without_a_signal_are_pointed_out():
     assert "too hard" not in on_training(diagnosis(avg=ZERO, passed=ZERO, within=ZERO)).text
     assert "Take easier" in on_training(diagnosis(avg=ZERO, passed=ZERO, within=ZERO, mixed=0.1)).text
-    assert len(advise(diagnosis(avg=ZERO, passed=ZERO, within=ZERO))) == 5  # without forks no sentence on retries
+    assert len(advise(diagnosis(avg=ZERO, passed=ZERO, within=ZERO))) == 6  # without forks no sentence on retries
+
+
+@pytest.mark.parametrize(
+    ("success", "segments", "auroc", "words"),
+    [
+        (0.1, 8.2, 0.85, r"0.10 with 8.2 segments .* at most 1.75 times .* AUROC 0.85: .* could pay \(below 0.20\)"),
+        (0.25, 8.2, 0.85, r"at most 0.84 times .* doesn't pay, train plainly \(it could below 0.20\)"),
+        (0.1, 2.0, 0.55, r"at most 0.58 times .* train plainly. A judge of 0.95 could do 1.08 times"),
+        (0.02, 1.0, 0.95, r"doesn't pay, train plainly \(at no success rate could it\)"),
+    ],
+)
+def test_training_with_erasing_is_held_against_its_bound(success, segments, auroc, words):
+    within = Estimate(auroc, auroc, auroc, 9)
+    found = diagnosis(avg=ZERO, passed=ZERO, within=within, success=success, segments=segments)
+    assert re.search(words, on_erasing_in_training(found).text)

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.diagnose.statistics import auroc, mean_by_problem, overall_auroc, within_prefix_auroc
+from e3rl.diagnose.statistics import (
+    auroc,
+    erasing_yield,
+    highest_success,
+    mean_by_problem,
+    overall_auroc,
+    within_prefix_auroc,
+)
 
 OBSERVED = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=12)
 
@@ -78,3 +85,45 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         found = mean_by_problem(values, np.arange(40))
         covered += found.low <= 0.3 <= found.high
     assert 85 <= covered <= 100
+
+
+@pytest.mark.parametrize(("success", "segments", "judge"), [(0.1, 8, 0.85), (0.3, 3, 0.95), (0.2, 1, 0.7)])
+def test_what_erasing_teaches_agrees_with_draws(success: float, segments: int, judge: float):
+    """200,000 segments, drawn up to six times each: erasures, and the variance of the chance to end rightly."""
+    rng, right = np.random.default_rng(0), success ** (1 / segments)
+    good_DT = rng.random((6, 200_000)) < right
+    u_DT = rng.standard_normal(good_DT.shape)
+    separation = 3.0
+    while abs(auroc_of(separation) - judge) > 1e-4:  # by the definition, not by its inverse
+        separation += (judge - auroc_of(separation)) * 3
+    accepted_DT = u_DT + separation * ~good_DT < separation / 2
+    kept = np.where(accepted_DT.any(axis=0), accepted_DT.argmax(axis=0), 5)
+    after = float(good_DT[kept, np.arange(kept.size)].mean())
+    r = kept.mean()
+
+    def spread(q: float) -> float:
+        """Reached with q^n; from there the chance is 0 or q to the power of what is left."""
+        return sum(
+            q**n * np.var([0] * 10_000 + [q ** (segments - 1 - n)] * round(10_000 * q / (1 - q)))
+            for n in range(segments)
+        )
+
+    found = erasing_yield(success, segments, judge)
+    assert found.r == pytest.approx(r, rel=0.03)
+    assert found.ratio == pytest.approx(spread(after) / spread(right) / (1 + r), rel=0.05)
+
+
+def auroc_of(separation: float) -> float:
+    """Chance that a unit normal so much to the right is above another: by a sum over its quantiles."""
+    grid = np.linspace(-8, 8, 2001)
+    density = np.exp(-(grid**2) / 2)
+    below = np.cumsum(density) / density.sum()
+    return float((np.exp(-((grid - separation) ** 2) / 2) * below).sum() / density.sum())
+
+
+def test_above_the_highest_success_erasing_does_not_pay():
+    limit = highest_success(8, 0.85)
+    assert erasing_yield(limit, 8, 0.85).ratio > 1 > erasing_yield(limit + 0.002, 8, 0.85).ratio
+    assert limit == pytest.approx(0.2, abs=0.01)
+    assert highest_success(1, 0.95) == 0.0  # all of a response drawn again costs more than it teaches
+    assert highest_success(8, 0.5) == 0.0  # a blind judge
