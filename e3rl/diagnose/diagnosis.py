@@ -137,6 +137,12 @@ def observations_of(samples: Sequence[First]) -> tuple[list[Observation], list[O
     return every, starts
 
 
+def _mixed(samples: Sequence[First]) -> int:
+    """Problems with right and wrong answers."""
+    outcomes = {(first.trajectory.prompt.problem.id, first.right) for first in samples}
+    return len(outcomes) - len({problem for problem, _ in outcomes})
+
+
 def _prompts(policy: Policy, data: str, config: Config, problems: int) -> list[Prompt]:
     """Some problems of the data, evenly spread, as the model sees them."""
     chosen = spread(load_problems(data, config=config.data, split="eval"), problems)
@@ -178,7 +184,6 @@ def diagnose(
     every, starts = observations_of(samples)
     right = np.array([f.right for f in samples], dtype=float)
     names = [f.trajectory.prompt.problem.id for f in samples]
-    mixed = [len({r for r, name in zip(right, names, strict=True) if name == p.problem.id}) > 1 for p in prompts]
     return Diagnosis(
         model=policy.source,
         data=data,
@@ -189,7 +194,7 @@ def diagnose(
         segments=sum(len(f.trajectory.segments) for f in samples) / len(samples),
         by_steps=by_steps,
         accuracy=mean_by_problem(right, np.array(names)),
-        mixed_groups=sum(mixed) / len(mixed),
+        mixed_groups=_mixed(samples) / len(prompts),
         signals=assess_signals(every, [*starts, *siblings]),
         responses=assess_responses(samples),
         gains=assess_retries(forks),
