@@ -7,6 +7,46 @@ from typing import Any
 
 from e3rl.serve.errors import invalid
 
+IGNORED = {
+    *("metadata", "prompt_cache_key", "prompt_cache_retention", "cache_salt", "priority", "request_id", "session_id"),
+    *("spaces_between_special_tokens", "detokenize", "verbosity", "routed_experts_prompt_start"),
+}
+"""Fields that change nothing in an answer of this server."""
+
+_NOT_OFFERED = (
+    *("allowed_token_ids", "audio", "chat_template", "documents", "ec_transfer_params", "features", "function_call"),
+    *("kv_transfer_params", "logprob_token_ids", "media_io_kwargs", "mm_processor_kwargs", "prediction"),
+    *("prompt_embeds", "reasoning_effort", "repetition_detection", "stream_interval", "thinking_token_budget"),
+    *("truncate_prompt_tokens", "truncation_side", "vllm_xargs", "web_search_options"),
+)
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_NOT_OFFERED, ()),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),  # of a chat, whose template has them
+    "bad_words": ([],),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "flat_logprobs": (False,),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "length_penalty": (1,),
+    "mm_payload": ("tensors",),
+    "modalities": (["text"],),
+    "n_probs": (0,),
+    "output_mode": ("tokens",),
+    "prompt_logprobs": (0,),
+    "return_mm_kwargs": (False,),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "watermarking": (False,),
+}
+"""Fields of OpenAI's and vLLM's APIs that are not offered, with the values that have no effect; null never has one."""
+
 
 def is_text(value: Any) -> bool:
     """A string that can be encoded: JSON escapes can write half a surrogate pair."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from e3rl.errors import unknown
 from e3rl.serve.errors import ApiError, invalid
-from e3rl.serve.fields import boolean, integer, is_text, is_token, number, table, text, tokens
+from e3rl.serve.fields import IGNORED, NEUTRAL, boolean, integer, is_text, is_token, number, table, text, tokens
 from e3rl.serve.grammar import Grammar, read_grammar
 from e3rl.serve.messages import Chat, ToolChoice, read_messages, read_tools
 
@@ -54,25 +54,6 @@ _GENERATE = {
 }
 _TOKENIZE_CHAT = {"model", "return_token_strs", "messages", "tools", "chat_template_kwargs", "add_special_tokens"}
 _TOKENIZE_TEXT = {"model", "return_token_strs", "prompt", "add_special_tokens"}
-_IGNORED = {
-    *("metadata", "prompt_cache_key", "cache_salt", "priority", "request_id"),
-    *("spaces_between_special_tokens", "detokenize", "verbosity", "routed_experts_prompt_start"),
-}
-"""Fields that change nothing in an answer of this server."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "use_beam_search": (False,),
-    "prompt_logprobs": (0,),
-    "bad_words": ([],),
-    "n_probs": (0,),
-}
-"""Unsupported fields of the API, with the values under which they have no effect. null always has none."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +167,11 @@ def _fields(body: Any, known: set[str], what: str = "the body") -> dict[str, Any
     """The fields that are set. Unknown ones, and known ones that ask for what is not offered, are refused."""
     if not isinstance(body, dict):
         raise ApiError(400, f"{what} must be a JSON object")
-    given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+    given = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     for name in given.keys() - known:
-        if name not in _NEUTRAL:
+        if name not in NEUTRAL:
             raise ApiError(400, str(unknown("field", name, known)), param=name)
-        if given[name] not in _NEUTRAL[name]:
+        if given[name] not in NEUTRAL[name]:
             raise invalid(name, "this server does not offer it; leave it out")
     return {name: value for name, value in given.items() if name in known}
 

@@ -77,14 +77,17 @@ def decoding(
     """The server's settings with the client's laid over them. ``room`` is what the prompt leaves of the context."""
     rollout, erasure = _extended(request.extension, config)
     greedy, limit = request.temperature == 0, _limit(request, rollout, room)
-    if greedy and request.extension.get("erase") is True:
-        raise invalid("temperature", "at 0 a redrawn segment is the same again; raise it or leave e3rl.erase out")
+    top_k = 1 if greedy else _top_k(request, rollout)
+    one = "temperature = 0" if greedy else "top_k = 1" if top_k == 1 else "min_p = 1" if request.min_p == 1 else ""
+    if one and request.extension.get("erase") is True:
+        field = one.partition(" ")[0]
+        raise invalid(field, f"with {one} a redrawn segment is the same again; change it or leave e3rl.erase out")
     rollout = replace(
         rollout,
-        erase=rollout.erase and not greedy,
+        erase=rollout.erase and not one,
         num_generations=request.n,
         temperature=rollout.temperature if greedy or request.temperature is None else request.temperature,
-        top_k=1 if greedy else _top_k(request, rollout),
+        top_k=top_k,
         top_p=_top_p(request, rollout),
         max_completion_length=limit,
         max_segments=math.ceil(limit / rollout.segment_length),

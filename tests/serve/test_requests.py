@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3rl.config import Config
 from e3rl.errors import UserError
 from e3rl.serve.errors import ApiError
+from e3rl.serve.fields import NEUTRAL
 from e3rl.serve.messages import Chat
 from e3rl.serve.requests import DecodingRequest, read_chat, read_generate, read_text, read_tokenize
 from e3rl.serve.settings import MAX_ERASURES, decoding
@@ -84,7 +87,7 @@ def test_settings_of_a_request_stay_in_their_bounds(
     assert found.rollout.completion_limit == min(room, max_tokens or found.rollout.completion_limit)
     assert found.erasure.max_erasures <= MAX_ERASURES
     assert found.rollout.num_generations == n
-    assert found.rollout.erase == (extension.get("erase", True) and temperature != 0)
+    assert found.rollout.erase == (extension.get("erase", True) and temperature != 0 and found.rollout.top_k != 1)
 
 
 def test_content_in_parts_and_empty_fields_of_an_earlier_answer():
@@ -104,3 +107,31 @@ def test_content_in_parts_and_empty_fields_of_an_earlier_answer():
     assert isinstance(chat, Chat)
     assert [(m["role"], m["content"]) for m in chat.messages] == [("user", "1+1"), ("assistant", "2"), ("user", "why?")]
     assert request.max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "extension", "named"),
+    [
+        ({"temperature": 0.0}, {}, "temperature"),
+        ({"top_k": 1}, {}, "top_k"),
+        ({}, {"top_k": 1}, "top_k"),
+        ({"min_p": 1.0}, {}, "min_p"),
+    ],
+)
+def test_what_can_only_be_drawn_one_way_is_not_erased(fields: dict[str, Any], extension: dict[str, Any], named: str):
+    request = DecodingRequest("m", ("1",), n=2, extension=extension, **fields)
+    assert decoding(request, Config(), None, room=9).rollout.erase is False
+    with pytest.raises(ApiError, match="a redrawn segment is the same again") as refused:
+        decoding(replace(request, extension={**extension, "erase": True}), Config(), None, room=9)
+    assert refused.value.param == named
+
+
+def test_a_client_that_sends_every_default_of_the_api_is_served():
+    defaults: dict[str, Any] = {name: values[0] for name, values in NEUTRAL.items() if values}
+    assert {"length_penalty", "echo", "best_of", "include_reasoning", "store"} <= defaults.keys()
+    chat = read_chat({"model": "m", "messages": [{"role": "user", "content": "1"}], **defaults})
+    assert chat == read_chat({"model": "m", "messages": [{"role": "user", "content": "1"}]})
+    for name in NEUTRAL.keys() - {"add_special_tokens"}:
+        with pytest.raises(ApiError, match=f"{name}: this server does not offer it") as refused:
+            read_text({"model": "m", "prompt": "1", name: "other"})
+        assert refused.value.param == name
