@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
+from urllib.request import Request, urlopen
 
 from e3rl.config import ModelConfig
 from e3rl.models import load_policy, resolve_model_path
@@ -30,9 +33,20 @@ def test_the_live_page_shows_what_is_kept_and_what_is_struck_out(page: Any) -> N
         last.locator(".kept").nth(kept - 1).wait_for()
         texts = ["".join(a.locator("span:not(.erased)").all_text_contents()) for a in reversed(last.all())]
         assert sorted(texts) == sorted(c["message"]["content"] for c in answer["choices"])
-        assert page.locator(".erased").count() == erased > 0
+        assert page.locator("main .erased").count() == erased > 0
         assert f", {erased} erased" in page.locator("#counts").text_content()
         page.get_by_label("hide what was erased").check()
-        assert page.locator(".erased:visible").count() == 0
+        assert page.locator("main .erased:visible").count() == 0
+        last.first.locator(".kept").first.click()
+        assert re.fullmatch(r"segment 0: U [\d.]+, threshold [\d.]+", page.locator("#facts").text_content())
+        before = page.locator("#counts").text_content()
+        plain = {**asked, "n": 1, "stream": True, "max_tokens": 12, "e3rl": {"erase": False, "segment_length": 12}}
+        with urlopen(
+            Request(f"{url}{CHAT}", json.dumps(plain).encode(), {"Content-Type": "application/json"})
+        ) as stream:
+            stream.read()
+        page.locator("article", has_text="request 4,").locator(".plain").nth(2).wait_for()
+        more = int(before.split()[0]) + 1
+        assert page.locator("#counts").text_content() == before.replace(before.split()[0], str(more), 1)
         page.goto("about:blank")
     service.close()

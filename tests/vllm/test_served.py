@@ -20,7 +20,7 @@ from tests.engine.models import EOS
 from tests.vllm.conftest import LENGTH, ROWS
 
 PLAIN = {"erase": False}
-ERASING = {"erase": True, "segment_length": 6, "baseline": "static", "static_baseline": 3.0}
+ERASING = {"erase": True, "segment_length": 6, "baseline": "static", "static_baseline": 0.5}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 TEMPLATE = '{{ messages[0][\'content\'] }}{% if tools %}<tool_call>{"name": "arguments"}</tool_call>{% endif %}'
 
@@ -116,8 +116,12 @@ def test_what_changes_logits_is_refused_in_a_sentence(
     service: Service, fields: dict[str, Any], extension: dict[str, Any]
 ):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "1"}], "n": 2, "e3rl": extension, **fields}
-    with pytest.raises(ApiError, match=r"can't change logits: .* need rollout.engine = 'torch'") as refused:
+
+    async def ask() -> None:
         service.start(read_chat(body), Outbox())
+
+    with pytest.raises(ApiError, match=r"can't change logits: .* need rollout.engine = 'torch'") as refused:
+        asyncio.run(ask())
     assert (refused.value.status, settled(service)) == (400, True)
 
 
