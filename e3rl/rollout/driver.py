@@ -78,6 +78,10 @@ class Driver:
         """Groups that wait for rows."""
         return len(self._waiting)
 
+    def waiting_of(self, client: tuple[str, ...]) -> int:
+        """Of those, the ones of clients whose names begin so."""
+        return sum(job.client[: len(client)] == client for job in list(self._waiting))
+
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""

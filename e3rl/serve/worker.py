@@ -104,10 +104,8 @@ class DecodingWorker:
 
     def _waiting_of(self, client: tuple[str, ...]) -> int:
         """Groups that wait for rows of the clients whose names begin so."""
-        parts = len(client)
-        submitted = [job for job, ticket in list(self._tickets.items()) if ticket.client[:parts] == client]
-        arrived = sum(ticket.client[:parts] == client for ticket in self._arrived)
-        return arrived + sum(not job.rows.held for job in submitted)
+        arrived = sum(ticket.client[: len(client)] == client for ticket in self._arrived)
+        return arrived + self._driver.waiting_of(client)
 
     def _interrupt(self) -> None:
         """Have the step under way return, whether it decodes or waits for tools."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,6 +101,9 @@ def test_what_is_followed_frees_its_rows_when_the_client_leaves(make_service: Ca
 def test_each_client_has_a_queue_of_its_own(make_service: Callable[..., Service], monkeypatch):
     service = make_service(queue_limit=2, endless=True)
     slowed(service, monkeypatch)
+    prefill = service._engine.prefill
+    # the others come while the first group's prompt is run: it waits no more
+    monkeypatch.setattr(service._engine, "prefill", lambda *asked: time.sleep(0.2) or prefill(*asked))
     one = replace(ASKED, n=1)
 
     async def ask() -> list[Any]:
