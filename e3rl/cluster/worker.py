@@ -154,6 +154,7 @@ class RolloutWorker:
             self._start_run("", None)
         self._thread.join(SECONDS_TO_STOP)
         self._audience.leave()
+        self._receiver.close()
         close = getattr(self._engine, "close", None)
         if close is not None:
             close()

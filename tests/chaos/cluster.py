@@ -46,6 +46,7 @@ from e3rl.weights.publish import this_node
 from tests.chaos.clock import Simulation
 
 VOCABULARY, LONGEST_PROMPT, WORKERS, STEPS = 1_000_001, 8, 3, 3
+SAID_EVERY = 1000  # seeds: what a run that is stopped has tried is known
 CONFIG = Config(
     rollout=RolloutConfig(num_generations=3, segment_length=4, max_segments=3, max_rows=6, cache_rows=9),
     erasure=ErasureConfig(
@@ -61,7 +62,7 @@ class TrainerDied(Exception):
 class Stub:
     """A policy of one weight, whose value is its version."""
 
-    vocabulary, eos_ids = VOCABULARY, (0,)
+    vocabulary, eos_ids, tokenizer = VOCABULARY, (0,), None
 
     def __init__(self) -> None:
         self.model = nn.Linear(1, 1, bias=False)
@@ -229,6 +230,8 @@ class Cluster:
                         self.counts[
                             "trainer died" if isinstance(end, TrainerDied) else "run ended: no worker left"
                         ] += 1
+            if rollouts is not None:
+                rollouts.close()
             self.close()
 
     def _step(self, rollouts: RemoteRollouts, step: int, had: dict[str, Any]) -> None:
@@ -353,8 +356,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
-    counts = simulate(range(options.first, options.first + options.seeds))
-    print(", ".join(f"{kind} {n}" for kind, n in sorted(counts.items())))
+    counts, end = Counter[str](), options.first + options.seeds
+    for first in range(options.first, end, SAID_EVERY):
+        counts += simulate(range(first, min(end, first + SAID_EVERY)))
+        print(", ".join(f"{kind} {n}" for kind, n in sorted(counts.items())), flush=True)
 
 
 if __name__ == "__main__":

@@ -62,16 +62,23 @@ class Killer:
         exchange, killer = RayConnection.exchange, self
 
         def killing(self: RayConnection, body: bytes) -> bytes:
-            return killer.call(self, body) if killer.strikes() else exchange(self, body)
+            pid = killer.victim(self)
+            return killer.call(self, body, pid) if pid else exchange(self, body)
 
         RayConnection.exchange = killing  # type: ignore[method-assign]
 
-    def strikes(self) -> bool:
-        return self.kills < self.left and self._rng.random() < self._chance
+    def victim(self, connection: RayConnection) -> int:
+        """The process to be killed at this call; 0 for none, as where it died after its last answer."""
+        if self.kills >= self.left or self._rng.random() >= self._chance:
+            return 0
+        try:
+            own = connection._actor.__ray_call__.remote(lambda _: os.getpid())
+            return int(connection._ray.get(own, timeout=60))
+        except connection._ray.exceptions.RayError:
+            return 0
 
-    def call(self, connection: RayConnection, body: bytes) -> bytes:
+    def call(self, connection: RayConnection, body: bytes, pid: int) -> bytes:
         """Call the worker, and kill it meanwhile; the call must end in WorkerLost, or with an answer of before."""
-        pid = connection._ray.get(connection._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
         reference = connection._actor.exchange.remote(body)
         time.sleep(self._rng.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)

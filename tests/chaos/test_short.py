@@ -1,5 +1,6 @@
 """The chaos tests in short: some kills and some damaged files of one small run."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def test_a_simulated_cluster_loses_nothing_and_mixes_nothing():
         assert counts[kind] > 0, kind
     simulate(range(205, 206))  # once, an answer with the same group twice ended the run
     assert simulate(range(3)) == simulate(range(3)), "a seed names the whole course of events"
+    opened = os.listdir("/proc/self/fd")
+    simulate(range(3))
+    assert len(os.listdir("/proc/self/fd")) <= len(opened), "workers and trainers that end leave nothing open"
 
 
 def test_streams_are_as_alone_beside_fuzzed_requests():

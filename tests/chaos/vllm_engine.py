@@ -116,11 +116,8 @@ def left_behind(directory: Path) -> str:
 
 def verdict(life: Life, victim: str, said: str) -> str:
     """Why a life that may have lost ``victim`` ended wrongly; empty where it did not."""
-    if life.status == 0 or (life.status is None and victim == VICTIMS[0]):
-        return ""
-    if life.status == 2 and victim != VICTIMS[0] and "e3rl: a process of vLLM's has died" in said:
-        return ""
-    return f"exit {life.status}"
+    ends = {0, None} if victim == VICTIMS[0] else {0, 2 if "e3rl: a process of vLLM's has died" in said else 0}
+    return "" if life.status in ends else f"exit {life.status}"
 
 
 def chaos(directory: Path, kills: int, seconds: float, seed: int = 0, say: Callable[[str], None] = print) -> Tally:
