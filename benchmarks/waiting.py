@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,7 @@ def server(engine: str, directory: Path) -> Iterator[str]:
         address = next((line.split()[0] for line in process.stdout if line.startswith("http")), "")
         if not address:
             raise RuntimeError((directory / "server.log").read_text()[-2000:])
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # vLLM's messages
         try:
             yield address
         finally:
