@@ -59,8 +59,9 @@ class Toolbox:
         except UserError:
             raise
         except Exception as error:  # user code may raise anything
+            kind = getattr(error, "kind", type(error).__name__)
             raise UserError(
-                f"environment '{self._name}': reset() fails on problem '{problem.id}': {type(error).__name__}: {error}"
+                f"environment '{self._name}': reset() fails on problem '{problem.id}': {kind}: {error}"
             ) from None
 
     def check(self, problem: Problem) -> None:

@@ -29,7 +29,11 @@ class HostLost(Exception):
 
 
 class ToolError(Exception):
-    """What a tool raised in its own process."""
+    """What user code raised in its own process. ``kind``: the class of that."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class IsolatedHost:
@@ -92,7 +96,7 @@ class IsolatedHost:
         if "refused" in reply:
             raise UserError(reply["refused"])
         if "error" in reply:
-            raise ToolError(reply["error"])
+            raise ToolError(reply["error"], reply["kind"])
         return reply["value"]
 
     def _receive(self) -> dict[str, Any]:

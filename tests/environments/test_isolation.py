@@ -115,5 +115,5 @@ def test_what_is_wrong_is_said_from_there_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reset\(\) returned int"):
         roll(world(tmp_path, COUNTER.replace('return f" It', 'return 3 or f" It'), isolate=True), answers("3"))
     broken = COUNTER.replace("self.count, self.asleep", "int('no number')\n        self.count, self.asleep")
-    with pytest.raises(UserError, match=r"reset\(\) fails on problem 'p': .*no number"):
+    with pytest.raises(UserError, match=r"reset\(\) fails on problem 'p': ValueError: .*no number"):
         roll(world(tmp_path, broken, isolate=True), answers("3"))
