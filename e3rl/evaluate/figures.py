@@ -80,7 +80,7 @@ def figures(mode: str, samples_PK: Table, ks: Sequence[int] = ()) -> dict[str, A
     flat = [s for row in samples_PK for s in row]
     committed, generated = sum(s.tokens for s in flat), sum(s.generated for s in flat)
     erasures = sum(s.erasures for s in flat)
-    right = int(correct_PK.sum())
+    right, calls = int(correct_PK.sum()), sum(s.calls for s in flat)
     chosen = reported_ks(k, ks)
     return {
         "mode": mode,
@@ -98,12 +98,15 @@ def figures(mode: str, samples_PK: Table, ks: Sequence[int] = ()) -> dict[str, A
         "length": share(committed, len(flat)),
         "erase_rate": share(erasures, erasures + sum(s.segments for s in flat)),
         "r": share(generated - committed, committed),
+        **({"calls": calls / len(flat), "call_errors": sum(s.failed_calls for s in flat) / calls} if calls else {}),
         "pass": _curve(chosen, lambda n: pass_at_k_by_problem(correct_PK, n)),
         "maj": _curve(chosen, lambda n: majority(samples_PK, n)),
     }
 
 
 _MEANS = ("finish_ratio", "boxed", "length", "erase_rate", "r")
+_TOOLS = ("calls", "call_errors")
+"""Where responses call tools: their calls, and the share of these that failed."""
 _SUMS = ("problems", "missing", "tokens")
 
 
@@ -134,7 +137,11 @@ def mean_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "samples": k,
         **{key: sum(r[key] for r in records) for key in _SUMS},
         "tokens_per_correct": sum(r["tokens"] for r in records) / right if right else None,
-        **{key: sum(r[key] for r in records) / len(records) for key in _MEANS},
+        **{
+            key: sum(r[key] for r in records) / len(records)
+            for key in (*_MEANS, *_TOOLS)
+            if all(key in r for r in records)
+        },
         "pass": curve("pass"),
         "maj": curve("maj"),
     }

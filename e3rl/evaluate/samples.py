@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from e3rl.rewards.answers import extract_answer, last_box
@@ -17,7 +17,8 @@ class Sample:
     """A response and its grade. ``pred`` and ``gold`` are named as `e3rl grade` reads them.
 
     ``correct`` is None if the grade is missing, and ``reason`` says why. ``tokens`` counts the response's tokens,
-    ``generated`` all tokens drawn for it, including erased ones.
+    ``generated`` all tokens drawn for it, including erased ones. ``segments`` were drawn; ``calls`` of tools have results in the
+    response, and ``failed_calls`` of them are errors.
     """
 
     problem: str
@@ -35,11 +36,13 @@ class Sample:
     generated: int
     erasures: int
     segments: int
+    calls: int = 0  # not in the streams of earlier versions
+    failed_calls: int = 0
 
     @staticmethod
     def of(row: dict[str, Any]) -> Sample:
         """The sample in a line of the stream; KeyError if a field is missing."""
-        return Sample(**{f.name: row[f.name] for f in fields(Sample)})
+        return Sample(**{f.name: row[f.name] for f in fields(Sample) if f.default is MISSING or f.name in row})
 
 
 def graded(
@@ -58,6 +61,7 @@ def _sample(
     trajectory: Trajectory, text: str, reward: Reward, mode: str, round: int, number: int, scorer: Scorer
 ) -> Sample:
     problem = trajectory.prompt.problem
+    calls = [call for s in trajectory.segments if s.observation is not None for call in s.observation.calls]
     return Sample(
         problem=problem.id,
         mode=mode,
@@ -73,7 +77,9 @@ def _sample(
         tokens=trajectory.committed_tokens,
         generated=trajectory.committed_tokens + trajectory.erased_tokens + redrawn_tokens(trajectory),
         erasures=len(trajectory.erasures),
-        segments=len(trajectory.segments),
+        segments=len(trajectory.drawn_segments),
+        calls=len(calls),
+        failed_calls=sum(call.failed for call in calls),
     )
 
 

@@ -33,7 +33,15 @@ def cost_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """Format, length and cost: tokens generated in all and for each right answer, including erased ones."""
     table = Table(title="Form and cost", title_justify="left")
     table.add_column("decoding", no_wrap=True)
-    for column in ("boxed", "length", "erase rate", "tokens", "tokens per right answer"):
+    tools = any("calls" in record for _, record in rows)
+    for column in (
+        "boxed",
+        "length",
+        *(["calls: failed"] if tools else []),
+        "erase rate",
+        "tokens",
+        "tokens per right answer",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for label, record in rows:
         cost = record["tokens_per_correct"]
@@ -41,6 +49,7 @@ def cost_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             label,
             f"{record['boxed']:.2f}",
             f"{record['length']:.0f}",
+            *([f"{record.get('calls', 0):.1f}: {record.get('call_errors', 0):.0%}"] if tools else []),
             f"{record['erase_rate']:.3f}",
             str(record["tokens"]),
             "none is right" if cost is None else f"{cost:.0f}",

@@ -75,4 +75,15 @@ def test_eval_grades_what_was_answered_with_the_tool(tmp_path: Path, capsys: pyt
     right = [row for row in rows if row["correct"]]
     assert 0 < len(right) < len(rows)
     assert all(row["segments"] >= 4 for row in right), "no answer is known without three calls"
-    assert "lab-tools on lab:books:1" in capsys.readouterr().out
+    assert all(row["calls"] >= 3 for row in right), "and no fewer are counted"
+    assert sum(row["failed_calls"] for row in rows) > 0
+    [figures] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("evaluation.json")]
+    plain = figures["plain"]
+    mine = [row for row in rows if row["mode"] == "plain"]
+    assert plain["calls"] == pytest.approx(sum(row["calls"] for row in mine) / len(mine))
+    assert plain["call_errors"] == pytest.approx(
+        sum(row["failed_calls"] for row in mine) / sum(row["calls"] for row in mine)
+    )
+    said = capsys.readouterr().out
+    assert "lab-tools on lab:books:1" in said
+    assert f"{plain['calls']:.1f}: {plain['call_errors']:.0%}" in said
