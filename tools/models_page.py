@@ -7,6 +7,7 @@ python tools/models_page.py NAME …      print the rows of these architectures 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import json
@@ -30,7 +31,15 @@ from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.fused import fusable
 from e3rl.errors import UserError
 from e3rl.testing.engine import EngineContract
-from e3rl.testing.scripts import assert_same_transcript, play, random_script
+from e3rl.testing.scripts import (
+    ExtendRow,
+    ReleaseRow,
+    Rollback,
+    Start,
+    assert_same_transcript,
+    play,
+    random_script,
+)
 from e3rl.train.attribution import AttributionSettings, attribution_layers
 from e3rl.train.packing import TrainSequence
 from e3rl.train.scoring import require_scorable, score_sequences
@@ -39,7 +48,7 @@ VLLM = json.loads(Path(__file__).with_name("vllm_registry.json").read_text(encod
 VLLM_WAYS = ("own", "transformers", "dropped")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 VOCABULARY, EOS, ROWS, LENGTH, WINDOW = 53, (0, 1), 6, 48, 5
-SCRIPTS = (3, 21)  # seeds of what the engine is put through
+SCRIPTS = tuple(range(10))  # seeds of what the engine is put through
 TOLERANCE, TRAINING_TOLERANCE, SHARE_TOLERANCE = 1e-4, 1e-5, 1e-4
 
 SMALL: dict[str, Any] = {
@@ -90,6 +99,7 @@ SMALL: dict[str, Any] = {
     "ssm_state_size": 8,
     "chunk_size": 8,
     "mamba_chunk_size": 8,
+    "index_topk": 5,
 }
 """What is set where a config has it."""
 
@@ -98,20 +108,36 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _LATENT = {"num_key_value_heads": 4, "head_dim": ...}
 _NO_IDS = {"pad_token_id": ..., "bos_token_id": ..., "eos_token_id": ...}
 _SHARED_KEYS = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_INDEXED = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 64,
+    "split_ngram_parts": 1,
+    "hc_lowrank": 8,
+}
 
 OWN: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "bailing_hybrid": _LATENT | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
     "cohere2": _MIXED,
     "cwm": _NO_IDS | _MIXED,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
     "exaone4": _MIXED,
     "falcon": {"head_dim": ...},
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8} | _MIXED,
     "gemma3n_text": {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4} | _SHARED_KEYS | _MIXED,
     "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "sliding_window": WINDOW} | _SHARED_KEYS | _MIXED,
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
     "gpt_oss": _MIXED,
     "gptj": {"rotary_dim": 4},
@@ -119,26 +145,38 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoe": {"logits_scaling": 2.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "granitemoeshared": {"logits_scaling": 2.0},
+    "kimi_linear": _LATENT
+    | {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2": _CONVOLUTIONS,
     "lfm2_moe": _CONVOLUTIONS,
     "llama4_text": {"intermediate_size_mlp": 48, "attention_chunk_size": WINDOW},
     "mamba2": {"num_heads": 8, "n_groups": 1},
+    "minicpm3": _LATENT,
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "moe"], "initializer_range": 0.1},
     "olmo3": _MIXED,
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "phi3": {"pad_token_id": 0},
+    "qwen4_exp_text": _INDEXED,
     "rwkv": {"attention_hidden_size": 32},
+    "sarvam_mla": _LATENT,
+    "youtu": _LATENT,
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What an architecture needs beside that, or instead; ``...`` leaves the library's own."""
 
 _NAMES = """
-afmoe apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 cwm deepseek_v2 deepseek_v3 diffllama
-doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text
-gemma3n_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe
-granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe jamba jetmoe lfm2 lfm2_moe llama
-llama4_text mamba mamba2 minimax minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron nemotron_h
-olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe
-qwen3_next recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+afmoe apertus arcee axk1 axk2 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
+cwm deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone
+exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma3n_text
+gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj
+granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text
+hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba
+jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4_text mamba mamba2 mellum
+mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mpt
+nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2
+qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma rwkv
+sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu zaya
 """
 ARCHITECTURES = tuple(_NAMES.split())
 
@@ -165,11 +203,12 @@ def build(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Tried:
-    """What was found of one architecture: each cell is 'exact', 'yes', '–' or why not."""
+    """What was found of one architecture: each cell is 'exact', 'yes', '–' or why not. ``compared``: how many candidates."""
 
     name: str
     model_class: str
     engine: str
+    compared: int
     fast: str
     training: str
     attribution: str
@@ -179,19 +218,21 @@ class Tried:
         """The table row; reasons become numbers in ``notes``."""
         short = ("exact", "yes", "no", "–", *VLLM_WAYS)
         cells = [c if c in short else f"no ({notes.setdefault(c, len(notes) + 1)})" for c in self.cells()]
-        return f"| {self.name} | {' | '.join(cells)} |"
+        compared = str(self.compared or "–")
+        return f"| {self.name} | {' | '.join((cells[0], compared, *cells[1:]))} |"
 
     def cells(self) -> tuple[str, ...]:
+        """What doesn't depend on how many scripts were run."""
         return self.engine, self.fast, self.training, self.attribution, self.vllm
 
 
-def tried(name: str) -> Tried:
-    """Build an architecture and try it."""
+def tried(name: str, scripts: Sequence[int] = SCRIPTS) -> Tried:
+    """Build an architecture and try it, its engine by the scripts of these seeds."""
     model = build(name)
-    engine, training = _engine(model), _training(model)
+    (engine, compared), training = _engine(model, scripts), _training(model)
     attribution = "–" if training != "exact" else _attribution(model)
     kind, fast = type(model).__name__, "yes" if fusable(model) else "no"
-    return Tried(name, kind, engine, fast, training, attribution, VLLM["classes"].get(kind, "–"))
+    return Tried(name, kind, engine, compared, fast, training, attribution, VLLM["classes"].get(kind, "–"))
 
 
 def _reason(model: Any, error: Exception) -> str:
@@ -202,23 +243,27 @@ def _reason(model: Any, error: Exception) -> str:
     return re.sub(r" \(allowed .*?\)", "", sentence)
 
 
-def _engine(model: Any) -> str:
+def _engine(model: Any, scripts: Sequence[int] = SCRIPTS) -> tuple[str, int]:
+    """The cell, and how many candidates were those of full forward passes."""
+
     def start() -> TorchEngine:
         return TorchEngine(model, eos_ids=EOS, max_rows=3, cache_rows=ROWS, max_length=LENGTH)
 
     def oracle() -> RecomputeEngine:
         return RecomputeEngine(model, eos_ids=EOS, cache_rows=ROWS, max_length=LENGTH)
 
-    contract = EngineContract(start, oracle, VOCABULARY, EOS, ROWS, LENGTH, TOLERANCE)
+    contract, compared = EngineContract(start, oracle, VOCABULARY, EOS, ROWS, LENGTH, TOLERANCE), 0
     try:
-        for seed in SCRIPTS:
+        for seed in scripts:
             script = random_script(seed, VOCABULARY)
-            assert_same_transcript(play(start(), script, contract), play(oracle(), script, contract), TOLERANCE)
+            found = play(start(), script, contract)
+            assert_same_transcript(found, play(oracle(), script, contract), TOLERANCE)
+            compared += len(found)
     except UserError as error:
-        return _reason(model, error)
+        return _reason(model, error), 0
     except AssertionError:
-        return "NOT REFUSED, but its candidates differ from those of full forward passes"
-    return "exact"
+        return "NOT REFUSED, but its candidates differ from those of full forward passes", compared
+    return "exact", compared
 
 
 def _sequences() -> list[TrainSequence]:
@@ -295,14 +340,15 @@ HEAD = """# Which models
 Written by `python tools/models_page.py` with transformers {version}; do not edit. Of each architecture a tiny random
 model (a window of 5 where there are windows, 4 experts where there are experts, float32, on a CPU) is built and tried:
 
-- **engine**: the torch engine makes the candidates that full forward passes make, in {scripts} random scripts of
-  prompts, extensions, rollbacks and releases; log-probabilities, entropies and perturbations to 1e-4. Where it says
-  no, a run refuses the model at its start.
+- **engine**: the torch engine makes the candidates that full forward passes make; log-probabilities, entropies and
+  perturbations to 1e-4. **candidates**: how many were compared, in {scripts} random scripts of together {actions}. Where it
+  says no, a run refuses the model at its start.
 - **fast path**: decoding by the forward pass that e3rl writes out itself; for the others by the model's own.
 - **training**: packed prefix trees give the log-probabilities of plain forward passes, to 1e-5. Where it says no,
   `e3rl train` refuses the model.
 - **attribution**: the attention shares of eq 19, over all layers that attend, are those of the matrices that eager
-  attention returns, to 1e-4. A dash: not tried, as the model can't be trained.
+  attention returns, to 1e-4. A dash: not tried, as the model can't be trained. (The matrices of granite_swa and
+  granitemoe_swa leave out what their sinks receive; the shares don't.)
 - **vLLM**: how vLLM {vllm} runs the class by its registry (`tools/vllm_registry.py`), read and not tried: by an
   implementation of its own, through transformers' code, or no longer (dropped); a dash: it isn't listed, and transformers'
   code may still do. e3rl's tests of its vLLM engine run llama and qwen3. Where all layers attend to all of the past, a
@@ -312,6 +358,14 @@ A number leads to the sentence of the refusal, below. An architecture that isn't
 run starts, on a few tokens: what differs from full forward passes is refused.
 
 """
+
+
+def _actions() -> str:
+    """How many actions of each kind the scripts hold, which are the same for every architecture."""
+    kinds = collections.Counter(type(action) for seed in SCRIPTS for action in random_script(seed, VOCABULARY))
+    names = {Start: "prompts", ExtendRow: "extensions", Rollback: "rollbacks", ReleaseRow: "releases"}
+    counts = [f"{kinds[kind]} {name}" for kind, name in names.items()]
+    return f"{', '.join(counts[:-1])} and {counts[-1]}"
 
 
 def page(rows: Sequence[Tried]) -> str:
@@ -332,11 +386,11 @@ def page(rows: Sequence[Tried]) -> str:
         textwrap.fill(f"{number}. {reason}", 120, subsequent_indent="   ", break_on_hyphens=False)
         for reason, number in notes.items()
     )
-    head = HEAD.format(version=transformers.__version__, scripts=len(SCRIPTS), vllm=VLLM["vllm"])
+    head = HEAD.format(version=transformers.__version__, scripts=len(SCRIPTS), actions=_actions(), vllm=VLLM["vllm"])
     return (
         f"{head}Of {len(rows)} architectures: {counts}.\n\n"
-        "| architecture | engine | fast path | training | attribution | vLLM |\n"
-        f"| --- | --- | --- | --- | --- | --- |\n{lines}\n\n## Why not\n\n{reasons}\n"
+        "| architecture | engine | candidates | fast path | training | attribution | vLLM |\n"
+        f"| --- | --- | ---: | --- | --- | --- | --- |\n{lines}\n\n## Why not\n\n{reasons}\n"
     )
 
 

@@ -114,6 +114,7 @@ class AttributionTap:
         self._row, self._layers = row, layers
         self._ends = [_Ends.of(row, members, window) for members in _together(row, window)]
         self._sums: list[Tensor] = [ends.response_SK.float() * 0.0 for ends in self._ends]
+        self._seen: set[int] = set()
         self._closed = False
 
     @torch.no_grad()
@@ -131,6 +132,7 @@ class AttributionTap:
         A query sees ``window`` tokens, itself included; None: all up to itself.
         """
         if layer in self._layers and not self._closed:
+            self._seen.add(layer)
             for ends, sum_SK in zip(self._ends, self._sums, strict=True):
                 sum_SK += ends.attention(query, key, scaling, window, sinks_H)
 
@@ -146,7 +148,12 @@ class AttributionTap:
         )
 
     def _totals(self) -> Sequence[Tensor]:
-        """The sums over layers, of all ranks' queries."""
+        """The sums over layers, of all ranks' queries. UserError where a layer attended under another number, or not at all."""
+        if unseen := sorted(self._layers - self._seen):
+            raise UserError(
+                f"the model's layers {', '.join(map(str, unseen))} gave no attention to divide rewards by: choose "
+                "objective.allocation = 'sequence', which leaves them undivided, or another objective"
+            )
         share = self._row.share
         return self._sums if share is None else [share.together(sum_SK) for sum_SK in self._sums]
 

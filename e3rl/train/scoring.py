@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from e3rl.cluster.context import divided
 from e3rl.cluster.ranks import Ranks
+from e3rl.engine.torch.cache import unknown_layers
 from e3rl.engine.torch.operations import PLAIN_LOGITS, LogitTransform
 from e3rl.engine.torch.recorded import allocates
 from e3rl.equations.tokens import logprob_gradient, token_scores
@@ -263,6 +264,8 @@ def require_scorable(model: Any, passes: Passes | None = None) -> None:
     follow on both sides; windows are made so small that these outgrow them.
     """
     passes, base, device = passes or Passes(), unwrapped(model), next(model.parameters()).device
+    if unknown := unknown_layers(model):
+        raise _refusal(base, unknown)
     vocabulary = base.config.get_text_config(decoder=True).vocab_size  # DeepSpeed leaves the embeddings no shape
     ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     other = [*ids[3:5], (ids[5] + 1) % vocabulary, *ids[6:]]

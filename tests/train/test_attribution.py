@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from e3rl.errors import UserError
 from e3rl.plan.dry_run import Allocations
 from e3rl.train.attribution import AttributionSettings, AttributionTap, attribution_layers, packed_attention
 from e3rl.train.packing import PackedRow
@@ -117,3 +118,13 @@ def test_the_hook_leaves_the_model_as_it_was():
 def test_d9_names_the_layers():
     assert attribution_layers(tiny("Llama"), "last") == frozenset({1})
     assert attribution_layers(tiny("Llama"), "all") == frozenset({0, 1})
+
+
+def test_layers_that_attend_under_another_number_are_no_zeros():
+    """A block that several layers share says which layer it is once."""
+    model = build("Llama")
+    model.model.layers[1].self_attn.layer_idx = -1
+    settings = AttributionSettings(4, attribution_layers(model, "all"))
+    row = PackedRow.of([sequence([2, 3, 4], [5, 6, 7])], torch.device("cpu"))
+    with packed_attention(model), pytest.raises(UserError, match="layers 1 gave no attention"):
+        score_row(model, row, 1.0, settings).by_sequence()

@@ -1,16 +1,18 @@
 """Log-probabilities and entropies of finished sequences, against a plain forward pass of each sequence alone."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
+from e3rl.engine.torch.model import require_servable
 from e3rl.errors import UserError
 from e3rl.train import attribution
 from e3rl.train.attribution import AttributionSettings
 from e3rl.train.packing import TrainSequence
 from e3rl.train.scoring import require_scorable, score_sequences
-from tests.engine.models import ARCHITECTURES, SLIDING, build, sliding, tiny
+from tests.engine.models import ARCHITECTURES, SLIDING, build, page_model, sliding, tiny
 
 
 def _sequence(prompt: list[int], response: list[int], masked: int = 0) -> TrainSequence:
@@ -100,3 +102,15 @@ def test_a_model_that_keeps_settings_from_its_attention_is_refused():
         layer.self_attn.forward = lambda packed_row, run=attention, **kw: run(**kw)
     with pytest.raises(UserError, match="can't train LlamaForCausalLM: its attention can't be told"):
         require_scorable(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("deepseek_v32", "indexed_attention"), ("llama4_text", "chunked_attention")]
+)
+def test_layers_that_attend_to_what_an_indexer_picks_are_refused_at_any_length(name: str, kind: str):
+    """They pick 2,048 tokens, so that a few tokens show no difference."""
+    model = copy.deepcopy(page_model(name))
+    model.config.index_topk = 2048
+    for check in (require_scorable, require_servable):
+        with pytest.raises(UserError, match=f"it has layers of type {kind}"):
+            check(model)

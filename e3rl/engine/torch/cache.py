@@ -20,6 +20,17 @@ from e3rl.models import sliding_window, unwrapped
 RECURRENT = ("linear_attention", "conv")
 """Types of layer that keep a state in place of keys and values; those of type hybrid have both."""
 
+_KNOWN = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding", "moe", "mlp", *RECURRENT}
+
+
+def unknown_layers(model: Any) -> str:
+    """What is said of layers that attend in a way that e3rl doesn't know: in chunks, or to tokens that an indexer picks. '' where
+    there are none. A check on few tokens would not see what they leave out."""
+    config = unwrapped(model).config.get_text_config(decoder=True)
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN)
+    return f"it has layers of type {', '.join(others)}" if others else ""
+
+
 _Masks = Tensor | dict[str, Tensor | None] | None
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from e3rl.engine.torch.cache import RECURRENT, GenericSlotModel, evaluating
+from e3rl.engine.torch.cache import RECURRENT, GenericSlotModel, evaluating, unknown_layers
 from e3rl.engine.torch.fused import FusedSlotModel, FusedWeights, fusable
 from e3rl.engine.torch.storage import RowSize, SlotStorage, StepRows
 from e3rl.engine.torch.threads import Division
@@ -66,14 +66,12 @@ def _refusal(model: Any, reason: str) -> UserError:
 def _obstacle(model: Any) -> str | None:
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None)
-    known = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding", "moe", "mlp", *RECURRENT}
-    others = sorted(set(layer_types or ()) - known)
     in_cache = any(kind in RECURRENT or kind.startswith("hybrid") for kind in layer_types or ())
     attention = getattr(config, "_attn_implementation", "") or ""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if others:
-        return f"it has layers of type {', '.join(others)}"
+    if unknown := unknown_layers(model):
+        return unknown
     if not in_cache and (getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads")):
         return "it keeps a recurrent state of its own, outside transformers' cache"
     if any(rope in _rope_types(config) for rope in _LENGTH_DEPENDENT_ROPE):
