@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ BUILT_IN: Mapping[str, Callable[[], Path]] = {
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LONGEST_HUB_ID = 96
+_HUB_SECONDS = 5.0
 _MERGED = "adapters have to be merged into their model first (PEFT: merge_and_unload, then save_pretrained)"
 
 
@@ -58,6 +61,44 @@ def require_model(path: str) -> None:
         nearest = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
         raise UserError(f"no such directory: {shown(path)}, and it is no built-in model ({', '.join(BUILT_IN)}).{hint}")
+
+
+@functools.cache
+def hub_silent() -> str:
+    """Why nothing can be fetched from the hub, '' where it answers; asked once, and not where HF_HUB_OFFLINE is set.
+
+    Where it is silent, this process and those that it starts use their cache alone, as with HF_HUB_OFFLINE=1: the library
+    would ask six times in 23 seconds for every file.
+    """
+    import huggingface_hub
+
+    hub = huggingface_hub.constants
+    if hub.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return ""
+    try:
+        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception as error:  # of whichever library it uses for HTTP
+        os.environ["HF_HUB_OFFLINE"], hub.HF_HUB_OFFLINE = "1", True
+        if "datasets" in sys.modules:  # it copied the setting
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"{hub.ENDPOINT} can't be reached ({why}; HF_HUB_OFFLINE=0 tries for longer)"
+    return ""
+
+
+def require_fetchable(source: str) -> None:
+    """UserError where ``source`` names a model of the hub that is neither in this machine's cache nor to be had."""
+    if os.path.isdir(source) or not hub_silent():
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        raise UserError(
+            f"model '{source}' is not on this machine, and {hub_silent()}: name a directory, or run 'hf download {source}' "
+            "where there is a network"
+        )
 
 
 def _is_local(path: str) -> bool:

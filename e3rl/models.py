@@ -15,7 +15,7 @@ from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
-from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
+from e3rl.model_files import refuse_kernels, require_fetchable, require_model, resolve_model_path
 from e3rl.quantization import loading_arguments, with_exact_products
 from e3rl.weights.files import WeightFiles, emptied, fill, finite, require_finite, some, without_memory
 
@@ -161,6 +161,7 @@ def load_outline(config: ModelConfig, *, directory: Path | None = None) -> Outli
 
     source = str(directory) if directory else resolve_model_path(config.path)
     require_model(source)
+    require_fetchable(source)
     with _loading_errors(config.path):
         described = _causal_config(config, source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)

@@ -93,11 +93,12 @@ def _load(settings: RewardModelSettings) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
-    from e3rl.model_files import refuse_kernels, require_model, resolve_model_path
+    from e3rl.model_files import refuse_kernels, require_fetchable, require_model, resolve_model_path
     from e3rl.models import resolve_device
 
     name, source = settings.path, resolve_model_path(settings.path)
     require_model(source)
+    require_fetchable(source)
     device = resolve_device(settings.device)
     try:
         refuse_kernels(PreTrainedConfig.get_config_dict(source)[0], f"the config of reward model '{name}'")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.errors import UserError
+from e3rl.model_files import hub_silent
 
 Row = tuple[str, dict[str, Any]]
 
@@ -176,7 +177,9 @@ def read_dataset(source: str, split: str) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:  # network, cache, parsing: the library documents no list of exceptions
+        silent = "" if Path(source).is_dir() else hub_silent()
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = f"it is not on this machine, and {silent}." if silent else reason
         raise UserError(
             f"dataset '{source}' (split '{split}') can't be loaded: {reason} "
             f"If you meant a file: there is none of that name. Without a network, use a local file or directory."
@@ -197,5 +200,6 @@ def _load_dataset(datasets: Any, source: str, split: str) -> Any:
         return loaded[split]
     if directory.is_dir():
         return datasets.load_dataset(source, split=split)
+    hub_silent()  # then the cache alone is used
     name, _, subset = source.partition(":")
     return datasets.load_dataset(name, subset or None, split=split)

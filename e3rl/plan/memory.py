@@ -20,7 +20,7 @@ from e3rl.data.loading import training_problems
 from e3rl.data.prompts import render_prompts
 from e3rl.engine.torch.operations import MASKED
 from e3rl.errors import UserError
-from e3rl.model_files import known_architecture
+from e3rl.model_files import known_architecture, require_fetchable
 from e3rl.models import add_lora, resolve_device, resolve_model_path, unwrapped
 from e3rl.objectives import build as build_objective
 from e3rl.plan.division import ShardCounts
@@ -51,10 +51,10 @@ def shape_of(config: ModelConfig) -> Any:
 
     found = known_config(config.path)
     if found is None:
+        source = resolve_model_path(config.path)
+        require_fetchable(source)
         try:
-            found = AutoConfig.from_pretrained(
-                resolve_model_path(config.path), trust_remote_code=config.trust_remote_code
-            )
+            found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()
             raise UserError(

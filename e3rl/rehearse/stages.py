@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from e3rl.errors import UserError
-from e3rl.rehearse.standins import hub_answers
+from e3rl.model_files import hub_silent
 
 SECONDS = 900
 """How long one process may take."""
@@ -124,8 +124,8 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    offline = {} if hub_answers() else {"HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **offline, "PYTHONUNBUFFERED": "1"}
+    hub_silent()  # then processes use their caches
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def short(command: Sequence[str]) -> str:

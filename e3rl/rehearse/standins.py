@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from e3rl.config import Config, DataConfig, ModelConfig
 from e3rl.data.benchmarks import BENCHMARKS, load_benchmark
 from e3rl.data.loading import load_problems
 from e3rl.errors import UserError
 from e3rl.files import write_text
-from e3rl.model_files import known_architecture, resolve_model_path
+from e3rl.model_files import hub_silent, known_architecture, require_fetchable, resolve_model_path
 
 WIDTH, FORWARD, LAYERS, HEADS, VOCABULARY = 128, 256, 2, 4, 512  # heads of 32: the smallest that vLLM supports on CPUs
 LONGEST_PROMPT, LONGEST_REAL_PROMPT = 512, 8192
 """Longest prompt that a rollout server accepts, in byte tokens: of stand-ins and of real problems."""
-_SECONDS_TO_REACH = 3.0
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,8 +35,10 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         return known
     from transformers import AutoConfig
 
+    source = resolve_model_path(model.path)
+    require_fetchable(source)
     try:
-        return dict(AutoConfig.from_pretrained(resolve_model_path(model.path)).to_dict())
+        return dict(AutoConfig.from_pretrained(source).to_dict())
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -109,7 +107,7 @@ def byte_tokenizer() -> Any:
 
 def has_problems(data: DataConfig) -> bool:
     """Whether training rows can be read: of a file, a directory, or a hub that answers."""
-    if not Path(data.train).exists() and not hub_answers():
+    if not Path(data.train).exists() and hub_silent():
         return False
     try:
         return bool(load_problems(data.train, config=replace(data, train_limit=1), split="train"))
@@ -121,7 +119,7 @@ def has_problems(data: DataConfig) -> bool:
 
 def has_benchmarks(names: Sequence[str], data: DataConfig) -> bool:
     """Whether all of them can be read: from ``data.directory``, or from a hub that answers."""
-    if not data.directory and not hub_answers():
+    if not data.directory and hub_silent():
         return False
     try:
         return all(load_benchmark(name, data.directory).problems for name in names)
@@ -129,18 +127,6 @@ def has_benchmarks(names: Sequence[str], data: DataConfig) -> bool:
         if data.directory:
             raise
         return False
-
-
-def hub_answers() -> bool:
-    """Whether the model hub, or the one that HF_ENDPOINT names, can be reached."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    place = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((place.hostname or "", place.port or 443), timeout=_SECONDS_TO_REACH).close()
-    except (OSError, UnicodeError):
-        return False
-    return True
 
 
 def make_problems(path: Path, rows: int, prompt_column: str, answer_column: str) -> None:
