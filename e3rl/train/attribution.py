@@ -148,10 +148,10 @@ class AttributionTap:
         )
 
     def _totals(self) -> Sequence[Tensor]:
-        """The sums over layers, of all ranks' queries. UserError where a layer attended under another number, or not at all."""
-        if unseen := sorted(self._layers - self._seen):
+        """The sums over layers, of all ranks' queries. UserError where none of the layers attended under its number."""
+        if self._layers.isdisjoint(self._seen):
             raise UserError(
-                f"the model's layers {', '.join(map(str, unseen))} gave no attention to divide rewards by: choose "
+                f"the model's layers {', '.join(map(str, sorted(self._layers)))} gave no attention to divide rewards by: choose "
                 "objective.allocation = 'sequence', which leaves them undivided, or another objective"
             )
         share = self._row.share

@@ -124,7 +124,7 @@ def test_layers_that_attend_under_another_number_are_no_zeros():
     """A block that several layers share says which layer it is once."""
     model = build("Llama")
     model.model.layers[1].self_attn.layer_idx = -1
-    settings = AttributionSettings(4, attribution_layers(model, "all"))
+    settings = AttributionSettings(4, attribution_layers(model, "last"))
     row = PackedRow.of([sequence([2, 3, 4], [5, 6, 7])], torch.device("cpu"))
     with packed_attention(model), pytest.raises(UserError, match="layers 1 gave no attention"):
         score_row(model, row, 1.0, settings).by_sequence()
