@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -51,7 +52,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> str:
     return place
 
 
-def test_a_hub_that_answers_is_asked_once_and_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_answers_is_asked_once_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it answers."""
     with HTTPServer(("127.0.0.1", 0), _Hub) as server:
         _Hub.asked = []
@@ -69,7 +70,14 @@ def test_a_hub_that_answers_is_asked_once_and_left_alone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("setting", "said"), [("model.path=no/body", "model 'no/body'"), ("data.train=no/body", "dataset 'no/body'")]
 )
-def test_one_sentence_says_that_it_is_away(setting: str, said: str, no_hub: str, tmp_path, capfd, monkeypatch):
+def test_one_sentence_says_that_it_is_away(
+    setting: str,
+    said: str,
+    no_hub: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Libraries would ask six times, with a line each time and 23 seconds between the first and the last."""
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s for another try"))
     (tmp_path / "recipe.toml").write_text("[data]\ntrain = 'lab:chain'\n")
@@ -79,21 +87,23 @@ def test_one_sentence_says_that_it_is_away(setting: str, said: str, no_hub: str,
     assert f"is not on this machine, and {no_hub} can't be reached (" in line
 
 
-def test_where_it_is_away_the_cache_is_used_here_and_in_processes_that_are_started(no_hub: str):
+def test_where_it_is_away_the_cache_is_used_here_and_in_processes_that_are_started(no_hub: str) -> None:
     assert no_hub in hub_silent()
     assert huggingface_hub.is_offline_mode()
     assert datasets.config.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_a_model_in_the_cache_needs_no_hub(no_hub: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_in_the_cache_needs_no_hub(no_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda source, name: f"/cache/{source}/{name}")
     require_fetchable("no/body")
     assert no_hub in hub_silent()
 
 
 @pytest.mark.parametrize(("value", "silent"), [("0", ""), ("1", "HF_HUB_OFFLINE is set")])
-def test_who_sets_the_librarys_own_variable_is_not_asked(value: str, silent: str, no_hub: str, monkeypatch):
+def test_who_sets_the_librarys_own_variable_is_not_asked(
+    value: str, silent: str, no_hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", value == "1")
     assert hub_silent() == silent

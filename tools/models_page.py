@@ -341,8 +341,8 @@ Written by `python tools/models_page.py` with transformers {version}; do not edi
 model (a window of 5 where there are windows, 4 experts where there are experts, float32, on a CPU) is built and tried:
 
 - **engine**: the torch engine makes the candidates that full forward passes make; log-probabilities, entropies and
-  perturbations to 1e-4. **candidates**: how many were compared, in {scripts} random scripts of together {actions}. Where it
-  says no, a run refuses the model at its start.
+  perturbations to 1e-4. Where it says no, a run refuses the model at its start.
+- **candidates**: how many were compared, in {scripts} random scripts of together {actions}.
 - **fast path**: decoding by the forward pass that e3rl writes out itself; for the others by the model's own.
 - **training**: packed prefix trees give the log-probabilities of plain forward passes, to 1e-5. Where it says no,
   `e3rl train` refuses the model.
@@ -359,8 +359,9 @@ float32, in bfloat16 for 0.3 to 2.5 % of the tokens of random models in some lay
 ([measured](results/LOG.md)). Where log-probabilities moved far by it, `train.importance_correction = "token_mask"` leaves
 the token out; choices are not replayed ([why](decisions.md)).
 
-A number leads to the sentence of the refusal, below. Of RWKV, transformers has version 4 alone. An architecture that isn't here is checked in the same way when a
-run starts, on a few tokens: what differs from full forward passes is refused.
+A number leads to the sentence of the refusal, below. Of RWKV, transformers has version 4 alone. An architecture that
+isn't here is checked in the same way when a run starts, on a few tokens: what differs from full forward passes is
+refused. Layers of a type that e3rl doesn't know are refused whatever a few tokens show.
 
 """
 
