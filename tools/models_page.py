@@ -342,7 +342,8 @@ model (a window of 5 where there are windows, 4 experts where there are experts,
 
 - **engine**: the torch engine makes the candidates that full forward passes make; log-probabilities, entropies and
   perturbations to 1e-4. Where it says no, a run refuses the model at its start.
-- **candidates**: how many were compared, in {scripts} random scripts of together {actions}.
+- **candidates**: how many were compared, in {scripts} random scripts of together
+  {actions}.
 - **fast path**: decoding by the forward pass that e3rl writes out itself; for the others by the model's own.
 - **training**: packed prefix trees give the log-probabilities of plain forward passes, to 1e-5. Where it says no,
   `e3rl train` refuses the model.
