@@ -193,8 +193,7 @@ def _attention(config: Any) -> str:
     """PyTorch's attention, or for architectures that don't have it (gpt-oss, Gemma 2) their own."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    return "sdpa" if getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True) else "eager"
 
 
 def load_policy(
