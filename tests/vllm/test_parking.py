@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from tests.vllm.schedules import Schedule, World, alone
 
 SCHEDULES = int(os.environ.get("E3RL_SCHEDULES", "300"))
@@ -67,6 +69,30 @@ def test_without_room_to_park_prefixes_come_from_the_cache_or_are_run_again(mode
     assert tight.play() == roomy.play()
     assert max(tight.commits + tight.erasures) > 1
     _check_end(tight)
+
+
+class Silent(Schedule):
+    """Nobody asks for the second segment of the first group's siblings, and nobody lets go of them."""
+
+    def _pass_barrier(self, number: int) -> None:
+        if number:
+            super()._pass_barrier(number)
+        for sibling in self.groups[0]:
+            sibling.done |= sibling.waiting
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_stays_parked_for_ever_holds_up_nobody(model_path: Path, asynchronous: bool):
+    """The others need all blocks of a cache that those hold a part of, and get them."""
+    world = replace(ROOMY, blocks=1 + 13, rows=3, asynchronous=asynchronous)
+    played = Silent(world, model_path)
+    drawn, parking, held = played.play(), played.scheduler.parking, [s.parked for s in played.groups[0]]
+    assert all(drawn[s.name] == alone(world, s.name) for s in played.groups[1])
+    assert all(held)
+    assert not any(s.segment > 1 for s in played.groups[0])
+    assert len(parking) < len(held), "some gave their blocks back"
+    played.scheduler.finish_requests(held, RequestStatus.FINISHED_ABORTED)
+    _check_end(played)
 
 
 def test_a_block_that_is_written_to_loses_its_name(model_path: Path):

@@ -84,7 +84,7 @@ def candidates(engine: Engine, prompts: list[Prompt], sampling: Sampling, tokens
 
 def worst(name: str, one: list[Candidate], other: list[Candidate]) -> float:
     pairs = zip(one, other, strict=True)
-    return max(abs(a - b) for x, y in pairs for a, b in zip(getattr(x, name), getattr(y, name), strict=True))
+    return max(float(abs(a - b)) for x, y in pairs for a, b in zip(getattr(x, name), getattr(y, name), strict=True))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1e-3), Sampling(), Sampling(top_p=0.9, top_k=50)], ids=str)
