@@ -158,7 +158,7 @@ def test_erasable_rollouts_draw_what_a_full_pass_says(loaded: Loaded):
     assert (stats.after_commit.most, stats.after_erasure.most) == (1, 1)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_with_room_for_a_third_of_the_rows_the_rollout_ends_and_draws_what_a_full_pass_says(loaded: Loaded):
     """Parked siblings give their blocks back and running ones are preempted; they go on with the tokens of their draws."""
     from e3rl.engine.vllm.core import VllmCore
