@@ -139,7 +139,7 @@ def _build(ranks: Ranks, place: Path) -> int:
 
 def trainer_engines() -> Figure:
     """Engines that a rank's trainer builds where its rollouts are elsewhere; under FSDP2, the most of all ranks."""
-    return Figure(max(in_ranks(_build, 2)), 0)
+    return Figure(max(in_ranks(_build, 2)), 0, {"ranks": 2})
 
 
 def _divide(ranks: Ranks, place: Path) -> tuple[int, int, int]:
