@@ -90,7 +90,7 @@ def hub_silent() -> str:
 
 def require_fetchable(source: str) -> None:
     """UserError where ``source`` names a model of the hub that is neither in this machine's cache nor to be had."""
-    if os.path.isdir(source) or not hub_silent():
+    if os.path.isdir(source) or _is_local(source) or not hub_silent():
         return
     from huggingface_hub import try_to_load_from_cache
 

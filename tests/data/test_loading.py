@@ -100,6 +100,7 @@ def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nlong trace")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("e3rl.data.readers.hub_silent", lambda: "")
     message = error("openai/gsm8k:main")
     assert "dataset 'openai/gsm8k:main' (split 'train') can't be loaded: Couldn't reach" in message
     assert "long trace" not in message
