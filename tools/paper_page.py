@@ -35,7 +35,7 @@ An overlay says where a recipe runs: `--overlay topologies/…`, also with `repr
 | overlay | GPUs | who does what |
 | --- | --- | --- |
 | `topologies/one-h200` | 1 × 139 GiB | one process generates and trains: Qwen3-4B, and ERPO's models |
-| `topologies/8xh100` | 8 × 80 GiB | eight ranks generate and train together (FSDP2): Qwen3-4B |
+| `topologies/8xh100` | 8 × 80 GiB | eight ranks generate and train together (FSDP2): Qwen3-4B and Qwen3-8B |
 | `topologies/32xh100` | 32 × 80 GiB | 16 rollout workers with vLLM, 16 ranks under DeepSpeed's ZeRO-2, as in the paper |
 
 The last two start their processes on Ray; `rollout.address` names a cluster that is there. Only their memory is counted: we have

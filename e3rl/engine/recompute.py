@@ -69,7 +69,7 @@ class RecomputeEngine:
         if samples.ids_S.item() == NON_FINITE:
             raise NonFiniteLogits(request.draw)
         request.ids += samples.ids_S.tolist()
-        request.measures.append(samples.measures())
+        request.measures += samples.measures()
 
     def append(self, row: Row, ids: Sequence[int]) -> None:
         self._row(row).append(ids, self._model.get_input_embeddings().weight.shape[0], self._max_length)

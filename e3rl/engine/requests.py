@@ -43,7 +43,9 @@ class Request:
     sampling: Sampling
     uniforms: np.ndarray
     ids: list[int] = field(default_factory=list)
-    measures: list[np.ndarray] = field(default_factory=list)  # of the ids, in blocks of some tokens: `Samples.measures`
+    measures: list[np.ndarray] = field(
+        default_factory=list
+    )  # of a token each, or of several as rows: `Samples.measures`
     hook: LogitsHook | None = None
     seen: list[int] = field(
         default_factory=list
@@ -64,7 +66,7 @@ class Request:
 
     def candidate(self, eos_ids: Collection[int]) -> Candidate:
         """The finished candidate."""
-        measured_MT = np.concatenate(self.measures).T.astype(np.float32).astype(np.float64)
+        measured_MT = np.vstack(self.measures).T.astype(np.float32).astype(np.float64)
         ids, ranks = np.array(self.ids, np.int32), measured_MT[-1].astype(np.int32)
         for array in (ids, measured_MT, ranks):
             array.flags.writeable = False
@@ -122,7 +124,7 @@ class RowState:
     def drawn(self, after: int) -> tuple[list[int], list[float]]:
         """Ids and log-probabilities of the open request, without its first ``after`` tokens."""
         ids = self.open.ids[after:]
-        return ids, np.concatenate(self.open.measures)[after:, 0].tolist() if ids else []
+        return ids, np.vstack(self.open.measures)[after:, 0].tolist() if ids else []
 
     def truncate(self, length: int) -> None:
         """Drop generated tokens beyond ``length``."""

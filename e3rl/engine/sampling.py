@@ -43,9 +43,9 @@ class Samples(NamedTuple):
         """All of it as one tensor [S, 6], to be read from the device at once; exact: ids and ranks are whole numbers."""
         return torch.stack([field.double() for field in self], dim=1)
 
-    def measures(self) -> np.ndarray:
-        """The measures of each row, [S, 5], off the device."""
-        return self.numbers()[:, 1:].cpu().numpy()
+    def measures(self) -> list[np.ndarray]:
+        """The measures of each row, [5], off the device."""
+        return [*self.numbers()[:, 1:].cpu().numpy()]
 
 
 def check_sampling(sampling: Sampling) -> None:

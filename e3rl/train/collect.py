@@ -126,17 +126,19 @@ def roll_out(
     """
     mine = (prompts if run.ranks.first else []) if run.remote else run.ranks.share(prompts)
 
-    def generated() -> Iterator[Group]:
-        for done, group in enumerate(run.rollouts.run(mine, settings, tick), start=1):
-            run.tell("progressed", "rollout", done, len(mine))
-            yield group
-
+    groups, several, done = run.rollouts.run(mine, settings, tick), run.ranks.world > 1, 0
     if not one_by_one:
-        yield exchanged(run.ranks, prompts, list(generated()))
-    elif run.ranks.world == 1:
-        yield from ([group] for group in generated())
-    else:
-        yield from in_rounds(run.ranks, prompts, generated(), run.ranks.world if run.remote else 1)
+        made: list[Group] = []
+        for group in groups:
+            made.append(group)
+            run.tell("progressed", "rollout", len(made), len(mine))
+        yield exchanged(run.ranks, prompts, made)
+        return
+    each = run.ranks.world if run.remote else 1
+    for few in in_rounds(run.ranks, prompts, groups, each) if several else ([group] for group in groups):
+        done += len(few)
+        run.tell("progressed", "rollout", done, len(prompts))
+        yield few
 
 
 def in_rounds(ranks: Ranks, prompts: Sequence[Prompt], groups: Iterator[Group], each: int) -> Iterator[list[Group]]:

@@ -99,7 +99,7 @@ def test_without_a_hub_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        UserError, match=r"Couldn't reach 'math-ai/amc23'.*--data-dir DIR, or data.directory, with amc23"
+        UserError, match=r"'math-ai/amc23'.*can't be reached.*--data-dir DIR, or data.directory, with amc23"
     ):
         load_benchmark("amc23")
 
