@@ -39,7 +39,7 @@ def config() -> Config:
 
 @pytest.fixture
 def service(
-    policy: Policy, config: Config, make_engine: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    policy: Policy, config: Config, core: Any, make_engine: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Service]:
     """On the session's vLLM."""
     with monkeypatch.context() as patch:
@@ -47,6 +47,7 @@ def service(
         service = Service(policy, config, None, name="tiny", max_length=LENGTH, queue_limit=8)
     yield service
     service.close()
+    core._interrupted.clear()  # what ended the worker; the next poll of this vLLM is another test's
 
 
 def settled(service: Service) -> bool:
