@@ -123,8 +123,12 @@ class RowState:
 
     def drawn(self, after: int) -> tuple[list[int], list[float]]:
         """Ids and log-probabilities of the open request, without its first ``after`` tokens."""
-        ids = self.open.ids[after:]
-        return ids, np.vstack(self.open.measures)[after:, 0].tolist() if ids else []
+        ids, logprobs = self.open.ids[after:], list[float]()
+        for block in reversed(self.open.measures):  # only the latest: this is asked every few tokens
+            if len(logprobs) >= len(ids):
+                break
+            logprobs[:0] = np.atleast_2d(block)[:, 0].tolist()
+        return ids, logprobs[len(logprobs) - len(ids) :]
 
     def truncate(self, length: int) -> None:
         """Drop generated tokens beyond ``length``."""
