@@ -104,8 +104,8 @@ class Dialogue:
                 f"the model's chat template doesn't show the tool {missing[0] if missing else ''} to the model"
             )
         name = self._schemas[0]["function"]["name"]
-        turns: Chat = [*_called(name), {"role": "tool", "name": name, "content": "3"}]
-        turns += [*_called(name)[1:], turns[-1], {"role": "assistant", "content": "It is 3."}]
+        turns: Chat = [*_called(name, "Let me see."), {"role": "tool", "name": name, "content": "3"}]
+        turns += [*_called(name, "Once more.")[1:], turns[-1], {"role": "assistant", "content": "It is 3."}]
         lengths = [n for n in range(2, len(turns) + 1) if turns[n - 1]["role"] == "assistant"]
         *earlier, whole = self._encoded([turns[:n] for n in (*lengths, len(turns))], tools=self._schemas)
         for count, ids in zip(lengths, earlier, strict=True):
@@ -121,6 +121,6 @@ def _user() -> dict[str, Any]:
     return {"role": "user", "content": "dummy"}
 
 
-def _called(name: str) -> Chat:
+def _called(name: str, said: str = "") -> Chat:
     call = {"type": "function", "function": {"name": name, "arguments": {}}}
-    return [_user(), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return [_user(), {"role": "assistant", "content": said, "tool_calls": [call]}]

@@ -53,12 +53,26 @@ def decoding(config: Config) -> dict[str, Any]:
         "rounds": round_sizes(config),
         **rollout,
         **sampling,
+        **_environments(config, "factory", "max_turns", "max_calls"),
     }
+
+
+def _environments(config: Config, *names: str) -> dict[str, Any]:
+    """Settings of the environment; none without one."""
+    if not config.environments.factory:
+        return {}
+    return {"environments": {name: getattr(config.environments, name) for name in names}}
+
+
+def _erasure(config: Config) -> dict[str, Any]:
+    """The settings that decide what is erased, of segments and of turns."""
+    turns = _environments(config, "erase", "erase_threshold", "max_turn_erasures", "state")
+    return {**dataclasses.asdict(config.erasure), **turns}
 
 
 def settings_digest(config: Config) -> str:
     """A short name for decoding settings, for a directory's name."""
-    tables = {"decoding": decoding(config), "erasure": dataclasses.asdict(config.erasure), "limit": config.eval.limit}
+    tables = {"decoding": decoding(config), "erasure": _erasure(config), "limit": config.eval.limit}
     return _digest([json.dumps(tables, sort_keys=True)])[:8]
 
 
@@ -89,5 +103,5 @@ def identity(
     }
     if erase:
         tables = json.dumps(calibration.to_tables(), sort_keys=True) if calibration else ""
-        found["erasure"] = {**dataclasses.asdict(config.erasure), "reference": _digest([tables])}
+        found["erasure"] = {**_erasure(config), "reference": _digest([tables])}
     return found

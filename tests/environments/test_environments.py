@@ -295,7 +295,8 @@ def test_one_that_fails_before_the_run_is_named(
         (None, "this tokenizer has none"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no tool calls that e3rl reads"),
         (TEMPLATE.replace("if tools", "if false"), "doesn't show the tool calculate"),
-        (TEMPLATE.replace("m.content }}", "(m.content if loop.last else '') }}"), None),
+        (TEMPLATE.replace("m.content }}", "(m.content if loop.last else '') }}"), "changes turn 2 \\(assistant\\)"),
+        (TEMPLATE.replace("m.content }}", "('' if m.tool_calls else m.content) }}"), None),
         (TEMPLATE.replace("{%- for call", "{{ '!' if loop.last }}{%- for call"), "changes turn 2 \\(assistant\\) once others follow"),
         (TEMPLATE.replace("tool | tojson", "raise_exception(tool.function.parameters.type)"), "can't show calculate: object"),
         (TEMPLATE.replace("<|im_end|>", "<|over|>"), "doesn't end assistant turns"),
@@ -305,7 +306,7 @@ def test_one_that_fails_before_the_run_is_named(
 def test_a_template_that_cannot_carry_tools_is_refused(template: str | None, why: str | None) -> None:
     tokens = tokenizer(template or TEMPLATE)
     tokens.chat_template = template
-    if why is None:  # assistant texts that are dropped: the dummy's is empty, its second one is not followed by others
+    if why is None:  # it drops what is said beside a call, in the last turn like in an earlier one
         Dialogue(tokens, {}, schemas_of(Calculator(), "c"))
         return
     with pytest.raises(UserError, match=why):

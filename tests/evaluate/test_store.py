@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.evaluate.compare import compare
 from e3rl.evaluate.evaluation import even_sizes, round_sizes
-from e3rl.evaluate.identity import decoding
+from e3rl.evaluate.identity import decoding, identity, settings_digest
 from e3rl.evaluate.store import SampleStore, Shard, Unit
 from e3rl.evaluate.study import SamplingPlan
 from tests.evaluate.build import sample
@@ -180,3 +181,23 @@ def test_what_can_not_be_compared(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no evaluation"):
         compare(a, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("environments.max_turns=2", "decoding.environments.max_turns: 8 there, 2 now"),
+        ("environments.erase=errors", "erasure.environments.erase: 'none' there, 'errors' now"),
+        ("environments.max_turn_erasures=3", "erasure.environments.max_turn_erasures: 1 there, 3 now"),
+    ],
+)
+def test_samples_with_other_turns_are_not_mixed(tmp_path: Path, changed: str, said: str):
+    tools = load_config(None, [], ["environments.factory=books"])
+    other = load_config(None, [], ["environments.factory=books", changed])
+    plain = load_config(None, [], [changed])
+    store = SampleStore(tmp_path / "samples")
+    store.claim(identity(torch.nn.Linear(1, 1), "s", [], tools, erase=True, calibration=None))
+    with pytest.raises(UserError, match=said):
+        store.claim(identity(torch.nn.Linear(1, 1), "s", [], other, erase=True, calibration=None))
+    assert settings_digest(other) != settings_digest(tools)
+    assert settings_digest(plain) == settings_digest(load_config(None, [], [])), "without tools it means nothing"
