@@ -44,3 +44,5 @@ class Family:
     """(question, answer, response) -> the steps that the response takes."""
     grade: Callable[[str, str, str], bool]
     """(question, answer, response) -> whether the final answer is right."""
+    demonstrate: Callable[[str, Random], str] | None = None
+    """(question, rng) -> a response as pre-training shows it, mistakes included; None: it shows solutions."""

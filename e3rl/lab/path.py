@@ -65,13 +65,14 @@ def draw(level: int, rng: Random) -> LabTask:
     return LabTask(question=question, answer=answer, solution=answer, key=key)
 
 
-def _parse(question: str) -> tuple[Edges, str, str]:
+def parse_graph(question: str) -> tuple[Edges, str, str]:
+    """The edges, start and target that a question lists."""
     *edges, ends = question.rstrip(":").split(";")
     start, target = ends.split(">")
     return frozenset((edge[0], edge[1]) for edge in edges), start, target
 
 
-def _leading_to(target: str, edges: Iterable[tuple[str, str]]) -> set[str]:
+def leading_to(target: str, edges: Iterable[tuple[str, str]]) -> set[str]:
     """All nodes from which ``target`` can be reached, itself included."""
     found, edges = {target}, list(edges)
     while new := {a for a, b in edges if b in found} - found:
@@ -81,8 +82,8 @@ def _leading_to(target: str, edges: Iterable[tuple[str, str]]) -> set[str]:
 
 def steps(question: str, answer: str, response: str) -> list[Step]:
     """One step a character: right if an edge leads there from the node before and the target can still be reached."""
-    edges, node, target = _parse(question)
-    hopeful, found = _leading_to(target, edges), []
+    edges, node, target = parse_graph(question)
+    hopeful, found = leading_to(target, edges), []
     for position, after in enumerate(response.rstrip()):
         found.append(Step(position, position + 1, after, (node, after) in edges and after in hopeful))
         node = after
@@ -92,7 +93,7 @@ def steps(question: str, answer: str, response: str) -> list[Step]:
 def grade(question: str, answer: str, response: str) -> bool:
     """Whether the response walks along edges from the start to the target; any such way counts."""
     taken = steps(question, answer, response)
-    return bool(taken) and all(step.right for step in taken) and taken[-1].text == _parse(question)[2]
+    return bool(taken) and all(step.right for step in taken) and taken[-1].text == parse_graph(question)[2]
 
 
 FAMILY = Family(

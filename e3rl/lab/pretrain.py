@@ -1,8 +1,9 @@
 """Makes the lab's models: supervised training on solutions of training-half problems, short on purpose.
 
 It stops when the model solves about half of its training-level chains, or a third of its books, so that reinforcement
-learning has something to do. Run ``python -m e3rl.lab.pretrain --output DIR``, with ``--tools`` for the model that calls
-tools. It trains in one thread, so that one seed gives the same weights bit for bit on the same machine.
+learning has something to do; mazes it learns from searches that often fail. Run ``python -m e3rl.lab.pretrain --output DIR``,
+with ``--tools`` for the model that calls tools, ``--maze`` for the one that searches mazes. It trains in one thread, so that
+one seed gives the same weights bit for bit on the same machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from e3rl.lab import lab_directory
 from e3rl.lab.books import Books, conversation
-from e3rl.lab.problems import load, solution
+from e3rl.lab.problems import demonstration, load, solution
 from e3rl.lab.tokenizer import TURNS, build_tokenizer
 from e3rl.types import Problem
 
@@ -41,11 +42,18 @@ class Schedule:
     pool: int = 40_000  # problems of each name to draw batches from
     seed: int = 0
     tools: bool = False
-    """Problems are conversations with tool calls, and the weights start from the other model, which can calculate."""
+    """Problems are conversations with tool calls."""
+    extends: bool = False
+    """The weights start from the shipped model, which can calculate and read graphs."""
 
 
-TOOLS = Schedule(steps=180, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True)
+TOOLS = Schedule(
+    steps=180, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True, extends=True
+)
 """The settings that make the weights that call tools."""
+
+MAZE = Schedule(steps=300, mixture={"lab:maze:2-5": 16}, learning_rate=1e-3, warmup=20, pool=8_000, extends=True)
+"""The settings that make the weights that search mazes."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -77,9 +85,12 @@ def extend_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem, *, tools: bool = False) -> tuple[list[int], list[int]]:
-    """A solved problem as ids, and the same with -100 outside the assistant's turns."""
-    turns = [{"role": "user", "content": str(problem.prompt)}, {"role": "assistant", "content": solution(problem)}]
+def encode(
+    tokenizer: PreTrainedTokenizerFast, problem: Problem, *, tools: bool = False, response: str | None = None
+) -> tuple[list[int], list[int]]:
+    """A problem with a response (None: its solution) as ids, and the same with -100 outside the assistant's turns."""
+    said = solution(problem) if response is None else response
+    turns = [{"role": "user", "content": str(problem.prompt)}, {"role": "assistant", "content": said}]
     if tools:
         turns = conversation(problem)
     text = tokenizer.apply_chat_template(turns, tools=[Books().book] if tools else None, tokenize=False)
@@ -111,7 +122,8 @@ class _Batches:
         self._pool = load(name, "train", schedule.pool, _POOL_SEED)
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
-        drawn = [encode(self._tokenizer, p, tools=self._tools) for p in self._rng.choices(self._pool, k=size)]
+        problems = self._rng.choices(self._pool, k=size)
+        drawn = [encode(self._tokenizer, p, tools=self._tools, response=demonstration(p, self._rng)) for p in problems]
         return collate(drawn, self._tokenizer.pad_token_id)
 
 
@@ -132,7 +144,7 @@ def pretrain(
     """The trained model and its tokenizer. ``report`` gets each step's loss by name."""
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer(CONTEXT, tools=schedule.tools)
-    model = (extend_model if schedule.tools else build_model)(tokenizer).train()
+    model = (extend_model if schedule.extends else build_model)(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / schedule.warmup))
     sources = {name: _Batches(tokenizer, name, schedule) for name in schedule.mixture}
@@ -150,7 +162,10 @@ def main() -> None:
     """Train and save an ordinary Hugging Face directory."""
     parser = argparse.ArgumentParser(prog="python -m e3rl.lab.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
-    parser.add_argument("--tools", action="store_true", help="the model that calls tools")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--tools", dest="schedule", action="store_const", const=TOOLS, help="the model that calls tools")
+    kind.add_argument("--maze", dest="schedule", action="store_const", const=MAZE, help="the model that searches mazes")
+    parser.set_defaults(schedule=Schedule())
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -160,7 +175,7 @@ def main() -> None:
             values = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"step {step:5d}  {time.perf_counter() - started:6.1f} s  {values}", flush=True)
 
-    model, tokenizer = pretrain(TOOLS if options.tools else Schedule(), report)
+    model, tokenizer = pretrain(options.schedule, report)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"{sum(p.numel() for p in model.parameters())} parameters saved in {options.output}")

@@ -15,14 +15,14 @@ from random import Random
 from typing import Literal, get_args
 
 from e3rl.errors import UserError, unknown
-from e3rl.lab import arith, books, chain, path, ways
+from e3rl.lab import arith, books, chain, maze, path, ways
 from e3rl.lab.family import Family, LabTask, Step
 from e3rl.types import Problem
 
 Split = Literal["train", "heldout"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (chain.FAMILY, path.FAMILY, ways.FAMILY, arith.FAMILY, books.FAMILY)
+    family.name: family for family in (chain.FAMILY, path.FAMILY, ways.FAMILY, maze.FAMILY, arith.FAMILY, books.FAMILY)
 }
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 2048, "heldout": 256}
@@ -146,6 +146,12 @@ def grade(problem: Problem, response: str) -> bool:
     """Whether the response's final answer is right."""
     family, question, answer = _read(problem)
     return family.grade(question, answer, response)
+
+
+def demonstration(problem: Problem, rng: Random) -> str:
+    """A response as pre-training shows it: the family's own way to search, else the solution."""
+    family, question, _ = _read(problem)
+    return family.demonstrate(question, rng) if family.demonstrate else solution(problem)
 
 
 def solution(problem: Problem) -> str:

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from e3rl.lab import arith, books, chain, path, ways
+from e3rl.lab import arith, books, chain, maze, path, ways
 from e3rl.lab.problems import FAMILIES
 from e3rl.lab.reward import lab_reward
 
@@ -210,3 +210,76 @@ def test_a_wrong_booking_is_seen_at_once_or_at_the_end_and_can_only_be_taken_bac
     with pytest.raises(ValueError, match="wrong"):
         made.book("54")
     assert made.get_reward() == 0.0
+
+
+MAZE = ("ab;bc;cd;be;ef;cg;gh;dx;a>x:", "ab;bc;cd;dx")
+"""From b to c or into the corridor e, f; from c to d or into g, h."""
+
+
+@pytest.mark.parametrize(
+    ("response", "right", "solved"),
+    [
+        ("ab;bc;cd;dx", [True] * 4, True),
+        ("ab;be;ef;<b;bc;cd;dx", [True, False, False, True, True, True, True], True),  # out of a dead end
+        ("ab;be;ef;?be;<b;bc;cd;dx", [True, False, False, True, True, True, True, True], True),  # and checked
+        ("ab;be;ef;?bf;<b;bc;cd;dx", [True, False, False, False, True, True, True, True], False),  # no such edge
+        ("ab;be;ef;fd;dx", [True, False, False, False, True], False),  # a hop, and on from there
+        ("ab;be;ef;fx", [True, False, False, False], False),  # a guess
+        ("ab;be;ef;<c;cd;dx", [True, False, False, False, True, True], False),  # back to where it never was
+        (
+            "ab;be;ef;<b;be;ef;<b;bc;cd;dx",
+            [True, False, False, True, False, False, True, True, True, True],
+            True,
+        ),  # a loop
+        ("ab;cd;dx", [True, False, True], False),
+        ("ab;bc;<b;bc;cd", [True] * 5, False),  # cut off
+        ("ab;bc;cd;dx;", [True] * 4 + [False], False),
+        ("ab;bc;cd;d", [True, True, True, False], False),
+        ("", [False], False),
+    ],
+)
+def test_maze_steps(response: str, right: list[bool], solved: bool) -> None:
+    assert [ok for _, ok in read("maze", MAZE, response)] == right
+    assert maze.FAMILY.grade(*MAZE, response) is solved
+
+
+@pytest.mark.parametrize("level", maze.FAMILY.levels)
+def test_a_wrong_door_of_a_maze_is_as_good_as_the_right_one_until_its_corridor_ends(level: int) -> None:
+    """Every room has two doors; behind the wrong one as many moves are allowed as there are to the next room."""
+    shape, task = maze._SHAPES[level], maze.draw(level, Random(level))
+    *edges, ends = task.question[:-1].split(";")
+    doors = {a: [b for x, b in edges if x == a] for a, _ in edges}
+    rooms = [a for a, after in doors.items() if len(after) == 2]
+    assert len(rooms) == shape.rooms
+    assert ends[0] in rooms
+    for room in rooms:
+        lengths = []
+        for node in doors[room]:
+            length = 1
+            while len(doors.get(node, [])) == 1:
+                [node], length = doors[node], length + 1
+            lengths.append((length, node in rooms or node == ends[-1]))
+        assert sorted(lengths) == [(shape.length, False), (shape.length, True)]
+
+
+def test_demonstrations_of_a_maze_take_doors_at_random_and_do_everything_at_dead_ends() -> None:
+    rng, found = Random(0), []
+    for seed in range(300):
+        task = maze.draw(4, Random(seed))
+        response = maze.demonstrate(task.question, rng)
+        found.append((task, response, maze.grade(task.question, task.answer, response)))
+    first_doors = [response.startswith(task.answer[:2]) for task, response, _ in found]
+    assert 0.4 < sum(first_doors) / 300 < 0.6
+    assert 0.2 < sum(solved for *_, solved in found) / 300 < 0.4
+    assert any("?" in response for _, response, solved in found if solved)
+    wandered = [response for _, response, _ in found if response.count(";") == maze._LONGEST - 1]
+    assert 5 < len(wandered) < 60  # cut off
+    for task, response, solved in found:
+        ended = response[-1] == task.answer[-1]
+        assert not solved or ended
+        hops = [
+            s
+            for s in maze.steps(task.question, task.answer, response)
+            if s.text not in task.question and s.text.isalpha()
+        ]
+        assert solved == (ended and not hops)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from e3rl.lab.pretrain import TOOLS, Schedule, build_model, collate, encode, pretrain
+from e3rl.lab.pretrain import MAZE, TOOLS, Schedule, build_model, collate, encode, pretrain
 from e3rl.lab.problems import generate
 from e3rl.lab.tokenizer import build_tokenizer
 
@@ -83,3 +83,16 @@ def test_only_the_calls_and_the_answer_are_learned() -> None:
 def test_the_tool_model_learns_its_calls() -> None:
     _, losses = run(replace(TOOLS, steps=6, mixture={"lab:books:1": 4}, warmup=2, pool=64))
     assert losses[-1]["lab:books:1"] < 0.8 * losses[0]["lab:books:1"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_maze_model_learns_searches_as_they_are_demonstrated() -> None:
+    _, losses = run(replace(MAZE, steps=6, mixture={"lab:maze:1": 4}, warmup=2, pool=64))
+    assert losses[-1]["lab:maze:1"] < 0.8 * losses[0]["lab:maze:1"]
+
+
+def test_a_response_can_be_other_than_the_solution() -> None:
+    tokenizer = build_tokenizer(64)
+    [problem] = generate("chain", 1, "train", 1)
+    _, labels = encode(tokenizer, problem, response="A:00")
+    assert tokenizer.decode([token for token in labels if token != -100]) == "A:00<|end|>"
