@@ -18,16 +18,13 @@ from e3rl.weights.publish import Publisher, this_node
 _log = logging.getLogger(__name__)
 
 BACKEND = "e3rl"
-"""The name of our way for weights among vLLM's (`e3rl.engine.vllm.inside`)."""
+"""The name of our way for weights among vLLM's (`e3rl.weights.vllm_worker`)."""
 
 TRANSFER = {
     "worker_extension_cls": "e3rl.engine.vllm.inside.TransferringWorker",
     "weight_transfer_config": {"backend": BACKEND},
 }
 """What vLLM is started with so that its workers can read shared memory."""
-
-SECONDS_TO_TAKE = 60.0
-"""How long a worker waits for an update of the weights that is being written."""
 
 SECONDS_TO_ANSWER = 600.0
 """How long vLLM may take to change its weights."""

@@ -1,5 +1,5 @@
-"""What the versions of vLLM run of ours whose insides are known: a scheduler that parks requests, and the workers' end of new
-weights' way.
+"""What the versions of vLLM run of ours whose insides are known: a scheduler that parks requests, and workers that take new
+weights from shared memory.
 
 A request of ours is parked when it ends: its blocks are kept under its key. The request that goes on from there names that
 key. It gets the blocks of all tokens that both have in common but the last one of its own, whose logits it needs: so one
@@ -8,11 +8,6 @@ token runs through the model again, whether the segment before was kept or erase
 Parking is a favour: where vLLM has no block left, parked requests give theirs back, the oldest first, before anybody is
 preempted or has to wait. What goes on from one of those finds its prefix in vLLM's prefix cache or computes it again. So
 parked requests can block nobody.
-
-The process that holds the model publishes an image of new weights (`e3rl.weights.publish`) and offers it by vLLM's
-weight-transfer interface; each worker reads its part of the tensors where they lie. No file is written and nothing is hashed
-again: a worker looks at version and checksum in the memory's state. It touches its model only once it has the whole image, so
-weights that are refused leave the old ones in place.
 """
 
 from __future__ import annotations
@@ -26,9 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_block_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -37,9 +30,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 
 from e3rl.engine.vllm.table import ARGUMENT, MeasuringWorker, VllmArguments
-from e3rl.weights.image import tensors_of
-from e3rl.weights.publish import Offer, Receiver, this_node
-from e3rl.weights.vllm import BACKEND, SECONDS_TO_TAKE
+from e3rl.weights.vllm import BACKEND
+from e3rl.weights.vllm_worker import SharedMemoryWeights
 
 
 @dataclass(frozen=True)
@@ -257,58 +249,6 @@ class ParkingScheduler(Scheduler):
 
 class AsyncParkingScheduler(ParkingScheduler, AsyncScheduler):
     """The scheduler of a vLLM that schedules a step while the one before runs."""
-
-
-@dataclass
-class SharedMemoryInit(WeightTransferInitInfo):
-    """Where the images will be: see `this_node`."""
-
-    node: str
-
-
-@dataclass
-class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """An `Offer`."""
-
-    version: int
-    pid: int
-    fd: int
-    size: int
-    checksum: str
-
-
-class SharedMemoryWeights(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
-    """One worker's end. Start and end of an update do nothing: all of it happens in `receive_weights`."""
-
-    init_info_cls = SharedMemoryInit
-    update_info_cls = SharedMemoryUpdate
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._receiver = Receiver()
-
-    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
-        """RuntimeError where this worker can't open memory of the process that holds the model."""
-        if init_info.node != this_node():
-            raise RuntimeError("the model is in a process on another machine, of another user or in another container")
-
-    def start_weight_update(self) -> None:
-        """Nothing yet."""
-
-    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        """Load the version that is offered. UserError, and the old weights, where it is not what lies there."""
-        with self._receiver.taken(Offer(**vars(update_info)), SECONDS_TO_TAKE) as image:
-            tensors = tensors_of(image)
-            initialize_layerwise_reload(self.model)
-            self.model.load_weights(tensors.items())
-            finalize_layerwise_reload(self.model, self.model_config)
-
-    def finish_weight_update(self) -> None:
-        """Nothing more."""
-
-    def shutdown(self) -> None:
-        """Let go of the memory."""
-        self._receiver.close()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeights)
