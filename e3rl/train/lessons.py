@@ -136,6 +136,7 @@ def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupS
     """The siblings' tensors, padded together."""
     cpu = torch.device("cpu")
     sequences, scores, references = zip(*map(over_drawn, lessons), strict=True)
+    uncertainties = [s.uncertainties_T for s in sequences if s.uncertainties_T is not None]
     return GroupSignals(
         rewards_G=torch.tensor(rewards, dtype=torch.float64),
         mask_GT=pad([s.mask_T for s in sequences], False, cpu),
@@ -144,6 +145,7 @@ def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupS
         old_logprobs_GT=pad([s.logprobs_T for s in scores], 0.0, cpu),
         reference_logprobs_GT=None if references[0] is None else pad(references, 0.0, cpu),
         shares_GT=None if scores[0].shares_T is None else pad([s.shares_T for s in scores], 0.0, cpu),
+        uncertainties_GT=pad(uncertainties, -1.0, cpu) if len(uncertainties) == len(sequences) else None,
     )
 
 

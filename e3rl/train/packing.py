@@ -35,6 +35,9 @@ class TrainSequence:
     sibling: int
     erased: bool
     unlearnt: bool = False  # cut off at the length limit: its reward counts for its siblings, its tokens in no loss
+    uncertainties_T: Tensor | None = (
+        None  # U of each response token's segment, -1 where it was not judged; None: none was
+    )
 
     @property
     def loss_mask_T(self) -> Tensor:
@@ -64,7 +67,16 @@ def trajectory_sequence(trajectory: Trajectory, group: int, mask_truncated: bool
         sibling=trajectory.sibling,
         erased=False,
         unlearnt=mask_truncated and trajectory.finish == "length",
+        uncertainties_T=_uncertainties(trajectory),
     )
+
+
+def _uncertainties(trajectory: Trajectory) -> Tensor | None:
+    judgements = [s.judgement for s in trajectory.segments]
+    if not any(judgements):
+        return None
+    values = [-1.0 if j is None else j.uncertainty.total for j in judgements]
+    return torch.repeat_interleave(torch.tensor(values), torch.tensor(trajectory.segment_lengths))
 
 
 def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:

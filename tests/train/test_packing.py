@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3rl.train.attribution import packed_attention
-from e3rl.train.packing import Branch, PackedRow, packed_size, plan_rows
+from e3rl.train.lessons import group_signals, unscored
+from e3rl.train.packing import Branch, PackedRow, group_sequences, packed_size, plan_rows
 from e3rl.train.scoring import score_row, score_sequences
+from e3rl.types import Verdict
 from tests.engine.models import build, tiny
 from tests.train.packs import sequence
+from tests.train.rollouts import judgement, rewarded_group
 
 CPU = torch.device("cpu")
 
@@ -133,3 +137,22 @@ def test_other_types_of_weights_are_scored_in_float32(dtype: torch.dtype):
     for f, e in zip(found, exact, strict=True):
         assert f.logprobs_T.dtype == torch.float32
         torch.testing.assert_close(f.logprobs_T, e.logprobs_T, atol=0.5, rtol=0.1)
+
+
+def test_objectives_are_told_u_of_the_segment_that_each_token_lies_in():
+    """-1 in padding and where a segment was not judged; nothing where a sibling has no judgements."""
+    group = rewarded_group("p", [1.0, 0.0], [[2, 1], [1, 3]]).group
+    first, second = group.trajectories
+
+    def judged(trajectory, *totals):
+        verdicts = [None if u is None else judgement(Verdict.COMMIT, 0, u=u) for u in totals]
+        pairs = zip(trajectory.segments, verdicts, strict=True)
+        return replace(trajectory, segments=tuple(replace(s, judgement=j) for s, j in pairs))
+
+    def told(*trajectories):
+        sequences = group_sequences([replace(group, trajectories=trajectories)], False)
+        return group_signals([(s, unscored(s), None) for s in sequences], [1.0, 0.0]).uncertainties_GT
+
+    expected = torch.tensor([[0.25, 0.25, 0.5, -1.0], [-1.0, 2.0, 2.0, 2.0]])
+    torch.testing.assert_close(told(judged(first, 0.25, 0.5), judged(second, None, 2.0)), expected)
+    assert told(judged(first, 0.25, 0.5), judged(second, None, None)) is None
