@@ -27,10 +27,14 @@ def tasks(
     scale: str,
     overrides: Sequence[str] = (),
     *,
+    out: Path,
     model: str | None = None,
     overlays: Sequence[str] = (),
 ) -> list[Task]:
-    """The studies behind names, each with its scale; overlays and overrides are laid on every recipe. ``model``: only this."""
+    """The studies behind names, each with its scale; overlays and overrides are laid on every recipe. ``model``: only this.
+
+    What a study prepares is made under ``out``.
+    """
     found = []
     for study in (study for name in names for study in find_studies(name)):
         own = study.at(scale)
@@ -38,7 +42,8 @@ def tasks(
         if model is not None and model not in known:
             raise unknown(f"model of {study.name} at scale {scale}", model, known)
         chosen = known if model is None else {model: known[model]}
-        laid = replace(own, overlays=(*own.overlays, *overlays), overrides=(*own.overrides, *overrides))
+        prepared = study.prepare(own, out)
+        laid = replace(own, overlays=(*own.overlays, *overlays), overrides=(*own.overrides, *prepared, *overrides))
         found.append((study, replace(laid, models=chosen)))
     return found
 

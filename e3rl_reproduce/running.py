@@ -42,19 +42,25 @@ def gpus(config: Config) -> float:
     return max(1, train.workers * train.worker_gpus + rollout.workers * rollout.worker_gpus)
 
 
+def _missing_gpus(config: Config) -> list[str]:
+    import torch
+
+    needed, there = gpus(config), torch.cuda.device_count()
+    if not there:
+        return ["GPUs: PyTorch sees none here"]
+    if needed > there and not config.rollout.address:
+        return [f"{needed:g} GPUs, and this machine has {there}: a Ray cluster (rollout.address)"]
+    return []
+
+
 def requirements(config: Config) -> list[str]:
     """What is missing here to run a config, in words."""
     found = []
     if config.model.path not in ("lab", "smollm2"):
         if not Path(config.model.path).is_dir():
             found.append(f"the model {config.model.path}: a local directory (model.path=DIR), or a hub to load it from")
-        import torch
-
-        needed, there = gpus(config), torch.cuda.device_count()
-        if not there:
-            found.append("GPUs: PyTorch sees none here")
-        elif needed > there and not config.rollout.address:
-            found.append(f"{needed:g} GPUs, and this machine has {there}: a Ray cluster (rollout.address)")
+        if config.model.device != "cpu":
+            found += _missing_gpus(config)
     source = config.data.train
     if not source.startswith("lab:") and not Path(source).exists():
         found.append(f"the training data {source}: a local file (data.train=FILE), or a hub to load it from")

@@ -187,7 +187,8 @@ class Study:
 
     ``rows`` and ``measures`` depend on the scale; ``models`` are those that the paper's version uses (at other scales the
     scale's own model stands for all of them). ``methods`` holds every row that some ``tuned_as`` names. ``scales`` replace
-    the scales of the same name.
+    the scales of the same name. ``prepare`` makes the files that the study needs in the output directory, and returns overrides
+    that name them.
     """
 
     name: str
@@ -199,6 +200,7 @@ class Study:
     methods: Mapping[str, Row] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
     notes: str = ""
+    prepare: Callable[[Scale, Path], Sequence[str]] = lambda scale, out: ()
 
     def at(self, name: str) -> Scale:
         """The study's own version of a scale, or else the general one."""

@@ -17,7 +17,7 @@ from e3rl.errors import UserError
 if TYPE_CHECKING:
     from e3rl_reproduce.reproduce import Task
 
-NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when"
+NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when, settle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +62,10 @@ def run(options: argparse.Namespace) -> int:
     _require_research()
     from e3rl_reproduce.reproduce import report, reproduce, show_plan, tasks
 
-    todo = tasks(options.names, options.scale, options.overrides, model=options.model, overlays=options.overlay)
     out = options.out or Path("runs/reproduce") / options.scale
+    todo = tasks(
+        options.names, options.scale, options.overrides, out=out, model=options.model, overlays=options.overlay
+    )
     if options.plan:
         print("\n".join(show_plan(todo, out)))
         return 0

@@ -15,7 +15,7 @@ from e3rl_reproduce.worker import main as worker_main
 
 
 def test_the_first_cells_are_those_that_would_run_first(tmp_path: Path):
-    todo = tasks(["table1", "table2", "table6"], "paper", model="Qwen3-4B")
+    todo = tasks(["table1", "table2", "table6"], "paper", out=tmp_path, model="Qwen3-4B")
     names = list(first_cells(todo, 9, tmp_path))
     assert names[:2] == ["Qwen3-4B, Vanilla", "Qwen3-4B, GRPO"]
     assert names[6:9] == ["Qwen3-4B, E3RL", "Qwen3-4B, w/o extremum deviation", "Qwen3-4B, w/o gradient anomaly"]

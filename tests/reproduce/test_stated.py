@@ -144,13 +144,15 @@ def test_the_page_of_the_settings_is_fresh():
     assert runpy.run_path(str(PROJECT / "tools" / "paper_page.py"))["main"](["--check"]) == 0
 
 
-def test_a_user_s_own_settings_are_named_where_the_paper_is_reproduced():
+def test_a_user_s_own_settings_are_named_where_the_paper_is_reproduced(tmp_path: Path):
     names = ["table2", "table4", "table5", "erpo-table1"]
-    assert [d for study, scale in tasks(names, "paper", ["model.path=/m"]) for d in departures(study, scale)] == []
-    [(study, scale)] = tasks(["table1"], "paper", ["train.learning_rate=1e-5"])
+    assert [
+        d for study, scale in tasks(names, "paper", ["model.path=/m"], out=tmp_path) for d in departures(study, scale)
+    ] == []
+    [(study, scale)] = tasks(["table1"], "paper", ["train.learning_rate=1e-5"], out=tmp_path)
     [told] = departures(study, scale)
     assert told.startswith("train.learning_rate is 1e-05, not 1e-06: “We use a learning rate of 1e-6")
-    assert [departures(study, scale) for study, scale in tasks(["table1"], "lab")] == [[]]
+    assert [departures(study, scale) for study, scale in tasks(["table1"], "lab", out=tmp_path)] == [[]]
 
 
 MUTATIONS = [
