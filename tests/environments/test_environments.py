@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import pytest
 
-from e3rl.config import Config, EnvironmentsConfig, RewardsConfig, RolloutConfig
+from e3rl.config import Config, EnvironmentsConfig, RewardsConfig, RolloutConfig, load_config
+from e3rl.data.toolcalls import FORMATS, parse_tool_calls, tool_call_format
 from e3rl.engine.protocol import Engine
 from e3rl.environments.builtin import Calculator, Files, PythonTool
 from e3rl.environments.dialogue import Dialogue
@@ -311,6 +312,27 @@ def test_a_template_that_cannot_carry_tools_is_refused(template: str | None, why
         return
     with pytest.raises(UserError, match=why):
         Dialogue(tokens, {}, schemas_of(Calculator(), "c"))
+
+
+def test_the_example_s_template_teaches_calls_as_bare_json() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "calculator"
+    schemas = schemas_of(Calculator(), "calculator")
+    tokens = tokenizer((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+    dialogue = Dialogue(tokens, {}, schemas)
+    assert tool_call_format(tokens.chat_template) is FORMATS["llama3"]
+    shown = tokens.apply_chat_template(
+        [{"role": "user", "content": "How many?"}], tools=schemas, tokenize=False, add_generation_prompt=True
+    )
+    assert "Tool calculate(expression): Evaluate an arithmetic expression.<|im_end|>\n<|im_start|>user\nA shop" in shown
+    assert shown.endswith("user\nHow many?\nFirst step as JSON:<|im_end|>\n<|im_start|>assistant\n")
+    head = "<|im_start|>assistant\n"
+    for turn in shown.split(head)[1:-2]:  # the worked example's calls give what it says
+        said = turn.partition("<|im_end|>")[0]
+        [call] = parse_tool_calls(said, FORMATS["llama3"], schemas)[1]
+        value = Calculator().calculate(**json.loads(call.arguments))
+        after = tokens.decode(list(dialogue.after([(call.name, value)])))
+        assert turn == f"{said}<|im_end|>" + after.removesuffix(head)
+    assert load_config(folder / "recipe.toml", [], []).environments.factory == "calculator"
 
 
 def test_a_chat_prompt_keeps_its_messages(tmp_path: Path) -> None:
