@@ -1,13 +1,15 @@
 """Grammars of clients, tried and followed in processes that can be killed.
 
 Every grammar is first compiled and followed by chance in a process of its own: some schemas of a few characters take minutes
-and all memory. From some Lark grammars llguidance never returns, and can't be interrupted; so those are followed in such a
-process, too. One that hangs there is killed after `STEP_SECONDS`, which ends the answers by grammars of who sent it.
+and all memory. Then it is compiled once, and every sample has a copy. From some Lark grammars llguidance never returns, and
+can't be interrupted; so those are followed in such a process, too. One that hangs there is killed after `STEP_SECONDS`, which
+ends the answers by grammars of who sent it.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import mmap
@@ -16,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,16 @@ TRIAL_SECONDS, STEP_SECONDS = 5.0, 2.0
 BAN_SECONDS = 600.0
 """How long Lark grammars are refused from an address one of whose grammars hung: everybody's tokens wait for such a step."""
 
+COMPILE_SECONDS = 0.5
+"""CPU time that a grammar may take to be compiled that is followed in the process of the steps, where the others' steps wait."""
+
 HELD_BYTES = 2**31
 """What the grammars of all requests may take together, by their trials."""
 
 _MEMORY = 8 * 2**30
 _TRIAL_MEMORY = 2**31
 _LEAST_BYTES = 2**16  # of a grammar: what is less can't be measured
-_MOST_MATCHERS = 256
+_MOST_MATCHERS, _MOST_ORIGINALS = 256, 32
 _MOST_TRIED = 1024
 
 
@@ -53,7 +58,9 @@ class Grammars:
         self._trials, self._steps = ProcessPool(1, TRIAL_SECONDS), ProcessPool(1, STEP_SECONDS)
         self._names = itertools.count()
         self._tried: dict[Grammar, int] = {}  # bytes that a grammar takes
-        self._held = 0
+        self._compiled: dict[Grammar, GrammarMatcher] = {}  # which samples are copies of; the one used last stands last
+        self._held: weakref.WeakKeyDictionary[GrammarMatcher, int] = weakref.WeakKeyDictionary()  # bytes
+        self._making = 0  # bytes of those that are being made
         self._banned: dict[str, float] = {}  # until when
 
     def close(self) -> None:
@@ -64,15 +71,18 @@ class Grammars:
             self._files.cleanup()
 
     def knows(self, grammar: Grammar) -> bool:
-        """Whether it was tried, so that `matcher` takes no time."""
-        return grammar in self._tried
+        """Whether it was tried and is compiled, so that `matcher` takes no time."""
+        return grammar in (self._tried if grammar.free else self._compiled)
 
     def try_out(self, grammar: Grammar) -> int:
-        """Bytes that the grammar takes; ApiError where it can't be used, or takes too long. Tried once."""
+        """Compile it, after a trial the first time; ApiError where it can't be used, or takes too long. The bytes that it takes."""
         require_llguidance()
-        known = self._tried.get(grammar)
-        if known is not None:
-            return known
+        size = self._tried.get(grammar) or self._size(grammar)
+        if not grammar.free:
+            self._original(grammar, size)
+        return size
+
+    def _size(self, grammar: Grammar) -> int:
         call = PooledCall(f"{__name__}:try_grammar", asdict(grammar), memory=_TRIAL_MEMORY)
         [tried] = self._trials.map([call])
         if tried.error is not None:
@@ -86,16 +96,39 @@ class Grammars:
     def matcher(self, grammar: Grammar, who: str = "") -> GrammarMatcher:
         """A fresh matcher for ``who``, an address; ApiError where the grammar can't be used."""
         size = self.try_out(grammar)
-        if self._held + size > HELD_BYTES:
-            raise ApiError(429, "the grammars of other requests take all memory; try again soon", code="overloaded")
-        made = self._distant(grammar.text, who) if grammar.free else self._here.matcher(grammar)
-        self._hold(size)
-        weakref.finalize(made, self._hold, -size)
+        original = None if grammar.free else self._original(grammar, size)
+        with self._room(size):
+            made = self._distant(grammar.text, who) if original is None else original.copy()
+            with self._lock:
+                self._held[made] = size
         return made
 
-    def _hold(self, size: int) -> None:
+    def _original(self, grammar: Grammar, size: int) -> GrammarMatcher:
         with self._lock:
-            self._held += size
+            made = self._compiled.pop(grammar, None)
+            if made is not None:
+                self._compiled[grammar] = made
+                return made
+        with self._room(size):
+            made = self._here.matcher(grammar)
+            with self._lock:
+                self._held[made], self._compiled[grammar] = size, made
+        return made
+
+    @contextlib.contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        """Have so many bytes for what is made meanwhile, in place of compiled grammars that nobody uses now; or ApiError."""
+        with self._lock:
+            while (over := sum(self._held.values()) + self._making + size > HELD_BYTES) and self._compiled:
+                del self._compiled[next(iter(self._compiled))]
+            if over:
+                raise ApiError(429, "the grammars of other requests take all memory; try again soon", code="overloaded")
+            self._making += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._making -= size
 
     def _distant(self, text: str, who: str) -> GrammarMatcher:
         """A matcher that asks the process of the steps."""
@@ -161,10 +194,17 @@ def follower(setup: str) -> Callable[..., tuple[str | None, str | None]]:
     directory, eos_ids, vocabulary = json.loads(setup)
     compiler = GrammarCompiler(AutoTokenizer.from_pretrained(directory), eos_ids, vocabulary)
     matchers: dict[str, GrammarMatcher] = {}
+    originals: dict[str, GrammarMatcher] = {}  # by text
+
+    def begun(text: str) -> GrammarMatcher:
+        originals[text] = original = originals.pop(text, None) or compiler.matcher(Grammar("lark", text))
+        while len(originals) > _MOST_ORIGINALS:
+            del originals[next(iter(originals))]
+        return original.copy()
 
     def follow(name: str, text: str, generated: list[int]) -> tuple[str | None, str | None]:
         try:
-            matchers[name] = matcher = matchers.pop(name, None) or compiler.matcher(Grammar("lark", text))
+            matchers[name] = matcher = matchers.pop(name, None) or begun(text)
         except ApiError as error:
             raise UserError(error.message) from None
         while len(matchers) > _MOST_MATCHERS:
@@ -178,16 +218,20 @@ def follower(setup: str) -> Callable[..., tuple[str | None, str | None]]:
 def try_grammar(kind: Any, text: str, free: bool) -> int:
     """In the process of the trials: follow a grammar by chance, byte by byte, and give the bytes of memory that it took.
 
-    UserError if it can't be read. Rules of a client's own, which may loop, are followed several times.
+    UserError if it can't be read. Rules of a client's own, which may loop, are followed several times, and compiled in
+    `COMPILE_SECONDS`.
     """
     from llguidance import LLTokenizer
 
     tokenizer, rng, before = LLTokenizer("byte"), random.Random(0), _resident()
     for _ in range(4 if free else 1):
+        began = time.process_time()
         try:
             matcher = compiled(Grammar(kind, text, free), tokenizer)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if free and time.process_time() - began > COMPILE_SECONDS:
+            raise UserError(f"took longer than {COMPILE_SECONDS:g} s to compile")
         for _ in range(64):
             mask = matcher.compute_bitmask()
             able = [i for i in range(256) if mask[i // 8] >> (i % 8) & 1]

@@ -27,18 +27,19 @@ from starlette.types import Message, Receive, Scope, Send
 from e3rl.errors import UserError
 from e3rl.serve.errors import ApiError
 from e3rl.serve.forms import FORMS, AnswerWriter, Form
-from e3rl.serve.free_grammars import Grammars
 from e3rl.serve.grammar import Grammar
 from e3rl.serve.requests import DecodingRequest, read_detokenize, read_tokenize
 from e3rl.serve.service import Running, Service
 from e3rl.serve.worker import Outbox
-from e3rl.web.access import Access
+from e3rl.web.access import Access, network
 from e3rl.web.door import Door, while_connected
 from e3rl.web.prometheus import CONTENT_TYPE
 from e3rl.web.server import WebServer
 
 T = TypeVar("T")
 MAX_BODY = 4 * 2**20
+READERS = 8
+"""Threads that read requests: conversations are written out, texts become tokens, grammars are compiled."""
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
@@ -55,7 +56,7 @@ def make_server(service: Service, access: Access, port: int, *, drain_s: float =
 
 def make_app(service: Service, access: Access) -> Door:
     """The ASGI app, behind its door."""
-    api = _Api(service, _Trials(service.grammars))
+    api = _Api(service, _Threads(READERS, READERS // 2), _Threads(1, 1))
     routes = [
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
@@ -103,29 +104,30 @@ def make_app(service: Service, access: Access) -> Door:
     )
 
 
-class _Trials:
-    """Grammars that are tried for the first time, which may take long: in a thread of their own, one of an address at a time,
-    while others are read and answered."""
+class _Threads:
+    """Threads for what a client sent, which may take long to read. An address has at most ``share`` of them at a time."""
 
-    def __init__(self, grammars: Grammars) -> None:
-        self._grammars = grammars
-        self._thread = ThreadPoolExecutor(1, "e3rl-grammars")
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+    def __init__(self, threads: int, share: int) -> None:
+        self._pool, self._share = ThreadPoolExecutor(threads, "e3rl-requests"), share
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def run(self, who: str, grammar: Grammar) -> None:
-        """ApiError where it can't be used."""
-        turn = self._turns.setdefault(who, asyncio.Lock())
+    async def run(self, who: str, work: Callable[[], T]) -> T:
+        """Do ``work``; others do theirs meanwhile."""
+        turn = self._turns.setdefault(who, asyncio.Semaphore(self._share))
         async with turn:
-            if not self._grammars.knows(grammar):
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._grammars.try_out, grammar)
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            except RecursionError:
+                raise ApiError(400, "the body is nested too deeply") from None
 
 
 @dataclass(frozen=True)
 class _Api:
-    """The handlers by path."""
+    """The handlers by path. Grammars that are tried for the first time have a thread of their own."""
 
     service: Service
-    trials: _Trials
+    readers: _Threads
+    trials: _Threads
 
     def _card(self) -> dict[str, Any]:
         limit = self.service.max_length
@@ -147,7 +149,11 @@ class _Api:
 
     async def tokenize(self, request: Request) -> Response:
         body = await _body(request)
-        return _json(200, await _apart(lambda: self._tokens(read_tokenize(_parse(body)), _parse(body))))
+        found = await self._read(request, lambda: self._tokens(read_tokenize(_parse(body)), _parse(body)))
+        return _json(200, found)
+
+    async def _read(self, request: Request, work: Callable[[], T]) -> T:
+        return await self.readers.run(_client(request)[0], work)
 
     def _tokens(self, asked: DecodingRequest, body: Any) -> dict[str, Any]:
         (prompt,) = asked.prompts
@@ -158,8 +164,8 @@ class _Api:
         return found
 
     async def detokenize(self, request: Request) -> Response:
-        ids = read_detokenize(_parse(await _body(request)))
-        return _json(200, {"prompt": self.service.policy.tokenizer.decode(ids)})
+        body, tokenizer = await _body(request), self.service.policy.tokenizer
+        return _json(200, {"prompt": await self._read(request, lambda: tokenizer.decode(read_detokenize(_parse(body))))})
 
     def _asked(self, form: Form, body: bytes) -> tuple[DecodingRequest, Grammar | None]:
         asked = form.read(_parse(body))
@@ -167,11 +173,11 @@ class _Api:
 
     async def post(self, request: Request) -> _Reply:
         form, body, outbox = FORMS[request.url.path], await _body(request), Outbox()
-        asked, grammar = await _apart(lambda: self._asked(form, body))
+        asked, grammar = await self._read(request, lambda: self._asked(form, body))
         client = _client(request)
-        if grammar is not None:
-            await self.trials.run(client[0], grammar)
-        running = await _apart(lambda: self.service.start(asked, outbox, client))
+        if grammar is not None and not self.service.grammars.knows(grammar):
+            await self.trials.run(client[0], lambda: self.service.grammars.try_out(grammar))
+        running = await self._read(request, lambda: self.service.start(asked, outbox, client))
         writer = AnswerWriter(form, running, self.service.policy.tokenizer, self.service.name)
         return _Reply(self.service, running, writer)
 
@@ -225,14 +231,6 @@ class _Reply:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _apart(work: Callable[[], T]) -> T:
-    """Do ``work``, which reads what a client sent, in a thread."""
-    try:
-        return await asyncio.to_thread(work)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
-
-
 async def _body(request: Request) -> bytes:
     """The body of a request that says that it is JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -241,8 +239,8 @@ async def _body(request: Request) -> bytes:
 
 
 def _client(request: Request) -> tuple[str, str]:
-    """Who asks: an address, and the key that the client sent, whatever it is."""
-    return request.client.host if request.client else "", request.headers.get("authorization", "")
+    """Who asks: an address (`network`), and the key that the client sent, whatever it is."""
+    return network(request.client.host) if request.client else "", request.headers.get("authorization", "")
 
 
 def _parse(raw: bytes) -> Any:

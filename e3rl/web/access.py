@@ -22,6 +22,20 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def network(host: str) -> str:
+    """What counts as one address where something is shared among addresses. Whoever has one of IPv6 has the 2^64 beside it, and
+    who is on this machine has all of 127.0.0.0/8."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return "localhost" if address.is_loopback else str(ipaddress.ip_network((int(address), 64), strict=False))
+        address = address.ipv4_mapped
+    return "localhost" if address.is_loopback else str(address)
+
+
 @dataclass(frozen=True)
 class Access:
     """The address that a server listens on, and the token it asks for, if any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,8 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from e3rl.web.access import network
+
 ADMITTED, ENDED = "e3rl.admitted", "e3rl.ended"
-"""Keys of a scope: the door has admitted the request; the client will send nothing more."""
+"""Keys of a scope: the door has admitted the request, whose body is there; the client will send nothing more."""
+
+SHARE = 3 / 4
+"""Of what there is of connections, and of room for bodies: the most that one address may have."""
+SMALL = 2**16
+"""Bodies of so many bytes always have room: connections have a limit."""
 
 SECONDS_TO_SEND = 20.0
 """For a body to arrive, beside what `SLOWEST` allows for its length."""
@@ -25,7 +33,8 @@ class Door:
     """Calls ``app`` with requests that ``admit`` lets in and whose body has at most ``largest`` bytes.
 
     ``admit`` sees the headers alone and returns None, or the answer to send instead. ``refuse`` words a refusal, given
-    its status and a sentence. All bodies that are held at one time have at most ``budget`` bytes.
+    its status and a sentence. All bodies that are held at one time have at most ``budget`` bytes, but for `SMALL` ones, and
+    those of an address its `SHARE` of that.
     """
 
     def __init__(
@@ -39,7 +48,7 @@ class Door:
     ) -> None:
         self._app, self._admit, self._refuse = app, admit, refuse
         self._largest, self._budget = largest, max(budget, largest)
-        self._held = 0
+        self._held: Counter[str] = Counter()  # bytes by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
@@ -52,25 +61,32 @@ class Door:
         if refusal is not None:
             await _answer_unread(refusal, scope, receive, send, unread=length != 0)
             return
-        scope[ADMITTED] = True
-        parts: list[bytes] = []
+        parts, who = list[bytes](), network(request.client.host if request.client else "")
         try:
-            refusal = await self._read(length or 0, receive, parts)
+            refusal = await self._read(length or 0, receive, parts, who)
             if refusal is not None:
-                self._drop(parts)
+                self._drop(parts, who)
                 await _answer_unread(refusal, scope, receive, send, unread=True)
             else:
+                scope[ADMITTED] = True
                 await self._app(scope, _replay(b"".join(parts), scope, receive), send)
         except _Gone:
             return
         finally:
-            self._drop(parts)
+            self._drop(parts, who)
 
-    def _drop(self, parts: list[bytes]) -> None:
-        self._held -= sum(map(len, parts))
+    def _drop(self, parts: list[bytes], who: str) -> None:
+        self._held[who] -= sum(map(len, parts))
         parts.clear()
+        if not self._held[who]:
+            del self._held[who]
 
-    async def _read(self, length: int, receive: Receive, parts: list[bytes]) -> Response | None:
+    def _room(self, who: str) -> bool:
+        return (
+            self._held.total() <= self._budget and self._held[who] <= max(self._largest, SHARE * self._budget)
+        )
+
+    async def _read(self, length: int, receive: Receive, parts: list[bytes], who: str) -> Response | None:
         """Fill ``parts`` with the body; the refusal where it doesn't arrive in time or there is no room for it."""
         try:
             async with asyncio.timeout(SECONDS_TO_SEND + length / SLOWEST):
@@ -80,8 +96,8 @@ class Door:
                         raise _Gone
                     part = message.get("body", b"")
                     parts.append(part)
-                    self._held += len(part)
-                    if self._held > self._budget:
+                    self._held[who] += len(part)
+                    if length > SMALL and not self._room(who):
                         return self._refuse(503, "too many large requests at a time; try again soon")
                     if not message.get("more_body", False):
                         return None

@@ -6,7 +6,7 @@ import asyncio
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import cast
 
@@ -16,8 +16,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from e3rl.errors import UserError
-from e3rl.web.access import Access
-from e3rl.web.door import ADMITTED, ENDED
+from e3rl.web.access import Access, network
+from e3rl.web.door import ADMITTED, ENDED, SHARE
 
 SECONDS_TO_ASK = 10.0
 """For the headers of a request to arrive."""
@@ -133,8 +133,9 @@ class _Uvicorn(uvicorn.Server):
 class HttpConnection(H11Protocol):
     """Uvicorn's connection, with deadlines for clients that don't send or don't read.
 
-    There is always room for a new one: beyond the limit, the connection that has been without an admitted request for
-    longest is closed for it. A client that disconnects is noticed even after a request sent early.
+    There is room for a new one: beyond the limit, and beyond the `SHARE` of it that an address has, the connection that has
+    been without an admitted request for longest is closed for it. A client that disconnects is noticed even after a request
+    sent early.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -144,8 +145,12 @@ class HttpConnection(H11Protocol):
         self._asking: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
         self._expect_request()
-        if len(self.connections) > _most_connections():
-            self._make_room()
+        self._address, most = network(self.client[0] if self.client else ""), _most_connections()
+        near = [c for c in self.connections if isinstance(c, HttpConnection) and c._address == self._address]
+        if len(near) > SHARE * most:
+            self._make_room(near)
+        elif len(self.connections) > most:
+            self._make_room(c for c in self.connections if isinstance(c, HttpConnection))
 
     def data_received(self, data: bytes) -> None:
         if self._busy and not self.cycle.more_body:  # given to uvicorn now, it would stop reading and miss the end
@@ -202,9 +207,8 @@ class HttpConnection(H11Protocol):
     def _admitted(self) -> bool:
         return self.cycle is not None and bool(self.cycle.scope.get(ADMITTED))
 
-    def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, HttpConnection) and not (c._busy and c._admitted)]
-        others = [c for c in idle if c is not self]
+    def _make_room(self, among: Iterable[HttpConnection]) -> None:
+        others = [c for c in among if c is not self and not (c._busy and c._admitted)]
         if not others:
             self.transport.write(_FULL)
             self.transport.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import subprocess
 import sys
 import threading
@@ -12,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from e3rl.errors import UserError
 from e3rl.models import Policy
 from e3rl.rewards.pool import Outcome
 from e3rl.serve import free_grammars
+from e3rl.serve import grammar as grammar_module
 from e3rl.serve.errors import ApiError
 from e3rl.serve.free_grammars import Grammars
-from e3rl.serve.grammar import Grammar
+from e3rl.serve.grammar import Grammar, GrammarMatcher
 from e3rl.serve.service import Service
 from tests.serve.conftest import serving
 from tests.serve.test_server import HELLO, TEXT, post
@@ -88,13 +92,80 @@ def test_one_that_takes_seconds_and_much_memory_to_compile_is_refused(grammars: 
 
 
 def test_grammars_take_so_much_memory_together(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_grammars, "HELD_BYTES", 3 * 2**20)
+    """What they are copied from counts, too, and gives way where nobody uses it."""
+    monkeypatch.setattr(free_grammars, "HELD_BYTES", 4 * 2**20)
     monkeypatch.setattr(grammars._trials, "map", lambda _: [Outcome(2**20)])
     held = [grammars.matcher(Grammar("regex", "a+")) for _ in range(3)]
     with pytest.raises(ApiError, match="take all memory"):
         grammars.matcher(Grammar("regex", "b+"))
     held.pop()
     grammars.matcher(Grammar("regex", "b+"))
+
+
+def test_two_that_are_made_at_a_time_share_the_memory_that_is_left(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, over, make = threading.Event(), threading.Event(), grammars._here.matcher
+
+    def slowly(grammar: Grammar) -> GrammarMatcher:
+        begun.set()
+        over.wait(60)
+        return make(grammar)
+
+    monkeypatch.setattr(free_grammars, "HELD_BYTES", 3 * 2**20)
+    monkeypatch.setattr(grammars._trials, "map", lambda _: [Outcome(2 * 2**20)])
+    monkeypatch.setattr(grammars._here, "matcher", slowly)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(grammars.try_out, Grammar("regex", "a+"))
+        assert begun.wait(60)
+        try:
+            with pytest.raises(ApiError, match="take all memory"):
+                grammars.try_out(Grammar("regex", "b+"))
+        finally:
+            over.set()
+        first.result()
+    grammars.try_out(Grammar("regex", "b+"))
+
+
+def test_a_matcher_may_end_at_any_moment(grammars: Grammars) -> None:
+    """The collector frees those in a circle in whatever thread it runs, in the middle of these calls, too."""
+    circle: list[object] = [grammars.matcher(Grammar("regex", "a+"))]
+    circle.append(circle)
+
+    def collect() -> None:
+        nonlocal circle
+        with grammars._lock:
+            del circle
+            gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert len(grammars._held) == 1, "of the original"
+
+
+def test_samples_are_copies_of_what_is_compiled_once(
+    grammars: Grammars, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = list[str](), grammar_module.compiled
+    monkeypatch.setattr(grammar_module, "compiled", lambda g, tokenizer: made.append(g.text) or real(g, tokenizer))
+    several = [grammars.matcher(Grammar("regex", "(12|34)+")) for _ in range(4)]
+    assert made == ["(12|34)+"]
+    for matcher, text in zip(several, ("1", "12", "3", ""), strict=True):  # each goes its own way
+        alone = grammars._here.matcher(Grammar("regex", "(12|34)+"))
+        assert torch.equal(matcher.allowed(ids(policy, text)), alone.allowed(ids(policy, text))), text
+    made.clear()
+    follow = free_grammars.follower(json.dumps([str(policy.tokenizer.name_or_path), policy.eos_ids, policy.vocabulary]))
+    masks = [follow(name, SUM, ids(policy, text))[0] for name, text in (("a", "1+"), ("b", "1"), ("c", "1+"))]
+    assert (made, masks[0] == masks[2], masks[0] == masks[1]) == ([SUM], True, False)
+
+
+def test_one_that_takes_long_to_compile_holds_up_no_steps(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_grammars, "COMPILE_SECONDS", -1.0)
+    with pytest.raises(UserError, match="took longer than -1 s to compile"):
+        free_grammars.try_grammar("lark", SUM, True)
+    assert free_grammars.try_grammar("lark", SUM, False) >= 0
 
 
 def test_a_trial_measures_memory() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from e3rl.rollout.group import GroupRollout
+from e3rl.serve.server import READERS
 from e3rl.serve.service import Service
 from e3rl.serve.settings import _ERASURE
 from e3rl.types import Draw
@@ -212,3 +216,37 @@ def test_what_is_nested_too_deeply_is_refused(make_service: Callable[..., Servic
         status, answer = post(url, path, body.encode())
     assert status == 400
     assert answer["error"]["message"]
+
+
+def test_texts_that_take_long_to_read_hold_up_nobody_elses(make_service: Callable[..., Service], monkeypatch):
+    """Of the threads that read requests an address has half."""
+    service, over, reading = make_service(), threading.Event(), list[str]()
+    encode = service.encode
+
+    def slowly(prompt: Any, *rest: Any) -> Any:
+        if prompt == "long":
+            reading.append(prompt)
+            over.wait(60)
+        return encode(prompt, *rest)
+
+    monkeypatch.setattr(service, "encode", slowly)
+    monkeypatch.setattr("e3rl.serve.server.network", lambda host: host)
+    with serving(service) as url, ThreadPoolExecutor(20) as threads:
+        port = int(url.rpartition(":")[2])
+
+        def ask(own: str, prompt: str, path: str = TEXT) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(own, 0))
+            body = {"model": "tiny", "prompt": prompt, **({"max_tokens": 4} if path == TEXT else {})}
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            with contextlib.closing(connection):
+                return connection.getresponse().status
+
+        try:
+            waiting = [threads.submit(ask, "127.0.0.1", "long", path) for path in (TEXT, "/tokenize") * 10]
+            while len(reading) < READERS // 2:
+                time.sleep(0.01)
+            assert ask("127.0.0.2", "3") == 200
+            assert len(reading) == READERS // 2
+        finally:
+            over.set()
+        assert {found.result() for found in waiting} <= {200, 429}

@@ -143,5 +143,5 @@ def test_who_asks_is_told_apart_by_key_and_user(make_service: Callable[..., Serv
         ):
             assert post(url, TEXT, {**HELLO, **user}, {"Authorization": key} if key else {})[0] == 200
         assert post(url, TEXT, {**HELLO, "user": 3})[1]["error"]["param"] == "user"
-    home = "127.0.0.1"
+    home = "localhost"
     assert asked == [(home, "", ""), (home, "Bearer k", ""), *[(home, "Bearer k", "u")] * 2]

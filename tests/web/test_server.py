@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from e3rl.errors import UserError
-from e3rl.web.access import Access
+from e3rl.web.access import Access, network
 from e3rl.web.door import Door, while_connected
 from e3rl.web.server import WebServer
 from tests.web.running import running
@@ -64,6 +64,12 @@ def app() -> App:
 
 @pytest.fixture
 def port(app: App) -> Iterator[int]:
+    with listening(app, LARGEST) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def listening(app: App, largest: int) -> Iterator[int]:
     access = Access("127.0.0.1", TOKEN)
 
     def admit(request: Request) -> Response | None:
@@ -73,14 +79,24 @@ def port(app: App) -> Iterator[int]:
     def refuse(status: int, message: str) -> Response:
         return PlainTextResponse(message, status)
 
-    door = Door(app, admit=admit, refuse=refuse, largest=LARGEST, budget=LARGEST)
+    door = Door(app, admit=admit, refuse=refuse, largest=largest, budget=LARGEST)
     with running(WebServer(door, access, 0, on_stop=app.stopping.set)) as server:
         yield server.port
 
 
+@pytest.fixture
+def addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this machine count as several."""
+    for module in ("door", "server"):
+        monkeypatch.setattr(f"e3rl.web.{module}.network", lambda host: host)
+
+
+OTHER = "127.0.0.2"
+
+
 @contextlib.contextmanager
-def line(port: int, *sent: bytes) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+def line(port: int, *sent: bytes, own: str = "127.0.0.1") -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(own, 0)) as connection:
         for part in sent:
             connection.sendall(part)
             time.sleep(0.02 * (len(sent) > 1))
@@ -203,8 +219,34 @@ def test_bodies_at_one_time_have_a_limit_together(port: int):
     assert status(port) == 200
 
 
-@pytest.mark.parametrize("silent", [b"", b"GET /echo HTTP/1.1\r\n", head("/echo", 100, "another-token-entirely")])
-def test_connections_without_a_token_lock_nobody_out(
+def test_bodies_that_take_all_room_leave_room_for_small_ones(port: int):
+    with line(port, head("/echo", LARGEST), b"x" * (LARGEST - 1)):
+        time.sleep(0.2)
+        with line(port, head("/echo", 5) + b"hello") as small:
+            assert answer_of(small, b"hello").startswith(b"HTTP/1.1 200")
+
+
+def test_bodies_of_one_address_leave_room_for_those_of_another(app: App, addresses: None):
+    largest = LARGEST // 5
+    with listening(app, largest) as port, contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(line(port, head("/echo", largest), b"x" * (largest - 1))) for _ in range(3)]
+        time.sleep(0.2)
+        with line(port, head("/echo", largest), b"x" * (largest - 1)) as more:
+            assert more.recv(65536).startswith(b"HTTP/1.1 503")
+        with line(port, head("/echo", largest), b"y" * largest, own=OTHER) as other:
+            assert answer_of(other, b"y" * largest).startswith(b"HTTP/1.1 200")
+        lines[0].sendall(b"x")
+        answer_of(lines[0], b"x" * largest)  # and what was read is given back
+        with line(port, head("/echo", largest), b"x" * largest) as again:
+            assert answer_of(again, b"x" * largest).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [b"", b"GET /echo HTTP/1.1\r\n", head("/echo", 100, "another-token-entirely"), head("/echo", 100) + b"x"],
+    ids=["nothing", "half a head", "a wrong token", "half a body"],
+)
+def test_connections_that_ask_nothing_lock_nobody_out(
     app: App, port: int, monkeypatch: pytest.MonkeyPatch, silent: bytes
 ):
     monkeypatch.setattr("e3rl.web.server.CONNECTIONS", 8)
@@ -222,18 +264,33 @@ def test_connections_without_a_token_lock_nobody_out(
         answer_of(waiting, b"end\r\n0\r\n\r\n")  # and one in the middle of its answer never
 
 
-def test_where_every_connection_is_at_work_a_new_one_is_told_so(app: App, port: int, monkeypatch: pytest.MonkeyPatch):
+def test_where_every_connection_is_at_work_a_new_one_is_told_so(
+    app: App, port: int, addresses: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Three quarters of them may be of one address."""
     monkeypatch.setattr("e3rl.web.server.CONNECTIONS", 4)
-    with contextlib.ExitStack() as stack:
-        for _ in range(4):
-            app.waiting.clear()
-            stack.enter_context(line(port, head("/wait", 0)))
-            assert app.waiting.wait(5)
-        with line(port) as connection:
+
+    def told(own: str) -> bool:
+        with line(port, own=own) as connection:
             answer = rest(connection)
-        assert answer.startswith(b"HTTP/1.1 503")
-        assert b"Retry-After" in answer
+        return answer.startswith(b"HTTP/1.1 503") and b"Retry-After" in answer
+
+    with contextlib.ExitStack() as stack:
+        for own in ("127.0.0.1", "127.0.0.1", "127.0.0.1", OTHER):
+            app.waiting.clear()
+            stack.enter_context(line(port, head("/wait", 0), own=own))
+            assert app.waiting.wait(5)
+        assert told("127.0.0.1")
+        assert told(OTHER)
         app.stopping.set()
+
+
+def test_whoever_has_one_address_has_those_beside_it():
+    assert network("2001:db8:1:2:3::4") == network("2001:db8:1:2::") == "2001:db8:1:2::/64"
+    assert network("2001:db8:1:3::") == "2001:db8:1:3::/64"
+    assert network("::ffff:10.0.0.1") == network("10.0.0.1") == "10.0.0.1"
+    assert network("::ffff:127.0.0.9") == network("127.1.2.3") == network("::1") == "localhost"
+    assert (network(""), network("testclient")) == ("", "testclient")
 
 
 def test_two_hundred_at_once_are_all_answered(port: int):
