@@ -75,7 +75,7 @@ class Grammars:
         return grammar in (self._tried if grammar.free else self._compiled)
 
     def try_out(self, grammar: Grammar) -> int:
-        """Compile it, after a trial the first time; ApiError where it can't be used, or takes too long. The bytes that it takes."""
+        """Compile it, after a trial the first time; the bytes that it takes. ApiError where it can't be used or is too slow."""
         require_llguidance()
         size = self._tried.get(grammar) or self._size(grammar)
         if not grammar.free:

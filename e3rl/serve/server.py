@@ -56,7 +56,7 @@ def make_server(service: Service, access: Access, port: int, *, drain_s: float =
 
 def make_app(service: Service, access: Access) -> Door:
     """The ASGI app, behind its door."""
-    api = _Api(service, _Threads(READERS, READERS // 2), _Threads(1, 1))
+    api = _Api(service, _SharedThreads(READERS, READERS // 2), _SharedThreads(1, 1))
     routes = [
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
@@ -104,7 +104,7 @@ def make_app(service: Service, access: Access) -> Door:
     )
 
 
-class _Threads:
+class _SharedThreads:
     """Threads for what a client sent, which may take long to read. An address has at most ``share`` of them at a time."""
 
     def __init__(self, threads: int, share: int) -> None:
@@ -126,8 +126,8 @@ class _Api:
     """The handlers by path. Grammars that are tried for the first time have a thread of their own."""
 
     service: Service
-    readers: _Threads
-    trials: _Threads
+    readers: _SharedThreads
+    trials: _SharedThreads
 
     def _card(self) -> dict[str, Any]:
         limit = self.service.max_length
@@ -165,7 +165,9 @@ class _Api:
 
     async def detokenize(self, request: Request) -> Response:
         body, tokenizer = await _body(request), self.service.policy.tokenizer
-        return _json(200, {"prompt": await self._read(request, lambda: tokenizer.decode(read_detokenize(_parse(body))))})
+        return _json(
+            200, {"prompt": await self._read(request, lambda: tokenizer.decode(read_detokenize(_parse(body))))}
+        )
 
     def _asked(self, form: Form, body: bytes) -> tuple[DecodingRequest, Grammar | None]:
         asked = form.read(_parse(body))

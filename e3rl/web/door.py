@@ -82,9 +82,7 @@ class Door:
             del self._held[who]
 
     def _room(self, who: str) -> bool:
-        return (
-            self._held.total() <= self._budget and self._held[who] <= max(self._largest, SHARE * self._budget)
-        )
+        return self._held.total() <= self._budget and self._held[who] <= max(self._largest, SHARE * self._budget)
 
     async def _read(self, length: int, receive: Receive, parts: list[bytes], who: str) -> Response | None:
         """Fill ``parts`` with the body; the refusal where it doesn't arrive in time or there is no room for it."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,12 @@ def test_samples_are_copies_of_what_is_compiled_once(
     grammars: Grammars, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, real = list[str](), grammar_module.compiled
-    monkeypatch.setattr(grammar_module, "compiled", lambda g, tokenizer: made.append(g.text) or real(g, tokenizer))
+
+    def compiling(grammar: Grammar, tokenizer: Any) -> Any:
+        made.append(grammar.text)
+        return real(grammar, tokenizer)
+
+    monkeypatch.setattr(grammar_module, "compiled", compiling)
     several = [grammars.matcher(Grammar("regex", "(12|34)+")) for _ in range(4)]
     assert made == ["(12|34)+"]
     for matcher, text in zip(several, ("1", "12", "3", ""), strict=True):  # each goes its own way

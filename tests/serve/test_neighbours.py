@@ -218,7 +218,9 @@ def test_what_is_nested_too_deeply_is_refused(make_service: Callable[..., Servic
     assert answer["error"]["message"]
 
 
-def test_texts_that_take_long_to_read_hold_up_nobody_elses(make_service: Callable[..., Service], monkeypatch):
+def test_texts_that_take_long_to_read_hold_up_nobody_elses(
+    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+):
     """Of the threads that read requests an address has half."""
     service, over, reading = make_service(), threading.Event(), list[str]()
     encode = service.encode
