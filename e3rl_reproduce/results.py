@@ -12,7 +12,7 @@ from typing import Any
 from scipy import stats
 
 from e3rl.train.run_directory import read_lines
-from e3rl_reproduce.cells import Cell, Measure, read_measurement
+from e3rl_reproduce.cells import Cell, Measure, missing, read_measurement
 from e3rl_reproduce.measures import score
 from e3rl_reproduce.study import Row, Scale, Study, row_cell, tuning_cells
 
@@ -128,9 +128,9 @@ class Results:
         return [item["environment"] for item in found if item is not None]
 
     def absent(self) -> list[str]:
-        """The rows and seeds of which something is not measured, in words."""
-        return [
-            f"{row}, seed {seed}"
-            for (row, seed), cell in self.cells.items()
-            if any(read_measurement(cell, measure, self.out) is None for measure in cell.measures)
-        ]
+        """The rows and seeds of which something is not measured, in words, a row at a time."""
+        seeds: dict[str, list[str]] = {}
+        for (row, seed), cell in self.cells.items():
+            if missing(cell, self.out):
+                seeds.setdefault(row, []).append(str(seed))
+        return [f"{row}, seed{'s' * (len(found) > 1)} {', '.join(found)}" for row, found in seeds.items()]

@@ -179,7 +179,7 @@ def bound_table(results: Results) -> list[Table]:
         ratio = estimate([run["tokens"] / base[seed]["tokens"] for seed, run in runs.items() if seed in base])
         r = estimate([run["r"] for run in runs.values()])
         lines.append((label, *cells, passed, _mean(ratio), _mean(r), str(len(runs))))
-    k = results.scale.samples if results.scale.name == "smoke" else 4
+    k = results.cells[GRPO, results.scale.seeds[0]].config.eval.num_samples
     columns = (
         "rollouts",
         "Avg, equal steps",

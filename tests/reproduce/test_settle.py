@@ -18,6 +18,7 @@ from e3rl_reproduce.results import Results
 from e3rl_reproduce.settle import (
     CONTRAST,
     CREDIT,
+    DROPPED,
     GRPO,
     LOSS,
     SETTLE,
@@ -73,6 +74,7 @@ def test_differences_are_paired_by_seed_at_the_tokens_of_the_same_seed_s_grpo(re
     ]
     assert (ratio, r, seeds) == ("1.55", "0.60", "2")
     assert rows[LOSS] == ("–",) * 7 + ("0",)
+    assert results.absent()[:3] == [f"{DROPPED}, seeds 0, 1", f"{LOSS}, seeds 0, 1", f"{CREDIT}, seed 0"]
     [pairs] = pairs_table(results)
     assert pairs.rows == ((f"{CONTRAST} − {CREDIT}", "+0.300", "+0.100", "1"),)  # seed 1 alone has both
     [predicted] = predicted_table(results)
