@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 def _rehearse(options: argparse.Namespace, todo: Sequence[Task]) -> int:
     from e3rl.cli.opening import quiet_libraries
     from e3rl.rehearse.rehearsal import report
-    from e3rl_reproduce.rehearsed import rehearse_cells
+    from e3rl_reproduce.reproduce import rehearse_cells
 
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="e3rl-rehearsal-") as temporary:

@@ -9,8 +9,7 @@ import pytest
 
 from e3rl.cli import main
 from e3rl.rehearse.stages import Stages
-from e3rl_reproduce.rehearsed import first_cells
-from e3rl_reproduce.reproduce import tasks
+from e3rl_reproduce.reproduce import first_cells, tasks
 from e3rl_reproduce.worker import main as worker_main
 
 

@@ -110,7 +110,7 @@ def test_a_cell_that_dies_is_named_with_its_last_words(tmp_path: Path):
     launcher = "bash -c 'echo out of luck; exit 3' --"
     assert main(["reproduce", "erpo-fig2", *WHERE, str(tmp_path), "--launcher", launcher]) == 0
     page = (tmp_path / "erpo-fig2.md").read_text(encoding="utf-8")
-    assert "**Missing (lab model):** GRPO, seed 0; ERPO, seed 0" in page
+    assert "**Missing (lab model):** GRPO, seeds 0, 1; ERPO, seeds 0, 1." in page
     assert "exit code 3, out of luck" in page
 
 
