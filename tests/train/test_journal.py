@@ -52,11 +52,11 @@ def test_records_give_back_every_bit(drawn: list[tuple[Draw, Candidate]]):
         assert [np.signbit(x).tolist() for x in back.columns()] == [np.signbit(x).tolist() for x in made.columns()]
 
 
-class _Killed(Exception):
+class Killed(Exception):
     """The process ends here."""
 
 
-class _Dying:
+class Dying:
     """An engine that dies at its nth poll, and counts what it generates."""
 
     def __init__(self, engine: Engine, polls: int | None, append: bool = True) -> None:
@@ -69,7 +69,7 @@ class _Dying:
 
     def poll(self):
         if self._left == 0:
-            raise _Killed
+            raise Killed
         if self._left is not None:
             self._left -= 1
         done = self._engine.poll()
@@ -92,7 +92,7 @@ def _groups(engine: Engine, journal: StepJournal | None = None) -> list[Group]:
 
 @functools.cache
 def _undisturbed(kind: str) -> tuple[list[Group], int]:
-    engine = _Dying(_torch() if kind == "torch" else _oracle(), None)
+    engine = Dying(_torch() if kind == "torch" else _oracle(), None)
     return _groups(engine), engine.generated
 
 
@@ -100,11 +100,11 @@ def _killed_then_resumed(path: Path, kind: str, polls: list[int], append: bool =
     """The groups after a death at each of these polls, and what each life generated."""
     lives = []
     for left in (*polls, None):
-        engine = _Dying(_torch() if kind == "torch" else _oracle(), left, append)
+        engine = Dying(_torch() if kind == "torch" else _oracle(), left, append)
         journal = StepJournal(path, HEADER, lambda _: None)
         try:
             groups = _groups(engine, journal)
-        except _Killed:
+        except Killed:
             pass
         finally:
             lives.append(engine.generated)
@@ -147,7 +147,7 @@ def test_a_torn_file_gives_what_is_whole_and_is_written_on(tmp_path: Path):
         whole = sum(count for end, count in zip(ends[1:], held, strict=True) if end <= cut)
         assert survey(content[:cut])[0] == f"{whole} candidates"
         said: list[str] = []
-        engine = _Dying(_torch(), None)
+        engine = Dying(_torch(), None)
         journal = StepJournal(path, HEADER, said.append)
         assert _groups(engine, journal) == expected
         journal.close()
