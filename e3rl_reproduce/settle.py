@@ -42,6 +42,7 @@ _JUDGED = (
 )
 _SEQUENCE = "objective.allocation=sequence"
 _CONTRAST = (_SEQUENCE, "objective.erased=contrast")
+_STEP_CREDIT = "objective.name=e3rl_reproduce.oracle:StepCredit"
 _PLAIN = "rollout.erase=false"
 
 
@@ -49,19 +50,21 @@ def _oracle(name: str) -> tuple[str, ...]:
     return (*_JUDGED, f"erasure.metric=e3rl_reproduce.oracle:oracle_{name}")
 
 
+def _credit(name: str) -> tuple[str, ...]:
+    """The same labels as rewards for segments: everything is judged and nothing erased."""
+    return (_STEP_CREDIT, _SEQUENCE, *_oracle(name), "erasure.max_erasures=0")
+
+
 GRPO, CONTRAST, DROPPED = "GRPO", "oracle 0.95, contrast", "oracle 0.95, dropped"
 LOSS, CREDIT = "E³RL's loss, plain rollouts", "step credit 0.95, plain rollouts"
+BOTH = "oracle 0.95, contrast and step credit"
 
 ROWS = (
     Row(GRPO, ("methods/grpo",)),
     Row(DROPPED, ("methods/grpo",), _oracle("95")),
     Row(CONTRAST, ("methods/e3rl",), (*_CONTRAST, *_oracle("95"))),
     Row(LOSS, ("methods/e3rl",), (_SEQUENCE, _PLAIN)),
-    Row(
-        CREDIT,
-        ("methods/e3rl",),
-        ("objective.name=e3rl_reproduce.oracle:StepCredit", _SEQUENCE, *_oracle("95"), "erasure.max_erasures=0"),
-    ),
+    Row(CREDIT, ("methods/e3rl",), _credit("95")),
     Row("oracle 0.85, contrast", ("methods/e3rl",), (*_CONTRAST, *_oracle("85"))),
     Row("oracle 0.70, contrast", ("methods/e3rl",), (*_CONTRAST, *_oracle("70"))),
     Row(
@@ -70,10 +73,21 @@ ROWS = (
         (*_CONTRAST, *_oracle("95"), "train.max_tokens=64000"),
         segments=1,
     ),
+    Row("step credit 0.85, plain rollouts", ("methods/e3rl",), _credit("85")),
+    Row("step credit 0.70, plain rollouts", ("methods/e3rl",), _credit("70")),
+    Row(BOTH, ("methods/e3rl",), (_STEP_CREDIT, *_CONTRAST, *_oracle("95"))),
 )
 _SMOKE_ROWS = (GRPO, CONTRAST, CREDIT)
 
-PAIRS = ((CONTRAST, CREDIT), (CONTRAST, LOSS), (CONTRAST, DROPPED), (CREDIT, LOSS))
+PAIRS = (
+    (CONTRAST, CREDIT),
+    ("oracle 0.85, contrast", "step credit 0.85, plain rollouts"),
+    ("oracle 0.70, contrast", "step credit 0.70, plain rollouts"),
+    (BOTH, CREDIT),
+    (CONTRAST, LOSS),
+    (CONTRAST, DROPPED),
+    (CREDIT, LOSS),
+)
 """What is compared with what, besides all with GRPO."""
 
 _SCALES = {
