@@ -31,7 +31,10 @@ SIGNALS = {"U (mean ε)": "u", "mean entropy": "entropy", "−mean log π": "sur
 
 @dataclass(frozen=True)
 class Call:
-    """A drawn call. ``erased``: 'A' before it was made, 'B' with its result. ``so_far``: all calls before it were right."""
+    """A drawn call. ``erased``: 'A' before it was made, 'B' with its result. ``so_far``: all calls before it were right.
+
+    ``again``: it was taken back with its result, and what was drawn in its place says the same.
+    """
 
     problem: str
     prefix: str
@@ -39,6 +42,7 @@ class Call:
     so_far: bool
     retry: bool
     erased: str | None
+    again: bool
     u: float
     entropy: float
     surprise: float
@@ -70,10 +74,19 @@ def calls_of(row: Mapping[str, Any]) -> Iterator[Call]:
             so_far=all(step.right for step in earlier),
             retry=bool(candidate["attempt"]) and not by_result,
             erased=None if kept else "B" if by_result else "A",
+            again=by_result and _MARKS.sub("", replacement(row, candidate)) == _MARKS.sub("", candidate["text"]),
             u=float(np.mean(candidate["perturbations"])),  # what U is in tools-demo
             entropy=float(np.mean(candidate["entropies"])),
             surprise=-float(np.mean(candidate["logprobs"])),
         )
+
+
+def replacement(row: Mapping[str, Any], erased: Mapping[str, Any]) -> str:
+    """What was drawn in place of a turn that was taken back: the next that was, or what stayed."""
+    turns = [e for e in row["erasures"] if e["observation"] and e["start"] == erased["start"]]
+    later = turns[turns.index(erased) + 1 :]
+    stayed = (s for s in row["segments"] if s["start"] == erased["start"] and not s["observation"])
+    return str((later[0] if later else next(stayed))["text"])
 
 
 def read(run: Path) -> list[Call]:
@@ -111,6 +124,7 @@ def column(calls: Sequence[Call]) -> dict[str, str]:
         found[f"… right themselves, {name}"] = share([c.right for c in erased])
         found[f"… after a wrong call, {name}"] = share([not c.so_far for c in erased])
         found[f"wrong first draws erased {name}"] = share([c.erased == how for c in wrong])
+    found["drawn again with the same call"] = share([c.again for c in calls if c.erased == "B"])
     return {**found, "kept retries": str(len(kept)), "right kept retries": share(kept)}
 
 
