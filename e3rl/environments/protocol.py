@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from e3rl.environments.tools import call
 from e3rl.types import Group, Observed, Problem, Trajectory
 
 
@@ -78,7 +79,7 @@ def _settled(trajectory: Trajectory) -> Trajectory:
         return trajectory
     ask = getattr(trajectory.environment, "get_reward", None)
     try:
-        value = None if ask is None else ask()
+        value = None if ask is None else call(ask, {})
         return replace(trajectory, environment=RemoteEnvironment(None if value is None else float(value)))
     except (Exception, SystemExit) as error:  # user code may raise anything
         said = trajectory.failure or f"get_reward() failed: {type(error).__name__}: {error}"

@@ -96,7 +96,7 @@ def reset(environment: Any, row: dict[str, Any], name: str) -> str:
 
 
 def call(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The result of a tool, sync or async."""
+    """The result of a method, sync or async."""
     found = tool(**arguments)
     return asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
 
@@ -173,7 +173,7 @@ class Host:
 
     def reward(self) -> Any:
         """The result of ``get_reward``; None without one."""
-        return self.instance.get_reward() if hasattr(self.instance, "get_reward") else None
+        return call(self.instance.get_reward, {}) if hasattr(self.instance, "get_reward") else None
 
     def close(self) -> None:
         """Nothing is held."""

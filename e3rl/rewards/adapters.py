@@ -59,6 +59,8 @@ def _to_part(value: Any) -> Part:
     """A returned value as a part: None is no opinion, a number is the value, anything else is an error."""
     if value is None:
         return Part()
+    if isinstance(value, Exception):
+        return Part(error=describe(value))
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         return Part(error=f"returned {type(value).__name__}, not a number")
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from e3rl.errors import UserError
-from e3rl.rewards.adapters import RewardFunction
+from e3rl.rewards.adapters import RewardFunction, contained, wait_for_all
 from e3rl.rewards.answers import Unboxed, last_box
 from e3rl.rewards.batch import Batch, BatchReward, Part
 from e3rl.rewards.grading import Grade, grade_all
@@ -63,8 +64,17 @@ def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def environment_reward(environments: Sequence[Any], **columns: Any) -> list[Any]:
-    """The value of ``get_reward()`` of each trajectory's environment; no opinion if it has no such method."""
-    return [e.get_reward() if hasattr(e, "get_reward") else None for e in environments]
+    """The value of ``get_reward()`` of each trajectory's environment, or what it raised; no opinion without such a method."""
+    return [_asked(e) if hasattr(e, "get_reward") else None for e in environments]
+
+
+def _asked(environment: Any) -> Any:
+    try:
+        with contained():
+            found = environment.get_reward()
+            return wait_for_all([found])[0] if inspect.isawaitable(found) else found
+    except Exception as error:  # user code may raise anything; it costs this trajectory's reward alone
+        return error
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:

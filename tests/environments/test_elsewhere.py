@@ -96,7 +96,7 @@ class Bad:
 
 
 class Good:
-    def get_reward(self) -> Any:
+    async def get_reward(self) -> Any:
         return torch.tensor(0.25)
 
 

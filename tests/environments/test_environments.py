@@ -149,16 +149,34 @@ def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path) -> No
     def says(context: str, draw: Draw) -> str:
         if "<tool_response>" in context:
             return "Done."
-        return CALL.format("rest", '{"seconds": 2.0}') if draw.prompt_id == "hang" else add(1)
+        return CALL.format("rest", '{"seconds": 20.0}') if draw.prompt_id == "hang" else add(1)
 
     began = time.monotonic()
     trajectories, _, _ = roll(config, says, *problems)
-    assert time.monotonic() - began < 1.9
+    assert time.monotonic() - began < 15
     with Scorer(config.rewards) as scorer:
         rewards = scorer.score(trajectories, ["", ""])
     by_name = dict(zip([t.prompt.problem.id for t in trajectories], rewards, strict=True))
     assert (by_name["go"].value, by_name["hang"].value) == (4.0, None)
     assert by_name["hang"].error == "its environment took longer than 0.3 s"
+
+
+@pytest.mark.parametrize("isolate", [False, True], ids=["here", "isolated"])
+def test_get_reward_may_be_asynchronous_and_fails_alone(tmp_path: Path, isolate: bool) -> None:
+    source = COUNTER.replace(
+        "    def get_reward(self) -> float:\n",
+        "    async def get_reward(self) -> float:\n        1 / (self.count - 4)\n",
+    )
+    config = world(tmp_path, source, isolate=isolate)
+    problems = [Problem(str(by), "Count.", columns={"start": 3}) for by in (1, 2)]
+    trajectories, _, _ = roll(
+        config, lambda context, draw: "Done." if "<tool_response>" in context else add(int(draw.prompt_id)), *problems
+    )
+    with Scorer(config.rewards) as scorer:
+        rewards = scorer.score(trajectories, ["", ""])
+    by_name = dict(zip([t.prompt.problem.id for t in trajectories], rewards, strict=True))
+    assert (by_name["1"].value, by_name["2"].value) == (None, 5.0)
+    assert "division by zero" in str(by_name["1"].error)
 
 
 def test_a_tool_that_changes_the_directory_costs_its_own_reward(tmp_path: Path) -> None:
