@@ -6,6 +6,7 @@ Messages are JSON (`e3rl.cluster.wire`); groups travel as record batches (`e3rl.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from e3rl.errors import UserError
 from e3rl.rollout.columns import decode as decode_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, problem_of, to_ipc
-from e3rl.types import MEASURES, Draw, Group, Message, Problem, Prompt
+from e3rl.types import MEASURES, Draw, Group, Message, Problem, Prompt, Trajectory
 
 PROTOCOL = 4
 
@@ -141,7 +142,24 @@ def group_of(batch: pa.RecordBatch, prompt: Prompt, settings: GroupSettings, voc
             )
         if [s.index for s in trajectory.segments] != list(range(len(trajectory.segments))):
             raise ValueError("segments that are not in order")
+        _check_erasures(trajectory, settings)
     return item.group
+
+
+def _check_erasures(trajectory: Trajectory, settings: GroupSettings) -> None:
+    """ValueError where erasures can't stand where they say: a trainer may learn from each, behind what it was drawn after."""
+    limit, most = settings.rollout.completion_limit, settings.erasure.max_erasures * settings.rollout.erase
+    for place, erasure in enumerate(trajectory.erasures):
+        start, size = erasure.start, len(erasure.candidate.ids)
+        if not 0 <= start <= limit - size or not 0 <= erasure.index < limit:
+            raise ValueError(
+                f"an erasure of {size} tokens behind {start}, in segment {erasure.index}, of {limit} tokens"
+            )
+        if len(trajectory.context_of(place)) != start:
+            raise ValueError(f"an erasure behind {start} tokens, which are not there")
+    erased = Counter(e.index for e in trajectory.erasures)
+    if trajectory.prompt.tools is None and max(erased.values(), default=0) > most:
+        raise ValueError(f"{max(erased.values())} erasures of a segment; {most} were asked for at most")
 
 
 def _check_candidates(struct: pa.StructArray, rollout: RolloutConfig, vocabulary: int, *, tools: bool) -> None:
@@ -160,6 +178,9 @@ def _check_candidates(struct: pa.StructArray, rollout: RolloutConfig, vocabulary
         raise ValueError(f"token ids outside the vocabulary of {vocabulary}")
     if not ((entropies >= 0) & (entropies < np.inf)).all():  # NaN too
         raise ValueError("entropies that are no entropies")
+    u, threshold = (struct.field(name).drop_null().to_numpy() for name in ("uncertainty", "threshold"))
+    if not np.isfinite(u).all() or np.isnan(threshold).any():
+        raise ValueError("judgements that are no numbers")
     for name in MEASURES:
         if not np.isfinite(struct.field(name).values.to_numpy()).all():
             raise ValueError(f"{name} that are not finite")

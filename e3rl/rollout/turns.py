@@ -177,6 +177,13 @@ def from_json(text: str) -> Observed:
     """What `to_json` was given; ValueError where it can't have come from it."""
     try:
         found = json.loads(text)
-        return Observed(**{**found, "calls": tuple(ToolResult(**call) for call in found["calls"])})
-    except (TypeError, KeyError, AttributeError) as error:
+        observed = Observed(**{**found, "calls": tuple(ToolResult(**call) for call in found["calls"])})
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"an observation that is none ({error})") from None
+    kinds = [(observed, {"state": int, "evidence": (int, float), "forced": bool})]
+    kinds += [(call, {"name": str, "arguments": str, "result": str, "failed": bool}) for call in observed.calls]
+    for item, names in kinds:
+        for name, kind in names.items():
+            if not isinstance(value := getattr(item, name), kind) or value != value:
+                raise ValueError(f"an observation that is none ({name} is {str(value)[:60]})")
+    return observed

@@ -36,7 +36,23 @@ def _candidate(**changes: Any) -> pa.RecordBatch:
     return _changed(lambda rows: rows[0]["segments"][0].update(changes))
 
 
+def _erased(**changes: Any) -> pa.RecordBatch:
+    """The group, its erasure changed."""
+    return _changed(lambda rows: rows[0]["erasures"][0].update(changes))
+
+
+def _shorter(**changes: Any) -> pa.RecordBatch:
+    """The group, its erasure changed and its first response one segment long."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[0]["erasures"][0].update(changes)
+        del rows[0]["segments"][1:]
+
+    return _changed(change)
+
+
 def test_what_was_asked_for_comes_back_whole():
+    assert GROUP.trajectories[0].erasures
     assert group_of(encode([GROUP]), prompt("p"), SETTINGS, VOCABULARY) == GROUP
 
 
@@ -68,6 +84,15 @@ def test_what_was_asked_for_comes_back_whole():
         (_candidate(entropies=(0.1, math.inf)), "entropies that are no entropies"),
         (_candidate(entropies=(0.1, -0.1)), "entropies that are no entropies"),
         (_candidate(logprobs=(0.1, -math.inf)), "logprobs that are not finite"),
+        (_candidate(uncertainty=math.nan), "judgements that are no numbers"),
+        (_candidate(threshold=math.nan), "judgements that are no numbers"),
+        (_erased(start=2_000_000_000), "an erasure of 2 tokens behind 2000000000"),
+        (_erased(start=-1), "an erasure of 2 tokens behind -1"),
+        (_erased(start=5), "behind 5, in segment 0, of 6 tokens"),
+        (_erased(index=2_000_000_000), "in segment 2000000000"),
+        (_erased(index=-1), "in segment -1"),
+        (_shorter(start=3), "an erasure behind 3 tokens, which are not there"),
+        (_changed(lambda rows: rows[0].update(erasures=rows[0]["erasures"] * 9)), "9 erasures of a segment; "),
     ],
 )
 def test_what_can_not_be_an_answer_is_refused(batch: pa.RecordBatch, message: str):

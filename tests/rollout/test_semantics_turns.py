@@ -400,8 +400,24 @@ def test_turns_survive_every_encoding():
     assert found.group == group
     for draw, kept in memory.replies.items():
         assert unpack_reply(pack_reply(draw, kept)) == (draw, kept)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"calls": [{"name": "f"}], "state": 0}',
+        '{"calls": [{"name": "f", "arguments": "", "result": 5}], "state": 0}',
+        '{"calls": [], "state": "0"}',
+        '{"calls": [], "state": 0, "evidence": NaN}',
+        '{"calls": [], "state": 0, "forced": 1}',
+        "[" * 100_000,
+        "[]",
+    ],
+    ids=["a part", "a number for a text", "a text for a number", "no number", "no truth", "deep", "a list"],
+)
+def test_what_is_no_observation_is_refused(text: str):
     with pytest.raises(ValueError, match="observation that is none"):
-        from_json('{"calls": [{"name": "f"}], "state": 0}')
+        from_json(text)
 
 
 def test_what_is_learnt_from_turns():
