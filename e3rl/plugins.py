@@ -80,6 +80,7 @@ REMOTE_CODE = "model.trust_remote_code"
 def foreign_code(config: Config) -> dict[str, str]:
     """The code that is not e3rl's and that a config would run: setting → plug-in, or the model that brings its own."""
     named = {
+        "data.transform": config.data.transform,
         "rollout.engine": config.rollout.engine,
         "erasure.metric": config.erasure.metric,
         "objective.name": config.objective.name,

@@ -81,7 +81,7 @@ class DataConfig:
     mixture: Mapping[str, Any] = setting(
         {}, "several sources in place of train, each with its weight: {'a.jsonl' = 3, 'OWNER/NAME' = 1}"
     )
-    eval: tuple[str, ...] = setting((), "held-out data, one or several; empty: a lab family's held-out half, else none")
+    eval: tuple[str, ...] = setting(("auto",), "held-out data; 'auto': the held-out half of lab families; []: none")
     directory: str = setting("", "directory with files of the benchmarks named in train or eval; empty: from the hub")
     train_split: str = setting("train", "split of a hub dataset to train on")
     eval_split: str = setting("test", "split of a hub dataset to evaluate on")
@@ -89,14 +89,13 @@ class DataConfig:
     answer_column: str = setting("answer", "column with the reference answer")
     id_column: str = setting("id", "column with a unique id; rows without one are numbered")
     solution_column: str = setting("solution", "column with a full worked answer: what 'sft' trains on")
+    transform: str = setting("", "function of a row, file.py:name: gives the row to use, or None to leave it out")
     system_prompt: str = setting("", "system message put before every prompt; empty: none")
     raw_prompts: bool = setting(False, "string prompts go to the model unchanged, without the chat template (TRL)")
     chat_template_kwargs: Mapping[str, Any] = setting({}, "arguments of the chat template: {enable_thinking = false}")
     train_limit: int = setting(0, "use only the first n training problems; 0: all", min=0)
     filter_overlong_prompts: bool = setting(False, "leave out training prompts that are too long, and say how many")
-    max_prompt_length: int = setting(
-        0, "longest prompt in tokens; a longer one is an error; 0: what the context leaves", min=0
-    )
+    max_prompt_length: int = setting(0, "longest prompt in tokens, else an error; 0: what the context leaves", min=0)
 
     @property
     def sources(self) -> dict[str, float]:

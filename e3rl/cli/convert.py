@@ -34,9 +34,15 @@ def run(options: argparse.Namespace) -> int:
     arguments = read_arguments(options.source)
     if options.model:
         arguments = arguments.updated(Arguments({"model_name_or_path": options.model}))
-    translation = translate(arguments, processes=options.processes)
+    rows_file = options.output.with_name(f"{options.output.stem}_rows.py") if options.output else None
+    translation = translate(arguments, processes=options.processes, rows_file=rows_file)
     text = translation.to_toml()
     if options.output:
+        if rows_file and translation.rows:
+            write_text(rows_file, translation.rows)
+            print(
+                f"rows:   {rows_file}, the script's code for its dataset; it runs when the recipe does", file=sys.stderr
+            )
         write_text(options.output, text)
         print(f"recipe: {options.output}", file=sys.stderr)
     else:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from e3rl.cli.main import add_setting_arguments
-from e3rl.cli.opening import quiet_libraries, read_recipe
+from e3rl.cli.opening import announce_foreign_code, quiet_libraries, read_recipe
 from e3rl.cli.recipes import recipe_names
 from e3rl.errors import UserError
 
@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
     if options.show < 0:
         raise UserError("--show must be at least 0")
     config = read_recipe(options)
+    if config.data.transform:
+        announce_foreign_code(config)
     quiet_libraries()
 
     from e3rl.data.loading import held_out_sources, load_problems
@@ -40,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     sources += [(source, "eval") for source in held_out_sources(config.data)]
     for source, split in sources:
         problems = load_problems(source, config=config.data, split=split)
-        part = f" ({100 * shares[source]:.3g} % of the prompts)" if len(shares) > 1 else ""
+        part = f" ({100 * shares[source]:.3g} % of the prompts)" if split == "train" and len(shares) > 1 else ""
         name = f"training data{part}" if split == "train" else "held-out data"
         print(f"{name}: {source}", *_lines(problems, outline, config, options.show), "", sep="\n")
     return 0
@@ -58,6 +60,8 @@ def _lines(problems: Sequence[Problem], outline: Outline, config: Config, show: 
     columns = list(dict.fromkeys(name for p in problems for name in p.columns))
     answered = sum(p.answer is not None for p in problems)
     yield f"  problems      {len(problems)}, {answered} with an answer (column '{config.data.answer_column}')"
+    if config.data.transform:
+        yield f"  rows          as {config.data.transform} makes them"
     yield f"  other columns {', '.join(columns) or 'none'}: reward functions get them by name"
     yield (
         f"  prompt tokens {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):.0f}, "

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from e3rl.config import DataConfig
 from e3rl.data.benchmarks import BENCHMARKS, load_benchmark
 from e3rl.data.readers import READERS, Row, looks_like_hub_id, read_dataset, read_file
-from e3rl.data.rows import has_column, to_problem
+from e3rl.data.rows import has_column, to_problem, transformed
 from e3rl.errors import UserError, unknown
 from e3rl.types import Problem
 
@@ -34,12 +34,11 @@ def load_problems(source: str, *, config: DataConfig, split: Split) -> list[Prob
         return _lab_problems(source, split, limit)
     if source in BENCHMARKS:
         return list(load_benchmark(source, config.directory).problems)
-    rows = rows_of(source, config, split)
+    rows = transformed(rows_of(source, config, split), config)
     problems = _to_problems(itertools.islice(rows, limit) if limit else rows, source, config)
     if not problems:
-        raise UserError(
-            f"{source}: holds no rows; there is nothing to {'train on' if split == 'train' else 'evaluate'}"
-        )
+        none = "data.transform leaves no rows" if config.transform else "holds no rows"
+        raise UserError(f"{source}: {none}; there is nothing to {'train on' if split == 'train' else 'evaluate'}")
     return problems
 
 
@@ -51,11 +50,17 @@ def training_problems(config: DataConfig) -> dict[str, list[Problem]]:
     return {source: [replace(p, id=f"{source}/{p.id}") for p in problems] for source, problems in found.items()}
 
 
+AUTO = "auto"
+"""In data.eval: the held-out half of the lab families that are trained on."""
+
+
 def held_out_sources(config: DataConfig) -> tuple[str, ...]:
-    """The sources to evaluate on: data.eval, else the held-out half of the lab families in training, else none."""
+    """The sources to evaluate on. An empty data.eval means none; its default is 'auto' alone."""
     if len(set(config.eval)) < len(config.eval):
         raise UserError(f"data.eval names a source twice: {', '.join(config.eval)}")
-    return config.eval or tuple(source for source in config.sources if source.startswith("lab:"))
+    halves = tuple(source for source in config.sources if source.startswith("lab:"))
+    named = [halves if source == AUTO else (source,) for source in config.eval]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(named)))
 
 
 def spread(problems: Sequence[_T], limit: int) -> list[_T]:

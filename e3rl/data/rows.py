@@ -6,12 +6,14 @@ import difflib
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
 from e3rl.config import DataConfig
-from e3rl.errors import UserError
+from e3rl.data.readers import Row
+from e3rl.errors import UserError, where_raised
+from e3rl.plugins import load
 from e3rl.types import Message, Problem
 
 PROMPT_NAMES = ("problem", "question", "query", "instruction", "input", "messages", "text")
@@ -56,6 +58,27 @@ def to_problem(row: Mapping[str, Any], config: DataConfig, where: str, number: i
     mapped = {config.prompt_column, config.id_column, "answer"}
     columns = {str(name): value for name, value in row.items() if name not in mapped}
     return Problem(id=id_ or str(number), prompt=prompt, answer=answer, columns=columns)
+
+
+def transformed(rows: Iterable[Row], config: DataConfig) -> Iterator[Row]:
+    """The rows that ``data.transform`` makes of them. UserError where it fails or gives no row."""
+    if not config.transform:
+        yield from rows
+        return
+    if ":" not in config.transform:
+        raise UserError(f"data.transform = '{config.transform}' names no function: write file.py:name or module:name")
+    function = load("data.transform", config.transform, {})
+    for where, row in rows:
+        try:
+            found = function(dict(row))
+        except Exception as error:  # the user's code may fail in any way
+            what = f"{type(error).__name__}: {error}{where_raised(error)}"
+            raise UserError(f"{where}: data.transform '{config.transform}' raised {what}") from None
+        if found is not None and not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise UserError(f"{where}: data.transform '{config.transform}' gave {kind}; it must give a row, or None")
+        if found is not None:
+            yield where, dict(found)
 
 
 def plain_text(value: Any, where: str) -> str | None:

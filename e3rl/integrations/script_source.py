@@ -37,7 +37,7 @@ class Source:
     """A parsed script. ``remarks``: what could not be read, a sentence each."""
 
     def __init__(self, tree: ast.Module) -> None:
-        self._tree = tree
+        self.tree = tree
         self.remarks: list[str] = []
         self._scopes = _scopes(tree)
         self._bound: dict[tuple[Scope | None, str], list[_Binding]] = {}
@@ -58,15 +58,15 @@ class Source:
     @property
     def runs_when_imported(self) -> bool:
         """Whether importing the script runs all of it: it has no ``if __name__ == "__main__"``."""
-        return not any(isinstance(n, ast.If) and "__name__" in ast.unparse(n.test) for n in self._tree.body)
+        return not any(isinstance(n, ast.If) and "__name__" in ast.unparse(n.test) for n in self.tree.body)
 
     def importable(self, function: str) -> bool:
         """Whether ``function`` is one of the script's that an import of it gives."""
-        return any(isinstance(n, Function) and n.name == function for n in self._tree.body)
+        return any(isinstance(n, Function) and n.name == function for n in self.tree.body)
 
     def calls(self, name: str) -> list[ast.Call]:
         """Calls of ``name``, also as an attribute (``module.name``)."""
-        return [n for n in ast.walk(self._tree) if isinstance(n, ast.Call) and called(n) == name]
+        return [n for n in ast.walk(self.tree) if isinstance(n, ast.Call) and called(n) == name]
 
     def parsed(self, node: ast.AST | None) -> bool:
         """Whether this is a setting of TRL's command line, or all of them, which the script parses."""
@@ -239,6 +239,20 @@ class Source:
         except (ValueError, TypeError, MemoryError, RecursionError):
             return UNKNOWN
 
+    def meanings(self, name: ast.Name) -> list[ast.AST | None]:
+        """What the script's code binds a name to where it is used: expressions, functions and classes; None: not one value."""
+        definitions = [n for n in ast.walk(self.tree) if isinstance(n, Scope) and n.name == name.id]
+        found: list[ast.AST | None] = [n for n in definitions if not isinstance(self._scopes[id(n)], ast.ClassDef)]
+        scope = self._scopes.get(id(name))
+        around = [scope]
+        while scope is not None:
+            scope = self._scopes.get(id(scope))
+            around.append(scope)
+        if any((scope, name.id) in self._bound for scope in around):
+            binding = self._binding(name)
+            found.append(binding.value if binding and binding.certain else None)
+        return found
+
     def remark(self, node: ast.AST, what: str, why: str = "") -> None:
         """Note that something does not carry over, with its line."""
         why = why or "scripts are not run, and only running it would tell; set it by hand"
@@ -259,7 +273,8 @@ def _scopes(tree: ast.Module) -> dict[int, Scope | None]:
 
 def _returned(function: Function) -> ast.expr | None:
     """What a function returns in its last line, if it returns nowhere else."""
-    returns = [n for n in ast.walk(function) if isinstance(n, ast.Return)]
+    inner = {id(m) for n in ast.walk(function) if isinstance(n, Scope) and n is not function for m in ast.walk(n)}
+    returns = [n for n in ast.walk(function) if isinstance(n, ast.Return) and id(n) not in inner]
     last = function.body[-1]
     return last.value if isinstance(last, ast.Return) and len(returns) == 1 else None
 

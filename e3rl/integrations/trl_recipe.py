@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from e3rl.config import build_config
 from e3rl.errors import UserError
 from e3rl.integrations.trl_arguments import HOW_LOADED, Arguments
 from e3rl.integrations.trl_losses import Settings, untranslated
+from e3rl.integrations.trl_rows import FUNCTION
 from e3rl.integrations.trl_schedule import rhythm_table, train_table
 from e3rl.sections import toml_value
 
@@ -27,6 +29,8 @@ class Translation:
 
     tables: Mapping[str, Mapping[str, Any]]
     losses: tuple[str, ...]
+    rows: str = ""
+    """The text of the module that ``data.transform`` names: the script's own code for the rows of its dataset."""
 
     def to_toml(self) -> str:
         """The recipe; comments list what does not carry over."""
@@ -38,15 +42,25 @@ class Translation:
         return "\n".join(lines) + "\n"
 
 
-def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
-    """The recipe for TRL's settings; ``processes`` is the number that TRL trained on. `load_config` accepts it."""
+def translate(arguments: Arguments, *, processes: int = 1, rows_file: Path | None = None) -> Translation:
+    """The recipe for TRL's settings; ``processes`` is the number that TRL trained on. `load_config` accepts it.
+
+    Code that makes the rows goes to ``rows_file``, which is the caller's to write; without one it is a loss.
+    """
     settings = Settings(arguments.values)
+    rows, eval_rows = settings.optional("rows") or "", settings.optional("eval_rows") or ""
+    if rows and rows_file is None:
+        settings.lose("dataset.map and dataset.filter: with --output FILE their code is written beside the recipe")
+    if rows != eval_rows and arguments.values.get("eval_dataset_name"):
+        settings.lose(
+            "eval_dataset: its rows are made otherwise than those of train_dataset, and data.transform makes both"
+        )
     generations = settings.take("num_generations", 8)
     train, updates = train_table(settings, generations, processes)
     tables = {
         "run": _run(settings),
         "model": _model(settings, arguments.remarks),
-        "data": _data(settings),
+        "data": _data(settings) | ({"transform": f"{rows_file}:{FUNCTION}"} if rows and rows_file else {}),
         "rollout": _rollout(settings, generations),
         "objective": _objective(settings),
         "rewards": _rewards(settings),
@@ -60,7 +74,7 @@ def translate(arguments: Arguments, *, processes: int = 1) -> Translation:
     losses = (*remarks, *settings.losses, *untranslated(settings.left))
     found = {name: table for name, table in tables.items() if table}
     build_config(found)
-    return Translation(found, losses)
+    return Translation(found, losses, rows if rows_file else "")
 
 
 def _run(settings: Settings) -> dict[str, Any]:

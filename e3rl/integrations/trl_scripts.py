@@ -13,6 +13,7 @@ from typing import Any
 from e3rl.errors import UserError
 from e3rl.integrations.script_source import UNKNOWN, Source, called
 from e3rl.integrations.trl_arguments import FROM_COMMAND_LINE, HOW_LOADED, Arguments, reward_name
+from e3rl.integrations.trl_rows import changed_rows, dataset_source
 
 TRAINER = (
     *(
@@ -184,10 +185,11 @@ class _Script:
         }
 
     def _dataset(self, node: ast.expr | None, split: str) -> dict[str, Any]:
-        """The dataset's source, through the changes that settings can express; others are listed."""
+        """The dataset's source, and the changes of its rows as settings or code; others are listed."""
         if node is None or self._source.value(node) is None:
             return {}
-        call, renamed, values = self._loaded(node)
+        found = dataset_source(self._source, node)
+        call = found.loaded
         if not (isinstance(call, ast.Call) and called(call) == "load_dataset"):
             self._source.remark(
                 node, f"{split}_dataset", "it is no load_dataset(...): write its rows into a file and set data.train"
@@ -197,61 +199,21 @@ class _Script:
         given = self._values({name: node for name, node in arguments.items() if not self._source.parsed(node)})
         source = given.get("path")
         files = given.get("data_files")
-        files = files.get(values.get("split") or given.get("split") or "train") if isinstance(files, dict) else files
+        files = files.get(found.split or given.get("split") or "train") if isinstance(files, dict) else files
         if source in ("json", "csv", "parquet") and isinstance(files, str):
             given, source = {}, files
         elif source in ("json", "csv", "parquet"):
             self._source.remark(call, f"{split}_dataset", "one file can be read: join its files, and set data.train")
             return {}
-        found = {"dataset_name": source, "dataset_config": given.get("name")}
-        found |= {"dataset_split": values.pop("split", None) or given.get("split"), **values}
-        found["columns"] = renamed
+        values = {"dataset_name": source, "dataset_config": given.get("name")}
+        values |= {"dataset_split": found.split or given.get("split"), **changed_rows(self._source, found.changes)}
         keys = {"dataset_split": f"dataset_{'train' if split == 'train' else 'test'}_split"}
         if split == "eval":
-            keys |= {
-                "dataset_name": "eval_dataset_name",
-                "dataset_config": "eval_dataset_config",
-                "columns": "eval_columns",
-            }
-        return {keys.get(k, k): v for k, v in found.items() if v}
-
-    def _loaded(self, node: ast.expr) -> tuple[ast.expr, dict[str, str], dict[str, Any]]:
-        """What a dataset was before it was changed, columns that were renamed, and the split and limit that were chosen."""
-        call, renamed, values = self._source.follow(node), dict[str, str](), dict[str, Any]()
-        if isinstance(call, ast.IfExp) and self._source.value(call.orelse) is None:
-            call = self._source.follow(call.body)  # … if training_args.eval_strategy != "no" else None
-        while True:
-            name = called(call) if isinstance(call, ast.Call) else ""
-            if isinstance(call, ast.Subscript) and (
-                self._source.parsed(call.slice) or self._source.value(call.slice) is not UNKNOWN
-            ):
-                values["split"] = None if self._source.parsed(call.slice) else self._source.value(call.slice)
-                call = self._source.follow(call.value)
-            elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and name != "load_dataset":
-                self._changed(call, name, renamed, values)
-                call = self._source.follow(call.func.value)
-            else:
-                return call, renamed, values
-
-    def _changed(self, call: ast.Call, name: str, renamed: dict[str, str], values: dict[str, Any]) -> None:
-        """One method of a dataset: expressed as settings, without effect here, or listed."""
-        arguments = [self._source.value(node) for node in call.args]
-        if name == "rename_column" and len(arguments) == 2 and UNKNOWN not in arguments:
-            renamed[arguments[1]] = arguments[0]
-        elif name == "rename_columns" and arguments and isinstance(arguments[0], dict):
-            renamed |= {new: old for old, new in arguments[0].items()}
-        elif name == "select" and call.args and (count := self._first(call.args[0])):
-            values["train_limit"] = count
-        elif name not in ("shuffle", "remove_columns", "select_columns", "with_format", "flatten_indices"):
-            shown = f"dataset.{name}({', '.join(ast.unparse(a) for a in call.args)[:60]})"
-            how = "its code changes the rows: run it once, save them with dataset.to_json('train.jsonl'), and set data.train"
-            self._source.remark(call, shown, how)
-
-    def _first(self, node: ast.expr) -> int | None:
-        """n of ``range(n)``."""
-        is_range = isinstance(node, ast.Call) and called(node) == "range" and len(node.args) == 1
-        count = self._source.value(node.args[0]) if is_range else None  # type: ignore[attr-defined]
-        return count if isinstance(count, int) else None
+            keys |= {name: f"eval_{name}" for name in ("dataset_name", "dataset_config", "columns", "rows")}
+            if count := values.pop("train_limit"):
+                how = f"eval.limit = {count} takes as many, evenly spread"
+                self._source.remark(node, f"the first {count} rows of eval_dataset", how)
+        return {keys.get(k, k): v for k, v in values.items() if v}
 
     def _rewards(self, node: ast.expr | None) -> dict[str, Any]:
         if node is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from e3rl.config import Config, build_config, lay, to_tables, to_toml
 from e3rl.data.benchmarks import BENCHMARKS
-from e3rl.data.loading import rows_of
+from e3rl.data.loading import AUTO, rows_of
 from e3rl.errors import UserError
 from e3rl.files import write_text
 from e3rl.rehearse import standins
@@ -51,8 +51,7 @@ class Rehearsal:
 
 def sources(config: Config) -> list[str]:
     """The recipe's evaluation data, in its order."""
-    named = config.data.eval
-    return [s for s in ([named] if isinstance(named, str) else named) if s]
+    return [source for source in config.data.eval if source != AUTO]
 
 
 def shrink(config: Config, directory: Path) -> tuple[Config, dict[str, tuple[int, int]], list[str]]:
@@ -205,7 +204,7 @@ def trained(small: Config, run: Path) -> list[str]:
     last = steps[-1]
     said = [f"last step: loss {last['loss']:+.4f}, gradient norm {last['grad_norm']:.4f}, r {last['r']:.2f}"]
     if not sources(small):
-        return [*said, "nothing was evaluated while training: data.eval is empty"]
+        return [*said, "nothing was evaluated while training: data.eval names nothing"]
     k = small.eval.num_samples
     lines = (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
     found = [record for record in map(json.loads, lines) if record["step"] == STEPS]

@@ -139,6 +139,10 @@ def continue_or_put_aside(config: Config) -> bool:
 def changed_settings(before: Config, now: Config) -> list[str]:
     """Settings that differ and make it another run, as sentences."""
     then, today = _flat(before), _flat(now)
+    if not before.data.eval and now.data.eval == (
+        "auto",
+    ):  # what the default is called; runs before that name wrote []
+        then["data.eval"] = today["data.eval"]
     keys = [k for k in sorted(then | today) if then.get(k) != today.get(k) and k not in MAY_CHANGE]
     return [f"{k} ({then.get(k)!r} then, {today.get(k)!r} now)" for k in keys]
 

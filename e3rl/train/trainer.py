@@ -74,8 +74,8 @@ class Trainer:
             run.note(f"{run.data.left_out} training prompts are too long and left out; {len(run.data.train)} remain")
         for text in overlap_notes(run.config.data, run.data.train, run.data.held_out):
             run.note(text)
-        if run.config.train.eval_steps and not run.data.held_out:
-            run.note("nothing is evaluated: data.eval is empty; held-out problems belong there")
+        if run.config.train.eval_steps and run.config.data.eval and not run.data.held_out:
+            run.note("nothing is evaluated: data.eval names no held-out problems; they belong there")
         if size := checkpoint_size(run):
             run.note(size)
         try:

@@ -94,7 +94,10 @@ def _model_edits(p: Payload) -> dict[str, Callable[[Path], Any]]:
         "text_config": {"attn_implementation": "paged|evil/kernel"},
         "kernel_config": {"RMSNorm": "evil/kernel:RMSNorm"},
     }
-    plugins = ("rollout.engine", "erasure.metric", "objective.name", "rewards.functions", "environments.factory")
+    plugins = (
+        *("data.transform", "rollout.engine", "erasure.metric", "objective.name", "rewards.functions"),
+        "environments.factory",
+    )
 
     def recipe(setting: str) -> Callable[[Path], Any]:
         section, _, key = setting.partition(".")
@@ -320,6 +323,7 @@ def _run_edits(p: Payload) -> dict[str, Callable[[Path], Any]]:
     settings = {
         **dict.fromkeys(("rollout.engine", "erasure.metric", "objective.name", "filter.name"), p.plugin),
         **dict.fromkeys(("rewards.functions", "train.report_to"), f'["{p.plugin}"]'),
+        "data.transform": p.plugin,
         "environments.factory": p.plugin,
         "model.trust_remote_code": "true",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,41 @@ def test_lab_families_can_be_joined_and_share_the_limit():
     assert joined[:3] == load("lab:chain:1", DataConfig(train_limit=3))
     with pytest.raises(UserError, match="at least 2"):
         load("lab:chain:1+lab:path:1", DataConfig(train_limit=1))
+
+
+TRANSFORM = """
+def shorter(row):
+    if row["level"] == 3:
+        return None
+    return {"prompt": "Say " + row.pop("q"), "answer": row["answer"], "id": row["id"]}
+
+def broken(row):
+    return row["nothing"]
+
+def wrong(row):
+    return [row]
+
+def none(row):
+    return None
+"""
+
+
+def test_rows_are_used_as_a_function_of_the_user_s_makes_them(tmp_path: Path) -> None:
+    """A row that it gives no row for is left out; ``train_limit`` counts what is left."""
+    (tmp_path / "my_rows.py").write_text(TRANSFORM)
+    rows = [{"q": f"{n}?", "answer": n, "id": f"r{n}", "level": level} for n, level in enumerate((3, 4, 3, 5, 6))]
+    source, name = jsonl(tmp_path / "d.jsonl", *rows), str(tmp_path / "my_rows.py")
+    made = DataConfig(transform=f"{name}:shorter")
+    expected = [Problem(f"r{n}", f"Say {n}?", str(n), {}) for n in (1, 3, 4)]
+    assert load(source, made) == load(source, made, "eval") == expected
+    assert load(source, replace(made, train_limit=2)) == expected[:2]
+    place = f"{source}:1: data.transform '{name}"
+    assert (
+        error(source, DataConfig(transform=f"{name}:broken"))
+        == f"{place}:broken' raised KeyError: 'nothing' (my_rows.py:8)"
+    )
+    assert (
+        error(source, DataConfig(transform=f"{name}:wrong")) == f"{place}:wrong' gave list; it must give a row, or None"
+    )
+    assert "data.transform leaves no rows" in error(source, DataConfig(transform=f"{name}:none"))
+    assert "names no function" in error(source, DataConfig(transform="my_rows.py"))

@@ -9,11 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from e3rl.config import build_config
-from e3rl.data.loading import training_problems
+from e3rl.cli import main
+from e3rl.config import build_config, load_config
+from e3rl.data.loading import held_out_sources, training_problems
 from e3rl.data.stream import MixedStream, PromptStream, build_stream
 from e3rl.errors import UserError
-from e3rl.train.run_directory import read_lines
+from e3rl.train.run_directory import changed_settings, read_lines
 from e3rl.train.trainer import Trainer
 from e3rl.types import Problem, Prompt
 from tests.train.random_lab import lab_config
@@ -138,3 +139,21 @@ def test_a_run_on_a_mixture_goes_on_where_it_stopped(tmp_path: Path):
     records("run.name=cut", "train.steps=1")
     (tmp_path / "cut" / "summary.json").unlink()
     assert records("run.name=cut", "train.steps=3", resume=True) == whole
+
+
+def test_what_is_held_out_is_what_data_eval_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """An empty list is nothing, beside a mixture too; by default, and as 'auto', it is the other half of lab families."""
+    mixture = "data.mixture={'lab:arith:1' = 1, 'lab:chain:1' = 3}"
+    halves = ("lab:arith:1", "lab:chain:1")
+    expected = {"[]": (), "auto": halves, "['lab:path:1', 'auto', 'lab:chain:1']": ("lab:path:1", *halves)}
+    for value, sources in expected.items():
+        assert held_out_sources(load_config(None, [], [mixture, f"data.eval={value}"]).data) == sources
+        assert main(["data", "demo", mixture, "data.train=''", f"data.eval={value}", "--show", "0"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert tuple(line[15:] for line in said if line.startswith("held-out data: ")) == sources
+    unset = load_config(None, [], [mixture])
+    assert held_out_sources(unset.data) == halves
+    assert held_out_sources(load_config(None, [], ["data.train=own.jsonl"]).data) == ()
+    none = load_config(None, [], [mixture, "data.eval=[]"])
+    assert changed_settings(none, unset) == []  # a run from before 'auto' was named
+    assert changed_settings(unset, none) == ["data.eval (['auto'] then, [] now)"]

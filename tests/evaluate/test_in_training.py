@@ -68,7 +68,10 @@ def test_an_unknown_source_of_several_is_named_before_the_first_step(tmp_path: P
 def test_a_run_that_never_evaluates_says_so(tmp_path: Path):
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"1+{i}=", "answer": str(1 + i)}) + "\n" for i in range(4)))
-    for settings, words in (([], ["nothing is evaluated: data.eval is empty"]), (["train.eval_steps=0"], [])):
+    for settings, words in (
+        ([], ["nothing is evaluated: data.eval names no held-out problems"]),
+        (["train.eval_steps=0"], []),
+    ):
         notes = Notes()
         run = f"run.name=noted{len(words)}"
         config = lab_config(

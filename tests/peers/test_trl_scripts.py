@@ -22,7 +22,7 @@ from e3rl.config import load_config
 from e3rl.integrations import trl_scripts
 from e3rl.train.run_directory import read_lines
 from e3rl.train.trainer import Trainer
-from tests.integrations.fixtures import NAMES, ROWS, lay_out
+from tests.integrations.fixtures import NAMES, lay_out
 
 RUNNER = Path(__file__).with_name("run_script.py")
 
@@ -35,19 +35,6 @@ def in_trl(directory: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def prepared(directory: Path) -> list[str]:
-    """What the remarks on 'mapped' ask for: its rows, saved."""
-    rows = [
-        {
-            "prompt": [{"role": "system", "content": "Answer with a number."}, {"role": "user", "content": q}],
-            "answer": a,
-        }
-        for q, a in ROWS
-    ]
-    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["data.train=train.jsonl"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_converted_script_is_the_same_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     directory = lay_out(tmp_path / "scripts")
@@ -56,10 +43,7 @@ def test_a_converted_script_is_the_same_run(name: str, tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(directory))
     converted = ["convert", "trl", "--output", "recipe.toml", f"{name}.py", "--", "--max_steps", "2", "--bf16", "False"]
     assert main(converted) == 0
-    extra = prepared(directory) if name == "mapped" else []
-    config = load_config(
-        Path("recipe.toml"), overrides=[*extra, "run.name=ours", "train.save_steps=0", "model.device=cpu"]
-    )
+    config = load_config(Path("recipe.toml"), overrides=["run.name=ours", "train.save_steps=0", "model.device=cpu"])
     trainer = Trainer(config)
     policy, learner = trainer.policy, trainer.run.learner
     ours = {
