@@ -156,4 +156,4 @@ def test_what_is_held_out_is_what_data_eval_says(tmp_path: Path, capsys: pytest.
     assert held_out_sources(load_config(None, [], ["data.train=own.jsonl"]).data) == ()
     none = load_config(None, [], [mixture, "data.eval=[]"])
     assert changed_settings(none, unset) == []  # a run from before 'auto' was named
-    assert changed_settings(unset, none) == ["data.eval (['auto'] then, [] now)"]
+    assert changed_settings(unset, none) == ["data.eval (('auto',) then, () now)"]
