@@ -160,7 +160,11 @@ class RolloutConfig:
 class ErasureConfig:
     """Uncertainty (eq 10-13), threshold (eq 14-18) and erasure (eq 23-26). The paper gives no values but max_erasures."""
 
-    metric: str = setting("e3rl", "how U is measured: 'e3rl' (eq 13), or module:name", source=PAPER_METHOD)
+    metric: str = setting(
+        "e3rl",
+        "how U is measured: 'e3rl' (eq 13), 'value' (a critic that learns from the rewards), or module:name",
+        source=PAPER_METHOD,
+    )
     max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
     base_weight: float = setting(1.0, "weight of the smoothed entropy in U", source=PAPER_METHOD, min=0, max=_MOST)
     gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0, max=_MOST)

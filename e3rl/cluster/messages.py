@@ -23,7 +23,7 @@ from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, problem_of, to_ipc
 from e3rl.types import MEASURES, Draw, Group, Message, Problem, Prompt, Trajectory
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 @dataclass(frozen=True)

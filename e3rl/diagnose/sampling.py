@@ -125,7 +125,7 @@ def choose_forks(samples: Sequence[First], seed: int) -> list[tuple[First, int]]
     return [(first, rng.randrange(len(first.wrong_N))) for first in samples]
 
 
-def _prefix_prompt(first: First, n: int) -> Prompt:
+def prefix_prompt(first: First, n: int) -> Prompt:
     trajectory = first.trajectory
     problem = trajectory.prompt.problem
     committed = tuple(i for s in trajectory.segments[:n] for i in s.candidate.ids.tolist())
@@ -152,7 +152,7 @@ def retry(
         here = [first for first, at in chosen if at == n]
         rest = config.rollout.completion_limit - n * config.rollout.segment_length
         rollout = replace(config.rollout, num_generations=retries, max_completion_length=rest)
-        groups = roll_out(engine, [_prefix_prompt(f, n) for f in here], replace(config, rollout=rollout))
+        groups = roll_out(engine, [prefix_prompt(f, n) for f in here], replace(config, rollout=rollout))
         tell("retries", len(forks) + len(here), len(chosen))
         for first, group in zip(here, groups, strict=True):
             fork, seen = _compare(scorer, tokenizer, first, n, group, by_steps)

@@ -42,7 +42,7 @@ def wins_and_pairs(scores: np.ndarray, wrong: np.ndarray) -> tuple[float, int]:
     return float((difference > 0).sum() + 0.5 * (difference == 0).sum()), difference.size
 
 
-def _resampled(problems: int, seed: int) -> np.ndarray:
+def resampled(problems: int, seed: int) -> np.ndarray:
     """Problems drawn with replacement, [resamples, P]."""
     return np.random.Generator(np.random.Philox(seed)).integers(0, problems, (RESAMPLES, problems))
 
@@ -62,7 +62,7 @@ def overall_auroc(scores: np.ndarray, wrong: np.ndarray, problem: np.ndarray, se
         return UNKNOWN
     names = np.unique(problem)
     members = [np.flatnonzero(problem == name) for name in names]
-    chosen = [np.concatenate([members[i] for i in row]) for row in _resampled(len(names), seed)]
+    chosen = [np.concatenate([members[i] for i in row]) for row in resampled(len(names), seed)]
     low, high = _interval([auroc(scores[index], wrong[index]) for index in chosen])
     return Estimate(value, low, high, len(scores))
 
@@ -80,7 +80,7 @@ def within_prefix_auroc(
     wins_P, pairs_P = np.array(list(wins.values())), np.array(list(pairs.values()))
     if not pairs_P.sum():
         return UNKNOWN
-    rows = _resampled(len(wins_P), seed)
+    rows = resampled(len(wins_P), seed)
     with np.errstate(invalid="ignore"):
         low, high = _interval(wins_P[rows].sum(axis=1) / pairs_P[rows].sum(axis=1))
     return Estimate(float(wins_P.sum() / pairs_P.sum()), low, high, int(pairs_P.sum()))
@@ -93,7 +93,7 @@ def mean_by_problem(values: np.ndarray, problem: np.ndarray, seed: int = 0) -> E
     names, inverse = np.unique(problem, return_inverse=True)
     sums_P = np.bincount(inverse, values, len(names))
     counts_P = np.bincount(inverse, minlength=len(names))
-    rows = _resampled(len(names), seed)
+    rows = resampled(len(names), seed)
     low, high = _interval(sums_P[rows].sum(axis=1) / counts_P[rows].sum(axis=1))
     return Estimate(float(values.mean()), low, high, len(values))
 

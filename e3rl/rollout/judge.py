@@ -24,6 +24,7 @@ from e3rl.errors import UserError
 from e3rl.rollout.metric import CandidatePlace, siblings_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import CalibrationStatistics
+from e3rl.rollout.value import PRIOR
 from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
 
 _log = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ class GroupJudge:
     ) -> None:
         require_calibration(siblings, config, calibration)
         self._config = config
-        self._metric, self._place = siblings_metric(config.metric), place
+        self._head = (calibration and calibration.head) or PRIOR
+        self._metric, self._place = siblings_metric(config.metric, self._head), place
         self._calibration = calibration if needs_calibration(siblings, config) else None
         self._fixed_entropies = entropy_moments if config.entropy_reference == "batch" else None
         if self._fixed_entropies is None and self._calibration is not None:

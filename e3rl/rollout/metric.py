@@ -18,9 +18,13 @@ from e3rl.equations import uncertainty
 from e3rl.errors import UserError
 from e3rl.plugins import load
 from e3rl.rollout.moments import Moments
+from e3rl.rollout.value import PRIOR, ValueHead, features
 from e3rl.types import TERMS, Candidate, Draw, Problem, Prompt, Uncertainty
 
-UNCERTAINTY_METRICS = {"e3rl": "e3rl.rollout.metric:e3rl_uncertainty"}
+UNCERTAINTY_METRICS = {
+    "e3rl": "e3rl.rollout.metric:e3rl_uncertainty",
+    "value": "e3rl.rollout.metric:value_uncertainty",
+}
 
 
 class UncertaintyMetric(Protocol):
@@ -58,6 +62,13 @@ def e3rl_uncertainty(
     return _e3rl_uncertainties([candidate], [history], reference, config)[0]
 
 
+def value_uncertainty(
+    candidate: Candidate, history: Sequence[float], reference: Moments, config: ErasureConfig, head: ValueHead
+) -> Uncertainty:
+    """U as a critic has it that learns from training's own rewards (`e3rl.rollout.value`); the terms' weights don't matter."""
+    return single_term(head.suspicion(features(candidate, history)))
+
+
 CandidatePlaces = Callable[[], Sequence[CandidatePlace]]
 SiblingsMetric = Callable[
     [Sequence[Candidate], Sequence[Sequence[float]], Moments, ErasureConfig, CandidatePlaces], Sequence[Uncertainty]
@@ -65,17 +76,19 @@ SiblingsMetric = Callable[
 """An `UncertaintyMetric` of several siblings' candidates, each behind its own history. Places are asked for where needed."""
 
 
-def siblings_metric(name: str) -> SiblingsMetric:
-    """The metric that ``name`` stands for, of a whole barrier at once: many candidates cost hardly more than one."""
-    metric = load_metric(name)
+def siblings_metric(name: str, head: ValueHead = PRIOR) -> SiblingsMetric:
+    """The metric that ``name`` stands for, of a whole barrier at once: many candidates cost hardly more than one. ``head`` is
+    for metrics that learn."""
+    metric: Callable[..., Uncertainty] = load_metric(name)
+    if wants(metric, "head"):
+        metric = functools.partial(metric, head=head)
     if metric is e3rl_uncertainty:
         return lambda candidates, histories, reference, config, places: _e3rl_uncertainties(
             candidates, histories, reference, config
         )
-    if wants_place(metric):
-        placed: Callable[..., Uncertainty] = metric
+    if wants(metric, "place"):
         return lambda candidates, histories, reference, config, places: [
-            placed(candidate, history, reference, config, place=place)
+            metric(candidate, history, reference, config, place=place)
             for candidate, history, place in zip(candidates, histories, places(), strict=True)
         ]
     return lambda candidates, histories, reference, config, places: [
@@ -83,9 +96,9 @@ def siblings_metric(name: str) -> SiblingsMetric:
     ]
 
 
-def wants_place(metric: Callable[..., Any]) -> bool:
-    """Whether the metric has a parameter ``place``."""
-    return "place" in inspect.signature(metric).parameters
+def wants(metric: Callable[..., Any], what: str) -> bool:
+    """Whether the metric has this parameter: ``place``, or ``head`` if it learns."""
+    return what in inspect.signature(metric).parameters
 
 
 def _e3rl_uncertainties(
@@ -173,7 +186,8 @@ def measure(
 ) -> Uncertainty:
     """What ``metric`` says of the candidate, checked."""
     try:
-        told: dict[str, Any] = {"place": toy_place()} if wants_place(metric) else {}
+        usual: dict[str, Any] = {"place": toy_place(), "head": PRIOR}
+        told = {what: value for what, value in usual.items() if wants(metric, what)}
         u = metric(candidate, history, reference, config, **told)
     except Exception as error:  # a metric from outside may fail in any way
         raise broken(name, f"it failed on {len(candidate.ids)} tokens with {type(error).__name__}: {error}") from error

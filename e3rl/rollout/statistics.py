@@ -16,7 +16,8 @@ from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl.parsing import read_json
 from e3rl.rollout.moments import Distribution, Moments
-from e3rl.types import TERMS, Erasure, Group, Segment, Trajectory
+from e3rl.rollout.value import ValueHead
+from e3rl.types import TERMS, Erasure, Group, RewardedGroup, Segment, Trajectory
 
 FILE_NAME = "e3rl_reference.json"
 FORMAT = 1
@@ -71,12 +72,13 @@ def entropy_moments(groups: Iterable[Group]) -> Moments:
 class CalibrationStatistics:
     """How first candidates' U is distributed, by segment index, and mean and spread of their token entropies.
 
-    ``settings`` are those of `measured_by` that U was measured with.
+    ``settings`` are those of `measured_by` that U was measured with. ``head``: what a metric that learns knows.
     """
 
     settings: Mapping[str, Any]
     segments: tuple[Distribution, ...] = ()
     entropies: Moments = field(default_factory=Moments)
+    head: ValueHead | None = None
 
     def at(self, index: int) -> Distribution:
         """U at a segment index; beyond the last known index, at the last known."""
@@ -91,7 +93,12 @@ class CalibrationStatistics:
         other.check(self.settings)
         pairs = zip_longest(self.segments, other.segments, fillvalue=Distribution())
         segments = tuple(a.merged(b) for a, b in pairs)
-        return CalibrationStatistics(self.settings, segments, self.entropies.merged(other.entropies))
+        entropies = self.entropies.merged(other.entropies)
+        return CalibrationStatistics(self.settings, segments, entropies, self.head or other.head)
+
+    def taught(self, groups: Iterable[RewardedGroup]) -> CalibrationStatistics:
+        """These statistics after a metric that learns has learnt from a step's rewards."""
+        return self if self.head is None else replace(self, head=self.head.taught(groups))
 
     def including(self, groups: Iterable[Group]) -> CalibrationStatistics:
         """These statistics with the judged first candidates of ``groups`` added. Retries never feed them."""
@@ -124,6 +131,7 @@ class CalibrationStatistics:
             "settings": dict(self.settings),
             "segments": [distribution.to_table() for distribution in self.segments],
             "entropies": self.entropies.to_table(),
+            **({} if self.head is None else {"head": self.head.to_table()}),
         }
 
     @staticmethod
@@ -132,7 +140,8 @@ class CalibrationStatistics:
         if tables["format"] != FORMAT:
             raise ValueError(f"format {tables['format']!r}, and this version of e3rl reads format {FORMAT}")
         segments = tuple(Distribution.from_table(table) for table in tables["segments"])
-        return CalibrationStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]))
+        head = ValueHead.from_table(tables["head"]) if "head" in tables else None
+        return CalibrationStatistics(dict(tables["settings"]), segments, Moments.from_table(tables["entropies"]), head)
 
     def save(self, directory: Path) -> Path:
         """Write them beside a model, atomically."""

@@ -141,7 +141,7 @@ def record(run: Run, state: State, groups: StepGroups, lessons: Sequence[Lesson]
     state.tokens = line["tokens_total"]
     state.seconds += line["seconds_rollout"] + line["seconds_reward"] + line["seconds_train"]
     generated = [item.group for item in groups.all]
-    state.calibration = state.calibration.including(generated)
+    state.calibration = state.calibration.including(generated).taught(groups.all)
     state.entropy_moments = entropy_moments(generated)
     if run.directory is not None:
         run.directory.append("metrics.jsonl", line)

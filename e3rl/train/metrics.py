@@ -41,6 +41,8 @@ METRICS: dict[str, str] = {
     "forced_rate": "committed segments above their threshold because the budget was spent, over committed segments",
     "acceptance": "by segment index: share of first candidates that were accepted",
     "uncertainty": "by segment index: mean U of committed segments",
+    "uncertainty_auroc": "share of pairs of siblings' committed segments of one index in which the one whose response got the "
+    "lower reward has the larger U; absent without such pairs",
     "threshold": "by segment index: mean Theta that committed segments were judged by",
     "baseline": "by segment index: mean B_n, the baseline in Theta (eq 16)",
     "penalty": "by segment index: mean Gamma, Theta's factor for erasures so far (eq 17)",

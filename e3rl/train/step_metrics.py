@@ -64,6 +64,23 @@ def segment_metrics(rewarded: Sequence[RewardedGroup], lessons: Sequence[Lesson]
     }
 
 
+def order_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
+    """How well U at the time of judging tells which of two siblings ends with the lower reward; absent without such pairs."""
+    won = pairs = 0.0
+    for item in rewarded:
+        found: dict[int, list[tuple[float, float]]] = {}
+        for trajectory, reward in zip(item.group.trajectories, item.rewards, strict=True):
+            for index, segment in enumerate(trajectory.drawn_segments):
+                if segment.judgement is not None and reward.value is not None:
+                    found.setdefault(index, []).append((segment.judgement.uncertainty.total, reward.value))
+        for here in found.values():
+            u_G, reward_G = torch.tensor(here, dtype=torch.float64).unbind(1)
+            worse_GG = reward_G[:, None] < reward_G
+            above_GG = (u_G[:, None] > u_G) + 0.5 * (u_G[:, None] == u_G)
+            won, pairs = won + float(above_GG[worse_GG].sum()), pairs + float(worse_GG.sum())
+    return {"uncertainty_auroc": won / pairs} if pairs else {}
+
+
 def rollout_metrics(rewarded: Sequence[RewardedGroup]) -> dict[str, float]:
     """Lengths, erasures and entropies of the step's trajectories."""
     groups = [item.group for item in rewarded]
@@ -188,6 +205,7 @@ def step_record(
         **made,
         **turn_metrics(groups.all),
         **segment_metrics(groups.all, lessons),
+        **order_metrics(groups.all),
         **lesson_metrics(lessons),
         **importance_metrics(lessons),
         "sign_flips": sign_flip_share(lessons, groups.all),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from e3rl.rewards.scorer import Scorer, check_rewards_run
 from e3rl.rollout.companions import find_companions
 from e3rl.rollout.filters import build_filter
 from e3rl.rollout.judge import needs_calibration, require_calibration
-from e3rl.rollout.metric import load_metric
+from e3rl.rollout.metric import load_metric, wants
 from e3rl.rollout.statistics import CalibrationStatistics, measured_by
+from e3rl.rollout.value import PRIOR
 from e3rl.train.collect import Prefetch
 from e3rl.train.journal import Journal, fingerprint
 from e3rl.train.learner import Learner
@@ -248,15 +250,16 @@ def first_statistics(config: Config, *, trains: bool, evaluates: bool) -> Calibr
     """Those saved beside the model where thresholds of this run come from them, else none yet.
 
     ``trains``: it learns from rollouts; ``evaluates``: it has held-out problems. UserError where statistics are missing, or
-    were measured with other settings.
+    were measured with other settings. A metric that learns goes on from what is saved beside the model.
     """
-    mine = CalibrationStatistics(measured_by(config.rollout, config.erasure))
+    learns = wants(load_metric(config.erasure.metric), "head")
+    mine = CalibrationStatistics(measured_by(config.rollout, config.erasure), head=PRIOR if learns else None)
     judged = {"training": config} if trains and config.rollout.erase else {}
     if evaluates and config.eval.erasable:
         name = f"eval.erasable with eval.num_samples = {config.eval.num_samples}"
         judged[name] = evaluation_settings(config, erase=True)
     needing = {n: c for n, c in judged.items() if needs_calibration(c.rollout.num_generations, c.erasure)}
-    if not needing:
+    if not needing and not learns:
         return mine
     saved = find_companions(resolve_model_path(config.model.path)).calibration
     for name, settings in needing.items():
@@ -268,5 +271,7 @@ def first_statistics(config: Config, *, trains: bool, evaluates: bool) -> Calibr
                 saved.check(mine.settings)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+    if not needing:
+        return replace(mine, head=(saved and saved.head) or PRIOR)
     assert saved is not None
-    return saved
+    return replace(saved, head=saved.head or PRIOR) if learns else saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.moments import Distribution, Moments
 from e3rl.rollout.statistics import CalibrationStatistics
+from e3rl.rollout.value import PRIOR
 from e3rl.types import Draw
 from tests.rollout.worlds import levels, roll
 
@@ -38,10 +40,11 @@ def test_what_can_not_travel_is_refused_by_its_sender():
         encode(Ask("r", settings, (), 0.5))
 
 
-def test_an_assignment_with_statistics_comes_back_as_it_was():
+@pytest.mark.parametrize("reference", [REFERENCE, replace(REFERENCE, head=PRIOR)])
+def test_an_assignment_with_statistics_comes_back_as_it_was(reference: CalibrationStatistics):
     ask = Ask(
         "r",
-        GroupSettings(RolloutConfig(), ErasureConfig(), 0, 1, 2, REFERENCE, Moments(1, 2.0, 3.0)),
+        GroupSettings(RolloutConfig(), ErasureConfig(), 0, 1, 2, reference, Moments(1, 2.0, 3.0)),
         (Task("p", (1, 2)),),
         0.5,
     )

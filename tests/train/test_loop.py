@@ -27,6 +27,7 @@ from e3rl.data.stream import PromptStream
 from e3rl.errors import RunStopped, UserError
 from e3rl.lab.pretrain import CONTEXT, build_model
 from e3rl.lab.tokenizer import build_tokenizer
+from e3rl.rollout.value import KEPT
 from e3rl.train.collect import collect
 from e3rl.train.ledger import SCHEMA
 from e3rl.train.listeners import Silent
@@ -218,6 +219,43 @@ def test_dropout_goes_on_where_it_stopped(tmp_path: Path):
     again.train()
     ours, theirs = (load_file(t.run_path / "model" / "model.safetensors") for t in (again, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_critic_goes_on_where_it_stopped(tmp_path: Path):
+    """It judges from the second step on by what the first one's rewards taught it, and a checkpoint keeps every bit of it."""
+    settings = (
+        *(
+            "erasure.metric=value",
+            "erasure.baseline=quantile",
+            "objective.kl_coef=0",
+            "train.save_steps=1",
+            "train.steps=3",
+        ),
+        *("rollout.num_generations=4", "erasure.rho=0", 'rewards.functions=["tests.ranks.run:evenness"]'),
+    )
+    (tmp_path / "whole").mkdir()
+    whole = Trainer(lab_config(tmp_path / "whole", *settings))
+    whole.train()
+    with pytest.raises(RunStopped):
+        Trainer(lab_config(tmp_path, *settings), listeners=[_StopAt("stepped", 1)]).train()
+    again = Trainer(lab_config(tmp_path, *settings), resume=True)
+    again.train()
+    ours, theirs = _outcome(again.run_path), _outcome(whole.run_path)
+    assert ours == theirs
+    head = theirs["reference"]["head"]
+    assert head["version"] == 3
+    assert head["responses"] == pytest.approx(8 * (1 + KEPT + KEPT**2))
+    first, *later = theirs["rollouts"]
+    prior = [abs(_entropy_and_eps(s) - s["uncertainty"]) for row in first for s in row["segments"]]
+    learnt = [abs(_entropy_and_eps(s) - s["uncertainty"]) for rows in later for row in rows for s in row["segments"]]
+    assert max(prior) < 1e-9 < 0.01 < max(learnt)
+    onward = [f"model.path={whole.run_path / 'model'}", *settings]
+    (tmp_path / "onward").mkdir()
+    assert Trainer(lab_config(tmp_path / "onward", *onward)).state.calibration.head == whole.state.calibration.head
+
+
+def _entropy_and_eps(segment: Mapping[str, Any]) -> float:
+    return statistics.fmean(segment["entropies"]) + 0.3 * statistics.fmean(segment["perturbations"])
 
 
 def test_a_prompt_that_comes_again_is_answered_anew(tmp_path: Path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from e3rl.rollout.metric import single_term, toy_candidate
 from e3rl.train.collect import StepGroups
 from e3rl.train.learner import Update
 from e3rl.train.lessons import Lesson
@@ -16,6 +17,7 @@ from e3rl.train.packing import trajectory_sequence
 from e3rl.train.scoring import Scores
 from e3rl.train.step_metrics import (
     lesson_metrics,
+    order_metrics,
     reward_metrics,
     rollout_metrics,
     segment_metrics,
@@ -23,7 +25,19 @@ from e3rl.train.step_metrics import (
     staleness,
     step_record,
 )
-from e3rl.types import Candidate, Group, Reward, RewardedGroup
+from e3rl.types import (
+    Candidate,
+    Group,
+    Judgement,
+    Problem,
+    Prompt,
+    Reward,
+    RewardedGroup,
+    Segment,
+    Threshold,
+    Trajectory,
+    Verdict,
+)
 from tests.rollout.worlds import levels, roll
 
 TABLE = {("p", 0, 0, 0): 2.0, **{("p", 1, 1, e): 3.0 for e in range(3)}}
@@ -153,3 +167,22 @@ def test_demonstrations_have_no_staleness():
     )
     shown = replace(group(), trajectories=trajectories, policy_version=None)
     assert all(math.isnan(n) for n in staleness([rewarded(1.0, 0.0, item=shown)], 7).values())
+
+
+def test_how_well_u_orders_siblings_by_their_rewards() -> None:
+    """Three siblings: at the first segment the worst has the largest U, the middle one is above the best by a tie's half; at
+    the second, which the best one lacks, the two others are the wrong way round. Without judgements or pairs: nothing."""
+
+    def judged(*totals: float) -> Trajectory:
+        segments = [
+            Segment(n, toy_candidate(), Judgement(single_term(u), Threshold(9, 9, 1, 1), 0, Verdict.COMMIT))
+            for n, u in enumerate(totals)
+        ]
+        return Trajectory(Prompt(Problem("p", ""), (1,)), 0, tuple(segments), (), "stop")
+
+    siblings = judged(3.0, 0.1), judged(1.0, 0.2), judged(1.0)
+    rewards = tuple(Reward(v, {}) for v in (0.0, 0.5, 1.0))
+    item = RewardedGroup(Group(siblings[0].prompt, siblings, 0), rewards)
+    assert order_metrics([item]) == {"uncertainty_auroc": pytest.approx((1 + 1 + 0.5 + 0) / 4)}
+    assert order_metrics([replace(item, rewards=(Reward(None, {}), *rewards[1:]))])["uncertainty_auroc"] == 0.5
+    assert order_metrics([replace(item, rewards=(rewards[0],) * 3)]) == {}
