@@ -27,10 +27,10 @@ from e3rl.settings import (
     RewardsConfig,
     RolloutConfig,
     RunConfig,
-    TrainConfig,
 )
 from e3rl.settings import setting as setting  # objectives from outside make their options with it
 from e3rl.synonyms import SYNONYMS, place_of
+from e3rl.training_settings import TrainConfig
 
 CONTEXT_PARALLEL = ("ddp", "zero1", "zero2", "fsdp2")
 """Values of ``train.parallel`` under which ranks can divide rows."""
@@ -68,6 +68,11 @@ class Config:
             raise UserError(
                 f"rollout.staleness = {self.rollout.staleness} trains on rollouts of weights before the last update: choose how "
                 "to correct for it, for example train.importance_correction=segment_truncate"
+            )
+        if self.train.selection_cap and self.erasure.on_exhausted != "last":
+            raise UserError(
+                "train.selection_cap corrects for erasing that commits the last attempt: set erasure.on_exhausted = 'last', or "
+                "selection_cap = 0"
             )
         self._check_optimizer()
         self._check_context()

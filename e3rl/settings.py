@@ -14,7 +14,7 @@ from e3rl.sections import shown
 
 PAPER = "paper, app. D"
 PAPER_METHOD = "paper, method"
-_MOST = 1e6
+LARGEST_WEIGHT = 1e6
 """Largest weight or threshold: sums and products of a few of them stay far from infinity."""
 
 
@@ -110,7 +110,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name, weight in self.mixture.items():
-            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= _MOST:
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= LARGEST_WEIGHT:
                 raise UserError(f"data.mixture: the weight of '{name}' is {shown(weight)}; it must be a number above 0")
         if self.mixture and self.train not in ("", "lab:chain"):
             raise UserError(
@@ -166,13 +166,17 @@ class ErasureConfig:
         source=PAPER_METHOD,
     )
     max_erasures: int = setting(5, "E_max, erasures allowed per segment", source=PAPER, min=0)
-    base_weight: float = setting(1.0, "weight of the smoothed entropy in U", source=PAPER_METHOD, min=0, max=_MOST)
-    gradient_weight: float = setting(0.5, "lambda_G, weight of the mean absolute entropy step", min=0, max=_MOST)
+    base_weight: float = setting(
+        1.0, "weight of the smoothed entropy in U", source=PAPER_METHOD, min=0, max=LARGEST_WEIGHT
+    )
+    gradient_weight: float = setting(
+        0.5, "lambda_G, weight of the mean absolute entropy step", min=0, max=LARGEST_WEIGHT
+    )
     extremum_weight: float = setting(
-        0.1, "lambda_M, weight of the largest entropy against the group's", min=0, max=_MOST
+        0.1, "lambda_M, weight of the largest entropy against the group's", min=0, max=LARGEST_WEIGHT
     )
     perturbation_weight: float = setting(
-        0.0, "lambda_P, weight of the mean perturbation; above 0 the method is E3RL+eps", min=0, max=_MOST
+        0.0, "lambda_P, weight of the mean perturbation; above 0 the method is E3RL+eps", min=0, max=LARGEST_WEIGHT
     )
     entropy_distribution: Literal["full", "truncated"] = setting(
         "full", "entropy before ('full') or after top-k/top-p ('truncated')", source="paper, eq 2"
@@ -192,20 +196,28 @@ class ErasureConfig:
     smoothing_window: int = setting(1, "W of eq 11: causal, so W earlier segments", min=0)
     smoothing_decay: float = setting(0.5, "alpha of eq 11", above=0, max=1)
     entropy_reference: Literal["group", "batch"] = setting("group", "where mu_E and sigma_E of eq 13 come from")
-    baseline: Literal["group", "quantile", "reference", "static"] = setting(
+    baseline: Literal["group", "quantile", "reservation", "reference", "static"] = setting(
         "group",
-        "B_n from mean and spread of the siblings' first candidates, from their quantile, from saved calibration "
-        "statistics, or static_baseline",
+        "B_n from mean and spread of the siblings' first candidates, from their quantile, from what a retry is worth to the "
+        "critic (metric = 'value'), from saved calibration statistics, or static_baseline",
+    )
+    retry_cost: float = setting(
+        1.0,
+        "price of a retry where baseline = 'reservation': 1 is the right answers that its tokens give on average",
+        min=0,
+        max=LARGEST_WEIGHT,
     )
     quantile: float = setting(
         0.5, "share of the first candidates that stay below B_n where baseline = 'quantile'", min=0, max=1
     )
-    static_baseline: float = setting(1.0, "B_n where baseline = 'static'; 0: not known, refused", min=0, max=_MOST)
+    static_baseline: float = setting(
+        1.0, "B_n where baseline = 'static'; 0: not known, refused", min=0, max=LARGEST_WEIGHT
+    )
     min_siblings: int = setting(2, "with fewer siblings at a segment the group's last B stays in force", min=2)
-    kappa0: float = setting(1.0, "kappa_0 of eq 16", min=-_MOST, max=_MOST)
-    kappa1: float = setting(0.0, "kappa_1 of eq 16", min=-_MOST, max=_MOST)
-    sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0, max=_MOST)
-    eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0, max=_MOST)
+    kappa0: float = setting(1.0, "kappa_0 of eq 16", min=-LARGEST_WEIGHT, max=LARGEST_WEIGHT)
+    kappa1: float = setting(0.0, "kappa_1 of eq 16", min=-LARGEST_WEIGHT, max=LARGEST_WEIGHT)
+    sigma0: float = setting(0.1, "sigma_0 of eq 16", above=0, max=LARGEST_WEIGHT)
+    eta: float = setting(0.05, "eta of eq 17: how fast the threshold rises with attempts", min=0, max=LARGEST_WEIGHT)
     delta: float = setting(1.5, "delta of eq 17: growth order of the attempt penalty", above=0, max=100)
     rho: float = setting(
         0.1,
@@ -214,7 +226,16 @@ class ErasureConfig:
         min=0,
         max=0.99,
     )
-    first_modulation: float = setting(1.0, "phi at the first segment, which has no history", above=0, max=_MOST)
+    first_modulation: float = setting(
+        1.0, "phi at the first segment, which has no history", above=0, max=LARGEST_WEIGHT
+    )
+    commit_anyway: float = setting(
+        0.0,
+        "c, probability that a candidate above its threshold is committed all the same: it bounds train.selection_cap's "
+        "weights, and what would be erased gets rewards",
+        min=0,
+        max=0.99,
+    )
     on_exhausted: Literal["last", "least_uncertain"] = setting(
         "last", "which attempt is committed when the budget is spent", source=PAPER_METHOD
     )
@@ -222,9 +243,15 @@ class ErasureConfig:
     @property
     def strictness(self) -> str:
         """Name of the setting that controls how much is erased: a larger value erases less."""
-        return {"quantile": "quantile", "static": "static_baseline"}.get(self.baseline, "kappa0")
+        names = {"quantile": "quantile", "reservation": "retry_cost", "static": "static_baseline"}
+        return names.get(self.baseline, "kappa0")
 
     def __post_init__(self) -> None:
+        if self.baseline == "reservation" and self.metric != "value":
+            raise UserError(
+                f"erasure.baseline = 'reservation' needs U in log odds, and erasure.metric = '{self.metric}' has another scale: "
+                "set erasure.metric = 'value'"
+            )
         if 0 < self.entropy_temperature < 0.001:
             raise UserError("erasure.entropy_temperature must be 0 or at least 0.001")
         if self.entropy_temperature and self.entropy_distribution == "truncated":
@@ -274,90 +301,6 @@ class RewardsConfig:
     cut_off_needs_box: bool = setting(False, "math: a response cut off at the length limit is wrong without a box")
     judge: Mapping[str, Any] = setting({}, "judge: its endpoint, model, rubric and limits (docs/rewards.md)")
     reward_model: Mapping[str, Any] = setting({}, "reward_model: its path, label and batch (docs/rewards.md)")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The optimisation."""
-
-    steps: int = setting(0, "optimisation steps; 0: as many as epochs give", min=0)
-    max_tokens: int = setting(0, "stop after this many generated tokens, erased ones included; 0: no limit", min=0)
-    epochs: float = setting(2.0, "passes over the training problems where steps = 0", source=PAPER, above=0)
-    prompts_per_step: int = setting(16, "prompts (groups) of one step (the paper's batch: 128)", min=1)
-    num_iterations: int = setting(1, "passes over one batch of rollouts (mu)", min=1)
-    minibatches: int = setting(1, "optimizer steps that one pass is divided into, by whole groups", min=1)
-    micro_batch_tokens: int = setting(16384, "tokens that go through the model together; there is no padding", min=1)
-    mask_truncated_completions: bool = setting(
-        False, "leave responses cut off at the length limit out of the loss, not out of the advantages (TRL, DAPO)"
-    )
-    learning_rate: float = setting(1e-6, "peak learning rate", source=PAPER, above=0, max=1)
-    warmup_steps: int = setting(0, "warm-up, in optimizer updates; 0: by warmup_ratio", min=0)
-    warmup_ratio: float = setting(
-        0.05,
-        "warm-up, as a fraction of train.steps, also if max_tokens ends the run earlier",
-        source=PAPER,
-        min=0,
-        max=1,
-    )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after the warm-up")
-    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "muon"] = setting(
-        "adamw",
-        "PyTorch's AdamW, its fused kernel, bitsandbytes' with 8-bit moments (pip install 'e3rl[8bit]'), or Muon for "
-        "layers' matrices and AdamW for the rest",
-    )
-    weight_decay: float = setting(0.0, "weight decay of matrices", min=0, max=1)
-    adam_beta1: float = setting(0.9, "AdamW beta 1", min=0, max=0.9999)
-    adam_beta2: float = setting(0.999, "AdamW beta 2", min=0, max=0.99999)
-    router_loss: float = setting(
-        0.0, "weight of the load-balancing loss that a mixture of experts defines; 0: without it", min=0
-    )
-    max_grad_norm: float = setting(1.0, "largest gradient norm; larger is scaled down", above=0)
-    importance_correction: Literal[
-        "none", "token_truncate", "token_mask", "segment_truncate", "segment_mask", "sequence_truncate", "sequence_mask"
-    ] = setting(
-        "none", "weight these by trainer's over engine's probability; above the cap: the cap (truncate) or 0 (mask)"
-    )
-    importance_cap: float = setting(2.0, "largest importance weight", above=0)
-    parallel: Literal["none", "ddp", "zero1", "zero2", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"] = setting(
-        "none",
-        "how several ranks train together: ddp replicates, zero1 divides AdamW's state, zero2 and fsdp2 also weights; "
-        "or DeepSpeed's",
-    )
-    context_parallel: int = setting(
-        1,
-        "ranks that divide the tokens of each row among them, for long responses; the others divide the groups",
-        min=1,
-    )
-    rank_timeout: int = setting(
-        3600,
-        "seconds that a rank waits for another; it must cover a step's rollouts (with staleness, a worker's evaluation too)",
-        min=1,
-    )
-    workers: int = setting(0, "training workers on Ray, each one rank; 0: this process or torchrun's", min=0)
-    worker_gpus: float = setting(0.0, "GPUs that Ray gives one training worker", min=0)
-    max_skipped_steps: int = setting(
-        3,
-        "steps in a row that may be skipped because of NaN, infinite or exploding numbers; one more stops the run",
-        min=0,
-    )
-    max_log_ratio: float = setting(
-        40.0, "largest |log| of a token's probability ratio to the old policy; beyond it the step is skipped", above=0
-    )
-    max_kl: float = setting(
-        1000.0, "largest mean KL (k3) of a response to the reference policy; beyond it the step is skipped", above=0
-    )
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    activation_offload: bool = setting(
-        False, "hold activations in the machine's memory until the backward pass: less of the GPU's, more time"
-    )
-    eval_steps: int = setting(50, "evaluate every n steps; 0: only before and after", source=PAPER, min=0)
-    save_steps: int = setting(50, "checkpoint every n steps; 0: only at the end", source=PAPER, min=0)
-    save_total_limit: int = setting(2, "checkpoints to keep; 0: all", min=0)
-    show_steps: int = setting(0, "print a sampled completion every n steps; 0: never", min=0)
-    push_to_hub: str = setting(
-        "", "hub repository OWNER/NAME that the finished model is uploaded to, private where it is new; empty: none"
-    )
-    report_to: tuple[str, ...] = setting((), "also log to: tensorboard, wandb, trackio, mlflow, swanlab")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The types that pass between the stages of e3rl, one per arrow of docs/data-way.md.
 
-Importing this module is cheap: numpy is imported with the first candidate. Everything is frozen; a stage never changes its
-input. Numbers per token are read-only numpy arrays of the same length as ``ids``.
+Importing is cheap: numpy comes with the first candidate. Everything is frozen; a stage never changes its input. Numbers per
+token are read-only numpy arrays of the same length as ``ids``.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ class Candidate:
     ``logprobs`` belong to the temperature-scaled distribution over the full vocabulary, before any truncation. So do
     ``entropies`` (nats) and ``perturbations``, eq 5's log p(argmax) - log p(sampled), unless
     `ErasureConfig.entropy_temperature` names another temperature for these two. ``kept_mass`` is the share of the
-    distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: one more than the tokens that
-    were likelier, so 1 for the likeliest. ``ended``: the last id is an end-of-sequence token. ``version``: optimizer
-    updates of the weights that drew it; the driver sets it, and equality ignores it.
+    distribution which top-k/top-p left to sample from (1.0 without truncation). ``ranks``: 1 for the likeliest.
+    ``ended``: the last id ends the sequence. ``version``: updates of the weights that drew it, set by the driver, not compared.
     """
 
     ids: Ids
@@ -189,6 +188,7 @@ class Verdict(enum.StrEnum):
     COMMIT = "commit"
     ERASE = "erase"
     FORCED = "forced"  # above the threshold, but the erasure budget of this segment is spent
+    SPARED = "spared"  # above the threshold, but committed by chance (`ErasureConfig.commit_anyway`)
 
 
 @dataclass(frozen=True, slots=True)

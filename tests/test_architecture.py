@@ -13,7 +13,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "e3rl"
 
 FLOORS = [
-    {"types", "config", "settings", "sections", "errors", "parsing", "synonyms", "plugins", "files", "__init__"},
+    {
+        "types",
+        "config",
+        "settings",
+        "training_settings",
+        "sections",
+        "errors",
+        "parsing",
+        "synonyms",
+        "plugins",
+        "files",
+        "__init__",
+    },
     {"equations"},
     {
         "engine",

@@ -44,6 +44,18 @@ def least_uncertain(uncertainties: Sequence[float]) -> int:
     return min(range(len(uncertainties)), key=uncertainties.__getitem__)
 
 
+def selection_weight(passes: bool, acceptance: float, max_erasures: int, spared: float) -> float:
+    """Eq 23-26 (ours). w = q(s) / pi(s): how much oftener erasing commits such a segment than a plain draw would be it.
+
+    Candidates are at or below the threshold with probability ``acceptance``, others are committed anyway with probability
+    ``spared``, and the last attempt always is. The mean of w under pi is 1, and no w is below ``spared``.
+    """
+    ends = acceptance + (1 - acceptance) * spared
+    forced = (1 - ends) ** max_erasures
+    tried = (1 - forced) / ends if ends > 0 else float(max_erasures)
+    return (1.0 if passes else spared) * tried + forced
+
+
 def regeneration_ratio(erased_tokens: float, committed_tokens: float) -> float:
     """Eq 31. r: regenerated tokens per committed token."""
     return erased_tokens / committed_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,27 @@ def quantile_baseline(values_G: Tensor, share: float) -> Tensor:
     U is heavy-tailed: how many siblings lie above mean + kappa * std depends on the tail, how many above a quantile does not.
     """
     return values_G.quantile(share)
+
+
+def reservation_value(values_G: Tensor, cost: float) -> float:
+    """Replaces eq 14-16 (Weitzman, ours): the z with mean (v - z)^+ = ``cost`` over draws worth ``values_G``.
+
+    Another draw pays as long as what is at hand is worth less. At or below 0: no draw is worth its cost.
+    """
+    ordered_G = values_G.sort(descending=True).values
+    z_G = (ordered_G.cumsum(0) - len(ordered_G) * cost) / torch.arange(1, len(ordered_G) + 1)  # if so many are above it
+    next_G = torch.cat([ordered_G[1:], ordered_G.new_tensor([-torch.inf])])
+    return float(z_G[int((z_G >= next_G).nonzero()[0])])
+
+
+def reservation_baseline(totals_G: Tensor, odds: float, cost: float) -> float:
+    """Replaces eq 14-16 (ours): the U of a candidate worth the reservation value; the largest U where that is at or below 0.
+
+    A candidate of uncertainty U is worth sigmoid(``odds`` - U), the probability that its response is right.
+    """
+    z = reservation_value(torch.sigmoid(odds - totals_G), cost)
+    z = min(z, 1 - 1e-12)
+    return float(totals_G.max()) if z <= 0 else odds - math.log(z / (1 - z))
 
 
 def attempt_penalty(attempt: int, eta: float, delta: float) -> Tensor:

@@ -89,8 +89,8 @@ def static_baseline(groups: Sequence[Group], erasure: ErasureConfig, target: flo
 
 def grid(base: ErasureConfig, kappa0s: Iterable[float], perturbation_weights: Iterable[float]) -> list[ErasureConfig]:
     """Settings to compare: every kappa_0 with every weight of the perturbation that leaves U a term. The baselines
-    'quantile' and 'static' have no kappa_0, so there is nothing to compare."""
-    if base.baseline in ("quantile", "static"):
+    'quantile', 'reservation' and 'static' have no kappa_0, so there is nothing to compare."""
+    if base.strictness != "kappa0":
         return [base]
     others = sum(getattr(base, f"{term}_weight") for term in TERMS if term != "perturbation")
     return [

@@ -69,7 +69,7 @@ _CANDIDATE = [
         "Of a segment: its tokens are the environment's; of an erasure: a whole turn that was erased after them; else null",
     ),
     ("attempt", pa.int32(), "erasures of this segment before this candidate; null where nothing was judged"),
-    ("verdict", pa.string(), "commit, erase or forced; null where nothing was judged"),
+    ("verdict", pa.string(), "commit, erase, forced or spared; null where nothing was judged"),
     *_numbers_of(Uncertainty, "uncertainty"),
     *_numbers_of(Threshold, "threshold"),
 ]

@@ -187,7 +187,7 @@ class GroupRollout:
         if sibling.redrawn:
             return self._commit_redrawn(judge, sibling, candidate)
         judgement = judge.judge(sibling.number, candidate, sibling.attempt)
-        if judgement.verdict is Verdict.COMMIT:
+        if judgement.verdict in (Verdict.COMMIT, Verdict.SPARED):
             return self._commit(sibling, candidate, judgement)
         if judgement.verdict is Verdict.ERASE:
             self._erase(sibling, candidate, judgement)

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from e3rl.config import ErasureConfig
+from e3rl.engine.requests import uniforms
 from e3rl.equations import erasure, threshold
 from e3rl.errors import UserError
 from e3rl.rollout.metric import CandidatePlace, siblings_metric
 from e3rl.rollout.moments import Moments
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.rollout.value import PRIOR
-from e3rl.types import Candidate, Judgement, Threshold, Uncertainty
+from e3rl.types import Candidate, Judgement, Threshold, Uncertainty, Verdict
 
 _log = logging.getLogger(__name__)
 
-_FROM_SIBLINGS = ("group", "quantile")
+_FROM_SIBLINGS = ("group", "quantile", "reservation")
 """The baselines that are taken from the group's own first candidates."""
 
 ROUNDING = 1e-9
@@ -61,10 +62,10 @@ def require_calibration(siblings: int, config: ErasureConfig, calibration: Calib
             f"{why}, so thresholds come from calibration statistics, and the model has none: make them with "
             "'e3rl calibrate', sample more of each prompt, or set erasure.baseline = 'static'"
         )
-    if config.baseline == "quantile" and not all(usual.markers for usual in calibration.segments):
+    if config.baseline in ("quantile", "reservation") and not all(usual.markers for usual in calibration.segments):
         raise UserError(
-            "the model's calibration statistics hold no quantiles of U, which erasure.baseline = 'quantile' needs: make them "
-            "again with 'e3rl calibrate'"
+            f"the model's calibration statistics hold no quantiles of U, which erasure.baseline = '{config.baseline}' needs: "
+            "make them again with 'e3rl calibrate'"
         )
 
 
@@ -183,7 +184,15 @@ class GroupJudge:
             u = self._metric(*latest, self._config, lambda: [self._place(sibling)])[0]
             theta = self._thresholds([history.modulations[segment]], statistics.baseline, attempt)[0]
         verdict = erasure.judge(u.total, theta.total, attempt, self._config.max_erasures)
-        return Judgement(u, theta, attempt, verdict)
+        spared = verdict is Verdict.ERASE and self._config.commit_anyway > self._chance(sibling)
+        return Judgement(u, theta, attempt, Verdict.SPARED if spared else verdict)
+
+    def _chance(self, sibling: int) -> float:
+        """A number in [0, 1) by the name of the sibling's latest draw, as everything that is drawn."""
+        if self._config.commit_anyway == 0:
+            return 0.0
+        draw = self._place(sibling).draw
+        return float(uniforms(replace(draw, prompt_id=f"spared/{draw.prompt_id}"), 1)[0])
 
     @property
     def _has_group_baseline(self) -> bool:
@@ -198,7 +207,8 @@ class GroupJudge:
         here = [self._histories[i] for i in numbers]
         firsts, means = [h.firsts[segment] for h in here], [h.means for h in here]
         uncertainties = self._metric(firsts, means, entropies, self._config, lambda: [self._place(i) for i in numbers])
-        baseline = self._baseline([u.total for u in uncertainties], segment)
+        tokens = fmean(len(c.ids) for c in firsts) if firsts else 0.0
+        baseline = self._baseline([u.total for u in uncertainties], segment, tokens)
         self._modulate(here)
         thresholds = self._thresholds([h.modulations[segment] for h in here], baseline, 0)
         for history, u, theta in zip(here, uncertainties, thresholds, strict=True):
@@ -216,12 +226,14 @@ class GroupJudge:
                 pooled = pooled.merged(Moments.of(history.firsts[segment].entropies))
         return pooled
 
-    def _baseline(self, totals: Sequence[float], segment: int) -> float:
-        """B_n from where `ErasureConfig.baseline` says; ``totals``: U of the siblings that are there."""
+    def _baseline(self, totals: Sequence[float], segment: int, tokens: float) -> float:
+        """B_n from where `ErasureConfig.baseline` says; ``totals``: U of the siblings that are there, ``tokens`` their mean."""
         if self._calibration is not None:
             usual = self._calibration.at(segment)
             if self._config.baseline == "quantile":
                 return self._quantile_baseline(usual.markers)
+            if self._config.baseline == "reservation":
+                return self._reservation_baseline(usual.markers, tokens)
             return self._macro_baseline(_tensor(usual.moments.mean), _tensor(usual.moments.std))
         if self._config.baseline == "static":
             return self._config.static_baseline
@@ -229,10 +241,22 @@ class GroupJudge:
             return self._statistics[-1].baseline
         if self._config.baseline == "quantile":
             return self._quantile_baseline(totals)
+        if self._config.baseline == "reservation":
+            return self._reservation_baseline(totals, tokens)
         return self._macro_baseline(*threshold.group_moments(_tensor(totals)))
 
     def _quantile_baseline(self, totals: Sequence[float]) -> float:
         return _raised(float(threshold.quantile_baseline(_tensor(totals), self._config.quantile)))
+
+    def _reservation_baseline(self, totals: Sequence[float], tokens: float) -> float:
+        """A retry costs the right answers that its tokens give on average; before a reward is known, no retry is worth them."""
+        head = self._head
+        if not head.responses:
+            return _raised(max(totals))
+        success = min(max(head.right / head.responses, 0.001), 0.999)
+        odds = math.log(success / (1 - success)) + head.usual
+        cost = self._config.retry_cost * success * tokens * head.responses / head.tokens
+        return max(_raised(threshold.reservation_baseline(_tensor(totals), odds, cost)), threshold.LOWEST_BASELINE)
 
     def _macro_baseline(self, mean: Tensor, std: Tensor) -> float:
         kappa = threshold.offset(std, self._config.kappa0, self._config.kappa1, self._config.sigma0)

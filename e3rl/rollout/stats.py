@@ -66,7 +66,7 @@ class RolloutStats:
 
     @property
     def acceptance_N(self) -> tuple[float, ...]:
-        """By segment index: share of the candidates that were accepted without force."""
+        """By segment index: share of the candidates that were accepted at or below their threshold."""
         return tuple(_share(a, c) for a, c in zip(self.accepted_N, self.candidates_N, strict=True))
 
 
@@ -78,7 +78,7 @@ def summarise(groups: Iterable[Group]) -> RolloutStats:
     erasures = [e for t in trajectories for e in t.erasures]
     records: list[Segment | Erasure] = [*segments, *erasures]
     drawn = Counter(record.index for record in records)
-    accepted = Counter(s.index for s in segments if not _is_forced(s))
+    accepted = Counter(s.index for s in segments if s.judgement is None or s.judgement.verdict is Verdict.COMMIT)
     return RolloutStats(
         groups=len(groups),
         trajectories=len(trajectories),

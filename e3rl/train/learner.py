@@ -82,7 +82,7 @@ class Learner:
             lessons = self.prepare(rewarded)
             return lessons, self.update(lessons, update)
         parts, means, rate = self._config.train.minibatches, Means(), 0.0
-        by_group = sequences_of(self._objective, rewarded, self._config.train)
+        by_group = sequences_of(self._objective, rewarded, self._config)
         waiting = self._prepared([g for n, g in enumerate(by_group) if n % parts], rewarded) if parts > 1 else []
         lessons, norm, rate = self._learn_at_once(by_group[::parts], rewarded, update, means)
         norms = [norm]
@@ -100,7 +100,7 @@ class Learner:
         means, rewarded, lessons, loss = Means(), list[RewardedGroup](), list[Lesson](), 0.0
         most, sequences = most_totals(self._config), list[list[TrainSequence]]()
         for groups in arriving:
-            by_group = sequences_of(self._objective, groups, self._config.train, first=len(rewarded))
+            by_group = sequences_of(self._objective, groups, self._config, first=len(rewarded))
             rewarded, sequences = [*rewarded, *groups], [*sequences, *by_group]
             learnt, value = self._learn_groups(self._ranks.share(by_group), rewarded, most, means)
             lessons, loss = [*lessons, *learnt], loss + value
@@ -238,7 +238,7 @@ class Learner:
 
     def prepare(self, rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         """Score the rollouts and give every sequence its advantages, in a pass of their own."""
-        return self._prepared(sequences_of(self._objective, rewarded, self._config.train), rewarded)
+        return self._prepared(sequences_of(self._objective, rewarded, self._config), rewarded)
 
     def _prepared(self, by_group: list[list[TrainSequence]], rewarded: Sequence[RewardedGroup]) -> list[Lesson]:
         sequences, rows = self._packed([*itertools.chain(*self._ranks.share(by_group))])

@@ -8,7 +8,7 @@ weighed, its KL term among them, while clip decisions and the reported loss stay
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config, TrainConfig
+from e3rl.equations.erasure import selection_weight
 from e3rl.objectives.base import GroupSignals, Objective, Totals, TrainBatch
 from e3rl.train.packing import TrainSequence, group_sequences, pad
 from e3rl.train.scoring import Scores
-from e3rl.types import RewardedGroup
+from e3rl.types import Erasure, Group, Judgement, RewardedGroup, Segment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,51 @@ class Lesson:
 
 def weighed(lesson: Lesson, train: TrainConfig) -> Lesson:
     """The lesson with the importance weights that the settings ask for."""
-    if train.importance_correction == "none":
+    selection_T, logprobs_T = lesson.sequence.selection_T, lesson.scores.logprobs_T
+    if train.importance_correction != "none":
+        found = importance_weights(logprobs_T, lesson.sequence, train.importance_correction, train.importance_cap)
+    elif selection_T is not None:
+        found = ImportanceWeights(lesson.sequence.mask_T.to(logprobs_T.dtype), torch.zeros_like(lesson.sequence.mask_T))
+    else:
         return lesson
-    logprobs_T = lesson.scores.logprobs_T
-    weights = importance_weights(logprobs_T, lesson.sequence, train.importance_correction, train.importance_cap)
-    return replace(lesson, importance=weights)
+    if selection_T is not None:
+        found = replace(found, weights_T=found.weights_T * selection_T.to(found.weights_T.dtype))
+    return replace(lesson, importance=found)
+
+
+def with_selection(sequence: TrainSequence, group: Group, config: Config) -> TrainSequence:
+    """The trajectory with 1/w of its segments (`selection_weight`), at most ``train.selection_cap``.
+
+    How often a candidate passes is counted over all candidates of the group that were judged at the segment's index: exact where
+    siblings share their prefix, an estimate behind it. What was not judged has weight 1, and so has an erased candidate.
+    """
+    cap, erasure = config.train.selection_cap, config.erasure
+    if cap == 0 or sequence.erased:
+        return sequence
+    trajectory = group.trajectories[[t.sibling for t in group.trajectories].index(sequence.sibling)]
+    weights = [1.0] * len(trajectory.drawn_segments)
+    for n, segment in enumerate(trajectory.drawn_segments):
+        if segment.judgement is not None:
+            here = [passes(j) for t in group.trajectories for index, j in judged_at(t) if index == n]
+            w = selection_weight(
+                passes(segment.judgement), sum(here) / len(here), erasure.max_erasures, erasure.commit_anyway
+            )
+            weights[n] = min(1 / w, cap) if w > 0 else cap
+    each = torch.tensor([*weights, 1.0])  # the last is for observations, whose segment is -1
+    return replace(sequence, selection_T=each[sequence.segments_T])
+
+
+def judged_at(trajectory: Trajectory) -> Iterator[tuple[int, Judgement]]:
+    """All judgements of segments, committed or erased, with the index of the segment; erased turns are none."""
+    records: list[Segment | Erasure] = [*trajectory.segments, *trajectory.erasures]
+    for record in records:
+        if record.observation is None and record.judgement is not None:
+            yield trajectory.drawn_index(record.index), record.judgement
+
+
+def passes(judgement: Judgement) -> bool:
+    """Whether the candidate was at or below its threshold."""
+    return judgement.uncertainty.total <= judgement.threshold.total
 
 
 def group_lessons(objective: Objective, scored: Sequence[Scored], rewarded: RewardedGroup) -> list[Lesson]:
@@ -112,12 +153,13 @@ def lessons_of(
 
 
 def sequences_of(
-    objective: Objective, rewarded: Sequence[RewardedGroup], train: TrainConfig, first: int = 0
+    objective: Objective, rewarded: Sequence[RewardedGroup], config: Config, first: int = 0
 ) -> list[list[TrainSequence]]:
     """The training sequences of each group, the first of which is number ``first`` of its step. Trajectories without a reward
     are left out, unless they are demonstrations."""
-    shown, masks = "demonstrations" in objective.needs, train.mask_truncated_completions
+    shown, masks = "demonstrations" in objective.needs, config.train.mask_truncated_completions
     found = group_sequences([r.group for r in rewarded], "erased" in objective.needs, masks, first)
+    found = [with_selection(s, rewarded[s.group - first].group, config) for s in found]
     kept = (s for s in found if shown or rewarded[s.group - first].rewards[s.sibling].value is not None)
     return [list(group) for _, group in itertools.groupby(kept, key=lambda s: s.group)]
 

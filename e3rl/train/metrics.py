@@ -73,7 +73,8 @@ METRICS: dict[str, str] = {
     "mismatch_ess": "effective sample size, as a share, of trajectories reweighted from engine to trainer",
     "staleness": "optimizer updates between the weights that drew a candidate and those that learn from it, mean",
     "staleness_most": "the same of the oldest candidate; at most rollout.staleness steps' updates",
-    "importance_weight": "mean importance weight of a token, engine to trainer; absent without a correction",
+    "importance_weight": "mean weight of a token, engine to trainer (importance_correction) times 1/w (selection_cap); absent "
+    "without a correction",
     "importance_limited": "share of tokens whose importance weight was above the cap",
     "tokens": "tokens generated in this step, erased and dropped ones included; 0 for demonstrations",
     "tokens_total": "tokens generated since the start, erased and dropped ones included",

@@ -34,6 +34,7 @@ class TrainSequence:
     group: int  # position of its group in the step
     sibling: int
     erased: bool
+    selection_T: Tensor | None = None  # 1/w of the segment each token lies in, where that is corrected for
     unlearnt: bool = False  # cut off at the length limit: its reward counts for its siblings, its tokens in no loss
     uncertainties_T: Tensor | None = (
         None  # U of each response token's segment, -1 where it was not judged; None: none was

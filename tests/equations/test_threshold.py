@@ -167,3 +167,32 @@ def test_threshold_agrees_with_the_reference(
     found = th.threshold(float(baseline), float(th.attempt_penalty(attempt, eta, 1.5)), phi)
     phi_expected = reference.modulation(smoothed, baselines, 0.1)
     close(found, reference.threshold(values, attempt, phi_expected, (kappa0, kappa1, sigma0), eta, 1.5), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "cost", "z"),
+    [
+        ([0.2, 0.6], 0.1, 0.4),  # the better one alone is above it: 0.2 / 2
+        ([0.2, 0.6], 0.3, 0.1),  # both: (0.1 + 0.5) / 2
+        ([0.2, 0.6], 0.5, -0.1),  # a draw costs more than all of it
+        ([0.5, 0.5, 0.5], 0.1, 0.4),
+        ([0.9, 0.1, 0.5], 0.0, 0.9),  # for nothing: until it is the best
+    ],
+)
+def test_reservation_value(values: list[float], cost: float, z: float) -> None:
+    """Weitzman. The mean of what draws are worth above z is what a draw costs."""
+    assert th.reservation_value(f64(values), cost) == pytest.approx(z)
+    assert sum(max(v - z, 0) for v in values) / len(values) == pytest.approx(cost)
+
+
+@given(uncertainties, st.floats(0.001, 1))
+def test_what_a_reservation_baseline_erases_is_worth_less_than_z(totals: list[float], cost: float) -> None:
+    """Reservation. U above the baseline is a value below z; where z is not above 0, the baseline is the largest U."""
+    baseline = th.reservation_baseline(f64(totals), 3.0, cost)
+    values = [1 / (1 + exp(u - 3.0)) for u in totals]
+    z = th.reservation_value(f64(values), cost)
+    if z <= 0:
+        assert baseline == pytest.approx(max(totals))
+    else:
+        assert 1 / (1 + exp(baseline - 3.0)) == pytest.approx(z)
+        assert all(u > baseline for u, v in zip(totals, values, strict=True) if v < z - 1e-9)

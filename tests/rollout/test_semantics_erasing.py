@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from e3rl.engine.requests import uniforms
 from e3rl.rollout.orders import Erased
 from e3rl.rollout.stats import summarise
 from e3rl.testing.scripted import EOS, Scripted
@@ -159,3 +160,33 @@ def test_draws():
     assert len(set(draws)) == len(draws) == 14
     assert Draw(seed=7, step=3, prompt_id="p", sibling=0, segment=1, attempt=1) in draws
     assert Draw(seed=7, step=3, prompt_id="q", sibling=1, segment=0, attempt=1) in draws
+
+
+def _chance(sibling: int, segment: int, attempt: int) -> float:
+    return float(uniforms(Draw(7, 3, "spared/p", sibling, segment, attempt), 1)[0])
+
+
+def test_spared():
+    """52. Above its threshold a candidate is committed as spared with probability commit_anyway, by its draw's name."""
+    config, erasure = rollout(num_generations=40), replace(MEAN_ONLY, commit_anyway=0.3)
+    groups, _ = roll(levels({}, default=2.0), erasure, config)
+    seen = []
+    for trajectory in groups["p"].trajectories:
+        for segment in trajectory.segments:
+            chances = [_chance(trajectory.sibling, segment.index, attempt) for attempt in range(2)]
+            attempt = next((n for n, chance in enumerate(chances) if chance < 0.3), 2)
+            expected = (attempt, Verdict.FORCED if attempt == 2 else Verdict.SPARED)
+            assert (segment.judgement.attempt, segment.judgement.verdict) == expected
+            seen.append(expected)
+    assert seen.count((0, Verdict.SPARED)) / len(seen) == pytest.approx(0.3, abs=0.1)
+    assert {verdict for _, verdict in seen} == {Verdict.FORCED, Verdict.SPARED}
+
+
+def test_spared_counts():
+    """53. A spared segment counts neither as accepted nor as forced, and the next segment starts at attempt 0."""
+    groups, engine = roll(levels({("p", 0, 0, 0): 2.0}), replace(MEAN_ONLY, commit_anyway=0.99), ALONE)
+    assert _chance(0, 0, 0) < 0.99
+    assert verdicts(only(groups)) == [(0, Verdict.SPARED), (0, Verdict.COMMIT), (0, Verdict.COMMIT)]
+    stats = summarise(groups.values())
+    assert (stats.acceptance_N, stats.forced, stats.erasures) == ((0.0, 1.0, 1.0), 0, 0)
+    assert [c.draw.attempt for c in engine.made("extend")] == [0, 0, 0]

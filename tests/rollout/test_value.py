@@ -11,11 +11,13 @@ import pytest
 
 from e3rl.config import ErasureConfig
 from e3rl.diagnose.statistics import auroc
+from e3rl.errors import UserError
+from e3rl.rollout.judge import GroupJudge
 from e3rl.rollout.metric import siblings_metric, toy_candidate
-from e3rl.rollout.moments import Moments
+from e3rl.rollout.moments import Distribution, Moments
 from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.rollout.value import FEATURES, KEPT, PRIOR, STRENGTH, ValueHead, by_place, features, pairs
-from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory
+from e3rl.types import Candidate, Group, Problem, Prompt, Reward, RewardedGroup, Segment, Trajectory, Verdict
 
 _PROMPT = Prompt(Problem("p", "1+1"), (2, 3))
 _EOS_RANK = 20
@@ -172,3 +174,49 @@ def test_a_judge_uses_the_head_of_its_statistics() -> None:
     head = replace(PRIOR, weights=(0.0, 0.0, 0.0, 2.0, *PRIOR.weights[4:]))
     found = siblings_metric("value", head)([toy_candidate((0.2, 1.5, 0.7))], [()], Moments(), ErasureConfig(), list)
     assert found[0].total == pytest.approx(1.4)
+
+
+def _opened(head: ValueHead, entropies: Sequence[float], **settings: float) -> list[tuple[float, Verdict]]:
+    """B and verdict of siblings' first candidates of three tokens each, whose U is their entropy."""
+    config = ErasureConfig(metric="value", baseline="reservation", eta=0.0, rho=0.0, **settings)
+    judge = GroupJudge(len(entropies), config, CalibrationStatistics({}, head=head))
+    candidates = [_candidate((level,) * 3) for level in entropies]
+    for sibling, candidate in enumerate(candidates):
+        judge.deliver(sibling, candidate)
+    judgements = [judge.judge(sibling, candidate, 0) for sibling, candidate in enumerate(candidates)]
+    return [(j.threshold.baseline, j.verdict) for j in judgements]
+
+
+def test_a_segment_is_erased_where_a_retry_is_worth_its_tokens() -> None:
+    """A fifth of the responses is right, of 8 tokens each; mean U is 1, so log odds are log 1/4 + 1 - U. Three tokens cost
+    0.2 * 3 / 8 right answers."""
+    head = replace(PRIOR, centre=(1.0, *PRIOR.centre[1:]), responses=10.0, right=2.0, tokens=80.0)
+    odds = np.log(0.25) + 1
+    better = 1 / (1 + np.exp(0.5 - odds))
+    z = better - 2 * 0.2 * 3 / 8  # of two siblings the better one alone is above it
+    commit, erase = Verdict.COMMIT, Verdict.ERASE
+    assert _opened(head, (0.5, 3.0)) == [(pytest.approx(odds - np.log(z / (1 - z))), v) for v in (commit, erase)]
+    assert [v for _, v in _opened(head, (0.5, 0.6))] == [commit, commit], "alike"
+    assert [v for _, v in _opened(head, (6.0, 9.0))] == [commit, commit], "hopeless"
+    assert [v for _, v in _opened(head, (0.5, 3.0), retry_cost=3.0)] == [commit, commit], "too dear"
+    assert [v for _, v in _opened(head, (0.5, 0.6), retry_cost=0.0)] == [commit, erase], "for nothing"
+    assert [v for _, v in _opened(PRIOR, (0.5, 3.0))] == [commit, commit], "no reward is known yet"
+
+
+def test_a_single_sample_is_held_against_the_markers_of_the_statistics() -> None:
+    config = ErasureConfig(metric="value", baseline="reservation", eta=0.0, rho=0.0)
+    head = replace(PRIOR, centre=(1.0, *PRIOR.centre[1:]), responses=10.0, right=2.0, tokens=80.0)
+    known = CalibrationStatistics({}, (Distribution.of([0.5, 3.0]),), head=head)
+    found = []
+    for level in (0.5, 3.0):
+        judge = GroupJudge(1, config, known)
+        candidate = _candidate((level,) * 3)
+        judge.deliver(0, candidate)
+        found.append(judge.judge(0, candidate, 0))
+    assert [j.verdict for j in found] == [Verdict.COMMIT, Verdict.ERASE]
+    assert found[0].threshold.baseline == _opened(head, (0.5, 3.0))[0][0]
+
+
+def test_a_reservation_needs_log_odds() -> None:
+    with pytest.raises(UserError, match=r"'reservation' needs U in log odds.*'e3rl'"):
+        ErasureConfig(baseline="reservation")

@@ -231,6 +231,7 @@ def test_a_critic_goes_on_where_it_stopped(tmp_path: Path):
             "train.save_steps=1",
             "train.steps=3",
         ),
+        *("erasure.commit_anyway=0.3", "train.selection_cap=4", "erasure.quantile=0.3"),
         *("rollout.num_generations=4", "erasure.rho=0", 'rewards.functions=["tests.ranks.run:evenness"]'),
     )
     (tmp_path / "whole").mkdir()
@@ -246,6 +247,11 @@ def test_a_critic_goes_on_where_it_stopped(tmp_path: Path):
     assert head["version"] == 3
     assert head["responses"] == pytest.approx(8 * (1 + KEPT + KEPT**2))
     first, *later = theirs["rollouts"]
+    assert {s["verdict"] for rows in theirs["rollouts"] for row in rows for s in row["segments"]} >= {
+        "spared",
+        "commit",
+    }
+    assert all(line["importance_weight"] != 1 for line in theirs["metrics"])
     prior = [abs(_entropy_and_eps(s) - s["uncertainty"]) for row in first for s in row["segments"]]
     learnt = [abs(_entropy_and_eps(s) - s["uncertainty"]) for rows in later for row in rows for s in row["segments"]]
     assert max(prior) < 1e-9 < 0.01 < max(learnt)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from e3rl.config import build_config
+from e3rl.config import TrainConfig, build_config
 from e3rl.errors import UserError
-from e3rl.settings import TrainConfig
 from e3rl.train.optimizer import MasterOptimizer, learning_rate, state_width
 
 CONFIG = TrainConfig(learning_rate=0.1, warmup_ratio=0.0, max_grad_norm=1.0)

@@ -64,6 +64,7 @@ function replacement(erased, next) {
 function verdict(segment, erased) {
   if (segment.verdict === null) return null;
   if (segment.verdict === "forced") return el("span", { class: "badge forced" }, "forced: erasures used up");
+  if (segment.verdict === "spared") return el("span", { class: "badge forced" }, "spared: above its threshold, committed by chance");
   return el("span", { class: "badge" }, erased ? `accepted after ${plural(erased, "erasure")}` : "accepted at once");
 }
 
