@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
 
-from e3rl.engine.protocol import Engine, Sampling
+from e3rl.engine.protocol import Engine, Row, Sampling
 from e3rl.engine.recompute import RecomputeEngine
 from e3rl.engine.torch.engine import TorchEngine
+from e3rl.engine.torch.fused import FusedSlotModel
+from e3rl.engine.torch.threads import operation_threads
 from e3rl.errors import UserError
 from e3rl.types import Candidate, Draw
 from tests.engine.models import ARCHITECTURES, tiny
@@ -116,3 +120,57 @@ def test_a_pass_of_one_row_is_made_as_a_pass_of_four():
     expected = torch.nn.functional.linear(rows, weight)
     for size in range(4, 64, 4):
         assert torch.equal(torch.nn.functional.linear(rows[:size], weight), expected[:size])
+
+
+LONG = [[3 + (i * j) % 50 for i in range(length)] for j, length in enumerate((40, 33, 90, 57, 36, 64), 1)]
+"""Prompts that may run beside others, with one thread and with two."""
+
+
+def _drawn(engine: TorchEngine, rows: Sequence[Row]) -> list[Candidate]:
+    for number, row in enumerate(rows):
+        engine.extend(row, 3, Draw(0, 0, "p", number, 0, 0), SAMPLING)
+    found: dict[Row, Candidate] = {}
+    while delivered := engine.poll():
+        found |= delivered
+    return [found[row] for row in rows]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ARCHITECTURES), ("Qwen3", torch.bfloat16)]
+)
+def test_a_prompt_has_the_same_bits_whatever_runs_beside_it(name: str, dtype: torch.dtype, threads: int):
+    """With two siblings each; beside each other and as if none could be."""
+    found, passes = [], []
+    run = FusedSlotModel.prefill_together
+
+    def watched(model: FusedSlotModel, prompts: Sequence) -> list[torch.Tensor]:
+        passes.append(len(prompts))
+        return run(model, prompts)
+
+    for alone in (False, True):
+        engine = TorchEngine(tiny(name, dtype=dtype), eos_ids=(), max_rows=12, cache_rows=12, max_length=96)
+        with operation_threads(threads), mock.patch.object(FusedSlotModel, "prefill_together", watched):
+            with mock.patch.object(FusedSlotModel, "packs", return_value=False) if alone else contextlib.nullcontext():
+                rows = [row for prompt in LONG for row in engine.prefill(prompt, 2)]
+            found.append(_drawn(engine, rows))
+        assert engine.stats.prompt_tokens == sum(map(len, LONG))
+    assert found[0] == found[1]
+    assert sorted(passes) == [1] * 6 + ([6] if threads == 1 else [2, 2, 2])
+
+
+def test_a_row_whose_prompt_has_not_run_can_be_released_and_taken_up():
+    """The sibling whose slot the prompt would have run in, a whole group, and a row that goes on where another left off."""
+    found = []
+    for wait in (True, False):
+        engine = TorchEngine(tiny("Qwen3"), eos_ids=(), max_rows=8, cache_rows=8, max_length=96)
+        with contextlib.nullcontext() if wait else mock.patch.object(FusedSlotModel, "packs", return_value=False):
+            (first, second), gone, [taken] = (engine.prefill(p, n) for p, n in zip(LONG, (2, 2, 1), strict=False))
+        for row in (first, *gone):
+            engine.release(row)
+        engine.append(taken, [5, 6, 7])
+        found.append(_drawn(engine, [second, taken, *engine.prefill(LONG[3], 1)]))
+        engine.rollback(taken, 0)
+        found[-1] += _drawn(engine, [taken])
+        assert engine.stats.prompt_tokens == sum(len(LONG[i]) for i in (0, 2, 3)) + (not wait) * len(LONG[1])
+    assert found[0] == found[1]

@@ -13,7 +13,7 @@ from e3rl.engine.protocol import Sampling
 from e3rl.engine.torch import fused as fused_model
 from e3rl.engine.torch.engine import TorchEngine
 from e3rl.engine.torch.operations import _by_head, head_norm, norm
-from e3rl.engine.torch.threads import Crew, Division, Pace, divided, division, operation_threads
+from e3rl.engine.torch.threads import Crew, Division, Pace, divided, division, operation_threads, passes
 from e3rl.errors import NonFiniteLogits
 from e3rl.types import Candidate, Draw
 from tests.engine.models import ARCHITECTURES, EOS, tiny
@@ -79,6 +79,23 @@ def test_parts_hold_every_row_once_and_start_at_whole_packs(rows, parts):
     assert [i for part in slices for i in range(part.start, part.stop)] == list(range(rows))
     assert all(part.start % 4 == 0 for part in slices)
     assert 1 <= len(slices) <= parts
+
+
+@pytest.mark.parametrize(
+    ("lengths", "threads", "expected"),
+    [
+        ([70], 1, [1]),
+        ([70, 70], 2, [1, 1]),
+        ([70] * 3, 1, [3]),
+        ([70] * 16, 2, [4, 4, 4, 4]),  # not 7, 7, 2
+        ([50, 900, 50], 1, [1, 1, 1]),  # the long one alone
+        ([30, 30, 60], 2, [2, 1]),
+    ],
+)
+def test_in_which_passes_prompts_run(lengths, threads, expected):
+    found = passes(lengths, threads, 500)
+    assert [len(range(len(lengths))[each]) for each in found] == expected
+    assert [i for each in found for i in range(len(lengths))[each]] == list(range(len(lengths)))
 
 
 def test_all_parts_stop_after_the_step_in_which_one_ended():

@@ -138,25 +138,25 @@ def test_an_order_that_the_engine_refuses_fails_its_own_group(make_service: Call
         assert settled(service)
 
 
-@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("where", ["prefill_together", "decode"])
 def test_non_finite_logits_fail_the_group_that_they_belong_to(
     make_service: Callable[..., Service], monkeypatch, where: str
 ):
     """Both clients have the same seed, so their draws are equal; only the long prompt gets NaN."""
     service, far = make_service(), 150
     model = service._engine._slot_model
-    prefill, decode = model.prefill, model.decode
+    prefill, decode = model.prefill_together, model.decode
 
-    def broken_prefill(ids: Any, slot: int) -> Any:
-        logits_V = prefill(ids, slot)
-        return logits_V * math.nan if len(ids) >= far else logits_V
+    def broken_prefill(prompts: Any) -> Any:
+        found = zip(prompts, prefill(prompts), strict=True)
+        return [logits_V * math.nan if len(ids) >= far else logits_V for (ids, _), logits_V in found]
 
     def broken_decode(rows: Any) -> Any:
         return decode(rows).masked_fill((rows.positions_R >= far + 9).unsqueeze(1), math.nan)
 
     with serving(service) as url:
         alone = post(url, TEXT, VICTIM)[1]["choices"]
-        monkeypatch.setattr(model, where, broken_prefill if where == "prefill" else broken_decode)
+        monkeypatch.setattr(model, where, broken_prefill if where == "prefill_together" else broken_decode)
         (status, broken), victim = together(url, {**VICTIM, "prompt": [1] * far}, VICTIM)
         assert (status, "NaN" in broken["error"]["message"]) == (500, True)
         assert (victim[0], victim[1]["choices"]) == (200, alone)

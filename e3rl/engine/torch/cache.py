@@ -223,6 +223,14 @@ class GenericSlotModel:
         ids_1T = torch.tensor([ids], device=self.device)
         return self._forward(ids_1T, self._columns[: len(ids)].unsqueeze(0), None)[0]
 
+    def packs(self, length: int) -> bool:
+        """No: the model's own pass takes one prompt."""
+        return False
+
+    def prefill_together(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
+        """Run prompts into slots, one after another."""
+        return [self.prefill(ids, slot) for ids, slot in prompts]
+
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
         width = bucketed(rows.last + 1)

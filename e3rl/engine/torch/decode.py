@@ -1,9 +1,11 @@
-"""Rows in neighbouring slots that are decoded together for a few steps, in one thread (`e3rl.engine.torch.threads`)."""
+"""Rows in neighbouring slots that are decoded together for a few steps, in one thread (`e3rl.engine.torch.threads`); prompts that
+run together before that."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from e3rl.engine.requests import Request, RowState
 from e3rl.engine.sampling import NON_FINITE, SamplingRows, sample
 from e3rl.engine.torch.model import SlotModel
 from e3rl.engine.torch.storage import StepRows
-from e3rl.engine.torch.threads import Pace
+from e3rl.engine.torch.threads import MOST_PARTS, Crew, Pace, passes
 from e3rl.errors import NonFiniteLogits
 
 
@@ -60,6 +62,48 @@ class Marks:
         """The logits kept for ``rows``."""
         assert self._logits_SV is not None
         return self._logits_SV[[row.number for row in rows]]
+
+
+PASS_TOKENS = 512
+"""Most tokens of prompts that run in one pass; a longer prompt has one of its own."""
+
+
+class WaitingPrompts:
+    """Prompts that have not run yet, each with the rows of its siblings."""
+
+    def __init__(self) -> None:
+        self._waiting: list[list[SlotRow]] = []
+
+    def add(self, rows: list[SlotRow]) -> None:
+        """Siblings, which hold a prompt and nothing else."""
+        self._waiting.append(rows)
+
+    def remove(self, row: SlotRow) -> None:
+        """The row is released."""
+        for rows in self._waiting:
+            if row in rows:
+                rows.remove(row)
+
+    def run(self, model: SlotModel, slot: Callable[[SlotRow], int], crew: Crew) -> list[tuple[list[SlotRow], Tensor]]:
+        """Run each prompt in the slot of its first row, several in a pass, the passes in several threads; with the logits that
+        follow it, [V]."""
+        waiting = [rows for rows in self._waiting if rows]
+        if not waiting:
+            return []
+        threads = torch.get_num_threads()
+        parts = min(threads, len(waiting), MOST_PARTS)
+        slices = passes([rows[0].prompt_length for rows in waiting], parts, PASS_TOKENS)
+        todo, logits = iter(enumerate(slices)), [list[Tensor]()] * len(slices)
+
+        def run() -> None:
+            for number, some in todo:  # each pass goes to the thread that asks first
+                prompts = [(row.ids[: row.prompt_length], slot(row)) for row, *_ in waiting[some]]
+                logits[number] = model.prefill_together(prompts)
+
+        with crew.beside([run] * (parts - 1), threads // parts):
+            run()
+        self._waiting.clear()
+        return list(zip(waiting, chain.from_iterable(logits), strict=True))
 
 
 READ_AFTER = 16

@@ -24,7 +24,7 @@ from torch import Tensor
 from e3rl.config import RolloutConfig
 from e3rl.engine.protocol import LogitsHook, Row, Sampling
 from e3rl.engine.requests import check_prompt, check_siblings, find_row
-from e3rl.engine.torch.decode import READ_AFTER, Marks, SlotRow, StepDraws, StepPart
+from e3rl.engine.torch.decode import READ_AFTER, Marks, SlotRow, StepDraws, StepPart, WaitingPrompts
 from e3rl.engine.torch.model import check_exactness, require_servable, slot_model
 from e3rl.engine.torch.storage import MIB, SlotMap, StepRows, bucketed, packed, rows_within
 from e3rl.engine.torch.threads import Crew, Division, Pace, divided, operation_threads
@@ -86,6 +86,7 @@ class TorchEngine:
         self._open: dict[Row, SlotRow] = {}  # rows with an open request, the next turn's first
         self._slots: SlotMap[SlotRow] = SlotMap(cache_rows)
         self._marks = Marks(cache_rows)
+        self._prompts = WaitingPrompts()
         self._crew = Crew()
         self._interrupted = threading.Event()
         self._numbers = list(range(cache_rows))  # that no row has
@@ -104,28 +105,28 @@ class TorchEngine:
 
     @torch.inference_mode()
     def prefill(self, prompt_ids: Sequence[int], siblings: int) -> list[Row]:
-        """Run a prompt through the model once; its siblings copy its keys and share its last logits."""
+        """Run a prompt through the model once, at the next `poll` where others may run beside it; its siblings copy its keys and
+        share its last logits."""
         check_prompt(prompt_ids, self._vocabulary, self._max_length)
         check_siblings(siblings, self._cache_rows, self.free_rows())
-        length = len(prompt_ids)
-        rows = [SlotRow(length, list(prompt_ids), cached=length) for _ in range(siblings)]
-        first, *others = [self._slots.take(row) for row in rows]
+        rows = [SlotRow(len(prompt_ids), list(prompt_ids)) for _ in range(siblings)]
+        for row in rows:
+            self._slots.take(row)
+            row.number = self._numbers.pop()
         try:
             if not self._rows:
                 self._slot_model.refresh()
-            logits_V = self._slot_model.prefill(prompt_ids, first)
+            if self._slot_model.packs(len(prompt_ids)):
+                self._prompts.add(rows)
+            else:
+                self._prompt_done(rows, self._slot_model.prefill(prompt_ids, self._slots.slot(rows[0])))
         except BaseException:
             for row in rows:
+                self._numbers.append(row.number)
                 self._slots.give_back(row)
             raise
-        self._slot_model.storage.copy(first, others, length)
-        for row in rows:
-            row.number = self._numbers.pop()
-        self._slot_model.storage.keep_states([first, *others], [row.number for row in rows])
-        self._marks.keep(rows, logits_V.expand(siblings, -1))
         handles = [Row(next(self._handles)) for _ in rows]
         self._rows.update(zip(handles, rows, strict=True))
-        self.stats.prompt_tokens += length
         self.stats.kv_bytes = self._slot_model.storage.bytes
         return handles
 
@@ -157,6 +158,9 @@ class TorchEngine:
         complete ones."""
         done: list[Row] = []
         try:
+            if self._open:
+                for rows, logits_V in self._prompts.run(self._slot_model, self._slots.slot, self._crew):
+                    self._prompt_done(rows, logits_V)
             while self._open and not done:
                 active = dict(islice(self._open.items(), self._max_rows))
                 division = self._slot_model.division(len(active))
@@ -195,6 +199,7 @@ class TorchEngine:
         state = self._row(row)
         del self._rows[row]
         self._open.pop(row, None)
+        self._prompts.remove(state)
         slot = self._slots.give_back(state)
         self._numbers.append(state.number)
         if self._may_hold_nan:
@@ -229,18 +234,18 @@ class TorchEngine:
             if most:
                 steps = min(steps, most)
             self.stats.refed_tokens += sum(row.cached == row.total for row in rows)
-            return [
-                StepPart(
-                    rows[part],
-                    first + part.start,
-                    self._slot_model,
-                    self._marks,
-                    self._eos_ids,
-                    steps,
-                    self._read_after,
-                )
-                for part in divided(len(rows), division.parts)
-            ]
+            rest = (self._slot_model, self._marks, self._eos_ids, steps, self._read_after)
+            return [StepPart(rows[part], first + part.start, *rest) for part in divided(len(rows), division.parts)]
+
+    def _prompt_done(self, rows: list[SlotRow], logits_V: Tensor) -> None:
+        """The prompt of these siblings has run in the first one's slot."""
+        slots, length = [self._slots.slot(row) for row in rows], rows[0].prompt_length
+        self._slot_model.storage.copy(slots[0], slots[1:], length)
+        self._slot_model.storage.keep_states(slots, [row.number for row in rows])
+        self._marks.keep(rows, logits_V.expand(len(rows), -1))
+        for row in rows:
+            row.cached = row.marked = length
+        self.stats.prompt_tokens += length
 
     def _row(self, row: Row) -> SlotRow:
         return find_row(self._rows, row)

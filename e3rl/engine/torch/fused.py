@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,13 @@ from e3rl.engine.torch.threads import Division, division, wake_seconds
 from e3rl.models import sliding_window
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+_PACKED = (torch.float32, torch.bfloat16)
+"""Types in which a CPU's products of many rows are the same for each row however many there are."""
+
+PACKED_FROM = 16
+"""Shortest prompt, in tokens for each thread, that is run beside others: with a few rows a thread, a CPU's matrix kernels round
+otherwise than with many (seen up to 6)."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """From a layer's number, queries [R, heads, dim], keys and values [R, kv_heads, dim] to what is read, [R, heads * dim]."""
@@ -190,17 +198,32 @@ class FusedSlotModel:
 
     def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
         """Run a prompt into a slot; logits of the token after it, [V]."""
-        length = len(ids)
+        return self.prefill_together([(ids, slot)])[0]
+
+    def packs(self, length: int) -> bool:
+        """Whether a prompt of ``length`` tokens has the same bits alone and beside others. GPUs don't promise that."""
+        enough = length >= PACKED_FROM * torch.get_num_threads()
+        return enough and self.device.type == "cpu" and self._weights.dtype in _PACKED
+
+    def prefill_together(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
+        """Run prompts into slots, their tokens as rows of the same products; for each the logits of the token after it, [V]."""
+        lengths = [len(ids) for ids, _ in prompts]
+        ends = list(accumulate(lengths))
 
         def attend(layer: int, q_TKD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-            q_KTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q_TKD, k_TKD, v_TKD))
-            self.storage.keys[layer][slot, :, :length] = k_KTD
-            self.storage.values[layer][slot, :, :length] = v_KTD
-            seen_1KTD = attention(q_KTD[None], k_KTD[None], v_KTD[None], None, self._weights.scale)
-            return seen_1KTD[0].transpose(0, 1).flatten(1)
+            keys, values = self.storage.keys[layer], self.storage.values[layer]
+            each = zip(*(x_TKD.transpose(0, 1).split(lengths, 1) for x_TKD in (q_TKD, k_TKD, v_TKD)), strict=True)
+            seen = []
+            for (ids, slot), (q_KTD, k_KTD, v_KTD) in zip(prompts, each, strict=True):
+                keys[slot, :, : len(ids)] = k_KTD
+                values[slot, :, : len(ids)] = v_KTD
+                seen_1KTD = attention(q_KTD[None], k_KTD[None], v_KTD[None], None, self._weights.scale)
+                seen.append(seen_1KTD[0].transpose(0, 1).flatten(1))
+            return torch.cat(seen)
 
-        hidden_TD = self._forward(torch.tensor(ids, device=self.device), self._columns[:length], attend)
-        return self._weights.head(hidden_TD[-1:])[0]
+        ids_T = torch.tensor([token for ids, _ in prompts for token in ids], device=self.device)
+        hidden_TD = self._forward(ids_T, torch.cat([self._columns[:length] for length in lengths]), attend)
+        return [self._weights.head(hidden_TD[end - 1 : end])[0] for end in ends]
 
     def division(self, rows: int) -> Division:
         """How a decode step is divided among threads; a GPU has one queue, and there is nothing to divide."""

@@ -37,6 +37,12 @@ class SlotModel(Protocol):
     def prefill(self, ids: Sequence[int], slot: int) -> Tensor:
         """Run a prompt into a slot; logits of the token after it, [V]."""
 
+    def packs(self, length: int) -> bool:
+        """Whether a prompt of ``length`` tokens has the same bits alone and beside others."""
+
+    def prefill_together(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
+        """Run prompts that `packs` into slots, in any thread; for each the logits of the token after it, [V]."""
+
     def decode(self, rows: StepRows) -> Tensor:
         """Feed each row's token at its position; logits of the tokens after them, [R, V]."""
 

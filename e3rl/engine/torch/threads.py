@@ -68,6 +68,19 @@ def divided(rows: int, parts: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def passes(lengths: Sequence[int], threads: int, most: int) -> list[slice]:
+    """Prompts of these lengths in passes of about the same number of tokens, some for each thread; of at most ``most`` tokens
+    where they hold more than one prompt."""
+    of_each = -(-sum(lengths) // (threads * most))
+    size, found, start, tokens = -(-sum(lengths) // (threads * of_each)), list[slice](), 0, 0
+    for index, length in enumerate(lengths):
+        if index > start and tokens + length > size:
+            found.append(slice(start, index))
+            start, tokens = index, 0
+        tokens += length
+    return [*found, slice(start, len(lengths))]
+
+
 class Pace:
     """Lets all parts stop after the same step: the last one planned, or one in which a request of any part ended.
 
