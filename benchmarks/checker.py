@@ -191,6 +191,19 @@ def taken_back(gold: str, other: str, rng: random.Random) -> Iterator[str]:
             yield f"The answer is ${gold}$" + turn.format(f"${other}$")
 
 
+_AHEAD = (
+    "minus", "negative", "twice", "half of", "the square of", "the opposite of", "at least", "anything but", "more than",
+    "nearly",
+)  # fmt: skip
+
+
+def changed_before(gold: str, rng: random.Random) -> Iterator[str]:
+    """Responses in which words before a number make it another one."""
+    if _WHOLE.fullmatch(gold) and abs(int(gold)) > 1:
+        for words, number in zip(rng.sample(_AHEAD, 2), (gold, f"${gold}$"), strict=True):
+            yield f"The answer is {words} {number}."
+
+
 def _plus_one(text: str) -> str:
     return str(int(text) + 1) if _WHOLE.fullmatch(text) else f"{text} + 1"
 
@@ -297,6 +310,8 @@ def cases(golds: Sequence[str], wrong: int, seed: int = 0) -> Iterator[tuple[str
             yield kind, gold, rf"\boxed{{{miss}}}" if i % 4 or "$" in miss else f"The answer is ${miss}$.", False
         for response in taken_back(gold, rng.choice(golds), rng):
             yield "taken back", gold, response, False
+        for response in changed_before(gold, rng):
+            yield "words before", gold, response, False
 
 
 def measure(

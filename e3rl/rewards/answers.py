@@ -88,10 +88,22 @@ _CHANGED = re.compile(
     r"[\s-]?(?:\(?(?:squared|cubed|factorial|tenths?|halves|half|thirds?|quarters?|ninths|twelfths|hundredths?|thousandths?"
     r"|[a-z]{3,}ths|pairs?|couples?|ppm|ppb|percent|per cent|dozens?|hundreds?|thousands?|[mbtr]+illions?|times|divided"
     r"|multiplied|plus|minus|over|mod|modulo|choose|raised|to the|root|point|wrong|incorrect|or|light"
-    r"|is (?:wrong|incorrect|not))\b|\\(?![)\]])|[!^*/+=<>×÷]|\s[-–−]\s|,?\s?\(?(?:\?|(?:i guess|i think|not sure|probably)\b))",
+    r"|doubled|tripled|halved|negated|below zero|and (?:a|one) (?:half|third|quarter)|(?:in )?base"
+    r"|(?:more|less|fewer|greater|smaller) than|is (?:wrong|incorrect|not))\b|\\(?![)\]])|[!^*/+=<>×÷]|\s[-–−]\s"
+    r"|,?\s?\(?(?:\?|(?:i guess|i think|not sure|probably)\b))",
     re.I,
 )
 """Text after a number that changes or retracts it."""
+_BEFORE = re.compile(
+    r"\b(?:minus|negative|twice|thrice|double|triple|half|at (?:least|most)|up to|nearly|almost|barely|hardly|rarely|seldom"
+    r"|(?:anything|all) but|far from|short of|close to|(?:more|less|fewer|greater|smaller|larger|other) than"
+    r"|above|below|over|under|beyond|(?:squares?|cubes?|roots?|half|third|quarter|tenth|percent|powers?|log|logarithm|opposite"
+    r"|inverse|reciprocal|negation|negative|factorial|complement|multiples?|factors?|divisors?) (?:of|to))"
+    r" (?:the (?:number|value) )?\$?$",
+    re.I,
+)
+"""Words before a number that make it another one, or a bound."""
+_NEGATIVE = re.compile(r"(?:minus|negative) (\$?)(?=\d)", re.I)
 _PART = re.compile(r"[*/^+×÷<>-] ?$|(?:^|[a-z:] )\d[\d.,]{0,40} ?= ?$")
 """Text before a number that makes it part of an expression."""
 _LISTED = re.compile(r"\s?(?:,|;|,? ?\b(?:and|or)\b|/)\s?\$?")
@@ -199,6 +211,9 @@ def extract_answer(text: str, unboxed: Unboxed = "last") -> str | None:
 
 def _beginning(text: str) -> str | None:
     """The answer at the start of the text after "answer is"; the whole sentence if it hedges or denies."""
+    said = _FILLER.match(text).end()  # type: ignore[union-attr]
+    if sign := _NEGATIVE.match(text, said):
+        text = f"{text[:said]}{sign[1]}-{text[sign.end() :]}"
     run = _RUN.search(text)
     whole = _SENTENCE_END.split(text, maxsplit=1)[0].strip()
     sentence = _REASON.split(whole, maxsplit=1)[0].strip()
@@ -207,7 +222,7 @@ def _beginning(text: str) -> str | None:
         return whole.rstrip(".,;:").strip()
     if run and run.start() < 60 and not re.search(r"\d|\n|[.;]\s", text[: run.start()]):
         tail = _REASON.split(_SENTENCE_END.split(text[run.end() :], maxsplit=1)[0], maxsplit=1)[0]
-        if _CHANGED.match(tail):
+        if _CHANGED.match(tail) or _BEFORE.search(text[: run.start()]):
             return whole
         return _last_mathematics(sentence) if re.search(r"\d|\$", tail) else run[0].strip()
     sentence = sentence.rstrip(".,;:").strip()
@@ -253,7 +268,12 @@ def _last_mathematics(text: str) -> str | None:
         first -= 1
     start, end = chosen[first].start(), chosen[-1].end()
     clause = re.split(r"[.;:!?,]\s|\n", text[max(0, start - 60) : start])[-1]
-    if doubtful(clause) or _CHANGED.match(text, end) or (not formula and _PART.search(clause)):
+    if (
+        doubtful(clause)
+        or _CHANGED.match(text, end)
+        or (not formula and _PART.search(clause))
+        or _BEFORE.search(clause)
+    ):
         return None
     if re.match(r"[-+−]\s", text[start : start + 2]) or (text[start] in "-+−" and re.search(r"[\w)}]$", clause)):
         return None

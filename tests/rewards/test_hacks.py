@@ -41,6 +41,17 @@ REFUSED = {
         ("57", "Perhaps 57."), ("57", r"\boxed{57, 58}"), ("57", r"\boxed{57}, \boxed{58}"), ("2", "The answer is 1 + 2"),
         ("57", r"\boxed{57}\boxed{58}"), ("57", r"The answer is $57$ squared."), ("57", r"So it is $57$ cubed."),
     ],
+    "words before a number": [
+        ("57", f"{words} {number}{end}") for words in (
+            "The answer is minus", "The answer is negative", "The answer is twice", "The answer is the square of", "#### minus",
+            "The answer is half of", "The answer is at least", "The answer is anything but", "The answer is nearly",
+            "The answer is rarely", "So x equals minus", "Hence the result is the opposite of", "It is more than",
+        ) for number, end in (("57", "."), ("$57$", ""), (r"\(57\)", "."))
+    ] + [
+        ("57", f"{begin}57 {words}") for begin in ("The answer is ", "So it is ") for words in (
+            "more than 3", "in base 8.", "and a half.", "doubled", "less than 100", "below zero.",
+        )
+    ],
     "units": [
         ("5 cm", "5 light years"), (r"90^\circ", "90 radians"), ("3 AM", "3 PM"), ("5 apples", "5 oranges"), ("5 mW", "5 MW"),
         ("5 m", "5 m^2"), (r"5\text{ m/s}", r"5\text{ s/m}"), (r"5\text{ m/s}", r"5\text{ m}\cdot\text{s}"), ("5 cm", "5 blorks"),
@@ -112,6 +123,9 @@ ACCEPTED = [
     ("0", "e^{-1000}-e^{-1000}"), ("1/1000!", r"\frac{1}{1000!}"), ("10^{9999}", "10^{9999}"), ("C", "**C**"), ("5", "five"),
     ("B, C", "C, B"), ("B, C", "B and C"), ("(n-2) 2^n", "2^n (n-2)"), ("I(0)", "I(0)"), (r"\frac{dx}{dt}", r"\frac{dx}{dt}"),
     (r"\frac23", r"\frac23 \approx 0.67"), ("64 m^3", "64"),
+    ("-57", "The answer is minus 57."), ("-57", "The answer is negative $57$."), ("57", "The answer is a total of 57."),
+    ("57", "The sum of the roots is $57$."), ("57", "The value of the square root is 57."), ("57", "He needs 57 more."),
+    ("57", "The answer is after 57 minutes."), ("57", "The answer is approximately 57."),
     ("$f(x)=a x+b$, where $a>0$", r"\boxed{$f(x)=a x+b$, where $a>0$}"),
 ]  # fmt: skip
 
