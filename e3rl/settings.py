@@ -321,7 +321,8 @@ class EnvironmentsConfig:
 
     factory: str = setting(
         "",
-        "the environment: 'file.py:Name' as for TRL, calculator, python, files, books; empty: none",
+        "the environment: 'file.py:Name' as for TRL (a class, or a dict of several), calculator, python, files, books; "
+        "empty: none",
     )
     max_turns: int = setting(8, "most turns of a response whose calls are run; a further call ends it", min=1)
     max_calls: int = setting(16, "most calls run in a turn; further ones return an error", min=1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from e3rl.environments.tools import (
     can_go_back,
     create,
     evidence_of,
+    kinds_of,
     make,
     row_of,
     schemas_of,
@@ -30,24 +31,35 @@ from e3rl.environments.tools import (
 from e3rl.errors import UserError
 from e3rl.types import Message, Observed, Problem, Prompt, ToolResult
 
+_COLUMN = "environment"  # of a row, where environments.factory names several
+
 
 class Toolbox:
-    """A run's tools (`e3rl.environments.protocol.Tools`). Creating it checks environment and template."""
+    """A run's tools (`e3rl.environments.protocol.Tools`). Creating it checks environment and template.
+
+    ``kind``: which one, where ``environments.factory`` names several (`Toolboxes`).
+    """
 
     def __init__(
-        self, config: EnvironmentsConfig, tokenizer: Any, arguments: dict[str, Any], ends: Sequence[int] = ()
+        self,
+        config: EnvironmentsConfig,
+        tokenizer: Any,
+        arguments: dict[str, Any],
+        ends: Sequence[int] = (),
+        kind: str = "",
     ) -> None:
-        self.config, self._name, self._factory = config, config.factory, make(config)
+        self.config, self._kind, self._factory = config, kind, make(config.factory, kind)
+        self._name = f"{config.factory}['{kind}']" if kind else config.factory
         deep = config.state == "deepcopy"
         trial = create(self._factory, self._name)
         self.schemas = schemas_of(trial, self._name)
         self.dialogue = Dialogue(tokenizer, arguments, self.schemas, ends)
         told = json.dumps([asdict(config), self.schemas, arguments], sort_keys=True, default=str)
-        self.identity = f"{config.factory} ({hashlib.blake2b(told.encode(), digest_size=4).hexdigest()})"
+        self.identity = f"{self._name} ({hashlib.blake2b(told.encode(), digest_size=4).hexdigest()})"
         self.evidence = evidence_of(config)
         self.undoable = self.evidence is not None and can_go_back(trial, config)
         self.deadline, self.erasures, self.threshold = config.timeout, config.max_turn_erasures, config.erase_threshold
-        processes = HostProcesses(self._name, config.timeout, deep=deep) if config.isolate else None
+        processes = HostProcesses(config.factory, config.timeout, deep=deep, kind=kind) if config.isolate else None
         self._host: Callable[[], Host | IsolatedHost] = (
             processes.open if processes else partial(Host, self._factory, self._name, deep=deep)
         )
@@ -80,7 +92,38 @@ class Toolbox:
     def _opened(self, problem: Problem) -> tuple[Host | IsolatedHost, str]:
         host = self._host()
         host.begin(self.deadline)
-        return host, host.reset(row_of(problem))
+        row = row_of(problem)
+        if self._kind:  # as in TRL it is the run's, not the environment's
+            del row[_COLUMN]
+        return host, host.reset(row)
+
+    def of(self, problem: Problem) -> Toolbox:
+        """The tools of a problem: here the same for all."""
+        return self
+
+
+class Toolboxes:
+    """Several environments with their tools; a row's column ``environment`` names its own, as in TRL."""
+
+    def __init__(self, boxes: Mapping[str, Toolbox]) -> None:
+        self._boxes = dict(boxes)
+        some = next(iter(self._boxes.values()))
+        self.deadline, self.erasures, self.threshold = some.deadline, some.erasures, some.threshold
+        self.identity = ", ".join(box.identity for box in self._boxes.values())
+
+    def of(self, problem: Problem) -> Toolbox:
+        """The tools of a problem's environment."""
+        name = problem.columns.get(_COLUMN)
+        if name not in self._boxes:
+            raise UserError(
+                f"problem '{problem.id}': its column '{_COLUMN}' is {name!r}, and environments.factory has "
+                f"{', '.join(self._boxes)}"
+            )
+        return self._boxes[name]
+
+    def open(self, problem: Problem) -> HostedEpisode:
+        """See `e3rl.environments.protocol.Tools.open`."""
+        return self.of(problem).open(problem)
 
 
 class HostedEpisode:
@@ -143,7 +186,7 @@ class HostedEpisode:
             return ToolResult(asked.name, asked.arguments, str({"error": str(error)}), failed=True)
 
 
-def toolbox(config: Config, tokenizer: Any, ends: Sequence[int] = ()) -> Toolbox | None:
+def toolbox(config: Config, tokenizer: Any, ends: Sequence[int] = ()) -> Toolbox | Toolboxes | None:
     """The tools of ``environments.factory``, if any. ``ends``: ids that end a turn."""
     if not config.environments.factory:
         return None
@@ -151,7 +194,11 @@ def toolbox(config: Config, tokenizer: Any, ends: Sequence[int] = ()) -> Toolbox
         raise UserError(
             "data.chat_template_kwargs sets 'tools', and environments.factory brings its own: leave one of them out"
         )
-    return Toolbox(config.environments, tokenizer, dict(config.data.chat_template_kwargs), ends)
+    arguments = dict(config.data.chat_template_kwargs)
+    kinds = kinds_of(config.environments.factory)
+    if not kinds:
+        return Toolbox(config.environments, tokenizer, arguments, ends)
+    return Toolboxes({kind: Toolbox(config.environments, tokenizer, arguments, ends, kind) for kind in kinds})
 
 
 def tool_prompts(
@@ -165,15 +212,19 @@ def tool_prompts(
 ) -> list[Prompt]:
     """`render_prompts`, with the run's `toolbox`."""
     limits = {"context_limit": context_limit, "completion_limit": completion_limit}
-    box = toolbox(config, tokenizer, ends)
-    if box is None:
+    tools = toolbox(config, tokenizer, ends)
+    if tools is None:
         return render_prompts(problems, tokenizer, config.data, **limits)
-    if problems:
-        box.check(problems[0])
-    data = replace(config.data, chat_template_kwargs={**config.data.chat_template_kwargs, "tools": box.schemas})
-    told = [_with(problem, box.said(problem)) for problem in problems]
-    prompts = render_prompts(told, tokenizer, data, **limits)
-    return [Prompt(problem, prompt.ids, box) for problem, prompt in zip(problems, prompts, strict=True)]
+    boxes = [tools.of(problem) for problem in problems]
+    found: dict[int, Prompt] = {}
+    for box in dict.fromkeys(boxes):
+        mine = [n for n, its in enumerate(boxes) if its is box]
+        box.check(problems[mine[0]])
+        data = replace(config.data, chat_template_kwargs={**config.data.chat_template_kwargs, "tools": box.schemas})
+        told = [_with(problems[n], box.said(problems[n])) for n in mine]
+        rendered = render_prompts(told, tokenizer, data, **limits)
+        found |= {n: Prompt(problems[n], prompt.ids, tools) for n, prompt in zip(mine, rendered, strict=True)}
+    return [found[n] for n in range(len(problems))]
 
 
 def _with(problem: Problem, said: str) -> Problem:

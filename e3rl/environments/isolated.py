@@ -16,9 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from e3rl.environments.tools import ENVIRONMENTS, Host
+from e3rl.environments.tools import Host, make
 from e3rl.errors import UserError
-from e3rl.plugins import load
 
 _DEATH_SIGNAL = 1  # of prctl
 
@@ -63,7 +62,7 @@ def main(descriptor: int) -> None:
     told = json.loads(control.makefile("r").readline())
     sys.path[:] = told["path"]
     name, deep = told["factory"], told["deep"]
-    factory = load("environment", name, ENVIRONMENTS)
+    factory = make(name, told["kind"])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     control.sendall(b"1")
     while True:

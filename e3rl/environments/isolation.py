@@ -122,8 +122,8 @@ def _kill(connection: Connection, pid: int, owner: int) -> None:
 class HostProcesses:
     """A process that has loaded a factory, started when first needed, and the processes that it forks. Threads share it."""
 
-    def __init__(self, factory: str, patience: float, *, deep: bool) -> None:
-        self._told = {"path": sys.path, "factory": factory, "deep": deep}
+    def __init__(self, factory: str, patience: float, *, deep: bool, kind: str = "") -> None:
+        self._told = {"path": sys.path, "factory": factory, "kind": kind, "deep": deep}
         self._factory, self._patience, self._lock = factory, patience, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None

@@ -28,11 +28,20 @@ _TOY = {"integer": 1, "number": 1.0, "string": "x", "boolean": True, "array": []
 _EMPTY = ("", "None", "[]", "{}", "()")
 
 
-def make(config: EnvironmentsConfig) -> Callable[[], Any]:
-    """The factory that a config names."""
-    factory = load("environment", config.factory, ENVIRONMENTS)
+def kinds_of(name: str) -> list[str]:
+    """The names of several environments, if that is what ``environments.factory`` is; a row's column says which is its own."""
+    found = load("environment", name, ENVIRONMENTS)
+    return [str(kind) for kind in found] if isinstance(found, Mapping) else []
+
+
+def make(name: str, kind: str = "") -> Callable[[], Any]:
+    """The factory of this name. ``kind``: which one of several."""
+    found = load("environment", name, ENVIRONMENTS)
+    if isinstance(found, Mapping) and not kind:
+        raise UserError(f"environments.factory = '{name}' names several environments, and here one is needed")
+    factory = found[kind] if kind else found
     if not callable(factory):
-        raise UserError(f"environments.factory = '{config.factory}' is {type(factory).__name__}, nothing to call")
+        raise UserError(f"environments.factory = '{name}' is {type(factory).__name__}, nothing to call")
     return factory  # type: ignore[no-any-return]
 
 
@@ -90,6 +99,8 @@ def reset(environment: Any, row: dict[str, Any], name: str) -> str:
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         row = {key: value for key, value in row.items() if key in takes}
     said = environment.reset(**row)
+    if isinstance(said, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in said):
+        return "".join(str(part.get("text", "")) for part in said)
     if said is None or isinstance(said, str):
         return said or ""
     raise UserError(f"environment '{name}': reset() returned {type(said).__name__}, not a text or None")

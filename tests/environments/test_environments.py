@@ -78,10 +78,11 @@ def add(by: int) -> str:
     return CALL.format("add", json.dumps({"by": by}))
 
 
-def world(tmp_path: Path, source: str = COUNTER, **settings: Any) -> Config:
+def world(tmp_path: Path, source: str = COUNTER, several: str = "", **settings: Any) -> Config:
+    """Settings with the source's class Counter; or with its ``several``, a dict of classes."""
     path = tmp_path / f"env_{abs(hash(source))}.py"
     path.write_text(source)
-    environments = EnvironmentsConfig(factory=f"{path}:Counter", **settings)
+    environments = EnvironmentsConfig(factory=f"{path}:{several or 'Counter'}", **settings)
     rollout = RolloutConfig(num_generations=1, segment_length=64, max_segments=32, max_completion_length=2048)
     return Config(environments=environments, rollout=rollout, rewards=RewardsConfig(functions=("environment",)))
 
@@ -126,6 +127,56 @@ def test_a_class_written_for_trl_runs_unchanged(tmp_path: Path) -> None:
     with Scorer(config.rewards) as scorer:
         [reward] = scorer.score([trajectory], [""])
     assert (reward.value, reward.parts) == (9.0, {"environment": 9.0})
+
+
+SEVERAL = (
+    STATEFUL.replace("self, start: int = 0, **row", "self, start, id, prompt, answer")
+    + """
+
+class Silent:
+    def reset(self, **row):
+        self.row = sorted(row)
+
+    def look(self) -> str:
+        \"\"\"What the row holds.\"\"\"
+        return ", ".join(self.row)
+
+ALL = {"counting": Counter, "silent": Silent}
+"""
+)
+
+
+@pytest.mark.parametrize("isolate", [False, True], ids=["here", "isolated"])
+def test_a_row_names_its_environment_and_sees_only_its_tools(tmp_path: Path, isolate: bool) -> None:
+    config = world(tmp_path, SEVERAL, several="ALL", erase="errors", isolate=isolate)
+    rows = [
+        Problem(f"p{n}", "?", columns={"start": n, "environment": kind})
+        for n, kind in enumerate(["silent", "counting", "silent"])
+    ]
+
+    def says(context: str, draw: Draw) -> str:
+        called = CALL.format("look", "{}") if '"look"' in context else add(10 if draw.attempt == 0 else 4)
+        return "Done." if "<tool_response>" in context else called
+
+    found, tokens, _ = roll(config, says, *rows)
+    seen = {t.prompt.problem.id: t for t in found}
+    shown = {name: tokens.decode(list(t.prompt.ids)) for name, t in seen.items()}
+    assert [('"look"' in shown[p.id], '"add"' in shown[p.id]) for p in rows] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    results = {
+        name: [c.result for s in t.segments if s.observation for c in s.observation.calls] for name, t in seen.items()
+    }
+    assert results == {"p0": ["answer, id, prompt, start"], "p1": ["5"], "p2": ["answer, id, prompt, start"]}
+    assert [len(seen[p.id].erasures) for p in rows] == [0, 1, 0], "Silent has no way back, Counter has one"
+    with pytest.raises(
+        UserError, match=r"problem 'q': its column 'environment' is 'other', and .* has counting, silent"
+    ):
+        roll(config, says, Problem("q", "?", columns={"environment": "other"}))
+    with pytest.raises(UserError, match="names several environments, and here one is needed"):
+        Toolbox(config.environments, tokens, {})
 
 
 def test_what_goes_wrong_is_what_the_model_sees(tmp_path: Path) -> None:
@@ -279,6 +330,8 @@ def test_a_judge_of_ones_own_sees_the_results(tmp_path: Path) -> None:
         ("class Counter:\n    def reset(self): pass\n    def add(self, a: int): pass", r"tool add\(\) needs a type hint"),
         ("class Counter:\n    def reset(self): pass\n    def add(self, a):\n        '''Add.\n\n        Args:\n            a: it\n        '''", r"tool add\(\) needs"),
         ("Counter = 3", "nothing to call"),
+        ("Counter = {}", "names several environments, and here one is needed"),
+        (COUNTER.replace('return f" It', 'return [{"type": "image"}] or f" It'), "reset\\(\\) returned list"),
         (COUNTER.replace('return f" It', 'return 3 or f" It'), "reset\\(\\) returned int"),
         (STATEFUL.replace("self.count = snapshot", "pass"), "restore\\(\\) doesn't bring back"),
         (STATEFUL.replace("return self.count\n\n    def restore", "return self.__dict__\n\n    def restore").replace("self.count = snapshot", "pass"), "later calls change"),

@@ -44,14 +44,38 @@ def templates() -> Path:
     return Path(trl.__file__).parent / "chat_templates"
 
 
-def in_trl(directory: Path, factory: Any, name: str, start: int) -> dict[str, Any]:
+SEVERAL = (
+    COUNTER
+    + """
+
+class Silent:
+    def reset(self, **row):
+        pass
+
+    def wait(self) -> str:
+        \"\"\"Do nothing.\"\"\"
+        return "nothing"
+
+
+ALL = {"counting": Counter, "silent": Silent}
+"""
+)
+ASYNC = COUNTER.replace("def get_reward", "async def get_reward")
+CASES = [
+    *((name, COUNTER, {}) for name in TURNS),
+    ("two turns", SEVERAL, {"environment": "counting"}),
+    ("an error", ASYNC, {}),
+]
+
+
+def in_trl(directory: Path, factory: Any, name: str, columns: dict[str, Any]) -> dict[str, Any]:
     """What TRL makes of a prompt whose completions are the scripted turns."""
     tokens = tokenizer((templates() / "qwen2_5.jinja").read_text())
     arguments = GRPOConfig(
         output_dir=str(directory), use_cpu=True, bf16=False, report_to=[], save_strategy="no", num_generations=2,
         per_device_train_batch_size=2, max_completion_length=2048, disable_tqdm=True,
     )  # fmt: skip
-    row = {"prompt": [{"role": "user", "content": "Count."}], "start": start}
+    row = {"prompt": [{"role": "user", "content": "Count."}], **columns}
     model = build_model(tokens)
     model.config.max_position_embeddings = 8192  # a token a character, and tools are long
     trainer = GRPOTrainer(
@@ -81,12 +105,13 @@ def in_trl(directory: Path, factory: Any, name: str, start: int) -> dict[str, An
     return {**seen, "reward": float(seen["rewards"][0, 0])}
 
 
-@pytest.mark.parametrize("name", TURNS)
-def test_turn_by_turn_as_in_trl(tmp_path: Path, name: str):
-    config = world(tmp_path, COUNTER)
-    theirs = in_trl(tmp_path, load("environment", config.environments.factory, {}), name, 3)
+@pytest.mark.parametrize(("name", "source", "own"), CASES, ids=[*TURNS, "one of several", "an asynchronous reward"])
+def test_turn_by_turn_as_in_trl(tmp_path: Path, name: str, source: str, own: dict[str, Any]):
+    config = world(tmp_path, source, several="ALL" if own else "")
+    columns = {"start": 3, **own}
+    theirs = in_trl(tmp_path, load("environment", config.environments.factory, {}), name, columns)
     tokens = tokenizer((templates() / "qwen2_5.jinja").read_text())
-    problem = Problem("p", (Message("user", "Count."),), columns={"start": 3})
+    problem = Problem("p", (Message("user", "Count."),), columns=columns)
     prompts = tool_prompts([problem], tokens, config, **LIMITS)
     engine = TextEngine(
         lambda context, draw: TURNS[name][context.split("It stands at 3.<", 1)[1].count("<|im_start|>assistant") - 1],
