@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,22 @@ def is_degenerate(rewards_G: Tensor) -> Tensor:
 def anchored_advantages(sequence_advantages_G: Tensor, shares_GN: Tensor, segment_counts_G: Tensor) -> Tensor:
     """Eq 19-20. `allocation` = 'anchored': A_i N_i share_n: the sign is A_i's, and the mean over the segments is A_i."""
     return (sequence_advantages_G * segment_counts_G).unsqueeze(-1) * shares_GN
+
+
+def value_advantages(rewards_G: Tensor, uncertainties_GN: Tensor, exists_GN: Tensor, eps: float) -> Tensor:
+    """Eq 20 (ours). `allocation` = 'value': a segment's advantage is what it changes in the value V of its response, times N_i.
+
+    V is the group's mean reward before the first segment (rewards are scaled to [0, 1]) and the reward after the last; between
+    them the mean's log odds less U against the siblings' mean U. So the mean over segments is the sequence advantage.
+    """
+    low, high = rewards_G.min(), rewards_G.max()
+    scaled_G = (rewards_G - low) / (high - low).clamp(min=torch.finfo(rewards_G.dtype).tiny)
+    odds = ((len(scaled_G) * scaled_G.mean() + 0.5) / (len(scaled_G) + 1)).logit()
+    known_GN, counts_G = uncertainties_GN.where(exists_GN, 0.0), exists_GN.sum(1)
+    values_GN = torch.sigmoid(odds - known_GN + known_GN.sum(0) / exists_GN.sum(0).clamp(min=1))
+    values_GN = values_GN.scatter(
+        1, (counts_G - 1).clamp(min=0).unsqueeze(1), scaled_G.to(values_GN.dtype).unsqueeze(1)
+    )
+    before_GN = torch.cat([scaled_G.mean().to(values_GN.dtype).expand(len(scaled_G), 1), values_GN[:, :-1]], 1)
+    credit_GN = (values_GN - before_GN).where(exists_GN, 0.0)
+    return counts_G.unsqueeze(1) * credit_GN / (scaled_G.std(correction=0) + eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from e3rl.equations import advantage, attribution, policy
+from e3rl.errors import UserError
 from e3rl.objectives import _common as common
 from e3rl.objectives import metrics
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch
@@ -22,8 +23,10 @@ class E3RL:
     kl_coef: float = setting(0.04, "beta, weight of the KL term; 0 needs no reference policy", source=PAPER, min=0)
     clip_low: float = setting(0.2, "the segment ratio is clipped below 1 - clip_low", min=0, max=1)
     clip_high: float = setting(0.2, "the segment ratio is clipped above 1 + clip_high", min=0)
-    allocation: Literal["causal", "sequence", "anchored"] = setting(
-        "causal", "reward divided by attention, undivided, or divided with its sign kept", source=PAPER_METHOD
+    allocation: Literal["causal", "sequence", "anchored", "value"] = setting(
+        "causal",
+        "reward divided by attention, undivided, divided with its sign kept, or by what U says each segment changed",
+        source=PAPER_METHOD,
     )
     ratio: Literal["segment", "segment_mean"] = setting(
         "segment", "ratio of segment probabilities, or its root of the segment's length", source=PAPER_METHOD
@@ -45,7 +48,9 @@ class E3RL:
 
     @property
     def needs(self) -> frozenset[Need]:
-        shares: frozenset[Need] = common.REWARDS_ONLY if self.allocation == "sequence" else frozenset({"shares"})
+        shares: frozenset[Need] = frozenset({"shares"})
+        if self.allocation in ("sequence", "value"):
+            shares = common.REWARDS_ONLY
         erased: frozenset[Need] = frozenset({"erased"}) if self.erased == "contrast" else frozenset()
         return common.kl_needs(self.kl_coef) | shares | erased
 
@@ -60,6 +65,8 @@ class E3RL:
         sequence_G = advantage.sequence_advantages(signals.rewards_G, self.advantage_eps)
         if self.allocation == "sequence":
             return sequence_G[:, None].expand(-1, num_segments)
+        if self.allocation == "value":
+            return self._value_advantages(signals, num_segments)
         if signals.shares_GT is None:
             raise ValueError("attention shares are needed to divide a reward")
         shares_GN = policy.segment_sums(signals.shares_GT, signals.segments_GT, num_segments)
@@ -68,6 +75,18 @@ class E3RL:
         return advantage.segment_advantages(
             attribution.segment_rewards(signals.rewards_G, shares_GN), self.advantage_eps
         )
+
+    def _value_advantages(self, signals: GroupSignals, num_segments: int) -> Tensor:
+        """UserError where nothing was judged."""
+        u_GT, segments_GT = signals.uncertainties_GT, signals.segments_GT
+        if u_GT is None:
+            raise UserError(
+                "objective.allocation = 'value' needs U of each segment: set rollout.erase = true and erasure.metric = 'value' "
+                "(with erasure.max_erasures = 0 nothing is erased)"
+            )
+        lengths_GN = policy.segment_sums(torch.ones_like(u_GT), segments_GT, num_segments)
+        u_GN = policy.segment_sums(u_GT, segments_GT, num_segments) / lengths_GN.clamp(min=1)
+        return advantage.value_advantages(signals.rewards_G, u_GN, lengths_GN > 0, self.advantage_eps)
 
     def erased_advantage(self, reward: float) -> float:
         """Negative for an erased candidate whose replacement was rewarded, else 0."""

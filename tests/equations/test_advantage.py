@@ -103,3 +103,26 @@ def test_anchored_advantages_keep_sign_and_mean(siblings: list[tuple[float, list
     found = advantage.anchored_advantages(sequence, shares, torch.full((len(siblings),), 4))
     assert (found * sequence[:, None] >= 0).all()
     close(found.mean(-1), sequence.tolist())
+
+
+def test_value_advantages_by_hand() -> None:
+    """Ours. Rewards 5 and 1, so 1 and 0, of mean and deviation ½: odds 0. At segment 0 U is 1 and 3 (mean 2): V = sigmoid(±1).
+    The first response has two segments, the second three; U of a last segment doesn't matter to its own response."""
+    up = float(torch.sigmoid(f64(1.0)))
+    u_GN = f64([[1.0, 9.0, -1.0], [3.0, 7.0, 4.0]])
+    exists_GN = torch.tensor([[True, True, False], [True, True, True]])
+    after = float(torch.sigmoid(f64(1.0)))  # at segment 1 U is 9 and 7, mean 8: the second one's V
+    expected = [[2 * (up - 0.5), 2 * (1 - up), 0.0], [3 * (0.5 - up), 3 * (after - (1 - up)), 3 * (0 - after)]]
+    found = advantage.value_advantages(f64([5.0, 1.0]), u_GN, exists_GN, eps=0.5)
+    close(found, expected)
+    sequence = advantage.sequence_advantages(f64([1.0, 0.0]), eps=0.5)
+    close(found.sum(1) / exists_GN.sum(1), sequence.tolist())
+
+
+def test_a_group_without_a_right_answer_has_odds_off_zero() -> None:
+    """Ours. Of three siblings one is right: (1 + ½) / (3 + 1), and U alike, so nothing changes until the last segment."""
+    found = advantage.value_advantages(
+        f64([1.0, 0.0, 0.0]), f64([[2.0, 2.0]] * 3), torch.ones(3, 2, dtype=torch.bool), 0.0
+    )
+    mean, odds, std = 1 / 3, 1.5 / 4, (2 / 9) ** 0.5
+    close(found, [[2 * (odds - mean) / std, 2 * (r - odds) / std] for r in (1.0, 0.0, 0.0)])

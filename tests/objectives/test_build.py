@@ -79,7 +79,7 @@ def test_objective_without_options_says_so() -> None:
         ("grpo", {"kl_coef": -0.1}, "objective.kl_coef = -0.1 is out of range: it must be at least 0"),
         ("e3rl", {"clip_low": 1.5}, "at most 1"),
         ("e3rl", {"attribution_window": 0}, "at least 1"),
-        ("e3rl", {"allocation": "casual"}, "expected one of 'causal', 'sequence', 'anchored', got 'casual'"),
+        ("e3rl", {"allocation": "casual"}, "expected one of 'causal', 'sequence', 'anchored', 'value', got 'casual'"),
         ("erpo", {"buckets": 2.5}, "objective.buckets: expected a whole number"),
         ("grpo", {"kl_coef": float("nan")}, "out of range"),
     ],

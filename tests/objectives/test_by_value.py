@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from e3rl.errors import UserError
 from e3rl.objectives.base import GroupSignals
 from tests.objectives import reference
 from tests.objectives.support import batch_of, loss_of, make, random_group, signals_of, tokens
@@ -301,3 +302,26 @@ def test_kl_is_asked_for_only_where_it_weighs() -> None:
     assert make("e3rl", erased="contrast").needs == {"shares", "reference", "erased"}
     group = random_group(random.Random(1), 3)
     assert make("grpo", kl_coef=0.0).advantages(without_reference(signals_of(group, [1.0, 0.0, 0.0]))).any()
+
+
+def test_the_credit_of_a_judge_is_on_the_tokens_of_its_segments_and_needs_a_judge() -> None:
+    """Two siblings of two segments of two and one tokens; U 1 and 3 at the first: V is sigmoid(1) and sigmoid(-1) behind it."""
+    mask_GT = torch.tensor([[True, True, True, False]] * 2)
+    blank_GT = torch.zeros(2, 4, dtype=torch.float64)
+    segments_GT, u_GT = torch.tensor([[0, 0, 1, -1]] * 2), torch.tensor([[1.0, 1.0, 0.5, -1.0], [3.0, 3.0, 0.5, -1.0]])
+    signals = GroupSignals(
+        torch.tensor([1.0, 0.0], dtype=torch.float64),
+        mask_GT,
+        segments_GT,
+        blank_GT,
+        blank_GT,
+        None,
+        None,
+        u_GT.double(),
+    )
+    objective, up = make("e3rl", allocation="value", advantage_eps=1e-12), 1 / (1 + math.exp(-1))
+    first = [4 * (up - 0.5)] * 2 + [4 * (1 - up), 0.0]
+    assert objective.advantages(signals).tolist() == [pytest.approx(first), pytest.approx([-a for a in first])]
+    assert make("e3rl", allocation="value", kl_coef=0.0).needs == {"rewards_only"}
+    with pytest.raises(UserError, match=r"allocation = 'value' needs U.*rollout\.erase = true"):
+        objective.advantages(dataclasses.replace(signals, uncertainties_GT=None))

@@ -21,7 +21,7 @@ def test_all_objectives_are_listed_with_every_option(capsys: pytest.CaptureFixtu
     assert "no options" in blocks["sft"]
     assert "kl_coef = 0.04, at least 0\n      beta" in blocks["e3rl"]
     assert "[paper, app. D]" in blocks["e3rl"]
-    assert "allocation = 'causal', one of 'causal', 'sequence', 'anchored'" in blocks["e3rl"]
+    assert "allocation = 'causal', one of 'causal', 'sequence', 'anchored', 'value'" in blocks["e3rl"]
     assert "clip_low = 0.2, at least 0 and at most 1" in blocks["grpo"]
 
 

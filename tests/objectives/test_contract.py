@@ -26,6 +26,7 @@ ADDITIVE = sorted(set(OBJECTIVES) - {"bapo"})
 VARIANTS = [
     {"allocation": "anchored", "ratio": "segment_mean"},
     {"allocation": "sequence", "kl_coef": 0.0},
+    {"allocation": "value", "kl_coef": 0.0},
     {"erased": "contrast", "attribution_layers": "all"},
     {"degenerate_groups": "paper"},
 ]
