@@ -15,6 +15,8 @@ _OPERATORS = {
 UNKNOWN = object()
 """A value that only running the script would give."""
 _LARGEST = 2**64
+_DEEPEST, _MOST_READ = 60, 100_000
+"""Expressions inside each other that are calculated, and in all: a name may stand twice in what another stands for."""
 _CHANGES = ("update", "setdefault", "pop", "clear", "append", "extend", "insert", "remove")
 """Methods that change a list or dictionary in place."""
 _PARSERS = ("parse_args_and_config", "parse_args_into_dataclasses")
@@ -39,6 +41,7 @@ class Source:
     def __init__(self, tree: ast.Module) -> None:
         self.tree = tree
         self.remarks: list[str] = []
+        self._read = self._depth = 0
         self._scopes = _scopes(tree)
         self._bound: dict[tuple[Scope | None, str], list[_Binding]] = {}
         self.functions: dict[str, Function] = {}
@@ -217,9 +220,16 @@ class Source:
 
     def value(self, node: ast.expr | None) -> Any:
         """A constant of the script; ``UNKNOWN`` where it would have to be run."""
-        if node is None:
-            return None
-        node = self.follow(node)
+        self._read = self._read + 1 if self._depth else 0
+        if self._depth == _DEEPEST or self._read > _MOST_READ:
+            return UNKNOWN
+        self._depth += 1
+        try:
+            return None if node is None else self._value(self.follow(node))
+        finally:
+            self._depth -= 1
+
+    def _value(self, node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             return _combined(type(node.op), self.value(node.left), self.value(node.right))
         if isinstance(node, ast.JoinedStr):

@@ -25,7 +25,7 @@ _DOUBT = re.compile(
 )
 _SENTENCE = re.compile(r"[.;?](?:\s|$)|!(?=\s[A-Z])|\.\.\.|…|。|\s--?\s(?=[a-z])|\n")
 _FORMULA = re.compile(r"\$[^$]{1,600}\$|\\\((?:[^\\]|\\(?![()])){1,600}\\\)")
-_STOP = re.compile(r"[;?…。]|!(?= [A-Z])|(?<= )--?(?= )")
+_STOP = re.compile(r"[;?…。]|\.(?= )|!(?= [A-Z])|(?<= )--?(?= )")
 _ANSWER = rf"[\s*(]{{0,8}}(?:\$|-?\d[\d.,/]{{0,40}}|\\[a-z]|[{_LETTER}](?![A-Za-z'])|[a-z](?=\s?[-+*/^_=]))"
 _HEDGED = re.compile(
     rf"\b(?:i (?:guess|think|believe|suppose)|not sure|probably|presumably|then{_ANSWER})(?![A-Za-z])", re.IGNORECASE

@@ -180,10 +180,14 @@ def from_json(text: str) -> Observed:
         observed = Observed(**{**found, "calls": tuple(ToolResult(**call) for call in found["calls"])})
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"an observation that is none ({error})") from None
-    kinds = [(observed, {"state": int, "evidence": (int, float), "forced": bool})]
-    kinds += [(call, {"name": str, "arguments": str, "result": str, "failed": bool}) for call in observed.calls]
-    for item, names in kinds:
-        for name, kind in names.items():
-            if not isinstance(value := getattr(item, name), kind) or value != value:
-                raise ValueError(f"an observation that is none ({name} is {str(value)[:60]})")
+    _require(observed, state=(int,), evidence=(int, float), forced=(bool,))
+    for call in observed.calls:
+        _require(call, name=(str,), arguments=(str,), result=(str,), failed=(bool,))
     return observed
+
+
+def _require(item: Observed | ToolResult, **kinds: tuple[type, ...]) -> None:
+    for name, kind in kinds.items():
+        value = getattr(item, name)
+        if not isinstance(value, kind) or value != value:
+            raise ValueError(f"an observation that is none ({name} is {str(value)[:60]})")

@@ -79,6 +79,22 @@ def test_every_setting_of_a_script_is_found(name: str, expected: dict[str, Any])
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("growing", "last"),
+    [
+        ("\n".join(f"a{i + 1} = a{i} + a{i}" for i in range(50)), "a50"),
+        ("\n".join(f"a{i + 1} = a{i} + 1" for i in range(3000)), "a3000"),
+        ("a0 += 1\n" * 3000, "a0"),
+    ],
+    ids=["doubled 50 times", "3,000 names", "3,000 additions"],
+)
+def test_what_grows_without_end_is_not_calculated(growing: str, last: str):
+    found = read(f"a0 = 1\n{growing}\nGRPOTrainer('m', args=GRPOConfig(max_steps={last}, seed=7))")
+    assert found.values["seed"] == 7
+    assert "max_steps" not in found.values
+    assert any("max_steps" in remark for remark in found.remarks)
+
+
 def test_numbers_of_a_script_are_computed_and_followed():
     positional, gspo, main_function = (converted(n).tables for n in ("positional", "gspo", "main_function"))
     assert positional["train"]["learning_rate"] == 2e-5

@@ -41,6 +41,10 @@ REFUSED = {
         ("57", "Perhaps 57."), ("57", r"\boxed{57, 58}"), ("57", r"\boxed{57}, \boxed{58}"), ("2", "The answer is 1 + 2"),
         ("57", r"\boxed{57}\boxed{58}"), ("57", r"The answer is $57$ squared."), ("57", r"So it is $57$ cubed."),
     ],
+    "beside another answer": [
+        ("540", r"The answer is $540$. $34\text{ sq. units}$."), ("3 + 4i", r"The answer is $3 + 4i$. $34\text{ sq. units}$."),
+        (r"34\text{ sq. units}", r"The answer is $34\text{ sq. units}$. $540$."),
+    ],
     "words before a number": [
         ("57", f"{words} {number}{end}") for words in (
             "The answer is minus", "The answer is negative", "The answer is twice", "The answer is the square of", "#### minus",
@@ -108,7 +112,15 @@ GOES_ON = [
     "Also, note the other.",
 ]  # fmt: skip
 PAIRS = [("C", "D"), ("57", "58"), (r"\frac{1}{2}", r"\frac{1}{3}"), ("x+1", "x+2")]
-FORMULAS = ["q^2 - p^2", r"-1, \; -5", "1 - x", "3 - i, -2 + i", r"\begin{pmatrix} 1 & -2 \\ 3 & 4 \end{pmatrix}", "5!"]
+FORMULAS = [
+    "q^2 - p^2",
+    r"-1, \; -5",
+    "1 - x",
+    "3 - i, -2 + i",
+    r"34\text{ sq. units}",
+    r"\begin{pmatrix} 1 & -2 \\ 3 & 4 \end{pmatrix}",
+    "5!",
+]
 
 ACCEPTED = [
     ("A", "The answer is A."),
