@@ -227,16 +227,18 @@ def erasure_text(example: Mapping[str, Any]) -> Text:
     replaced = _replacement(erasure, row)
     assert replaced is not None
     prefix = "".join(s["text"] for s in row["segments"] if s["index"] < erasure["index"])
+    measured, threshold = erasure["uncertainty"], erasure["threshold"]
+    digits = next((n for n in range(3, 9) if f"{measured:.{n}f}" != f"{threshold:.{n}f}"), 9)
     return Text.assemble(
         ("An erased segment and what replaced it\n", "bold"),
         (f"  prompt    {row['prompt']!r}\n", "dim"),
         f"  prefix    {prefix!r}\n",
         "  erased    ",
         (repr(erasure["text"]), "red strike"),
-        f"  U {erasure['uncertainty']:.3f} above threshold {erasure['threshold']:.3f}\n",
+        f"  U {measured:.{digits}f} above threshold {threshold:.{digits}f}\n",
         "  replaced  ",
         (repr(replaced["text"]), "green"),
-        f"  U {replaced['uncertainty']:.3f}\n",
+        f"  U {replaced['uncertainty']:.{digits}f}\n",
     )
 
 

@@ -196,9 +196,10 @@ def calibration_table(result: Calibration) -> Table:
     stats = result.measured
     table.caption = (
         f"Recommended: erasure.{_threshold(result.recommended.erasure)}. Rolled out for real it erased "
-        f"{stats.erase_rate:.3f} of all candidates, r = {stats.r:.3f}, forced accepts {stats.forced_rate:.3f}. "
-        f"One threshold for all groups: static_baseline = {result.config.erasure.static_baseline:.3g}."
+        f"{stats.erase_rate:.3f} of all candidates, r = {stats.r:.3f}, forced accepts {stats.forced_rate:.3f}."
     )
+    if height := result.config.erasure.static_baseline:
+        table.caption += f" One threshold for all groups: static_baseline = {height:.3g}."
     table.caption_justify = "left"
     return table
 

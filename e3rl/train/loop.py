@@ -210,6 +210,7 @@ def finish(run: Run, state: State) -> dict[str, Any]:
             save_adapter(policy, temporary, card)
     write_json(path / "summary.json", summary)
     if config.train.push_to_hub:
+        run.note(f"uploading the model to {config.train.push_to_hub}")
         run.note(upload(path / "model", path / "adapter", config.train.push_to_hub))
     run.tell("finished", summary)
     return summary

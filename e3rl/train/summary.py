@@ -120,7 +120,8 @@ def upload(model: Path, adapter: Path, repository: str) -> str:
                 repo_id=repository, folder_path=adapter, path_in_repo="adapter", commit_message="Adapters"
             )
     except Exception as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        causes = [error] if error.__cause__ is None else [error, error.__cause__]
+        reason = ": ".join((str(cause).strip().splitlines() or [repr(cause)])[0].rstrip(".") for cause in causes)
         return f"the model was not uploaded: {reason}. It is saved; try again with: hf upload {repository} {model}"
     return f"uploaded to {repository}"
 

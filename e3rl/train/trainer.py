@@ -78,6 +78,8 @@ class Trainer:
             run.note(text)
         if run.config.train.eval_steps and run.config.data.eval and not run.data.held_out:
             run.note("nothing is evaluated: data.eval names no held-out problems; they belong there")
+        if state.step >= run.steps:
+            run.note(f"all {run.steps} steps are done already; train.steps=N goes on to step N")
         if size := checkpoint_size(run):
             run.note(size)
         try:

@@ -18,7 +18,7 @@ HELD_OUT = "eval.limit=2 eval.num_samples=2"
 OWN = "train.steps=1"
 
 RUN: tuple[tuple[str, str, str], ...] = (
-    ("e3rl train demo", f"{SMALL} {HELD_OUT}", r"report  runs/demo/report\.html"),
+    ("e3rl train demo --again", f"{SMALL} {HELD_OUT}", r"report  runs/demo/report\.html"),
     (
         "e3rl train demo run.name=grpo objective.name=grpo rollout.erase=false",
         f"{SMALL} {HELD_OUT}",
@@ -31,8 +31,8 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ("e3rl train my.toml", OWN, r"model   runs/mine/model"),
     ("e3rl train my.toml --resume", "train.steps=2", "E³RL, 2 steps"),
     (
-        "e3rl train my.toml rollout.erase=false objective.name=grpo",
-        f"{OWN} run.name=plain",
+        "e3rl train my.toml run.name=plain rollout.erase=false objective.name=grpo",
+        OWN,
         r"GRPO(.|\n)*erase rate 0\.000",
     ),
     ("e3rl eval lab lab:chain --erase", HELD_OUT, r"Avg@2(.|\n)*Pass@2(.|\n)*erasable"),

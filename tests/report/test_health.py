@@ -107,7 +107,13 @@ def test_the_setting_that_would_change_how_much_is_erased_is_named(baseline: str
 
 def test_reward_that_moved_is_not_called_flat() -> None:
     text = texts(logs({"degenerate_groups": 0.9, "accuracy": 0.9, "reward": 0.9}))
-    assert text.startswith("90% of the groups teach nothing")
+    assert text.startswith("90% of the groups teach nothing, since all")
+
+
+def test_groups_of_one_reward_that_learn_by_contrast_are_told_so() -> None:
+    flat, contrast = {"degenerate_groups": 0.9}, {"name": "e3rl", "erased": "contrast"}
+    assert "90% of the groups teach nothing but what to erase, since" in texts(logs(flat, objective=contrast))
+    assert "teach nothing, since" in texts(logs(flat, objective=contrast, rollout={"erase": False}))
 
 
 def test_a_short_run_that_diverges_is_told_so_and_a_hard_one_is_not() -> None:
