@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from e3rl.engine.protocol import Sampling
+from e3rl.engine.vllm import core
 from e3rl.errors import UserError
 from e3rl.types import Draw
 from tests.engine.models import build
@@ -39,6 +41,25 @@ def engine(workers: int) -> Any:
 def started_by(parent: psutil.Process) -> list[psutil.Process]:
     """vLLM's engine and workers, not what keeps books on shared memory."""
     return [p for p in parent.children(recursive=True) if "VLLM::" in "".join(p.cmdline())]
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_call_that_fails_while_vllm_ends_is_told_from_one_that_fails(dies: bool, monkeypatch: pytest.MonkeyPatch):
+    """Where a worker dies, the engine's answer to the call under way may come before its end: an error of no class of its own."""
+    monkeypatch.setattr(core, "SECONDS_TO_END", 60.0 if dies else 0.1)
+    with subprocess.Popen(["sleep", "1" if dies else "60"]) as process:
+        sentinel = os.pidfd_open(process.pid)
+        manager = SimpleNamespace(processes=[SimpleNamespace(sentinel=sentinel)])
+        client = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+        with (
+            pytest.raises(UserError if dies else Exception, match="has died" if dies else "method failed"),
+            core._living(client),
+        ):
+            raise Exception("Call to collective_rpc method failed: cancelled")
+        with pytest.raises(ValueError, match="own"), core._living(client):
+            raise ValueError("own")
+        process.kill()
+    os.close(sentinel)
 
 
 @pytest.mark.timeout(400)

@@ -35,6 +35,9 @@ _KNOWN = ("0.32.",)
 """Versions whose second model runner and whose scheduler's insides our parts were tried with (`taps` and `inside`). With
 others the first runner is asked for, and prefixes come from the prefix cache: at most a block of tokens runs again."""
 
+SECONDS_TO_END = 30.0
+"""In which vLLM's engine ends after the death of a worker of its own."""
+
 BATCHED_TOKENS = 16384
 """Tokens of vLLM's largest pass: its default for an engine inside a program, on large GPUs."""
 
@@ -118,7 +121,7 @@ class VllmCore:
             extra_args=VllmArguments(key, request.uniforms, request.sampling, continues).packed(),
         )
         prompt = {"prompt_token_ids": list(ids), "cache_salt": f"weights-{self._weights}"}
-        with _living():
+        with _living(self._llm.engine_core):
             self._wake_up()
             self._llm.add_request(key, prompt, params, priority=precedence(request.draw))
         self._open.add(key)
@@ -154,7 +157,7 @@ class VllmCore:
             outputs.put_nowait(EngineCoreOutputs())  # for a step that waits for vLLM's processes
 
     def _step(self) -> None:
-        with _living():
+        with _living(self._llm.engine_core):
             outputs = [o for o in self._llm.step() if o.finished and o.request_id in self._open]
         if not outputs:
             return
@@ -169,7 +172,7 @@ class VllmCore:
     def _measures(self, finished: list[tuple[str, int]]) -> list[np.ndarray]:
         """What the tap measured of requests and their tokens: one call, and one array from each worker."""
         forgotten, self._forgotten = self._forgotten, []
-        with _living():
+        with _living(self._llm.engine_core):
             workers = self._llm.collective_rpc("take_measures", args=(finished, forgotten))
         self.calls += 1
         self.measure_bytes += sum(map(len, workers))
@@ -181,7 +184,7 @@ class VllmCore:
         if self._open:
             raise ValueError(f"{len(self._open)} requests are open: they belong to the old weights")
         self._weights += 1
-        with _living():
+        with _living(self._llm.engine_core):
             self._sender.send(self._model, self._weights, self._wake_up)
             self._llm.reset_prefix_cache()
 
@@ -190,7 +193,7 @@ class VllmCore:
         if self._open:
             raise ValueError(f"{len(self._open)} requests are open: what they have drawn would be lost")
         if not self._asleep:
-            with _living():
+            with _living(self._llm.engine_core):
                 self._llm.sleep(level=1)
             self._asleep = True
 
@@ -217,24 +220,31 @@ def _tell_of_deaths(client: Any) -> None:
     """Wait for the end of a process of vLLM's, and tell who waits for its answer: vLLM's own client would wait for ever."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
-    sentinels = [process.sentinel for process in getattr(manager, "processes", ())]
-    if not sentinels:  # vLLM runs in this process
+    if not _ends(client, None):
         return
-    multiprocessing.connection.wait(sentinels)
     client.outputs_queue.put_nowait(EngineDeadError())
     for future in list(client.utility_results.values()):
         future.set_exception(EngineDeadError())
 
 
+def _ends(client: Any, seconds: float | None) -> bool:
+    """Whether a process of vLLM's ends within so many seconds; None: wait for it. False where vLLM runs in this process."""
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    sentinels = [process.sentinel for process in getattr(manager, "processes", ())]
+    return bool(sentinels and multiprocessing.connection.wait(sentinels, seconds))
+
+
 @contextlib.contextmanager
-def _living() -> Iterator[None]:
-    """UserError where a process of vLLM's is gone."""
+def _living(client: Any) -> Iterator[None]:
+    """UserError where a process of vLLM's is gone. Where a worker dies, the call under way may fail before the engine ends."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         yield
-    except EngineDeadError as error:
+    except Exception as error:
+        failed_there = type(error) is Exception  # so vLLM's client raises what went wrong in another process
+        if not isinstance(error, EngineDeadError) and not (failed_there and _ends(client, SECONDS_TO_END)):
+            raise
         raise UserError(
             "a process of vLLM's has died, and what it was generating with it; its own messages above say why. Where it was "
             "killed for memory, lower rollout.kv_budget or rollout.max_rows. A run goes on from its newest checkpoint with "
