@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from e3rl import parsing
+from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
 from e3rl.evaluate.samples import Sample
 from e3rl.files import atomic_file, disk_full_is_a_sentence, write_json, write_text
@@ -69,6 +70,14 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {before!r} there, {now!r} now"
 
 
+def _as_now(section: str, before: Any, now: Any) -> Any:
+    """A section as an older version wrote it: settings of erasing that it did not have were what their defaults are."""
+    if section != "erasure":
+        return before
+    defaults = {name: value for name, value in asdict(ErasureConfig()).items() if name in now}
+    return {**defaults, **before}
+
+
 class SampleStore:
     """The directory of one evaluation."""
 
@@ -84,7 +93,9 @@ class SampleStore:
             write_json(self.path / IDENTITY, identity)
             return
         shared = before.keys() & identity.keys()
-        found = list(differences({k: before[k] for k in shared}, {k: identity[k] for k in shared}))
+        found = list(
+            differences({k: _as_now(k, before[k], identity[k]) for k in shared}, {k: identity[k] for k in shared})
+        )
         if found:
             raise UserError(
                 f"{self.path} holds samples of another evaluation ({'; '.join(found[:4])}): they are not mixed. "

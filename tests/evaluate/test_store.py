@@ -201,3 +201,14 @@ def test_samples_with_other_turns_are_not_mixed(tmp_path: Path, changed: str, sa
         store.claim(identity(torch.nn.Linear(1, 1), "s", [], other, erase=True, calibration=None))
     assert settings_digest(other) != settings_digest(tools)
     assert settings_digest(plain) == settings_digest(load_config(None, [], [])), "without tools it means nothing"
+
+
+def test_samples_of_a_version_with_fewer_settings_go_on(tmp_path: Path):
+    config = load_config(None, [], [])
+    whole = identity(torch.nn.Linear(1, 1), "s", [], config, erase=True, calibration=None)
+    older = {**whole, "erasure": {k: v for k, v in whole["erasure"].items() if k != "kappa1"}}
+    store = SampleStore(tmp_path / "samples")
+    store.claim(older)
+    store.claim(whole)
+    with pytest.raises(UserError, match=r"erasure\.kappa1: 0\.0 there, 0\.5 now"):
+        store.claim({**whole, "erasure": {**whole["erasure"], "kappa1": 0.5}})
