@@ -58,6 +58,8 @@ def _credit(name: str) -> tuple[str, ...]:
 GRPO, CONTRAST, DROPPED = "GRPO", "oracle 0.95, contrast", "oracle 0.95, dropped"
 LOSS, CREDIT = "E³RL's loss, plain rollouts", "step credit 0.95, plain rollouts"
 BOTH = "oracle 0.95, contrast and step credit"
+STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
+"""Evaluated where GRPO's tokens are spent: what the straight line between evaluations takes from the same run."""
 
 ROWS = (
     Row(GRPO, ("methods/grpo",)),
@@ -76,6 +78,7 @@ ROWS = (
     Row("step credit 0.85, plain rollouts", ("methods/e3rl",), _credit("85")),
     Row("step credit 0.70, plain rollouts", ("methods/e3rl",), _credit("70")),
     Row(BOTH, ("methods/e3rl",), (_STEP_CREDIT, *_CONTRAST, *_oracle("95"))),
+    Row(STOPPED, ("methods/e3rl",), (*_CONTRAST, *_oracle("95"), "train.max_tokens=62000")),
 )
 _SMOKE_ROWS = (GRPO, CONTRAST, CREDIT)
 
@@ -86,6 +89,7 @@ PAIRS = (
     ("oracle 0.85, contrast", "step credit 0.85, plain rollouts"),
     ("oracle 0.70, contrast", "step credit 0.70, plain rollouts"),
     (BOTH, CREDIT),
+    (STOPPED, CREDIT),
     (CONTRAST, LOSS),
     (CONTRAST, DROPPED),
     (CREDIT, LOSS),

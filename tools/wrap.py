@@ -14,7 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WIDEST, WRAPPED = 130, 126
-MADE = re.compile(r"docs/(reference/|data-way|paper-scale|run-directory|equations|results/(table\d|fig\d|erpo-))")
+MADE = re.compile(
+    r"docs/(reference/|data-way|paper-scale|run-directory|equations|results/(table\d|fig\d|erpo-|settle))"
+)
 """Pages that are made from code."""
 
 APART = re.compile(r"\s*(\||#|```|<!--|!\[|<|>)")
