@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -158,13 +158,13 @@ def tables(seen: Sequence[Seen], heads: Sequence[ValueHead]) -> dict[str, Any]:
     }
 
 
-def measured(data: str, problems: int, retries: int) -> dict[str, Any]:
+def measured(data: str, problems: int, retries: int, split: Literal["train", "eval"]) -> dict[str, Any]:
     """Both questions on one family."""
     found: dict[str, Any] = {}
     policy = load_policy(load_config(overrides=["model.path=lab"]).model)
     for name, length, count in (("a segment of 2 tokens, same prefix", 2, 8), ("whole response, same problem", 16, 1)):
         config = configured(data, length, count)
-        chosen = spread(load_problems(data, config=config.data, split="eval"), problems)
+        chosen = spread(load_problems(data, config=config.data, split=split), problems)
         limits = {"context_limit": policy.context_length, "completion_limit": config.rollout.completion_limit}
         prompts = render_prompts(chosen, policy.tokenizer, config.data, **limits)
         engine = build_engine(config.rollout, policy.model, policy.eos_ids, max(len(p.ids) for p in prompts) + 16)
@@ -192,10 +192,11 @@ def main() -> None:
     parser.add_argument("data", nargs="+")
     parser.add_argument("--problems", type=int, default=240)
     parser.add_argument("--retries", type=int, default=16)
+    parser.add_argument("--split", choices=("train", "eval"), default="eval")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     began = time.process_time()
-    found = {data: measured(data, options.problems, options.retries) for data in options.data}
+    found = {data: measured(data, options.problems, options.retries, options.split) for data in options.data}
     for data, ways in found.items():
         for way, parts in ways.items():
             print(data, way, *(f"\n  {key}: {value}" for key, value in parts.items()), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from e3rl.diagnose.diagnosis import Diagnosis, Signal
+from e3rl.diagnose.diagnosis import EVERYWHERE, Diagnosis, RetryGain, Signal
 from e3rl.diagnose.statistics import Estimate, erasing_yield, highest_success
 from e3rl.report.health import Finding
 
@@ -115,7 +115,17 @@ def on_retries(diagnosis: Diagnosis) -> Finding | None:
     sentence = (
         f"Drawing the quarter of segments with the largest '{name}' again changes their accuracy by {_points(best)}."
     )
-    return Finding("good" if _above(best, 0.0) else "warn", sentence)
+    return Finding("good" if _above(best, 0.0) else "warn", f"{sentence} {_worth_its_tokens(diagnosis.gains)}")
+
+
+def _worth_its_tokens(gains: Sequence[RetryGain]) -> str:
+    """Where one retry surely gives more right answers than its tokens give plainly."""
+    surely = [(g.signal, g.above) for g in gains if g.above is not None]
+    if not surely:
+        return "Nowhere is a retry shown to be worth its tokens: without that, plain decoding is never worse per token."
+    name, above = surely[0]
+    where = "everywhere" if above == EVERYWHERE else f"where '{name}' is above {above:.3g}"
+    return f"One retry is worth its tokens {where}: it gives more right answers than plain decoding with as many (95 % sure)."
 
 
 _WORTH_HAVING = 0.05

@@ -16,7 +16,14 @@ from e3rl.diagnose.decoding import SETTINGS, TEMPERATURES, Contest, Decoding, co
 from e3rl.diagnose.labels import knows_steps, require_rewards
 from e3rl.diagnose.sampling import First, Fork, Observation, Tell, choose_forks, firsts, retry, roll_out
 from e3rl.diagnose.signals import LATE, RESPONSE_SIGNALS, SIGNALS
-from e3rl.diagnose.statistics import UNKNOWN, Estimate, mean_by_problem, overall_auroc, within_prefix_auroc
+from e3rl.diagnose.statistics import (
+    UNKNOWN,
+    Estimate,
+    mean_by_problem,
+    overall_auroc,
+    safe_threshold,
+    within_prefix_auroc,
+)
 from e3rl.engine.build import build_engine
 from e3rl.errors import UserError
 from e3rl.models import Policy
@@ -24,6 +31,10 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.types import Prompt
 
 QUANTILES = 4
+EVERYWHERE = -1.0
+"""An edge below all values: no signal is negative."""
+CONFIDENCE = 0.95
+"""Of the claim that redrawing above a threshold is worth its tokens, for all thresholds of all signals together."""
 RETRY_SIGNALS = ("U, paper", "ε, mean", "cross-entropy")
 
 
@@ -40,11 +51,15 @@ class Signal:
 
 @dataclass(frozen=True)
 class RetryGain:
-    """P(right | retry) − P(right | first) in each quantile of a signal, from calm to suspicious."""
+    """P(right | retry) − P(right | first) in each quantile of a signal, from calm to suspicious.
+
+    ``above``: the edge above which a retry is surely worth its tokens (`safe_threshold`); None: nowhere, -1: everywhere.
+    """
 
     signal: str
     gains: tuple[Estimate, ...]
     edges: tuple[float, ...]
+    above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,11 @@ def assess_responses(samples: Sequence[First]) -> tuple[Signal, ...]:
     return tuple(found)
 
 
-def assess_retries(forks: Sequence[Fork]) -> tuple[RetryGain, ...]:
-    """The gain of redrawing a segment, by quantile of each signal at the time of judging."""
+def assess_retries(forks: Sequence[Fork], rate: float = 0.0) -> tuple[RetryGain, ...]:
+    """The gain of redrawing a segment, by quantile of each signal at the time of judging. ``rate``: right answers that a token of
+    plain decoding gives."""
+    worth = np.array([f.retries_right - f.first_right - rate * f.extra_tokens for f in forks])
+    confidence = 1 - (1 - CONFIDENCE) / len(RETRY_SIGNALS)
     gain = np.array([f.retries_right - f.first_right for f in forks])
     problem = np.array([f.problem for f in forks])
     found = []
@@ -119,7 +137,8 @@ def assess_retries(forks: Sequence[Fork]) -> tuple[RetryGain, ...]:
         edges = np.quantile(values, np.linspace(0, 1, QUANTILES + 1)[1:-1])
         quantile = np.searchsorted(edges, values)
         gains = tuple(mean_by_problem(gain[quantile == q], problem[quantile == q]) for q in range(QUANTILES))
-        found.append(RetryGain(name, gains, tuple(float(e) for e in edges)))
+        above = safe_threshold(values, worth, problem, [EVERYWHERE, *edges], confidence)
+        found.append(RetryGain(name, gains, tuple(float(e) for e in edges), above))
     return tuple(found)
 
 
@@ -197,7 +216,7 @@ def diagnose(
         mixed_groups=_mixed(samples) / len(prompts),
         signals=assess_signals(every, [*starts, *siblings]),
         responses=assess_responses(samples),
-        gains=assess_retries(forks),
+        gains=assess_retries(forks, right.sum() / sum(len(f.trajectory.ids) for f in samples)),
         decodings=tuple(decodings),
         contest=contest(decodings),
         seconds=time.perf_counter() - began,

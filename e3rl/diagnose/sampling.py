@@ -34,12 +34,14 @@ class Observation:
 
 @dataclass(frozen=True)
 class Fork:
-    """A redrawn segment of a first sample: whether its response was right, and how often the retries were."""
+    """A redrawn segment of a first sample: whether its response was right, how often the retries were, and the tokens that one
+    more draw costs: the segment's, and the rest of a retry less that of the first."""
 
     problem: str
     signals: dict[str, float]
     first_right: bool
     retries_right: float
+    extra_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -178,5 +180,8 @@ def _compare(
         if len(wrong_N) > n:
             signals = next(segment_signals(trajectory.segments, earlier, first.entropies))
             seen.append(Observation(problem.id, key, signals, wrong_N[n]))
-    fork = Fork(problem.id, first.signals_N[n], first.right, sum(rights) / len(rights))
+    rest = sum(s.candidate.ids.size for s in original.segments[n:])
+    redrawn = sum(t.committed_tokens for t in group.trajectories) / len(group.trajectories)
+    extra = original.segments[n].candidate.ids.size + redrawn - rest
+    fork = Fork(problem.id, first.signals_N[n], first.right, sum(rights) / len(rights), extra)
     return fork, seen

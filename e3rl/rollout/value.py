@@ -2,7 +2,7 @@
 
 Within a group it learns which of two siblings ended with the lower reward, segment index by segment index, by a logistic loss
 on the difference of their features. Differences of U are then log odds among siblings. It starts as mean entropy + 0.3 mean ε
-and returns to it where labels stop: its prior is Gaussian around these weights, and earlier labels fade.
+and returns to it where labels stop: its prior is Gaussian around any multiple of these weights, and earlier labels fade.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ FEATURES: Mapping[str, float] = {
 
 _PRIOR_F = np.array([*FEATURES.values()])
 STRENGTH = 10.0
-"""Precision of the prior on each weight: so many pairs at even odds, one apart in that feature, weigh a quarter of it each."""
+"""Precision of the prior across its weights: a pair at even odds, one apart in a feature, adds a quarter."""
+_PRIOR_FF = np.linalg.inv(np.eye(len(_PRIOR_F)) / STRENGTH + 100 * np.outer(_PRIOR_F, _PRIOR_F))
+"""Along its weights it is next to nothing: log odds may be any multiple of entropy + 0.3 ε."""
 KEPT = 0.98
 """Share of what was learnt that an update keeps; the prior takes the rest."""
 _NEWTON_STEPS = 20
@@ -70,7 +72,7 @@ class ValueHead:
 
     version: int = 0
     weights: tuple[float, ...] = tuple(_PRIOR_F.tolist())
-    precision: tuple[tuple[float, ...], ...] = tuple(map(tuple, (STRENGTH * np.eye(len(_PRIOR_F))).tolist()))
+    precision: tuple[tuple[float, ...], ...] = tuple(map(tuple, _PRIOR_FF.tolist()))
     centre: tuple[float, ...] = (0.0,) * len(_PRIOR_F)
     lift: float = 0.0
     segments: float = 0.0
@@ -168,7 +170,7 @@ def pairs(rows_GF: np.ndarray, rewards_G: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _updated(head: ValueHead, pairs_PF: np.ndarray, weights_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and precision of the weights behind what the head knew, faded, and these pairs (Laplace's approximation)."""
-    known_FF, prior_FF = KEPT * np.array(head.precision), (1 - KEPT) * STRENGTH * np.eye(len(FEATURES))
+    known_FF, prior_FF = KEPT * np.array(head.precision), (1 - KEPT) * _PRIOR_FF
     before_FF = known_FF + prior_FF
     mean_F = np.linalg.solve(before_FF, _product(known_FF, np.array(head.weights)) + _product(prior_FF, _PRIOR_F))
     at_F = mean_F

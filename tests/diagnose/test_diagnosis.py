@@ -18,12 +18,13 @@ from e3rl.diagnose.advice import (
     on_decoding,
     on_erasing_in_training,
     on_late_evidence,
+    on_retries,
     on_settings,
     on_training,
     on_uncertainty,
 )
 from e3rl.diagnose.decoding import HALF_EPS, LATE, LATE_EPS, LATE_EPS_LENGTH, SETTINGS, Contest, Decoding
-from e3rl.diagnose.diagnosis import Diagnosis, Signal, assess_retries
+from e3rl.diagnose.diagnosis import EVERYWHERE, Diagnosis, RetryGain, Signal, assess_retries
 from e3rl.diagnose.sampling import Fork
 from e3rl.diagnose.signals import PAPER, SIGNALS, measure
 from e3rl.diagnose.statistics import UNKNOWN, Estimate
@@ -142,6 +143,28 @@ ZERO, BETTER = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, 0.04, 0.16, 9)
 )
 def test_the_recommendation_follows_the_intervals(avg, passed, words):
     assert re.match(words, on_decoding(diagnosis(avg=avg, passed=passed, within=ZERO)).text)
+
+
+def test_a_retry_that_is_right_more_often_may_not_be_worth_its_tokens():
+    """Eight problems of four segments: those with U of 3 gain half a right answer or more, for four tokens more."""
+    forks = [
+        Fork(f"p{i}", {"U, paper": u, "ε, mean": 1.0, "cross-entropy": 0.0}, False, (0.5 + i / 40) * (u > 2), 4.0)
+        for i in range(8)
+        for u in range(4)
+    ]
+    cheap, dear = ({g.signal: g.above for g in assess_retries(forks, rate)} for rate in (0.02, 0.2))
+    assert cheap == {"U, paper": 2.25, "ε, mean": EVERYWHERE, "cross-entropy": EVERYWHERE}
+    assert set(dear.values()) == {None}
+    found = replace(
+        diagnosis(avg=ZERO, passed=ZERO, within=BETTER),
+        gains=(RetryGain("U, paper", (Estimate(0.1, 0.0, 0.2, 9),) * 4, (0.5, 1.0, 2.25), 2.25),),
+    )
+    assert "worth its tokens where 'U, paper' is above 2.25" in on_retries(found).text
+    nowhere = replace(found, gains=(replace(found.gains[0], above=None),))
+    assert "Nowhere is a retry shown to be worth its tokens" in on_retries(nowhere).text
+    assert (
+        "worth its tokens everywhere" in on_retries(replace(found, gains=(replace(found.gains[0], above=-1.0),))).text
+    )
 
 
 def test_a_recommended_way_comes_with_its_settings():

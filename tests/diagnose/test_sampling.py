@@ -101,7 +101,10 @@ def test_retries_are_measured_as_the_first_was_and_go_to_the_end_of_the_response
     calls = engine.calls[before:]
     assert {c.tokens for c in calls if c.kind == "prefill"} == {5}  # the prompt and the first segment
     assert sum(c.tokens for c in calls if c.kind == "deliver") == 4 * 4
-    assert fork == Fork("p", first.signals_N[1], True, 0.25)
+    size, rest = len(first.trajectory.segments[1].candidate.ids), sum(first.trajectory.segment_lengths[1:])
+    assert fork == Fork(
+        "p", first.signals_N[1], True, 0.25, extra_tokens=size + 4 - rest
+    )  # retries of four tokens each
     assert {o.prefix for o in seen} == {"p/0/1"}
     assert {o.problem for o in seen} == {"p"}
     assert [o.wrong for o in seen] == [False, False, True, False]  # the one that erred in the prefix says nothing

@@ -11,6 +11,8 @@ from e3rl.diagnose.statistics import (
     highest_success,
     mean_by_problem,
     overall_auroc,
+    safe_threshold,
+    student_quantile,
     within_prefix_auroc,
 )
 
@@ -127,3 +129,47 @@ def test_above_the_highest_success_erasing_does_not_pay():
     assert limit == pytest.approx(0.2, abs=0.01)
     assert highest_success(1, 0.95) == 0.0  # all of a response drawn again costs more than it teaches
     assert highest_success(8, 0.5) == 0.0  # a blind judge
+
+
+def test_student_quantiles() -> None:
+    """Tables: 1.6973 at 30 degrees of freedom, 2.7638 at 10, 4.0321 at 5."""
+    found = [student_quantile(level, degrees) for level, degrees in ((0.95, 30), (0.99, 10), (0.995, 5))]
+    assert found == pytest.approx([1.6973, 2.7638, 4.0321], rel=0.01)
+
+
+def test_safe_threshold_by_hand() -> None:
+    """Four problems of two forks: above 1 a fork gains 0.3 on average, and the other's loss eats that up."""
+    scores, problem = np.array([1.0, 2.0] * 4), np.repeat(np.arange(4), 2)
+    worth = np.array([-0.3, 0.3, -0.3, 0.32, -0.3, 0.28, -0.3, 0.3])
+    assert safe_threshold(scores, worth, problem, [0.0, 1.0]) == 1.0
+    assert safe_threshold(scores, -worth, problem, [0.0, 1.0]) is None
+    assert safe_threshold(scores, worth, np.zeros(8), [0.0, 1.0]) is None, "one problem has no spread"
+    assert safe_threshold(scores, np.abs(worth), problem, [0.0, 1.0]) == 0.0, "of two, where more is gained"
+
+
+def _world(rng: np.random.Generator, mean_by_quarter: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Forks of 60 problems, eight each: scores, observed worth (a retry right or wrong, the first too), problems."""
+    problem = np.repeat(np.arange(60), 8)
+    scores, hard = rng.random(480), rng.normal(0, 0.1, 60)[problem]
+    gained = mean_by_quarter[(scores * 4).astype(int)] + hard
+    first = rng.random(480) < 0.3
+    retries = rng.binomial(4, np.clip(0.3 + gained, 0, 1)) / 4
+    return scores, retries - first, problem
+
+
+def test_a_rule_that_is_surely_worth_its_tokens_is_hardly_ever_worse_than_plain_decoding() -> None:
+    """Where no retry is worth anything, one is allowed in at most one of twenty worlds; where quarters gain or lose, what is
+    allowed is worth something in all but one of twenty; and where the top quarter gains much it is found."""
+    rng, edges = np.random.default_rng(0), [-np.inf, 0.25, 0.5, 0.75]
+    nothing = [safe_threshold(*_world(rng, np.zeros(4)), edges) for _ in range(300)]
+    assert sum(edge is not None for edge in nothing) <= 24  # 15 expected at most, and two standard deviations
+    worse = found = 0
+    for _ in range(300):
+        means = rng.normal(-0.02, 0.1, 4)
+        edge = safe_threshold(*_world(rng, means), edges)
+        found += edge is not None
+        worse += edge is not None and means[max(0, int(4 * edge) if edge > 0 else 0) :].sum() < 0
+    assert found > 30
+    assert worse <= 15
+    steep = [safe_threshold(*_world(rng, np.array([-0.2, -0.1, -0.1, 0.3])), edges) for _ in range(100)]
+    assert steep.count(0.75) > 95

@@ -220,3 +220,13 @@ def test_a_single_sample_is_held_against_the_markers_of_the_statistics() -> None
 def test_a_reservation_needs_log_odds() -> None:
     with pytest.raises(UserError, match=r"'reservation' needs U in log odds.*'e3rl'"):
         ErasureConfig(baseline="reservation")
+
+
+def test_a_multiple_of_the_prior_is_learnt_at_once_and_its_direction_kept() -> None:
+    """The response of higher entropy and ε is always the wrong one: log odds grow along (1, 0.3), and hardly across."""
+    wrong, right = _candidate((0.9,), 0.6), _candidate((0.4,), 0.1)
+    head = PRIOR.taught([_group([([wrong], 0.0), ([right], 1.0)])] * 20)
+    entropy, eps, *others = np.array(head.weights)
+    assert entropy > 3
+    assert eps / entropy == pytest.approx(0.3, abs=0.1)
+    assert np.abs(others).max() < 0.5
