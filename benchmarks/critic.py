@@ -131,11 +131,11 @@ def ordered(seen: Sequence[Seen], scores: dict[str, np.ndarray], stratum: Callab
     wrong, problems = np.array([s.wrong for s in seen]), max(s.problem for s in seen) + 1
     wins = {name: np.zeros(problems) for name in scores}
     pairs = np.zeros(problems)
-    for index in members.values():
+    for chosen in members.values():
         for name, values in scores.items():
-            won, compared = wins_and_pairs(values[index], wrong[index])
-            wins[name][seen[index[0]].problem] += won
-        pairs[seen[index[0]].problem] += compared
+            won, compared = wins_and_pairs(values[chosen], wrong[chosen])
+            wins[name][seen[chosen[0]].problem] += won
+        pairs[seen[chosen[0]].problem] += compared
     rows = resampled(problems, 0)
     shares = {name: won[rows].sum(1) / np.maximum(pairs[rows].sum(1), 1) for name, won in wins.items()}
     found: dict[str, Any] = {name: _told(won.sum() / pairs.sum(), shares[name]) for name, won in wins.items()}
