@@ -39,6 +39,7 @@ class Schedule:
     """Problems of each name in every batch. Paths take longer to learn than chains, so there are more of them."""
     learning_rate: float = 2e-3
     warmup: int = 50  # steps of linear warm-up; the learning rate is constant after them
+    decay: int = 0  # last steps, over which it falls to zero on a straight line
     pool: int = 40_000  # problems of each name to draw batches from
     seed: int = 0
     tools: bool = False
@@ -46,13 +47,18 @@ class Schedule:
     extends: bool = False
     """The weights start from the shipped model, which can calculate and read graphs."""
 
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at a step, the first being 0."""
+        risen = min(1.0, (step + 1) / self.warmup)
+        return min(risen, (self.steps - step) / self.decay) if self.decay else risen
+
 
 TOOLS = Schedule(
     steps=180, mixture={"lab:books:1-4": 32}, learning_rate=1e-3, warmup=10, pool=8_000, tools=True, extends=True
 )
 """The settings that make the weights that call tools."""
 
-MAZE = Schedule(steps=300, mixture={"lab:maze:2-5": 16}, learning_rate=1e-3, warmup=20, pool=8_000, extends=True)
+MAZE = Schedule(steps=1000, mixture={"lab:maze:2-5": 16}, warmup=20, decay=400, pool=8_000, extends=True)
 """The settings that make the weights that search mazes."""
 
 
@@ -146,13 +152,13 @@ def pretrain(
     tokenizer = build_tokenizer(CONTEXT, tools=schedule.tools)
     model = (extend_model if schedule.extends else build_model)(tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / schedule.warmup))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate)
     sources = {name: _Batches(tokenizer, name, schedule) for name in schedule.mixture}
     for step in range(1, schedule.steps + 1):
         losses = _losses(model, schedule, sources)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        warmup.step()
+        rate.step()
         optimizer.zero_grad()
         report(step, losses)
     return model.eval(), tokenizer

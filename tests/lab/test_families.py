@@ -248,7 +248,7 @@ def test_a_wrong_door_of_a_maze_is_as_good_as_the_right_one_until_its_corridor_e
     """Every room has two doors; behind the wrong one as many moves are allowed as there are to the next room."""
     shape, task = maze._SHAPES[level], maze.draw(level, Random(level))
     *edges, ends = task.question[:-1].split(";")
-    doors = {a: [b for x, b in edges if x == a] for a, _ in edges}
+    doors = {edge[0]: [other[1] for other in edges if other[0] == edge[0]] for edge in edges}
     rooms = [a for a, after in doors.items() if len(after) == 2]
     assert len(rooms) == shape.rooms
     assert ends[0] in rooms

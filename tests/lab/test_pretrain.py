@@ -96,3 +96,8 @@ def test_a_response_can_be_other_than_the_solution() -> None:
     [problem] = generate("chain", 1, "train", 1)
     _, labels = encode(tokenizer, problem, response="A:00")
     assert tokenizer.decode([token for token in labels if token != -100]) == "A:00<|end|>"
+
+
+def test_the_learning_rate_rises_and_may_fall_at_the_end() -> None:
+    assert [replace(SHORT, warmup=2, steps=6, decay=4).rate(step) for step in range(6)] == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    assert [replace(SHORT, warmup=2, steps=6).rate(step) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
