@@ -33,9 +33,9 @@ from e3rl.types import Problem, Trajectory
 
 KEPT = 4
 BUDGETS = (2, 4, 8, 16)
-PLAIN, ERASABLE = "plain, T = 1", "erase, quantile {:g}, at most {}"
-ERASING = ((0.5, 5), (0.2, 5), (0.05, 15))
-"""Quantile and most erasures of a segment. The first is used for N = 2, the second for 4, the third for 8 and 16."""
+ERASABLE = "erase, quantile {:g}, at most {}"
+ERASING = ((0.5, 5, 8), (0.2, 5, 24), (0.05, 15, 16))
+"""Quantile, most erasures of a segment, answers to each problem. The first is for N = 2, the second for 4, the third above."""
 FOR_BUDGET = dict(zip(BUDGETS, (0, 1, 2, 2), strict=True))
 FIRST_MOVE = 2  # tokens: where it starts, and the door
 
@@ -64,7 +64,7 @@ class Answers:
 
 
 def configured(options: argparse.Namespace, *overrides: str) -> Config:
-    sizes = (f"rollout.segment_length={options.segment_length}", f"rollout.max_segments={options.segments}")
+    sizes = (f"rollout.segment_length={options.limit}", "rollout.max_segments=1")
     given = (f"data.train={options.data}", "rollout.max_rows=64", *sizes, *overrides)
     return load_config(find_recipe("recommended"), [], given)
 
@@ -80,6 +80,16 @@ def answered(
     finished = np.array([[t.finish == "stop" for t in row] for row in done.trajectories_PK])
     tokens = done.record()["tokens"] / done.correct_PK.size
     return Answers(done.correct_PK, finished, suspicion, tokens), done.trajectories_PK
+
+
+def erased(policy: Policy, options: argparse.Namespace, length: int) -> dict[str, Answers]:
+    """Erasable answers in segments of so many tokens, each way of `ERASING`."""
+    found = {}
+    for share, most, samples in ERASING:
+        sizes = (f"rollout.segment_length={length}", f"rollout.max_segments={options.limit // length}")
+        way = (f"erasure.quantile={share}", f"erasure.max_erasures={most}")
+        found[ERASABLE.format(share, most)] = answered(policy, options, samples, 1.0, *sizes, *way)[0]
+    return found
 
 
 def signals(policy: Policy, problems: Sequence[Problem], drawn: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
@@ -148,15 +158,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     for t, row in result["plain"].items():
         cells = (f"{row['finished']:.2f}", f"{row['right_if_finished']:.3f}", f"{row['tokens']:.1f}")
         lines.append(f"| {t} | {shown(row['avg'])} | {' | '.join(cells)} |")
-    lines += ["", "| N | way | tokens × | Avg | finished | right if finished | − rerank |", "| --- " * 7 + "|"]
-    for n, row in result["compared"]["rows"].items():
-        for name, cell in row.items():
-            gap = shown(cell["gap"], "+") if "gap" in cell else ""
-            spent = f"{cell.get('spent', float(n)):.2f}"
-            numbers = f"{shown(cell['avg'])} | {cell['finished']:.2f} | {cell['right_if_finished']:.3f}"
-            lines.append(f"| {n} | {name} | {spent} | {numbers} | {gap} |")
-    for name in ("gap, largest N − smallest", "gap, a doubling of N"):
-        lines += ["", f"{name}: {shown(result['compared'][name], '+')}"]
+    for length, found in result["compared"].items():
+        head = f"| N, segments of {length} | way | tokens × | Avg | finished | right if finished | − rerank |"
+        lines += ["", head, "| --- " * 7 + "|"]
+        for n, row in found["rows"].items():
+            for name, cell in row.items():
+                gap = shown(cell["gap"], "+") if "gap" in cell else ""
+                spent = f"{cell.get('spent', float(n)):.2f}"
+                numbers = f"{shown(cell['avg'])} | {cell['finished']:.2f} | {cell['right_if_finished']:.3f}"
+                lines.append(f"| {n} | {name} | {spent} | {numbers} | {gap} |")
+        for name in ("gap, largest N − smallest", "gap, a doubling of N"):
+            lines += ["", f"{name}: {shown(found[name], '+')}"]
     lines += ["", "| signal of a wrong first door, same prefix | AUROC |", "| --- | --- |"]
     for name, e in result["signals"].items():
         value = "" if e["value"] is None else f"{e['value']:.2f} ({e['low']:.2f}–{e['high']:.2f})"
@@ -169,9 +181,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--model", default="lab-maze")
     parser.add_argument("--data", default="lab:maze:4")
-    parser.add_argument("--problems", type=int, default=32, help="held-out problems")
-    parser.add_argument("--segment-length", type=int, default=32, help="half a right answer")
-    parser.add_argument("--segments", type=int, default=3)
+    parser.add_argument("--problems", type=int, default=64, help="held-out problems")
+    parser.add_argument("--limit", type=int, default=96, help="most tokens of an answer")
+    parser.add_argument("--segment-lengths", nargs="+", type=int, default=[32, 16], help="32 is half a right answer")
     parser.add_argument("--temperatures", nargs="*", type=float, default=[0.6, 0.3], help="of plain decoding beside 1")
     parser.add_argument("--cooler", type=int, default=8, help="answers to each problem at those")
     options = parser.parse_args()
@@ -180,19 +192,14 @@ def main() -> None:
     policy = load_policy(replace(configured(options).model, path=options.model))
     plain, drawn = answered(policy, options, KEPT * max(BUDGETS), 1.0)
     pools = {1.0: plain} | {t: answered(policy, options, options.cooler, t)[0] for t in options.temperatures}
-    erasable = {}
-    for (share, most), samples in zip(ERASING, (16, 32, 32), strict=True):
-        overrides = (f"erasure.quantile={share}", f"erasure.max_erasures={most}")
-        erasable[ERASABLE.format(share, most)] = answered(policy, options, samples, 1.0, *overrides)[0]
-        print(f"{time.process_time() - started:.0f} s of CPU", flush=True)
+    erasable = {length: erased(policy, options, length) for length in options.segment_lengths}
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     result = {
         "environment": environment(),
         **settings,
         "cpu_seconds": time.process_time() - started,
         "plain": {f"{t:g}": told(a.right.mean(1), a.finished.mean(1)) | {"tokens": a.tokens} for t, a in pools.items()},
-        "erasable_tokens": {name: a.tokens for name, a in erasable.items()},
-        "compared": compared(plain, erasable),
+        "compared": {length: compared(plain, answers) for length, answers in erasable.items()},
         "signals": signals(policy, load(options.data, "heldout", options.problems), drawn),
     }
     options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from e3rl.errors import UserError
-from e3rl.lab import lab_directory, tools_directory
+from e3rl.lab import lab_directory, mazes_directory, tools_directory
 from e3rl.lab.smollm2 import smollm2_directory
 from e3rl.parsing import read_json
 from e3rl.sections import shown
@@ -21,6 +21,7 @@ from e3rl.sections import shown
 BUILT_IN: Mapping[str, Callable[[], Path]] = {
     "lab": lab_directory,
     "lab-tools": tools_directory,
+    "lab-maze": mazes_directory,
     "smollm2": smollm2_directory,
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -53,7 +53,8 @@ class ModelConfig:
     """The policy: any decoder-only causal language model of the transformers library."""
 
     path: str = setting(
-        "lab", "a directory or hub id; 'lab' and 'lab-tools' are embedded, 'smollm2' is SmolLM2-135M-Instruct"
+        "lab",
+        "a directory or hub id; 'lab', 'lab-tools' and 'lab-maze' are embedded, 'smollm2' is SmolLM2-135M-Instruct",
     )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights in training and rollout")
     device: str = setting("auto", "'auto' takes a GPU where there is one; or 'cpu', 'cuda', 'cuda:1'")

@@ -13,3 +13,8 @@ def lab_directory() -> Path:
 def tools_directory() -> Path:
     """The embedded model that calls tools (`e3rl.lab.books`)."""
     return Path(__file__).parent / "tools"
+
+
+def mazes_directory() -> Path:
+    """The embedded model that searches mazes (`e3rl.lab.maze`)."""
+    return Path(__file__).parent / "mazes"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from e3rl.lab import lab_directory, tools_directory
+from e3rl.lab import lab_directory, mazes_directory, tools_directory
 from e3rl.lab.measure import sample, score
 from e3rl.lab.pretrain import CONTEXT
 from e3rl.lab.problems import FAMILIES, generate
@@ -59,7 +59,20 @@ def test_the_tool_model_is_small_and_has_the_tokenizer_that_the_code_builds() ->
     )
 
 
-@pytest.mark.parametrize("directory", [lab_directory, tools_directory])
+def test_the_maze_model_is_small_and_solves_some_mazes_in_its_budget_and_runs_out_of_it_in_others() -> None:
+    assert sum(file.stat().st_size for file in mazes_directory().iterdir()) <= 3_100_000
+    tokenizer = AutoTokenizer.from_pretrained(mazes_directory())
+    assert tokenizer.get_vocab() == build_tokenizer(CONTEXT).get_vocab()
+    model = AutoModelForCausalLM.from_pretrained(mazes_directory(), dtype=torch.float32).eval()
+    problems = generate("maze", FAMILIES["maze"].training_level, "heldout", 24)
+    torch.manual_seed(0)
+    responses = sample(model, tokenizer, problems, samples=4, max_new_tokens=96, temperature=1.0, top_p=1.0, top_k=0)
+    assert LOW < score(problems, responses).average < HIGH
+    cut = sum(len(text) == 96 for texts in responses for text in texts)
+    assert 0.15 < cut / 96 < 0.75
+
+
+@pytest.mark.parametrize("directory", [lab_directory, tools_directory, mazes_directory])
 def test_its_checksum_stands_in_the_docs(directory: Callable[[], Path]) -> None:
     found = hashlib.sha256((directory() / "model.safetensors").read_bytes()).hexdigest()
     assert found in (Path(__file__).parents[2] / "docs" / "lab.md").read_text(encoding="utf-8")
