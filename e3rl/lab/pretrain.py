@@ -58,8 +58,12 @@ TOOLS = Schedule(
 )
 """The settings that make the weights that call tools."""
 
-MAZE = Schedule(steps=1000, mixture={"lab:maze:2-5": 16}, warmup=20, decay=400, pool=8_000, extends=True)
-"""The settings that make the weights that search mazes."""
+_MAZES = {"lab:maze:2-5": 16}
+MAZE = (
+    Schedule(steps=300, mixture=_MAZES, learning_rate=1e-3, warmup=20, pool=8_000, extends=True),
+    Schedule(steps=240, mixture=_MAZES, learning_rate=1.5e-3, warmup=10, decay=230, pool=8_000, seed=1),
+)
+"""The settings that make the weights that search mazes; the second goes on from the first's weights."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -145,12 +149,14 @@ def _losses(model: Qwen3ForCausalLM, schedule: Schedule, sources: Mapping[str, _
 
 
 def pretrain(
-    schedule: Schedule, report: Callable[[int, dict[str, float]], None] = lambda step, losses: None
+    schedule: Schedule,
+    report: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    model: Qwen3ForCausalLM | None = None,
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """The trained model and its tokenizer. ``report`` gets each step's loss by name."""
+    """The trained model and its tokenizer. ``report`` gets each step's loss by name; ``model``: train this one on."""
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer(CONTEXT, tools=schedule.tools)
-    model = (extend_model if schedule.extends else build_model)(tokenizer).train()
+    model = (model or (extend_model if schedule.extends else build_model)(tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate)
     sources = {name: _Batches(tokenizer, name, schedule) for name in schedule.mixture}
@@ -169,9 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m e3rl.lab.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--tools", dest="schedule", action="store_const", const=TOOLS, help="the model that calls tools")
-    kind.add_argument("--maze", dest="schedule", action="store_const", const=MAZE, help="the model that searches mazes")
-    parser.set_defaults(schedule=Schedule())
+    kind.add_argument(
+        "--tools", dest="schedules", action="store_const", const=(TOOLS,), help="the model that calls tools"
+    )
+    kind.add_argument(
+        "--maze", dest="schedules", action="store_const", const=MAZE, help="the model that searches mazes"
+    )
+    parser.set_defaults(schedules=(Schedule(),))
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -181,7 +191,9 @@ def main() -> None:
             values = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"step {step:5d}  {time.perf_counter() - started:6.1f} s  {values}", flush=True)
 
-    model, tokenizer = pretrain(options.schedule, report)
+    model, tokenizer = pretrain(options.schedules[0], report)
+    for schedule in options.schedules[1:]:
+        model, _ = pretrain(schedule, report, model)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"{sum(p.numel() for p in model.parameters())} parameters saved in {options.output}")

@@ -86,9 +86,14 @@ def test_the_tool_model_learns_its_calls() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_maze_model_learns_searches_as_they_are_demonstrated() -> None:
-    _, losses = run(replace(MAZE, steps=6, mixture={"lab:maze:1": 4}, warmup=2, pool=64))
-    assert losses[-1]["lab:maze:1"] < 0.8 * losses[0]["lab:maze:1"]
+def test_the_maze_model_learns_searches_as_they_are_demonstrated_and_goes_on_from_a_stage_to_the_next() -> None:
+    first, second = (replace(schedule, steps=4, mixture={"lab:maze:1": 4}, warmup=2, pool=64) for schedule in MAZE)
+    losses: list[float] = []
+    model, _ = pretrain(first, lambda step, values: losses.extend(values.values()))
+    again, _ = pretrain(replace(second, decay=2), lambda step, values: losses.extend(values.values()), model)
+    assert again is model
+    assert losses[4] < 0.8 * losses[0]  # where the first stage ended
+    assert losses[-1] < losses[4]
 
 
 def test_a_response_can_be_other_than_the_solution() -> None:

@@ -67,9 +67,9 @@ def test_the_maze_model_is_small_and_solves_some_mazes_in_its_budget_and_runs_ou
     problems = generate("maze", FAMILIES["maze"].training_level, "heldout", 24)
     torch.manual_seed(0)
     responses = sample(model, tokenizer, problems, samples=4, max_new_tokens=96, temperature=1.0, top_p=1.0, top_k=0)
-    assert LOW < score(problems, responses).average < HIGH
+    assert 0.04 < score(problems, responses).average < 0.3
     cut = sum(len(text) == 96 for texts in responses for text in texts)
-    assert 0.15 < cut / 96 < 0.75
+    assert 0.15 < cut / 96 < 0.6
 
 
 @pytest.mark.parametrize("directory", [lab_directory, tools_directory, mazes_directory])
