@@ -51,7 +51,8 @@ function drawChooser() {
 }
 
 function show() {
-  if (!(place.view in views) || (place.view === "compare" && !comparable())) place.view = "overview";
+  const first = runs.length > 1 && place.run === undefined ? "compare" : "overview"; // several runs were named to compare them
+  if (!(place.view in views) || (place.view === "compare" && !comparable())) place.view = first;
   const view = views[place.view][1];
   drawTabs();
   drawChooser();
