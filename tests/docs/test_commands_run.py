@@ -28,8 +28,8 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ('e3rl decode lab "81-7+3+1-6-8:"', "", "A:64\n2 segments erased"),
     ('e3rl decode lab "81-7+3+1-6-8:" --plain', "", r"\n81-7=75.*\n0 segments erased"),
     ('e3rl decode lab "81-7+3+1-6-8:" --samples 8', "", r"\[7\] (.|\n)*segments? erased"),
-    ("e3rl train my.toml", OWN, r"model   runs/mine/model"),
-    ("e3rl train my.toml --resume", "train.steps=2", "E³RL, 2 steps"),
+    ("e3rl train my.toml", "", r"step 1/20  reward 0\.[12](.|\n)*reward 0\.[78]\d+ → (0\.9|1\.0)(.|\n)*model   runs/mine/model"),
+    ("e3rl train my.toml --resume", "train.steps=21", "E³RL, 21 steps"),
     (
         "e3rl train my.toml run.name=plain rollout.erase=false objective.name=grpo",
         OWN,
@@ -40,7 +40,7 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ("e3rl diagnose lab lab:path:2", "--problems 4 --retries 1 --temperatures 1 --settings whole", "page: diagnosis/"),
     ("e3rl train qwen3-8b --plan --device-memory 139 --ranks 8", "", r"optimizer(.|\n)*GiB"),
     ("e3rl init Qwen/Qwen3-0.6B problems.jsonl", "", r"recipe\.toml"),
-    ("e3rl data recipe.toml", "", r"2 with an answer \(column 'answer'\)"),
+    ("e3rl data recipe.toml", "", r"4 with an answer \(column 'answer'\)"),
 )
 """Commands as they stand on the pages, what is added to make them small, and what they print, in an order that works."""
 
