@@ -28,7 +28,11 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ('e3rl decode lab "81-7+3+1-6-8:"', "", "A:64\n2 segments erased"),
     ('e3rl decode lab "81-7+3+1-6-8:" --plain', "", r"\n81-7=75.*\n0 segments erased"),
     ('e3rl decode lab "81-7+3+1-6-8:" --samples 8', "", r"\[7\] (.|\n)*segments? erased"),
-    ("e3rl train my.toml", "", r"step 1/20  reward 0\.[12](.|\n)*reward 0\.[78]\d+ → (0\.9|1\.0)(.|\n)*model   runs/mine/model"),
+    (
+        "e3rl train my.toml",
+        "",
+        r"step 1/20  reward 0\.[12](.|\n)*reward 0\.[78]\d+ → (0\.9|1\.0)(.|\n)*model   runs/mine/model",
+    ),
     ("e3rl train my.toml --resume", "train.steps=21", "E³RL, 21 steps"),
     (
         "e3rl train my.toml run.name=plain rollout.erase=false objective.name=grpo",
