@@ -6,7 +6,7 @@
 # make test-ranks    training on two ranks: DDP, ZeRO-1, FSDP2, DeepSpeed; their losses beside one process's (own environment)
 # make test-chaos    kills, damage, failing calls, power cuts, hostile files, answers and clients, a soak (20 minutes; CHAOS=10: tenfold)
 # make test-ray      rollout workers on Ray, one of them killed (own environment)
-# make test-clients  openai, verifiers, lm-eval, litellm and langchain against e3rl serve (own environment)
+# make test-clients  openai, verifiers, lm-eval, litellm, langchain and OpenEnv against e3rl serve (own environments)
 # make docs     the documentation as a site in site/
 # make check    style, types, tests: what a change must pass to land
 # make dist     wheel and source distribution in dist/
@@ -68,6 +68,8 @@ test-ray: python
 test-clients: python
 	@E3RL_VENV=.venv-clients "$(PYTHON)" tools/setup.py test clients
 	.venv-clients/bin/python -m pytest tests/clients
+	@E3RL_VENV=.venv-openenv "$(PYTHON)" tools/setup.py test openenv
+	.venv-openenv/bin/python -m pytest tests/clients/test_openenv.py
 
 lint: python
 	@"$(PYTHON)" tools/setup.py dev

@@ -1,7 +1,8 @@
-"""`e3rl serve lab` in a process of its own."""
+"""`e3rl serve` in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from e3rl.config import ModelConfig
 from e3rl.models import Policy, load_policy, resolve_model_path
 
 
-@pytest.fixture(scope="session")
-def lab_url() -> Iterator[str]:
-    command = [sys.executable, "-m", "e3rl", "serve", "lab", "--port", "0", "--drain", "0"]
+@contextlib.contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """The address of ``e3rl serve`` with these arguments."""
+    command = [sys.executable, "-m", "e3rl", "serve", *arguments, "--port", "0", "--drain", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -25,6 +27,12 @@ def lab_url() -> Iterator[str]:
         finally:
             process.send_signal(2)
             process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def lab_url() -> Iterator[str]:
+    with served("lab") as url:
+        yield url
 
 
 @dataclass(frozen=True)
