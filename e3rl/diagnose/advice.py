@@ -221,7 +221,9 @@ def on_erasing_in_training(diagnosis: Diagnosis) -> Finding:
     )
     if ratio > 1:
         return Finding(
-            "note", f"{found}: erasing in training could pay (below {limit:.2f}). That is a bound and no promise."
+            "note",
+            f"{found}: erasing in training could pay (below {limit:.2f}). That is a bound and no promise, and in the lab a good "
+            "judge was worth more as a reward for each step.",
         )
     if best > 1:
         return Finding("note", f"{found}: train plainly. A judge of {_GOOD_JUDGE:.2f} could do {best:.2f} times.")

@@ -241,7 +241,12 @@ def test_groups_without_a_signal_are_pointed_out():
 @pytest.mark.parametrize(
     ("success", "segments", "auroc", "words"),
     [
-        (0.1, 8.2, 0.85, r"0.10 with 8.2 segments .* at most 1.75 times .* AUROC 0.85: .* could pay \(below 0.20\)"),
+        (
+            0.1,
+            8.2,
+            0.85,
+            r"with 8.2 segments .* at most 1.75 times .* AUROC 0.85: .* could pay \(below 0.20\).* as a reward",
+        ),
         (0.25, 8.2, 0.85, r"at most 0.84 times .* doesn't pay, train plainly \(it could below 0.20\)"),
         (0.1, 2.0, 0.55, r"at most 0.58 times .* train plainly. A judge of 0.95 could do 1.08 times"),
         (0.02, 1.0, 0.95, r"doesn't pay, train plainly \(at no success rate could it\)"),
