@@ -119,6 +119,8 @@ def _with_reward_names(values: dict[str, Any]) -> Arguments:
 
 
 def reward_name(name: str) -> str:
-    """A reward of TRL's command line, in e3rl's form."""
+    """A reward of TRL's command line, in e3rl's form; a model's name or path, which has a slash, as it is."""
+    if "/" in name:
+        return name
     module, dot, function = name.rpartition(".")
     return f"{module}:{function}" if dot else _REWARDS.get(name, f"trl.rewards:{name}")

@@ -209,13 +209,19 @@ def _note_scaling(settings: Settings, loss: str) -> None:
 
 
 def _rewards(settings: Settings) -> dict[str, Any]:
-    functions, weights = settings.optional("reward_funcs") or [], settings.optional("reward_weights")
+    functions, weights = list(settings.optional("reward_funcs") or []), settings.optional("reward_weights")
+    if model := settings.optional("reward_model_name_or_path"):
+        functions.insert(0, model if "/" in model else f"./{model}")
+    models = [name for name in functions if "/" in name and ":" not in name]
+    for model in models[1:]:
+        settings.lose(f"reward model {model}: a run has one, {models[0]}")
+    functions = ["reward_model" if name in models else name for name in functions if name not in models[1:]]
     if not functions:
         settings.lose("reward_funcs: none is named that can be read; set rewards.functions")
         if weights:
             settings.lose(f"reward_weights = {weights}: set rewards.weights with the functions")
         return {"functions": [SET_REWARD]}
-    table: dict[str, Any] = {"functions": list(functions)}
+    table: dict[str, Any] = {"functions": functions} | ({"reward_model": {"path": models[0]}} if models else {})
     several = list(weights) if isinstance(weights, list | tuple) else [weights] if weights is not None else []
     if several and len(several) == len(functions):
         table["weights"] = [float(w) for w in several]

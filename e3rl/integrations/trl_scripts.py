@@ -242,6 +242,10 @@ class _Script:
         if isinstance(value, str):
             return reward_name(value)
         followed = self._source.follow(node)
+        if isinstance(followed, ast.Call) and called(followed) == "from_pretrained":
+            path = self._source.value(self._source.given(followed, ("path",)).get("path"))
+            if isinstance(path, str):
+                return path if "/" in path else f"./{path}"
         if isinstance(followed, ast.Call) and isinstance(followed.func, ast.Name):
             made = self._source.imports.get(followed.func.id, "")
             if made == "trl.rewards:get_soft_overlong_punishment":

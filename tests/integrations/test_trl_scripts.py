@@ -344,3 +344,29 @@ def test_a_reward_function_that_an_import_does_not_define_is_said(around: str):
     found = read(f"{around}\n    def right(completions):\n        return [1.0]\n    GRPOTrainer('m', right)")
     assert found.values["reward_funcs"] == ["x.py:right"]
     assert found.remarks[0].startswith("reward function right: line 4: an import of the script does not define it")
+
+
+def test_a_reward_model_is_carried_over_in_its_place():
+    text = (
+        "judge = AutoModelForSequenceClassification.from_pretrained('me/judge', num_labels=1)\n"
+        "from mine import right\nGRPOTrainer('m', [right, JUDGE], GRPOConfig(reward_weights=[1.0, 0.5]))"
+    )
+    for spelled in ("'me/judge'", "judge"):
+        found = translate(read(text.replace("JUDGE", spelled))).tables["rewards"]
+        assert found["functions"] == ["mine:right", "reward_model"]
+        assert (found["reward_model"], found["weights"]) == ({"path": "me/judge"}, [1.0, 0.5])
+    given = [
+        "--model_name_or_path",
+        "m",
+        "--reward_model_name_or_path",
+        "judge",
+        "--reward_funcs",
+        "accuracy_reward",
+        "me/b",
+    ]
+    both = translate(read_arguments(given))
+    assert both.tables["rewards"] == {
+        "functions": ["reward_model", "trl.rewards:accuracy_reward"],
+        "reward_model": {"path": "./judge"},
+    }
+    assert "reward model me/b: a run has one, ./judge" in both.losses
