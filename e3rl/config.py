@@ -69,6 +69,10 @@ class Config:
                 f"rollout.staleness = {self.rollout.staleness} trains on rollouts of weights before the last update: choose how "
                 "to correct for it, for example train.importance_correction=segment_truncate"
             )
+        if self.rollout.boundary != "length" and self.rollout.engine == "vllm":
+            raise UserError(
+                f"rollout.boundary = '{self.rollout.boundary}' needs rollout.engine = 'torch': vLLM ends requests by length"
+            )
         if self.train.selection_cap and self.erasure.on_exhausted != "last":
             raise UserError(
                 "train.selection_cap corrects for erasing that commits the last attempt: set erasure.on_exhausted = 'last', or "

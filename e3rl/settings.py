@@ -129,6 +129,13 @@ class RolloutConfig:
     segment_length: int = setting(1024, "L, tokens of a segment", source=PAPER, min=1)
     max_segments: int = setting(8, "N, most segments of a response", source=PAPER, min=1)
     max_completion_length: int = setting(0, "most response tokens; 0: N*L", min=0)
+    boundary: Literal["length", "surprise", "entropy"] = setting(
+        "length",
+        "where a segment ends: after L tokens, or before that behind a token whose -log p ('surprise') or entropy is above "
+        "boundary_level",
+    )
+    boundary_level: float = setting(1.0, "nats; e3rl calibrate says what share of tokens is above which", min=0)
+    min_segment_length: int = setting(1, "fewest tokens of a segment that boundary_level ends", min=1)
     temperature: float = setting(1.0, "sampling temperature", source=PAPER, min=0.001, max=1000)
     top_p: float = setting(1.0, "nucleus sampling; 1 keeps all (the paper samples at 0.9)", above=0, max=1)
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 keeps all (the paper samples at 50)", min=0)

@@ -20,6 +20,15 @@ Row = NewType("Row", int)
 
 
 @dataclass(frozen=True, slots=True)
+class Boundary:
+    """Ends a candidate behind its first token, from its ``least``-th on, whose measure is above ``level``."""
+
+    measure: str  # "surprise", −log p of the token, or "entropy" of what it was drawn from, in nats
+    level: float
+    least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How a token is drawn from the model's distribution."""
 
@@ -29,6 +38,7 @@ class Sampling:
     entropy_distribution: str = "full"  # or "truncated"
     measured_at: float = 0.0  # temperature that entropy and perturbation are measured at; 0: the one that is drawn with
     min_p: float = 0.0  # least probability of a token beside the likeliest's, before top_k and top_p; 0 keeps all
+    boundary: Boundary | None = None  # None: a candidate has all its tokens unless the sequence ends
 
 
 LogitsHook = Callable[["Tensor", Sequence[int]], None]

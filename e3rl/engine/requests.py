@@ -60,9 +60,19 @@ class Request:
         """Time slices of so many tokens that it has used."""
         return len(self.ids) // tokens
 
+    def closes(self, number: int, measures: np.ndarray) -> bool:
+        """Whether the boundary lies behind its ``number``-th token, of which these are the measures."""
+        boundary = self.sampling.boundary
+        if boundary is None or number < boundary.least:
+            return False
+        value = -measures[0] if boundary.measure == "surprise" else measures[1]
+        return bool(np.float32(value) > boundary.level)
+
     def complete(self, eos_ids: Collection[int]) -> bool:
-        """It has all its tokens, or its last one ends the sequence."""
-        return self.remaining == 0 or (bool(self.ids) and self.ids[-1] in eos_ids)
+        """It has all its tokens, or its last one ends the sequence or closes the candidate."""
+        if self.remaining == 0 or not self.ids:
+            return self.remaining == 0
+        return self.ids[-1] in eos_ids or self.closes(len(self.ids), np.atleast_2d(self.measures[-1])[-1])
 
     def candidate(self, eos_ids: Collection[int]) -> Candidate:
         """The finished candidate."""

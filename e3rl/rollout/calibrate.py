@@ -115,6 +115,8 @@ class Calibration:
     recommended: Setting
     measured: RolloutStats
     calibration: CalibrationStatistics
+    levels: tuple[str, ...] = ()
+    """What shares of a token's −log p and entropy are above what: for rollout.boundary_level."""
 
 
 def calibrate(
@@ -154,7 +156,21 @@ def calibrate(
     calibration = CalibrationStatistics(measured_by(chosen.rollout, chosen.erasure)).including(real)
     height = config.erasure.static_baseline if asked == "static" else static_baseline(plain, best.erasure, target)
     chosen = replace(chosen, erasure=replace(chosen.erasure, baseline=asked, static_baseline=height))
-    return Calibration(tuple(assessed), chosen, best, summarise(real), calibration)
+    return Calibration(tuple(assessed), chosen, best, summarise(real), calibration, boundary_levels(plain))
+
+
+def boundary_levels(groups: Sequence[Group]) -> tuple[str, ...]:
+    """A line each for rollout.boundary = 'surprise' and 'entropy': the quantiles of plain rollouts' tokens."""
+    drawn = [s.candidate for g in groups for t in g.trajectories for s in t.drawn_segments]
+    measures = {"surprise": [-c.logprobs for c in drawn], "entropy": [c.entropies for c in drawn]}
+    shares = (0.2, 0.1, 0.05)
+    found = {
+        name: np.quantile(np.concatenate(values), [1 - share for share in shares]) for name, values in measures.items()
+    }
+    return tuple(
+        f"{name}: " + ", ".join(f"{share:.0%} above {level:.3g}" for share, level in zip(shares, levels, strict=True))
+        for name, levels in found.items()
+    )
 
 
 def compared_settings(config: Config, kappa0s: Sequence[float]) -> tuple[Config, list[ErasureConfig]]:
@@ -200,6 +216,8 @@ def calibration_table(result: Calibration) -> Table:
     )
     if height := result.config.erasure.static_baseline:
         table.caption += f" One threshold for all groups: static_baseline = {height:.3g}."
+    if result.levels:
+        table.caption += f" Tokens, for rollout.boundary_level: {'; '.join(result.levels)}."
     table.caption_justify = "left"
     return table
 

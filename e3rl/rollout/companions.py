@@ -31,6 +31,7 @@ RECIPE_NAME = "e3rl_recipe.toml"
 SAVED: Mapping[str, tuple[str, ...]] = {
     "rollout": (
         *("erase", "num_generations", "segment_length", "max_segments", "max_completion_length"),
+        *("boundary", "boundary_level", "min_segment_length"),
         *("temperature", "top_p", "top_k", "max_rows", "cache_rows", "kv_budget"),
     ),
     "erasure": tuple(f.name for f in fields(ErasureConfig)),

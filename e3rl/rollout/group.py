@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from e3rl.config import ErasureConfig, RolloutConfig
-from e3rl.engine.protocol import LogitsHook, Sampling
+from e3rl.engine.protocol import Boundary, LogitsHook, Sampling
 from e3rl.environments.protocol import Episode, Reply
 from e3rl.equations.erasure import least_uncertain, next_state, segment_size
 from e3rl.rollout.judge import GroupJudge, needs_calibration, require_calibration
@@ -64,6 +64,7 @@ class GroupSettings:
     def sampling(self) -> Sampling:
         """How the engine is to draw."""
         rollout, erasure = self.rollout, self.erasure
+        ends = rollout.boundary, rollout.boundary_level, rollout.min_segment_length
         return Sampling(
             rollout.temperature,
             rollout.top_p,
@@ -71,6 +72,7 @@ class GroupSettings:
             erasure.entropy_distribution,
             erasure.entropy_temperature,
             self.min_p,
+            Boundary(*ends) if rollout.boundary != "length" else None,
         )
 
     def draw(self, prompt_id: str, order: Extend | Act) -> Draw:
@@ -119,8 +121,7 @@ class GroupRollout:
     def __init__(self, prompt: Prompt, settings: GroupSettings, observe: Callable[[Event], None]) -> None:
         self.prompt, self._settings = prompt, settings
         self._config, self._version = settings.rollout, settings.policy_version
-        self._on_exhausted = settings.erasure.on_exhausted
-        self._attempts = settings.erasure.max_erasures + 1
+        self._on_exhausted, self._attempts = settings.erasure.on_exhausted, settings.erasure.max_erasures + 1
         self._observe = observe
         self._siblings = [_Sibling(number) for number in range(self._config.num_generations)]
         self._judge: GroupJudge | None = None
@@ -312,7 +313,7 @@ class GroupRollout:
     def _check(self, sibling: _Sibling, candidate: Candidate) -> None:
         """Check the candidate's length: an empty one would keep a response going for ever."""
         asked, got = self._tokens(sibling), len(candidate.ids)
-        if got > asked or got == 0 or (got < asked and not candidate.ended):
+        if got > asked or got == 0 or (got < asked and not candidate.ended and self._config.boundary == "length"):
             where = f"prompt '{self.prompt.problem.id}', sibling {sibling.number}, segment {len(sibling.segments)}"
             raise RuntimeError(
                 f"the engine was asked for {asked} tokens or an end of sequence and returned {got} ({where})"

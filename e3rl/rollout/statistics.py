@@ -36,7 +36,9 @@ MEASURED_BY = (
 def measured_by(rollout: RolloutConfig, erasure: ErasureConfig) -> dict[str, Any]:
     """The settings that define U, by dotted name."""
     settings = {f"erasure.{name}": getattr(erasure, name) for name in MEASURED_BY}
+    names = ("boundary", "boundary_level", "min_segment_length") if rollout.boundary != "length" else ()
     return {
+        **{f"rollout.{name}": getattr(rollout, name) for name in names},
         "rollout.segment_length": rollout.segment_length,
         "rollout.temperature": rollout.temperature,
         **settings,

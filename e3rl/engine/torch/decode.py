@@ -159,7 +159,9 @@ class StepDraws:
             for index, token in enumerate(numbers_RN[:, 0].tolist()):
                 if token == NON_FINITE and not self._ended[index]:
                     raise NonFiniteLogits(self._requests[index].draw)
-                if token in self._eos_ids:
+                request = self._requests[index]
+                number = len(request.ids) + len(self._read) + 1
+                if token in self._eos_ids or request.closes(number, numbers_RN[index, 1:]):
                     self._ended[index] = True
             self._read.append(numbers_RN)
             for index, request in self._hooked:
@@ -173,7 +175,13 @@ class StepDraws:
         delivered = 0
         for request, numbers_TN in zip(self._requests, np.stack(self._read, axis=1), strict=True):
             ids = numbers_TN[:, 0].astype(int).tolist()
-            count = next((at for at, token in enumerate(ids, 1) if token in self._eos_ids), len(ids))
+            held = len(request.ids)
+            ends = (
+                at
+                for at, token in enumerate(ids, 1)
+                if token in self._eos_ids or request.closes(held + at, numbers_TN[at - 1, 1:])
+            )
+            count = next(ends, len(ids))
             request.ids += ids[:count]
             request.measures.append(numbers_TN[:count, 1:])
             delivered += count
