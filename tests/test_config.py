@@ -84,7 +84,7 @@ def test_a_table_among_the_settings_survives_a_round_trip():
         ("rollout.top_p=1.5", ["rollout.top_p = 1.5", "above 0 and at most 1"]),
         ("rollout.top_p=0", ["rollout.top_p", "above 0"]),
         ("rollout.temperature=nan", ["rollout.temperature = nan is out of range"]),
-        ("erasure.baseline=groop", ["erasure.baseline", "'group', 'quantile', 'reference', 'static'"]),
+        ("erasure.baseline=groop", ["erasure.baseline", "'group', 'quantile', 'reservation', 'reference', 'static'"]),
         ("train.report_to=['tensorboard', 3]", ["train.report_to", "expected a string, got 3"]),
         ("rewards.weights=[1.0, 2.0]", ["rewards.weights has 2 values for 1 rewards.functions"]),
         ("data.chat_template_kwargs=thinking", ["data.chat_template_kwargs", "a table such as {key = value}"]),

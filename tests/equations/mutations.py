@@ -22,17 +22,21 @@ import torch
 from torch import nn
 
 import e3rl.equations
-from e3rl.config import ErasureConfig
+from e3rl.config import Config, ErasureConfig, TrainConfig
 from e3rl.engine.protocol import Sampling
 from e3rl.engine.sampling import SamplingRows, sample
 from e3rl.objectives.base import Objective
 from e3rl.rollout import judge
+from e3rl.rollout.metric import toy_candidate
+from e3rl.rollout.statistics import CalibrationStatistics
 from e3rl.rollout.stats import summarise
+from e3rl.rollout.value import PRIOR
 from e3rl.testing.scripted import Scripted
 from e3rl.train.attribution import AttributionSettings
-from e3rl.train.packing import TrainSequence
+from e3rl.train.lessons import with_selection
+from e3rl.train.packing import TrainSequence, trajectory_sequence
 from e3rl.train.scoring import head_scores, score_sequences
-from e3rl.types import Draw, Judgement
+from e3rl.types import Draw, Group, Judgement
 from tests.engine.models import build
 from tests.objectives.support import batch_of, make, random_group, signals_of
 from tests.rollout.worlds import roll, rollout
@@ -207,6 +211,7 @@ ERASURE = ErasureConfig(
     delta=1.3,
     max_erasures=3,
 )
+NOTHING_PASSES = replace(ERASURE, length_exponent=0.0, kappa0=-1.5)
 
 
 def _scripted(draw: Draw, tokens: int) -> Scripted:
@@ -226,8 +231,8 @@ def _judged(judgement: Judgement | None) -> Any:
     return [*terms, theta.total, theta.baseline, theta.penalty, theta.modulation, judgement.attempt, judgement.verdict]
 
 
-def roll_out(erasure: ErasureConfig) -> Any:
-    """A group of four in which some candidates are accepted, some erased, some forced: every judgement and token."""
+def _group_of_four(erasure: ErasureConfig) -> Group:
+    """Some of its candidates are accepted, some erased, some forced."""
     config = rollout(num_generations=4, segment_length=3, max_segments=5, max_completion_length=13)
     drawn = count()
 
@@ -237,6 +242,12 @@ def roll_out(erasure: ErasureConfig) -> Any:
         return _scripted(draw, tokens)
 
     (group,) = roll(script, erasure, config)[0].values()
+    return group
+
+
+def roll_out(erasure: ErasureConfig) -> Any:
+    """Every judgement and token of a group."""
+    group = _group_of_four(erasure)
     records = [[*t.segments, *t.erasures] for t in group.trajectories]
     judged = [[(r.index, list(r.candidate.ids), _judged(r.judgement)) for r in rows] for rows in records]
     return [judged, summarise([group]).r]
@@ -249,10 +260,43 @@ def judge_nothing() -> Any:
     return str(refused.value)
 
 
+def weigh() -> Any:
+    """What makes up for erasing: where some candidates pass, where none does, with and without others committed anyway."""
+    found = []
+    for erasure in (ERASURE, NOTHING_PASSES):
+        group = _group_of_four(erasure)
+        for spared in (0.0, 0.15):
+            given = replace(erasure, commit_anyway=spared)
+            config = Config(erasure=given, train=TrainConfig(selection_cap=1e6))
+            found += [with_selection(trajectory_sequence(t, 0), group, config).selection_T for t in group.trajectories]
+    return found
+
+
+def reserve() -> Any:
+    """Baselines by what a retry is worth: to siblings that differ, are alike, sure or hopeless; at several costs."""
+    found = []
+    for usual, levels, cost in (
+        (1.0, (0.5, 1.1, 3.0), 1.0),
+        (1.0, (0.5, 0.6), 1.0),
+        (45.0, (1.0, 2.0), 0.0),
+        (1.0, (6.0, 9.0), 1.0),
+        (1.0, (0.5, 3.0), 3.0),
+    ):
+        config = ErasureConfig(metric="value", baseline="reservation", retry_cost=cost)
+        head = replace(PRIOR, centre=(usual, *PRIOR.centre[1:]), responses=10.0, right=2.0, tokens=80.0)
+        group = judge.GroupJudge(len(levels), config, CalibrationStatistics({}, head=head))
+        candidates = [toy_candidate((level,) * 3) for level in levels]
+        for sibling, candidate in enumerate(candidates):
+            group.deliver(sibling, candidate)
+        found += [_judged(group.judge(sibling, candidate, 0)) for sibling, candidate in enumerate(candidates)]
+    return found
+
+
 OBJECTIVES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("e3rl", {}),
     ("e3rl", {"allocation": "sequence", "ratio": "segment_mean", "clip_high": 0.05, "clip_low": 0.05}),
     ("e3rl", {"allocation": "anchored", "erased": "contrast"}),
+    ("e3rl", {"allocation": "value"}),
     ("erpo", {"eta": 0.7, "gamma": 1.5, "beta_progress": 2.0, "sigma_target": 0.8, "buckets": 20}),
     ("grpo", {}),
     ("gspo", {"kl_coef": 0.1, "clip_low": 0.05, "clip_high": 0.05}),
@@ -263,9 +307,9 @@ OBJECTIVES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def learn(objective: Objective) -> Any:
     """Advantages of ragged groups with mixed and with equal rewards; loss, gradient and metrics far from the old policy."""
-    rng = random.Random(4)
+    rng = random.Random(11)
     found: list[Any] = []
-    for rewards in ([1.0, 0.0, 0.3, 0.0], [1.0, 0.0, 0.5], [0.3] * 7, [0.7]):
+    for rewards in ([1.0, 0.0, 0.3, 0.0], [2.0, -1.0, 0.5], [0.3] * 7, [0.7], [1.0, 0.0], [0.0, 1.0]):
         group = random_group(rng, siblings=len(rewards))
         found.append(objective.advantages(signals_of(group, rewards)))
     sequences = [*random_group(rng, siblings=5), *random_group(rng, siblings=4)]
@@ -282,8 +326,10 @@ RUNS: dict[str, Callable[[], Any]] = {
     **{f"learn by {name} {options}": functools.partial(learn, make(name, **options)) for name, options in OBJECTIVES},
     "attribute": score_responses,
     "judge nothing": judge_nothing,
+    "reserve": reserve,
+    "weigh": weigh,
     "roll out": functools.partial(roll_out, ERASURE),
-    "roll out, low": functools.partial(roll_out, replace(ERASURE, length_exponent=0.0, kappa0=-1.5)),
+    "roll out, low": functools.partial(roll_out, NOTHING_PASSES),
     "roll out, quantile": functools.partial(
         roll_out, replace(ERASURE, baseline="quantile", quantile=0.4, on_exhausted="least_uncertain")
     ),
@@ -291,7 +337,8 @@ RUNS: dict[str, Callable[[], Any]] = {
 
 
 _FIRST = {"tokens": ("draw", "score"), "attribution": ("attribute",)} | dict.fromkeys(
-    ("erasure", "threshold", "uncertainty"), ("roll out", "roll out, low", "roll out, quantile", "judge nothing")
+    ("erasure", "threshold", "uncertainty"),
+    ("roll out", "roll out, low", "roll out, quantile", "judge nothing", "reserve", "weigh"),
 )
 """Runs to try first, by module, to find a change soon."""
 

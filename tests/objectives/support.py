@@ -63,6 +63,7 @@ def signals_of(group: list[Sequence], rewards: list[float]) -> GroupSignals:
         old_logprobs_GT=stacked(group, "old", 0.0),
         reference_logprobs_GT=stacked(group, "ref", 0.0),
         shares_GT=stacked(group, "share", 0.0),
+        uncertainties_GT=stacked(group, "entropy", -1.0),
     )
 
 
