@@ -185,6 +185,7 @@ def _objective(settings: Settings) -> dict[str, Any]:
         "dr_grpo": {"name": "dr_grpo", **clip},
         "dapo": {"name": "dapo", **clip},
         "sapo": {"name": "sapo", **temperatures},
+        "cispo": {"name": "cispo", "ratio_cap": clip["clip_high"]},
     }
     if loss == "bnpo":
         settings.lose("loss_type = 'bnpo': the mean is over the tokens of the whole step, not of each micro-batch")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {
     "bapo": "e3rl.objectives.bapo:BAPO",
+    "cispo": "e3rl.objectives.cispo:CISPO",
     "dapo": "e3rl.objectives.dapo:DAPO",
     "disco": "e3rl.objectives.disco:DisCO",
     "dr_grpo": "e3rl.objectives.dr_grpo:DrGRPO",
@@ -29,6 +30,7 @@ OBJECTIVES = {
 
 _TITLES = {
     "bapo": "BAPO",
+    "cispo": "CISPO",
     "dapo": "DAPO",
     "disco": "DisCO",
     "dr_grpo": "Dr. GRPO",

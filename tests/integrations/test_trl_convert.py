@@ -110,7 +110,8 @@ def test_batch_sizes_that_trl_refuses_are_refused(sizes: dict[str, int], words: 
             "sapo",
             {"temperature_positive": 1.0, "temperature_negative": 1.2, "kl_coef": 0.0},
         ),
-        ("--loss_type cispo", "dapo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
+        ("--loss_type cispo --epsilon_high 5", "cispo", {"ratio_cap": 5.0, "kl_coef": 0.0}),
+        ("--loss_type luspo", "dapo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
     ],
 )
 def test_a_loss_becomes_its_objective(tmp_path: Path, given: str, name: str, options: dict[str, Any]):
@@ -122,7 +123,7 @@ def test_a_loss_becomes_its_objective(tmp_path: Path, given: str, name: str, opt
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        ("--loss_type cispo", "loss_type = 'cispo'"),
+        ("--loss_type luspo", "loss_type = 'luspo'"),
         ("--loss_type bnpo", "loss_type = 'bnpo'"),
         ("--loss_type dapo --importance_sampling_level sequence", "loss_type = 'dapo' with sequence ratios"),
         ("--loss_type sapo --importance_sampling_level sequence", "importance_sampling_level"),

@@ -126,6 +126,14 @@ def sapo_loss(sequences: list[Sequence], positive: float, negative: float) -> fl
     return -mean(values)
 
 
+def cispo_loss(sequences: list[Sequence], cap: float, kl_coef: float) -> float:
+    values = []
+    for s in sequences:
+        for p, o, r, a in together(s["logp"], s["old"], s["ref"], s["advantage"]):
+            values.append(min(math.exp(p - o), cap) * a * p - kl_coef * (math.exp(r - p) - (r - p) - 1))
+    return -mean(values)
+
+
 def erpo_advantages(group: list[Sequence], rewards: list[float], o: dict[str, float]) -> list[list[float]]:
     """Algorithm 1, lines 3-14, token by token. ``o``: gamma, buckets, beta_progress, sigma_target, eta, eps."""
     eps = o["eps"]

@@ -79,13 +79,14 @@ def test_grpo_family(seed: int) -> None:
     assert value("erpo") == near(reference.token_mean_loss(sequences, 0.8, 1.2, 0.04))
     assert value("gspo", kl_coef=0.01) == near(reference.gspo_loss(sequences, 1 - 3e-4, 1 + 4e-4, 0.01))
     assert value("sapo") == near(reference.sapo_loss(sequences, 1.0, 1.05))
+    assert value("cispo", ratio_cap=1.1, kl_coef=0.04) == near(reference.cispo_loss(sequences, 1.1, 0.04))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_group_advantages(seed: int) -> None:
     group = random_group(random.Random(seed), 5)
     whole = reference.group_advantages(REWARDS, 1e-4)
-    for name in ("grpo", "dapo", "gspo", "sapo", "bapo"):
+    for name in ("grpo", "dapo", "gspo", "sapo", "bapo", "cispo"):
         actual = tokens(make(name).advantages(signals_of(group, REWARDS)), group)
         assert_tokens(actual, [[a] * len(s["old"]) for a, s in zip(whole, group, strict=True)])
     actual = tokens(make("dr_grpo").advantages(signals_of(group, REWARDS)), group)
@@ -266,6 +267,17 @@ def test_sapo_by_hand() -> None:
     assert make("sapo").loss(batch_of(group)).value.item() == pytest.approx(-(2 - 2 / 1.05) / 2)
 
 
+def test_cispo_by_hand() -> None:
+    """Ratios 2 and 1 under a cap of 1.5, A = 1 and -3: weights 1.5 and 1, and no token without a gradient."""
+    batch = batch_of(pair(logp=[[math.log(0.5)] * 2, [-1.0] * 2], old=[[math.log(0.25)] * 2, [-1.0] * 2],
+                          advantage=[[1.0] * 2, [-3.0] * 2]))  # fmt: skip
+    loss = make("cispo", ratio_cap=1.5).loss(batch)
+    assert loss.value.item() == pytest.approx((1.5 * 2 * math.log(2.0) - 6.0) / 4)
+    gradient_ST = torch.autograd.grad(loss.value, batch.logprobs_ST)[0]
+    torch.testing.assert_close(gradient_ST, torch.tensor([[-1.5] * 2, [3.0] * 2], dtype=torch.float64) / 4)
+    assert loss.metrics["capped"] == (2, 4), "a sum and a count"
+
+
 def test_sft_and_vanilla_by_hand() -> None:
     group = pair(advantage=[[1.0, 1.0], [1.0, 1.0]])
     assert torch.equal(make("sft").advantages(signals_of(group, [1.0, 0.0])), torch.ones(2, 2))
@@ -287,7 +299,7 @@ def test_equal_rewards_give_no_signal() -> None:
     """Eq 20 would turn attention noise into unit variance; 'paper' keeps it."""
     group = random_group(random.Random(0), 4)
     signals = signals_of(group, [1.0] * 4)
-    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo", "disco"):
+    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo", "disco", "cispo"):
         assert not make(name).advantages(signals).any(), name
     kept = make("e3rl", degenerate_groups="paper").advantages(signals)
     assert_tokens(tokens(kept, group), reference.e3rl_advantages(group, [1.0] * 4, "causal", 1e-4))
@@ -295,7 +307,7 @@ def test_equal_rewards_give_no_signal() -> None:
 
 
 def test_kl_is_asked_for_only_where_it_weighs() -> None:
-    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "bapo"):
+    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "bapo", "cispo"):
         assert "reference" in make(name, kl_coef=0.1).needs
         assert "reference" not in make(name, kl_coef=0.0).needs
     assert make("e3rl", allocation="sequence", kl_coef=0.0).needs == {"rewards_only"}

@@ -42,6 +42,7 @@ CASES = {  # our objective and its options, TRL's settings
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "sapo": ("sapo", {}, {"loss_type": "sapo"}),
+    "cispo": ("cispo", {"ratio_cap": 1.3}, {"loss_type": "cispo", "epsilon_high": 1.3}),
 }
 
 

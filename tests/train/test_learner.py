@@ -183,6 +183,7 @@ OBJECTIVES_TO_COMPARE = [
     ("dapo", {}),
     ("gspo", {}),
     ("sapo", {}),
+    ("cispo", {}),
     ("erpo", {}),
 ]
 
@@ -302,6 +303,7 @@ STREAMED = {
     "dapo": [{"kl_coef": 0.1}],
     "gspo": [{}],
     "sapo": [{}],
+    "cispo": [{}],
     "erpo": [{}],
 }
 
