@@ -62,6 +62,41 @@ def test_a_call_that_fails_while_vllm_ends_is_told_from_one_that_fails(dies: boo
     os.close(sentinel)
 
 
+HANGING = """
+import multiprocessing, os, signal, time
+from e3rl.engine.vllm import inside
+
+def hang(name):
+    inside.SECONDS_TO_END = 1.0
+    inside.TransferringWorker.end_with_engine(None)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(name, os.getpid(), flush=True)
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    for name in ("VllmWorker-0", "another"):
+        multiprocessing.get_context("fork").Process(target=hang, args=(name,), name=name).start()
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.timeout(200)
+def test_a_worker_that_hangs_ends_with_its_engine():
+    """And is deaf to signals; a process that is no worker is left alone."""
+    with subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        started = dict(line.split() for line in (parent.stdout.readline(), parent.stdout.readline()))
+        worker, another = (psutil.Process(int(started[name])) for name in ("VllmWorker-0", "another"))
+        parent.kill()
+        try:
+            worker.wait(SECONDS)
+            assert another.is_running()
+        finally:
+            for process in (worker, another):
+                if process.is_running():
+                    process.kill()
+
+
 @pytest.mark.timeout(400)
 def test_vllm_ends_with_a_process_that_is_killed():
     """In the middle of a segment, with two workers: nothing holds the device."""

@@ -306,7 +306,10 @@ def _start(directory: Path, **arguments: Any) -> Any:
         tap = _SECOND_RUNNER if found.use_v2_model_runner else _FIRST_RUNNER
         parks = {"scheduler_cls": _scheduler(found)} if known else {}
         config = EngineArgs(**common, logits_processors=[tap], **parks).create_engine_config()
-        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        if known:
+            llm.collective_rpc("end_with_engine")
+        return llm
     except (RuntimeError, ValueError) as error:
         raise UserError(f"vLLM did not start: {error} (its own messages above say more)") from error
 

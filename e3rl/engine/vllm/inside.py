@@ -174,24 +174,24 @@ def _is_hashed_as(block: Any, request: Request, index: int) -> bool:
 
 
 SECONDS_TO_END = 20.0
-"""How long vLLM may take to stop its workers after its client has gone."""
+"""How long a process of vLLM's may take to end by itself after the one that started it has gone."""
 
 
-def end_with_client() -> None:
-    """End vLLM's process and its workers when the process that started it is gone: vLLM would keep its device for ever.
+def end_with_parent(kind: str) -> None:
+    """End this process of vLLM's when the one that started it is gone: it would keep its device for ever.
 
-    Nothing where vLLM runs in its client's own process.
+    Nothing where the process is not of that kind: vLLM may run in its client's own.
     """
-    client = multiprocessing.parent_process()
-    if client is None or multiprocessing.current_process().name != "EngineCore":
+    parent = multiprocessing.parent_process()
+    if parent is None or not multiprocessing.current_process().name.startswith(kind):
         return
 
     def watch() -> None:
-        while os.getppid() == client.pid:
+        while os.getppid() == parent.pid:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(SECONDS_TO_END)
-        os._exit(1)  # its workers see that and end too
+        os._exit(1)  # what it started sees that and ends too
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -203,7 +203,7 @@ class ParkingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.parking = Parking(self.kv_cache_manager, self.kv_cache_config)
         self._unsaid: dict[str, Any] = {}  # the output of a request of ours that is under way
-        end_with_client()
+        end_with_parent("EngineCore")
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
         """As vLLM's; a request of ours says all it has drawn when it ends, in one message."""
@@ -256,3 +256,7 @@ WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeights)
 
 class TransferringWorker(MeasuringWorker):
     """`MeasuringWorker` in a process that knows our way for weights: naming it brings this module there."""
+
+    def end_with_engine(self) -> None:
+        """Called once: a worker that hangs when its engine is killed ends nevertheless."""
+        end_with_parent("VllmWorker")
