@@ -31,7 +31,7 @@ def parts(scale: float) -> dict[str, list[str]]:
         "hostile answers": ["-m", "tests.chaos.hostile", "--inputs", of(10_000)],
         "fuzz": ["-m", "pytest", "-p", "no:xdist", "tests/fuzz"],
         "soak": ["-m", "tests.chaos.soak", "demo", "train.prompts_per_step=3", "rollout.num_generations=4",
-                 "train.eval_steps=0", "eval.limit=8", "--steps", str(max(500, round(500 * scale))), "--quiet"],
+                 "train.eval_steps=0", "eval.limit=8", "--steps", str(max(1000, round(1000 * scale))), "--quiet"],
     }  # fmt: skip
 
 
