@@ -126,7 +126,7 @@ def roll_out(
     """
     mine = (prompts if run.ranks.first else []) if run.remote else run.ranks.share(prompts)
 
-    groups, several, done = run.rollouts.run(mine, settings, tick), run.ranks.world > 1, 0
+    groups, done = run.rollouts.run(mine, settings, tick), 0
     if not one_by_one:
         made: list[Group] = []
         for group in groups:
@@ -135,7 +135,7 @@ def roll_out(
         yield exchanged(run.ranks, prompts, made)
         return
     each = run.ranks.world if run.remote else 1
-    for few in in_rounds(run.ranks, prompts, groups, each) if several else ([group] for group in groups):
+    for few in in_rounds(run.ranks, prompts, groups, each):
         done += len(few)
         run.tell("progressed", "rollout", done, len(prompts))
         yield few
@@ -144,7 +144,7 @@ def roll_out(
 def in_rounds(ranks: Ranks, prompts: Sequence[Prompt], groups: Iterator[Group], each: int) -> Iterator[list[Group]]:
     """The groups of all ranks, in every rank, ``each`` of a rank's in a round; all ranks have the same rounds.
 
-    A rank generates in another thread meanwhile, so that it goes on where it waits for the others.
+    A rank generates in another thread meanwhile: it goes on, and takes new weights, where groups are rewarded or others awaited.
     """
     made: SimpleQueue[Group | None] = SimpleQueue()
     ended = threading.Event()

@@ -28,7 +28,7 @@ from e3rl.errors import RunStopped, UserError
 from e3rl.lab.pretrain import CONTEXT, build_model
 from e3rl.lab.tokenizer import build_tokenizer
 from e3rl.rollout.value import KEPT
-from e3rl.train.collect import collect
+from e3rl.train.collect import collect, roll_out
 from e3rl.train.ledger import SCHEMA
 from e3rl.train.listeners import Silent
 from e3rl.train.metrics import METRICS
@@ -469,10 +469,11 @@ def test_the_first_groups_of_a_step_are_learnt_from_before_the_last_one_is_there
     run, learn_groups, sizes = rollouts.run, learner._learn_groups, list[int]()
 
     def late(prompts: Any, settings: Any, tick: Any) -> Any:
-        for place, group in enumerate(run(prompts, settings, tick), start=1):
-            if place == len(prompts) and settings.step > 1:
-                assert learnt[settings.step].wait(60), "the trainer waits for the whole step"
-            yield group
+        *first, last = run(prompts, settings, tick)
+        yield from first
+        if settings.step > 1:
+            assert learnt[settings.step].wait(60), "the trainer waits for the whole step"
+        yield last
 
     def told(mine: Any, *others: Any) -> Any:
         found = learn_groups(mine, *others)
@@ -492,6 +493,24 @@ def test_the_first_groups_of_a_step_are_learnt_from_before_the_last_one_is_there
         rows = pq.read_table(path).to_pylist()
         assert len({row["problem_id"] for row in rows}) == wanted
         assert line["reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows))
+
+
+def test_weights_are_taken_while_a_group_is_rewarded(tmp_path: Path):
+    """Rollouts rest for new weights where whoever asked for groups is busy with the first one."""
+    trainer = Trainer(_config(tmp_path, *STALE))
+    run, taken = trainer.run, threading.Event()
+    settings = group_settings(run, trainer.state, 1)
+    groups = roll_out(run, trainer.state.stream.take(3), settings, lambda: None, one_by_one=True)
+    first = next(groups)
+
+    def take() -> None:
+        with run.rollouts.paused():
+            taken.set()
+
+    threading.Thread(target=take, daemon=True).start()
+    assert taken.wait(30)
+    assert len(first) == 1
+    assert len(list(groups)) == 2
 
 
 @pytest.mark.parametrize(("event", "nth"), [("progressed", 4), ("stepped", 2), ("evaluated", 3)])
