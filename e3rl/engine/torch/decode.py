@@ -130,7 +130,8 @@ class StepDraws:
         self._drawn = 0
         self._unread: list[Tensor] = []
         self._read: list[np.ndarray] = []  # by step: `Samples.numbers` of the requests
-        self._ended = [False] * len(requests)
+        self._bounded = [request.sampling.boundary is not None for request in requests]
+        self._ends = [0] * len(requests)  # which of the steps that were read is a request's last; 0: none yet
 
     @property
     def hooked(self) -> bool:
@@ -156,35 +157,33 @@ class StepDraws:
         unread, self._unread = self._unread, []
         for numbers_RN in (torch.stack(unread) if len(unread) > 1 else unread[0][None]).cpu().numpy():
             numbers_RN = numbers_RN[: len(self._requests)]
+            step = len(self._read) + 1
             for index, token in enumerate(numbers_RN[:, 0].tolist()):
-                if token == NON_FINITE and not self._ended[index]:
+                if self._ends[index]:
+                    continue
+                if token == NON_FINITE:
                     raise NonFiniteLogits(self._requests[index].draw)
-                request = self._requests[index]
-                number = len(request.ids) + len(self._read) + 1
-                if token in self._eos_ids or request.closes(number, numbers_RN[index, 1:]):
-                    self._ended[index] = True
+                if token in self._eos_ids or (self._bounded[index] and self._closes(index, step, numbers_RN[index])):
+                    self._ends[index] = step
             self._read.append(numbers_RN)
             for index, request in self._hooked:
                 request.seen.append(int(numbers_RN[index, 0]))
-        return any(self._ended)
+        return any(self._ends)
+
+    def _closes(self, index: int, step: int, numbers_N: np.ndarray) -> bool:
+        request = self._requests[index]
+        return request.closes(len(request.ids) + step, numbers_N[1:])
 
     def deliver(self) -> int:
         """Give the requests their tokens and measures, each up to its end; return the number of tokens."""
         if not self._read:
             return 0
-        delivered = 0
-        for request, numbers_TN in zip(self._requests, np.stack(self._read, axis=1), strict=True):
-            ids = numbers_TN[:, 0].astype(int).tolist()
-            held = len(request.ids)
-            ends = (
-                at
-                for at, token in enumerate(ids, 1)
-                if token in self._eos_ids or request.closes(held + at, numbers_TN[at - 1, 1:])
-            )
-            count = next(ends, len(ids))
-            request.ids += ids[:count]
-            request.measures.append(numbers_TN[:count, 1:])
-            delivered += count
+        numbers_STN, delivered = np.stack(self._read, axis=1), 0
+        for request, end, numbers_TN in zip(self._requests, self._ends, numbers_STN, strict=True):
+            numbers_TN = numbers_TN[: end or None]
+            request.ids += numbers_TN[:, 0].astype(int).tolist()
+            request.measures.append(numbers_TN[:, 1:])
+            delivered += len(numbers_TN)
         return delivered
 
 
