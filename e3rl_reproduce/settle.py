@@ -25,76 +25,19 @@ from e3rl.models import Policy, load_policy
 from e3rl.train.run_directory import read_lines
 from e3rl.weights.files import save_pretrained
 from e3rl_reproduce.cells import Measure
+from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.output import Panel, Plot, Table
 from e3rl_reproduce.results import Results, SeedMean, difference, estimate
+from e3rl_reproduce.settle_rows import COLDER, Course, settings
 from e3rl_reproduce.study import LAB, SMOKE, Row, Scale, Study
 from e3rl_reproduce.views import banded, text
+from e3rl_reproduce.when import chosen, figures
 
 NOISE = 0.09
 """Standard deviations of each weight matrix: chain 4 begins at 0.1."""
 
 _CURVE = Measure("e3rl_reproduce.settle:curve")
-_JUDGED = (
-    "rollout.erase=true",
-    "erasure.baseline=static",
-    "erasure.static_baseline=0.5",
-    "erasure.eta=0",
-)
-_SEQUENCE = "objective.allocation=sequence"
-_CONTRAST = (_SEQUENCE, "objective.erased=contrast")
-_STEP_CREDIT = "objective.name=e3rl_reproduce.oracle:StepCredit"
-_PLAIN = "rollout.erase=false"
-
-
-def _oracle(name: str) -> tuple[str, ...]:
-    return (*_JUDGED, f"erasure.metric=e3rl_reproduce.oracle:oracle_{name}")
-
-
-def _credit(name: str) -> tuple[str, ...]:
-    """The same labels as rewards for segments: everything is judged and nothing erased."""
-    return (_STEP_CREDIT, _SEQUENCE, *_oracle(name), "erasure.max_erasures=0")
-
-
-GRPO, CONTRAST, DROPPED = "GRPO", "oracle 0.95, contrast", "oracle 0.95, dropped"
-LOSS, CREDIT = "E³RL's loss, plain rollouts", "step credit 0.95, plain rollouts"
-BOTH = "oracle 0.95, contrast and step credit"
-STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
-"""Evaluated where GRPO's tokens are spent: what the straight line between evaluations takes from the same run."""
-
-ROWS = (
-    Row(GRPO, ("methods/grpo",)),
-    Row(DROPPED, ("methods/grpo",), _oracle("95")),
-    Row(CONTRAST, ("methods/e3rl",), (*_CONTRAST, *_oracle("95"))),
-    Row(LOSS, ("methods/e3rl",), (_SEQUENCE, _PLAIN)),
-    Row(CREDIT, ("methods/e3rl",), _credit("95")),
-    Row("oracle 0.85, contrast", ("methods/e3rl",), (*_CONTRAST, *_oracle("85"))),
-    Row("oracle 0.70, contrast", ("methods/e3rl",), (*_CONTRAST, *_oracle("70"))),
-    Row(
-        "oracle 0.95, whole responses, contrast",
-        ("methods/e3rl",),
-        (*_CONTRAST, *_oracle("95"), "train.max_tokens=64000"),
-        segments=1,
-    ),
-    Row("step credit 0.85, plain rollouts", ("methods/e3rl",), _credit("85")),
-    Row("step credit 0.70, plain rollouts", ("methods/e3rl",), _credit("70")),
-    Row(BOTH, ("methods/e3rl",), (_STEP_CREDIT, *_CONTRAST, *_oracle("95"))),
-    Row(STOPPED, ("methods/e3rl",), (*_CONTRAST, *_oracle("95"), "train.max_tokens=62000")),
-)
-_SMOKE_ROWS = (GRPO, CONTRAST, CREDIT)
-
 _BY_THE_CLOCK = "By the clock, on what else the machine did as well; evaluations are left out."
-
-PAIRS = (
-    (CONTRAST, CREDIT),
-    ("oracle 0.85, contrast", "step credit 0.85, plain rollouts"),
-    ("oracle 0.70, contrast", "step credit 0.70, plain rollouts"),
-    (BOTH, CREDIT),
-    (STOPPED, CREDIT),
-    (CONTRAST, LOSS),
-    (CONTRAST, DROPPED),
-    (CREDIT, LOSS),
-)
-"""What is compared with what, besides all with GRPO."""
 
 _SCALES = {
     "smoke": replace(
@@ -129,7 +72,7 @@ _SCALES = {
 
 
 def _rows(scale: Scale) -> tuple[Row, ...]:
-    return tuple(row for row in ROWS if scale.name != "smoke" or row.label in _SMOKE_ROWS)
+    return tuple(row for setting in settings(scale) for row in setting.rows)
 
 
 def weakened(scale: Scale, out: Path) -> tuple[str, ...]:
@@ -150,12 +93,13 @@ def weakened(scale: Scale, out: Path) -> tuple[str, ...]:
 
 
 def curve(policy: Policy, config: Config) -> dict[str, Any]:
-    """A run's evaluations as (step, tokens so far, Avg, Pass), its tokens, seconds, and r in its first four steps."""
+    """A run's evaluations as (step, tokens so far, Avg, Pass, share of finished), its tokens, seconds, and r in its first four
+    steps."""
     path = Path(config.run.output_dir) / config.run.name
     lines, k = read_lines(path / "metrics.jsonl"), config.eval.num_samples
     tokens = {0: 0} | {line["step"]: line["tokens_total"] for line in lines}
     evaluations = read_lines(path / "evaluations.jsonl")
-    points = [(e["step"], tokens[e["step"]], e[f"avg@{k}"], e[f"pass@{k}"]) for e in evaluations]
+    points = [(e["step"], tokens[e["step"]], e[f"avg@{k}"], e[f"pass@{k}"], e["finish_ratio"]) for e in evaluations]
     seconds = sum(line["seconds_rollout"] + line["seconds_reward"] + line["seconds_train"] for line in lines)
     r = fmean(line["r"] for line in lines[:4])
     return {"curve": points, "tokens": lines[-1]["tokens_total"], "seconds": seconds, "r": r}
@@ -165,31 +109,37 @@ Runs = Mapping[int, Mapping[str, Any]]
 """`curve` of each seed."""
 
 
-def after(run: Mapping[str, Any], tokens: float = math.inf) -> tuple[float, float]:
-    """Avg and Pass when so many tokens were generated, on straight lines between evaluations; at most at the end."""
-    _, spent, avg, passed = np.array(run["curve"]).T
-    return float(np.interp(tokens, spent, avg)), float(np.interp(tokens, spent, passed))
+def after(run: Mapping[str, Any], tokens: float = math.inf) -> tuple[float, float, float]:
+    """Avg, Pass and the share of finished answers when so many tokens were generated, on straight lines between evaluations; at
+    most at the end."""
+    _, spent, *columns = np.array(run["curve"]).T
+    avg, passed, finished = (float(np.interp(tokens, spent, column)) for column in columns)
+    return avg, passed, finished
 
 
-def _runs(results: Results) -> dict[str, Runs]:
+def _runs(results: Results, setting: Course) -> dict[str, Runs]:
     """What was measured, by row; rows that have not run are empty."""
     by_seed = {
         row.label: {seed: results.measurement(row.label, seed, _CURVE) for seed in results.scale.seeds}
-        for row in results.rows
+        for row in setting.rows
     }
     return {label: {seed: item["values"] for seed, item in items.items() if item} for label, items in by_seed.items()}
 
 
 def _at_equal(runs: Runs, base: Runs, what: str, place: int) -> dict[int, float]:
-    """Avg (``place`` 0) or Pass (1) by seed, at the end or when GRPO's tokens were spent."""
+    """Avg (``place`` 0), Pass (1) or finished (2) by seed, at the end or when the base's tokens were spent."""
     there = [seed for seed in runs if seed in base]
     return {seed: after(runs[seed], base[seed]["tokens"] if what == "tokens" else math.inf)[place] for seed in there}
 
 
 def bound_table(results: Results) -> list[Table]:
-    """Every row at equal steps and at equal tokens, and its differences from GRPO, paired by seed."""
-    found, lines = _runs(results), []
-    base = found[GRPO]
+    """Every row at equal steps and at equal tokens, and its differences from the first, paired by seed."""
+    return [_bound(results, setting) for setting in settings(results.scale)]
+
+
+def _bound(results: Results, setting: Course) -> Table:
+    found, lines = _runs(results, setting), []
+    base = found[setting.base]
     for label, runs in found.items():
         cells = []
         for what in ("steps", "tokens"):
@@ -199,20 +149,21 @@ def bound_table(results: Results) -> list[Table]:
         ratio = estimate([run["tokens"] / base[seed]["tokens"] for seed, run in runs.items() if seed in base])
         r = estimate([run["r"] for run in runs.values()])
         lines.append((label, *cells, passed, _mean(ratio), _mean(r), str(len(runs))))
-    k = results.cells[GRPO, results.scale.seeds[0]].config.eval.num_samples
+    k = results.cells[setting.base, results.scale.seeds[0]].config.eval.num_samples
     columns = (
         "rollouts",
         "Avg, equal steps",
-        "− GRPO",
+        "− the first",
         "Avg, equal tokens",
-        "− GRPO",
+        "− the first",
         f"Pass@{k}, equal tokens",
         "tokens ×",
         "r at first",
         "seeds",
     )
     start = text(estimate([run["curve"][0][2] for run in base.values()]))
-    return [Table("At equal steps and at equal tokens", columns, tuple(lines), f"All begin at {start}.")]
+    title = f"{setting.title}: at equal steps and at equal tokens"
+    return Table(title, columns, tuple(lines), f"All begin at {start}.")
 
 
 def _mean(found: SeedMean | None) -> str:
@@ -220,26 +171,87 @@ def _mean(found: SeedMean | None) -> str:
 
 
 def pairs_table(results: Results) -> list[Table]:
-    """`PAIRS`, over the seeds that both have."""
-    found, lines = _runs(results), []
-    for ours, theirs in PAIRS:
-        if found.get(ours) and found.get(theirs):
-            gaps = [
-                difference(*(_at_equal(found[label], found[GRPO], what, 0) for label in (ours, theirs)))
-                for what in ("steps", "tokens")
-            ]
-            shared = len(found[ours].keys() & found[theirs].keys() & found[GRPO].keys())
-            lines.append((f"{ours} − {theirs}", *(text(gap, sign=True) for gap in gaps), str(shared)))
+    """Each setting's pairs, over the seeds that both have."""
+    lines = []
+    for setting in settings(results.scale):
+        found = _runs(results, setting)
+        for ours, theirs in setting.pairs:
+            if found[ours] and found[theirs]:
+                gaps = [
+                    difference(*(_at_equal(found[label], found[setting.base], what, 0) for label in (ours, theirs)))
+                    for what in ("steps", "tokens")
+                ]
+                shared = len(found[ours].keys() & found[theirs].keys() & found[setting.base].keys())
+                lines.append((f"{ours} − {theirs}", *(text(gap, sign=True) for gap in gaps), str(shared)))
     return [Table("Against each other", ("Avg", "equal steps", "equal tokens", "seeds"), tuple(lines))]
+
+
+def finishing_table(results: Results) -> list[Table]:
+    """Where answers are cut off: the share that ends, and how many of those are right, at the end and at equal tokens."""
+    tables = []
+    for setting in settings(results.scale):
+        found, lines = _runs(results, setting), []
+        base = found[setting.base]
+        for label, runs in found.items():
+            cells = []
+            for what in ("steps", "tokens"):
+                right, finished = (_at_equal(runs, base, what, place) for place in (0, 2))
+                shares = [right[seed] / finished[seed] for seed in right if finished[seed]]
+                cells += [text(estimate(list(finished.values()))), text(estimate(shares))]
+            lines.append((label, *cells))
+        ended = estimate([run["curve"][0][4] for run in base.values()])
+        if ended and ended.mean < _ALL_END:
+            columns = (
+                "rollouts",
+                "finished, equal steps",
+                "right of those",
+                "finished, equal tokens",
+                "right of those",
+            )
+            title = f"{setting.title}: answers that end by themselves"
+            tables.append(Table(title, columns, tuple(lines), f"At first {text(ended)} end."))
+    return tables
+
+
+_ALL_END = 0.95
+"""A share of finished answers above which nothing is left to say about finishing."""
+
+
+def colder_table(results: Results) -> list[Table]:
+    """Rows decoded plainly at T = 1 and at the temperature that is best on training problems, against the first."""
+    lines = []
+    for setting in settings(results.scale):
+        rows = [row.label for row in setting.rows if COLDER in row.measures]
+        found = {label: results.by_seed(label, COLDER, lambda item: item["values"]) for label in rows}
+        avg = {
+            label: [{seed: _right(values, way) for seed, values in by_seed.items()} for way in (_AT_ONE, "")]
+            for label, by_seed in found.items()
+        }
+        for label in (label for label in rows if found[label]):
+            cells = []
+            for ours, theirs in zip(avg[label], avg[setting.base], strict=True):
+                cells += [text(estimate(list(ours.values()))), text(difference(ours, theirs), sign=True)]
+            lines.append((label, *cells, str(len(found[label]))))
+    columns = ("rollouts", "Avg, T = 1", "− the first", "Avg, best T", "− the first", "seeds")
+    return [Table("What a temperature buys, at equal steps", columns, tuple(lines))] if lines else []
+
+
+_AT_ONE = DecodingWay(1.0).name
+
+
+def _right(values: Mapping[str, Any], way: str) -> float:
+    """Avg on held-out problems, decoded in a way; empty: the best on training problems."""
+    return float(figures(values[way or chosen(values, "plain")]["eval"])[0].mean())
 
 
 def predicted_table(results: Results) -> list[Table]:
     """What the theory says of dropping at the success rate that was begun with, and r beside the measured one."""
-    found = _runs(results)
-    start = estimate([run["curve"][0][2] for run in found[GRPO].values()])
+    setting = settings(results.scale)[0]
+    found = _runs(results, setting)
+    start = estimate([run["curve"][0][2] for run in found[setting.base].values()])
     if start is None:
         return []
-    segments, lines = results.cells[GRPO, results.scale.seeds[0]].config.rollout.max_segments, []
+    segments, lines = results.cells[setting.base, results.scale.seeds[0]].config.rollout.max_segments, []
     for auroc in (0.70, 0.85, 0.95):
         here = erasing_yield(start.mean, segments, auroc)
         runs = found.get(f"oracle {auroc:.2f}, contrast", {})
@@ -254,25 +266,29 @@ def predicted_table(results: Results) -> list[Table]:
 
 
 def progress_plot(results: Results) -> list[Plot]:
-    """Avg by generated tokens."""
-    lines = []
-    for label, runs in _runs(results).items():
-        by_place = zip(*(run["curve"] for run in runs.values()), strict=False)
-        points = [
-            (fmean(point[1] for point in there), mean)
-            for there in by_place
-            if (mean := estimate([point[2] for point in there]))
-        ]
-        if points:
-            lines.append(banded(label, points))
-    return [Plot("Avg by generated tokens", (Panel("held-out problems", "tokens", "Avg", tuple(lines)),))]
+    """Avg by generated tokens, a panel for each setting."""
+    panels = []
+    for setting in settings(results.scale):
+        lines = []
+        for label, runs in _runs(results, setting).items():
+            by_place = zip(*(run["curve"] for run in runs.values()), strict=False)
+            points = [
+                (fmean(point[1] for point in there), mean)
+                for there in by_place
+                if (mean := estimate([point[2] for point in there]))
+            ]
+            if points:
+                lines.append(banded(label, points))
+        panels.append(Panel(f"{setting.title}, held-out problems", "tokens", "Avg", tuple(lines)))
+    return [Plot("Avg by generated tokens", tuple(panels))]
 
 
 def compute_table(results: Results) -> list[Table]:
     """Seconds of the training steps by the clock, evaluations left out."""
     lines: list[tuple[str, str]] = []
-    for label, runs in _runs(results).items():
-        lines.append((label, f"{sum(run['seconds'] for run in runs.values()):.0f}"))
+    for setting in settings(results.scale):
+        for label, runs in _runs(results, setting).items():
+            lines.append((label, f"{sum(run['seconds'] for run in runs.values()):.0f}"))
     total = sum(float(seconds) for _, seconds in lines)
     return [
         Table("Compute", ("rollouts", "seconds of steps, all seeds"), (*lines, ("all", f"{total:.0f}")), _BY_THE_CLOCK)
@@ -288,7 +304,7 @@ SETTLE = Study(
     title="Where would erasing in training pay?",
     rows=_rows,
     measures=_measures,
-    views=(bound_table, pairs_table, progress_plot, predicted_table, compute_table),
+    views=(bound_table, pairs_table, finishing_table, colder_table, progress_plot, predicted_table, compute_table),
     models=(),
     scales=_SCALES,
     prepare=weakened,

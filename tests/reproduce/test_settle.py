@@ -16,31 +16,30 @@ from e3rl.lab import lab_directory
 from e3rl_reproduce.reproduce import tasks
 from e3rl_reproduce.results import Results
 from e3rl_reproduce.settle import (
-    CONTRAST,
-    CREDIT,
-    DROPPED,
-    GRPO,
-    LOSS,
     SETTLE,
     after,
     bound_table,
+    colder_table,
+    finishing_table,
     pairs_table,
     predicted_table,
     progress_plot,
 )
+from e3rl_reproduce.settle_rows import COLDER, CONTRAST, CREDIT, CRITIC, DROPPED, GRPO, LIKELY, LOSS, settings
 from e3rl_reproduce.study import row_config
 
 
-def run(*points: tuple[int, int, float, float], r: float = 0.0) -> dict[str, object]:
+def run(*points: tuple[int, int, float, float, float], r: float = 0.0) -> dict[str, object]:
     return {"curve": points, "tokens": points[-1][1], "seconds": 1.0, "r": r}
 
 
 MEASURED = {
-    (GRPO, 0): run((0, 0, 0.1, 0.2), (16, 1000, 0.4, 0.6)),
-    (GRPO, 1): run((0, 0, 0.1, 0.2), (16, 2000, 0.5, 0.7)),
-    (CONTRAST, 0): run((0, 0, 0.1, 0.2), (8, 800, 0.4, 0.5), (16, 1600, 0.8, 0.9), r=0.5),  # at 1,000 tokens 0.5, 0.6
-    (CONTRAST, 1): run((0, 0, 0.1, 0.2), (8, 1000, 0.5, 0.5), (16, 3000, 0.9, 0.9), r=0.7),  # at 2,000 tokens 0.7, 0.7
-    (CREDIT, 1): run((0, 0, 0.1, 0.2), (16, 2000, 0.6, 0.7)),
+    (GRPO, 0): run((0, 0, 0.1, 0.2, 0.5), (16, 1000, 0.4, 0.6, 0.8)),
+    (GRPO, 1): run((0, 0, 0.1, 0.2, 0.5), (16, 2000, 0.5, 0.7, 0.8)),
+    # at 1,000 tokens 0.5, 0.6, 0.8; at 2,000 tokens of seed 1 0.7, 0.7, 0.9
+    (CONTRAST, 0): run((0, 0, 0.1, 0.2, 0.5), (8, 800, 0.4, 0.5, 0.8), (16, 1600, 0.8, 0.9, 0.8), r=0.5),
+    (CONTRAST, 1): run((0, 0, 0.1, 0.2, 0.5), (8, 1000, 0.5, 0.5, 0.8), (16, 3000, 0.9, 0.9, 1.0), r=0.7),
+    (CREDIT, 1): run((0, 0, 0.1, 0.2, 0.5), (16, 2000, 0.6, 0.7, 0.8)),
 }
 
 
@@ -56,12 +55,12 @@ def results(tmp_path: Path) -> Results:
 
 def test_equal_tokens_lie_on_a_straight_line_between_evaluations() -> None:
     of = MEASURED[CONTRAST, 0]
-    assert after(of, 1000) == pytest.approx((0.5, 0.6))
-    assert after(of, 99_999) == after(of) == (0.8, 0.9)
+    assert after(of, 1000) == pytest.approx((0.5, 0.6, 0.8))
+    assert after(of, 99_999) == after(of) == (0.8, 0.9, 0.8)
 
 
 def test_differences_are_paired_by_seed_at_the_tokens_of_the_same_seed_s_grpo(results: Results) -> None:
-    [table] = bound_table(results)
+    table = bound_table(results)[0]
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows[GRPO][:1] == ("0.450 ± 0.635",)  # Student's t of two seeds: 12.7 standard errors
     steps, more, tokens, ahead, passed, ratio, r, seeds = rows[CONTRAST]
@@ -74,7 +73,8 @@ def test_differences_are_paired_by_seed_at_the_tokens_of_the_same_seed_s_grpo(re
     ]
     assert (ratio, r, seeds) == ("1.55", "0.60", "2")
     assert rows[LOSS] == ("–",) * 7 + ("0",)
-    assert results.absent()[:3] == [f"{DROPPED}, seeds 0, 1", f"{LOSS}, seeds 0, 1", f"{CREDIT}, seed 0"]
+    assert f"{DROPPED}, seeds 0, 1" in results.absent()
+
     [pairs] = pairs_table(results)
     assert pairs.rows == ((f"{CONTRAST} − {CREDIT}", "+0.300", "+0.100", "1"),)  # seed 1 alone has both
     [predicted] = predicted_table(results)
@@ -86,19 +86,55 @@ def test_differences_are_paired_by_seed_at_the_tokens_of_the_same_seed_s_grpo(re
     assert lines[CONTRAST].y == pytest.approx((0.1, 0.45, 0.85))
 
 
+def test_a_right_answer_has_to_end_and_to_be_right(results: Results) -> None:
+    table = finishing_table(results)[0]
+    rows = {row[0]: [cell.split(" ")[0] for cell in row[1:]] for row in table.rows}
+    assert rows[CREDIT] == ["0.800", "0.750", "0.800", "0.750"]
+    assert rows[CONTRAST] == [
+        "0.900",
+        "0.950",
+        "0.850",
+        "0.701",
+    ]  # (0.8 / 0.8 + 0.9 / 1) / 2; (0.5 / 0.8 + 0.7 / 0.9) / 2
+    assert rows[LOSS] == ["–"] * 4
+    assert table.note == "At first 0.500 ± 0.000 end."
+
+
+def test_the_temperature_is_chosen_on_training_problems(results: Results) -> None:
+    def decoded(train: int, held_out: int) -> dict[str, object]:
+        halves = {"train": {"right": [train]}, "eval": {"right": [held_out], "samples": 4}}
+        return {"kind": "plain", **halves}
+
+    assert colder_table(results) == []
+    for label, ways in ((GRPO, [(1, 1), (2, 2), (3, 0)]), (CRITIC, [(1, 3), (3, 1), (2, 4)])):
+        values = {f"plain, T = {t}": decoded(*way) for t, way in zip(("1", "0.6", "0.3"), ways, strict=True)}
+        cell = results.cells[label, 0]
+        write_json(cell.directory(results.out) / "measures" / f"{COLDER.address}.json", {"values": values})
+    [table] = colder_table(results)
+    assert table.rows == (
+        (GRPO, "0.250", "+0.000", "0.000", "+0.000", "1"),  # at T = 0.3, which is best on training problems
+        (CRITIC, "0.750", "+0.500", "0.250", "+0.250", "1"),
+    )
+
+
 def test_rows_differ_in_nothing_but_what_they_are_named_for() -> None:
     scale = SETTLE.at("lab")
+    for setting in settings(scale):
+        of = {row.label: row_config(scale, "lab model", row, seed=3, learning_rate=None) for row in setting.rows}
+        base = of[setting.base]
+        assert {(c.data, c.eval, c.run.seed, c.rollout.completion_limit) for c in of.values()} == {
+            (base.data, base.eval, 3, base.rollout.completion_limit)
+        }
+        assert {replace(c.train, max_tokens=0) for c in of.values()} == {base.train}
+        assert not base.rollout.erase
+        metrics = {label: c.erasure.metric for label, c in of.items() if "oracle" in c.erasure.metric}
+        assert all(metric.endswith(label.split("0.")[1][:2]) for label, metric in metrics.items())
     of = {row.label: row_config(scale, "lab model", row, seed=3, learning_rate=None) for row in SETTLE.rows(scale)}
-    assert {(c.data, c.eval, c.run.seed, c.rollout.completion_limit) for c in of.values()} == {
-        (of[GRPO].data, of[GRPO].eval, 3, 64)
-    }
-    assert {replace(c.train, max_tokens=0) for c in of.values()} == {of[GRPO].train}
     assert of[CREDIT].erasure == replace(of[CONTRAST].erasure, max_erasures=0)  # judged alike, never erased
     assert of[LOSS].objective == replace(of[CONTRAST].objective, options={"allocation": "sequence"})
-    assert of[CREDIT].objective.options == of[LOSS].objective.options
-    assert [label for label, c in of.items() if not c.rollout.erase] == [GRPO, LOSS]
-    metrics = {label: c.erasure.metric for label, c in of.items() if c.rollout.erase}
-    assert all(metric.endswith(label.split("0.")[1][:2]) for label, metric in metrics.items())
+    assert of[CREDIT].objective.options == of[LOSS].objective.options == of[LIKELY].objective.options
+    assert of[LIKELY].objective == of[CREDIT].objective
+    assert (of[CRITIC].erasure.max_erasures, of[LIKELY].erasure.max_erasures) == (0, 0)
 
 
 def test_only_lab_problems_have_an_oracle(tmp_path: Path) -> None:

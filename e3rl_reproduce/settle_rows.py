@@ -1,0 +1,125 @@
+"""What `e3rl reproduce settle` trains, and what is compared with what, by setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from e3rl_reproduce.cells import Measure
+from e3rl_reproduce.measures import DECODINGS
+from e3rl_reproduce.study import Row, Scale
+
+_JUDGED = (
+    "rollout.erase=true",
+    "erasure.baseline=static",
+    "erasure.static_baseline=0.5",
+    "erasure.eta=0",
+)
+_SEQUENCE = "objective.allocation=sequence"
+_CONTRAST = (_SEQUENCE, "objective.erased=contrast")
+_STEP_CREDIT = "objective.name=e3rl_reproduce.oracle:StepCredit"
+_PLAIN = "rollout.erase=false"
+_NOTHING_ERASED = "erasure.max_erasures=0"
+_UNANSWERED = (
+    "rollout.erase=true",
+    "erasure.base_weight=1",
+    "erasure.gradient_weight=0",
+    "erasure.extremum_weight=0",
+    "erasure.perturbation_weight=0.3",
+    "erasure.smoothing_window=0",
+    "erasure.eta=0",
+)
+"""Judged without answers: mean entropy + 0.3 mean ε."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Rows on the same problems from the same weights. All are compared with the first, and ``pairs`` with each other."""
+
+    title: str
+    rows: tuple[Row, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+    @property
+    def base(self) -> str:
+        return self.rows[0].label
+
+
+def _oracle(name: str) -> tuple[str, ...]:
+    return (*_JUDGED, f"erasure.metric=e3rl_reproduce.oracle:oracle_{name}")
+
+
+def _credit(name: str) -> tuple[str, ...]:
+    """The same labels as rewards for segments: everything is judged and nothing erased."""
+    return (_STEP_CREDIT, _SEQUENCE, *_oracle(name), _NOTHING_ERASED)
+
+
+COLDER = Measure(
+    DECODINGS, "steps", {"tuning": 32, "problems": 64, "samples": 4, "ways": [[1.0, ""], [0.6, ""], [0.3, ""]]}
+)
+"""What a lower temperature does with the last weights."""
+
+GRPO, CONTRAST, DROPPED = "GRPO", "oracle 0.95, contrast", "oracle 0.95, dropped"
+LOSS, CREDIT = "E³RL's loss, plain rollouts", "step credit 0.95, plain rollouts"
+BOTH = "oracle 0.95, contrast and step credit"
+STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
+"""Evaluated where GRPO's tokens are spent: what the straight line between evaluations takes from the same run."""
+CRITIC, LIKELY = "critic's credit, plain rollouts", "step credit by entropy + 0.3 ε, plain rollouts"
+ERASED_UNLIKELY = "erased by entropy + 0.3 ε, contrast"
+
+_BOUND = Course(
+    "chain 4",
+    (
+        Row(GRPO, ("methods/grpo",), measures=(COLDER,)),
+        Row(DROPPED, ("methods/grpo",), _oracle("95")),
+        Row(CONTRAST, ("methods/e3rl",), (*_CONTRAST, *_oracle("95")), measures=(COLDER,)),
+        Row(LOSS, ("methods/e3rl",), (_SEQUENCE, _PLAIN), measures=(COLDER,)),
+        Row(CREDIT, ("methods/e3rl",), _credit("95"), measures=(COLDER,)),
+        Row("oracle 0.85, contrast", ("methods/e3rl",), (*_CONTRAST, *_oracle("85"))),
+        Row("oracle 0.70, contrast", ("methods/e3rl",), (*_CONTRAST, *_oracle("70"))),
+        Row(
+            "oracle 0.95, whole responses, contrast",
+            ("methods/e3rl",),
+            (*_CONTRAST, *_oracle("95"), "train.max_tokens=64000"),
+            segments=1,
+        ),
+        Row("step credit 0.85, plain rollouts", ("methods/e3rl",), _credit("85")),
+        Row("step credit 0.70, plain rollouts", ("methods/e3rl",), _credit("70")),
+        Row(BOTH, ("methods/e3rl",), (_STEP_CREDIT, *_CONTRAST, *_oracle("95"))),
+        Row(STOPPED, ("methods/e3rl",), (*_CONTRAST, *_oracle("95"), "train.max_tokens=62000")),
+        Row(
+            CRITIC,
+            ("methods/e3rl",),
+            ("objective.allocation=value", "rollout.erase=true", "erasure.metric=value", _NOTHING_ERASED),
+            measures=(COLDER,),
+        ),
+        Row(LIKELY, ("methods/e3rl",), (_STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED), measures=(COLDER,)),
+        Row(
+            ERASED_UNLIKELY,
+            ("methods/e3rl",),
+            (*_CONTRAST, *_UNANSWERED, "erasure.baseline=quantile", "erasure.quantile=0.5"),
+            measures=(COLDER,),
+        ),
+    ),
+    (
+        (CONTRAST, CREDIT),
+        ("oracle 0.85, contrast", "step credit 0.85, plain rollouts"),
+        ("oracle 0.70, contrast", "step credit 0.70, plain rollouts"),
+        (BOTH, CREDIT),
+        (STOPPED, CREDIT),
+        (CONTRAST, LOSS),
+        (CONTRAST, DROPPED),
+        (CREDIT, LOSS),
+        (CRITIC, LOSS),
+        (LIKELY, LOSS),
+        (CREDIT, CRITIC),
+    ),
+)
+_SMOKE = Course(
+    "chain 1",
+    tuple(replace(row, measures=()) for row in _BOUND.rows if row.label in (GRPO, CONTRAST, CREDIT)),
+    _BOUND.pairs[:1],
+)
+
+
+def settings(scale: Scale) -> tuple[Course, ...]:
+    return (_SMOKE,) if scale.name == "smoke" else (_BOUND,)
