@@ -183,10 +183,13 @@ _TORN = re.compile(r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]")  # no side ends or begins
 
 
 def _value(sides: Sequence[str]) -> str | None:
-    """The value that a chain of equations gives to its name or arithmetic; None if it is a genuine equation, or false."""
+    """The value that a chain of equations gives to its name or arithmetic; None if it is a genuine equation, false, or
+    has something between its ends that is not understood."""
     if len(sides) < 2 or any(_TORN.search(squeezed(side)) for side in sides):
         return None
     nodes = [_expression(side) for side in sides]
+    if any(node is None and not _is_name(side) for side, node in zip(sides[1:-1], nodes[1:-1], strict=True)):
+        return None
     numbers = [side for side, node in zip(sides, nodes, strict=True) if node is not None and constant(node)]
     if len(sides) > 2 and any(not _by_value(side, sides[-1]) for side in numbers):
         return None

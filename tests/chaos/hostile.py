@@ -135,6 +135,7 @@ class Verdicts:
     grown_mb: float = 0.0
     left_children: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    accepted: list[str] = field(default_factory=list)  # what was right, for people to look at
     wrongly: list[str] = field(default_factory=list)  # anything but right, wrong or missing with a reason
 
 
@@ -162,6 +163,7 @@ def attack(pairs: Iterator[tuple[str, str]], timeout: float = TIMEOUT) -> Verdic
             elif reward.value in (0.0, 1.0) and reward.error is None:
                 found.right += reward.value == 1.0
                 found.wrong += reward.value == 0.0
+                found.accepted += [f"{gold!r} from {answer[:80]!r}"] * (reward.value == 1.0)
             else:
                 found.wrongly.append(f"{answer[:80]!r}: {reward}")
         again = scorer.score([trajectory("x^2+1", "")], ["\\boxed{1+x^2}"])
@@ -178,6 +180,7 @@ def lines(name: str, found: Verdicts) -> list[str]:
         f"(never 0); worst delay {found.worst:.2f} s of {TIMEOUT + GRACE:g} s allowed, {found.worst_with_start:.2f} s "
         f"with the start of a new worker; workers replaced {found.restarts}; memory {found.grown_mb:+.1f} MB; "
         f"processes left {found.left_children}",
+        *(f"  right: {pair}" for pair in found.accepted[:10]),
         *(f"  missing because: {reason} ({n})" for reason, n in found.reasons.most_common(5)),
         *found.wrongly,
     ]

@@ -29,6 +29,10 @@ REFUSED = {
         ("A", r"\boxed{(A)(B)}"), ("A", r"\boxed{A \text{ or } B}"), ("C", "It is either B or C"), ("C", "The answer is not C"),
         ("A", "(A) or (B)"), ("D", "Not D."), ("B", "The answer is A/B"),
     ],
+    "something that is not understood between two equals signs": [
+        ("x=3", "x=3\n°x\\forall=3"), ("3", r"\boxed{x = 58° = 3}"), ("3", r"x = \text{58 or perhaps, not sure} = 3"),
+        ("3", r"\boxed{x = \forall58 = 3}"),
+    ],
     "words that change a number": [
         ("57", f"{wrapped}") for words in (
             "57 squared", "57 cubed", "57 factorial", "57 tenths", "57 ppm", "57 divided by seven", "57 (wrong)", "57/58/58",
