@@ -157,7 +157,6 @@ def _exact_side(text: str) -> str:
 
 # --- equations
 
-
 _SIMPLE = r"\\?[A-Za-z]+'*(?:_\{?\w+\}?)?"
 _NAME = re.compile(
     rf"{_SIMPLE}(?:\({_SIMPLE}(?:,{_SIMPLE})*\)|\(\d+\))?|\|[A-Za-z]{{1,3}}\||\({_SIMPLE}(?:[,;]{_SIMPLE})*\)"
@@ -183,8 +182,7 @@ _TORN = re.compile(r"(?<![\^_])[-+*]$|[/^_]$|^[*/^_]")  # no side ends or begins
 
 
 def _value(sides: Sequence[str]) -> str | None:
-    """The value that a chain of equations gives to its name or arithmetic; None if it is a genuine equation, false, or
-    has something between its ends that is not understood."""
+    """The value that a chain of equations gives to its name or arithmetic; None for a genuine, a false or an unreadable one."""
     if len(sides) < 2 or any(_TORN.search(squeezed(side)) for side in sides):
         return None
     nodes = [_expression(side) for side in sides]
