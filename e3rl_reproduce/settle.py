@@ -28,7 +28,7 @@ from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.output import Panel, Plot, Table
 from e3rl_reproduce.results import Results, SeedMean, difference, estimate
-from e3rl_reproduce.settle_rows import COLDER, Course, settings
+from e3rl_reproduce.settle_rows import COLDER, Comparison, settings
 from e3rl_reproduce.study import LAB, SMOKE, Row, Scale, Study
 from e3rl_reproduce.views import banded, text
 from e3rl_reproduce.when import chosen, figures
@@ -117,13 +117,15 @@ def after(run: Mapping[str, Any], tokens: float = math.inf) -> tuple[float, floa
     return avg, passed, finished
 
 
-def _runs(results: Results, setting: Course) -> dict[str, Runs]:
+def _taken(results: Results, label: str, measure: Measure) -> dict[int, Mapping[str, Any]]:
+    """What was measured of a row, by seed."""
+    found = {seed: results.measurement(label, seed, measure) for seed in results.scale.seeds}
+    return {seed: item["values"] for seed, item in found.items() if item}
+
+
+def _runs(results: Results, setting: Comparison) -> dict[str, Runs]:
     """What was measured, by row; rows that have not run are empty."""
-    by_seed = {
-        row.label: {seed: results.measurement(row.label, seed, _CURVE) for seed in results.scale.seeds}
-        for row in setting.rows
-    }
-    return {label: {seed: item["values"] for seed, item in items.items() if item} for label, items in by_seed.items()}
+    return {row.label: _taken(results, row.label, _CURVE) for row in setting.rows}
 
 
 def _at_equal(runs: Runs, base: Runs, what: str, place: int) -> dict[int, float]:
@@ -137,7 +139,7 @@ def bound_table(results: Results) -> list[Table]:
     return [_bound(results, setting) for setting in settings(results.scale)]
 
 
-def _bound(results: Results, setting: Course) -> Table:
+def _bound(results: Results, setting: Comparison) -> Table:
     found, lines = _runs(results, setting), []
     base = found[setting.base]
     for label, runs in found.items():
@@ -222,7 +224,7 @@ def colder_table(results: Results) -> list[Table]:
     lines = []
     for setting in settings(results.scale):
         rows = [row.label for row in setting.rows if COLDER in row.measures]
-        found = {label: results.by_seed(label, COLDER, lambda item: item["values"]) for label in rows}
+        found = {label: _taken(results, label, COLDER) for label in rows}
         avg = {
             label: [{seed: _right(values, way) for seed, values in by_seed.items()} for way in (_AT_ONE, "")]
             for label, by_seed in found.items()

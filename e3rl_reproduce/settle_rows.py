@@ -32,7 +32,7 @@ _UNANSWERED = (
 
 
 @dataclass(frozen=True)
-class Course:
+class Comparison:
     """Rows on the same problems from the same weights. All are compared with the first, and ``pairs`` with each other."""
 
     title: str
@@ -66,7 +66,7 @@ STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
 CRITIC, LIKELY = "critic's credit, plain rollouts", "step credit by entropy + 0.3 ε, plain rollouts"
 ERASED_UNLIKELY = "erased by entropy + 0.3 ε, contrast"
 
-_BOUND = Course(
+_BOUND = Comparison(
     "chain 4",
     (
         Row(GRPO, ("methods/grpo",), measures=(COLDER,)),
@@ -114,12 +114,33 @@ _BOUND = Course(
         (CREDIT, CRITIC),
     ),
 )
-_SMOKE = Course(
+_MAZE = (
+    "model.path=lab-maze",
+    "data.train=lab:maze:4",
+    "data.eval=lab:maze:4",
+    "rollout.segment_length=16",
+    "rollout.max_segments=6",
+    "train.learning_rate=3e-4",
+)
+_PAPER_ON_MAZE = (*_MAZE, "erasure.kappa0=1.5")
+"""A tenth of the segments of the model as it is, by `e3rl calibrate`; the other settings of U are the recipe's."""
+
+_SEARCHES = Comparison(
+    "maze 4, as the paper trains",
+    (
+        Row("maze: GRPO", ("methods/grpo",), _MAZE),
+        Row("maze: GRPO, overlong shaping", ("methods/grpo",), (*_MAZE, "rewards.overlong=true")),
+        Row("maze: E³RL", ("methods/e3rl",), _PAPER_ON_MAZE),
+        Row("maze: E³RL, contrast", ("methods/e3rl",), (*_PAPER_ON_MAZE, "objective.erased=contrast")),
+    ),
+    (("maze: E³RL, contrast", "maze: E³RL"),),
+)
+_SMOKE = Comparison(
     "chain 1",
     tuple(replace(row, measures=()) for row in _BOUND.rows if row.label in (GRPO, CONTRAST, CREDIT)),
     _BOUND.pairs[:1],
 )
 
 
-def settings(scale: Scale) -> tuple[Course, ...]:
-    return (_SMOKE,) if scale.name == "smoke" else (_BOUND,)
+def settings(scale: Scale) -> tuple[Comparison, ...]:
+    return (_SMOKE,) if scale.name == "smoke" else (_BOUND, _SEARCHES)
