@@ -23,9 +23,12 @@ OBJECTIVES = {
     "erpo": "e3rl.objectives.erpo:ERPO",
     "grpo": "e3rl.objectives.grpo:GRPO",
     "gspo": "e3rl.objectives.gspo:GSPO",
+    "luspo": "e3rl.objectives.luspo:LUSPO",
+    "rloo": "e3rl.objectives.rloo:RLOO",
     "sapo": "e3rl.objectives.sapo:SAPO",
     "sft": "e3rl.objectives.sft:SFT",
     "vanilla": "e3rl.objectives.vanilla:Vanilla",
+    "vespo": "e3rl.objectives.vespo:VESPO",
 }
 
 _TITLES = {
@@ -38,9 +41,12 @@ _TITLES = {
     "erpo": "ERPO",
     "grpo": "GRPO",
     "gspo": "GSPO",
+    "luspo": "LUSPO",
+    "rloo": "RLOO",
     "sapo": "SAPO",
     "sft": "SFT",
     "vanilla": "Vanilla",
+    "vespo": "VESPO",
 }
 
 

@@ -92,6 +92,11 @@ def sequence_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
     return (sums_S / lengths(batch)).sum() / batch.totals.sequences
 
 
+def sequence_sum(values_ST: Tensor, batch: TrainBatch) -> Tensor:
+    """This micro-batch's part of the mean over the step's sequences of each sequence's token sum."""
+    return values_ST.masked_fill(~batch.mask_ST, 0.0).sum() / batch.totals.sequences
+
+
 def limit_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
     """This micro-batch's part of the step's sum over tokens divided by the most tokens its sequences could have."""
     values = values_ST.masked_fill(~batch.mask_ST, 0.0).sum()
@@ -107,8 +112,33 @@ def clipped_token_loss(
     kl_coef: float,
 ) -> Loss:
     """Minus the ``mean`` of every token's clipped surrogate less its weighted KL."""
-    ratios_ST, advantages_ST = policy.ratios(token_log_ratios(batch)), batch.advantages_ST
-    kl_ST = kl_terms(batch, kl_coef)
+    ratios_ST = policy.ratios(token_log_ratios(batch))
+    return _clipped_loss(batch, ratios_ST, mean, clip_low, clip_high, kl_coef)
+
+
+def clipped_sequence_loss(
+    batch: TrainBatch,
+    log_ratios_S: Tensor,
+    mean: Callable[[Tensor, TrainBatch], Tensor],
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+) -> Loss:
+    """The same with one ratio for all tokens of a sequence."""
+    return _clipped_loss(batch, policy.ratios(log_ratios_S)[:, None], mean, clip_low, clip_high, kl_coef)
+
+
+def _clipped_loss(
+    batch: TrainBatch,
+    ratios_ST: Tensor,
+    mean: Callable[[Tensor, TrainBatch], Tensor],
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+) -> Loss:
+    """``ratios_ST``: [S, T] or [S, 1]."""
+    kl_ST, advantages_ST = kl_terms(batch, kl_coef), batch.advantages_ST
     surrogate_ST = policy.clipped_surrogate(ratios_ST, advantages_ST, clip_low, clip_high)
     objective_ST = policy.penalized(surrogate_ST, kl_ST, kl_coef)
     clipped_ST = policy.clipped(ratios_ST, advantages_ST, clip_low, clip_high)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from e3rl.equations import policy
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import Loss, TrainBatch
-from e3rl.objectives.metrics import measured
 from e3rl.settings import setting
 
 
@@ -25,9 +24,11 @@ class GSPO(common.GroupNormalised):
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""
         log_ratios_S = policy.sequence_mean_log_ratios(batch.logprobs_ST - batch.old_logprobs_ST, batch.mask_ST)
-        ratios_S1 = policy.ratios(log_ratios_S)[:, None]
-        advantages_ST, kl_ST = batch.advantages_ST, common.kl_terms(batch, self.kl_coef)
-        surrogate_ST = policy.clipped_surrogate(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
-        clipped_ST = policy.clipped(ratios_S1, advantages_ST, self.clip_low, self.clip_high)
-        measures = measured(batch.mask_ST, {"clip_fraction": clipped_ST, "ratio": ratios_S1, "kl": kl_ST})
-        return Loss(-common.sequence_mean(policy.penalized(surrogate_ST, kl_ST, self.kl_coef), batch), measures)
+        return common.clipped_sequence_loss(
+            batch,
+            log_ratios_S,
+            common.sequence_mean,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            kl_coef=self.kl_coef,
+        )

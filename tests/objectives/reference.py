@@ -134,6 +134,36 @@ def cispo_loss(sequences: list[Sequence], cap: float, kl_coef: float) -> float:
     return -mean(values)
 
 
+def rloo_advantages(group: list[Sequence], rewards: list[float], kl_coef: float) -> list[float]:
+    """Each reward, less the weighted log-ratio to the reference, against the mean of the others'."""
+    whole = [r - kl_coef * sum(o - q for o, q in together(s["old"], s["ref"])) for r, s in together(rewards, group)]
+    return [r - mean(whole[:i] + whole[i + 1 :]) for i, r in enumerate(whole)]
+
+
+def rloo_loss(sequences: list[Sequence], low: float, high: float) -> float:
+    whole = [math.exp(sum(p - o for p, o in together(s["logp"], s["old"]))) for s in sequences]
+    return -mean([surrogate(ratio, s["advantage"][0], low, high) for ratio, s in together(whole, sequences)])
+
+
+def luspo_loss(sequences: list[Sequence], low: float, high: float, kl_coef: float) -> float:
+    values = []
+    for s in sequences:
+        ratio = math.exp(mean([p - o for p, o in together(s["logp"], s["old"])]))
+        kl = sum(k3(p, q) for p, q in together(s["logp"], s["ref"]))
+        values.append(len(s["logp"]) * surrogate(ratio, s["advantage"][0], low, high) - kl_coef * kl)
+    return -mean(values)
+
+
+def vespo_loss(sequences: list[Sequence], kl_coef: float) -> float:
+    values = []
+    for s in sequences:
+        w = math.exp(sum(p - o for p, o in together(s["logp"], s["old"])))
+        for p, q, a in together(s["logp"], s["ref"], s["advantage"]):
+            k, decay = (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+            values.append(math.exp(decay) * w**k * math.exp(-decay * w) * a * p - kl_coef * k3(p, q))
+    return -mean(values)
+
+
 def erpo_advantages(group: list[Sequence], rewards: list[float], o: dict[str, float]) -> list[list[float]]:
     """Algorithm 1, lines 3-14, token by token. ``o``: gamma, buckets, beta_progress, sigma_target, eta, eps."""
     eps = o["eps"]

@@ -80,17 +80,24 @@ def test_grpo_family(seed: int) -> None:
     assert value("gspo", kl_coef=0.01) == near(reference.gspo_loss(sequences, 1 - 3e-4, 1 + 4e-4, 0.01))
     assert value("sapo") == near(reference.sapo_loss(sequences, 1.0, 1.05))
     assert value("cispo", ratio_cap=1.1, kl_coef=0.04) == near(reference.cispo_loss(sequences, 1.1, 0.04))
+    assert value("rloo", clip_high=0.3) == near(reference.rloo_loss(sequences, 0.8, 1.3))
+    assert value("luspo", kl_coef=0.04) == near(reference.luspo_loss(sequences, 1 - 3e-4, 1 + 4e-4, 0.04))
+    assert value("vespo", kl_coef=0.04) == near(reference.vespo_loss(sequences, 0.04))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_group_advantages(seed: int) -> None:
     group = random_group(random.Random(seed), 5)
     whole = reference.group_advantages(REWARDS, 1e-4)
-    for name in ("grpo", "dapo", "gspo", "sapo", "bapo", "cispo"):
+    for name in ("grpo", "dapo", "gspo", "sapo", "bapo", "cispo", "luspo", "vespo"):
         actual = tokens(make(name).advantages(signals_of(group, REWARDS)), group)
         assert_tokens(actual, [[a] * len(s["old"]) for a, s in zip(whole, group, strict=True)])
     actual = tokens(make("dr_grpo").advantages(signals_of(group, REWARDS)), group)
     assert_tokens(actual, [[r - 0.5] * len(s["old"]) for r, s in zip(REWARDS, group, strict=True)])
+    for kl_coef in (0.0, 0.05):
+        expected = reference.rloo_advantages(group, REWARDS, kl_coef)
+        actual = tokens(make("rloo", kl_coef=kl_coef).advantages(signals_of(group, REWARDS)), group)
+        assert_tokens(actual, [[a] * len(s["old"]) for a, s in zip(expected, group, strict=True)])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -278,6 +285,22 @@ def test_cispo_by_hand() -> None:
     assert loss.metrics["capped"] == (2, 4), "a sum and a count"
 
 
+def test_rloo_by_hand() -> None:
+    """Rewards 1, 0, 0.5 less 0.1 times log-ratios to the reference of 2, 0, -1: 0.8, 0, 0.6 against the others' means."""
+    group = random_group(random.Random(0), 3)
+    for s, per_response in zip(group, (2.0, 0.0, -1.0), strict=True):
+        s["ref"] = [o - per_response / len(s["old"]) for o in s["old"]]
+    actual = make("rloo", kl_coef=0.1).advantages(signals_of(group, [1.0, 0.0, 0.5]))
+    assert [row[0] for row in tokens(actual, group)] == pytest.approx([0.5, -0.7, 0.2])
+    alone = make("rloo").advantages(signals_of(group[:1], [1.0]))
+    assert not alone.any(), "there are no others to compare with"
+    batch = batch_of(pair(logp=[[math.log(0.5)] * 2, [-1.0] * 2], old=[[math.log(0.25)] * 2, [-1.0] * 2],
+                          advantage=[[1.0] * 2, [-3.0] * 2]))  # fmt: skip
+    loss = make("rloo").loss(batch)  # ratios 2 · 2, clipped at 1.2, and 1
+    assert loss.value.item() == pytest.approx((-1.2 + 3.0) / 2)
+    assert loss.metrics["ratio"] == (4 + 4 + 1 + 1, 4)
+
+
 def test_sft_and_vanilla_by_hand() -> None:
     group = pair(advantage=[[1.0, 1.0], [1.0, 1.0]])
     assert torch.equal(make("sft").advantages(signals_of(group, [1.0, 0.0])), torch.ones(2, 2))
@@ -299,15 +322,17 @@ def test_equal_rewards_give_no_signal() -> None:
     """Eq 20 would turn attention noise into unit variance; 'paper' keeps it."""
     group = random_group(random.Random(0), 4)
     signals = signals_of(group, [1.0] * 4)
-    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo", "disco", "cispo"):
+    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo", "disco", "cispo", "luspo", "vespo"):
         assert not make(name).advantages(signals).any(), name
+    assert not make("rloo", kl_coef=0.0).advantages(signals).any()
+    assert make("rloo").advantages(signals).any(), "the KL is part of the reward"
     kept = make("e3rl", degenerate_groups="paper").advantages(signals)
     assert_tokens(tokens(kept, group), reference.e3rl_advantages(group, [1.0] * 4, "causal", 1e-4))
     assert float(kept.abs().max()) > 0.9
 
 
 def test_kl_is_asked_for_only_where_it_weighs() -> None:
-    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "bapo", "cispo"):
+    for name in ("e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "bapo", "cispo", "rloo", "luspo", "vespo"):
         assert "reference" in make(name, kl_coef=0.1).needs
         assert "reference" not in make(name, kl_coef=0.0).needs
     assert make("e3rl", allocation="sequence", kl_coef=0.0).needs == {"rewards_only"}

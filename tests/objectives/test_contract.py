@@ -42,7 +42,9 @@ def test_variants_of_e3rl_keep_the_contract(options: dict) -> None:
     check_objective(make("e3rl", **options))
 
 
-@pytest.mark.parametrize("name", ["e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo"])
+@pytest.mark.parametrize(
+    "name", ["e3rl", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "erpo", "bapo", "rloo", "luspo", "vespo"]
+)
 def test_a_ratio_beyond_all_numbers_is_clipped_like_any_other(name: str) -> None:
     """e^200 is infinite in float32, and the zero gradient of a clipped term would come out as 0 * inf."""
     old_ST = torch.full((2, 3), -201.0)

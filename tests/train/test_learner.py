@@ -184,6 +184,7 @@ OBJECTIVES_TO_COMPARE = [
     ("gspo", {}),
     ("sapo", {}),
     ("cispo", {}),
+    ("rloo", {}),
     ("erpo", {}),
 ]
 
@@ -251,7 +252,7 @@ def test_the_old_policy_is_scored_apart_only_where_it_is_another_one(
     assert _forward_passes(learner, monkeypatch, lambda: learner.learn(GROUPS, 0)) == passes
 
 
-@pytest.mark.parametrize("objective", ["grpo", "dapo", "dr_grpo", "gspo", "sapo", "bapo", "sft"])
+@pytest.mark.parametrize("objective", ["grpo", "dapo", "dr_grpo", "gspo", "sapo", "bapo", "sft", "luspo", "vespo"])
 def test_advantages_of_rewards_alone_need_no_pass_of_their_own(objective: str, monkeypatch: pytest.MonkeyPatch):
     """Six sequences in six rows, whatever the memory that the passes would keep."""
     learner = _learner(objective, TrainConfig(learning_rate=1e-3, warmup_ratio=0.0, micro_batch_tokens=8))
@@ -304,6 +305,9 @@ STREAMED = {
     "gspo": [{}],
     "sapo": [{}],
     "cispo": [{}],
+    "rloo": [{}],
+    "luspo": [{}],
+    "vespo": [{}],
     "erpo": [{}],
 }
 

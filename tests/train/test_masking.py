@@ -47,7 +47,7 @@ def shares(sequence):
     return torch.arange(1, size + 1) / (size * (size + 1) / 2)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo", "e3rl"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo", "rloo", "luspo", "vespo", "e3rl"])
 def test_a_cut_off_response_moves_nothing_and_counts_for_its_siblings(name: str):
     finishes = ["stop", "length", "stop", "stop"]
     plain, _, before_ST = lessons_of(name, False, finishes)
@@ -57,7 +57,9 @@ def test_a_cut_off_response_moves_nothing_and_counts_for_its_siblings(name: str)
     assert before_ST[1].abs().sum() > 0
     assert after_ST[1].abs().sum() == 0
     of_all, of_rest = tokens(plain, {0, 1, 2, 3}), tokens(plain, {0, 2, 3})
-    factor = dict.fromkeys(("grpo", "dapo", "cispo"), of_all / of_rest)  # means over the tokens that are learnt from
+    factor = dict.fromkeys(
+        ("grpo", "dapo", "cispo", "vespo"), of_all / of_rest
+    )  # means over the tokens that are learnt from
     for row in (0, 2, 3):
         torch.testing.assert_close(after_ST[row], before_ST[row] * factor.get(name, 1.0))
     assert math.isfinite(loss)
