@@ -28,7 +28,7 @@ from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.output import Panel, Plot, Table
 from e3rl_reproduce.results import Results, SeedMean, difference, estimate
-from e3rl_reproduce.settle_rows import COLDER, Comparison, settings
+from e3rl_reproduce.settle_rows import Comparison, settings
 from e3rl_reproduce.study import LAB, SMOKE, Row, Scale, Study
 from e3rl_reproduce.views import banded, text
 from e3rl_reproduce.when import chosen, figures
@@ -220,16 +220,15 @@ _ALL_END = 0.95
 
 
 def colder_table(results: Results) -> list[Table]:
-    """Rows decoded plainly at T = 1 and at the temperature that is best on training problems, against the first."""
+    """Rows that are decoded colder: at T = 1 and at the temperature that is best on training problems, against the first."""
     lines = []
     for setting in settings(results.scale):
-        rows = [row.label for row in setting.rows if COLDER in row.measures]
-        found = {label: _taken(results, label, COLDER) for label in rows}
+        found = {row.label: _taken(results, row.label, row.measures[0]) for row in setting.rows if row.measures}
         avg = {
             label: [{seed: _right(values, way) for seed, values in by_seed.items()} for way in (_AT_ONE, "")]
             for label, by_seed in found.items()
         }
-        for label in (label for label in rows if found[label]):
+        for label in (label for label in found if found[label]):
             cells = []
             for ours, theirs in zip(avg[label], avg[setting.base], strict=True):
                 cells += [text(estimate(list(ours.values()))), text(difference(ours, theirs), sign=True)]

@@ -57,6 +57,7 @@ COLDER = Measure(
     DECODINGS, "steps", {"tuning": 32, "problems": 64, "samples": 4, "ways": [[1.0, ""], [0.6, ""], [0.3, ""]]}
 )
 """What a lower temperature does with the last weights."""
+_COLDER_SEARCHES = replace(COLDER, options={"tuning": 16, "problems": 64, "samples": 4, "ways": [[1.0, ""], [0.6, ""]]})
 
 GRPO, CONTRAST, DROPPED = "GRPO", "oracle 0.95, contrast", "oracle 0.95, dropped"
 LOSS, CREDIT = "E³RL's loss, plain rollouts", "step credit 0.95, plain rollouts"
@@ -65,6 +66,7 @@ STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
 """Evaluated where GRPO's tokens are spent: what the straight line between evaluations takes from the same run."""
 CRITIC, LIKELY = "critic's credit, plain rollouts", "step credit by entropy + 0.3 ε, plain rollouts"
 ERASED_UNLIKELY = "erased by entropy + 0.3 ε, contrast"
+LEARNT = "step credit by the critic, plain rollouts"
 
 _BOUND = Comparison(
     "chain 4",
@@ -94,6 +96,12 @@ _BOUND = Comparison(
         ),
         Row(LIKELY, ("methods/e3rl",), (_STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED), measures=(COLDER,)),
         Row(
+            LEARNT,
+            ("methods/e3rl",),
+            (_STEP_CREDIT, _SEQUENCE, "rollout.erase=true", "erasure.metric=value", _NOTHING_ERASED),
+            measures=(COLDER,),
+        ),
+        Row(
             ERASED_UNLIKELY,
             ("methods/e3rl",),
             (*_CONTRAST, *_UNANSWERED, "erasure.baseline=quantile", "erasure.quantile=0.5"),
@@ -111,6 +119,7 @@ _BOUND = Comparison(
         (CREDIT, LOSS),
         (CRITIC, LOSS),
         (LIKELY, LOSS),
+        (LEARNT, LOSS),
         (CREDIT, CRITIC),
     ),
 )
@@ -128,12 +137,19 @@ _PAPER_ON_MAZE = (*_MAZE, "erasure.kappa0=1.5")
 _SEARCHES = Comparison(
     "maze 4, as the paper trains",
     (
-        Row("maze: GRPO", ("methods/grpo",), _MAZE),
+        Row("maze: GRPO", ("methods/grpo",), _MAZE, measures=(_COLDER_SEARCHES,)),
         Row("maze: GRPO, overlong shaping", ("methods/grpo",), (*_MAZE, "rewards.overlong=true")),
         Row("maze: E³RL", ("methods/e3rl",), _PAPER_ON_MAZE),
         Row("maze: E³RL, contrast", ("methods/e3rl",), (*_PAPER_ON_MAZE, "objective.erased=contrast")),
+        Row("maze: " + LOSS, ("methods/e3rl",), (*_MAZE, _SEQUENCE, _PLAIN), measures=(_COLDER_SEARCHES,)),
+        Row(
+            "maze: " + LIKELY,
+            ("methods/e3rl",),
+            (*_MAZE, _STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED),
+            measures=(_COLDER_SEARCHES,),
+        ),
     ),
-    (("maze: E³RL, contrast", "maze: E³RL"),),
+    (("maze: E³RL, contrast", "maze: E³RL"), ("maze: " + LIKELY, "maze: " + LOSS)),
 )
 _SMOKE = Comparison(
     "chain 1",
