@@ -2,13 +2,16 @@
 
 ``python benchmarks/gsm8k_signals.py sample MODEL FILE OUT`` draws the samples (FILE: JSON lines with ``problem`` and ``answer``;
 goes on where it stopped) and ``… report OUT`` prints the table: AUROC within a problem, the same within strata of equal
-log-probability (what log-probability knows, a lower temperature buys as well), and Avg and Pass at k.
+log-probability (what log-probability knows, a lower temperature buys as well), and Avg and Pass at k. Then what the same samples
+give at the tokens of N answers: the calmest, the commonest answer, and whole responses erased until one is calm.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -126,10 +129,103 @@ def _auroc(groups: Sequence[Sequence[dict[str, Any]]], name: str, same: Callable
     yield float(won[:, 1].sum())
 
 
+def _agreed(group: Sequence[dict[str, Any]]) -> None:
+    """Adds the share of siblings with another answer, or none."""
+    for r in group:
+        same = sum(r["answer"] is not None and r["answer"] == other["answer"] for other in group) - (
+            r["answer"] is not None
+        )
+        r["disagreement"] = 1 - same / (len(group) - 1)
+
+
+def _headed(groups: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]) -> None:
+    """Adds a learnt head: logistic in the differences between wrong and right siblings, from the other half of the problems."""
+    values = np.array([[r[name] for name in names] for group in groups for r in group])
+    centre, spread = values.mean(0), values.std(0)
+    for half in (0, 1):
+        taught = [group for i, group in enumerate(groups) if i % 2 != half]
+        found = [
+            [bad[name] - good[name] for name in names]
+            for group in taught
+            for bad, good in itertools.product(group, group)
+            if good["right"] and not bad["right"]
+        ]
+        differences, weights = np.array(found) / spread, np.zeros(len(names))
+        for _ in range(500):  # gradient descent on the mean loss + |w|² / 20
+            missed = 1 / (1 + np.exp(differences @ weights))
+            weights -= 0.1 * (0.1 * weights - (missed[:, None] * differences).mean(0))
+        for group in groups[half::2]:
+            for r in group:
+                r["learnt head"] = float((np.array([r[name] for name in names]) - centre) / spread @ weights)
+
+
+def _calmest(group: Sequence[dict[str, Any]], n: int, name: str) -> float:
+    """Chance that of n samples the calmest is right, over all choices of n."""
+    order = sorted(group, key=lambda r: r[name])
+    chances = [math.comb(len(order) - 1 - i, n - 1) / math.comb(len(order), n) for i in range(len(order))]
+    return sum(chance * r["right"] for chance, r in zip(chances, order, strict=True))
+
+
+def _commonest(group: Sequence[dict[str, Any]], n: int) -> float:
+    """Chance that of n samples the commonest answer is right (ties: their mean), over all choices of n."""
+    shares = []
+    for chosen in itertools.combinations(group, n):
+        counts: dict[str, list[bool]] = {}
+        for r in chosen:
+            if r["answer"] is not None:
+                counts.setdefault(r["answer"], []).append(r["right"])
+        most = max(map(len, counts.values()), default=0)
+        shares.append(np.mean([c[0] for c in counts.values() if len(c) == most]) if counts else 0.0)
+    return float(np.mean(shares))
+
+
+def _erased(group: Sequence[dict[str, Any]], calm: float, retries: int, name: str) -> tuple[float, float]:
+    """Chance of a right answer, and tokens, where a whole response that is not calm is drawn again; the last one stays.
+
+    The samples stand for draws, in 200 random orders.
+    """
+    generator, right, tokens = np.random.default_rng(0), 0.0, 0.0
+    for _ in range(200):
+        for attempt, index in enumerate(generator.permutation(len(group))[: retries + 1]):
+            tokens += group[index]["length"]
+            if group[index][name] <= calm or attempt == retries:
+                right += group[index]["right"]
+                break
+    return right / 200, tokens / 200
+
+
+def decoded(groups: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Right answers, one for each problem, at the tokens of N answers; intervals over problems."""
+    name, plain = "entropy + 0.3 ε", np.array([np.mean([r["right"] for r in group]) for group in groups])
+    tokens = np.array([np.mean([r["length"] for r in group]) for group in groups])
+    ways: dict[str, tuple[np.ndarray, float]] = {"plain": (plain, 1.0)}
+    for n in (2, 4, 8):
+        ways[f"calmest of {n}"] = (np.array([_calmest(g, n, name) for g in groups]), n)
+        ways[f"commonest of {n}"] = (np.array([_commonest(g, n) for g in groups]), n)
+    for share, retries in ((0.5, 1), (0.5, 7), (0.2, 7)):
+        found = []
+        for i, group in enumerate(groups):  # the threshold comes from the other half of the problems
+            others = [r[name] for g in groups[1 - i % 2 :: 2] for r in g]
+            found.append(_erased(group, float(np.quantile(others, share)), retries, name))
+        right, spent = np.array(found).T
+        ways[f"erased, quantile {share:g}, at most {retries} times"] = (right, float(spent.sum() / tokens.sum()))
+    print("\n| one answer | tokens × | right | − plain |\n| --- | --- | --- | --- |")
+    draws = np.random.default_rng(0).integers(0, len(groups), (1000, len(groups)))
+    for way, (right, cost) in ways.items():
+        cells = []
+        for sign, values in (("", right), ("+", right - plain)):
+            low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+            cells.append(f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})")
+        print(f"| {way} | {cost:.2f} | {' | '.join(cells)} |")
+
+
 def report(out: Path) -> None:
-    """The table, for all samples and for those that ended by themselves."""
+    """The tables, for all samples and for those that ended by themselves."""
     rows = _read(out)
     groups = [[r for r in rows if r["problem"] == p] for p in sorted({r["problem"] for r in rows})]
+    _headed(groups, [n for n in rows[0] if n not in ("problem", "right", "finish", "answer")])
+    for group in groups:
+        _agreed(group)
     edges = np.quantile([r["−log p, sum"] for r in rows], np.linspace(0, 1, STRATA + 1)[1:-1])
     for r in rows:
         r["stratum"] = int(np.searchsorted(edges, r["−log p, sum"]))
@@ -150,6 +246,7 @@ def report(out: Path) -> None:
             value, low, high, count = _auroc(chosen, name, same)
             cells.append(f"{value:.3f} ({low:.3f}–{high:.3f}; {count:.0f} pairs)")
         print(f"| {name} | {' | '.join(cells)} |")
+    decoded(groups)
 
 
 def main() -> None:
