@@ -94,7 +94,7 @@ class Config:
         """Refuse tools that may take longer than a worker may be silent: it would be given up on, and the group made again."""
         if self.environments.timeout >= self.rollout.worker_timeout:
             raise UserError(
-                f"environments.timeout = {self.environments.timeout:g} lets a turn's tools take longer than a worker may be "
+                f"environments.timeout = {self.environments.timeout:g} lets a tool's call take longer than a worker may be "
                 f"silent (rollout.worker_timeout = {self.rollout.worker_timeout:g}): lower the first or raise the second"
             )
 

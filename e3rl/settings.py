@@ -335,11 +335,11 @@ class EnvironmentsConfig:
     max_turns: int = setting(8, "most turns of a response whose calls are run; a further call ends it", min=1)
     max_calls: int = setting(16, "most calls run in a turn; further ones return an error", min=1)
     timeout: float = setting(
-        30.0, "seconds for the calls of one turn; then the response ends without a reward", above=0
+        30.0, "seconds for each call of a tool; after them the response ends without a reward", above=0
     )
     isolate: bool = setting(
         False,
-        "run each environment in its own process, killed if a turn takes too long or this process ends",
+        "run each environment in its own process, killed if a call takes too long or this process ends",
     )
     erase: str = setting(
         "none",

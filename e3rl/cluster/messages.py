@@ -100,8 +100,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes before the groups that are done. ``beat`` counts candidates since the worker started: one that does not
-    change means that the worker hangs."""
+    """What goes before the groups that are done. ``beat`` counts candidates and tools' calls since the worker started: one
+    that does not change means that the worker hangs."""
 
     run: str
     beat: int

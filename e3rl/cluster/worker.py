@@ -135,7 +135,7 @@ class RolloutWorker:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._finished or self._fault or ask.run != self._run, ask.wait)
             finished, self._finished = self._finished, []
-            return encode_answer(Answer(self._run, self._beat, self._fault), finished)
+            return encode_answer(Answer(self._run, self._beat + self._driver.beat(), self._fault), finished)
 
     def _without_tools(self, wanted: str) -> Fault | None:
         """Why this worker can't run a run's tools. It uses those that it was started with: no request names code."""

@@ -26,6 +26,7 @@ from e3rl.environments.tools import (
     make,
     row_of,
     schemas_of,
+    toy_calls,
     within,
 )
 from e3rl.errors import UserError
@@ -67,7 +68,7 @@ class Toolbox:
     def said(self, problem: Problem) -> str:
         """The text that a fresh environment adds to a problem's prompt."""
         try:
-            return str(self._timed(lambda: self._opened(problem)[1]))
+            return str(self._timed(lambda: self._opened(problem)[1], "reset()"))
         except UserError:
             raise
         except Exception as error:  # user code may raise anything
@@ -77,22 +78,31 @@ class Toolbox:
             ) from None
 
     def check(self, problem: Problem) -> None:
-        """UserError if a turn can't be undone; tried on one problem."""
-        if self.undoable:
-            self._timed(lambda: self._opened(problem)[0].check(self.schemas))
+        """UserError if a turn can't be undone; tried on one problem, with a toy call of every tool."""
+        if not self.undoable:
+            return
+        host = self._timed(lambda: self._opened(problem)[0], "reset()")
+        self._timed(host.mark, "snapshot()")
+        if self.config.state == "deepcopy":  # going back is nothing but taking the copy
+            return
+        for tool, arguments in toy_calls(self.schemas):
+            self._timed(partial(_try, host, tool, arguments), f"a toy call of {tool}()")
+        self._timed(host.compare, "going back")
 
-    def _timed(self, work: Callable[[], Any]) -> Any:
+    def _timed(self, work: Callable[[], Any], what: str) -> Any:
         """Apply the deadline, except to isolated environments: they have their own deadlines, and may start slowly."""
-        return work() if self.config.isolate else within(self.deadline, work, self._name)
+        what = f"environment '{self._name}': {what}"
+        try:
+            return work() if self.config.isolate else within(self.deadline, work, what)
+        except HostLost as error:
+            raise UserError(f"{what} {error}, before the run") from None
 
     def open(self, problem: Problem) -> HostedEpisode:
         """See `e3rl.environments.protocol.Tools.open`."""
         return HostedEpisode(self, self._opened(problem)[0])
 
     def _opened(self, problem: Problem) -> tuple[Host | IsolatedHost, str]:
-        host = self._host()
-        host.begin(self.deadline)
-        row = row_of(problem)
+        host, row = self._host(), row_of(problem)
         if self._kind:  # as in TRL it is the run's, not the environment's
             del row[_COLUMN]
         return host, host.reset(row)
@@ -138,7 +148,7 @@ class HostedEpisode:
         """What rewards are given."""
         return self._host.instance
 
-    def act(self, ids: Sequence[int]) -> Reply:
+    def act(self, ids: Sequence[int], begin: Callable[[], None]) -> Reply:
         """See `e3rl.environments.protocol.Episode.act`."""
         box = self._toolbox
         calls = box.dialogue.calls(ids)
@@ -146,15 +156,19 @@ class HostedEpisode:
             return Reply(end="stop")
         if self._turns == box.config.max_turns:
             return Reply(end="length")
-        self._host.begin(box.deadline)
         began = time.perf_counter()
+        results: tuple[ToolResult, ...] = ()
         try:
             if box.undoable:
+                begin()
                 self._host.save()
-            results = tuple(self._result(asked, n) for n, asked in enumerate(calls))
+            for number, asked in enumerate(calls):
+                begin()
+                results += (self._result(asked, number),)
         except HostLost as error:
             return Reply(failure=str(error))
         seconds = time.perf_counter() - began
+        begin()
         against = 0.0 if box.evidence is None else float(box.evidence(results))
         observed = Observed(results, self._turns, against if math.isfinite(against) else 1.0, seconds=seconds)
         self._turns += 1
@@ -163,7 +177,6 @@ class HostedEpisode:
     def undo(self) -> Reply:
         """See `e3rl.environments.protocol.Episode.undo`. If it fails, the trajectory has no reward."""
         self._turns -= 1
-        self._host.begin(self._toolbox.deadline)
         try:
             self._host.go_back()
         except Exception as error:  # user code may raise anything
@@ -184,6 +197,16 @@ class HostedEpisode:
             raise
         except Exception as error:
             return ToolResult(asked.name, asked.arguments, str({"error": str(error)}), failed=True)
+
+
+def _try(host: Host | IsolatedHost, tool: str, arguments: str) -> None:
+    """Call a tool that may raise."""
+    try:
+        host.call(tool, arguments)
+    except HostLost:
+        raise
+    except (Exception, SystemExit):
+        pass
 
 
 def toolbox(config: Config, tokenizer: Any, ends: Sequence[int] = ()) -> Toolbox | Toolboxes | None:

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from multiprocessing.connection import Connection
 from typing import Any
@@ -37,18 +36,13 @@ class ToolError(Exception):
 
 
 class IsolatedHost:
-    """One environment's process: the methods of `e3rl.environments.tools.Host`, within the time that `begin` gave."""
+    """One environment's process: the methods of `e3rl.environments.tools.Host`, each within ``patience`` seconds."""
 
     def __init__(self, connection: Connection, patience: float) -> None:
         self._connection, self._patience = connection, patience
         self._finalizer: weakref.finalize[..., IsolatedHost] = weakref.finalize(self, connection.close)
-        self.begin(_START)
-        pid = int(self._receive()["pid"])
+        pid = int(self._receive(_START)["pid"])
         self._finalizer = weakref.finalize(self, _kill, connection, pid, os.getpid())
-
-    def begin(self, seconds: float) -> None:
-        """Set the total time for the requests that follow."""
-        self._until = time.monotonic() + seconds
 
     def reset(self, row: dict[str, Any]) -> str:
         """The environment's first text."""
@@ -58,9 +52,13 @@ class IsolatedHost:
         """What a tool returns, as text; `ToolError` for what it raises."""
         return str(self._ask("call", tool, arguments))
 
-    def check(self, schemas: list[dict[str, Any]]) -> None:
-        """UserError if it doesn't return to a saved state."""
-        self._ask("check", schemas)
+    def mark(self) -> None:
+        """`e3rl.environments.tools.Host.mark`."""
+        self._ask("mark")
+
+    def compare(self) -> None:
+        """`e3rl.environments.tools.Host.compare`."""
+        self._ask("compare")
 
     def save(self) -> None:
         """Save the current state."""
@@ -72,7 +70,6 @@ class IsolatedHost:
 
     def get_reward(self) -> Any:
         """The result of the environment's ``get_reward``; None without one, or if its process has ended."""
-        self.begin(self._patience)
         try:
             return self._ask("reward")
         except HostLost:
@@ -92,18 +89,18 @@ class IsolatedHost:
             self._connection.send((method, arguments))
         except OSError:
             raise HostLost("has lost its process") from None
-        reply = self._receive()
+        reply = self._receive(self._patience)
         if "refused" in reply:
             raise UserError(reply["refused"])
         if "error" in reply:
             raise ToolError(reply["error"], reply["kind"])
         return reply["value"]
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, seconds: float) -> dict[str, Any]:
         try:
-            if not self._connection.poll(max(0.0, self._until - time.monotonic())):
+            if not self._connection.poll(seconds):
                 self.close()
-                raise HostLost("took too long and was killed")
+                raise HostLost(f"took longer than {seconds:g} s")
             reply = json.loads(self._connection.recv_bytes(_LONGEST))
             return dict(reply)
         except (EOFError, OSError, ValueError, TypeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,8 +32,11 @@ class Episode(Protocol):
     def environment(self) -> Any:
         """What rewards are given."""
 
-    def act(self, ids: Sequence[int]) -> Reply:
-        """Execute the calls of an assistant turn."""
+    def act(self, ids: Sequence[int], begin: Callable[[], None]) -> Reply:
+        """Execute the calls of an assistant turn.
+
+        ``begin`` is called before each: the deadline starts anew. It raises if nobody waits any more, and the rest is not done.
+        """
 
     def undo(self) -> Reply:
         """Undo the last `act`; a reply with a failure if that didn't work."""
@@ -43,7 +46,7 @@ class Episode(Protocol):
 
 
 class Tools(Protocol):
-    """The tools of a rendered prompt. ``deadline``: seconds for one turn's calls. ``erasures``: the limit for one turn.
+    """The tools of a rendered prompt. ``deadline``: seconds for one call. ``erasures``: the limit for one turn.
 
     ``identity`` is equal in two processes that have the same tools under the same settings.
     """

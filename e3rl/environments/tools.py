@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import inspect
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from e3rl.config import EnvironmentsConfig
@@ -122,15 +121,16 @@ def can_go_back(environment: Any, config: EnvironmentsConfig) -> bool:
 
 
 class Host:
-    """An environment and the operations on it; `e3rl.environments.isolation.IsolatedHost` runs one in a child process."""
+    """An environment and the operations on it; `e3rl.environments.isolation.IsolatedHost` runs one in a child process.
+
+    Nothing here has a time limit: the caller uses a thread and stops waiting for it.
+    """
 
     def __init__(self, factory: Callable[[], Any], name: str, *, deep: bool) -> None:
         self.instance = create(factory, name)
         self._name, self._deep = name, deep
         self._kept: Any = None
-
-    def begin(self, seconds: float) -> None:
-        """No time limit here: the caller uses a thread and stops waiting for it."""
+        self._marked: Any = None
 
     def reset(self, row: dict[str, Any]) -> str:
         """The environment's first text."""
@@ -154,21 +154,17 @@ class Host:
         else:
             self.instance.restore(self._kept)
 
-    def check(self, schemas: list[dict[str, Any]]) -> None:
-        """UserError if it doesn't return to a saved state: tried once, with a toy call of every tool."""
+    def mark(self) -> None:
+        """Save a state that `compare` goes back to; UserError if that fails."""
         try:
             self.save()
-            before = copy.deepcopy(self._kept)
+            self._marked = copy.deepcopy(self._kept)
         except Exception as error:
             how = "can't be copied (environments.state = 'deepcopy')" if self._deep else "has a snapshot() that fails"
             raise UserError(f"environment '{self._name}' {how}: {type(error).__name__}: {error}") from None
-        if self._deep:
-            return
-        for function in (schema["function"] for schema in schemas):
-            properties: Mapping[str, Any] = function["parameters"].get("properties", {})
-            toy = {key: _TOY.get(str(value.get("type"))) for key, value in properties.items()}
-            with contextlib.suppress(Exception):  # a toy call may fail
-                self.call(function["name"], json.dumps(toy))
+
+    def compare(self) -> None:
+        """Go back to the state that `mark` saved; UserError if its snapshot is another one then."""
         try:
             self.go_back()
             after = self.instance.snapshot()
@@ -176,7 +172,7 @@ class Host:
             raise UserError(
                 f"environment '{self._name}': restore(snapshot()) fails after a call: {type(error).__name__}: {error}"
             ) from None
-        if after != before:
+        if after != self._marked:
             raise UserError(
                 f"environment '{self._name}': after restore(snapshot()) its snapshot is another one: restore() doesn't bring "
                 "back what a call changed, or snapshot() returns an object that later calls change"
@@ -190,8 +186,15 @@ class Host:
         """Nothing is held."""
 
 
-def within(seconds: float, work: Callable[[], Any], name: str) -> Any:
-    """The result of ``work``; UserError if the environment takes longer. A thread that hangs is abandoned."""
+def toy_calls(schemas: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """A call of every tool: its name, and plain arguments of the right types as JSON."""
+    for function in (schema["function"] for schema in schemas):
+        properties: Mapping[str, Any] = function["parameters"].get("properties", {})
+        yield function["name"], json.dumps({key: _TOY.get(str(value.get("type"))) for key, value in properties.items()})
+
+
+def within(seconds: float, work: Callable[[], Any], what: str) -> Any:
+    """The result of ``work``; UserError if ``what`` it is takes longer. A thread that hangs is abandoned."""
     found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -205,7 +208,7 @@ def within(seconds: float, work: Callable[[], Any], name: str) -> Any:
         value, error = found.get(timeout=seconds)
     except queue.Empty:
         raise UserError(
-            f"environment '{name}' took longer than {seconds:g} s before the run (environments.timeout)"
+            f"{what} took longer than {seconds:g} s, before the run: make it faster, or raise environments.timeout"
         ) from None
     if error is not None:
         raise error

@@ -62,6 +62,7 @@ class Driver:
         self._followed: dict[Row, int] = {}  # of those, and the tokens that were told
         self._actors = Actors(memory)
         self.wake = self._actors.wake  # by any thread: a step that waits for environments returns
+        self.beat = self._actors.beat
 
     @property
     def decoding(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import threading
@@ -54,8 +55,24 @@ def joined(candidates: Sequence[Candidate]) -> Candidate:
 class _Acting:
     owner: object
     done: Callable[[Reply], None]
-    deadline: float
     limit: float
+    deadline: float = math.inf
+
+    def begin(self) -> None:
+        """A call begins, with the whole limit for itself."""
+        self.deadline = time.monotonic() + self.limit
+
+    def late(self) -> bool:
+        """Whether the limit has passed since the last `begin`."""
+        return time.monotonic() > self.deadline
+
+    def too_late(self) -> Reply:
+        """The answer of an environment that is late."""
+        return Reply(failure=f"took longer than {self.limit:g} s")
+
+
+class _GivenUp(Exception):
+    """Nobody waits for the turn any more."""
 
 
 _AWAKE = object()
@@ -65,12 +82,15 @@ _AWAKE = object()
 class Actors:
     """Runs environments, one thread a turn, while the engine decodes other rows.
 
+    Each call of a turn has the deadline for itself. A thread that is late is abandoned; it begins no further call.
+
     A turn at whose end the process is in another directory has failed, and the directory is put back. Whose tool went there
     isn't known: of turns that run at the same moment it may be another's. Umask and locale are put back and that is said;
     changed variables and import path are said.
     """
 
     memory: Memory | None = None
+    _begun: int = 0
     _place: str = field(default_factory=os.getcwd)
     _finished: queue.SimpleQueue[tuple[object, Reply]] = field(default_factory=queue.SimpleQueue)
     _acting: dict[object, _Acting] = field(default_factory=dict)
@@ -79,6 +99,10 @@ class Actors:
     def busy(self) -> bool:
         """Whether a turn is being answered."""
         return bool(self._acting)
+
+    def beat(self) -> int:
+        """How often a call, or what goes before or after one, has begun: it stands still only while one of them lasts."""
+        return self._begun
 
     def answer(
         self,
@@ -95,18 +119,19 @@ class Actors:
         """
         limit = prompt.tools.deadline
         if isinstance(order, Undo):
-            self._start(episodes[order.sibling].undo, _Acting(owner, done, time.monotonic() + limit, limit))
+            undo = episodes[order.sibling].undo
+            self._start(lambda _: undo(), _Acting(owner, done, limit))
             return
         sibling, ids = order.sibling, order.ids
         assert draw is not None
         known = None if self.memory is None else self.memory.take_reply(draw)
 
-        def act() -> Reply:
+        def act(begin: Callable[[], None]) -> Reply:
             if known is not None and known.failure is not None:
                 return known
             if sibling not in episodes:
                 episodes[sibling] = prompt.tools.open(prompt.problem)
-            reply = episodes[sibling].act(ids)
+            reply = episodes[sibling].act(ids, begin)
             return known or reply
 
         def kept(reply: Reply) -> None:
@@ -115,21 +140,31 @@ class Actors:
                 self.memory.flush()
             done(reply)
 
-        self._start(act, _Acting(owner, kept, time.monotonic() + limit, limit))
+        self._start(act, _Acting(owner, kept, limit))
 
-    def _start(self, act: Callable[[], Reply], acting: _Acting) -> None:
+    def _start(self, act: Callable[[Callable[[], None]], Reply], acting: _Acting) -> None:
         token = object()
+
+        def begin() -> None:
+            if acting.late() or token not in self._acting:
+                raise _GivenUp
+            acting.begin()
+            self._begun += 1
 
         def run() -> None:
             before = replace(ProcessState.now(), directory=self._place)
             try:
-                reply = act()
+                reply = act(begin)
+                reply = acting.too_late() if acting.late() else reply
+            except _GivenUp:
+                reply = acting.too_late()
             except BaseException as error:  # user code, in a thread that nobody joins
                 reply = Reply(failure=f"raised {type(error).__name__}: {error}")
             if said := before.restore():
                 reply = Reply(failure=said)
             self._finished.put((token, reply))
 
+        acting.begin()
         self._acting[token] = acting
         threading.Thread(target=run, name="e3rl-environment", daemon=True).start()
 
@@ -151,11 +186,11 @@ class Actors:
             try:
                 token, reply = self._finished.get(timeout=patience) if patience else self._finished.get_nowait()
             except queue.Empty:
-                late = [t for t, a in self._acting.items() if a.deadline <= time.monotonic()]
+                late = [t for t, a in self._acting.items() if a.late()]
                 for token in late:
                     if acting := self._acting.pop(token, None):  # else given up on while another was handed on
                         found = True
-                        yield acting.done, Reply(failure=f"took longer than {acting.limit:g} s")
+                        yield acting.done, acting.too_late()
                 if found or not wait:
                     return
                 continue

@@ -10,17 +10,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save
 
 from e3rl.cluster.messages import Ask, Task, decode_answer
 from e3rl.cluster.server import make_server
 from e3rl.cluster.wire import encode
 from e3rl.cluster.worker import RolloutWorker
 from e3rl.config import Config, load_config
+from e3rl.environments.episodes import tool_prompts
 from e3rl.environments.protocol import RemoteEnvironment, settled
 from e3rl.errors import UserError
 from e3rl.rollout.columns import decode
 from e3rl.rollout.columns import encode as encode_groups
 from e3rl.rollout.group import GroupSettings
+from e3rl.rollout.orders import Event
 from e3rl.train import trainer as module
 from e3rl.train.ledger import ledger_path
 from e3rl.train.run_directory import read_lines
@@ -158,6 +161,39 @@ def test_a_worker_runs_only_the_tools_that_it_was_started_with(tmp_path: Path):
     assert groups == []
     assert answer.fault is not None
     assert "the run's environment is other.py:Counter (00000000) and this worker's" in answer.fault.message
+
+
+def test_every_call_is_a_sign_of_life(tmp_path: Path):
+    """So a turn of many calls may take longer than a worker may be silent."""
+    recipe = write_run(tmp_path, "e3rl", QUICK)
+    config = load_config(recipe, [], [f"model.path={tmp_path / 'model'}"])
+    events: list[Event] = []
+
+    class Counted(RolloutWorker):
+        def _observe(self, event: Event) -> None:
+            events.append(event)
+            super()._observe(event)
+
+    worker = Counted(config, 1000)
+    try:
+        worker.load_weights(0, save({name: t.detach() for name, t in worker._policy.trainable()}))
+        settings = GroupSettings(config.rollout, config.erasure, seed=1, policy_version=0)
+        [prompt] = tool_prompts(
+            [Problem("p", "Count.", columns={"start": 3})],
+            worker._policy.tokenizer,
+            config,
+            context_limit=4096,
+            completion_limit=480,
+        )
+        ask = encode(Ask("r", settings, (Task.of(prompt),), 5.0, prompt.tools.identity))
+        groups: list[Any] = []
+        while not groups:
+            answer, groups = decode_answer(worker.exchange(ask))
+    finally:
+        worker.close()
+    assert answer.fault is None
+    turns = 3  # one of them taken back; in each a snapshot, a call and a look at its result
+    assert answer.beat == len(events) + 3 * turns
 
 
 def test_tools_that_outlast_a_workers_silence_are_refused(tmp_path: Path):

@@ -213,6 +213,51 @@ def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("isolate", [False, True], ids=["here", "isolated"])
+def test_each_call_of_a_turn_has_the_deadline_for_itself(tmp_path: Path, isolate: bool) -> None:
+    source = (
+        COUNTER
+        + """
+    async def doze(self, seconds: float) -> str:
+        \"\"\"Wait.
+
+        Args:
+            seconds: how long
+        \"\"\"
+        import asyncio
+        await asyncio.sleep(seconds)
+"""
+    )
+    config = world(tmp_path, source, timeout=1.0, isolate=isolate)
+    turns = {
+        "three": [("rest", 0.6), ("doze", 0.6), ("rest", 0.6)],
+        "hangs": [("rest", 0.1), ("rest", 1.5)],
+        "hangs, asynchronous": [("doze", 0.1), ("doze", 1.5)],
+    }
+
+    def says(context: str, draw: Draw) -> str:
+        calls = [CALL.format(name, json.dumps({"seconds": s})) for name, s in turns[draw.prompt_id]]
+        return "Done." if "<tool_response>" in context else "".join([*calls, add(1)])
+
+    found, _, _ = roll(config, says, *[Problem(name, name, columns={"start": 3}) for name in turns])
+    with Scorer(config.rewards) as scorer:
+        rewards = scorer.score(found, [""] * 3)
+    seen = {t.prompt.problem.id: (r.value, r.error) for t, r in zip(found, rewards, strict=True)}
+    late = (None, "its environment took longer than 1 s")
+    assert seen == {"three": (4.0, None), "hangs": late, "hangs, asynchronous": late}
+    if not isolate:
+        counts = {t.prompt.problem.id: t.environment.count for t in found if t.environment}
+        assert counts == {"three": 4, "hangs": 3, "hangs, asynchronous": 3}, "after a late call none is begun"
+
+
+def test_each_toy_call_before_the_run_has_the_deadline_for_itself(tmp_path: Path) -> None:
+    slow = STATEFUL.replace("time.sleep(seconds)", "time.sleep(0.6)").replace(
+        "        return str(self.count)\n", "        import time; time.sleep(0.6)\n        return str(self.count)\n"
+    )
+    [trajectory], _, _ = roll(world(tmp_path, slow, erase="errors", timeout=1.0), answers("Done."))
+    assert trajectory.failure is None
+
+
+@pytest.mark.parametrize("isolate", [False, True], ids=["here", "isolated"])
 def test_get_reward_may_be_asynchronous_and_fails_alone(tmp_path: Path, isolate: bool) -> None:
     source = COUNTER.replace(
         "    def get_reward(self) -> float:\n",
@@ -350,8 +395,10 @@ def test_an_environment_that_cannot_work_is_refused(tmp_path: Path, source: str,
         (COUNTER.replace("self.count, self.asleep", "import threading\n        self.lock, self.count, self.asleep").replace("= start, False", "= threading.Lock(), start, False"), {"state": "deepcopy"}, r"can't be copied .*deepcopy.*TypeError"),
         (COUNTER.replace("self.count, self.asleep", "int(kwargs)\n        self.count, self.asleep"), {}, r"reset\(\) fails on problem 'p': NameError"),
         (COUNTER.replace("start: int = 0, **row", "start: int, sheet: str"), {}, r"reset\(\) fails on problem 'p': TypeError: .*'sheet'"),
-        (COUNTER.replace("self.count, self.asleep", "import time\n        time.sleep(2)\n        self.count, self.asleep"), {"timeout": 0.2}, "took longer than 0.2 s before the run"),
-        (STATEFUL.replace("self.count = snapshot", "import time\n        time.sleep(2)"), {"timeout": 0.2}, "took longer than 0.2 s before the run"),
+        (COUNTER.replace("self.count, self.asleep", "import time\n        time.sleep(2)\n        self.count, self.asleep"), {"timeout": 0.2}, r"Counter': reset\(\) took longer than 0.2 s, before the run"),
+        (STATEFUL, {"timeout": 0.2}, r"Counter': a toy call of rest\(\) took longer than 0.2 s, before the run"),
+        (STATEFUL.replace("sleep(seconds)", "sleep(0)").replace("self.count = snapshot", "import time\n        time.sleep(2)"), {"timeout": 0.2}, "Counter': going back took longer than 0.2 s, before the run"),
+        (STATEFUL.replace("time.sleep(seconds)", "os._exit(0)").replace("import time\n", "import os\n"), {"isolate": True}, r"Counter': a toy call of rest\(\) ended its process"),
     ],
 )  # fmt: skip
 def test_one_that_fails_before_the_run_is_named(

@@ -19,9 +19,10 @@ from e3rl.rollout.batches import run_groups
 from e3rl.rollout.columns import decode, encode
 from e3rl.rollout.group import GroupSettings
 from e3rl.rollout.ipc import from_ipc, to_ipc
+from e3rl.rollout.orders import Act
 from e3rl.rollout.statistics import first_candidates
 from e3rl.rollout.stats import summarise
-from e3rl.rollout.turns import from_json
+from e3rl.rollout.turns import Actors, from_json
 from e3rl.testing.scripted import ScriptedEngine
 from e3rl.train.journal import pack_reply, unpack_reply
 from e3rl.train.lessons import over_drawn, totals_of
@@ -61,7 +62,7 @@ class Env:
     def environment(self) -> Env:
         return self
 
-    def act(self, ids: Sequence[int]) -> Reply:
+    def act(self, ids: Sequence[int], begin: Callable[[], None]) -> Reply:
         self.turns.append(tuple(ids))
         answer = self.script.answers.get(len(self.turns) - 1, Reply(end="stop"))
         reply = answer() if callable(answer) else answer
@@ -214,7 +215,7 @@ def test_waiting():
 
 @pytest.mark.parametrize("how", ["hangs", "dies", "says so"])
 def test_failure(how: str):
-    """44. An environment that hangs or dies ends its own trajectory without a reward; the siblings go on."""
+    """44. A call that outlasts the deadline, or an environment that dies, ends its own trajectory without a reward; others go on."""
 
     def bad() -> Reply:
         if how == "hangs":
@@ -230,6 +231,40 @@ def test_failure(how: str):
     why = {"hangs": "took longer than 0.2 s", "dies": "raised SystemExit: gone", "says so": "it is gone"}[how]
     assert (failed.failure, failed.finish, kinds(failed)) == (why, "stop", ["drawn", "seen", "drawn"])
     assert (other.failure, other.finish) == (None, "length")
+
+
+@dataclass
+class Calls(Env):
+    waits: tuple[float, ...] = ()
+    made: int = 0
+
+    def act(self, ids: Sequence[int], begin: Callable[[], None]) -> Reply:
+        for seconds in self.waits:
+            begin()
+            self.made += 1
+            time.sleep(seconds)
+        return reply()
+
+
+@pytest.mark.parametrize(
+    ("waits", "made", "looks_after", "why"),
+    [
+        ((0.3, 0.3, 0.3), 3, 0.0, None),
+        ((0.1, 0.75, 0.1), 2, 1.1, "took longer than 0.5 s"),
+        ((0.1, 0.75), 2, 1.1, "took longer than 0.5 s"),
+    ],
+)
+def test_deadlines(waits: tuple[float, ...], made: int, looks_after: float, why: str | None):
+    """44, too: the deadline is each call's own; a turn that was late has failed even if it ends before anyone looks."""
+    tools, actors = Script({}, deadline=0.5), Actors()
+    env, answers = Calls(tools, waits=waits), []
+    prompt, draw = Prompt(Problem("p", "p"), (1,), tools), Draw(0, 0, "p", 0, 0, 0)
+    actors.answer(object(), prompt, {0: env}, Act(0, (1,), 0, 0), draw, answers.append)
+    time.sleep(looks_after)
+    for done, answer in actors.replies(wait=True):
+        done(answer)
+    assert [answer.failure for answer in answers] == [why]
+    assert (env.made, actors.beat()) == (made, made)
 
 
 def test_level_b():
