@@ -168,14 +168,14 @@ def _calmest(group: Sequence[dict[str, Any]], n: int, name: str) -> float:
 
 def _commonest(group: Sequence[dict[str, Any]], n: int) -> float:
     """Chance that of n samples the commonest answer is right (ties: their mean), over all choices of n."""
-    shares = []
+    shares = list[float]()
     for chosen in itertools.combinations(group, n):
         counts: dict[str, list[bool]] = {}
         for r in chosen:
             if r["answer"] is not None:
                 counts.setdefault(r["answer"], []).append(r["right"])
         most = max(map(len, counts.values()), default=0)
-        shares.append(np.mean([c[0] for c in counts.values() if len(c) == most]) if counts else 0.0)
+        shares.append(float(np.mean([c[0] for c in counts.values() if len(c) == most])) if counts else 0.0)
     return float(np.mean(shares))
 
 
@@ -199,7 +199,7 @@ def decoded(groups: Sequence[Sequence[dict[str, Any]]]) -> None:
     name, plain = "entropy + 0.3 ε", np.array([np.mean([r["right"] for r in group]) for group in groups])
     tokens = np.array([np.mean([r["length"] for r in group]) for group in groups])
     ways: dict[str, tuple[np.ndarray, float]] = {"plain": (plain, 1.0)}
-    for n in (2, 4, 8):
+    for n in (2, 3, 4, 8):
         ways[f"calmest of {n}"] = (np.array([_calmest(g, n, name) for g in groups]), n)
         ways[f"commonest of {n}"] = (np.array([_commonest(g, n) for g in groups]), n)
     for share, retries in ((0.5, 1), (0.5, 7), (0.2, 7)):
