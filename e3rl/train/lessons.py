@@ -8,7 +8,8 @@ weighed, its KL term among them, while clip decisions and the reported loss stay
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,34 +94,36 @@ def weighed(lesson: Lesson, train: TrainConfig) -> Lesson:
     return replace(lesson, importance=found)
 
 
-def with_selection(sequence: TrainSequence, group: Group, config: Config) -> TrainSequence:
-    """The trajectory with 1/w of its segments (`selection_weight`), at most ``train.selection_cap``.
+def with_selection(sequences: Sequence[TrainSequence], group: Group, config: Config) -> list[TrainSequence]:
+    """A group's trajectories with 1/w of their segments (`selection_weight`), at most ``train.selection_cap``; 1 where nothing
+    was judged. Erased candidates have no weight."""
+    if config.train.selection_cap == 0:
+        return list(sequences)
+    passing = passing_shares(group)
+    each = {t.sibling: _weights(t, passing, config) for t in group.trajectories}
+    return [s if s.erased else replace(s, selection_T=each[s.sibling][s.segments_T]) for s in sequences]
 
-    How often a candidate passes is counted over all candidates of the group that were judged at the segment's index: exact where
-    siblings share their prefix, an estimate behind it. What was not judged has weight 1, and so has an erased candidate.
-    """
-    cap, erasure = config.train.selection_cap, config.erasure
-    if cap == 0 or sequence.erased:
-        return sequence
-    trajectory = group.trajectories[[t.sibling for t in group.trajectories].index(sequence.sibling)]
-    weights = [1.0] * len(trajectory.drawn_segments)
+
+def _weights(trajectory: Trajectory, passing: Mapping[int, float], config: Config) -> Tensor:
+    """Of each segment; a last one is for observations, whose segment is -1."""
+    cap, erasure, weights = config.train.selection_cap, config.erasure, list[float]()
     for n, segment in enumerate(trajectory.drawn_segments):
-        if segment.judgement is not None:
-            here = [passes(j) for t in group.trajectories for index, j in judged_at(t) if index == n]
-            w = selection_weight(
-                passes(segment.judgement), sum(here) / len(here), erasure.max_erasures, erasure.commit_anyway
-            )
-            weights[n] = min(1 / w, cap) if w > 0 else cap
-    each = torch.tensor([*weights, 1.0])  # the last is for observations, whose segment is -1
-    return replace(sequence, selection_T=each[sequence.segments_T])
+        passed = None if segment.judgement is None else passes(segment.judgement)
+        w = 1.0 if passed is None else selection_weight(passed, passing[n], erasure.max_erasures, erasure.commit_anyway)
+        weights.append(min(1 / w, cap) if w > 0 else cap)
+    return torch.tensor([*weights, 1.0])
 
 
-def judged_at(trajectory: Trajectory) -> Iterator[tuple[int, Judgement]]:
-    """All judgements of segments, committed or erased, with the index of the segment; erased turns are none."""
-    records: list[Segment | Erasure] = [*trajectory.segments, *trajectory.erasures]
-    for record in records:
-        if record.observation is None and record.judgement is not None:
-            yield trajectory.drawn_index(record.index), record.judgement
+def passing_shares(group: Group) -> dict[int, float]:
+    """By segment index, how often a candidate passed, of all that were judged there, erased turns not among them: exact where
+    siblings share their prefix, an estimate behind it."""
+    found = defaultdict[int, list[bool]](list)
+    for trajectory in group.trajectories:
+        records: list[Segment | Erasure] = [*trajectory.segments, *trajectory.erasures]
+        for record in records:
+            if record.observation is None and record.judgement is not None:
+                found[trajectory.drawn_index(record.index)].append(passes(record.judgement))
+    return {index: sum(here) / len(here) for index, here in found.items()}
 
 
 def passes(judgement: Judgement) -> bool:
@@ -159,7 +162,8 @@ def sequences_of(
     are left out, unless they are demonstrations."""
     shown, masks = "demonstrations" in objective.needs, config.train.mask_truncated_completions
     found = group_sequences([r.group for r in rewarded], "erased" in objective.needs, masks, first)
-    found = [with_selection(s, rewarded[s.group - first].group, config) for s in found]
+    by_group = itertools.groupby(found, key=lambda s: s.group)
+    found = [s for g, some in by_group for s in with_selection([*some], rewarded[g - first].group, config)]
     kept = (s for s in found if shown or rewarded[s.group - first].rewards[s.sibling].value is not None)
     return [list(group) for _, group in itertools.groupby(kept, key=lambda s: s.group)]
 

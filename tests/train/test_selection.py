@@ -67,12 +67,13 @@ def test_segments_are_weighed_by_what_the_group_drew_at_their_index() -> None:
     at_first, at_second = 2 / 3, 1 / 4
     up_first, up_second = ((1 - (1 - a) ** 3) / a for a in (at_first, at_second))
     forced = (1 - at_second) ** 2
-    first, second = (with_selection(trajectory_sequence(t, 0), GROUP, _config(9.0)) for t in GROUP.trajectories)
+    sequences = [trajectory_sequence(t, 0) for t in GROUP.trajectories]
+    first, second = with_selection(sequences, GROUP, _config(9.0))
     assert first.selection_T is not None
     assert second.selection_T is not None
     assert first.selection_T.tolist() == pytest.approx([1 / up_first] * 2 + [1 / up_second] * 2 + [1.0] * 2)
     assert second.selection_T.tolist() == pytest.approx([1 / up_first] * 2 + [1 / forced] * 2 + [1.0] * 2)
-    capped = with_selection(trajectory_sequence(GROUP.trajectories[1], 0), GROUP, _config(1.5)).selection_T
+    capped = with_selection(sequences, GROUP, _config(1.5))[1].selection_T
     assert capped is not None
     assert capped.tolist()[2:4] == [1.5, 1.5]
     assert [s.judgement and s.judgement.verdict for s in GROUP.trajectories[1].segments][1] is Verdict.FORCED
@@ -83,16 +84,16 @@ def test_what_was_not_selected_is_not_weighed() -> None:
         "p"
     ]
     sequence = trajectory_sequence(plain.trajectories[0], 0)
-    assert with_selection(sequence, plain, _config(0.0)) is sequence
-    ones = with_selection(sequence, plain, _config(9.0)).selection_T
+    assert with_selection([sequence], plain, _config(0.0)) == [sequence]
+    ones = with_selection([sequence], plain, _config(9.0))[0].selection_T
     assert ones is not None
     assert ones.tolist() == [1.0] * 4
     (erased,) = erased_sequences(GROUP.trajectories[0], 0)
-    assert with_selection(erased, GROUP, _config(9.0)) is erased
+    assert with_selection([erased], GROUP, _config(9.0))[0] is erased
 
 
 def test_weights_multiply_those_of_the_engine() -> None:
-    sequence = with_selection(trajectory_sequence(GROUP.trajectories[1], 0), GROUP, _config(9.0))
+    [sequence] = with_selection([trajectory_sequence(GROUP.trajectories[1], 0)], GROUP, _config(9.0))
     assert sequence.selection_T is not None
     logprobs_T = sequence.rollout_logprobs_T + 0.1
     lesson = Lesson(sequence, Scores(logprobs_T, logprobs_T, None), None, torch.ones(6), 2)
