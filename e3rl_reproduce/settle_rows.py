@@ -151,6 +151,32 @@ _SEARCHES = Comparison(
     ),
     (("maze: E³RL, contrast", "maze: E³RL"), ("maze: " + LIKELY, "maze: " + LOSS)),
 )
+
+
+def _graphs(family: str) -> Comparison:
+    """The embedded model as it is, on a family where what follows a mistake is uncertain; segments are half an answer."""
+    shared = (
+        "model.path=lab",
+        f"data.train=lab:{family}:2",
+        f"data.eval=lab:{family}:2",
+        "rollout.segment_length=4",
+        "rollout.max_segments=2",
+        "train.learning_rate=1e-4",
+        "train.steps=48",
+        "train.eval_steps=24",
+    )
+    likely = (*shared, _STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED)
+    return Comparison(
+        f"{family} 2, halves",
+        (
+            Row(f"{family}: {GRPO}", ("methods/grpo",), shared, measures=(COLDER,)),
+            Row(f"{family}: {LOSS}", ("methods/e3rl",), (*shared, _SEQUENCE, _PLAIN), measures=(COLDER,)),
+            Row(f"{family}: {LIKELY}", ("methods/e3rl",), likely, measures=(COLDER,)),
+        ),
+        ((f"{family}: {LIKELY}", f"{family}: {LOSS}"),),
+    )
+
+
 _SMOKE = Comparison(
     "chain 1",
     tuple(replace(row, measures=()) for row in _BOUND.rows if row.label in (GRPO, CONTRAST, CREDIT)),
@@ -159,4 +185,4 @@ _SMOKE = Comparison(
 
 
 def settings(scale: Scale) -> tuple[Comparison, ...]:
-    return (_SMOKE,) if scale.name == "smoke" else (_BOUND, _SEARCHES)
+    return (_SMOKE,) if scale.name == "smoke" else (_BOUND, _SEARCHES, _graphs("path"), _graphs("ways"))
