@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="+",
-        help="a YAML or JSON file, a Python script with GRPOTrainer(...), or '-- --learning_rate 1e-6 ...'; "
-        "arguments after a file override it",
+        help="a YAML or JSON file, a Python script with GRPOTrainer(...) or RLOOTrainer(...), or "
+        "'-- trl rloo --learning_rate 1e-6 ...'; arguments after a file override it",
     )
     parser.add_argument("--model", help="the model, where the settings name none that can be read")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the recipe there; default: standard output")

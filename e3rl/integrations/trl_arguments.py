@@ -1,4 +1,4 @@
-"""Reads the settings of a TRL GRPO run from YAML, JSON, a command line, or a script."""
+"""Reads the settings of a TRL run, GRPO or RLOO, from YAML, JSON, a command line, or a script."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ FROM_COMMAND_LINE = "give its settings after '--', as on a command line; TRL's d
 """The remark on a script's settings that it reads from its command line."""
 HOW_LOADED = ("dtype", "torch_dtype", "attn_implementation", "device_map", "use_cache")
 """Arguments of from_pretrained that are a setting here, or without effect on what is computed."""
+RLOO_ONLY = frozenset(("normalize_advantages", "reward_clip_range"))
+"""Settings that RLOOConfig has and GRPOConfig has not."""
 _REWARDS = {"get_soft_overlong_punishment": "overlong"}
 
 
@@ -28,10 +30,12 @@ class Arguments:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    rloo: bool = False
+    """Whether they are an RLOOTrainer's, whose defaults are others; of a GRPOTrainer if not."""
 
     def updated(self, other: Arguments) -> Arguments:
         """These settings, overridden by ``other``."""
-        return Arguments({**self.values, **other.values}, (*self.remarks, *other.remarks))
+        return Arguments({**self.values, **other.values}, (*self.remarks, *other.remarks), self.rloo or other.rloo)
 
 
 def read_arguments(source: Sequence[str]) -> Arguments:
@@ -42,7 +46,7 @@ def read_arguments(source: Sequence[str]) -> Arguments:
         return read_command_line(words)
     found = read_file(Path(first))
     if rest:  # a script that parses its command line gets it here
-        found = Arguments(found.values, tuple(r for r in found.remarks if FROM_COMMAND_LINE not in r))
+        found = replace(found, remarks=tuple(r for r in found.remarks if FROM_COMMAND_LINE not in r))
     return found.updated(read_command_line(rest))
 
 
@@ -69,11 +73,15 @@ def _read_yaml(text: str, path: Path) -> Arguments:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold settings by name")
-    return _with_reward_names({str(k): v for k, v in values.items()})
+    named = {str(k): v for k, v in values.items()}
+    return replace(_with_reward_names(named), rloo=not RLOO_ONLY.isdisjoint(named))
 
 
 def read_command_line(words: Sequence[str]) -> Arguments:
-    """``--name value``, ``--name=value``, ``--flag``, ``--no_flag``; words before the first option are the command."""
+    """``--name value``, ``--name=value``, ``--flag``, ``--no_flag``; words before the first option are the command.
+
+    The command `trl rloo` makes them settings of RLOO.
+    """
     values: dict[str, Any] = {}
     found = Arguments()
     for name, given in _options(words):
@@ -84,7 +92,8 @@ def read_command_line(words: Sequence[str]) -> Arguments:
         else:
             literals = [literal(g) for g in given]
             values[name] = literals[0] if len(literals) == 1 else literals
-    return found.updated(_with_reward_names(values))
+    command = itertools.takewhile(lambda word: not word.startswith("--"), words)
+    return found.updated(replace(_with_reward_names(values), rloo="rloo" in command))
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

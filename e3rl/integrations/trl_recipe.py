@@ -1,4 +1,4 @@
-"""A TRL GRPO run as a recipe: the same algorithm, batch and schedule, and a list of what does not carry over."""
+"""A TRL run, GRPO or RLOO, as a recipe: the same algorithm, batch and schedule, and a list of what does not carry over."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Translation:
 
     def to_toml(self) -> str:
         """The recipe; comments list what does not carry over."""
-        lines = ["# Translated from TRL. To erase and redraw uncertain segments, set rollout.erase = true."]
+        method = "RLOO" if self.tables["objective"]["name"] == "rloo" else "GRPO"
+        lines = [f"# Translated from TRL's {method}. To erase and redraw uncertain segments, set rollout.erase = true."]
         for section, table in self.tables.items():
             lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
         if self.losses:
@@ -55,14 +56,16 @@ def translate(arguments: Arguments, *, processes: int = 1, rows_file: Path | Non
         settings.lose(
             "eval_dataset: its rows are made otherwise than those of train_dataset, and data.transform makes both"
         )
-    generations = settings.take("num_generations", 8)
+    if arguments.rloo:  # whose trainer has no weights between trainer and engine
+        settings.left["vllm_importance_sampling_correction"] = False
+    generations = settings.take("num_generations", 2 if arguments.rloo else 8)
     train, updates = train_table(settings, generations, processes)
     tables = {
         "run": _run(settings),
         "model": _model(settings, arguments.remarks),
         "data": _data(settings) | ({"transform": f"{rows_file}:{FUNCTION}"} if rows and rows_file else {}),
         "rollout": _rollout(settings, generations),
-        "objective": _objective(settings),
+        "objective": _rloo(settings) if arguments.rloo else _objective(settings),
         "rewards": _rewards(settings),
         "train": {**train, **rhythm_table(settings, updates)},
     }
@@ -174,6 +177,12 @@ def _objective(settings: Settings) -> dict[str, Any]:
         "temperature_positive": settings.take("sapo_temperature_pos", 1.0),
         "temperature_negative": settings.take("sapo_temperature_neg", 1.05),
     }
+    weights = {
+        "k_positive": settings.take("vespo_k_pos", 2.0),
+        "lambda_positive": settings.take("vespo_lambda_pos", 3.0),
+        "k_negative": settings.take("vespo_k_neg", 3.0),
+        "lambda_negative": settings.take("vespo_lambda_neg", 2.0),
+    }
     kl = {"kl_coef": settings.take("beta", 0.0)}
     weighted = settings.take("use_bias_correction_kl", True)
     if kl["kl_coef"] and weighted:
@@ -186,18 +195,30 @@ def _objective(settings: Settings) -> dict[str, Any]:
         "dapo": {"name": "dapo", **clip},
         "sapo": {"name": "sapo", **temperatures},
         "cispo": {"name": "cispo", "ratio_cap": clip["clip_high"]},
+        "luspo": {"name": "luspo", **clip},
+        "vespo": {"name": "vespo", **weights},
     }
     if loss == "bnpo":
         settings.lose("loss_type = 'bnpo': the mean is over the tokens of the whole step, not of each micro-batch")
     if loss not in named:
         settings.lose(f"loss_type = {loss!r}: there is no such objective; the recipe takes 'dapo', its nearest")
-    if level == "sequence" and loss != "sapo":
+    if loss == "luspo" and level == "token":
+        settings.lose("importance_sampling_level = 'token': LUSPO's ratios are of responses")
+    if loss == "vespo" and settings.left.get("use_vllm"):
+        settings.lose("loss_type = 'vespo' with use_vllm: train.importance_correction weighs outside of VESPO's weight")
+    if level == "sequence" and loss not in ("sapo", "luspo"):
         if loss != "grpo":
             settings.lose(f"loss_type = {loss!r} with sequence ratios: the recipe takes 'gspo', a mean over sequences")
         return {"name": "gspo", **clip, **kl}
-    if level == "sequence":
+    if level == "sequence" and loss == "sapo":
         settings.lose("importance_sampling_level = 'sequence': SAPO's ratios are of tokens")
     return {**named.get(loss, named["dapo"]), **kl}
+
+
+def _rloo(settings: Settings) -> dict[str, Any]:
+    low = settings.take("epsilon", 0.2)
+    clip = {"clip_low": low, "clip_high": settings.take("epsilon_high", low)}
+    return {"name": "rloo", **clip, "kl_coef": settings.take("beta", 0.05)}
 
 
 def _note_scaling(settings: Settings, loss: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads the settings of a TRL GRPO run from a Python script, which is parsed and never run.
+"""Reads the settings of a TRL run, GRPO or RLOO, from a Python script, which is parsed and never run.
 
 Names are followed to what they were last bound to before the trainer is built: constants, configs, models, datasets and lists
 of reward functions. What only running the script could tell becomes a remark.
@@ -27,7 +27,8 @@ TRAINER = (
     ),
     *("callbacks", "optimizers", "quantization_config", "peft_config", "tools", "rollout_func", "environment_factory"),
 )
-"""Parameters of GRPOTrainer in TRL 1.16, in their order."""
+"""Parameters of GRPOTrainer in TRL 1.16, in their order; RLOOTrainer has those up to the adapter's."""
+METHODS = ("GRPO", "RLOO")
 CONFIG = ("output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate")
 PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None}
 """LoraConfig()'s own defaults; TRL's command line has others."""
@@ -41,7 +42,7 @@ _LORA_NEUTRAL = {"task_type": None, "bias": "none", "inference_mode": False, "us
 
 
 def read_script(text: str, path: Path) -> Arguments:
-    """The settings of the one GRPOTrainer(...) that the script builds."""
+    """The settings of the one GRPOTrainer(...) or RLOOTrainer(...) that the script builds."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
@@ -56,14 +57,15 @@ class _Script:
 
     def arguments(self) -> Arguments:
         """TRL's settings by TRL's names."""
-        trainer = self._only("GRPOTrainer")
+        trainer = self._only("Trainer")
         if trainer is None:
-            config = self._only("GRPOConfig")
+            config = self._only("Config")
             if config is None:
                 raise UserError(
-                    f"{self._path} has no call of GRPOTrainer(...) or GRPOConfig(...): there is nothing to convert"
+                    f"{self._path} has no call of GRPOTrainer(...), RLOOTrainer(...) or their configs: there is nothing to "
+                    "convert"
                 )
-            return Arguments(self._config(config), tuple(self._source.remarks))
+            return Arguments(self._config(config), tuple(self._source.remarks), called(config) == "RLOOConfig")
         given = self._source.given(trainer, TRAINER)
         values = self._config(given.pop("args", None))
         values |= self._model(given.pop("model", None), values)
@@ -76,13 +78,14 @@ class _Script:
                 self._source.remark(
                     node, f"{name} = {ast.unparse(node)}", _REASONS.get(name, "it has no counterpart here")
                 )
-        return Arguments(values, tuple(self._source.remarks))
+        return Arguments(values, tuple(self._source.remarks), called(trainer) == "RLOOTrainer")
 
-    def _only(self, name: str) -> ast.Call | None:
-        """The one call of ``name``; None where there is none."""
-        found = self._source.calls(name)
+    def _only(self, kind: str) -> ast.Call | None:
+        """The one call of a method's ``kind``, "Trainer" or "Config"; None where there is none."""
+        found = [call for method in METHODS for call in self._source.calls(method + kind)]
         if len(found) > 1:
-            raise UserError(f"{self._path} has {len(found)} calls of {name}(...); exactly one can be converted")
+            names = " and ".join(sorted({f"{called(call)}(...)" for call in found}))
+            raise UserError(f"{self._path} has {len(found)} calls of {names}; exactly one can be converted")
         return found[0] if found else None
 
     def _values(self, given: dict[str, ast.expr]) -> dict[str, Any]:
@@ -97,11 +100,11 @@ class _Script:
         return values
 
     def _config(self, node: ast.expr | None) -> dict[str, Any]:
-        """GRPOConfig(...), and what is set on it afterwards; without one, TRL's defaults."""
+        """GRPOConfig(...) or RLOOConfig(...), and what is set on it afterwards; without one, TRL's defaults."""
         if node is None:
             return {}
         config = self._source.follow(node)
-        made = isinstance(config, ast.Call) and called(config) == "GRPOConfig"
+        made = isinstance(config, ast.Call) and called(config) in [f"{method}Config" for method in METHODS]
         if not made:
             self._source.remark(node, f"args = {ast.unparse(node)}", FROM_COMMAND_LINE)
             if not self._source.parsed(node):

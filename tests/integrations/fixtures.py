@@ -1,4 +1,4 @@
-"""Five scripts as people write them for TRL, with a model and data that they name, in a directory to run them in."""
+"""Six scripts as people write them for TRL, with a model and data that they name, in a directory to run them in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from e3rl.lab.__init__ import lab_directory
 
 SCRIPTS = Path(__file__).parent / "scripts"
-NAMES = ("quickstart", "positional", "main_function", "mapped", "gspo")
+NAMES = ("quickstart", "positional", "main_function", "mapped", "gspo", "rloo")
 ROWS = [("3+4:", "7"), ("9-5:", "4"), ("2+6-1:", "7"), ("8-3+2:", "7")]
 
 

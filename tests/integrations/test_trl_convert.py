@@ -111,7 +111,17 @@ def test_batch_sizes_that_trl_refuses_are_refused(sizes: dict[str, int], words: 
             {"temperature_positive": 1.0, "temperature_negative": 1.2, "kl_coef": 0.0},
         ),
         ("--loss_type cispo --epsilon_high 5", "cispo", {"ratio_cap": 5.0, "kl_coef": 0.0}),
-        ("--loss_type luspo", "dapo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
+        (
+            "--loss_type luspo --importance_sampling_level sequence --epsilon 3e-4 --beta 0.1",
+            "luspo",
+            {"clip_low": 3e-4, "clip_high": 3e-4, "kl_coef": 0.1},
+        ),
+        (
+            "--loss_type vespo --vespo_k_pos 1.0 --vespo_lambda_neg 4.0",
+            "vespo",
+            {"k_positive": 1.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 4.0, "kl_coef": 0.0},
+        ),
+        ("--loss_type new", "dapo", {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}),
     ],
 )
 def test_a_loss_becomes_its_objective(tmp_path: Path, given: str, name: str, options: dict[str, Any]):
@@ -120,10 +130,39 @@ def test_a_loss_becomes_its_objective(tmp_path: Path, given: str, name: str, opt
     build(config.objective)  # the objective accepts all of them
 
 
+def test_rloo_has_its_own_defaults(tmp_path: Path):
+    """The command says that it is RLOO, or the script's trainer, or a file's settings that only RLOO has."""
+    words = "trl rloo --model_name_or_path m --reward_funcs a.b --learning_rate 3e-6 --epsilon_high 0.3 --use_vllm"
+    translation = translate(
+        read_command_line([*words.split(), "--normalize_advantages", "--reward_clip_range", "[-1, 1]"])
+    )
+    tables = translation.tables
+    assert tables["objective"] == {"name": "rloo", "clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.05}
+    assert tables["rollout"]["num_generations"] == 2
+    assert tables["train"]["prompts_per_step"] == 4
+    assert "importance_correction" not in tables["train"]
+    assert lost(translation, "normalize_advantages")
+    assert lost(translation, "reward_clip_range")
+    assert translation.to_toml().startswith("# Translated from TRL's RLOO.")
+    script, settings = tmp_path / "a.py", tmp_path / "a.yaml"
+    script.write_text("from trl import RLOOConfig, RLOOTrainer\nRLOOTrainer('m', f, RLOOConfig(beta=0.1))")
+    assert translate(read_arguments([str(script)])).tables["objective"]["kl_coef"] == 0.1
+    settings.write_text("model_name_or_path: m\nnormalize_advantages: true\n")
+    assert translate(read_arguments([str(settings)])).tables["objective"]["name"] == "rloo"
+    settings.write_text("model_name_or_path: m\n")
+    assert translate(read_arguments([str(settings)])).tables["objective"]["name"] == "dapo"
+    assert translate(read_arguments([str(settings), "trl", "rloo"])).tables["objective"]["name"] == "rloo"
+    script.write_text("GRPOTrainer('m')\nRLOOTrainer('m')")
+    with pytest.raises(UserError, match=r"2 calls of GRPOTrainer\(...\) and RLOOTrainer"):
+        read_arguments([str(script)])
+
+
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        ("--loss_type luspo", "loss_type = 'luspo'"),
+        ("--loss_type new", "loss_type = 'new': there is no such objective"),
+        ("--loss_type luspo", "importance_sampling_level = 'token'"),
+        ("--loss_type vespo --use_vllm", "loss_type = 'vespo' with use_vllm"),
         ("--loss_type bnpo", "loss_type = 'bnpo'"),
         ("--loss_type dapo --importance_sampling_level sequence", "loss_type = 'dapo' with sequence ratios"),
         ("--loss_type sapo --importance_sampling_level sequence", "importance_sampling_level"),
@@ -264,7 +303,7 @@ def test_command_lines_in_every_writing(source: list[str]):
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "- 1", "settings by name"),
         ("a.py", "def", "not valid Python"),
-        ("a.py", "x = 1", "no call of GRPOTrainer(...) or GRPOConfig(...)"),
+        ("a.py", "x = 1", "no call of GRPOTrainer(...), RLOOTrainer(...) or their configs"),
         ("a.yaml", "num_generations: 4", "name no model that can be read: name it with --model"),
         ("a.yaml", "num_generations: many", "num_generations = 'many': expected int"),
         ("a.yaml", "model_name_or_path: m\ntemperature: 0", "rollout.temperature"),

@@ -15,7 +15,9 @@ SETTINGS = (
 )
 
 
-class _Watched(trl.GRPOTrainer):
+class _Watched:
+    """A trainer's first batch and what it was, written when its training ends."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.batches: list[Any] = []
         super().__init__(*args, **kwargs)
@@ -47,7 +49,7 @@ class _Watched(trl.GRPOTrainer):
         return result
 
 
-class _Config(trl.GRPOConfig):
+class _Short:
     """The script's settings, on a CPU, for two updates that are logged."""
 
     def __post_init__(self) -> None:
@@ -56,8 +58,9 @@ class _Config(trl.GRPOConfig):
         super().__post_init__()
 
 
-trl.GRPOConfig = _Config
-trl.trainer.grpo_trainer.GRPOConfig = _Config
-trl.GRPOTrainer = _Watched
+trl.GRPOConfig = trl.trainer.grpo_trainer.GRPOConfig = type("GRPOConfig", (_Short, trl.GRPOConfig), {})
+trl.RLOOConfig = trl.trainer.rloo_trainer.RLOOConfig = type("RLOOConfig", (_Short, trl.RLOOConfig), {})
+trl.GRPOTrainer = type("GRPOTrainer", (_Watched, trl.GRPOTrainer), {})
+trl.RLOOTrainer = type("RLOOTrainer", (_Watched, trl.RLOOTrainer), {})
 sys.path.insert(0, ".")
 runpy.run_path(sys.argv[1], run_name="__main__")

@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed here; `make test-peers` installs it in its own environment")
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer, ModelConfig
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig
 from trl.scripts.grpo import GRPOScriptArguments
+from trl.scripts.rloo import RLOOScriptArguments
 
 from e3rl.cli.recipes import find_recipe
 from e3rl.config import Config, ErasureConfig, RolloutConfig, load_config
@@ -182,26 +183,30 @@ def test_groups_that_are_cut_between_processes_are_refused(tmp_path: Path):
         trainer.rollout_func(["1+1="] * 2 + ["2+2="] * 4, trainer)
 
 
-def test_every_setting_of_trl_carries_over_or_has_a_reason(monkeypatch: pytest.MonkeyPatch):
-    names = {f.name for kind in (GRPOConfig, GRPOScriptArguments, ModelConfig) for f in dataclasses.fields(kind)}
+@pytest.mark.parametrize("rloo", [False, True], ids=["GRPO", "RLOO"])
+def test_every_setting_of_trl_carries_over_or_has_a_reason(rloo: bool, monkeypatch: pytest.MonkeyPatch):
+    kinds = (RLOOConfig, RLOOScriptArguments, ModelConfig) if rloo else (GRPOConfig, GRPOScriptArguments, ModelConfig)
+    names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     left: set[str] = set()
     monkeypatch.setattr(trl_recipe, "untranslated", lambda values: (left.update(values), ())[1])
-    translate(Arguments(dict.fromkeys(names) | {"model_name_or_path": "org/model"}))
+    translate(Arguments(dict.fromkeys(names) | {"model_name_or_path": "org/model"}, rloo=rloo))
     assert names > left > {"min_p", "vllm_mode"}
     assert {name for name in left if reason_for(name) is None} == set()
 
 
-def test_defaults_are_those_of_the_installed_trl(tmp_path: Path):
+@pytest.mark.parametrize("kind", [GRPOConfig, RLOOConfig])
+def test_defaults_are_those_of_the_installed_trl(kind: type, tmp_path: Path):
     """A setting that is left out means TRL's default; the translation of both must be the same."""
-    arguments = GRPOConfig(output_dir="runs", use_cpu=True, report_to=[])
+    arguments, rloo = kind(output_dir="runs", use_cpu=True, report_to=[]), kind is RLOOConfig
     names = [
         "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "loss_type", "epsilon",
         "importance_sampling_level", "beta", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "seed",
         "max_grad_norm", "num_train_epochs", "max_steps", "num_iterations", "per_device_train_batch_size",
         "gradient_accumulation_steps", "gradient_checkpointing", "save_steps", "warmup_steps", "scale_rewards",
         "sapo_temperature_pos", "sapo_temperature_neg", "use_bias_correction_kl", "bf16",
+        "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
     ]  # fmt: skip
-    values = {name: getattr(arguments, name) for name in names}
+    values = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     values |= {name: getattr(arguments, name).value for name in ("lr_scheduler_type", "eval_strategy", "save_strategy")}
     model = {"model_name_or_path": "org/model"}
-    assert translate(Arguments(model | values)).tables == translate(Arguments(model)).tables
+    assert translate(Arguments(model | values, rloo=rloo)).tables == translate(Arguments(model, rloo=rloo)).tables

@@ -1,4 +1,4 @@
-"""Five scripts, each run for two updates in TRL and, converted, here: the same settings and the same first batch."""
+"""Six scripts, each run for two updates in TRL and, converted, here: the same settings and the same first batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed here; `make test-peers` 
 
 import inspect
 
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 from e3rl.cli import main
 from e3rl.config import load_config
@@ -89,3 +89,5 @@ def test_the_trainer_s_parameters_are_those_of_trl():
     """Positional arguments are read by their places."""
     parameters = list(inspect.signature(GRPOTrainer.__init__).parameters)[1:]
     assert tuple(parameters) == trl_scripts.TRAINER
+    others = list(inspect.signature(RLOOTrainer.__init__).parameters)[1:]
+    assert tuple(others) == trl_scripts.TRAINER[: len(others)]
