@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import utils as hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from e3rl.cli import main
 from e3rl.config import Config, RolloutConfig, load_config
@@ -62,6 +64,25 @@ def test_a_model_made_in_memory_decodes_with_siblings(directory: Path, config: C
     assert sum(g.erased for g in group) > 0
     with pytest.raises(UserError, match="e3rl calibrate"):
         generate(made, "1+1", tokenizer=tokenizer, config=config)
+
+
+def test_loading_shows_no_bar_and_leaves_a_script_its_own(directory: Path, capsys: pytest.CaptureFixture[str]):
+    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    try:
+        logging.enable_progress_bar()
+        generate(str(directory), "1+1")
+        assert "Loading weights" not in capsys.readouterr().err
+        assert not hub.are_progress_bars_disabled()
+        AutoModelForCausalLM.from_pretrained(directory)
+        assert "Loading weights" in capsys.readouterr().err
+        logging.disable_progress_bar()
+        generate(str(directory), "1+1")
+        assert (logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()) == (False, True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if downloads:
+            hub.enable_progress_bars()
 
 
 def test_a_loaded_model_needs_its_tokenizer(directory: Path):

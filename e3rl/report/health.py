@@ -222,6 +222,9 @@ def signs_flip(logs: Logs) -> Finding | None:
 
 
 def waits_for_rewards(logs: Logs) -> Finding | None:
+    """Over the last steps without the first, in which a reward's code is loaded."""
+    if len(logs.metrics) <= RECENT:
+        return None
     parts = [logs.now(f"seconds_{part}") for part in ("rollout", "reward", "train")]
     if not parts[1] > 0.3 * sum(parts):
         return None

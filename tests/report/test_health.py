@@ -1,6 +1,7 @@
 """Each rule speaks when its case is there and is silent in a healthy run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,16 @@ def test_one_thing_wrong_is_the_one_thing_said(late: dict[str, Any], level: str,
     found = [f for f in examine(logs(late)) if f.text != "Nothing looks wrong."]
     assert [f.level for f in found] == [level]
     assert sentence in found[0].text
+
+
+def test_time_in_rewards_is_a_share_of_ten_steps_after_the_first() -> None:
+    waits = {"seconds_reward": 6.0}
+    assert "of the time" not in texts(logs(waits, waits, steps=10))
+    assert "50% of the time goes into rewards" in texts(logs(waits, waits, steps=11))
+    first = logs(steps=11)
+    assert "of the time" not in texts(
+        replace(first, metrics=[first.metrics[0] | {"seconds_reward": 900.0}, *first.metrics[1:]])
+    )
 
 
 def test_never_erasing_is_said_only_where_erasing_is_on() -> None:
