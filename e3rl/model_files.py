@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -166,3 +167,22 @@ def _check_weights(directory: Path) -> None:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short: {error}") from None
+
+
+@contextlib.contextmanager
+def no_bars_of_tensors() -> Iterator[None]:
+    """Switches off transformers' bar over a model's tensors; bars of a download, and afterwards all, stay as they were."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the hub's too
+    try:
+        if downloads:
+            hub.enable_progress_bars()
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if not downloads:
+            hub.disable_progress_bars()

@@ -15,7 +15,7 @@ from torch import nn
 
 from e3rl.config import ModelConfig
 from e3rl.errors import UserError
-from e3rl.model_files import refuse_kernels, require_fetchable, require_model, resolve_model_path
+from e3rl.model_files import no_bars_of_tensors, refuse_kernels, require_fetchable, require_model, resolve_model_path
 from e3rl.quantization import loading_arguments, with_exact_products
 from e3rl.weights.files import WeightFiles, emptied, fill, finite, require_finite, some, without_memory
 
@@ -207,7 +207,7 @@ def load_policy(
     outline = outline or load_outline(config, directory=directory)
     source = str(directory) if directory else resolve_model_path(config.path)
     device = resolve_device(config.device)
-    with _loading_errors(config.path):
+    with _loading_errors(config.path), no_bars_of_tensors():
         # on a CPU transformers reads each tensor in place by itself
         by_tensor = config.quantization == "none" and (empty or device.type != "cpu")
         files = WeightFiles.find(source, config.path, device) if by_tensor else None
@@ -226,38 +226,18 @@ def _whole_model(config: ModelConfig, source: str, outline: Outline, device: tor
     """The model as transformers loads it. UserError if its files lack tensors, or hold NaN or infinity."""
     from transformers import AutoModelForCausalLM
 
-    with _no_bars_of_tensors():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=copy.deepcopy(outline.config),  # passed here, or an attention that it names would override ours
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=_attention(outline.config),
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **loading_arguments(config, device),
-        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=copy.deepcopy(outline.config),  # passed here, or an attention that it names would override ours
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=_attention(outline.config),
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        **loading_arguments(config, device),
+    )
     model, found = loaded
     _check_weights(model, found["missing_keys"], config.path)
     return model.to(device) if config.quantization == "none" else with_exact_products(model)
-
-
-@contextlib.contextmanager
-def _no_bars_of_tensors() -> Iterator[None]:
-    """Switches off transformers' bar over a model's tensors; bars of a download, and afterwards all, stay as they were."""
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging
-
-    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    logging.disable_progress_bar()  # the hub's too
-    try:
-        if downloads:
-            hub.enable_progress_bars()
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-        if not downloads:
-            hub.disable_progress_bars()
 
 
 def _empty_model(config: ModelConfig, source: str, outline: Outline, files: WeightFiles) -> Any:
