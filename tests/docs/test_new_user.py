@@ -42,3 +42,15 @@ def test_a_wrong_command_in_it_would_be_noticed():
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_it_is_a_shell_script():
     assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0
+
+
+def test_what_is_said_to_hold_a_friction_off_is_a_test():
+    rows = (
+        (ROOT / "docs" / "results" / "first-contact.md")
+        .read_text(encoding="utf-8")
+        .split("| held by |\n")[1]
+        .splitlines()[1:]
+    )
+    named = {name for row in rows for name in row.rstrip(" |").rpartition(" | ")[2].split(", ")} - {"once by hand"}
+    assert len(rows) > 60
+    assert {name for name in named if not (ROOT / "tests" / f"{name}.py").is_file()} == set()

@@ -117,6 +117,14 @@ def test_the_erasure_shown_is_one_that_changed_the_text(tmp_path: Path, monkeypa
     assert found["erasure"]["text"] == "=24"
 
 
+def test_what_was_erased_has_the_digits_that_tell_it_from_its_threshold():
+    kept = {"index": 0, "text": "=25", "uncertainty": 0.1}
+    for measured, told in ((0.15302, "U 0.1530 above threshold 0.1527"), (0.2, "U 0.200 above threshold 0.153")):
+        erasure = {"index": 0, "text": "=24", "uncertainty": measured, "threshold": 0.15271}
+        row = {"prompt": "p", "reward": 1.0, "segments": [kept], "erasures": [erasure]}
+        assert told in display.erasure_text({"erasure": erasure, "row": row}).plain
+
+
 def test_the_end_has_the_health_lines(tmp_path: Path):
     run = _run(tmp_path / "a", [0.1] * 4)
     summary = {

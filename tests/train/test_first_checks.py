@@ -13,7 +13,7 @@ from e3rl.config import Config, DataConfig, ModelConfig, RewardsConfig, RolloutC
 from e3rl.errors import UserError
 from e3rl.report.trackers import _logged
 from e3rl.train import trainer as module
-from e3rl.train.listeners import StopRequest
+from e3rl.train.listeners import Silent, StopRequest
 from e3rl.train.optimizer import learning_rate
 from e3rl.train.summary import model_card
 from e3rl.train.trainer import Trainer, checkpoint_size
@@ -76,6 +76,38 @@ def test_the_size_of_a_checkpoint_is_said_where_it_is_large(config: Config, monk
     assert checkpoint_size(trainer.run).startswith("a checkpoint takes about 3.0 GiB")
     assert "2 are kept, 6.0 GiB" in checkpoint_size(trainer.run)
     trainer.run.rollouts.close()
+
+
+def test_a_sample_is_shown_every_n_steps_and_a_finished_run_says_what_goes_on(config: Config):
+    heard: list[str] = []
+
+    class Heard(Silent):
+        def noted(self, text: str) -> None:
+            heard.append(text)
+
+    def shortest(completions: list[str], **_: object) -> list[float]:
+        return [0.25 for _ in completions]
+
+    config = replace(config, train=replace(config.train, steps=3, show_steps=2, save_steps=0))
+    Trainer(config, reward_functions=[shortest], listeners=[Heard()]).train()
+    (sample,) = (text for text in heard if text.startswith("sample: "))
+    assert "+1:\n      → " in sample
+    assert "reward 0.25" in sample
+    assert not any("done already" in text for text in heard)
+    Trainer(config, reward_functions=[shortest], listeners=[Heard()], resume=True).train()
+    assert "all 3 steps are done already; train.steps=N goes on to step N" in heard
+
+
+def test_an_adapter_given_as_a_model_names_the_merged_one_beside_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    adapter, merged = tmp_path / "adapter", tmp_path / "model"
+    for directory, name in ((adapter, "adapter_config.json"), (merged, "config.json")):
+        directory.mkdir()
+        (directory / name).write_text("{}")
+    message = _refusal(replace(config, model=replace(config.model, path=str(adapter))), monkeypatch)
+    assert "holds an adapter" in message
+    assert message.endswith(f"Did you mean {merged}?")
 
 
 def test_a_stop_is_acknowledged_at_once(capfd: pytest.CaptureFixture[str]):
