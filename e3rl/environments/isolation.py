@@ -69,11 +69,8 @@ class IsolatedHost:
         self._ask("go_back")
 
     def get_reward(self) -> Any:
-        """The result of the environment's ``get_reward``; None without one, or if its process has ended."""
-        try:
-            return self._ask("reward")
-        except HostLost:
-            return None
+        """The result of the environment's ``get_reward``; None without one, or if its process has ended before."""
+        return self._ask("reward") if self._finalizer.alive else None
 
     @property
     def instance(self) -> Any:

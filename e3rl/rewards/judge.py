@@ -51,7 +51,9 @@ class JudgeSettings:
     wait: float = setting(1.0, "seconds before the first further try", min=0, max=60)
     together: int = setting(8, "requests at a time", min=1, max=1024)
     per_minute: int = setting(0, "most requests per minute; 0: no limit", min=0)
-    max_requests: int = setting(0, "most requests in the whole run, further rewards are missing; 0: no limit", min=0)
+    max_requests: int = setting(
+        0, "most requests of a process since it started, further rewards are missing; 0: no limit", min=0
+    )
     max_tokens: int = setting(512, "tokens of one answer", min=1)
 
 

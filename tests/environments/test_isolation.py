@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,27 @@ def test_no_process_outlives_its_trajectory(tmp_path: Path) -> None:
     assert len(hosts_left() - before) == 2
     del found
     assert hosts_left() <= before
+
+
+@pytest.mark.parametrize("how", ["time.sleep(20)", "os._exit(0)"])
+def test_a_get_reward_that_hangs_or_dies_is_missing_whatever_others_give(tmp_path: Path, how: str) -> None:
+    source = COUNTER.replace(
+        "def get_reward(self) -> float:",
+        f"def get_reward(self) -> float:\n        import os, time\n        if self.count == 4: {how}",
+    )
+    config = world(tmp_path, source, timeout=1.5, isolate=True)
+    problems = [Problem(str(by), "Count.", columns={"start": 3}) for by in (1, 2)]
+
+    def says(context: str, draw: Draw) -> str:
+        return "Done." if "<tool_response>" in context else add(int(draw.prompt_id))
+
+    trajectories = roll(config, says, *problems)[0]
+    with Scorer(replace(config.rewards, functions=("environment", "format"))) as scorer:
+        found = scorer.score(trajectories, ["", ""])
+    rewards = {t.prompt.problem.id: r for t, r in zip(trajectories, found, strict=True)}
+    assert (rewards["2"].value, rewards["1"].value) == (5.0, None)
+    why = "took longer than 1.5 s" if "sleep" in how else "ended its process"
+    assert str(rewards["1"].error).startswith(f"environment: raised HostLost: {why}")
 
 
 def test_what_is_wrong_is_said_from_there_too(tmp_path: Path) -> None:
