@@ -67,6 +67,7 @@ STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
 CRITIC, LIKELY = "critic's credit, plain rollouts", "step credit by entropy + 0.3 ε, plain rollouts"
 ERASED_UNLIKELY = "erased by entropy + 0.3 ε, contrast"
 LEARNT = "step credit by the critic, plain rollouts"
+FASTER, _FASTER = "rate 1e-4: ", "train.learning_rate=1e-4"
 
 _BOUND = Comparison(
     "chain 4",
@@ -95,6 +96,14 @@ _BOUND = Comparison(
             measures=(COLDER,),
         ),
         Row(LIKELY, ("methods/e3rl",), (_STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED), measures=(COLDER,)),
+        Row(FASTER + GRPO, ("methods/grpo",), (_FASTER,), measures=(COLDER,)),
+        Row(FASTER + LOSS, ("methods/e3rl",), (_SEQUENCE, _PLAIN, _FASTER), measures=(COLDER,)),
+        Row(
+            FASTER + LIKELY,
+            ("methods/e3rl",),
+            (_STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED, _FASTER),
+            measures=(COLDER,),
+        ),
         Row(
             LEARNT,
             ("methods/e3rl",),
@@ -120,6 +129,7 @@ _BOUND = Comparison(
         (CRITIC, LOSS),
         (LIKELY, LOSS),
         (LEARNT, LOSS),
+        (FASTER + LIKELY, FASTER + GRPO),
         (CREDIT, CRITIC),
     ),
 )
