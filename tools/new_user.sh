@@ -26,7 +26,10 @@ if [ -z "$bin" ]; then
     bin=$work/clone/.venv/bin
 fi
 
-for n in $(seq 1 24); do printf '{"prompt": "%d+%d:", "answer": "%d"}\n' "$n" $((n + 3)) $((2 * n + 3)); done >problems.jsonl
+for n in $(seq 1 24); do # some of which the embedded model gets right
+    chain=$((40 + 2 * n))-7+3+1-$((n % 8 + 1))-8
+    printf '{"prompt": "%s:", "answer": "%d"}\n' "$chain" $((chain))
+done >problems.jsonl
 cat >my_rewards.py <<'PY'
 import re
 
@@ -40,14 +43,18 @@ step "train the demo, 2 steps" "$bin/e3rl" train demo train.steps=2 "${small[@]}
 expect "run     runs/demo"
 step "decode with erasing" "$bin/e3rl" decode lab "81-7+3+1-6-8:"
 expect "A:64"
+expect "2 segments erased"
 step "a starter recipe" "$bin/e3rl" init lab problems.jsonl --output my.toml --reward my_rewards.py:right --length 60
+expect "written: my.toml"
 step "what the model will see" "$bin/e3rl" data my.toml
 expect "24 with an answer"
 step "own data and reward, LoRA, 2 steps" "$bin/e3rl" train my.toml "${small[@]}" train.steps=2 model.lora_r=4 erasure.rho=0
 expect "model   runs/my/model"
 step "the adapters in PEFT" "$bin/python" -c "
 from peft import AutoPeftModelForCausalLM
-print(AutoPeftModelForCausalLM.from_pretrained('runs/my/adapter').peft_config)"
+model = AutoPeftModelForCausalLM.from_pretrained('runs/my/adapter')
+assert model.peft_config['default'].r == 4
+assert any(bool(p.any()) for n, p in model.named_parameters() if 'lora_B' in n), 'adapters that learnt nothing'"
 run=("$bin/e3rl" train my.toml "${small[@]}" run.name=stopped train.steps=6 erasure.rho=0)
 "${run[@]}" >log 2>&1 &
 pid=$!
@@ -61,6 +68,8 @@ printf '%-34s %4d s\n' "stop" $((SECONDS - began))
 expect "stopping as soon as the state is whole"
 expect "--resume"
 step "resume to the end" "${run[@]}" --resume
+expect ", 6 steps in"
+[ "$(wc -l <runs/stopped/metrics.jsonl)" = 6 ] || { echo "FAILED: a resumed run has other steps than 1 to 6"; exit 1; }
 step "the model in transformers" "$bin/python" -c "
 import json
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -51,7 +51,7 @@ REASONS: dict[str, str] = {
     "repetition_penalty": "sampling has temperature, top_p and top_k",
     "generation_kwargs": "sampling has temperature, top_p and top_k",
     "cache_implementation": "the engine has its own cache, whose rows can be rolled back",
-    "delta": "no objective here has a second upper clip",
+    "delta": "ratio_cap, the second upper clip, is an option of 'grpo', 'dr_grpo' and 'dapo' alone",
     "multi_objective_aggregation": "rewards are summed with their weights before they are normalised",
     "off_policy_mask_threshold": "train.importance_correction has its own masks",
     "top_entropy_quantile": "no objective here drops tokens of low entropy; ERPO weighs them",

@@ -184,15 +184,14 @@ def _objective(settings: Settings) -> dict[str, Any]:
         "lambda_negative": settings.take("vespo_lambda_neg", 2.0),
     }
     kl = {"kl_coef": settings.take("beta", 0.0)}
-    weighted = settings.take("use_bias_correction_kl", True)
-    if kl["kl_coef"] and weighted:
-        settings.lose("use_bias_correction_kl: the KL term is not multiplied by the importance ratio")
-    _note_scaling(settings, loss)
+    token_ratios = level == "token" and loss in ("grpo", "bnpo", "dr_grpo", "dapo")
+    clip |= _clipping(settings, token_ratios, bool(kl["kl_coef"]))
+    scale = _scaling(settings, loss, token_ratios)
     named: dict[str, dict[str, Any]] = {
-        "grpo": {"name": "grpo", "average": "sequence", **clip},
-        "bnpo": {"name": "grpo", "average": "token", **clip},
+        "grpo": {"name": "grpo", "average": "sequence", **clip, **scale},
+        "bnpo": {"name": "grpo", "average": "token", **clip, **scale},
         "dr_grpo": {"name": "dr_grpo", **clip},
-        "dapo": {"name": "dapo", **clip},
+        "dapo": {"name": "dapo", **clip, **scale},
         "sapo": {"name": "sapo", **temperatures},
         "cispo": {"name": "cispo", "ratio_cap": clip["clip_high"]},
         "luspo": {"name": "luspo", **clip},
@@ -221,13 +220,30 @@ def _rloo(settings: Settings) -> dict[str, Any]:
     return {"name": "rloo", **clip, "kl_coef": settings.take("beta", 0.05)}
 
 
-def _note_scaling(settings: Settings, loss: str) -> None:
+def _clipping(settings: Settings, token_ratios: bool, kl: bool) -> dict[str, Any]:
+    """Options that only objectives with a clipped ratio for each token have."""
+    options: dict[str, Any] = {}
+    if settings.take("use_bias_correction_kl", True) and kl:
+        if token_ratios:
+            options["kl_ratio"] = True
+        else:
+            settings.lose("use_bias_correction_kl: the KL term is not multiplied by the importance ratio")
+    if token_ratios and (cap := settings.optional("delta")):
+        options["ratio_cap"] = float(cap)
+    return options
+
+
+def _scaling(settings: Settings, loss: str, token_ratios: bool) -> dict[str, str]:
+    """The option for advantages that are not divided by the group's spread; a loss where there is none."""
     scale = settings.optional("scale_rewards")
     scale = {None: "group", True: "group", False: "none"}.get(scale, scale)
     if loss == "dr_grpo" and scale != "none":
         settings.lose(f"scale_rewards = {scale!r}: advantages of 'dr_grpo' are not divided by the standard deviation")
+    if loss != "dr_grpo" and scale == "none" and token_ratios:
+        return {"scale_rewards": "none"}
     if loss != "dr_grpo" and scale != "group":
         settings.lose(f"scale_rewards = {scale!r}: advantages are divided by the group's standard deviation")
+    return {}
 
 
 def _rewards(settings: Settings) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from e3rl.equations import policy
 from e3rl.equations.erpo import group_advantages
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
-from e3rl.objectives.metrics import measured
+from e3rl.objectives.base import GroupSignals, Need, TrainBatch, TrajectoriesOnly
 
 
 def token_log_ratios(batch: TrainBatch) -> Tensor:
@@ -65,11 +62,17 @@ def on_tokens(values_G: Tensor, mask_GT: Tensor) -> Tensor:
     return values_G[:, None] * mask_GT
 
 
+def centred(signals: GroupSignals) -> Tensor:
+    """R - mean, [G, T]; 0 in padding."""
+    return on_tokens(signals.rewards_G - signals.rewards_G.mean(), signals.mask_GT)
+
+
 class GroupNormalised(TrajectoriesOnly):
     """Base for objectives whose advantage is the group-normalised reward, the same on every token of a response."""
 
     kl_coef: float
     advantage_eps: float
+    scale_rewards = "group"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -77,7 +80,9 @@ class GroupNormalised(TrajectoriesOnly):
         return kl_needs(self.kl_coef) | REWARDS_ONLY
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """(R - mean) / (std + advantage_eps), [G, T]; 0 in padding."""
+        """(R - mean) / (std + advantage_eps), [G, T], or R - mean where scale_rewards is "none"; 0 in padding."""
+        if self.scale_rewards == "none":
+            return centred(signals)
         return on_tokens(group_advantages(signals.rewards_G, self.advantage_eps), signals.mask_GT)
 
 
@@ -101,47 +106,3 @@ def limit_mean(values_ST: Tensor, batch: TrainBatch) -> Tensor:
     """This micro-batch's part of the step's sum over tokens divided by the most tokens its sequences could have."""
     values = values_ST.masked_fill(~batch.mask_ST, 0.0).sum()
     return values / (batch.totals.sequences * batch.totals.completion_limit)
-
-
-def clipped_token_loss(
-    batch: TrainBatch,
-    mean: Callable[[Tensor, TrainBatch], Tensor],
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-) -> Loss:
-    """Minus the ``mean`` of every token's clipped surrogate less its weighted KL."""
-    ratios_ST = policy.ratios(token_log_ratios(batch))
-    return _clipped_loss(batch, ratios_ST, mean, clip_low, clip_high, kl_coef)
-
-
-def clipped_sequence_loss(
-    batch: TrainBatch,
-    log_ratios_S: Tensor,
-    mean: Callable[[Tensor, TrainBatch], Tensor],
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-) -> Loss:
-    """The same with one ratio for all tokens of a sequence."""
-    return _clipped_loss(batch, policy.ratios(log_ratios_S)[:, None], mean, clip_low, clip_high, kl_coef)
-
-
-def _clipped_loss(
-    batch: TrainBatch,
-    ratios_ST: Tensor,
-    mean: Callable[[Tensor, TrainBatch], Tensor],
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-) -> Loss:
-    """``ratios_ST``: [S, T] or [S, 1]."""
-    kl_ST, advantages_ST = kl_terms(batch, kl_coef), batch.advantages_ST
-    surrogate_ST = policy.clipped_surrogate(ratios_ST, advantages_ST, clip_low, clip_high)
-    objective_ST = policy.penalized(surrogate_ST, kl_ST, kl_coef)
-    clipped_ST = policy.clipped(ratios_ST, advantages_ST, clip_low, clip_high)
-    sides = {"clip_low": clipped_ST & (advantages_ST < 0), "clip_high": clipped_ST & (advantages_ST > 0)}
-    metrics = measured(batch.mask_ST, {"clip_fraction": clipped_ST, **sides, "ratio": ratios_ST, "kl": kl_ST})
-    return Loss(-mean(objective_ST, batch), metrics)

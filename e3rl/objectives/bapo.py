@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from e3rl.equations import policy
+from e3rl.objectives import _clipped
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.settings import setting
@@ -47,7 +48,7 @@ class BAPO(common.GroupNormalised):
         """GRPO's token-mean loss between the chosen bounds."""
         ratios_ST = policy.ratios(common.token_log_ratios(batch))
         low, high = self.chosen_bounds(ratios_ST, batch.advantages_ST, batch.mask_ST)
-        loss = common.clipped_token_loss(
+        loss = _clipped.clipped_token_loss(
             batch, common.token_mean, clip_low=1 - low, clip_high=high - 1, kl_coef=self.kl_coef
         )
         return Loss(loss.value, {**loss.metrics, "bound_low": (low, 1.0), "bound_high": (high, 1.0)})

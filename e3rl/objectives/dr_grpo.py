@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from e3rl.objectives import _clipped
 from e3rl.objectives import _common as common
-from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
+from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch
 from e3rl.settings import setting
 
 
 @dataclass(frozen=True)
-class DrGRPO(TrajectoriesOnly):
+class DrGRPO(_clipped.TokenRatios):
     """GRPO done right (arXiv 2503.20783): no standard deviation, no response length."""
 
     kl_coef: float = setting(0.0, "weight of the KL term; 0 needs no reference policy", source="Dr. GRPO paper", min=0)
@@ -27,10 +28,8 @@ class DrGRPO(TrajectoriesOnly):
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """The reward less the group's mean, on every token."""
-        return common.on_tokens(signals.rewards_G - signals.rewards_G.mean(), signals.mask_GT)
+        return common.centred(signals)
 
     def loss(self, batch: TrainBatch) -> Loss:
         """Sum over tokens divided by the most tokens the sequences could have: a constant."""
-        return common.clipped_token_loss(
-            batch, common.limit_mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
-        )
+        return self.clipped(batch, common.limit_mean)

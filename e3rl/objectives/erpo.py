@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from e3rl.equations import erpo
+from e3rl.objectives import _clipped
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.settings import PAPER, setting
@@ -47,6 +48,6 @@ class ERPO(TrajectoriesOnly):
 
     def loss(self, batch: TrainBatch) -> Loss:
         """GRPO's loss with these advantages."""
-        return common.clipped_token_loss(
+        return _clipped.clipped_token_loss(
             batch, common.token_mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
         )

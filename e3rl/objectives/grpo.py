@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from e3rl.objectives import _clipped
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.settings import PAPER, setting
 
 
 @dataclass(frozen=True)
-class GRPO(common.GroupNormalised):
+class GRPO(_clipped.TokenRatios, common.GroupNormalised):
     """Group relative policy optimisation (ERPO paper, eq 3-5)."""
 
     kl_coef: float = setting(0.04, "beta, weight of the KL term; 0 needs no reference policy", source=PAPER, min=0)
@@ -19,6 +20,9 @@ class GRPO(common.GroupNormalised):
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", source="TRL", min=0)
     average: Literal["token", "sequence"] = setting(
         "token", "mean over all tokens (eq 5), or of each response's own mean (DeepSeekMath)", source="ERPO paper"
+    )
+    scale_rewards: Literal["group", "none"] = setting(
+        "group", "divide advantages by the group's standard deviation, or not", source="TRL"
     )
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
@@ -30,6 +34,4 @@ class GRPO(common.GroupNormalised):
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate less weighted KL, averaged, negated."""
         mean = common.token_mean if self.average == "token" else common.sequence_mean
-        return common.clipped_token_loss(
-            batch, mean, clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
-        )
+        return self.clipped(batch, mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from e3rl.equations import policy
+from e3rl.objectives import _clipped
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import Loss, TrainBatch
 from e3rl.settings import setting
@@ -24,7 +25,7 @@ class GSPO(common.GroupNormalised):
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""
         log_ratios_S = policy.sequence_mean_log_ratios(batch.logprobs_ST - batch.old_logprobs_ST, batch.mask_ST)
-        return common.clipped_sequence_loss(
+        return _clipped.clipped_sequence_loss(
             batch,
             log_ratios_S,
             common.sequence_mean,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from e3rl.equations import policy
+from e3rl.objectives import _clipped
 from e3rl.objectives import _common as common
 from e3rl.objectives.base import GroupSignals, Loss, Need, TrainBatch, TrajectoriesOnly
 from e3rl.objectives.metrics import measured
@@ -45,7 +46,7 @@ class RLOO(TrajectoriesOnly):
     def loss(self, batch: TrainBatch) -> Loss:
         """Clipped surrogate of each response's ratio, mean over responses. The KL is in the advantages."""
         log_ratios_S = policy.sequence_logprobs(batch.logprobs_ST - batch.old_logprobs_ST, batch.mask_ST)
-        loss = common.clipped_sequence_loss(
+        loss = _clipped.clipped_sequence_loss(
             batch,
             log_ratios_S,
             common.sequence_mean,

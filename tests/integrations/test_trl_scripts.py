@@ -107,17 +107,16 @@ def test_numbers_of_a_script_are_computed_and_followed():
     assert gspo["objective"] == {"name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0}
     assert gspo["run"]["seed"] == 7
     assert (main_function["train"]["learning_rate"], main_function["train"]["weight_decay"]) == (5e-6, 0.1)
-    assert main_function["objective"]["clip_high"] == 0.28
+    assert (main_function["objective"]["clip_high"], main_function["objective"]["kl_ratio"]) == (0.28, True)
     assert main_function["rollout"]["num_generations"] == 2
 
 
 def test_what_a_script_loses_is_exactly_what_its_code_does():
-    losses = {name: converted(name).losses for name in ("quickstart", "positional", "main_function", "mapped", "gspo")}
-    assert losses["quickstart"] == losses["positional"] == losses["gspo"] == ()
-    assert [loss.partition(":")[0] for loss in losses["main_function"]] == [
-        "the first 4 of shuffled rows",
-        "use_bias_correction_kl",
-    ]
+    losses = {
+        name: converted(name).losses for name in ("quickstart", "positional", "main_function", "mapped", "gspo", "rloo")
+    }
+    assert losses["quickstart"] == losses["positional"] == losses["gspo"] == losses["rloo"] == ()
+    assert [loss.partition(":")[0] for loss in losses["main_function"]] == ["the first 4 of shuffled rows"]
     assert [loss.partition(":")[0] for loss in losses["mapped"]] == ["dataset.map and dataset.filter"]
 
 

@@ -93,6 +93,17 @@ def token_objectives(sequences: list[Sequence], low: float, high: float, kl_coef
     ]
 
 
+def capped_mean_loss(sequences: list[Sequence], low: float, high: float, kl_coef: float, cap: float) -> float:
+    """Ratios at most ``cap``, a KL term that is multiplied by the ratio as it is; mean over tokens."""
+    values = []
+    for s in sequences:
+        for p, o, q, a in together(s["logp"], s["old"], s["ref"], s["advantage"]):
+            ratio = math.exp(p - o)
+            held = min(max(ratio, low), high)
+            values.append(min(min(ratio, cap) * a, held * a) - kl_coef * ratio * k3(p, q))
+    return -mean(values)
+
+
 def token_mean_loss(sequences: list[Sequence], low: float, high: float, kl_coef: float) -> float:
     return -mean([x for row in token_objectives(sequences, low, high, kl_coef) for x in row])
 

@@ -80,6 +80,9 @@ def test_grpo_family(seed: int) -> None:
     assert value("gspo", kl_coef=0.01) == near(reference.gspo_loss(sequences, 1 - 3e-4, 1 + 4e-4, 0.01))
     assert value("sapo") == near(reference.sapo_loss(sequences, 1.0, 1.05))
     assert value("cispo", ratio_cap=1.1, kl_coef=0.04) == near(reference.cispo_loss(sequences, 1.1, 0.04))
+    capped = reference.capped_mean_loss(sequences, 0.8, 1.2, 0.04, 1.3)
+    assert value("grpo", ratio_cap=1.3, kl_ratio=True) == near(capped)
+    assert capped not in (value("grpo", ratio_cap=1.3), value("grpo", kl_ratio=True))
     assert value("rloo", clip_high=0.3) == near(reference.rloo_loss(sequences, 0.8, 1.3))
     assert value("luspo", kl_coef=0.04) == near(reference.luspo_loss(sequences, 1 - 3e-4, 1 + 4e-4, 0.04))
     assert value("vespo", kl_coef=0.04) == near(reference.vespo_loss(sequences, 0.04))
@@ -94,6 +97,9 @@ def test_group_advantages(seed: int) -> None:
         assert_tokens(actual, [[a] * len(s["old"]) for a, s in zip(whole, group, strict=True)])
     actual = tokens(make("dr_grpo").advantages(signals_of(group, REWARDS)), group)
     assert_tokens(actual, [[r - 0.5] * len(s["old"]) for r, s in zip(REWARDS, group, strict=True)])
+    for name in ("grpo", "dapo"):
+        undivided = tokens(make(name, scale_rewards="none").advantages(signals_of(group, REWARDS)), group)
+        assert_tokens(undivided, actual)
     for kl_coef in (0.0, 0.05):
         expected = reference.rloo_advantages(group, REWARDS, kl_coef)
         actual = tokens(make("rloo", kl_coef=kl_coef).advantages(signals_of(group, REWARDS)), group)

@@ -37,6 +37,12 @@ CASES = {  # our objective and its options, TRL's settings
     "grpo token mean": ("grpo", {}, {"loss_type": "bnpo"}),
     "dr_grpo": ("dr_grpo", {}, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
     "dapo": ("dapo", {}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dapo, dual clip": ("dapo", {"ratio_cap": 1.5, "clip_high": 0.2}, {"loss_type": "dapo", "delta": 1.5}),
+    "dapo, KL times ratio": (
+        "dapo",
+        {"kl_ratio": True, "clip_high": 0.2},
+        {"loss_type": "dapo", "use_bias_correction_kl": True},
+    ),
     "gspo": (
         "gspo",
         {},
@@ -94,7 +100,7 @@ def around(model: LlamaForCausalLM) -> dict[str, Any]:
 def make_trainer(model: LlamaForCausalLM, directory: str, kl_coef: float, settings: dict) -> GRPOTrainer:
     """A real trainer. Its KL weight is set afterwards, or it would load a reference model from the policy's path."""
     # the papers' k3 term has no ratio before it; see docs/objectives.md
-    arguments = GRPOConfig(**small(directory), use_bias_correction_kl=False, **settings)
+    arguments = GRPOConfig(**small(directory), **{"use_bias_correction_kl": False, **settings})
     trainer = GRPOTrainer(args=arguments, **around(model))
     trainer.beta = kl_coef
     trainer.current_gradient_accumulation_steps = 1
