@@ -211,8 +211,11 @@ def engines_disagree(logs: Logs) -> Finding | None:
 
 
 def signs_flip(logs: Logs) -> Finding | None:
+    """Only of rewards that attention divides: that credit by segment has signs of its own is what it is for."""
+    objective = logs.config.objective
+    divided = objective.name == "e3rl" and objective.options.get("allocation", "causal") == "causal"
     flipped = logs.now("sign_flips")
-    if not flipped > 0.25:
+    if not (divided and flipped > 0.25):
         return None
     return Finding(
         "note",

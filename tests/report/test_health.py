@@ -84,6 +84,13 @@ def test_one_thing_wrong_is_the_one_thing_said(late: dict[str, Any], level: str,
     assert sentence in found[0].text
 
 
+def test_keeping_the_sign_is_advised_only_where_attention_divides_the_reward() -> None:
+    flipped = {"sign_flips": 0.4}
+    assert "keeps the sign" in texts(logs(flipped, objective={"name": "e3rl", "allocation": "causal"}))
+    for other in ({"name": "e3rl", "allocation": "value"}, {"name": "erpo"}, {"name": "rloo"}):
+        assert "keeps the sign" not in texts(logs(flipped, objective=other))
+
+
 def test_time_in_rewards_is_a_share_of_ten_steps_after_the_first() -> None:
     waits = {"seconds_reward": 6.0}
     assert "of the time" not in texts(logs(waits, waits, steps=10))
