@@ -53,6 +53,8 @@ def _credit(name: str) -> tuple[str, ...]:
     return (_STEP_CREDIT, _SEQUENCE, *_oracle(name), _NOTHING_ERASED)
 
 
+_CRITIC_CREDIT = (_STEP_CREDIT, _SEQUENCE, "rollout.erase=true", "erasure.metric=value", _NOTHING_ERASED)
+
 COLDER = Measure(
     DECODINGS, "steps", {"tuning": 32, "problems": 64, "samples": 4, "ways": [[1.0, ""], [0.6, ""], [0.3, ""]]}
 )
@@ -107,7 +109,7 @@ _BOUND = Comparison(
         Row(
             LEARNT,
             ("methods/e3rl",),
-            (_STEP_CREDIT, _SEQUENCE, "rollout.erase=true", "erasure.metric=value", _NOTHING_ERASED),
+            _CRITIC_CREDIT,
             measures=(COLDER,),
         ),
         Row(
@@ -129,6 +131,7 @@ _BOUND = Comparison(
         (CRITIC, LOSS),
         (LIKELY, LOSS),
         (LEARNT, LOSS),
+        (LEARNT, FASTER + GRPO),
         (FASTER + LIKELY, FASTER + GRPO),
         (CREDIT, CRITIC),
     ),
@@ -158,8 +161,13 @@ _SEARCHES = Comparison(
             (*_MAZE, _STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED),
             measures=(_COLDER_SEARCHES,),
         ),
+        Row("maze: " + LEARNT, ("methods/e3rl",), (*_MAZE, *_CRITIC_CREDIT), measures=(_COLDER_SEARCHES,)),
     ),
-    (("maze: E³RL, contrast", "maze: E³RL"), ("maze: " + LIKELY, "maze: " + LOSS)),
+    (
+        ("maze: E³RL, contrast", "maze: E³RL"),
+        ("maze: " + LIKELY, "maze: " + LOSS),
+        ("maze: " + LEARNT, "maze: " + LOSS),
+    ),
 )
 
 
@@ -182,8 +190,9 @@ def _graphs(family: str) -> Comparison:
             Row(f"{family}: {GRPO}", ("methods/grpo",), shared, measures=(COLDER,)),
             Row(f"{family}: {LOSS}", ("methods/e3rl",), (*shared, _SEQUENCE, _PLAIN), measures=(COLDER,)),
             Row(f"{family}: {LIKELY}", ("methods/e3rl",), likely, measures=(COLDER,)),
+            Row(f"{family}: {LEARNT}", ("methods/e3rl",), (*shared, *_CRITIC_CREDIT), measures=(COLDER,)),
         ),
-        ((f"{family}: {LIKELY}", f"{family}: {LOSS}"),),
+        ((f"{family}: {LIKELY}", f"{family}: {LOSS}"), (f"{family}: {LEARNT}", f"{family}: {LOSS}")),
     )
 
 
