@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from e3rl.rollout.metric import single_term, toy_candidate
+from e3rl.rollout.metric import toy_candidate
 from e3rl.train.collect import StepGroups
 from e3rl.train.learner import Update
 from e3rl.train.lessons import Lesson
@@ -28,17 +28,16 @@ from e3rl.train.step_metrics import (
 from e3rl.types import (
     Candidate,
     Group,
-    Judgement,
     Problem,
     Prompt,
     Reward,
     RewardedGroup,
     Segment,
-    Threshold,
     Trajectory,
     Verdict,
 )
 from tests.rollout.worlds import levels, roll
+from tests.train.rollouts import judgement
 
 TABLE = {("p", 0, 0, 0): 2.0, **{("p", 1, 1, e): 3.0 for e in range(3)}}
 """Sibling 0 is erased once at segment 0; sibling 1 is erased twice at segment 1 and then forced."""
@@ -174,10 +173,7 @@ def test_how_well_u_orders_siblings_by_their_rewards() -> None:
     the second, which the best one lacks, the two others are the wrong way round. Without judgements or pairs: nothing."""
 
     def judged(*totals: float) -> Trajectory:
-        segments = [
-            Segment(n, toy_candidate(), Judgement(single_term(u), Threshold(9, 9, 1, 1), 0, Verdict.COMMIT))
-            for n, u in enumerate(totals)
-        ]
+        segments = [Segment(n, toy_candidate(), judgement(Verdict.COMMIT, 0, u, 9.0)) for n, u in enumerate(totals)]
         return Trajectory(Prompt(Problem("p", ""), (1,)), 0, tuple(segments), (), "stop")
 
     siblings = judged(3.0, 0.1), judged(1.0, 0.2), judged(1.0)
