@@ -2,8 +2,8 @@
 
 ``erasure.metric = "e3rl_reproduce.oracle:oracle_95"`` judges by the lab's step checker with Gaussian noise, so that a wrong
 candidate has a larger U than a right one behind the same prefix with probability 0.95. Others: ``oracle_70``, ``oracle_85``,
-``oracle_perfect``. `StepCredit` is the control: the same labels as rewards, without erasing. No run that uses either says
-anything about a method that has to judge by itself.
+``oracle_perfect``. With ``objective.credit_weight`` and ``erasure.max_erasures = 0`` the same labels are rewards, and nothing is
+erased. No run that uses it says anything about a method that has to judge by itself.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from torch import Tensor
-
 from e3rl.config import ErasureConfig
 from e3rl.errors import UserError
 from e3rl.lab.problems import grade, step_correctness
 from e3rl.lab.tokenizer import build_tokenizer
-from e3rl.objectives.base import GroupSignals
-from e3rl.objectives.e3rl import E3RL
 from e3rl.rollout.metric import CandidatePlace, single_term
 from e3rl.rollout.moments import Moments
-from e3rl.settings import setting
 from e3rl.types import Candidate, Draw, Problem, Uncertainty
 
 _BY_CHARACTER = ("path", "ways")
@@ -96,26 +91,6 @@ def _tokenizer() -> Any:
 
 def _text(ids: Sequence[int]) -> str:
     return str(_tokenizer().decode(ids, skip_special_tokens=True)) if len(ids) else ""
-
-
-@dataclass(frozen=True)
-class StepCredit(E3RL):
-    """E³RL's loss with a reward for each segment: the group's mean U less its own. Rollouts have to be judged.
-
-    With ``erasure.max_erasures = 0`` nothing is erased: what labels are worth to a method that doesn't go back.
-    """
-
-    credit_weight: float = setting(1.0, "weight of a segment's reward, beside the advantage of its response", above=0)
-
-    def advantages(self, signals: GroupSignals) -> Tensor:
-        """E³RL's of every token, plus the credit of its segment; UserError where nothing was judged."""
-        u_GT = signals.uncertainties_GT
-        if u_GT is None:
-            raise UserError("StepCredit learns from judgements: rollout.erase = true, erasure.max_erasures = 0")
-        judged_GT = signals.mask_GT & (u_GT >= 0)
-        mean = u_GT.where(judged_GT, 0.0).sum() / judged_GT.sum().clamp(min=1)
-        credit_GT = (mean - u_GT).where(judged_GT, 0.0)
-        return super().advantages(signals) + self.credit_weight * credit_GT
 
 
 oracle_70, oracle_85, oracle_95, oracle_perfect = map(Oracle, (0.70, 0.85, 0.95, 1.0))

@@ -16,7 +16,7 @@ _JUDGED = (
 )
 _SEQUENCE = "objective.allocation=sequence"
 _CONTRAST = (_SEQUENCE, "objective.erased=contrast")
-_STEP_CREDIT = "objective.name=e3rl_reproduce.oracle:StepCredit"
+_STEP_CREDIT = "objective.credit_weight=1"
 _PLAIN = "rollout.erase=false"
 _NOTHING_ERASED = "erasure.max_erasures=0"
 _UNANSWERED = (
@@ -69,7 +69,6 @@ STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
 CRITIC, LIKELY = "critic's credit, plain rollouts", "step credit by entropy + 0.3 ε, plain rollouts"
 ERASED_UNLIKELY = "erased by entropy + 0.3 ε, contrast"
 LEARNT = "step credit by the critic, plain rollouts"
-FASTER, _FASTER = "rate 1e-4: ", "train.learning_rate=1e-4"
 
 _BOUND = Comparison(
     "chain 4",
@@ -98,14 +97,6 @@ _BOUND = Comparison(
             measures=(COLDER,),
         ),
         Row(LIKELY, ("methods/e3rl",), (_STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED), measures=(COLDER,)),
-        Row(FASTER + GRPO, ("methods/grpo",), (_FASTER,), measures=(COLDER,)),
-        Row(FASTER + LOSS, ("methods/e3rl",), (_SEQUENCE, _PLAIN, _FASTER), measures=(COLDER,)),
-        Row(
-            FASTER + LIKELY,
-            ("methods/e3rl",),
-            (_STEP_CREDIT, _SEQUENCE, *_UNANSWERED, _NOTHING_ERASED, _FASTER),
-            measures=(COLDER,),
-        ),
         Row(
             LEARNT,
             ("methods/e3rl",),
@@ -131,11 +122,26 @@ _BOUND = Comparison(
         (CRITIC, LOSS),
         (LIKELY, LOSS),
         (LEARNT, LOSS),
-        (LEARNT, FASTER + GRPO),
-        (FASTER + LIKELY, FASTER + GRPO),
         (CREDIT, CRITIC),
     ),
 )
+
+
+def _faster(rate: str) -> Comparison:
+    """The rows that matter at another learning rate than the one that was chosen for GRPO in a first look."""
+    rows = tuple(
+        replace(
+            row,
+            label=f"rate {rate}: {row.label}",
+            overrides=(*row.overrides, f"train.learning_rate={rate}"),
+            measures=(COLDER,),
+        )
+        for row in _BOUND.rows
+        if row.label in (GRPO, CONTRAST, CREDIT, LEARNT)
+    )
+    return Comparison(f"chain 4, learning rate {rate}", rows, ())
+
+
 _MAZE = (
     "model.path=lab-maze",
     "data.train=lab:maze:4",
@@ -204,4 +210,8 @@ _SMOKE = Comparison(
 
 
 def settings(scale: Scale) -> tuple[Comparison, ...]:
-    return (_SMOKE,) if scale.name == "smoke" else (_BOUND, _SEARCHES, _graphs("path"), _graphs("ways"))
+    return (
+        (_SMOKE,)
+        if scale.name == "smoke"
+        else (_BOUND, _faster("1e-4"), _faster("2e-4"), _SEARCHES, _graphs("path"), _graphs("ways"))
+    )

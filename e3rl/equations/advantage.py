@@ -47,3 +47,9 @@ def value_advantages(rewards_G: Tensor, uncertainties_GN: Tensor, exists_GN: Ten
     before_GN = torch.cat([scaled_G.mean().to(values_GN.dtype).expand(len(scaled_G), 1), values_GN[:, :-1]], 1)
     credit_GN = (values_GN - before_GN).where(exists_GN, 0.0)
     return counts_G.unsqueeze(1) * credit_GN / (scaled_G.std(correction=0) + eps)
+
+
+def step_credit(uncertainties_GT: Tensor, judged_GT: Tensor) -> Tensor:
+    """Eq 20 (ours). `credit_weight`: the mean U of the group's judged tokens less a token's own; 0 where nothing was judged."""
+    mean = uncertainties_GT.where(judged_GT, 0.0).sum() / judged_GT.sum().clamp(min=1)
+    return (mean - uncertainties_GT).where(judged_GT, 0.0)

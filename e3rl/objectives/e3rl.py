@@ -40,6 +40,9 @@ class E3RL:
         source=PAPER_METHOD,
     )
     contrast_weight: float = setting(1.0, "lambda_C, size of an erased candidate's negative advantage", above=0)
+    credit_weight: float = setting(
+        0.0, "weight of a segment's credit, the group's mean U less its own, beside its advantage; 0: none", min=0
+    )
     attribution_window: int = setting(64, "L', last response tokens whose attention divides the reward (eq 19)", min=1)
     attribution_layers: Literal["last", "all"] = setting("last", "layers whose attention divides the reward")
     advantage_eps: float = setting(1e-4, "epsilon of eq 20, added to the standard deviation", above=0)
@@ -55,10 +58,15 @@ class E3RL:
         return common.kl_needs(self.kl_coef) | shares | erased
 
     def advantages(self, signals: GroupSignals) -> Tensor:
-        """Advantage of the segment that each token lies in."""
+        """Advantage of the segment that each token lies in; UserError where credit is asked for and nothing was judged."""
         if self.degenerate_groups == "zero" and advantage.is_degenerate(signals.rewards_G):
-            return torch.zeros_like(signals.old_logprobs_GT)
-        return common.from_segments(self._segment_advantages(signals), signals.segments_GT)
+            rewarded_GT = torch.zeros_like(signals.old_logprobs_GT)
+        else:
+            rewarded_GT = common.from_segments(self._segment_advantages(signals), signals.segments_GT)
+        if not self.credit_weight:
+            return rewarded_GT
+        u_GT = _judged(signals, "objective.credit_weight")
+        return rewarded_GT + self.credit_weight * advantage.step_credit(u_GT, signals.mask_GT & (u_GT >= 0))
 
     def _segment_advantages(self, signals: GroupSignals) -> Tensor:
         num_segments = common.count_segments(signals.segments_GT)
@@ -78,12 +86,7 @@ class E3RL:
 
     def _value_advantages(self, signals: GroupSignals, num_segments: int) -> Tensor:
         """UserError where nothing was judged."""
-        u_GT, segments_GT = signals.uncertainties_GT, signals.segments_GT
-        if u_GT is None:
-            raise UserError(
-                "objective.allocation = 'value' needs U of each segment: set rollout.erase = true and erasure.metric = 'value' "
-                "(with erasure.max_erasures = 0 nothing is erased)"
-            )
+        u_GT, segments_GT = _judged(signals, "objective.allocation = 'value'"), signals.segments_GT
         lengths_GN = policy.segment_sums(torch.ones_like(u_GT), segments_GT, num_segments)
         u_GN = policy.segment_sums(u_GT, segments_GT, num_segments) / lengths_GN.clamp(min=1)
         return advantage.value_advantages(signals.rewards_G, u_GN, lengths_GN > 0, self.advantage_eps)
@@ -108,3 +111,13 @@ class E3RL:
         measures |= metrics.measured_by_segment("clip_fraction", clipped_SN, lengths_SN > 0)
         measures |= metrics.measured(batch.mask_ST & ~batch.erased_S[:, None], {"kl": kl_ST})
         return Loss(value, measures)
+
+
+def _judged(signals: GroupSignals, what: str) -> Tensor:
+    """U of each token's segment; UserError where nothing was judged."""
+    if signals.uncertainties_GT is None:
+        raise UserError(
+            f"{what} needs U of each segment: set rollout.erase = true, and erasure.metric = 'value' for the critic's (with "
+            "erasure.max_erasures = 0 nothing is erased)"
+        )
+    return signals.uncertainties_GT

@@ -297,6 +297,7 @@ OBJECTIVES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("e3rl", {"allocation": "sequence", "ratio": "segment_mean", "clip_high": 0.05, "clip_low": 0.05}),
     ("e3rl", {"allocation": "anchored", "erased": "contrast"}),
     ("e3rl", {"allocation": "value"}),
+    ("e3rl", {"allocation": "sequence", "credit_weight": 0.7}),
     ("erpo", {"eta": 0.7, "gamma": 1.5, "beta_progress": 2.0, "sigma_target": 0.8, "buckets": 20}),
     ("grpo", {}),
     ("gspo", {"kl_coef": 0.1, "clip_low": 0.05, "clip_high": 0.05}),

@@ -126,3 +126,10 @@ def test_a_group_without_a_right_answer_has_odds_off_zero() -> None:
     )
     mean, odds, std = 1 / 3, 1.5 / 4, (2 / 9) ** 0.5
     close(found, [[2 * (odds - mean) / std, 2 * (r - odds) / std] for r in (1.0, 0.0, 0.0)])
+
+
+def test_step_credit_by_hand() -> None:
+    """Ours. Judged tokens have U 0.9, 0.9, 0.1 and 0.5, of mean 0.6; a token that was not judged gets none."""
+    u_GT, judged_GT = f64([[0.9, 0.9, 0.1], [0.5, -1.0, -1.0]]), torch.tensor([[True] * 3, [True, False, False]])
+    close(advantage.step_credit(u_GT, judged_GT), [[-0.3, -0.3, 0.5], [0.1, 0.0, 0.0]])
+    assert not advantage.step_credit(u_GT, torch.zeros_like(judged_GT)).any()

@@ -368,3 +368,26 @@ def test_the_credit_of_a_judge_is_on_the_tokens_of_its_segments_and_needs_a_judg
     assert make("e3rl", allocation="value", kl_coef=0.0).needs == {"rewards_only"}
     with pytest.raises(UserError, match=r"allocation = 'value' needs U.*rollout\.erase = true"):
         objective.advantages(dataclasses.replace(signals, uncertainties_GT=None))
+
+
+def test_step_credit_adds_the_groups_mean_u_less_a_segments_own() -> None:
+    """Two siblings of two and one segments: mean U by token is (0.9 + 0.9 + 0.1 + 0.5) / 4 = 0.6; the fifth was not judged."""
+    segments_GT = torch.tensor([[0, 0, 1], [0, 1, -1]])
+    signals = GroupSignals(
+        rewards_G=torch.tensor([1.0, 1.0]),  # all alike, so that the response's own advantage is 0
+        mask_GT=segments_GT >= 0,
+        segments_GT=segments_GT,
+        entropies_GT=torch.zeros(2, 3),
+        old_logprobs_GT=torch.zeros(2, 3),
+        reference_logprobs_GT=None,
+        shares_GT=None,
+        uncertainties_GT=torch.tensor([[0.9, 0.9, 0.1], [0.5, -1.0, -1.0]]),
+    )
+    objective = make("e3rl", kl_coef=0.0, allocation="sequence", credit_weight=2.0)
+    expected = torch.tensor([[-0.6, -0.6, 1.0], [0.2, 0.0, 0.0]])
+    torch.testing.assert_close(objective.advantages(signals), expected)
+    mixed = dataclasses.replace(signals, rewards_G=torch.tensor([1.0, 0.0]))
+    plain = make("e3rl", kl_coef=0.0, allocation="sequence").advantages(mixed)
+    torch.testing.assert_close(objective.advantages(mixed), expected + plain)
+    with pytest.raises(UserError, match=r"credit_weight needs U.*rollout\.erase = true"):
+        objective.advantages(dataclasses.replace(signals, uncertainties_GT=None))

@@ -27,6 +27,7 @@ VARIANTS = [
     {"allocation": "anchored", "ratio": "segment_mean"},
     {"allocation": "sequence", "kl_coef": 0.0},
     {"allocation": "value", "kl_coef": 0.0},
+    {"allocation": "sequence", "credit_weight": 0.5},
     {"erased": "contrast", "attribution_layers": "all"},
     {"degenerate_groups": "paper"},
 ]

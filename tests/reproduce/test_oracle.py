@@ -6,17 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.errors import UserError
-from e3rl.objectives.base import GroupSignals
-from e3rl.objectives.e3rl import E3RL
 from e3rl.rollout.group import GroupRollout, GroupSettings
 from e3rl.rollout.metric import CandidatePlace, siblings_metric, toy_candidate, toy_place
 from e3rl.rollout.moments import Moments
 from e3rl.testing.metric import check_metric
-from e3rl.testing.objective import check_objective
 from e3rl.types import Candidate, Draw, Problem, Prompt
 from e3rl_reproduce import oracle
 
@@ -109,27 +105,3 @@ def test_the_perfect_one_erases_the_wrong_turn_of_each_sibling_behind_its_own_pr
     erased = [[e.candidate.ids.tolist() for e in t.erasures] for t in group.group().trajectories]
     assert erased == [[], [_said("x").ids.tolist()]]
     assert [group.committed_ids(n) for n in (0, 1)] == [_said("bc", ended=True).ids.tolist()] * 2
-
-
-def test_step_credit_adds_the_groups_mean_u_less_a_segments_own() -> None:
-    """Two siblings of two and one segments: mean U by token is (0.9 + 0.9 + 0.1 + 0.5) / 4 = 0.6; the fifth was not judged."""
-    segments_GT = torch.tensor([[0, 0, 1], [0, 1, -1]])
-    signals = GroupSignals(
-        rewards_G=torch.tensor([1.0, 1.0]),  # all alike, so that the response's own advantage is 0
-        mask_GT=segments_GT >= 0,
-        segments_GT=segments_GT,
-        entropies_GT=torch.zeros(2, 3),
-        old_logprobs_GT=torch.zeros(2, 3),
-        reference_logprobs_GT=None,
-        shares_GT=None,
-        uncertainties_GT=torch.tensor([[0.9, 0.9, 0.1], [0.5, -1.0, -1.0]]),
-    )
-    objective = oracle.StepCredit(kl_coef=0.0, allocation="sequence", credit_weight=2.0)
-    expected = torch.tensor([[-0.6, -0.6, 1.0], [0.2, 0.0, 0.0]])
-    torch.testing.assert_close(objective.advantages(signals), expected)
-    mixed = replace(signals, rewards_G=torch.tensor([1.0, 0.0]))
-    plain = E3RL(kl_coef=0.0, allocation="sequence").advantages(mixed)
-    torch.testing.assert_close(objective.advantages(mixed), expected + plain)
-    check_objective(objective)
-    with pytest.raises(UserError, match=r"learns from judgements.*max_erasures = 0"):
-        objective.advantages(replace(signals, uncertainties_GT=None))
