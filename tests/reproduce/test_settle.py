@@ -25,7 +25,7 @@ from e3rl_reproduce.settle import (
     predicted_table,
     progress_plot,
 )
-from e3rl_reproduce.settle_rows import COLDER, CONTRAST, CREDIT, CRITIC, DROPPED, GRPO, LIKELY, LOSS, settings
+from e3rl_reproduce.settle_rows import COLDER, CONTRAST, CREDIT, CRITIC, DROPPED, GRPO, LEARNT, LIKELY, LOSS, settings
 from e3rl_reproduce.study import row_config
 
 
@@ -132,8 +132,8 @@ def test_rows_differ_in_nothing_but_what_they_are_named_for() -> None:
     of = {row.label: row_config(scale, "lab model", row, seed=3, learning_rate=None) for row in SETTLE.rows(scale)}
     assert of[CREDIT].erasure == replace(of[CONTRAST].erasure, max_erasures=0)  # judged alike, never erased
     assert of[LOSS].objective == replace(of[CONTRAST].objective, options={"allocation": "sequence"})
-    assert of[CREDIT].objective.options == of[LOSS].objective.options == of[LIKELY].objective.options
-    assert of[LIKELY].objective == of[CREDIT].objective
+    assert of[CREDIT].objective.options == {**of[LOSS].objective.options, "credit_weight": 1}
+    assert of[LIKELY].objective == of[LEARNT].objective == of[CREDIT].objective
     assert (of[CRITIC].erasure.max_erasures, of[LIKELY].erasure.max_erasures) == (0, 0)
 
 
