@@ -54,3 +54,10 @@ def test_what_is_said_to_hold_a_friction_off_is_a_test():
     named = {name for row in rows for name in row.rstrip(" |").rpartition(" | ")[2].split(", ")} - {"once by hand"}
     assert len(rows) > 60
     assert {name for name in named if not (ROOT / "tests" / f"{name}.py").is_file()} == set()
+
+
+def test_nobody_is_told_to_take_e3rl_from_an_index():
+    """It is installed from a checkout; of an installed one an index is asked for an extra's packages alone."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *(p for p in ROOT.glob("examples/*") if p.is_file())]
+    told = {p.name for p in pages if re.search(r"pip install ['\"]?e3rl(?!\[)", p.read_text(encoding="utf-8"))}
+    assert told == set()
