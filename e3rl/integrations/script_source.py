@@ -21,7 +21,10 @@ _CHANGES = ("update", "setdefault", "pop", "clear", "append", "extend", "insert"
 """Methods that change a list or dictionary in place."""
 _PARSERS = ("parse_args_and_config", "parse_args_into_dataclasses")
 """Methods of TrlParser and HfArgumentParser, which return the settings of TRL's command line."""
-_COMPARISONS = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.eq, ast.IsNot: operator.ne}
+_COMPARISONS = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.eq, ast.IsNot: operator.ne,
+    ast.In: lambda part, whole: part in whole, ast.NotIn: lambda part, whole: part not in whole,
+}  # fmt: skip
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -165,7 +168,10 @@ class Source:
         """The outcome of a condition on constants; None where only running the script would tell."""
         if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
             left, right = self.value(test.left), self.value(test.comparators[0])
-            return None if UNKNOWN in (left, right) else bool(_COMPARISONS[type(test.ops[0])](left, right))
+            try:
+                return None if UNKNOWN in (left, right) else bool(_COMPARISONS[type(test.ops[0])](left, right))
+            except TypeError:
+                return None  # the script would fail here
         value = self.value(test)
         return value if isinstance(value, bool) else None
 

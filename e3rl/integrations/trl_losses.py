@@ -16,7 +16,7 @@ _HUB = "a run ends in an ordinary model directory, which `hf upload` takes"
 _PRECISION = "weights are model.dtype, with float32 master weights in the optimizer"
 _VLLM = "it configures vLLM inside TRL; rollout.engine chooses the engine here"
 _ADAPTER = "only rank, alpha, dropout and target modules of LoRA carry over"
-_QUANTIZED = "quantised weights can't be trained here"
+_QUANTIZED = "model.quantization is 'nf4' or 'int8', with bitsandbytes' defaults"
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_p": (0, 0.0),
@@ -27,6 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "multi_objective_aggregation": ("sum_then_normalize",),
     "adam_epsilon": (1e-8,),
     "label_smoothing_factor": (0, 0.0),
+    "gradient_checkpointing_kwargs": ({"use_reentrant": False}, {"use_reentrant": True}),
     "remove_unused_columns": (False, True),
     "average_tokens_across_devices": (True,),
     "dataloader_drop_last": (True, False),
@@ -58,7 +59,7 @@ REASONS: dict[str, str] = {
     "entropy_coef": "no objective here has an entropy bonus",
     "use_adaptive_entropy": "no objective here has an entropy bonus",
     "sync_ref_model": "the reference policy is the model as it was before training",
-    "router_aux_loss_coef": "there is no auxiliary loss for mixtures of experts",
+    "push_to_hub": "TRL names the repository after output_dir; name yours in train.push_to_hub",
     "disable_dropout": "dropout follows the model's own configuration in training, and is off in rollouts",
     "cast_lm_head_to_fp32": "log-probabilities are computed in float32 from the head's output",
     "use_liger_kernel": "the models run with transformers' own layers",
@@ -76,7 +77,7 @@ REASONS: dict[str, str] = {
     "normalize_advantages": "advantages of 'rloo' are not divided by the spread of the whole batch",
     "reward_clip_range": "clip inside the reward function",
     "label_smoothing_factor": "it belongs to supervised training",
-    "max_tool_calling_iterations": "rollouts have no tools",
+    "max_tool_calling_iterations": "environments.max_turns and max_calls say how often tools are called",
     "max_prompt_length": "TRL 1 has no such setting; data.max_prompt_length refuses longer prompts",
     "attn_implementation": "models are loaded with PyTorch's scaled dot product attention",
     "model_revision": "download the revision and name its directory in model.path",
@@ -108,9 +109,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("bf16_", _PRECISION),
     ("fp16_", _PRECISION),
     ("tf32", _PRECISION),
-    ("load_in_", _QUANTIZED),
     ("bnb_", _QUANTIZED),
-    ("use_bnb_", _QUANTIZED),
     ("lora_", _ADAPTER),
     ("use_rslora", _ADAPTER),
     ("use_dora", _ADAPTER),
@@ -129,7 +128,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("torch_", _MACHINE),
     ("activation_", "train.gradient_checkpointing is what there is"),
     ("gradient_checkpointing_", "train.gradient_checkpointing is what there is"),
-    ("optim_", "the optimizer is AdamW"),
+    ("optim_", "the optimizers have no options of their own"),
     ("liger_", "the models run with transformers' own layers"),
     ("pad_to_multiple_of", _MACHINE),
     ("auto_find_batch_size", "train.micro_batch_tokens bounds what goes through the model together"),

@@ -107,7 +107,24 @@ def _model(settings: Settings, remarks: Sequence[str]) -> dict[str, Any]:
         defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # those of TRL's command line
         table |= {name: defaults[name] if value is None else value for name, value in lora.items()}
         table["lora_target_modules"] = [targets] if isinstance(targets, str) else list(targets or [])
-    return table
+    return {**table, **_quantization(settings, adapters="lora_r" in table)}
+
+
+def _quantization(settings: Settings, *, adapters: bool) -> dict[str, str]:
+    """Weights under the adapters in 4 or 8 bits, by bitsandbytes as in TRL."""
+    four, eight = settings.take("load_in_4bit", False), settings.take("load_in_8bit", False)
+    kind, nested = settings.take("bnb_4bit_quant_type", "nf4"), settings.take("use_bnb_nested_quant", False)
+    settings.optional("bnb_4bit_compute_dtype")  # model.dtype here
+    if not (four or eight):
+        return {}
+    if not adapters:
+        settings.lose("load_in_4bit, load_in_8bit: weights are trained whole here unless model.lora_r is set")
+        return {}
+    if four and kind != "nf4":
+        settings.lose(f"bnb_4bit_quant_type = {kind!r}: the recipe takes 'nf4'")
+    if four and nested:
+        settings.lose("use_bnb_nested_quant: the scales of 4-bit weights are held in full")
+    return {"quantization": "nf4" if four else "int8"}
 
 
 def _dtype(settings: Settings) -> str:

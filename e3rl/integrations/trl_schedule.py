@@ -43,7 +43,10 @@ def batches(
             "so no step here corresponds to them"
         )
     if rollout % generations or step % generations:
-        raise UserError(f"{rollout} completions a rollout are no whole groups of num_generations = {generations}")
+        raise UserError(
+            f"{rollout} completions a rollout are no whole groups of num_generations = {generations}, which TRL refuses too; "
+            f"if it trained on several processes, here {processes}, say on how many: --processes N"
+        )
     return Batches(step // generations, step // per_update)
 
 
@@ -77,6 +80,8 @@ def train_table(settings: Settings, generations: int, processes: int) -> tuple[d
             "activation_checkpointing", settings.take("gradient_checkpointing", True)
         ),
     }
+    if routers := settings.optional("router_aux_loss_coef"):
+        table["router_loss"] = float(routers)
     if settings.take("mask_truncated_completions", False):
         table["mask_truncated_completions"] = True
     table |= _optimizer(settings)

@@ -70,6 +70,7 @@ class _Script:
         values = self._config(given.pop("args", None))
         values |= self._model(given.pop("model", None), values)
         values |= self._adapter(given.pop("peft_config", None))
+        values |= self._quantized(given.pop("quantization_config", None))
         values |= self._dataset(given.pop("train_dataset", None), "train")
         values |= self._dataset(given.pop("eval_dataset", None), "eval")
         values |= self._rewards(given.pop("reward_funcs", None))
@@ -135,6 +136,7 @@ class _Script:
             name = given.pop("pretrained_model_name_or_path", None) or given.pop("model_name", None)
             if name is not None and "dtype" not in config and (kind := given.get("dtype", given.get("torch_dtype"))):
                 found = self._values({"dtype": kind})
+            found |= self._quantized(given.pop("quantization_config", None))
             for key in [k for k in given if k not in HOW_LOADED]:
                 self._source.remark(
                     given[key], f"{key} of from_pretrained", "models are loaded with model.dtype and defaults"
@@ -186,6 +188,17 @@ class _Script:
             **values,
             "lora_target_modules": [modules] if isinstance(modules, str) else modules or [],
         }
+
+    def _quantized(self, node: ast.expr | None) -> dict[str, Any]:
+        """BitsAndBytesConfig(...), in the names of TRL's command line and with its own default of 4-bit numbers."""
+        if node is None or self._source.value(node) is None:
+            return {}
+        call = self._source.follow(node)
+        if not isinstance(call, ast.Call) or called(call) != "BitsAndBytesConfig":
+            self._source.remark(node, "quantization_config", "set model.quantization by hand: 'nf4' or 'int8'")
+            return {}
+        values = {"bnb_4bit_quant_type": "fp4", **self._values(self._source.given(call, ()))}
+        return {"use_bnb_nested_quant" if k == "bnb_4bit_use_double_quant" else k: v for k, v in values.items()}
 
     def _dataset(self, node: ast.expr | None, split: str) -> dict[str, Any]:
         """The dataset's source, and the changes of its rows as settings or code; others are listed."""
@@ -263,7 +276,6 @@ _REASONS = {
     "callbacks": "listeners of a Trainer take their place",
     "optimizers": "the optimizer and schedule are those of [train]",
     "tools": "set the tools by hand",
-    "quantization_config": "quantised weights can't be trained here",
     "reward_processing_classes": "a reward model is named in rewards.reward_model; its own tokenizer is used",
     "rollout_func": "rollout.engine says what generates",
 }

@@ -77,7 +77,7 @@ def test_batch_sizes_are_counted_in_groups(sizes: dict[str, int], expected: Batc
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"generations": 3}, "no whole groups"),
+        ({"generations": 3}, "no whole groups.*here 1, say on how many: --processes N"),
         ({"generation_batch_size": 12}, "no multiple of the 8"),
         ({"generation_batch_size": 16, "steps_per_generation": 2}, "takes one of them"),
         ({"accumulation": 2, "steps_per_generation": 3}, "neither divides the other"),
@@ -207,6 +207,26 @@ def test_settings_that_ask_for_nothing_are_no_loss(tmp_path: Path, given: str):
     _, translation = convert(tmp_path, given)
     basic = ("model: ", "train_dataset: ", "reward_funcs: ")
     assert [loss for loss in translation.losses if not loss.startswith(basic)] == []
+
+
+def test_quantised_weights_under_adapters_and_the_routers_loss_carry_over(tmp_path: Path):
+    config, translation = convert(tmp_path, "--use_peft --load_in_4bit --router_aux_loss_coef 0.01")
+    assert (config.model.quantization, config.train.router_loss) == ("nf4", 0.01)
+    assert not lost(translation, "load_in")
+    config, translation = convert(tmp_path, "--use_peft --load_in_8bit --use_bnb_nested_quant")
+    assert config.model.quantization == "int8"
+    assert not lost(translation, "use_bnb_nested_quant")
+    config, translation = convert(tmp_path, "--load_in_4bit")
+    assert config.model.quantization == "none"
+    assert lost(translation, "load_in_4bit, load_in_8bit: weights are trained whole here unless model.lora_r is set")
+    named = {
+        "--bnb_4bit_quant_type fp4": "bnb_4bit_quant_type = 'fp4'",
+        "--use_bnb_nested_quant": "use_bnb_nested_quant",
+    }
+    for given, name in named.items():
+        config, translation = convert(tmp_path, f"--use_peft --load_in_4bit {given}")
+        assert config.model.quantization == "nf4"
+        assert lost(translation, name)
 
 
 def test_optimizers_and_masking_carry_over(tmp_path: Path):

@@ -150,6 +150,7 @@ def test_data_that_can_not_be_read_are_refused_by_training_and_are_never_the_lab
     "text",
     [
         "name = 'a'\nif big:\n    name = 'b'\nGRPOTrainer(name)",
+        "name = 'a'\nif 'a' in 3:\n    name = 'b'\nGRPOTrainer(name)",
         "for name in names:\n    GRPOTrainer(name)",
         "name, other = pick()\nGRPOTrainer(name)",
         "def f(name):\n    GRPOTrainer(name)",
@@ -201,6 +202,27 @@ def test_adapters_made_by_hand_and_their_other_options():
     ]  # fmt: skip
 
 
+def test_a_quantised_model_under_adapters_carries_over():
+    """BitsAndBytesConfig's own 4-bit numbers are fp4, TRL's command line takes nf4."""
+    lora = "from_pretrained('x', quantization_config=q), LoraConfig(r=4))"
+    for given, kind, losses in (
+        ("load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.bfloat16", "nf4", []),
+        ("load_in_4bit=True", "nf4", ["bnb_4bit_quant_type = 'fp4'"]),
+        ("load_in_8bit=True", "int8", []),
+    ):
+        text = f"q = BitsAndBytesConfig({given})\nm = get_peft_model(AutoModelForCausalLM.{lora}\n"
+        for script in (
+            f"{text}GRPOTrainer(m, right, train_dataset=load_dataset('a/b'))",
+            f"q = BitsAndBytesConfig({given})\nGRPOTrainer('x', right, train_dataset=load_dataset('a/b'), "
+            "peft_config=LoraConfig(r=4), quantization_config=q)",
+        ):
+            found = translate(read(f"from mine import right\n{script}"))
+            assert found.tables["model"]["quantization"] == kind
+            assert [loss.partition(":")[0] for loss in found.losses] == losses
+    unknown = read("GRPOTrainer('x', quantization_config=pick())")
+    assert any("set model.quantization by hand" in remark for remark in unknown.remarks)
+
+
 def test_settings_may_come_after_the_script_as_on_a_command_line(tmp_path: Path):
     path = tmp_path / "parsed.py"
     path.write_text(
@@ -237,6 +259,8 @@ def test_scripts_with_nothing_to_convert_are_said(text: str, words: str):
         "name = 'a'\nclass C:\n    name = 'b'\nGRPOTrainer(name)",
         "kind = 1\nif kind == 2:\n    name = 'b'\nelse:\n    name = 'a'\nGRPOTrainer(name)",
         "kind = False\nname = 'a'\nif kind:\n    name = 'b'\nGRPOTrainer(name)",
+        "full = 'x/Llama'\nif 'Qwen' in full:\n    name = 'b'\nelse:\n    name = 'a'\nGRPOTrainer(name)",
+        "full = 'x/Llama'\nname = 'a'\nif full not in ['x/Llama']:\n    name = 'b'\nGRPOTrainer(name)",
         "name = ''\nname += 'a'\nGRPOTrainer(name)",
         "def pick():\n    name = 'a'\n    return name\nGRPOTrainer(pick())",
         "def pick(name='a'):\n    return name\nGRPOTrainer(pick())",
