@@ -137,7 +137,7 @@ def _faster(rate: str) -> Comparison:
             measures=(COLDER,),
         )
         for row in _BOUND.rows
-        if row.label in (GRPO, CONTRAST, CREDIT, LEARNT)
+        if row.label in (GRPO, CONTRAST, LOSS, CREDIT, LEARNT)
     )
     return Comparison(f"chain 4, learning rate {rate}", rows, ())
 
