@@ -116,7 +116,7 @@ class _Run:
     """One process from its start to its end."""
 
     def __init__(self, prefix: Sequence[str], job: bytes, limits: Limits) -> None:
-        self._limits, self._job = limits, job
+        self._limits, self._job, self._wrapped = limits, job, bool(prefix)
         values_out, values_in = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -166,6 +166,8 @@ class _Run:
                 f"programs can't be run safely on this machine: {why or 'the sandbox did not start'}"
             )
         lines = values[1:].decode(errors="replace").splitlines()
+        if self._wrapped and status - 128 in set(signal.Signals):  # bubblewrap passes a signal on as a shell does
+            status = 128 - status
         out, err = (bytes(self._got[name]).decode(errors="replace") for name in ("stdout", "stderr"))
         seconds = time.monotonic() - (self._began or time.monotonic())
         return Ran(out, err, tuple(lines), status, stopped, seconds)

@@ -194,7 +194,7 @@ def test_what_goes_wrong_is_what_the_model_sees(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path) -> None:
-    config = world(tmp_path, timeout=0.3)
+    config = world(tmp_path, timeout=1.0)
     problems = [Problem(name, name, columns={"start": 3}) for name in ("hang", "go")]
 
     def says(context: str, draw: Draw) -> str:
@@ -209,7 +209,7 @@ def test_a_tool_that_hangs_costs_one_trajectory_its_reward(tmp_path: Path) -> No
         rewards = scorer.score(trajectories, ["", ""])
     by_name = dict(zip([t.prompt.problem.id for t in trajectories], rewards, strict=True))
     assert (by_name["go"].value, by_name["hang"].value) == (4.0, None)
-    assert by_name["hang"].error == "its environment took longer than 0.3 s"
+    assert by_name["hang"].error == "its environment took longer than 1 s"
 
 
 @pytest.mark.parametrize("isolate", [False, True], ids=["here", "isolated"])
@@ -229,7 +229,7 @@ def test_each_call_of_a_turn_has_the_deadline_for_itself(tmp_path: Path, isolate
     )
     config = world(tmp_path, source, timeout=1.0, isolate=isolate)
     turns = {
-        "three": [("rest", 0.6), ("doze", 0.6), ("rest", 0.6)],
+        "three": [("rest", 0.4), ("doze", 0.4), ("rest", 0.4)],
         "hangs": [("rest", 0.1), ("rest", 1.5)],
         "hangs, asynchronous": [("doze", 0.1), ("doze", 1.5)],
     }
@@ -483,7 +483,7 @@ def test_the_calculator_computes_and_nothing_else() -> None:
 
 def test_python_and_files() -> None:
     assert PythonTool().python("print(sum(range(5)))") == "10\n"
-    with pytest.raises(RuntimeError, match="PermissionError"):
+    with pytest.raises(RuntimeError, match=r"PermissionError|FileNotFoundError"):  # or not even shown
         PythonTool().python("open('/etc/passwd')")
     files = Files()
     files.reset(files={"a": "1"}, id="p")

@@ -15,6 +15,7 @@ import torch
 from e3rl.config import ErasureConfig, RolloutConfig
 from e3rl.engine.protocol import Row
 from e3rl.environments.protocol import Reply
+from e3rl.rollout import turns
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.columns import decode, encode
 from e3rl.rollout.group import GroupSettings
@@ -234,33 +235,44 @@ def test_failure(how: str):
 
 
 @dataclass
+class Clock:
+    """In place of the module `time`."""
+
+    now: float = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@dataclass
 class Calls(Env):
-    waits: tuple[float, ...] = ()
+    """An environment whose calls take so long on a clock."""
+
+    clock: Clock = field(default_factory=Clock)
+    takes: tuple[float, ...] = ()
     made: int = 0
 
     def act(self, ids: Sequence[int], begin: Callable[[], None]) -> Reply:
-        for seconds in self.waits:
+        for seconds in self.takes:
             begin()
             self.made += 1
-            time.sleep(seconds)
+            self.clock.now += seconds
         return reply()
 
 
 @pytest.mark.parametrize(
-    ("waits", "made", "looks_after", "why"),
-    [
-        ((0.3, 0.3, 0.3), 3, 0.0, None),
-        ((0.1, 0.75, 0.1), 2, 1.1, "took longer than 0.5 s"),
-        ((0.1, 0.75), 2, 1.1, "took longer than 0.5 s"),
-    ],
+    ("takes", "made", "why"),
+    [((0.6, 0.6, 0.6), 3, None), ((0.1, 1.5, 0.1), 2, "took longer than 1 s"), ((0.1, 1.5), 2, "took longer than 1 s")],
 )
-def test_deadlines(waits: tuple[float, ...], made: int, looks_after: float, why: str | None):
+def test_deadlines(monkeypatch: pytest.MonkeyPatch, takes: tuple[float, ...], made: int, why: str | None):
     """44, too: the deadline is each call's own; a turn that was late has failed even if it ends before anyone looks."""
-    tools, actors = Script({}, deadline=0.5), Actors()
-    env, answers = Calls(tools, waits=waits), []
+    tools, actors, clock = Script({}, deadline=1.0), Actors(), Clock()
+    monkeypatch.setattr(turns, "time", clock)
+    env, answers = Calls(tools, clock=clock, takes=takes), []
     prompt, draw = Prompt(Problem("p", "p"), (1,), tools), Draw(0, 0, "p", 0, 0, 0)
     actors.answer(object(), prompt, {0: env}, Act(0, (1,), 0, 0), draw, answers.append)
-    time.sleep(looks_after)
+    while actors._finished.empty():
+        time.sleep(0.001)
     for done, answer in actors.replies(wait=True):
         done(answer)
     assert [answer.failure for answer in answers] == [why]
