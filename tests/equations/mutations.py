@@ -268,7 +268,8 @@ def weigh() -> Any:
         for spared in (0.0, 0.15):
             given = replace(erasure, commit_anyway=spared)
             config = Config(erasure=given, train=TrainConfig(selection_cap=1e6))
-            found += [with_selection(trajectory_sequence(t, 0), group, config).selection_T for t in group.trajectories]
+            sequences = [trajectory_sequence(t, 0) for t in group.trajectories]
+            found += [s.selection_T for s in with_selection(sequences, group, config)]
     return found
 
 
