@@ -313,7 +313,10 @@ def learn(objective: Objective) -> Any:
     found: list[Any] = []
     for rewards in ([1.0, 0.0, 0.3, 0.0], [2.0, -1.0, 0.5], [0.3] * 7, [0.7], [1.0, 0.0], [0.0, 1.0]):
         group = random_group(rng, siblings=len(rewards))
-        found.append(objective.advantages(signals_of(group, rewards)))
+        signals = signals_of(group, rewards)
+        alone_GT = torch.full(signals.mask_GT.shape, -1.0)  # a single token's U is known
+        alone_GT[0, 0] = 0.5
+        found += [objective.advantages(s) for s in (signals, replace(signals, uncertainties_GT=alone_GT))]
     sequences = [*random_group(rng, siblings=5), *random_group(rng, siblings=4)]
     sequences[-1]["erased"] = True
     batch = batch_of(sequences, groups=2)
