@@ -17,6 +17,7 @@ from e3rl.config import Config, load_config
 from e3rl.data.benchmarks import load_benchmark
 from e3rl.errors import UserError
 from e3rl.files import write_json
+from e3rl.model_files import BUILT_IN
 from e3rl.plan.memory import GIB, make_plan
 from e3rl.plugins import own_python
 from e3rl_reproduce.cells import ERROR, Cell, merged, missing
@@ -56,7 +57,7 @@ def _missing_gpus(config: Config) -> list[str]:
 def requirements(config: Config) -> list[str]:
     """What is missing here to run a config, in words."""
     found = []
-    if config.model.path not in ("lab", "smollm2"):
+    if config.model.path not in BUILT_IN:
         if not Path(config.model.path).is_dir():
             found.append(f"the model {config.model.path}: a local directory (model.path=DIR), or a hub to load it from")
         if config.model.device != "cpu":

@@ -71,14 +71,23 @@ _SCALES = {
 }
 
 
+_CONFIRMED = {
+    "smoke": replace(_SCALES["smoke"], name="confirm-smoke"),
+    "lab": replace(_SCALES["lab"], name="confirm", seeds=tuple(range(8, 16))),
+}
+"""The seeds that nothing was chosen with."""
+
+
 def _rows(scale: Scale) -> tuple[Row, ...]:
     return tuple(row for setting in settings(scale) for row in setting.rows)
 
 
 def weakened(scale: Scale, out: Path) -> tuple[str, ...]:
     """The embedded model with noise on its weight matrices, the same each time, under ``out``; the settings that name it."""
-    if scale.name not in _SCALES:
-        raise UserError(f"settle: the oracle judges lab problems alone, so its scales are {' and '.join(_SCALES)}")
+    if scale.name not in {known.name for known in (*_SCALES.values(), *_CONFIRMED.values())}:
+        raise UserError(
+            f"settle, confirm: they train on lab problems alone, so their scales are {' and '.join(_SCALES)}"
+        )
     path = out / f"weakened-{NOISE:g}"
     if not path.is_dir():
         policy = load_policy(load_config(overrides=["model.path=lab"]).model)
@@ -237,6 +246,24 @@ def colder_table(results: Results) -> list[Table]:
     return [Table("What a temperature buys, at equal steps", columns, tuple(lines))] if lines else []
 
 
+def claims_table(results: Results) -> list[Table]:
+    """Each pair's differences: Avg at T = 1 and at equal tokens, Avg at the best temperature after all steps, and Pass."""
+    lines = []
+    for setting in settings(results.scale):
+        found = _runs(results, setting)
+        base, measures = found[setting.base], {row.label: row.measures for row in setting.rows}
+        for pair in (pair for pair in setting.pairs if found[pair[0]] and found[pair[1]]):
+            ours, theirs = pair
+            gaps = [difference(*(_at_equal(found[label], base, "tokens", place) for label in pair)) for place in (0, 1)]
+            colder = [_taken(results, label, measure) for label in pair for measure in measures[label]]
+            best = [{seed: _right(values, "") for seed, values in by_seed.items()} for by_seed in colder]
+            gaps.insert(1, difference(*best) if best else None)
+            shared = len(found[ours].keys() & found[theirs].keys())
+            lines.append((f"{ours} − {theirs}", *(text(gap, sign=True) for gap in gaps), str(shared)))
+    columns = ("difference", "Avg, T = 1, equal tokens", "Avg, best T", "Pass, T = 1, equal tokens", "seeds")
+    return [Table("What was claimed", columns, tuple(lines))]
+
+
 _AT_ONE = DecodingWay(1.0).name
 
 
@@ -310,4 +337,13 @@ SETTLE = Study(
     scales=_SCALES,
     prepare=weakened,
     notes="The oracle (`e3rl_reproduce.oracle`) knows the first wrong step with a set AUROC: an upper bound, no method.",
+)
+
+CONFIRM = replace(
+    SETTLE,
+    name="confirm",
+    title="Step credit by a critic, on new seeds",
+    views=(claims_table, bound_table, colder_table, finishing_table, progress_plot, compute_table),
+    scales=_CONFIRMED,
+    notes="The rows of `settle` that were left to decide, on seeds that nothing was chosen with.",
 )

@@ -1,4 +1,4 @@
-"""What `e3rl reproduce settle` trains, and what is compared with what, by setting."""
+"""What `e3rl reproduce settle` and `confirm` train, and what is compared with what, by setting."""
 
 from __future__ import annotations
 
@@ -202,16 +202,35 @@ def _graphs(family: str) -> Comparison:
     )
 
 
-_SMOKE = Comparison(
-    "chain 1",
-    tuple(replace(row, measures=()) for row in _BOUND.rows if row.label in (GRPO, CONTRAST, CREDIT)),
-    _BOUND.pairs[:1],
+def _unmeasured(setting: Comparison) -> Comparison:
+    """Without decoding at several temperatures."""
+    return replace(setting, rows=tuple(replace(row, measures=()) for row in setting.rows))
+
+
+_SMOKE = _unmeasured(
+    Comparison("chain 1", tuple(row for row in _BOUND.rows if row.label in (GRPO, CONTRAST, CREDIT)), _BOUND.pairs[:1])
 )
 
 
+def _only_credit(setting: Comparison, prefix: str) -> Comparison:
+    """GRPO, E³RL's loss and step credit by the critic, which is compared with both."""
+    ours, labels = f"{prefix}{LEARNT}", (f"{prefix}{GRPO}", f"{prefix}{LOSS}", f"{prefix}{LEARNT}")
+    rows = tuple(row for row in setting.rows if row.label in labels)
+    return replace(setting, rows=rows, pairs=((ours, labels[0]), (ours, labels[1])))
+
+
+_SETTINGS = {
+    "smoke": (_SMOKE,),
+    "lab": (_BOUND, _faster("1e-4"), _faster("2e-4"), _SEARCHES, _graphs("path"), _graphs("ways")),
+    "confirm-smoke": (_only_credit(_unmeasured(replace(_BOUND, title="chain 1")), ""),),
+    "confirm": (
+        _only_credit(_faster("1e-4"), "rate 1e-4: "),
+        _only_credit(_SEARCHES, "maze: "),
+        _only_credit(_graphs("path"), "path: "),
+        _only_credit(_graphs("ways"), "ways: "),
+    ),
+}
+
+
 def settings(scale: Scale) -> tuple[Comparison, ...]:
-    return (
-        (_SMOKE,)
-        if scale.name == "smoke"
-        else (_BOUND, _faster("1e-4"), _faster("2e-4"), _SEARCHES, _graphs("path"), _graphs("ways"))
-    )
+    return _SETTINGS[scale.name]

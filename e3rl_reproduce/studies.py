@@ -8,7 +8,7 @@ from e3rl.errors import unknown
 from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.curves import rates_table, segment_curves, training_curves, training_table
 from e3rl_reproduce.perturb import conciseness, entropy_histogram, perturbation_measures, perturbation_table
-from e3rl_reproduce.settle import SETTLE
+from e3rl_reproduce.settle import CONFIRM, SETTLE
 from e3rl_reproduce.study import ERPO_PAPER, Row, Scale, Study, View, pass_exam, plain_exams
 from e3rl_reproduce.views import Accuracy, accuracy, accuracy_bars, against_full, margins, paper_numbers, pass_curves
 from e3rl_reproduce.when import WHEN
@@ -211,7 +211,7 @@ def _erpo_studies() -> list[Study]:
     ]
 
 
-STUDIES = {study.name: study for study in (*_e3rl_studies(), *_erpo_studies(), WHEN, SETTLE)}
+STUDIES = {study.name: study for study in (*_e3rl_studies(), *_erpo_studies(), WHEN, SETTLE, CONFIRM)}
 
 
 GROUPS: dict[str, tuple[str, ...]] = {}

@@ -17,7 +17,7 @@ from e3rl.errors import UserError
 if TYPE_CHECKING:
     from e3rl_reproduce.reproduce import Task
 
-NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when, settle"
+NAMES = "table1 … table8, fig1, fig3 … fig6, erpo-table1, erpo-table2, erpo-fig1 … erpo-fig4, when, settle, confirm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -138,7 +138,7 @@ def test_rows_differ_in_nothing_but_what_they_are_named_for() -> None:
 
 
 def test_only_lab_problems_have_an_oracle(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its scales are smoke and lab"):
+    with pytest.raises(UserError, match="their scales are smoke and lab"):
         tasks(["settle"], "paper", out=tmp_path)
 
 
