@@ -94,3 +94,12 @@ def _text(ids: Sequence[int]) -> str:
 
 
 oracle_70, oracle_85, oracle_95, oracle_perfect = map(Oracle, (0.70, 0.85, 0.95, 1.0))
+
+
+def __getattr__(name: str) -> Any:
+    """UserError for the objective that is a setting now."""
+    if name == "StepCredit":
+        raise UserError(
+            "objective.name = 'e3rl_reproduce.oracle:StepCredit' is now objective.name = 'e3rl' with objective.credit_weight = 1"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -233,4 +233,5 @@ _SETTINGS = {
 
 
 def settings(scale: Scale) -> tuple[Comparison, ...]:
-    return _SETTINGS[scale.name]
+    """The lab's at scales that have none of their own."""
+    return _SETTINGS.get(scale.name, _SETTINGS["lab"])

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from e3rl.config import ErasureConfig, RolloutConfig
+from e3rl.config import ErasureConfig, ObjectiveConfig, RolloutConfig
 from e3rl.errors import UserError
+from e3rl.objectives import build
 from e3rl.rollout.group import GroupRollout, GroupSettings
 from e3rl.rollout.metric import CandidatePlace, siblings_metric, toy_candidate, toy_place
 from e3rl.rollout.moments import Moments
@@ -105,3 +106,9 @@ def test_the_perfect_one_erases_the_wrong_turn_of_each_sibling_behind_its_own_pr
     erased = [[e.candidate.ids.tolist() for e in t.erasures] for t in group.group().trajectories]
     assert erased == [[], [_said("x").ids.tolist()]]
     assert [group.committed_ids(n) for n in (0, 1)] == [_said("bc", ended=True).ids.tolist()] * 2
+
+
+def test_the_objective_that_became_a_setting_is_refused_with_that_setting() -> None:
+    config = ObjectiveConfig(name="e3rl_reproduce.oracle:StepCredit")
+    with pytest.raises(UserError, match=r"is now objective\.name = 'e3rl' with objective\.credit_weight = 1"):
+        build(config)

@@ -16,9 +16,11 @@ from e3rl.lab import lab_directory
 from e3rl_reproduce.reproduce import tasks
 from e3rl_reproduce.results import Results
 from e3rl_reproduce.settle import (
+    CONFIRM,
     SETTLE,
     after,
     bound_table,
+    claims_table,
     colder_table,
     finishing_table,
     pairs_table,
@@ -26,7 +28,7 @@ from e3rl_reproduce.settle import (
     progress_plot,
 )
 from e3rl_reproduce.settle_rows import COLDER, CONTRAST, CREDIT, CRITIC, DROPPED, GRPO, LEARNT, LIKELY, LOSS, settings
-from e3rl_reproduce.study import row_config
+from e3rl_reproduce.study import Row, row_config
 
 
 def run(*points: tuple[int, int, float, float, float], r: float = 0.0) -> dict[str, object]:
@@ -135,6 +137,41 @@ def test_rows_differ_in_nothing_but_what_they_are_named_for() -> None:
     assert of[CREDIT].objective.options == {**of[LOSS].objective.options, "credit_weight": 1}
     assert of[LIKELY].objective == of[LEARNT].objective == of[CREDIT].objective
     assert (of[CRITIC].erasure.max_erasures, of[LIKELY].erasure.max_erasures) == (0, 0)
+
+
+def test_the_overlay_is_the_row_that_was_measured() -> None:
+    scale = CONFIRM.at("lab")
+    of = {row.label: row_config(scale, "lab model", row, seed=8, learning_rate=None) for row in CONFIRM.rows(scale)}
+    overlaid = Row("overlay", ("methods/step-credit",), ("train.learning_rate=1e-4",))
+    assert row_config(scale, "lab model", overlaid, seed=8, learning_rate=None) == of[f"rate 1e-4: {LEARNT}"]
+
+
+def test_what_was_claimed_is_the_mean_difference_by_seed_from_both_others(tmp_path: Path) -> None:
+    scale = CONFIRM.at("lab")
+    results = Results.read(CONFIRM, scale, "lab model", tmp_path)
+    before = (0, 0, 0.1, 0.2, 0.5)
+    for label, (spent, avg, passed, colder) in {
+        GRPO: (1000, 0.4, 0.6, 2),
+        LOSS: (1000, 0.3, 0.5, 1),
+        LEARNT: (2000, 0.9, 1.0, 4),  # at 1,000 tokens 0.5 and 0.6
+    }.items():
+        for seed in (8, 9):
+            cell = results.cells[f"rate 1e-4: {label}", seed]
+            decoded = {"kind": "plain", "train": {"right": [1]}, "eval": {"right": [colder], "samples": 4}}
+            for measure, values in (
+                (cell.measures[0], run(before, (16, spent, avg + 0.1 * (seed == 9), passed, 1.0))),
+                (COLDER, {"plain, T = 0.3": decoded}),
+            ):
+                write_json(cell.directory(tmp_path) / "measures" / f"{measure.address}.json", {"values": values})
+    [table] = claims_table(results)
+    short = [(name, *(cell.split(" ")[0] for cell in cells)) for name, *cells in table.rows]
+    ours = f"rate 1e-4: {LEARNT}"
+    assert short == [
+        (f"{ours} − rate 1e-4: {GRPO}", "+0.075", "+0.500", "+0.000", "2"),
+        (f"{ours} − rate 1e-4: {LOSS}", "+0.175", "+0.750", "+0.100", "2"),
+    ]
+    assert "± 0.318" in table.rows[0][1]  # +0.100 and +0.050: Student's t of two seeds
+    assert {seed for _, seed in results.cells}.isdisjoint(SETTLE.at("lab").seeds)  # nothing was chosen with them
 
 
 def test_only_lab_problems_have_an_oracle(tmp_path: Path) -> None:
