@@ -73,9 +73,9 @@ _SCALES = {
 
 _CONFIRMED = {
     "smoke": replace(_SCALES["smoke"], name="confirm-smoke"),
-    "lab": replace(_SCALES["lab"], name="confirm", seeds=tuple(range(8, 16))),
+    "lab": replace(_SCALES["lab"], name="confirm", seeds=tuple(range(8, 24))),
 }
-"""The seeds that nothing was chosen with."""
+"""Seeds that nothing was chosen with: 8 to 15, and 16 to 23 for what was thought of after those."""
 
 
 def _rows(scale: Scale) -> tuple[Row, ...]:

@@ -67,6 +67,7 @@ BOTH = "oracle 0.95, contrast and step credit"
 STOPPED = "oracle 0.95, contrast, stopped at 62,000 tokens"
 """Evaluated where GRPO's tokens are spent: what the straight line between evaluations takes from the same run."""
 CRITIC, LIKELY = "critic's credit, plain rollouts", "step credit by entropy + 0.3 ε, plain rollouts"
+CAREFUL = "step credit by the critic where rewards differ, plain rollouts"
 ERASED_UNLIKELY = "erased by entropy + 0.3 ε, contrast"
 LEARNT = "step credit by the critic, plain rollouts"
 
@@ -219,12 +220,21 @@ def _only_credit(setting: Comparison, prefix: str) -> Comparison:
     return replace(setting, rows=rows, pairs=((ours, labels[0]), (ours, labels[1])))
 
 
+def _careful(setting: Comparison, prefix: str) -> Comparison:
+    """Beside them step credit in groups alone that hold right and wrong answers."""
+    [learnt] = [row for row in setting.rows if row.label == f"{prefix}{LEARNT}"]
+    label = f"{prefix}{CAREFUL}"
+    row = replace(learnt, label=label, overrides=(*learnt.overrides, "objective.credit_groups=mixed"))
+    others = tuple((label, other.label) for other in setting.rows)
+    return replace(setting, rows=(*setting.rows, row), pairs=(*setting.pairs, *others))
+
+
 _SETTINGS = {
     "smoke": (_SMOKE,),
     "lab": (_BOUND, _faster("1e-4"), _faster("2e-4"), _SEARCHES, _graphs("path"), _graphs("ways")),
     "confirm-smoke": (_only_credit(_unmeasured(replace(_BOUND, title="chain 1")), ""),),
     "confirm": (
-        _only_credit(_faster("1e-4"), "rate 1e-4: "),
+        _careful(_only_credit(_faster("1e-4"), "rate 1e-4: "), "rate 1e-4: "),
         _only_credit(_SEARCHES, "maze: "),
         _only_credit(_graphs("path"), "path: "),
         _only_credit(_graphs("ways"), "ways: "),

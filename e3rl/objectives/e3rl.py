@@ -43,6 +43,9 @@ class E3RL:
     credit_weight: float = setting(
         0.0, "weight of a segment's credit, the group's mean U less its own, beside its advantage; 0: none", min=0
     )
+    credit_groups: Literal["all", "mixed"] = setting(
+        "all", "groups whose segments get credit: all, or none where all sequence rewards are equal"
+    )
     attribution_window: int = setting(64, "L', last response tokens whose attention divides the reward (eq 19)", min=1)
     attribution_layers: Literal["last", "all"] = setting("last", "layers whose attention divides the reward")
     advantage_eps: float = setting(1e-4, "epsilon of eq 20, added to the standard deviation", above=0)
@@ -59,13 +62,16 @@ class E3RL:
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """Advantage of the segment that each token lies in; UserError where credit is asked for and nothing was judged."""
-        if self.degenerate_groups == "zero" and advantage.is_degenerate(signals.rewards_G):
+        alike = bool(advantage.is_degenerate(signals.rewards_G))
+        if self.degenerate_groups == "zero" and alike:
             rewarded_GT = torch.zeros_like(signals.old_logprobs_GT)
         else:
             rewarded_GT = common.from_segments(self._segment_advantages(signals), signals.segments_GT)
         if not self.credit_weight:
             return rewarded_GT
         u_GT = _judged(signals, "objective.credit_weight")
+        if self.credit_groups == "mixed" and alike:
+            return rewarded_GT
         return rewarded_GT + self.credit_weight * advantage.step_credit(u_GT, signals.mask_GT & (u_GT >= 0))
 
     def _segment_advantages(self, signals: GroupSignals) -> Tensor:

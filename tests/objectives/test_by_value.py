@@ -389,5 +389,10 @@ def test_step_credit_adds_the_groups_mean_u_less_a_segments_own() -> None:
     mixed = dataclasses.replace(signals, rewards_G=torch.tensor([1.0, 0.0]))
     plain = make("e3rl", kl_coef=0.0, allocation="sequence").advantages(mixed)
     torch.testing.assert_close(objective.advantages(mixed), expected + plain)
+    careful = make("e3rl", kl_coef=0.0, allocation="sequence", credit_weight=2.0, credit_groups="mixed")
+    torch.testing.assert_close(
+        careful.advantages(signals), torch.zeros(2, 3)
+    )  # rewards that are all alike tell it nothing
+    torch.testing.assert_close(careful.advantages(mixed), expected + plain)
     with pytest.raises(UserError, match=r"credit_weight needs U.*rollout\.erase = true"):
         objective.advantages(dataclasses.replace(signals, uncertainties_GT=None))
