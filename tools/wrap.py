@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WIDEST, WRAPPED = 130, 126
 MADE = re.compile(
-    r"docs/(reference/|data-way|paper-scale|run-directory|equations|results/(table\d|fig\d|erpo-|settle))"
+    r"docs/(reference/|data-way|paper-scale|run-directory|equations|results/(table\d|fig\d|erpo-|settle|confirm))"
 )
 """Pages that are made from code."""
 
