@@ -43,9 +43,10 @@ def problems_digest(prompts: Sequence[Prompt]) -> str:
 
 def decoding(config: Config) -> dict[str, Any]:
     """The settings that decide what a plain sample is."""
-    rollout = {
-        name: getattr(config.rollout, name) for name in ("segment_length", "max_segments", "max_completion_length")
-    }
+    names: tuple[str, ...] = ("segment_length", "max_segments", "max_completion_length")
+    if config.rollout.boundary != "length":
+        names = (*names, "boundary", "boundary_level", "min_segment_length")
+    rollout = {name: getattr(config.rollout, name) for name in names}
     sampling = {name: getattr(config.eval, name) for name in ("num_samples", "temperature", "top_p", "top_k")}
     return {
         "seed": config.run.seed,

@@ -135,6 +135,13 @@ def test_whatever_changes_a_plain_sample_makes_another_evaluation(override: str)
     assert decoding(load_config(None, (), ["rollout.temperature=0.5", "erasure.eta=1.0"])) == decoding(load_config())
 
 
+def test_samples_of_another_boundary_are_not_taken_over() -> None:
+    surprise = ["rollout.boundary=surprise", "rollout.boundary_level=0.8"]
+    others = (["rollout.boundary=entropy", surprise[1]], [surprise[0], "rollout.boundary_level=0.9"], [])
+    for other in (*others, [*surprise, "rollout.min_segment_length=4"]):
+        assert settings_digest(load_config(None, (), other)) != settings_digest(load_config(None, (), surprise))
+
+
 def test_more_plain_samples_where_erasing_cost_more():
     plan = SamplingPlan(("a",), load_config(None, [], ["eval.num_samples=2"]), erase=True)
     plain = [[sample("a", 0), sample("a", 1)]]
