@@ -28,8 +28,8 @@ from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.output import Panel, Plot, Table
 from e3rl_reproduce.results import Results, SeedMean, difference, estimate
-from e3rl_reproduce.settle_rows import Comparison, settings
-from e3rl_reproduce.study import LAB, SMOKE, Row, Scale, Study
+from e3rl_reproduce.settle_rows import CONFIRMED, SCALES, Comparison, settings
+from e3rl_reproduce.study import Row, Scale, Study
 from e3rl_reproduce.views import banded, text
 from e3rl_reproduce.when import chosen, figures
 
@@ -39,44 +39,6 @@ NOISE = 0.09
 _CURVE = Measure("e3rl_reproduce.settle:curve")
 _BY_THE_CLOCK = "By the clock, on what else the machine did as well; evaluations are left out."
 
-_SCALES = {
-    "smoke": replace(
-        SMOKE,
-        seeds=(0,),
-        overrides=(*SMOKE.overrides, "train.eval_steps=1", "train.minibatches=1", "train.learning_rate=5e-5"),
-        token_budget=0,
-        validation={},
-    ),
-    "lab": replace(
-        LAB,
-        seeds=tuple(range(8)),
-        learning_rates=(),
-        token_budget=0,
-        validation={},
-        together=1,
-        overrides=(
-            "data.train=lab:chain:4",
-            "data.eval=lab:chain:4",
-            "rollout.segment_length=8",
-            "rollout.max_segments=8",
-            "train.steps=16",
-            "train.prompts_per_step=8",
-            "train.minibatches=1",
-            "train.learning_rate=5e-5",
-            "train.eval_steps=8",
-            "eval.limit=64",
-            "eval.num_samples=4",
-        ),
-    ),
-}
-
-
-_CONFIRMED = {
-    "smoke": replace(_SCALES["smoke"], name="confirm-smoke"),
-    "lab": replace(_SCALES["lab"], name="confirm", seeds=tuple(range(8, 24))),
-}
-"""Seeds that nothing was chosen with: 8 to 15, and 16 to 23 for what was thought of after those."""
-
 
 def _rows(scale: Scale) -> tuple[Row, ...]:
     return tuple(row for setting in settings(scale) for row in setting.rows)
@@ -84,9 +46,9 @@ def _rows(scale: Scale) -> tuple[Row, ...]:
 
 def weakened(scale: Scale, out: Path) -> tuple[str, ...]:
     """The embedded model with noise on its weight matrices, the same each time, under ``out``; the settings that name it."""
-    if scale.name not in {known.name for known in (*_SCALES.values(), *_CONFIRMED.values())}:
+    if scale.name not in {known.name for known in (*SCALES.values(), *CONFIRMED.values())}:
         raise UserError(
-            f"settle, confirm: they train on lab problems alone, so their scales are {' and '.join(_SCALES)}"
+            f"settle, confirm: they train on lab problems alone, so their scales are {' and '.join(SCALES)}"
         )
     path = out / f"weakened-{NOISE:g}"
     if not path.is_dir():
@@ -334,7 +296,7 @@ SETTLE = Study(
     measures=_measures,
     views=(bound_table, pairs_table, finishing_table, colder_table, progress_plot, predicted_table, compute_table),
     models=(),
-    scales=_SCALES,
+    scales=SCALES,
     prepare=weakened,
     notes="The oracle (`e3rl_reproduce.oracle`) knows the first wrong step with a set AUROC: an upper bound, no method.",
 )
@@ -344,6 +306,6 @@ CONFIRM = replace(
     name="confirm",
     title="Step credit by a critic, on new seeds",
     views=(claims_table, bound_table, colder_table, finishing_table, progress_plot, compute_table),
-    scales=_CONFIRMED,
+    scales=CONFIRMED,
     notes="The rows of `settle` that were left to decide, on seeds that nothing was chosen with.",
 )

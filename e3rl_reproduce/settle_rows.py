@@ -6,7 +6,44 @@ from dataclasses import dataclass, replace
 
 from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.measures import DECODINGS
-from e3rl_reproduce.study import Row, Scale
+from e3rl_reproduce.study import LAB, SMOKE, Row, Scale
+
+SCALES = {
+    "smoke": replace(
+        SMOKE,
+        seeds=(0,),
+        overrides=(*SMOKE.overrides, "train.eval_steps=1", "train.minibatches=1", "train.learning_rate=5e-5"),
+        token_budget=0,
+        validation={},
+    ),
+    "lab": replace(
+        LAB,
+        seeds=tuple(range(8)),
+        learning_rates=(),
+        token_budget=0,
+        validation={},
+        together=1,
+        overrides=(
+            "data.train=lab:chain:4",
+            "data.eval=lab:chain:4",
+            "rollout.segment_length=8",
+            "rollout.max_segments=8",
+            "train.steps=16",
+            "train.prompts_per_step=8",
+            "train.minibatches=1",
+            "train.learning_rate=5e-5",
+            "train.eval_steps=8",
+            "eval.limit=64",
+            "eval.num_samples=4",
+        ),
+    ),
+}
+
+CONFIRMED = {
+    "smoke": replace(SCALES["smoke"], name="confirm-smoke"),
+    "lab": replace(SCALES["lab"], name="confirm", seeds=tuple(range(8, 24))),
+}
+"""Seeds that nothing was chosen with: 8 to 15, and 16 to 23 for what was thought of after those."""
 
 _JUDGED = (
     "rollout.erase=true",

@@ -41,7 +41,7 @@ def test_modules_import_each_other_in_one_direction():
 
 def test_files_can_be_read_in_one_sitting():
     assert max(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values()) <= 320
-    assert len(FILES) <= 18
+    assert len(FILES) <= 22  # as a room of e3rl
 
 
 def test_ablations_are_found_by_their_names():

@@ -265,7 +265,7 @@ class Calls(Env):
     [((0.6, 0.6, 0.6), 3, None), ((0.1, 1.5, 0.1), 2, "took longer than 1 s"), ((0.1, 1.5), 2, "took longer than 1 s")],
 )
 def test_deadlines(monkeypatch: pytest.MonkeyPatch, takes: tuple[float, ...], made: int, why: str | None):
-    """44, too: the deadline is each call's own; a turn that was late has failed even if it ends before anyone looks."""
+    """Of sentence 44: the deadline is each call's own; a turn that was late has failed even if it ends before anyone looks."""
     tools, actors, clock = Script({}, deadline=1.0), Actors(), Clock()
     monkeypatch.setattr(turns, "time", clock)
     env, answers = Calls(tools, clock=clock, takes=takes), []

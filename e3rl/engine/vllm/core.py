@@ -284,11 +284,11 @@ def _start(directory: Path, **arguments: Any) -> Any:
         ) from None
     cpu, known = current_platform.is_cpu(), vllm.__version__.startswith(_KNOWN)
     if arguments["enable_sleep_mode"] and not current_platform.is_sleep_mode_available():
-        raise UserError(
-            "rollout.vllm_sleep = true needs a GPU whose memory vLLM can give back, and vLLM finds none here: set it to false"
-        )
+        raise UserError("rollout.vllm_sleep = true needs a GPU that vLLM can clear, and there is none: set it to false")
     if not known:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if cpu:  # what little is not eager: PyTorch's compiler fails where the environment's path has a space
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     common = {
         "model": str(directory),
         "skip_tokenizer_init": True,
