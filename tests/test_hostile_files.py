@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from e3rl.cli.main import main
-from e3rl.config import Config, ErasureConfig, RolloutConfig, to_toml
+from e3rl.config import Config, ErasureConfig, RolloutConfig, TrainConfig, to_toml
 from e3rl.errors import UserError
 from e3rl.generation import generate
 from e3rl.plugins import load
@@ -108,7 +108,8 @@ def test_code_beside_a_model_runs_for_who_names_it(model: Path, canary: Path, ca
 def test_a_file_of_an_earlier_version_gives_its_numbers(tmp_path: Path):
     """It holds all of [rollout] and [erasure], such as where a training's workers were."""
     rollout = RolloutConfig(segment_length=7, temperature=0.5, max_rows=4, staleness=1, workers=3, engine="vllm")
-    old = to_toml(Config(rollout=rollout, erasure=ErasureConfig(kappa0=0.5), train=_AHEAD))
+    train = TrainConfig(importance_correction="token_mask")
+    old = to_toml(Config(rollout=rollout, erasure=ErasureConfig(kappa0=0.5), train=train))
     old = old.replace("staleness = 1", "ahead = 1")  # its name then
     (tmp_path / RECIPE_NAME).write_text(old[old.index("[rollout]") : old.index("[filter]")])
     said: list[str] = []
@@ -120,9 +121,6 @@ def test_a_file_of_an_earlier_version_gives_its_numbers(tmp_path: Path):
         "rollout.staleness = 1",
         "rollout.workers = 3",
     ]
-
-
-_AHEAD = lab_config(Path(), "rollout.staleness=1", "train.importance_correction=token_mask").train
 
 
 def test_what_is_saved_beside_a_model_is_taken_from_there(tmp_path: Path):
