@@ -146,8 +146,9 @@ def _or_calibrate(config: Config) -> str:
 
 
 def budget_spent(logs: Logs) -> Finding | None:
+    """Only where something may be erased: a judge alone, with no erasures to spend, forces nothing."""
     forced = logs.now("forced_rate")
-    if not forced > 0.2:
+    if not (logs.config.erasure.max_erasures and forced > 0.2):
         return None
     return Finding(
         "warn",

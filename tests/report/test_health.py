@@ -123,6 +123,12 @@ def test_the_setting_that_would_change_how_much_is_erased_is_named(baseline: str
     assert f"Raise {words}" in texts(logs({"r": 0.9}, erasure=erasure))
 
 
+def test_a_judge_that_may_erase_nothing_forces_nothing() -> None:
+    forced = {"forced_rate": 0.4}
+    assert "used up" in texts(logs(forced, erasure={"max_erasures": 1}))
+    assert "used up" not in texts(logs(forced, erasure={"max_erasures": 0}))
+
+
 def test_reward_that_moved_is_not_called_flat() -> None:
     text = texts(logs({"degenerate_groups": 0.9, "accuracy": 0.9, "reward": 0.9}))
     assert text.startswith("90% of the groups teach nothing, since all")
