@@ -56,12 +56,14 @@ class Cell:
     """One training, and what is measured of it.
 
     ``token_budget``: generated tokens (erased and dropped ones included) at which the weights are kept for measures at
-    "tokens". A cell whose objective is 'vanilla' is not trained: all its points are the first weights.
+    "tokens". A cell whose objective is 'vanilla' is not trained: all its points are the first weights. ``rollouts``: what makes
+    the groups from the run's own rollouts, ``package.module:name``, called with the run; empty: nothing.
     """
 
     config: Config
     measures: tuple[Measure, ...]
     token_budget: int = 0
+    rollouts: str = ""
 
     @property
     def trained(self) -> bool:
@@ -80,7 +82,7 @@ class Cell:
             }
             for section, table in to_tables(self.config).items()
         }
-        return _address([FORMAT, told, self.token_budget])
+        return _address([FORMAT, told, self.token_budget, *filter(None, [self.rollouts])])
 
     def directory(self, out: Path) -> Path:
         return out / "cells" / self.address
@@ -88,12 +90,13 @@ class Cell:
     def to_table(self) -> dict[str, Any]:
         tables = to_tables(self.config)
         measures = [measure.to_table() for measure in self.measures]
-        return {"format": FORMAT, "config": tables, "token_budget": self.token_budget, "measures": measures}
+        told = {"token_budget": self.token_budget, "rollouts": self.rollouts, "measures": measures}
+        return {"format": FORMAT, "config": tables, **told}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Cell:
         measures = tuple(Measure(**measure) for measure in table["measures"])
-        return cls(build_config(table["config"]), measures, table["token_budget"])
+        return cls(build_config(table["config"]), measures, table["token_budget"], table["rollouts"])
 
     def in_directory(self, directory: Path) -> Cell:
         """The cell with its run inside ``directory``."""

@@ -71,8 +71,9 @@ def study_cells(study: Study, scale: Scale, model: str, out: Path) -> dict[tuple
     rates = chosen_rates(study, scale, model, out)
     return {
         (row.label, seed): row_cell(study, scale, model, row, seed=seed, learning_rate=rates[row.label])
-        for seed in scale.seeds
+        for place, seed in enumerate(scale.seeds)
         for row in study.rows(scale)
+        if not row.seeds or place < row.seeds
     }
 
 
@@ -97,7 +98,9 @@ class Results:
         return tuple(self.study.rows(self.scale))
 
     def measurement(self, row: str, seed: int, measure: Measure) -> dict[str, Any] | None:
-        return read_measurement(self.cells[row, seed], measure, self.out)
+        """None where it was not taken, or the row does without the seed."""
+        cell = self.cells.get((row, seed))
+        return None if cell is None else read_measurement(cell, measure, self.out)
 
     def by_seed(self, row: str, measure: Measure, value: Callable[[dict[str, Any]], float]) -> dict[int, float]:
         """``value`` of each seed's measurement, over the seeds that there are."""

@@ -15,52 +15,35 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 
-from e3rl.config import Config, load_config
+from e3rl.config import Config
 from e3rl.diagnose.statistics import erasing_yield
-from e3rl.errors import UserError
-from e3rl.files import atomic_directory
-from e3rl.models import Policy, load_policy
+from e3rl.models import Policy
 from e3rl.train.run_directory import read_lines
-from e3rl.weights.files import save_pretrained
 from e3rl_reproduce.cells import Measure
 from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.output import Panel, Plot, Table
 from e3rl_reproduce.results import Results, SeedMean, difference, estimate
-from e3rl_reproduce.settle_rows import CONFIRMED, SCALES, Comparison, settings
+from e3rl_reproduce.resumed import GENERATED
+from e3rl_reproduce.settle_rows import Comparison, settings
+from e3rl_reproduce.settle_scales import CONFIRMED, NOISE, SCALES, weakened, weakened_name
 from e3rl_reproduce.study import Row, Scale, Study
 from e3rl_reproduce.views import banded, text
 from e3rl_reproduce.when import chosen, figures
-
-NOISE = 0.09
-"""Standard deviations of each weight matrix: chain 4 begins at 0.1."""
 
 _CURVE = Measure("e3rl_reproduce.settle:curve")
 _BY_THE_CLOCK = "By the clock, on what else the machine did as well; evaluations are left out."
 
 
 def _rows(scale: Scale) -> tuple[Row, ...]:
-    return tuple(row for setting in settings(scale) for row in setting.rows)
-
-
-def weakened(scale: Scale, out: Path) -> tuple[str, ...]:
-    """The embedded model with noise on its weight matrices, the same each time, under ``out``; the settings that name it."""
-    if scale.name not in {known.name for known in (*SCALES.values(), *CONFIRMED.values())}:
-        raise UserError(
-            f"settle, confirm: they train on lab problems alone, so their scales are {' and '.join(SCALES)}"
-        )
-    path = out / f"weakened-{NOISE:g}"
-    if not path.is_dir():
-        policy = load_policy(load_config(overrides=["model.path=lab"]).model)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in policy.model.parameters():
-                if weight.ndim == 2:
-                    weight += NOISE * weight.std() * torch.randn(weight.shape, generator=generator)
-        with atomic_directory(path) as temporary:
-            save_pretrained(policy, temporary, "The embedded model with noise on its weights.\n")
-    return (f"model.path={path}", "model.device=cpu")
+    """Where a comparison has noise of its own, its rows name the weights that `weakened` put beside the others'."""
+    found: list[Row] = []
+    usual = dict(override.split("=", 1) for override in scale.overrides).get("model.path", weakened_name(NOISE))
+    for setting in settings(scale):
+        model = f"model.path={Path(usual).with_name(weakened_name(setting.noise))}"
+        named = () if setting.noise == NOISE else (model,)
+        found += [replace(row, overrides=(*named, *row.overrides)) for row in setting.rows]
+    return tuple(found)
 
 
 def curve(policy: Policy, config: Config) -> dict[str, Any]:
@@ -69,11 +52,13 @@ def curve(policy: Policy, config: Config) -> dict[str, Any]:
     path = Path(config.run.output_dir) / config.run.name
     lines, k = read_lines(path / "metrics.jsonl"), config.eval.num_samples
     tokens = {0: 0} | {line["step"]: line["tokens_total"] for line in lines}
+    if told := {line["step"]: line["tokens"] for line in read_lines(path / GENERATED)}:
+        tokens = {step: sum(count for other, count in told.items() if other <= step) for step in tokens}
     evaluations = read_lines(path / "evaluations.jsonl")
     points = [(e["step"], tokens[e["step"]], e[f"avg@{k}"], e[f"pass@{k}"], e["finish_ratio"]) for e in evaluations]
     seconds = sum(line["seconds_rollout"] + line["seconds_reward"] + line["seconds_train"] for line in lines)
     r = fmean(line["r"] for line in lines[:4])
-    return {"curve": points, "tokens": lines[-1]["tokens_total"], "seconds": seconds, "r": r}
+    return {"curve": points, "tokens": tokens[lines[-1]["step"]], "seconds": seconds, "r": r}
 
 
 Runs = Mapping[int, Mapping[str, Any]]
@@ -235,24 +220,27 @@ def _right(values: Mapping[str, Any], way: str) -> float:
 
 
 def predicted_table(results: Results) -> list[Table]:
-    """What the theory says of dropping at the success rate that was begun with, and r beside the measured one."""
-    setting = settings(results.scale)[0]
-    found = _runs(results, setting)
-    start = estimate([run["curve"][0][2] for run in found[setting.base].values()])
-    if start is None:
-        return []
-    segments, lines = results.cells[setting.base, results.scale.seeds[0]].config.rollout.max_segments, []
-    for auroc in (0.70, 0.85, 0.95):
-        here = erasing_yield(start.mean, segments, auroc)
-        runs = found.get(f"oracle {auroc:.2f}, contrast", {})
-        measured = _mean(estimate([run["r"] for run in runs.values()]))
-        lines.append((f"{auroc:.2f}", f"{here.ratio:.2f}", f"{here.r:.2f}", measured))
+    """What the theory says of dropping at the success rates that were begun with, and r beside the measured one."""
+    lines = []
+    for setting in settings(results.scale):
+        found = _runs(results, setting)
+        start = estimate([run["curve"][0][2] for run in found[setting.base].values()])
+        if start is None or not setting.bound:
+            continue
+        segments = results.cells[setting.base, results.scale.seeds[0]].config.rollout.max_segments
+        for auroc in (0.70, 0.85, 0.95):
+            label = next((label for label in found if label.endswith(f"oracle {auroc:.2f}, contrast")), None)
+            if label is not None:
+                here = erasing_yield(start.mean, segments, auroc)
+                measured = _mean(estimate([run["r"] for run in found[label].values()]))
+                where = (setting.title, f"{start.mean:.2f}", str(segments), f"{auroc:.2f}")
+                lines.append((*where, f"{here.ratio:.2f}", f"{here.r:.2f}", measured))
     note = (
-        f"Success {start.mean:.2f}, {segments} segments: what a token of erasing rollouts teaches over one of plain ones, where "
-        "erased candidates are dropped (`e3rl diagnose` tells it of your model). Contrast is beside this theory."
+        "What a token of erasing rollouts teaches over one of plain ones, where erased candidates are dropped (`e3rl diagnose` "
+        "tells it of your model). Contrast is beside this theory."
     )
-    columns = ("AUROC", "yield of a token", "r, predicted", "r, measured")
-    return [Table("What was predicted", columns, tuple(lines), note)]
+    columns = ("problems", "success", "segments", "AUROC", "yield of a token", "r, predicted", "r, measured")
+    return [Table("What was predicted", columns, tuple(lines), note)] if lines else []
 
 
 def progress_plot(results: Results) -> list[Plot]:

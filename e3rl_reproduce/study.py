@@ -161,6 +161,7 @@ class Row:
     ``tuned_as``: the row whose learning-rate sweep decides this row's; empty: its own. ``erasable``: also examined with
     erasable decoding, at its own settings. ``segments``: segments of a response, at the recipe's total length; 0: the
     recipe's. ``measures`` are added to the study's. ``paper``: the row's name in the paper, if it is another one.
+    ``rollouts``: what makes its groups (`Cell`). ``seeds``: how many of the scale's it has; 0: all.
     """
 
     label: str
@@ -171,6 +172,8 @@ class Row:
     segments: int = 0
     measures: tuple[Measure, ...] = ()
     paper: str = ""
+    rollouts: str = ""
+    seeds: int = 0
 
     @property
     def in_paper(self) -> str:
@@ -260,7 +263,7 @@ def row_cell(study: Study, scale: Scale, model: str, row: Row, *, seed: int, lea
     """One row with one seed, and all that the study measures of it."""
     config = row_config(scale, model, row, seed=seed, learning_rate=learning_rate)
     measures = (*study.measures(scale), *((erasable_exam(scale),) if row.erasable else ()), *row.measures)
-    return Cell(config, measures, scale.token_budget)
+    return Cell(config, measures, scale.token_budget, row.rollouts)
 
 
 def tuning_cells(study: Study, scale: Scale, model: str) -> dict[tuple[str, float], Cell]:

@@ -60,6 +60,8 @@ def _train(cell: Cell, directory: Path) -> None:
         resume = continue_or_put_aside(cell.config)
         trainer = Trainer(cell.config, listeners=[keep], resume=resume)
         keep.policy = trainer.policy
+        if cell.rollouts:
+            trainer.run = replace(trainer.run, rollouts=load("rollouts", cell.rollouts, {})(trainer.run))
         trainer.train()
     for checkpoint in list_checkpoints(run):
         shutil.rmtree(checkpoint)
