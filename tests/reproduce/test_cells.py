@@ -73,7 +73,11 @@ def test_every_row_of_every_study_is_a_valid_cell_of_its_own(name: str, scale: s
     own = study.at(scale)
     for model in models_of(study, own):
         cells = study_cells(study, own, model, tmp_path)
-        assert len({cell.address for cell in cells.values()}) == len(cells) == len(study.rows(own)) * len(own.seeds)
+        assert (
+            len({cell.address for cell in cells.values()})
+            == len(cells)
+            == sum(min(row.seeds or len(own.seeds), len(own.seeds)) for row in study.rows(own))
+        )
         assert all(cell.config.objective.name != "vanilla" for cell in tuning_cells(study, own, model).values())
 
 

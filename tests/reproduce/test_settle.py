@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 from safetensors.torch import load_file
 
 from e3rl.cli.main import main
+from e3rl.config import load_config
 from e3rl.errors import UserError
 from e3rl.files import write_json
 from e3rl.lab import lab_directory
 from e3rl_reproduce.reproduce import tasks
 from e3rl_reproduce.results import Results
+from e3rl_reproduce.resumed import GENERATED
 from e3rl_reproduce.settle import (
     CONFIRM,
     SETTLE,
@@ -22,6 +25,7 @@ from e3rl_reproduce.settle import (
     bound_table,
     claims_table,
     colder_table,
+    curve,
     finishing_table,
     pairs_table,
     predicted_table,
@@ -32,14 +36,16 @@ from e3rl_reproduce.settle_rows import (
     COLDER,
     CONTRAST,
     CREDIT,
-    CRITIC,
     DROPPED,
     GRPO,
     LEARNT,
     LIKELY,
     LOSS,
+    PRUNED,
+    RESET,
     settings,
 )
+from e3rl_reproduce.settle_scales import MORE_NOISE, NOISE, weakened_name
 from e3rl_reproduce.study import Row, row_config
 
 
@@ -92,7 +98,7 @@ def test_differences_are_paired_by_seed_at_the_tokens_of_the_same_seed_s_grpo(re
     [pairs] = pairs_table(results)
     assert pairs.rows == ((f"{CONTRAST} − {CREDIT}", "+0.300", "+0.100", "1"),)  # seed 1 alone has both
     [predicted] = predicted_table(results)
-    assert predicted.rows[-1][0] == "0.95"
+    assert predicted.rows[-1][:4] == ("chain 4", "0.10", "8", "0.95")
     assert predicted.rows[-1][-1] == "0.60"
     [plot] = progress_plot(results)
     lines = {line.label: line for line in plot.panels[0].lines}
@@ -120,14 +126,14 @@ def test_the_temperature_is_chosen_on_training_problems(results: Results) -> Non
         return {"kind": "plain", **halves}
 
     assert colder_table(results) == []
-    for label, ways in ((GRPO, [(1, 1), (2, 2), (3, 0)]), (CRITIC, [(1, 3), (3, 1), (2, 4)])):
+    for label, ways in ((GRPO, [(1, 1), (2, 2), (3, 0)]), (LEARNT, [(1, 3), (3, 1), (2, 4)])):
         values = {f"plain, T = {t}": decoded(*way) for t, way in zip(("1", "0.6", "0.3"), ways, strict=True)}
         cell = results.cells[label, 0]
         write_json(cell.directory(results.out) / "measures" / f"{COLDER.address}.json", {"values": values})
     [table] = colder_table(results)
     assert table.rows == (
         (GRPO, "0.250", "+0.000", "0.000", "+0.000", "1"),  # at T = 0.3, which is best on training problems
-        (CRITIC, "0.750", "+0.500", "0.250", "+0.250", "1"),
+        (LEARNT, "0.750", "+0.500", "0.250", "+0.250", "1"),
     )
 
 
@@ -142,13 +148,14 @@ def test_rows_differ_in_nothing_but_what_they_are_named_for() -> None:
         assert {replace(c.train, max_tokens=0) for c in of.values()} == {base.train}
         assert not base.rollout.erase
         metrics = {label: c.erasure.metric for label, c in of.items() if "oracle" in c.erasure.metric}
-        assert all(metric.endswith(label.split("0.")[1][:2]) for label, metric in metrics.items())
+        assert all(metric.endswith(label.rpartition("0.")[2][:2]) for label, metric in metrics.items())
     of = {row.label: row_config(scale, "lab model", row, seed=3, learning_rate=None) for row in SETTLE.rows(scale)}
     assert of[CREDIT].erasure == replace(of[CONTRAST].erasure, max_erasures=0)  # judged alike, never erased
     assert of[LOSS].objective == replace(of[CONTRAST].objective, options={"allocation": "sequence"})
     assert of[CREDIT].objective.options == {**of[LOSS].objective.options, "credit_weight": 1}
     assert of[LIKELY].objective == of[LEARNT].objective == of[CREDIT].objective
-    assert (of[CRITIC].erasure.max_erasures, of[LIKELY].erasure.max_erasures) == (0, 0)
+    assert (of[RESET].erasure, of[RESET].objective) == (of[CREDIT].erasure, of[GRPO].objective)
+    assert (of[LEARNT].erasure.max_erasures, of[LIKELY].erasure.max_erasures) == (0, 0)
 
 
 def test_the_overlay_is_the_row_that_was_measured() -> None:
@@ -201,8 +208,50 @@ def test_the_smoke_scale_runs_on_worse_weights(tmp_path: Path, capsys: pytest.Ca
     assert "Missing" not in page
     assert f"| {CONTRAST} − {CREDIT} |" in page
     assert math.isfinite(float(page.rpartition("| all | ")[2].split(" ")[0]))
-    assert len(list((tmp_path / "cells").iterdir())) == 3
-    before, [worse] = load_file(lab_directory() / "model.safetensors"), tmp_path.glob("weakened-*/model.safetensors")
-    for name, weight in load_file(worse).items():
-        moved = float((weight - before[name].float()).std() / before[name].float().std()) if weight.ndim == 2 else 0.09
-        assert moved == pytest.approx(0.09, rel=0.05), name
+    assert len(list((tmp_path / "cells").iterdir())) == 5
+    before = load_file(lab_directory() / "model.safetensors")
+    for noise in (NOISE, MORE_NOISE):
+        for name, weight in load_file(tmp_path / weakened_name(noise) / "model.safetensors").items():
+            moved = (weight - before[name].float()).std() / before[name].float().std() if weight.ndim == 2 else noise
+            assert float(moved) == pytest.approx(noise, rel=0.05), name
+
+
+def test_a_comparison_with_noise_of_its_own_trains_the_weights_beside_the_others(tmp_path: Path) -> None:
+    scale = SETTLE.at("lab")
+    prepared = replace(scale, overrides=(*scale.overrides, f"model.path={tmp_path / weakened_name(NOISE)}"))
+    of = {
+        row.label: row_config(prepared, "lab model", row, seed=0, learning_rate=None) for row in SETTLE.rows(prepared)
+    }
+    assert of[GRPO].model.path == str(tmp_path / "weakened-0.09")
+    assert of[f"chain 4, start 0.05: {GRPO}"].model.path == str(tmp_path / "weakened-0.12")
+    assert of[f"maze: {GRPO}"].model.path == "lab-maze"
+
+
+def test_a_row_has_the_first_of_the_scale_s_seeds(results: Results, tmp_path: Path) -> None:
+    assert {seed for label, seed in results.cells if label == PRUNED} == {0, 1}
+    more = Results.read(SETTLE, replace(SETTLE.at("lab"), seeds=(9, 8, 7, 6, 5, 4)), "lab model", tmp_path)
+    assert [seed for label, seed in more.cells if label == PRUNED] == [9, 8, 7, 6]
+    assert len([seed for label, seed in more.cells if label == RESET]) == 6
+    assert more.measurement(PRUNED, 5, COLDER) is None
+    assert f"{PRUNED}, seeds 9, 8, 7, 6" in more.absent()
+
+
+def test_what_was_generated_in_two_rounds_is_read_from_its_own_file(tmp_path: Path) -> None:
+    """The groups of such a run hold a shared beginning twice. A step that was made again counts once."""
+    times = {"seconds_rollout": 1.0, "seconds_reward": 0.0, "seconds_train": 0.5, "r": 0.0}
+    lines = [{"step": step, "tokens_total": 1000 * step, **times} for step in (1, 2, 3)]
+    evaluations = [{"step": s, "avg@4": 0.1 * s, "pass@4": 0.5, "finish_ratio": 1.0} for s in (0, 2, 3)]
+    (tmp_path / "run").mkdir()
+    for name, found in (("metrics", lines), ("evaluations", evaluations)):
+        (tmp_path / "run" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    config = load_config(overrides=["eval.num_samples=4", "run.name=run", f"run.output_dir={tmp_path}"])
+    assert [point[1] for point in curve(None, config)["curve"]] == [0, 2000, 3000]
+    told = [
+        {"step": 1, "tokens": 700},
+        {"step": 2, "tokens": 90},
+        {"step": 2, "tokens": 600},
+        {"step": 3, "tokens": 650},
+    ]
+    (tmp_path / "run" / GENERATED).write_text("".join(json.dumps(line) + "\n" for line in told))
+    found = curve(None, config)
+    assert ([point[1] for point in found["curve"]], found["tokens"]) == ([0, 1300, 1950], 1950)
