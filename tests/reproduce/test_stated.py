@@ -71,6 +71,17 @@ def test_kl_is_that_of_the_paper_for_every_method_that_has_a_term():
     assert setting_of(load_config(None, find_recipes(["methods/dapo"])), "objective.kl_coef") == 0, "its own paper's"
 
 
+@pytest.mark.parametrize("scale", ["lab", "smollm2", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_grpo_and_e3rl_are_held_to_the_first_weights_alike(name: str, scale: str):
+    study = STUDIES[name]
+    own = study.at(scale)
+    for model in models_of(study, own):
+        configs = [row_config(own, model, row, seed=0, learning_rate=None) for row in study.rows(own)]
+        weights = {setting_of(c, "objective.kl_coef") for c in configs if c.objective.name in ("grpo", "e3rl", "erpo")}
+        assert len(weights) <= 1, f"{model}: KL weights {weights}"
+
+
 def test_methods_differ_in_nothing_that_all_have_in_common():
     for recipe in RECIPES:
         plain = _resolved(recipe)
