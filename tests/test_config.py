@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3rl.config import Config, build_config, load_config, parse_override, to_toml
+from e3rl.config import Config, ObjectiveConfig, build_config, load_config, parse_override, to_toml
 from e3rl.errors import UserError
+from e3rl.objectives import left_behind
 from e3rl.parsing import parse_json
 
 
@@ -41,6 +42,20 @@ def test_another_objective_does_not_inherit_the_options_of_the_one_it_replaces(t
     }
     changed = load_config(recipe, [], ["objective.kl_coef=0.5", "objective.name=grpo"]).objective
     assert (changed.name, dict(changed.options)) == ("grpo", {"kl_coef": 0.5})
+
+
+def test_options_that_another_objective_would_have_too_are_not_left_behind_in_silence():
+    recipe = {"objective": {"name": "e3rl", "kl_coef": 0.0, "clip_low": 0.2, "allocation": "sequence"}}
+    [told] = left_behind(recipe, ObjectiveConfig("grpo"))
+    assert told == (
+        "objective.kl_coef = 0.0 is the recipe's for e3rl; grpo has 0.04 here. Say objective.kl_coef=0.0 to keep it"
+    )
+    assert left_behind(recipe, ObjectiveConfig("grpo", {"kl_coef": 0.0})) == []
+    assert left_behind(recipe, ObjectiveConfig("e3rl", {"kl_coef": 0.5})) == []  # an override of its own objective
+    assert left_behind(recipe, ObjectiveConfig("gspo")) == [  # KL 0 as well, but a narrow clip
+        "objective.clip_low = 0.2 is the recipe's for e3rl; gspo has 0.0003 here. Say objective.clip_low=0.2 to keep it"
+    ]
+    assert left_behind({}, ObjectiveConfig("grpo")) == []
 
 
 def test_a_recipe_may_hold_options_for_other_objectives(tmp_path: Path):

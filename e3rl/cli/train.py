@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from e3rl.cli.main import add_setting_arguments
 from e3rl.cli.opening import announce_foreign_code, quiet_libraries, read_recipe
-from e3rl.cli.recipes import recipe_names
-from e3rl.config import Config
+from e3rl.cli.recipes import find_recipe, recipe_names
+from e3rl.config import Config, read_tables
+from e3rl.objectives import left_behind
 from e3rl.train.run_directory import continue_or_put_aside
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
     named += [f"rollout.address={options.address}"] if options.address else []
     config = read_recipe(options, named)
+    for line in left_behind(read_tables(find_recipe(options.recipe)), config.objective):
+        print(f"note: {line}", file=sys.stderr)
     on_ray = bool(config.rollout.workers or config.train.workers)
     if on_ray and options.guard and not options.plan:
         return int(options.guard())

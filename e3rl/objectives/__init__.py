@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from e3rl.config import Config, ObjectiveConfig
@@ -63,6 +64,22 @@ def build(config: ObjectiveConfig) -> Objective:
         raise UserError(f"objective '{config.name}': {error}") from None
     check_objective_runs(config.name, objective)
     return objective
+
+
+def left_behind(recipe: Mapping[str, Any], chosen: ObjectiveConfig) -> list[str]:
+    """What a recipe's tables say of their own objective, and another that was named over them does otherwise; a sentence each."""
+    own = recipe.get("objective", {})
+    name = own.get("name", ObjectiveConfig().name)
+    kind = load("objective", chosen.name, OBJECTIVES)
+    if chosen.name == name or not dataclasses.is_dataclass(kind):  # what is none is refused later
+        return []
+    values = {field.name: chosen.options.get(field.name, field.default) for field in dataclasses.fields(kind)}
+    return [
+        f"objective.{key} = {own[key]} is the recipe's for {name}; {chosen.name} has {value} here. "
+        f"Say objective.{key}={own[key]} to keep it"
+        for key, value in values.items()
+        if key in own and own[key] != value
+    ]
 
 
 def options(name: str) -> tuple[dataclasses.Field[Any], ...]:

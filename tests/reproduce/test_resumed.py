@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e3rl.config import load_config
 from e3rl.cli.recipes import find_recipe
+from e3rl.config import load_config
 from e3rl.train.collect import reward
 from e3rl.train.state import group_settings
 from e3rl.train.trainer import Trainer
