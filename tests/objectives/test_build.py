@@ -110,7 +110,7 @@ BROKEN = {
     GOOD.replace("def loss", "def los"): "has no method `loss`",
     GOOD.replace("(TrajectoriesOnly)", ""): "has no method `erased_advantage`",
     GOOD.replace("needs = frozenset()", ""): "has no `needs`",
-    GOOD.replace("frozenset()", "frozenset({'reward_model'})"): "'shares', 'reference', 'erased'",
+    GOOD.replace("frozenset()", "frozenset({'reward_model'})"): "'shares', 'reference', 'uncertainties', 'erased'",
     GOOD.replace("frozenset()", "{'reference'}"): "must be a frozenset",
     GOOD.replace("frozenset()", "frozenset({'shares'})"): "has no option `attribution_window`",
     GOOD.replace("[:, None] * signals.mask_GT", ""): "`advantages` returned (3,), not one number per token (3, 5)",
@@ -137,8 +137,9 @@ def test_a_broken_plug_in_is_refused_by_name_and_clause(tmp_path: Path, body: st
     assert "mine.py" in message
 
 
-def test_an_undeclared_need_is_found_before_training(tmp_path: Path) -> None:
-    body = GOOD.replace("self.scale *", "signals.reference_logprobs_GT *")
+@pytest.mark.parametrize("signal", ["reference_logprobs_GT", "shares_GT", "uncertainties_GT"])
+def test_an_undeclared_need_is_found_before_training(tmp_path: Path, signal: str) -> None:
+    body = GOOD.replace("self.scale *", f"signals.{signal} *")
     assert "TypeError" in refusal(plug_in(tmp_path, body))
 
 
