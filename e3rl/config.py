@@ -90,6 +90,13 @@ class Config:
         if self.train.minibatches > self.train.prompts_per_step:
             raise UserError("train.minibatches must not exceed train.prompts_per_step: a minibatch holds whole groups")
 
+    @property
+    def may_erase(self) -> bool:
+        """Whether rollouts may erase anything: a segment, or a turn of an environment."""
+        environments = self.environments
+        turns = environments.factory and environments.erase != "none" and environments.max_turn_erasures
+        return self.rollout.erase and bool(self.erasure.max_erasures or turns)
+
     def _check_deadlines(self) -> None:
         """Refuse tools that may take longer than a worker may be silent: it would be given up on, and the group made again."""
         if self.environments.timeout >= self.rollout.worker_timeout:

@@ -101,15 +101,16 @@ def _check_owners(config: ObjectiveConfig, kind: type[Any]) -> None:
 def method_name(config: Config) -> str:
     """The method's name in reports and tables. Only the paper's method is called E³RL."""
     objective, metric = config.objective, config.erasure.metric
-    erase = config.rollout.erase and objective.name != "sft"  # sft has no rollouts
+    judges = config.rollout.erase and objective.name != "sft"  # sft has no rollouts
+    erases = judges and config.may_erase
     title = _TITLES.get(objective.name, objective.name.rpartition(":")[2])
     is_paper_method = objective.name == "e3rl"
-    name = title + ("+erase" if erase and not is_paper_method else "")
-    if erase and metric != "e3rl":
+    name = title + ("+erase" if erases and not is_paper_method else "")
+    if judges and metric != "e3rl":
         name += "+" + metric.rpartition(":")[2]
-    elif erase and config.erasure.perturbation_weight > 0:
+    elif judges and config.erasure.perturbation_weight > 0:
         name += "+ε"
-    if erase and config.erasure.length_exponent > 0:
+    if judges and config.erasure.length_exponent > 0:
         name += "+length"
-    name += "+contrast" if objective.options.get("erased") == "contrast" else ""
-    return name + (" (plain rollouts)" if is_paper_method and not erase else "")
+    name += "+contrast" if erases and objective.options.get("erased") == "contrast" else ""
+    return name + (" (plain rollouts)" if is_paper_method and not judges else "")

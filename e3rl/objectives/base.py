@@ -11,12 +11,12 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Need = Literal["shares", "reference", "erased", "demonstrations", "frozen", "rewards_only"]
+Need = Literal["shares", "reference", "uncertainties", "erased", "demonstrations", "frozen", "rewards_only"]
 """What a trainer must provide beyond log-probabilities and entropies: attention shares (eq 19), reference-policy
-log-probabilities, erased candidates as separate sequences, the data's solutions instead of rollouts, or frozen weights
-(no backward pass, no optimizer step). "rewards_only" asks for less: `advantages` reads only rewards, mask, segments and
-uncertainties, so a group larger than a micro-batch needs no forward pass before that of its loss; log-probabilities and
-entropies may then be placeholders."""
+log-probabilities, U of each segment, erased candidates as separate sequences, the data's solutions instead of rollouts, or
+frozen weights (no backward pass, no optimizer step). "rewards_only" asks for less: `advantages` reads only rewards, mask,
+segments and uncertainties, so a group larger than a micro-batch needs no forward pass before that of its loss;
+log-probabilities and entropies may then be placeholders."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GroupSignals:
     old_logprobs_GT: Tensor
     reference_logprobs_GT: Tensor | None  # only where "reference" is needed
     shares_GT: Tensor | None  # only where "shares" is needed; each row sums to 1 over its response
-    uncertainties_GT: Tensor | None = None  # U of the segment a token lies in; -1: not judged, padding
+    uncertainties_GT: Tensor | None = None  # U of a token's segment, where needed; -1: not judged, padding
 
 
 @dataclass(frozen=True)

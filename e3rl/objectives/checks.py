@@ -48,7 +48,7 @@ def toy_signals(needs: frozenset[Need], siblings: int = 3) -> GroupSignals:
         old_logprobs_GT=logprobs_GT,
         reference_logprobs_GT=reference_GT if "reference" in needs else None,
         shares_GT=shares_GT / shares_GT.sum(-1, keepdim=True) if "shares" in needs else None,
-        uncertainties_GT=(positions_T // 2 / 2).expand_as(mask_GT).where(mask_GT, -1.0),
+        uncertainties_GT=(positions_T // 2 / 2).where(mask_GT, -1.0) if "uncertainties" in needs else None,
     )
 
 

@@ -54,11 +54,12 @@ class E3RL:
 
     @property
     def needs(self) -> frozenset[Need]:
-        shares: frozenset[Need] = frozenset({"shares"})
-        if self.allocation in ("sequence", "value"):
-            shares = common.REWARDS_ONLY
-        erased: frozenset[Need] = frozenset({"erased"}) if self.erased == "contrast" else frozenset()
-        return common.kl_needs(self.kl_coef) | shares | erased
+        found: set[Need] = {"rewards_only" if self.allocation in ("sequence", "value") else "shares"}
+        if self.allocation == "value" or self.credit_weight:
+            found.add("uncertainties")
+        if self.erased == "contrast":
+            found.add("erased")
+        return common.kl_needs(self.kl_coef) | found
 
     def advantages(self, signals: GroupSignals) -> Tensor:
         """Advantage of the segment that each token lies in; UserError where credit is asked for and nothing was judged."""

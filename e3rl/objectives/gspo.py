@@ -21,14 +21,15 @@ class GSPO(common.GroupNormalised):
     advantage_eps: float = setting(1e-4, "added to the standard deviation of the rewards", source="TRL", above=0)
 
     divides_by = "sequences"
+    mean = staticmethod(common.sequence_mean)
 
     def loss(self, batch: TrainBatch) -> Loss:
-        """Clipped surrogate of each response's length-normalised ratio, less weighted KL; mean over responses."""
+        """Clipped surrogate of each response's length-normalised ratio, less weighted KL; `mean` over responses."""
         log_ratios_S = policy.sequence_mean_log_ratios(batch.logprobs_ST - batch.old_logprobs_ST, batch.mask_ST)
         return _clipped.clipped_sequence_loss(
             batch,
             log_ratios_S,
-            common.sequence_mean,
+            self.mean,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             kl_coef=self.kl_coef,

@@ -113,7 +113,7 @@ def no_signal(logs: Logs) -> Finding | None:
     else:
         cause = "the problems are too hard: give easier ones, more siblings, or a stronger model"
     flat = "Reward is flat and " if abs(reward - logs.at_first("reward")) < 0.02 else ""
-    contrast = logs.config.rollout.erase and logs.config.objective.options.get("erased") == "contrast"
+    contrast = logs.config.may_erase and logs.config.objective.options.get("erased") == "contrast"
     what = "nothing but what to erase" if contrast else "nothing"
     sentence = f"{flat}{degenerate:.0%} of the groups teach {what}, since all their rewards are equal; {cause}."
     return Finding("warn", sentence[0].upper() + sentence[1:])

@@ -22,7 +22,7 @@ from e3rl.cluster.ranks import Ranks
 from e3rl.config import Config, TrainConfig
 from e3rl.equations.erasure import selection_weight
 from e3rl.objectives.base import GroupSignals, Objective, Totals, TrainBatch
-from e3rl.train.packing import TrainSequence, group_sequences, pad
+from e3rl.train.packing import TrainSequence, group_sequences, pad, uncertainties
 from e3rl.train.scoring import Scores
 from e3rl.types import Erasure, Group, Judgement, RewardedGroup, Segment, Trajectory
 
@@ -135,7 +135,8 @@ def group_lessons(objective: Objective, scored: Sequence[Scored], rewarded: Rewa
     """A group's sequences with their advantages; erased candidates last."""
     kept = [s for s in scored if not s[0].erased]
     values = {s[0].sibling: float(rewarded.rewards[s[0].sibling].value or 0.0) for s in kept}
-    advantages_GT = objective.advantages(group_signals(kept, list(values.values()))).float()
+    u_GT = uncertainties(rewarded.group, list(values)) if "uncertainties" in objective.needs else None
+    advantages_GT = objective.advantages(group_signals(kept, list(values.values()), u_GT)).float()
     lessons = [
         Lesson(sequence, scores, reference, advantage_T[: len(sequence.response_ids)], len(kept))
         for (sequence, scores, reference), advantage_T in zip(kept, advantages_GT, strict=True)
@@ -178,11 +179,10 @@ def of_all_ranks(ranks: Ranks, lessons: list[Lesson], by_group: list[list[TrainS
     return sorted(lessons, key=lambda lesson: lesson.sequence.group)
 
 
-def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupSignals:
-    """The siblings' tensors, padded together."""
+def group_signals(lessons: Sequence[Scored], rewards: Sequence[float], u_GT: Tensor | None = None) -> GroupSignals:
+    """The siblings' tensors, padded together. ``u_GT``: their `uncertainties` where they are needed."""
     cpu = torch.device("cpu")
     sequences, scores, references = zip(*map(over_drawn, lessons), strict=True)
-    uncertainties = [s.uncertainties_T for s in sequences if s.uncertainties_T is not None]
     return GroupSignals(
         rewards_G=torch.tensor(rewards, dtype=torch.float64),
         mask_GT=pad([s.mask_T for s in sequences], False, cpu),
@@ -191,7 +191,7 @@ def group_signals(lessons: Sequence[Scored], rewards: Sequence[float]) -> GroupS
         old_logprobs_GT=pad([s.logprobs_T for s in scores], 0.0, cpu),
         reference_logprobs_GT=None if references[0] is None else pad(references, 0.0, cpu),
         shares_GT=None if scores[0].shares_T is None else pad([s.shares_T for s in scores], 0.0, cpu),
-        uncertainties_GT=pad(uncertainties, -1.0, cpu) if len(uncertainties) == len(sequences) else None,
+        uncertainties_GT=u_GT,
     )
 
 

@@ -36,9 +36,6 @@ class TrainSequence:
     erased: bool
     selection_T: Tensor | None = None  # 1/w of the segment each token lies in, where that is corrected for
     unlearnt: bool = False  # cut off at the length limit: its reward counts for its siblings, its tokens in no loss
-    uncertainties_T: Tensor | None = (
-        None  # U of each response token's segment, -1 where it was not judged; None: none was
-    )
 
     @property
     def loss_mask_T(self) -> Tensor:
@@ -68,16 +65,7 @@ def trajectory_sequence(trajectory: Trajectory, group: int, mask_truncated: bool
         sibling=trajectory.sibling,
         erased=False,
         unlearnt=mask_truncated and trajectory.finish == "length",
-        uncertainties_T=_uncertainties(trajectory),
     )
-
-
-def _uncertainties(trajectory: Trajectory) -> Tensor | None:
-    judgements = [s.judgement for s in trajectory.segments]
-    if not any(judgements):
-        return None
-    values = [-1.0 if j is None else j.uncertainty.total for j in judgements]
-    return torch.repeat_interleave(torch.tensor(values), torch.tensor(trajectory.segment_lengths))
 
 
 def erased_sequences(trajectory: Trajectory, group: int) -> list[TrainSequence]:
@@ -119,6 +107,21 @@ def group_sequences(
 def pad(rows: Sequence[Tensor], fill: float | int | bool, device: torch.device) -> Tensor:
     """Rows of different length as one [S, T] tensor, padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill).to(device)
+
+
+def uncertainties(group: Group, siblings: Sequence[int]) -> Tensor | None:
+    """U of the segment that each of these siblings' tokens lies in, [G, T]; -1 in padding and where it was not judged.
+
+    None where one of them was judged nowhere.
+    """
+    found = list[Tensor]()
+    for trajectory in (group.trajectories[s] for s in siblings):
+        judgements = [s.judgement for s in trajectory.segments]
+        if not any(judgements):
+            return None
+        values = [-1.0 if j is None else j.uncertainty.total for j in judgements]
+        found.append(torch.repeat_interleave(torch.tensor(values), torch.tensor(trajectory.segment_lengths)))
+    return pad(found, -1.0, torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+HOME = Path.home()
 ATTACKS = {
     "fork": "import os\nos.fork()",
     "fork bomb": "import os\nwhile True: os.fork()",
@@ -22,7 +25,7 @@ ATTACKS = {
     "raw socket": "import ctypes\nassert ctypes.CDLL(None).syscall(41, 2, 1, 0) >= 0",
     "download": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1/', timeout=1)",
     "read passwd": "open('/etc/passwd').read()",
-    "read home": "import os\nos.listdir('/root')",
+    "read home": f"import os\nos.listdir({str(HOME)!r})",
     "list root": "import os\nos.listdir('/')",
     "read environment of parent": "import os\nopen(f'/proc/{os.getppid()}/environ').read()",
     "read memory of parent": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
@@ -32,7 +35,7 @@ ATTACKS = {
     "read the tests": "import glob\nassert glob.glob('/home/**/*.py', recursive=True) or glob.glob('/tmp/*')",
     "write tmp": "open('/tmp/e3rl-hostile', 'w').write('x')",
     "write cwd": "open('hostile', 'w').write('x')",
-    "write home": "open('/root/.hostile', 'w').write('x')",
+    "write home": f"open({str(HOME / '.hostile')!r}, 'w').write('x')",
     "append to python": "import os\nopen(os.__file__, 'a').write('x')",
     "write shared memory": "open('/dev/shm/e3rl-hostile', 'w').write('x')",
     "symlink": "import os\nos.symlink('/etc/passwd', '/tmp/e3rl-hostile')",

@@ -30,8 +30,8 @@ from e3rl.train.run_directory import read_lines
 from e3rl.train.trainer import Trainer
 from e3rl.types import Message, Problem, Prompt
 from e3rl.web.access import Access
-from tests.environments.test_environments import STATEFUL
 from tests.environments.test_training import write_run
+from tests.environments.worlds import STATEFUL
 from tests.train.rollouts import rewarded_group
 from tests.web.running import running
 

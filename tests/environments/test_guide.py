@@ -10,8 +10,7 @@ import pytest
 from e3rl.rewards.scorer import Scorer
 from e3rl.types import Draw, Problem
 from tests.docs.pages import ROOT, blocks
-from tests.environments.test_environments import add, answers, roll, world
-from tests.environments.worlds import CALL
+from tests.environments.worlds import CALL, add, answers, roll, world
 
 
 def on_the_page(name: str) -> str:

@@ -17,8 +17,7 @@ from e3rl.errors import UserError
 from e3rl.rewards.scorer import Scorer
 from e3rl.types import Draw, Problem, Reward, Trajectory
 from tests.environments.hostile import ACCIDENTS
-from tests.environments.test_environments import COUNTER, STATEFUL, add, answers, roll, world
-from tests.environments.worlds import CALL
+from tests.environments.worlds import CALL, COUNTER, STATEFUL, add, answers, roll, world
 
 ACCIDENT = (
     COUNTER

@@ -13,7 +13,7 @@ import pytest
 from e3rl.environments import jail, sandbox
 from e3rl.environments.code import run_tests
 from e3rl.environments.sandbox import Limits, SandboxUnavailable, bubblewrap_arguments, run_program
-from tests.environments.hostile import ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, RIGHT, VARIANTS, refused
+from tests.environments.hostile import ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, HOME, RIGHT, VARIANTS, refused
 
 TESTS = [{"call": "f(4816)", "value": 4817}]
 MEMORY = 512 * 2**20
@@ -27,7 +27,7 @@ def verdict(program: str, seconds: float = 3.0) -> float:
 def left_behind() -> set[str]:
     """Children of this process that still run, and files that attacks would make."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    places = [Path("/tmp/e3rl-hostile"), Path("/dev/shm/e3rl-hostile"), Path("/root/.hostile"), Path("hostile")]
+    places = [Path("/tmp/e3rl-hostile"), Path("/dev/shm/e3rl-hostile"), HOME / ".hostile", Path("hostile")]
     return {*children, *(str(p) for p in places if os.path.lexists(p))}
 
 

@@ -15,8 +15,7 @@ from e3rl.objectives import OBJECTIVES
 from e3rl.train.ledger import ledger_path
 from e3rl.train.run_directory import read_lines
 from e3rl.train.trainer import Trainer
-from tests.environments.test_environments import STATEFUL
-from tests.environments.worlds import tokenizer
+from tests.environments.worlds import STATEFUL, tokenizer
 
 RECIPE = """
 [data]

@@ -1,16 +1,23 @@
 # ruff: noqa: E501
-"""A tokenizer with a template for tools, and an engine that says scripted texts."""
+"""A tokenizer with a template for tools, an engine that says scripted texts, and an environment that counts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
-from e3rl.engine.protocol import Row, Sampling
+from e3rl.config import Config, EnvironmentsConfig, RewardsConfig, RolloutConfig
+from e3rl.engine.protocol import Engine, Row, Sampling
+from e3rl.environments.episodes import tool_prompts
 from e3rl.lab.tokenizer import build_tokenizer
-from e3rl.types import Candidate, Draw
+from e3rl.rollout.batches import run_groups
+from e3rl.rollout.group import GroupSettings
+from e3rl.types import Candidate, Draw, Group, Problem, Trajectory
+from tests.rollout.worlds import MEAN_ONLY
 
 TEMPLATE = (
     "{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}"
@@ -22,6 +29,51 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+LIMITS: dict[str, Any] = {"context_limit": 8192, "completion_limit": 2048}
+COUNTER = '''
+class Counter:
+    def reset(self, start: int = 0, **row):
+        self.count, self.asleep = start, False
+        return f" It stands at {start}."
+
+    def add(self, by: int) -> str:
+        """Count on.
+
+        Args:
+            by: how many
+        """
+        if by > 9:
+            self.count = -1
+            raise ValueError("too many")
+        self.count += by
+        return f"{self.count}"
+
+    def rest(self, seconds: float) -> str:
+        """Wait.
+
+        Args:
+            seconds: how long
+        """
+        import time
+        time.sleep(seconds)
+
+    async def ask(self) -> str:
+        """Ask what it stands at."""
+        return str(self.count)
+
+    def get_reward(self) -> float:
+        return float(self.count)
+'''
+STATEFUL = (
+    COUNTER
+    + """
+    def snapshot(self):
+        return self.count
+
+    def restore(self, snapshot):
+        self.count = snapshot
+"""
+)
 
 
 def tokenizer(template: str = TEMPLATE) -> Any:
@@ -106,3 +158,31 @@ class PluginEngine(TextEngine):
 
     def load_weights(self, weights: Any, version: int) -> None:
         """It has none."""
+
+
+def add(by: int) -> str:
+    return CALL.format("add", json.dumps({"by": by}))
+
+
+def world(tmp_path: Path, source: str = COUNTER, several: str = "", **settings: Any) -> Config:
+    """Settings with the source's class Counter; or with its ``several``, a dict of classes."""
+    path = tmp_path / f"env_{abs(hash(source))}.py"
+    path.write_text(source)
+    environments = EnvironmentsConfig(factory=f"{path}:{several or 'Counter'}", **settings)
+    rollout = RolloutConfig(num_generations=1, segment_length=64, max_segments=32, max_completion_length=2048)
+    return Config(environments=environments, rollout=rollout, rewards=RewardsConfig(functions=("environment",)))
+
+
+def roll(config: Config, says: Says, *problems: Problem) -> tuple[list[Trajectory], Any, TextEngine]:
+    tokens = tokenizer()
+    prompts = tool_prompts(problems or [Problem("p", "Count.", columns={"start": 3})], tokens, config, **LIMITS)
+    engine = TextEngine(says, tokens)
+    groups: list[Group] = list(
+        run_groups(cast(Engine, engine), prompts, GroupSettings(config.rollout, MEAN_ONLY, seed=1))
+    )
+    return [t for g in groups for t in g.trajectories], tokens, engine
+
+
+def answers(*texts: str) -> Says:
+    """The n-th text in the n-th turn."""
+    return lambda context, draw: texts[context.count("<|im_start|>assistant") - 1]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from e3rl.config import Config, build_config
+from e3rl.cli.recipes import find_recipe
+from e3rl.config import Config, build_config, load_config
 from e3rl.errors import UserError
 from e3rl.objectives import OBJECTIVES, method_name, options
 from tests.objectives.support import make
@@ -110,7 +111,7 @@ BROKEN = {
     GOOD.replace("def loss", "def los"): "has no method `loss`",
     GOOD.replace("(TrajectoriesOnly)", ""): "has no method `erased_advantage`",
     GOOD.replace("needs = frozenset()", ""): "has no `needs`",
-    GOOD.replace("frozenset()", "frozenset({'reward_model'})"): "'shares', 'reference', 'erased'",
+    GOOD.replace("frozenset()", "frozenset({'reward_model'})"): "'shares', 'reference', 'uncertainties', 'erased'",
     GOOD.replace("frozenset()", "{'reference'}"): "must be a frozenset",
     GOOD.replace("frozenset()", "frozenset({'shares'})"): "has no option `attribution_window`",
     GOOD.replace("[:, None] * signals.mask_GT", ""): "`advantages` returned (3,), not one number per token (3, 5)",
@@ -137,8 +138,9 @@ def test_a_broken_plug_in_is_refused_by_name_and_clause(tmp_path: Path, body: st
     assert "mine.py" in message
 
 
-def test_an_undeclared_need_is_found_before_training(tmp_path: Path) -> None:
-    body = GOOD.replace("self.scale *", "signals.reference_logprobs_GT *")
+@pytest.mark.parametrize("signal", ["reference_logprobs_GT", "shares_GT", "uncertainties_GT"])
+def test_an_undeclared_need_is_found_before_training(tmp_path: Path, signal: str) -> None:
+    body = GOOD.replace("self.scale *", f"signals.{signal} *")
     assert "TypeError" in refusal(plug_in(tmp_path, body))
 
 
@@ -147,11 +149,13 @@ def test_importing_the_table_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def named(name: str, *, erase: bool = True, perturbation: float = 0.0, length: float = 0.0, **given: Any) -> str:
+def named(
+    name: str, *, erase: bool = True, perturbation: float = 0.0, length: float = 0.0, most: int = 5, **given: Any
+) -> str:
     tables = {
         "objective": {"name": name, **given},
         "rollout": {"erase": erase},
-        "erasure": {"perturbation_weight": perturbation, "length_exponent": length},
+        "erasure": {"perturbation_weight": perturbation, "length_exponent": length, "max_erasures": most},
     }
     return method_name(build_config(tables))
 
@@ -168,7 +172,7 @@ def test_e3rl_is_the_name_of_the_paper_method_alone() -> None:
     assert named("e3rl", erased="drop") == "E³RL"
     assert named("e3rl", erase=False) == "E³RL (plain rollouts)"
     assert named("e3rl", erase=False, perturbation=0.5) == "E³RL (plain rollouts)"
-    assert named("e3rl", erase=False, erased="contrast") == "E³RL+contrast (plain rollouts)"
+    assert named("e3rl", erase=False, erased="contrast") == "E³RL (plain rollouts)"
 
 
 def test_other_methods_say_when_they_train_on_erased_rollouts() -> None:
@@ -179,6 +183,23 @@ def test_other_methods_say_when_they_train_on_erased_rollouts() -> None:
     assert named("vanilla", erase=False) == "Vanilla"
     assert named("some.package:Mine", erase=False) == "Mine"
     assert named("some.package:Mine") == "Mine+erase"
+
+
+def test_a_judge_that_may_erase_nothing_gives_no_name_for_what_is_erased() -> None:
+    assert named("e3rl", most=0, perturbation=0.5, erased="contrast") == "E³RL+ε"
+    assert named("grpo", most=0) == "GRPO"
+    demo = load_config(find_recipe("demo"), [find_recipe("methods/step-credit")])
+    assert (demo.objective.options["erased"], method_name(demo)) == ("contrast", "E³RL+value")
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [({}, "GRPO+erase"), ({"erase": "none"}, "GRPO"), ({"max_turn_erasures": 0}, "GRPO"), ({"factory": ""}, "GRPO")],
+)
+def test_a_turn_is_something_to_erase(settings: dict[str, Any], title: str) -> None:
+    environments = {"factory": "python", "erase": "errors", "max_turn_erasures": 1, **settings}
+    tables = {"objective": {"name": "grpo"}, "erasure": {"max_erasures": 0}, "environments": environments}
+    assert method_name(build_config(tables)) == title
 
 
 def test_every_objective_has_a_title() -> None:

@@ -343,6 +343,7 @@ def test_kl_is_asked_for_only_where_it_weighs() -> None:
         assert "reference" not in make(name, kl_coef=0.0).needs
     assert make("e3rl", allocation="sequence", kl_coef=0.0).needs == {"rewards_only"}
     assert make("e3rl", erased="contrast").needs == {"shares", "reference", "erased"}
+    assert make("e3rl", credit_weight=0.5).needs == {"shares", "reference", "uncertainties"}
     group = random_group(random.Random(1), 3)
     assert make("grpo", kl_coef=0.0).advantages(without_reference(signals_of(group, [1.0, 0.0, 0.0]))).any()
 
@@ -365,7 +366,7 @@ def test_the_credit_of_a_judge_is_on_the_tokens_of_its_segments_and_needs_a_judg
     objective, up = make("e3rl", allocation="value", advantage_eps=1e-12), 1 / (1 + math.exp(-1))
     first = [4 * (up - 0.5)] * 2 + [4 * (1 - up), 0.0]
     assert objective.advantages(signals).tolist() == [pytest.approx(first), pytest.approx([-a for a in first])]
-    assert make("e3rl", allocation="value", kl_coef=0.0).needs == {"rewards_only"}
+    assert make("e3rl", allocation="value", kl_coef=0.0).needs == {"rewards_only", "uncertainties"}
     with pytest.raises(UserError, match=r"allocation = 'value' needs U.*rollout\.erase = true"):
         objective.advantages(dataclasses.replace(signals, uncertainties_GT=None))
 

@@ -26,8 +26,7 @@ from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.batches import run_groups
 from e3rl.rollout.group import GroupSettings
 from e3rl.types import Message, Problem
-from tests.environments.test_environments import COUNTER, LIMITS, add, world
-from tests.environments.worlds import CALL, TextEngine, tokenizer
+from tests.environments.worlds import CALL, COUNTER, LIMITS, TextEngine, add, tokenizer, world
 from tests.rollout.worlds import MEAN_ONLY
 
 TURNS = {

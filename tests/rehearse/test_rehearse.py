@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +13,29 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from e3rl.cli import main
 from e3rl.cli.recipes import find_recipe
-from e3rl.config import Config, load_config
+from e3rl.config import Config, build_config, lay, load_config, to_tables
 from e3rl.errors import UserError
 from e3rl.rehearse import rehearsal, standins
 from e3rl.rehearse.rehearsal import changed, shrink
+from e3rl.train.run_directory import read_lines
+from e3rl.train.trainer import Trainer
 
 PAPER = ("qwen3-4b", "qwen3-8b", "erpo-qwen2.5-1.5b", "erpo-qwen2.5-3b", "erpo-qwen2.5-7b")
 METHODS = ("e3rl", "grpo", "dapo", "gspo", "sapo", "erpo", "sft", "vanilla")
+OURS = {
+    "methods/step-credit": "uncertainty",
+    "objective.credit_weight=0.5 objective.credit_groups=mixed": "uncertainty",
+    "objective.allocation=value erasure.metric=value": "uncertainty",
+    "train.selection_cap=4 erasure.commit_anyway=0.2": "importance_weight",
+    "objective.name=vespo objective.kl_coef=0.04": "gamma_weight",
+    "objective.name=luspo objective.kl_coef=0.04": "clip_fraction",
+    "objective.name=rloo objective.kl_coef=0.04": "clip_fraction",
+}
+"""Settings that the papers' recipes don't have, and a metric that each has."""
 
 
-def _recipe(name: str, *overlays: str) -> Config:
-    return load_config(find_recipe(name), [find_recipe(o) for o in overlays])
+def _recipe(name: str, *overlays: str, overrides: Sequence[str] = ()) -> Config:
+    return load_config(find_recipe(name), [find_recipe(o) for o in overlays], overrides)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -33,6 +46,22 @@ def test_only_sizes_change(name: str, method: str, tmp_path: Path, monkeypatch: 
     small, _, _ = shrink(config, tmp_path)
     assert set(changed(config, small)) <= set(rehearsal._SIZES)
     assert small.eval.num_samples == config.eval.num_samples
+
+
+@pytest.mark.parametrize("settings", OURS)
+def test_a_step_of_the_paper_s_recipe_with_settings_of_ours(settings: str, tmp_path: Path):
+    """The rehearsal's first step in this process, of fewer prompts: both minibatches move weights, by finite numbers."""
+    given = settings.split()
+    config = _recipe("qwen3-4b", *(s for s in given if "=" not in s), overrides=[s for s in given if "=" in s])
+    small, _, _ = shrink(config, tmp_path)
+    assert set(changed(config, small)) <= set(rehearsal._SIZES)
+    less = {"train": {"steps": 1, "prompts_per_step": 2, "eval_steps": 0}, "data": {"eval": []}}
+    trainer = Trainer(build_config(lay(to_tables(small), less)))
+    trainer.train()
+    [line] = read_lines(trainer.run_path / "metrics.jsonl")
+    assert 0 < line["grad_norm"] < float("inf")
+    assert line[OURS[settings]] != 1
+    assert (line["r"] > 0) == config.may_erase
 
 
 @pytest.mark.parametrize("name", ["one-h200", "8xh100", "32xh100"])

@@ -137,7 +137,8 @@ def test_reward_that_moved_is_not_called_flat() -> None:
 def test_groups_of_one_reward_that_learn_by_contrast_are_told_so() -> None:
     flat, contrast = {"degenerate_groups": 0.9}, {"name": "e3rl", "erased": "contrast"}
     assert "90% of the groups teach nothing but what to erase, since" in texts(logs(flat, objective=contrast))
-    assert "teach nothing, since" in texts(logs(flat, objective=contrast, rollout={"erase": False}))
+    for settings in ({"rollout": {"erase": False}}, {"erasure": {"max_erasures": 0}}):
+        assert "teach nothing, since" in texts(logs(flat, objective=contrast, **settings))
 
 
 def test_a_short_run_that_diverges_is_told_so_and_a_hard_one_is_not() -> None:

@@ -19,8 +19,7 @@ from e3rl.models import Policy
 from e3rl.serve import service as service_module
 from e3rl.serve.service import Service
 from e3rl.types import Draw
-from tests.environments.test_environments import STATEFUL, add
-from tests.environments.worlds import Says, TextEngine, tokenizer
+from tests.environments.worlds import STATEFUL, Says, TextEngine, add, tokenizer
 from tests.serve.conftest import serving
 from tests.serve.test_server import CHAT, TEXT, post
 

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from e3rl.objectives.base import GroupSignals, Need
 from e3rl.train.attribution import packed_attention
-from e3rl.train.lessons import group_signals, unscored
+from e3rl.train.lessons import group_lessons, unscored
 from e3rl.train.packing import Branch, PackedRow, group_sequences, packed_size, plan_rows
 from e3rl.train.scoring import score_row, score_sequences
-from e3rl.types import Verdict
+from e3rl.types import Reward, RewardedGroup, Verdict
 from tests.engine.models import build, tiny
 from tests.train.packs import sequence
 from tests.train.rollouts import judgement, rewarded_group
@@ -139,8 +140,19 @@ def test_other_types_of_weights_are_scored_in_float32(dtype: torch.dtype):
         torch.testing.assert_close(f.logprobs_T, e.logprobs_T, atol=0.5, rtol=0.1)
 
 
-def test_objectives_are_told_u_of_the_segment_that_each_token_lies_in():
-    """-1 in padding and where a segment was not judged; nothing where a sibling has no judgements."""
+class Told:
+    """Keeps the signals that it is given."""
+
+    def __init__(self, *needs: Need) -> None:
+        self.needs = frozenset(needs)
+
+    def advantages(self, signals: GroupSignals) -> torch.Tensor:
+        self.signals = signals
+        return torch.zeros(signals.mask_GT.shape)
+
+
+def test_an_objective_that_needs_u_is_told_it_of_the_segment_that_each_token_lies_in():
+    """-1 in padding and where a segment was not judged; nothing where a sibling has no judgements, or where it isn't needed."""
     group = rewarded_group("p", [1.0, 0.0], [[2, 1], [1, 3]]).group
     first, second = group.trajectories
 
@@ -149,10 +161,15 @@ def test_objectives_are_told_u_of_the_segment_that_each_token_lies_in():
         pairs = zip(trajectory.segments, verdicts, strict=True)
         return replace(trajectory, segments=tuple(replace(s, judgement=j) for s, j in pairs))
 
-    def told(*trajectories):
-        sequences = group_sequences([replace(group, trajectories=trajectories)], False)
-        return group_signals([(s, unscored(s), None) for s in sequences], [1.0, 0.0]).uncertainties_GT
+    def told(*trajectories, needs=("uncertainties",), rewards=(1.0, 0.0)):
+        made, objective = replace(group, trajectories=trajectories), Told(*needs)
+        scored = [(s, unscored(s), None) for s in group_sequences([made], False) if rewards[s.sibling] is not None]
+        group_lessons(objective, scored, RewardedGroup(made, tuple(Reward(r, {}) for r in rewards)))
+        return objective.signals.uncertainties_GT
 
     expected = torch.tensor([[0.25, 0.25, 0.5, -1.0], [-1.0, 2.0, 2.0, 2.0]])
-    torch.testing.assert_close(told(judged(first, 0.25, 0.5), judged(second, None, 2.0)), expected)
+    both = judged(first, 0.25, 0.5), judged(second, None, 2.0)
+    torch.testing.assert_close(told(*both), expected)
+    torch.testing.assert_close(told(*both, rewards=(None, 0.0)), expected[1:])
     assert told(judged(first, 0.25, 0.5), judged(second, None, None)) is None
+    assert told(*both, needs=("rewards_only",)) is None
