@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from e3rl.environments.code import run_tests
-from tests.environments.hostile import ACCIDENTS, ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, VARIANTS, refused
+from tests.environments.hostile import ACCIDENTS, ATTACKS, CHEATS, ENDLESS, EXITS, FLOODS, HOME, VARIANTS, refused
 from tests.environments.test_isolation import accident, hosts_left
 
 TESTS = [{"call": "f(4816)", "value": 4817}]
@@ -46,7 +46,7 @@ def left_behind() -> set[str]:
     """Processes on this machine that run a jail or an isolated environment, and files that attacks would make."""
     commands = {p: p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()}
     jails = {str(p) for p, command in commands.items() if b"jail.py" in command} | set(map(str, hosts_left()))
-    places = ("/tmp/e3rl-hostile", "/dev/shm/e3rl-hostile", "/root/.hostile", "hostile")
+    places = ("/tmp/e3rl-hostile", "/dev/shm/e3rl-hostile", str(HOME / ".hostile"), "hostile")
     return jails | {place for place in places if os.path.lexists(place)}
 
 

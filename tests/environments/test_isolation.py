@@ -36,13 +36,18 @@ ACCIDENT = (
 
 
 def hosts_left() -> set[int]:
-    """Processes of environments and what they have forked: those of this module that are no child of this process."""
+    """Processes of environments and what they have forked: those of this module that are no child of this process, nor come
+    from a test that runs beside this one."""
     gc.collect()
-    found = set()
+    found, worker = set(), os.environ.get("PYTEST_XDIST_WORKER", "")
+    runs = f"PYTEST_XDIST_TESTRUNUID={os.environ.get('PYTEST_XDIST_TESTRUNUID')}".encode()
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            if b"e3rl.environments.isolated" in (place / "cmdline").read_bytes() and parent != os.getpid():
+            if b"e3rl.environments.isolated" not in (place / "cmdline").read_bytes() or parent == os.getpid():
+                continue
+            told = (place / "environ").read_bytes().split(b"\0")
+            if not worker or (runs in told and f"PYTEST_XDIST_WORKER={worker}".encode() in told):
                 found.add(int(place.name))
     return found
 
