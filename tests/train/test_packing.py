@@ -103,7 +103,8 @@ def test_log_probabilities_and_gradients_do_not_depend_on_the_packing(seed: int,
 
     alone = gradient([[i] for i in range(6)])
     assert alone.abs().max() > 1e-2
-    torch.testing.assert_close(gradient(plan_rows([[t] for t in texts], budget)), alone, atol=1e-5, rtol=1e-4)
+    rounding = 1e-6 * float(alone.abs().max())  # of sums in which the largest entries, of about 40, take part
+    torch.testing.assert_close(gradient(plan_rows([[t] for t in texts], budget)), alone, atol=rounding, rtol=1e-4)
 
 
 def test_recomputed_activations_give_the_same_gradients():
