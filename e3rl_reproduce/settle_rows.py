@@ -183,6 +183,7 @@ _ELSEWHERE = (
     ),
     _elsewhere("chain 4, 2 segments", "rollout.segment_length=32", "rollout.max_segments=2"),
     _elsewhere("chain 4, 13 segments", "rollout.segment_length=5", "rollout.max_segments=13"),
+    _elsewhere("chain 4, 16 segments", "rollout.segment_length=4", "rollout.max_segments=16"),
 )
 
 
@@ -293,7 +294,6 @@ _SETTINGS = {
     "lab": (
         _BOUND,
         *_ELSEWHERE,
-        _faster("5e-5", 4),
         _faster("2e-4", 4),
         _SEARCHES,
         _graphs("path", 4),
