@@ -286,7 +286,10 @@ SETTLE = Study(
     models=(),
     scales=SCALES,
     prepare=weakened,
-    notes="The oracle (`e3rl_reproduce.oracle`) knows the first wrong step with a set AUROC: an upper bound, no method.",
+    notes=(
+        "`e3rl reproduce settle --scale lab --jobs 2`. The oracle (`e3rl_reproduce.oracle`) knows the first wrong step with a set "
+        "AUROC: an upper bound, no method. Resets, branches and pruning are `e3rl_reproduce.resumed`'s."
+    ),
 )
 
 CONFIRM = replace(
