@@ -130,7 +130,9 @@ def draw(plot: Plot, stem: Path) -> bool:
         axis.set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+        fitting = int(11 * figure.get_figwidth()) // (max(map(len, labels)) + 8)  # letters of a line, those of a column
+        ncols = max(1, min(6, len(labels), fitting))
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
     for suffix in ("png", "svg"):
         with atomic_file(stem.with_name(f"{stem.name}.{suffix}")) as path:
             metadata = {"Date": None} if suffix == "svg" else {}

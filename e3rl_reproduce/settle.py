@@ -25,7 +25,7 @@ from e3rl_reproduce.measures import DecodingWay
 from e3rl_reproduce.output import Panel, Plot, Table
 from e3rl_reproduce.results import Results, SeedMean, difference, estimate
 from e3rl_reproduce.resumed import GENERATED
-from e3rl_reproduce.settle_rows import Comparison, settings
+from e3rl_reproduce.settle_rows import SHOWN, Comparison, settings
 from e3rl_reproduce.settle_scales import CONFIRMED, NOISE, SCALES, weakened, weakened_name
 from e3rl_reproduce.study import Row, Scale, Study
 from e3rl_reproduce.views import banded, text
@@ -244,19 +244,19 @@ def predicted_table(results: Results) -> list[Table]:
 
 
 def progress_plot(results: Results) -> list[Plot]:
-    """Avg by generated tokens, a panel for each setting."""
+    """Avg by generated tokens, a panel for each setting; a method has one colour in all of them."""
     panels = []
     for setting in settings(results.scale):
+        found = {label.rpartition(": ")[2]: runs for label, runs in _runs(results, setting).items()}
         lines = []
-        for label, runs in _runs(results, setting).items():
-            by_place = zip(*(run["curve"] for run in runs.values()), strict=False)
+        for label in SHOWN:
+            by_place = zip(*(run["curve"] for run in found.get(label, {}).values()), strict=False)
             points = [
                 (fmean(point[1] for point in there), mean)
                 for there in by_place
                 if (mean := estimate([point[2] for point in there]))
             ]
-            if points:
-                lines.append(banded(label, points))
+            lines.append(banded(label, points))
         panels.append(Panel(f"{setting.title}, held-out problems", "tokens", "Avg", tuple(lines)))
     return [Plot("Avg by generated tokens", tuple(panels))]
 
@@ -287,8 +287,8 @@ SETTLE = Study(
     scales=SCALES,
     prepare=weakened,
     notes=(
-        "`e3rl reproduce settle --scale lab --jobs 2`. The oracle (`e3rl_reproduce.oracle`) knows the first wrong step with a set "
-        "AUROC: an upper bound, no method. Resets, branches and pruning are `e3rl_reproduce.resumed`'s."
+        "`e3rl reproduce settle --scale lab --jobs 2`. The oracle (`e3rl_reproduce.oracle`) knows the first wrong step with a "
+        "set AUROC: an upper bound, no method. Resets, branches and pruning are `e3rl_reproduce.resumed`'s."
     ),
 )
 

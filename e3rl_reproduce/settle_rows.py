@@ -80,6 +80,8 @@ BRANCHED, RESET_LEARNT, PRUNED_LEARNT = (
     "pruned halfway, critic",
 )
 _PUBLISHED = (BRANCHED, RESET_LEARNT, PRUNED_LEARNT)
+SHOWN = (GRPO, DROPPED, CONTRAST, CREDIT, RESET, LEARNT, LOSS, "E³RL", BRANCHED, RESET_LEARNT)
+"""What the plot draws, as many as there are colours."""
 
 
 def _two_rounds(label: str, kind: str, judged: tuple[str, ...], seeds: int = 0) -> Row:
