@@ -121,7 +121,10 @@ def _bound(results: Results, setting: Comparison) -> Table:
     )
     start = text(estimate([run["curve"][0][2] for run in base.values()]))
     title = f"{setting.title}: at equal steps and at equal tokens"
-    return Table(title, columns, tuple(lines), f"All begin at {start}.")
+    note = (
+        f"All begin at {start}. Where tokens × is below 1, what stands at equal tokens is the end, with fewer tokens."
+    )
+    return Table(title, columns, tuple(lines), note)
 
 
 def _mean(found: SeedMean | None) -> str:

@@ -83,7 +83,7 @@ def test_each_branch_leaves_its_trunk_after_a_segment(trainer: Trainer) -> None:
 
 def test_a_reset_goes_back_to_before_the_worst_step_of_a_wrong_response(trainer: Trainer) -> None:
     groups, half = _groups(trainer, reset(trainer.run)), SIBLINGS // 2
-    seen = 0
+    seen, common = 0, 0
     for group in groups:
         [rewarded] = reward(trainer.run, [group])
         trunks = list(zip(group.trajectories, rewarded.rewards, strict=True))[:half]
@@ -92,9 +92,12 @@ def test_a_reset_goes_back_to_before_the_worst_step_of_a_wrong_response(trainer:
             begun = wrong[i % len(wrong)]
             worst = int(np.argmax([suspicion(s) for s in begun.segments]))
             assert _shared(begun, branch) >= worst
+            common += sum(begun.segment_lengths[:worst])
             seen += worst > 0
         seen += 0 < len(wrong) < half
     assert seen  # some went back to a place inside a response
+    everything = sum(t.committed_tokens for g in groups for t in g.trajectories)
+    assert _generated(trainer) == everything - common  # no segment more was taken over
 
 
 def test_pruning_goes_on_with_the_calmer_half_of_twice_as_many(
@@ -127,6 +130,9 @@ def test_pruning_goes_on_with_the_calmer_half_of_twice_as_many(
 
 
 def test_a_step_of_training_learns_from_such_groups(trainer: Trainer) -> None:
-    trainer.run = replace(trainer.run, rollouts=reset(trainer.run))
-    summary = trainer.train()
-    assert summary["steps"] == 1
+    before = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+    trainer.run = replace(trainer.run, rollouts=branched(trainer.run))
+    trainer.train()
+    [line] = map(json.loads, (trainer.run_path / "metrics.jsonl").read_text().splitlines())
+    assert _generated(trainer) < line["tokens_total"]  # its groups hold shared beginnings twice
+    assert any((p.detach() != before[name]).any() for name, p in trainer.policy.model.named_parameters())
