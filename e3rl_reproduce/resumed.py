@@ -10,6 +10,7 @@ What a run generated is written to `GENERATED`, as its groups no longer tell it:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ GENERATED = "generated.jsonl"
 Beginning = tuple[Segment, ...]
 
 
-class TwoRounds:
+class TwoRounds(ABC):
     """A run's rollouts, made in two rounds: responses of the second begin with segments of the first."""
 
     def __init__(self, run: Run) -> None:
@@ -62,17 +63,17 @@ class TwoRounds:
             both = (*group.trajectories[: self.keeps(settings)], *second[group.prompt.problem.id].trajectories)
             yield replace(group, trajectories=tuple(replace(t, sibling=i) for i, t in enumerate(both)))
 
+    @abstractmethod
     def first(self, settings: GroupSettings) -> GroupSettings:
         """The settings of the first round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keeps(self, settings: GroupSettings) -> int:
         """How many responses of the first round are whole and stay in the group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, group: Group, settings: GroupSettings) -> list[Beginning]:
         """What each response of the second round begins with."""
-        raise NotImplementedError
 
     def paused(self) -> AbstractContextManager[None]:
         """See `e3rl.cluster.rollouts.Rollouts.paused`."""

@@ -51,8 +51,9 @@ def run(options: argparse.Namespace) -> int:
     named = [f"objective.name={options.objective}"] if options.objective else []
     named += [f"rollout.address={options.address}"] if options.address else []
     config = read_recipe(options, named)
-    for line in left_behind(read_tables(find_recipe(options.recipe)), config.objective):
-        print(f"note: {line}", file=sys.stderr)
+    if _decides():
+        for line in left_behind(read_tables(find_recipe(options.recipe)), config.objective):
+            print(f"note: {line}", file=sys.stderr)
     on_ray = bool(config.rollout.workers or config.train.workers)
     if on_ray and options.guard and not options.plan:
         return int(options.guard())
@@ -77,6 +78,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _decides() -> bool:
+    """Whether this is rank 0: it decides and speaks, the others follow."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launch(config: Config, begin: Begin, listener: Listener) -> tuple[Path, Mapping[str, Any]]:
     """Train in the processes that the config asks for: ranks on Ray, or this one."""
     from e3rl.cluster.ray_ranks import train_on_ray
@@ -89,8 +95,7 @@ def train_rank(
     config: Config, begin: Begin, display: Listener, on_stop: Callable[[Callable[[], None]], None] = lambda _: None
 ) -> tuple[Path, Mapping[str, Any]]:
     """Train as this process's rank, started by any launcher. ``on_stop`` receives the function that requests a stop."""
-    decides = os.environ.get("RANK", "0") == "0"  # rank 0 decides; the others follow
-    resume = continue_or_put_aside(config) if begin.again and decides else begin.resume
+    resume = continue_or_put_aside(config) if begin.again and _decides() else begin.resume
 
     from e3rl.plan.fit import require_fit
     from e3rl.report.trackers import ReportListener, build_trackers
