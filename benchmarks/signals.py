@@ -1,12 +1,11 @@
 """One ruler for signals: which number of a finished response tells wrong answers to a problem from right ones?
 
     python benchmarks/signals.py sample MODEL DATA OUT section.field=value …        (draws plainly; goes on where it stopped)
-    python benchmarks/signals.py report OUT … [--colder FILE]
+    python benchmarks/signals.py report OUT …
 
 AUROC within a problem, and the same within strata of equal log-probability: what log-probability knows, a lower temperature
-buys as well. Of segments: the paper's U and its terms, for the first segment, the last and the worst. Then what the same
-samples give at the tokens of N answers: the calmest, the commonest, and whole responses erased until one is calm. ``--colder``
-holds samples of the same problems at a lower temperature.
+buys as well. Of segments: the paper's U and its terms, for the first segment, the last and the worst. What the same samples give
+for one answer: `one_answer.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from e3rl.config import Config
 from e3rl.data.loading import load_problems, spread
 from e3rl.data.prompts import render_prompts
 from e3rl.diagnose.sampling import group_entropies, roll_out, segment_signals
-from e3rl.diagnose.statistics import auroc, wins_and_pairs
+from e3rl.diagnose.statistics import wins_and_pairs
 from e3rl.engine import sampling
 from e3rl.engine.build import build_engine
 from e3rl.lab.reward import graded_by_the_lab
@@ -39,6 +38,7 @@ from e3rl.rollout.companions import find_companions
 from e3rl.types import Group, Prompt, Trajectory
 
 STRATA = 4
+HEAD = "head learnt from all above"
 TERMS = {"U": "U, paper", "entropy, U's": "entropy", "step, U's": "entropy step", "peak, U's": "entropy peak"}
 """Of each segment: the paper's U and its terms, as `e3rl diagnose` measures them."""
 
@@ -151,7 +151,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _grouped(path: Path) -> list[list[dict[str, Any]]]:
+def grouped(path: Path) -> list[list[dict[str, Any]]]:
     """The samples of each problem, in the file's order."""
     return [list(rows) for _, rows in itertools.groupby(_read(path), lambda r: r["problem"])]
 
@@ -200,100 +200,50 @@ def _headed(groups: Groups, names: Sequence[str]) -> None:
         for group in groups[half::2]:
             for r in group:
                 own = np.array([r["signals"][name] for name in names])
-                r["signals"]["head learnt from all above"] = float((own - centre) / spread_ @ weights)
+                r["signals"][HEAD] = float((own - centre) / spread_ @ weights)
 
 
-def _calmest(group: Sequence[dict[str, Any]], n: int, name: str) -> float:
-    """Chance that of n samples the calmest is right, over all choices of n."""
-    order = sorted(group, key=lambda r: r["signals"][name])
-    chances = [math.comb(len(order) - 1 - i, n - 1) / math.comb(len(order), n) for i in range(len(order))]
-    return sum(chance * r["right"] for chance, r in zip(chances, order, strict=True))
-
-
-def _commonest(group: Sequence[dict[str, Any]], n: int) -> float:
-    """Chance that of n samples the commonest answer is right (ties: their mean), over all choices of n."""
-    shares = list[float]()
-    for chosen in itertools.combinations(group, n):
-        counts: dict[str, list[bool]] = {}
-        for r in chosen:
-            if r["answer"] is not None:
-                counts.setdefault(r["answer"], []).append(r["right"])
-        most = max(map(len, counts.values()), default=0)
-        shares.append(float(np.mean([np.mean(c) for c in counts.values() if len(c) == most])) if counts else 0.0)
-    return float(np.mean(shares))
-
-
-def _erased(group: Sequence[dict[str, Any]], calm: float, retries: int, name: str) -> tuple[float, float]:
-    """Chance of a right answer, and tokens, where a whole response that is not calm is drawn again; the last one stays.
-
-    The samples stand for draws, in 200 random orders.
-    """
-    generator, right, tokens = np.random.default_rng(0), 0.0, 0.0
-    for _ in range(200):
-        for attempt, index in enumerate(generator.permutation(len(group))[: retries + 1]):
-            tokens += group[index]["signals"]["length"]
-            if group[index]["signals"][name] <= calm or attempt == retries:
-                right += group[index]["right"]
-                break
-    return right / 200, tokens / 200
-
-
-def decoded(groups: Groups, colder: Groups) -> None:
-    """Right answers, one for each problem, at the tokens of N answers; intervals over problems."""
-    name, samples = "entropy + 0.3 ε", len(groups[0])
-    plain = np.array([np.mean([r["right"] for r in group]) for group in groups])
-    tokens = sum(float(np.mean([r["signals"]["length"] for r in group])) for group in groups)
-    ways: dict[str, tuple[np.ndarray, float]] = {"plain": (plain, 1.0)}
-    if colder:
-        if [group[0]["problem"] for group in colder] != [group[0]["problem"] for group in groups]:
-            raise SystemExit("--colder holds samples of other problems")
-        right = np.array([np.mean([r["right"] for r in group]) for group in colder])
-        spent = sum(float(np.mean([r["signals"]["length"] for r in group])) for group in colder)
-        ways[f"plain, T = {colder[0][0]['temperature']:g}"] = (right, spent / tokens)
-    for n in (n for n in (2, 3, 4, 8) if n <= samples):
-        ways[f"calmest of {n}"] = (np.array([_calmest(g, n, name) for g in groups]), n)
-        ways[f"commonest of {n}"] = (np.array([_commonest(g, n) for g in groups]), n)
-    for share, retries in ((0.5, 1), (0.5, samples - 1), (0.2, samples - 1)):
-        found = []
-        for i, group in enumerate(groups):  # the threshold comes from the other half of the problems
-            others = [r["signals"][name] for g in groups[1 - i % 2 :: 2] for r in g]
-            found.append(_erased(group, float(np.quantile(others, share)), retries, name))
-        right, spent_P = np.array(found).T
-        ways[f"erased, quantile {share:g}, at most {retries} times"] = (right, float(spent_P.sum() / tokens))
-    print("\n| one answer | tokens × | right | − plain |\n| --- | --- | --- | --- |")
-    draws = np.random.default_rng(0).integers(0, len(groups), (1000, len(groups)))
-    for way, (right, cost) in ways.items():
-        cells = []
-        for sign, values in (("", right), ("+", right - plain)):
-            low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-            cells.append(f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})")
-        print(f"| {way} | {cost:.2f} | {' | '.join(cells)} |")
+def prepared(out: Path) -> list[list[dict[str, Any]]]:
+    """The samples of each problem, with what needs all of them: the head, the siblings' answers and the strata of log p."""
+    groups = grouped(out)
+    rows = [r for group in groups for r in group]
+    _headed(groups, list(rows[0]["signals"]))
+    for group in groups:
+        _agreed(group)
+    edges = np.quantile([r["signals"]["−log p, sum"] for r in rows], np.linspace(0, 1, STRATA + 1)[1:-1])
+    for r in rows:
+        r["stratum"] = int(np.searchsorted(edges, r["signals"]["−log p, sum"]))
+    return groups
 
 
 def report(options: argparse.Namespace) -> None:
-    """The tables of each file of samples."""
-    colder = _grouped(options.colder) if options.colder else []
-    for out in options.outs:
-        groups = _grouped(out)
+    """The tables: what the samples are, and AUROC by signal and file."""
+    files = {out.stem: prepared(out) for out in options.outs}
+    print("| samples | problems | T | Avg | Pass | finished |\n|" + " --- |" * 6)
+    for name, groups in files.items():
         rows = [r for group in groups for r in group]
-        _headed(groups, list(rows[0]["signals"]))
-        for group in groups:
-            _agreed(group)
-        edges = np.quantile([r["signals"]["−log p, sum"] for r in rows], np.linspace(0, 1, STRATA + 1)[1:-1])
-        for r in rows:
-            r["stratum"] = int(np.searchsorted(edges, r["signals"]["−log p, sum"]))
-        finished = [[r for r in g if r["finish"] == "stop"] for g in groups]
-        print(f"\n{out.stem}: {len(groups)} problems × {len(groups[0])}, T = {rows[0]['temperature']:g}, "
-              f"Avg {np.mean([r['right'] for r in rows]):.3f}, Pass {np.mean([any(r['right'] for r in g) for g in groups]):.3f}, "
-              f"finished {np.mean([r['finish'] == 'stop' for r in rows]):.3f}\n")  # fmt: skip
-        print("| signal | among all | within a problem | finished | within strata of log p |\n|" + " --- |" * 5)
-        wrong = np.array([not r["right"] for r in rows])
-        for name in rows[0]["signals"]:
-            every = auroc(np.array([r["signals"][name] for r in rows]), wrong)
-            measured = (_auroc(groups, name), _auroc(finished, name), _auroc(groups, name, lambda r: r["stratum"]))
-            cells = [f"{value:.3f} ({low:.3f}–{high:.3f}; {pairs})" for value, low, high, pairs in measured]
-            print(f"| {name} | {every:.3f} | {' | '.join(cells)} |")
-        decoded(groups, colder)
+        right, passed = np.mean([r["right"] for r in rows]), np.mean([any(r["right"] for r in g) for g in groups])
+        finished = np.mean([r["finish"] == "stop" for r in rows])
+        print(f"| {name} | {len(groups)} × {len(groups[0])} | {rows[0]['temperature']:g} | {right:.3f} | {passed:.3f} "
+              f"| {finished:.3f} |")  # fmt: skip
+    kinds: dict[str, tuple[Kind, Kind]] = {
+        "within a problem": (lambda r: None, lambda r: True),
+        "within a problem, finished": (lambda r: None, lambda r: r["finish"] == "stop"),
+        f"within a problem and a {STRATA}th of log p": (lambda r: r["stratum"], lambda r: True),
+    }
+    for title, (kind, chosen) in kinds.items():
+        measured = {
+            file: {
+                name: _auroc([[r for r in group if chosen(r)] for group in groups], name, kind)
+                for name in groups[0][0]["signals"]
+            }
+            for file, groups in files.items()
+        }
+        pairs = [f"{file}, {next(iter(found.values()))[3]} pairs" for file, found in measured.items()]
+        print(f"\n| {title} | {' | '.join(pairs)} |\n|" + " --- |" * (1 + len(pairs)))
+        for name in next(iter(measured.values())):
+            cells = ["{:.3f} ({:.3f}–{:.3f})".format(*found[name][:3]) for found in measured.values()]
+            print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -310,7 +260,6 @@ def main() -> None:
     drawing.add_argument("--instruction", default="", help="a line below each problem")
     telling = commands.add_parser("report", help="print the tables")
     telling.add_argument("outs", nargs="+", type=Path, metavar="OUT")
-    telling.add_argument("--colder", type=Path, metavar="FILE")
     options = parser.parse_args()
     sample(options) if options.what == "sample" else report(options)
 
