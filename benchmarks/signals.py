@@ -84,7 +84,7 @@ def signals(trajectory: Trajectory, segments: Sequence[dict[str, float]], width:
         "entropy, second half": h[len(h) // 2 :].mean(),
         "ε, second half": eps[len(eps) // 2 :].mean(),
         "length": len(h),
-        "repeats": 1.0 - len(set(fours)) / max(1, len(fours)),
+        "repeats": 1.0 - len(set(fours)) / len(fours) if fours else 0.0,
     }
     for name, source in TERMS.items():
         values = [measured[source] for measured in segments]
