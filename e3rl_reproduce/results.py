@@ -98,7 +98,9 @@ class Results:
         return tuple(self.study.rows(self.scale))
 
     def measurement(self, row: str, seed: int, measure: Measure) -> dict[str, Any] | None:
-        """None where it was not taken, or the row does without the seed."""
+        """None where it was not taken, or the row does without the seed. KeyError for a row that the study does not have."""
+        if (row, self.scale.seeds[0]) not in self.cells:
+            raise KeyError(f"study '{self.study.name}' has no row '{row}'")
         cell = self.cells.get((row, seed))
         return None if cell is None else read_measurement(cell, measure, self.out)
 
