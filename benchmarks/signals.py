@@ -242,7 +242,7 @@ def report(options: argparse.Namespace) -> None:
         pairs = [f"{file}, {next(iter(found.values()))[3]} pairs" for file, found in measured.items()]
         print(f"\n| {title} | {' | '.join(pairs)} |\n|" + " --- |" * (1 + len(pairs)))
         for name in next(iter(measured.values())):
-            cells = ["{:.3f} ({:.3f}–{:.3f})".format(*found[name][:3]) for found in measured.values()]
+            cells = ["{:.2f} ({:.2f}–{:.2f})".format(*found[name][:3]) for found in measured.values()]
             print(f"| {name} | {' | '.join(cells)} |")
 
 
