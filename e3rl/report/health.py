@@ -17,7 +17,9 @@ Level = Literal["bad", "warn", "note", "good"]
 Record = Mapping[str, Any]
 
 RECENT = 10
-"""Number of steps that 'now' and 'at first' are each averaged over."""
+"""Number of steps that 'now' and 'at first' are each averaged over; half of a shorter run's."""
+FEWEST = 4
+"""Steps that say something of a change."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,22 @@ class Logs:
         """The metric's finite values in the order of the steps."""
         return [r[name] for r in self.metrics if isinstance(r.get(name), int | float)]
 
+    @property
+    def steps(self) -> int:
+        """How many steps 'now' and 'at first' are means of."""
+        return min(RECENT, max(1, len(self.metrics) // 2))
+
     def now(self, name: str) -> float:
         """Mean of the last steps; NaN if there are no values (every comparison with it is false)."""
-        return mean(self.values(name)[-RECENT:])
+        return mean(self.values(name)[-self.steps :])
 
     def at_first(self, name: str) -> float:
         """Mean of the first steps."""
-        return mean(self.values(name)[:RECENT])
+        return mean(self.values(name)[: self.steps])
 
     def long_enough(self) -> bool:
-        """Whether 'now' and 'at first' share no step."""
-        return len(self.metrics) >= 2 * RECENT
+        """Whether 'now' and 'at first' tell of a change."""
+        return self.steps >= FEWEST
 
 
 Rule = Callable[[Logs], Finding | None]
@@ -90,12 +97,8 @@ def rewards_restart(logs: Logs) -> Finding | None:
 
 
 def reward_collapsed(logs: Logs) -> Finding | None:
-    rewards = logs.values("reward")
-    steps = min(RECENT, len(rewards) // 2)
-    if steps < 4:
-        return None
-    first, last = mean(rewards[:steps]), mean(rewards[-steps:])
-    if not (first > 0.1 and last < 0.2 * first):
+    steps, first, last = logs.steps, logs.at_first("reward"), logs.now("reward")
+    if not (logs.long_enough() and first > 0.1 and last < 0.2 * first):
         return None
     return Finding(
         "bad",
@@ -106,12 +109,18 @@ def reward_collapsed(logs: Logs) -> Finding | None:
 
 def no_signal(logs: Logs) -> Finding | None:
     degenerate, reward = logs.now("degenerate_groups"), logs.now("reward")
-    if not degenerate >= 0.8 or reward_collapsed(logs):  # whose problems are not to blame
+    if not degenerate >= 0.7 or reward_collapsed(logs):  # whose problems are not to blame
         return None
-    if logs.now("accuracy") >= 0.5:
+    accuracy = logs.now("accuracy")
+    if accuracy >= 0.8:
         cause = "the problems are too easy now: give harder ones"
-    else:
+    elif accuracy <= 0.2:
         cause = "the problems are too hard: give easier ones, more siblings, or a stronger model"
+    else:
+        cause = (
+            "a problem is always right or always wrong: give problems between, or, if the entropy has fallen, lower "
+            "train.learning_rate"
+        )
     flat = "Reward is flat and " if abs(reward - logs.at_first("reward")) < 0.02 else ""
     contrast = logs.config.may_erase and logs.config.objective.options.get("erased") == "contrast"
     what = "nothing but what to erase" if contrast else "nothing"

@@ -51,6 +51,12 @@ def test_a_healthy_run_is_called_healthy() -> None:
     assert [(f.level, f.text) for f in examine(logs())] == [("good", "Nothing looks wrong.")]
 
 
+def test_of_a_short_run_the_halves_are_compared() -> None:
+    sharp = {"entropy": 0.05}
+    assert "Token entropy fell from 0.600 to 0.050 nats" in texts(logs(sharp, steps=8))
+    assert texts(logs(sharp, steps=6)) == "Nothing looks wrong."  # three steps tell of no change
+
+
 def test_a_run_without_steps_says_so() -> None:
     assert texts(Logs([], [], build_config({}))) == "No step is done yet."
 
@@ -66,6 +72,7 @@ def test_a_run_without_steps_says_so() -> None:
         ({"degenerate_groups": 0.8, "accuracy": 0.05}, "warn", "Reward is flat and 80% of the groups teach nothing"),
         ({"degenerate_groups": 0.9, "accuracy": 0.05}, "warn", "too hard"),
         ({"degenerate_groups": 0.9, "accuracy": 0.98, "reward": 0.98}, "warn", "too easy"),
+        ({"degenerate_groups": 0.75, "accuracy": 0.61}, "warn", "always right or always wrong: give problems between"),
         ({"r": 0.9}, "warn", "Erased tokens come to 90%"),
         ({"forced_rate": 0.4}, "warn", "40% of the segments were accepted only because"),
         ({"kl": 0.3}, "warn", "KL to the reference policy is rising, from 0.020 to 0.300"),
