@@ -32,7 +32,7 @@ from e3rl.engine import sampling
 from e3rl.engine.build import build_engine
 from e3rl.lab.reward import graded_by_the_lab
 from e3rl.models import Policy, load_policy, resolve_model_path
-from e3rl.rewards.answers import extract_answer
+from e3rl.rewards.answers import extract_answer, vote
 from e3rl.rewards.scorer import Scorer
 from e3rl.rollout.companions import find_companions
 from e3rl.types import Group, Prompt, Trajectory
@@ -105,7 +105,8 @@ def _answer(text: str, config: Config) -> str | None:
     """What agrees with a sibling: the final answer; in the lab what follows the last equals sign, or the whole path."""
     if config.rewards.functions == ("lab",):
         return text.strip().rpartition("=")[2]
-    return extract_answer(text, config.rewards.unboxed)
+    answer = extract_answer(text, config.rewards.unboxed)
+    return answer and vote(answer)
 
 
 def _records(group: Group, scorer: Scorer, policy: Policy, config: Config) -> Iterator[dict[str, Any]]:
