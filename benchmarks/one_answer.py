@@ -63,8 +63,6 @@ def decoded(groups: Groups, colder: Groups) -> None:
     tokens = sum(float(np.mean([r["signals"]["length"] for r in group])) for group in groups)
     ways: dict[str, tuple[np.ndarray, float]] = {"plain": (plain, 1.0)}
     if colder:
-        if [group[0]["problem"] for group in colder] != [group[0]["problem"] for group in groups]:
-            raise SystemExit("--colder holds samples of other problems")
         right = np.array([np.mean([r["right"] for r in group]) for group in colder])
         spent = sum(float(np.mean([r["signals"]["length"] for r in group])) for group in colder)
         ways[f"plain, T = {colder[0][0]['temperature']:g}"] = (right, spent / tokens)
@@ -96,8 +94,14 @@ def main() -> None:
     parser.add_argument("--colder", type=Path, metavar="FILE")
     options = parser.parse_args()
     for out in options.outs:
-        print(f"\n{out.stem}\n")
-        decoded(prepared(out), grouped(options.colder) if options.colder else [])
+        groups, colder = prepared(out), grouped(options.colder) if options.colder else []
+        if colder:  # may hold some of the problems, in their order
+            names = [group[0]["problem"] for group in colder]
+            groups = [group for group in groups if group[0]["problem"] in names]
+            if [group[0]["problem"] for group in groups] != names:
+                raise SystemExit(f"{options.colder} holds samples of problems that are not in {out}")
+        print(f"\n{out.stem}, {len(groups)} problems\n")
+        decoded(groups, colder)
 
 
 if __name__ == "__main__":
