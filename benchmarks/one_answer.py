@@ -62,10 +62,12 @@ def decoded(groups: Groups, colder: Groups) -> None:
     plain = np.array([np.mean([r["right"] for r in group]) for group in groups])
     tokens = sum(float(np.mean([r["signals"]["length"] for r in group])) for group in groups)
     ways: dict[str, tuple[np.ndarray, float]] = {"plain": (plain, 1.0)}
+    against = {"plain": plain}
     if colder:
         right = np.array([np.mean([r["right"] for r in group]) for group in colder])
         spent = sum(float(np.mean([r["signals"]["length"] for r in group])) for group in colder)
-        ways[f"plain, T = {colder[0][0]['temperature']:g}"] = (right, spent / tokens)
+        cold = f"plain, T = {colder[0][0]['temperature']:g}"
+        ways[cold], against[cold] = (right, spent / tokens), right
     for n in (n for n in (2, 3, 4, 8) if n <= samples):
         for by in JUDGES:
             ways[f"calmest of {n} by {by}"] = (np.array([_calmest(g, n, by) for g in groups]), n)
@@ -77,11 +79,11 @@ def decoded(groups: Groups, colder: Groups) -> None:
             found.append(_erased(group, float(np.quantile(others, share)), retries, by))
         right, spent_P = np.array(found).T
         ways[f"erased by {by}, quantile {share:g}, at most {retries} times"] = (right, float(spent_P.sum() / tokens))
-    print("| one answer | tokens × | right | − plain |\n| --- | --- | --- | --- |")
+    print(f"| one answer | tokens × | right | − {' | − '.join(against)} |\n|" + " --- |" * (3 + len(against)))
     draws = np.random.default_rng(0).integers(0, len(groups), (1000, len(groups)))
     for way, (right, cost) in ways.items():
         cells = []
-        for sign, values in (("", right), ("+", right - plain)):
+        for sign, values in (("", right), *(("+", right - other) for other in against.values())):
             low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
             cells.append(f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})")
         print(f"| {way} | {cost:.2f} | {' | '.join(cells)} |")

@@ -126,9 +126,13 @@ def test_samples_are_drawn_once_and_reported(tmp_path: Path):
     assert len(rows) == 24
     assert len({row["problem"] for row in rows}) == 6
     assert all(-20 < row["signals"]["self-certainty, less of it"] < -1 for row in rows)  # kept mass would be −1
-    for name in ("signals.py", "one_answer.py"):
-        words = ["report"] if name == "signals.py" else []
+    for name, words, line in (
+        ("signals.py", ["report"], "| U, first | "),
+        ("one_answer.py", ["--colder", str(out)], "| plain, T = 1 | 1.00 | "),  # the same samples: no difference
+    ):
         told = subprocess.run(
             [sys.executable, FOLDER / name, *words, str(out)], check=True, capture_output=True, text=True
         )
-        assert "| entropy" in told.stdout or "| commonest of 4" in told.stdout
+        assert line in told.stdout
+    [cold] = [line for line in told.stdout.splitlines() if line.startswith("| plain, T = 1 |")]
+    assert cold.count("+0.000 (+0.000 to +0.000)") == 2

@@ -5,6 +5,7 @@ Pure functions from the records of metrics.jsonl and evaluations.jsonl and the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,6 +115,8 @@ def no_signal(logs: Logs) -> Finding | None:
     accuracy = logs.now("accuracy")
     if accuracy >= 0.8:
         cause = "the problems are too easy now: give harder ones"
+    elif math.isnan(accuracy):  # rewards that say nothing of right and wrong
+        cause = "a reward that tells answers apart, or other problems, would"
     elif accuracy <= 0.2:
         cause = "the problems are too hard: give easier ones, more siblings, or a stronger model"
     else:

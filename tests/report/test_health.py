@@ -57,6 +57,11 @@ def test_of_a_short_run_the_halves_are_compared() -> None:
     assert texts(logs(sharp, steps=6)) == "Nothing looks wrong."  # three steps tell of no change
 
 
+def test_rewards_without_right_and_wrong_blame_no_problem() -> None:
+    told = texts(logs({"degenerate_groups": 0.9, "accuracy": None}, early={"accuracy": None}))
+    assert "a reward that tells answers apart, or other problems, would" in told
+
+
 def test_a_run_without_steps_says_so() -> None:
     assert texts(Logs([], [], build_config({}))) == "No step is done yet."
 

@@ -233,6 +233,8 @@ def test_a_row_has_the_first_of_the_scale_s_seeds(results: Results, tmp_path: Pa
     assert [seed for label, seed in more.cells if label == PRUNED] == [9, 8, 7, 6]
     assert len([seed for label, seed in more.cells if label == RESET]) == 6
     assert more.measurement(PRUNED, 5, COLDER) is None
+    with pytest.raises(KeyError, match="has no row 'prunned'"):
+        more.measurement("prunned", 9, COLDER)
     assert f"{PRUNED}, seeds 9, 8, 7, 6" in more.absent()
 
 
